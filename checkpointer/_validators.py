@@ -1,0 +1,53 @@
+"""Validators shared by the frozen values: each names the field, the value and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol
+
+from checkpointer.errors import PolicyError
+
+
+class _Field(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def whole_number(minimum: int) -> Any:
+    """An attrs validator: an ``int`` (not a ``bool``) of at least ``minimum``."""
+
+    def check(instance: object, field: _Field, value: object) -> None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
+            return
+        msg = (
+            f"{type(instance).__name__}.{field.name} is {value!r}; "
+            f"expected a whole number of at least {minimum}"
+        )
+        raise PolicyError(msg)
+
+    return check
+
+
+def one_of(*allowed: object) -> Any:
+    """An attrs validator: the value is one of ``allowed``."""
+
+    def check(instance: object, field: _Field, value: object) -> None:
+        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+            choices = " or ".join(repr(choice) for choice in allowed)
+            msg = f"{type(instance).__name__}.{field.name} is {value!r}; expected {choices}"
+            raise PolicyError(msg)
+
+    return check
+
+
+def as_index(value: Any, what: str, error: type[Exception]) -> int:
+    """Return ``value`` as a non-negative ``int``; numpy and 0-d torch integers are welcome."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        msg = f"{what} is {value!r} ({type(value).__name__}); expected a whole number"
+        raise error(msg) from None
+    if isinstance(value, bool) or number < 0:
+        msg = f"{what} is {value!r}; expected a whole number of at least 0"
+        raise error(msg)
+    return number

@@ -1,0 +1,66 @@
+"""Digests of payloads: xxh3-128 over a file's bytes, or over a folder's names, sizes and bytes."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO, Final
+
+import xxhash
+
+from checkpointer.ports import Storage, Writable
+
+__all__ = ["ALGORITHM", "DigestWriter", "digest_of"]
+
+ALGORITHM: Final = "xxh3-128"
+_CHUNK: Final = 4 << 20
+
+
+class DigestWriter:
+    """Passes bytes on, and digests and counts them on the way."""
+
+    def __init__(self, stream: Writable) -> None:
+        self._stream = stream
+        self._hash = xxhash.xxh3_128()
+        self.size = 0
+        """Bytes written so far."""
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data`` and return its length in bytes."""
+        view = memoryview(data).cast("B")
+        # In chunks that fit the cache: the write then reads what the hash has just brought in.
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self._hash.update(chunk)
+            self._stream.write(chunk)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing: some writers insist that a stream can be flushed."""
+
+    @property
+    def digest(self) -> str:
+        """The digest so far."""
+        return f"{ALGORITHM}:{self._hash.hexdigest()}"
+
+
+def digest_of(storage: Storage, path: str) -> tuple[int, str] | None:
+    """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
+    files = storage.list(path)
+    if not files:
+        return None
+    digest = xxhash.xxh3_128()
+    size = 0
+    for name in sorted(files):
+        if name != path:
+            digest.update(f"{name[len(path) + 1 :]}\0{files[name].size}\0".encode())
+        with storage.open(name) as stream:
+            size += _feed(digest, stream)
+    return size, f"{ALGORITHM}:{digest.hexdigest()}"
+
+
+def _feed(digest: Any, stream: BinaryIO) -> int:
+    size = 0
+    while chunk := stream.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    return size

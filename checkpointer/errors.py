@@ -1,0 +1,125 @@
+"""Every error and warning of this library, in one tree.
+
+::
+
+    CheckpointerError
+    ├── PolicyError        (ValueError)         a policy, trigger, rule or flag that cannot mean anything
+    ├── NamingError        (ValueError)         a template or name that cannot be used
+    ├── ObservationError   (ValueError)         something the loop reported that cannot be used
+    │   └── MetricError    (TypeError)          a metric that is not one number
+    ├── RecordError        (ValueError)         a record, index or host state that cannot be read
+    │   └── SchemaError                         ... because a newer version of this library wrote it
+    ├── StorageError       (OSError)            the directory cannot be used as asked
+    │   ├── AliasInUseError                     two live managers want the same alias
+    │   └── NameTakenError (FileExistsError)    a file appeared under the name that was about to be written
+    ├── SaveError          (RuntimeError)       a checkpoint was not written; everything older is untouched
+    │   └── NotEnoughSpaceError (OSError)       ... because the disk would not hold it
+    ├── RestoreError       (RuntimeError)       nothing could be restored as asked
+    │   ├── NotFoundError  (FileNotFoundError)  no checkpoint of that name, step or path
+    │   ├── CorruptError                        payload and record disagree, or the payload cannot be read
+    │   ├── UnsafePayloadError                  the payload holds what a safe load refuses to unpickle
+    │   └── NoValidCheckpointError              there are payloads, but none is valid
+    └── ClosedError        (RuntimeError)       the manager was closed
+
+    CheckpointerWarning    (UserWarning)        something to act on; training goes on
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AliasInUseError",
+    "CheckpointerError",
+    "CheckpointerWarning",
+    "ClosedError",
+    "CorruptError",
+    "MetricError",
+    "NameTakenError",
+    "NamingError",
+    "NoValidCheckpointError",
+    "NotEnoughSpaceError",
+    "NotFoundError",
+    "ObservationError",
+    "PolicyError",
+    "RecordError",
+    "RestoreError",
+    "SaveError",
+    "SchemaError",
+    "StorageError",
+    "UnsafePayloadError",
+]
+
+
+class CheckpointerError(Exception):
+    """The root: ``except CheckpointerError`` catches whatever this library raises."""
+
+
+class PolicyError(CheckpointerError, ValueError):
+    """A policy, trigger, rule or flag has a value that cannot mean anything."""
+
+
+class NamingError(CheckpointerError, ValueError):
+    """A template cannot be parsed, or a name cannot be used on disk."""
+
+
+class ObservationError(CheckpointerError, ValueError):
+    """The loop reported a step, epoch or metric that cannot be used."""
+
+
+class MetricError(ObservationError, TypeError):
+    """A metric is not a single real number."""
+
+
+class RecordError(CheckpointerError, ValueError):
+    """A record, an index entry or a host's saved state cannot be read; the message says where."""
+
+
+class SchemaError(RecordError):
+    """The data was written by a newer version of this library."""
+
+
+class StorageError(CheckpointerError, OSError):
+    """The storage refused something the manager cannot do without."""
+
+
+class AliasInUseError(StorageError):
+    """Another live manager owns this alias in this directory."""
+
+
+class NameTakenError(StorageError, FileExistsError):
+    """A file that is not ours appeared under the name that was about to be written."""
+
+
+class SaveError(CheckpointerError, RuntimeError):
+    """A checkpoint could not be written. Nothing older was retired for it."""
+
+
+class NotEnoughSpaceError(SaveError, OSError):
+    """The storage has less room than the last checkpoint took; nothing was written."""
+
+
+class RestoreError(CheckpointerError, RuntimeError):
+    """Nothing could be restored as asked."""
+
+
+class NotFoundError(RestoreError, FileNotFoundError):
+    """No checkpoint has that name, step or path."""
+
+
+class CorruptError(RestoreError):
+    """A payload differs from what its record says, or cannot be read at all."""
+
+
+class UnsafePayloadError(RestoreError):
+    """A payload holds objects that a safe load refuses to unpickle."""
+
+
+class NoValidCheckpointError(RestoreError):
+    """There are payloads, but none is valid. Starting over silently would hide that."""
+
+
+class ClosedError(CheckpointerError, RuntimeError):
+    """The manager was used after ``close()``."""
+
+
+class CheckpointerWarning(UserWarning):
+    """Something the user should act on, while training goes on."""

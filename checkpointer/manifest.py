@@ -1,0 +1,117 @@
+"""The manifest: what a directory's records say, seen by one run. A pure fold; nothing else is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import attrs
+
+from checkpointer.records import Line, Record
+
+__all__ = ["Manifest"]
+
+
+def _by_serial(records: Iterable[Record]) -> tuple[Record, ...]:
+    return tuple(sorted(records, key=lambda record: (record.serial, record.time, record.token)))
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """All committed records of a directory, and which of them count for one run.
+
+    A run that restores an older step *forks*: it gets a longer ``line``, one ``(fork, step)`` more. A record counts
+    if its own line is where ours began and it lies at or before every step we forked at since. So which records are
+    abandoned follows from the records themselves, whatever was retired or interrupted in between.
+    """
+
+    records: tuple[Record, ...] = attrs.field(default=(), converter=_by_serial)
+    """Committed records of every run and label, in commit order."""
+    run: str = ""
+    """Id of the run that looks; its own records are the only ones it may retire."""
+    label: str = ""
+    """Label of the manager that looks."""
+    line: Line = ()
+    """Forks the run descends from."""
+    foreign: frozenset[str] = frozenset()
+    """Names of payloads that no committed record names: never touched, never reused."""
+    seen: frozenset[str] = frozenset()
+    """Names of metrics reported so far, saved or not."""
+
+    @cached_property
+    def own(self) -> tuple[Record, ...]:
+        """Records this run wrote under this label, in commit order."""
+        return tuple(r for r in self.records if r.run == self.run and r.label == self.label)
+
+    @cached_property
+    def history(self) -> tuple[Record, ...]:
+        """Own records that count: neither abandoned nor a rescue."""
+        return tuple(record for record in self.live if record.kind == "regular")
+
+    @cached_property
+    def live(self) -> tuple[Record, ...]:
+        """Own records on the current line, rescues included."""
+        return tuple(record for record in self.own if self.counts(record))
+
+    @cached_property
+    def abandoned(self) -> tuple[Record, ...]:
+        """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
+        return tuple(record for record in self.own if not self.counts(record))
+
+    @cached_property
+    def by_name(self) -> dict[str, Record]:
+        """Every record by its name."""
+        return {record.name: record for record in self.records}
+
+    @cached_property
+    def taken(self) -> frozenset[str]:
+        """Every name that is in use, by a record of any run or by a foreign file."""
+        return self.foreign.union(self.by_name)
+
+    @property
+    def next_serial(self) -> int:
+        """Serial of the next commit."""
+        return self.records[-1].serial + 1 if self.records else 1
+
+    @property
+    def newest(self) -> Record | None:
+        """The newest own record that counts, rescues included."""
+        return self.live[-1] if self.live else None
+
+    def counts(self, record: Record) -> bool:
+        """Return whether the record lies on the current line."""
+        shared = len(record.line)
+        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+
+    def at_step(self, step: int) -> Record | None:
+        """Return the newest regular record that counts and has this step."""
+        return self._by_step.get(step)
+
+    @cached_property
+    def _by_step(self) -> dict[int, Record]:
+        return {record.step: record for record in self.history}
+
+    def with_record(self, record: Record) -> Manifest:
+        """Return the manifest after ``record`` was committed, in place of any other of that name."""
+        others = (other for other in self.records if other.name != record.name)
+        return attrs.evolve(self, records=(*others, record), foreign=self.foreign - {record.name})
+
+    def without(self, *names: str) -> Manifest:
+        """Return the manifest after these records were retired."""
+        return attrs.evolve(self, records=tuple(r for r in self.records if r.name not in names))
+
+    def seen_by(self, run: str, line: Line) -> Manifest:
+        """Return the same records as another run, or another line of it, sees them."""
+        return attrs.evolve(self, run=run, line=line)
+
+    def resumed_at(self, record: Record) -> Manifest:
+        """Return the manifest of a run that goes on from ``record``.
+
+        If nothing of its run lies beyond the record, the run goes on in line; else it forks.
+        """
+        on_line = self.seen_by(record.run, record.line)
+        beyond = [r for r in on_line.own if r.serial > record.serial and (r.line[: len(record.line)] == record.line)]
+        if not beyond:
+            return on_line
+        fork = 1 + max((number for r in on_line.own for number, _ in r.line), default=0)
+        return self.seen_by(record.run, (*record.line, (fork, record.step)))

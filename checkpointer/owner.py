@@ -1,0 +1,77 @@
+"""Who writes: an id from which another process on the same host can tell whether the writer is still alive."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+
+__all__ = ["is_dead", "is_live", "new_owner", "release"]
+
+_live_here: set[str] = set()
+
+
+def new_owner() -> str:
+    """Return an id of this process and this manager, and hold it live until `release`."""
+    owner = f"{_host()}~{os.getpid()}~{_started(os.getpid())}~{uuid.uuid4().hex[:12]}"
+    _live_here.add(owner)
+    return owner
+
+
+def release(owner: str) -> None:
+    """Say that the manager is done; a second call does nothing."""
+    _live_here.discard(owner)
+
+
+def is_live(owner: str) -> bool:
+    """Return whether the owner is certainly alive: same host, and its process runs (here: it is not released)."""
+    known = _process(owner)
+    if known is None:
+        return False
+    pid, started = known
+    return owner in _live_here if pid == os.getpid() else _started(pid) == started != ""
+
+
+def is_dead(owner: str) -> bool:
+    """Return whether the owner is certainly dead: same host, and its process is gone (here: it is released).
+
+    An owner on another host is neither: nobody here can tell.
+    """
+    return _process(owner) is not None and not is_live(owner)
+
+
+def _process(owner: str) -> tuple[int, str] | None:
+    match owner.split("~"):
+        case [host, pid, started, _] if host == _host() and pid.isdigit():
+            return int(pid), started
+        case _:
+            return None
+
+
+def _host() -> str:
+    return socket.gethostname().replace("~", "-").replace("/", "-")
+
+
+def _started(pid: int) -> str:
+    """Return when the process started, so that a reused pid is not taken for it; empty if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return _started_without_proc(pid)
+    # The command in parentheses may hold spaces; field 22 is the start time in clock ticks since boot.
+    fields = stat.rpartition(")")[2].split()
+    # A zombie is dead: it writes no more, though its pid is not free yet.
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _started_without_proc(pid: int) -> str:
+    if Path("/proc/self/stat").exists() or os.name == "nt":
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "unknown"

@@ -1,0 +1,445 @@
+"""A policy composes when to save, what to keep and how to name; `decide` applies it to one observation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import yaml
+
+from checkpointer import config
+from checkpointer._validators import one_of
+from checkpointer.errors import PolicyError
+from checkpointer.flags import policy_parts
+from checkpointer.manifest import Manifest
+from checkpointer.naming import Naming
+from checkpointer.ranking import Metric
+from checkpointer.records import Contents, Kind, Observation, Progress, Record
+from checkpointer.retention import KeepBest, Limit, Rule, kept_by
+from checkpointer.triggers import Trigger
+
+__all__ = ["Attach", "Decision", "Policy", "Save", "Skip", "decide", "decide_rescue", "explain", "surplus"]
+
+_CANDIDATE = "\0candidate"
+"""Name of the record that is being decided on, until it has one: no file can be called so."""
+
+
+def _as_naming(value: Any) -> Any:
+    return Naming(value) if value is None or isinstance(value, str) else value
+
+
+def _is_naming(instance: object, field: object, value: object) -> None:
+    if not isinstance(value, Naming):
+        msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
+        raise PolicyError(msg)
+
+
+def _is_trigger(instance: object, field: object, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, Trigger):
+        msg = f"Policy.when is {value!r}; expected a trigger such as EverySteps(100)"
+        raise PolicyError(msg)
+
+
+def _as_rules(value: Any) -> tuple[Rule | Limit, ...]:
+    rules = (value,) if isinstance(value, (Rule, Limit)) else tuple(value)
+    for rule in rules:
+        if isinstance(rule, type) or not isinstance(rule, (Rule, Limit)):
+            msg = f"Policy.keep has {rule!r}; expected rules such as KeepLast(1)"
+            raise PolicyError(msg)
+    return rules
+
+
+@attrs.frozen
+class Policy:
+    """When to save, what to keep, and under which names. A value: it never does anything.
+
+    Args:
+        when: The trigger; compose several with `AnyOf`.
+        keep: Rules whose union lives, and limits such as `Budget` that take away from it.
+        name: A template, or a `Naming` with more settings.
+        last: A ``last`` alias as a relative symlink (``"link"``) or as a hard link or server-side copy
+            (``"copy"``); it always names the newest state, so with it every due observation is saved.
+        best: A ``best`` alias for the best by the first `KeepBest`, in the same two ways.
+        contents: ``"weights"`` for checkpoints that cannot resume a run.
+        rescue: Save when an exception leaves the manager's ``with`` block.
+
+    Raises:
+        PolicyError: If an argument is none of these, or ``best`` is asked for without a `KeepBest`.
+
+    Example:
+        >>> from checkpointer import EveryEpochs, KeepBest, KeepLast, Policy
+        >>> print(Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min"), KeepLast(1)], last="link"))
+        save every 1 epochs; keep the best 3 by val_loss (min) and the last 1; last -> link
+    """
+
+    when: Trigger = attrs.field(validator=_is_trigger)
+    keep: tuple[Rule | Limit, ...] = attrs.field(converter=_as_rules)
+    name: Naming = attrs.field(default=None, converter=_as_naming, validator=_is_naming, kw_only=True)
+    last: Literal["link", "copy"] | None = attrs.field(
+        default=None, validator=one_of(None, "link", "copy"), kw_only=True
+    )
+    best: Literal["link", "copy"] | None = attrs.field(
+        default=None, validator=one_of(None, "link", "copy"), kw_only=True
+    )
+    contents: Contents = attrs.field(default="full", validator=one_of("full", "weights"), kw_only=True)
+    rescue: bool = attrs.field(default=True, validator=one_of(True, False), kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.best and self.ranking is None:
+            msg = f"Policy.best is {self.best!r}, but no rule ranks; add KeepBest(1, metric, mode=...) to keep"
+            raise PolicyError(msg)
+        if self.last and self.best and self.name.last == self.name.best:
+            msg = f"the last and best aliases are both {self.name.last!r}; name them apart: Naming(best=...)"
+            raise PolicyError(msg)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What keeps."""
+        return tuple(rule for rule in self.keep if isinstance(rule, Rule))
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What takes away."""
+        return tuple(rule for rule in self.keep if isinstance(rule, Limit))
+
+    @property
+    def ranking(self) -> Metric | None:
+        """The metric that says which is best: the first `KeepBest`'s."""
+        return next((rule.metric for rule in self.keep if isinstance(rule, KeepBest)), None)
+
+    @property
+    def aliases(self) -> dict[str, Literal["link", "copy"]]:
+        """File name of each alias, and how it is made."""
+        wanted = {self.name.last_file: self.last, self.name.best_file: self.best}
+        return {name: how for name, how in wanted.items() if how}
+
+    @property
+    def known_metrics(self) -> frozenset[str]:
+        """Metrics that rules name: right in a template before they are first reported."""
+        metrics = (rule.metric for rule in self.keep if isinstance(rule, KeepBest))
+        return frozenset(metric.key for metric in metrics if isinstance(metric.key, str))
+
+    def best_of(self, records: Iterable[Record]) -> Record | None:
+        """Return the best of these records, or None if none is ranked."""
+        rule = next((rule for rule in self.keep if isinstance(rule, KeepBest)), None)
+        ranked = rule.metric.ranked(rule.eligible(records)) if rule else []
+        return ranked[0] if ranked else None
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_last: bool | Literal["link"] | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        filename: str | None = None,
+        auto_insert_metric_name: bool = True,
+        enable_version_counter: bool = True,
+        save_weights_only: bool = False,
+        save_on_exception: bool = False,
+    ) -> Policy:
+        """Build a policy from the arguments of Lightning's ``ModelCheckpoint``, with their meanings.
+
+        ``save_top_k``: -1 keeps all, 0 none (but ``last``), k the best k by ``monitor``; without ``monitor`` 1 keeps
+        the newest. At most one of the three triggers; none means every epoch, 0 turns one off. A template field that
+        is missing is 0, as there. Differences: ``last`` is the newest state at every due observation, and an
+        exception's checkpoint has a name of its own.
+
+        Raises:
+            PolicyError: For what Lightning refuses too: ``save_top_k < -1``, ``save_top_k >= 2`` without
+                ``monitor``, another mode, several triggers, negative intervals.
+
+        Example:
+            >>> from checkpointer import Policy
+            >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3, save_last=True))
+            save every 1 epochs; keep the best 3 by val_loss (min); last -> copy; no rescue on exceptions
+        """
+        arguments = {key: value for key, value in locals().items() if key != "cls"}
+        return cls(**policy_parts(**arguments))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the policy as YAML, and write it to ``path`` if given. Scores are written by name.
+
+        Example:
+            >>> from checkpointer import EverySteps, KeepLast, Policy
+            >>> print(Policy(EverySteps(100), [KeepLast(2)]).to_yaml())
+            when:
+              EverySteps:
+                n: 100
+            keep:
+            - KeepLast:
+                n: 2
+            <BLANKLINE>
+        """
+        data: dict[str, Any] = {"when": config.to_plain(self.when), "keep": list(map(config.to_plain, self.keep))}
+        if self.name != Naming():
+            data["name"] = config.to_plain(self.name)["Naming"]
+        for field in ("last", "best", "contents", "rescue"):
+            value = getattr(self, field)
+            if value != getattr(attrs.fields(Policy), field).default:
+                data[field] = value
+        text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, known: Mapping[str, Any] | None = None) -> Policy:
+        """Read what `to_yaml` wrote.
+
+        Args:
+            path: The file, or the YAML text itself if it has more than one line.
+            known: Score functions and classes of your own, by the names the file uses. The file itself can name no
+                code to import.
+
+        Raises:
+            PolicyError: If the file is not YAML, or a value in it is bad; the message has its path in the file.
+            FileNotFoundError: If there is no such file.
+        """
+        text = path if isinstance(path, str) and "\n" in path else Path(path).read_text(encoding="utf-8")
+        try:
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            msg = f"the policy is not valid YAML: {error}"
+            raise PolicyError(msg) from error
+        return _policy_from_plain(data, known or {})
+
+    def __str__(self) -> str:
+        rules = " and ".join(map(str, self.rules)) or "nothing"
+        limits = "".join(f", {limit}" for limit in self.limits)
+        aliases = "".join(f"; {name} -> {how}" for name, how in (("last", self.last), ("best", self.best)) if how)
+        contents = "; weights only" if self.contents == "weights" else ""
+        rescue = "" if self.rescue else "; no rescue on exceptions"
+        return f"save {self.when}; keep {rules}{limits}{aliases}{contents}{rescue}"
+
+
+def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
+    arguments = dict(config.mapping(Policy, data, "policy"))
+    arguments["when"] = config.from_plain(arguments["when"], "when", known)
+    keep = arguments["keep"]
+    if not isinstance(keep, list):
+        msg = f"in 'keep': expected a list of rules, found {keep!r:.80}"
+        raise PolicyError(msg)
+    arguments["keep"] = [config.from_plain(rule, f"keep[{i}]", known) for i, rule in enumerate(keep)]
+    arguments["name"] = config.naming_from_plain(arguments.get("name"), "name")
+    return Policy(**arguments)
+
+
+@attrs.frozen(kw_only=True)
+class Save:
+    """The observation is saved. Truthy."""
+
+    name: str
+    """File name relative to the directory."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps once this one is committed."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """What is saved: the commit needs nothing else."""
+    kind: Kind = "regular"
+    """``"rescue"`` if an exception or a signal asked for it."""
+    replaces: bool = False
+    """Whether a checkpoint of this run has that name and is replaced."""
+
+    def __bool__(self) -> Literal[True]:
+        return True
+
+
+@attrs.frozen(kw_only=True)
+class Attach:
+    """The step is saved already: its record gets the new metrics and a new rank. Falsy, as nothing is written."""
+
+    name: str
+    """File name of the checkpoint that gets the metrics."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps after the new ranking."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """Where the new metrics come from."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+@attrs.frozen(kw_only=True)
+class Skip:
+    """Nothing is saved. Falsy."""
+
+    reason: str
+    """Why not, in words."""
+    due: bool = False
+    """Whether the observation was due; a declined one counts for the triggers."""
+    waiting: bool = False
+    """Whether the due point is still open: the next observation that has the metric takes it."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+Decision = Save | Attach | Skip
+
+
+def decide(
+    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: bool = False
+) -> Decision:
+    """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
+
+    Args:
+        policy: The policy.
+        now: The observation.
+        manifest: The records, as the run sees them.
+        since: The last due observation; None takes the newest record's.
+        owed: Whether an earlier due point still waits for a metric.
+
+    Raises:
+        NamingError: If the template asks for something that is neither reported nor known.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> policy = Policy(EverySteps(10), [KeepLast(1)])
+        >>> decide(policy, Observation(metrics={}, step=10, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=10.ckpt'
+        >>> decide(policy, Observation(metrics={}, step=11, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=11.ckpt'
+    """
+    saved = manifest.at_step(now.step)
+    if saved is not None:
+        return _attach(policy, now, manifest, saved)
+    if since is None:
+        since = manifest.newest.progress if manifest.newest else Progress()
+    due = policy.when.due(now.progress, since)
+    if due is None and not owed:
+        return Skip(reason=f"not due: {policy.when}")
+    due = due or "a due point was waiting for a metric"
+    return _save_or_skip(policy, now, manifest, due)
+
+
+def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
+    candidate = _candidate(now, manifest)
+    after = manifest.with_record(candidate)
+    reasons = explain(policy, after)
+    # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
+    kept = tuple(why for why in reasons.get(_CANDIDATE, ()) if why is not _NEWEST)
+    absent = _absent(policy, now)
+    if not kept and not policy.last:
+        if absent:
+            have = ", ".join(sorted(now.metrics)) or "none"
+            return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=True)
+        return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
+    retire = surplus(policy, after)
+    why = f"{due}; kept by {', '.join(kept) or 'last'}"
+    if policy.last == "copy" and not kept and not absent:
+        name = policy.name.last_file
+        return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
+    return _named(policy, now, manifest, retire, why)
+
+
+def _named(policy: Policy, now: Observation, manifest: Manifest, retire: tuple[str, ...], why: str) -> Save:
+    known = manifest.seen | policy.known_metrics
+    stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
+    replaceable = set(retire)
+    if not policy.name.version_counter:
+        replaceable |= {record.name for record in manifest.live if not record.pinned}
+    replaceable -= set(policy.aliases)
+    name = policy.name.free_name(stem, manifest.taken.union(policy.aliases), replaceable=replaceable)
+    retire = tuple(other for other in retire if other != name)
+    return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
+
+
+def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record) -> Attach | Skip:
+    news = {key: value for key, value in now.metrics.items() if repr(saved.metrics.get(key)) != repr(value)}
+    if not news:
+        return Skip(reason=f"step {now.step} is saved already as {saved.name}")
+    after = manifest.with_record(attrs.evolve(saved, metrics={**saved.metrics, **news}))
+    why = f"step {now.step} is saved already as {saved.name}; attached {', '.join(sorted(news))}"
+    return Attach(name=saved.name, retire=surplus(policy, after), reason=why, observation=now)
+
+
+def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
+    """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
+    stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
+    name = policy.name.free_name(stem, manifest.taken.union(policy.aliases))
+    return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+
+
+_NEWEST = "the newest, which last names"
+
+
+def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """Return why each checkpoint of the run lives, by name; what is not in it is `surplus`.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy, explain
+        >>> explain(Policy(EverySteps(10), [KeepLast(1)]), Manifest())
+        {}
+    """
+    history = _ranked_history(policy, manifest)
+    pinned = [record for record in history if record.pinned]
+    rules: Sequence[Rule] = (*policy.rules, _Names({record.name: "pinned" for record in pinned}))
+    reasons = kept_by(rules, policy.limits, history, policy.ranking)
+    newest = manifest.history[-1] if manifest.history else None
+    if policy.last and newest:
+        reasons[newest.name] = (*reasons.get(newest.name, ()), _NEWEST)
+    for record in manifest.live:
+        if record.kind == "rescue" and (newest is None or record.serial > newest.serial or record.pinned):
+            reasons[record.name] = ("pinned",) if record.pinned else (record.reason,)
+    return reasons
+
+
+def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
+    """Return the names of this run that nothing keeps, oldest first. Sees the whole history each time."""
+    reasons = explain(policy, manifest)
+    slot = policy.name.last_file if policy.last else None
+    return tuple(r.name for r in manifest.live if r.name not in reasons and r.name != slot)
+
+
+def _ranked_history(policy: Policy, manifest: Manifest) -> list[Record]:
+    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
+    slot = policy.name.last_file if policy.last else None
+    return [record for record in manifest.history if record.name != slot]
+
+
+@attrs.frozen
+class _Names:
+    names: dict[str, str]
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return self.names
+
+
+def _candidate(now: Observation, manifest: Manifest) -> Record:
+    return Record(
+        name=_CANDIDATE,
+        **{key: getattr(now, key) for key in ("step", "epoch", "epoch_end", "metrics", "time")},
+        size=manifest.history[-1].size if manifest.history else 0,
+        digest="",
+        format="",
+        run=manifest.run,
+        label=manifest.label,
+        line=manifest.line,
+        serial=manifest.next_serial,
+        token="",
+    )
+
+
+def _ranking_rules(policy: Policy, now: Observation) -> list[KeepBest]:
+    return [r for r in policy.keep if isinstance(r, KeepBest) and (now.step > r.after_step or not r.after_step)]
+
+
+def _absent(policy: Policy, now: Observation) -> list[str]:
+    rules = _ranking_rules(policy, now)
+    return list(dict.fromkeys(rule.metric.name for rule in rules if rule.metric.value(now) is None))
+
+
+def _declined(policy: Policy, now: Observation) -> str:
+    ranked = [f"{rule.metric.name}={rule.metric.value(now):.6g} is not in {rule}" for rule in _ranking_rules(policy, now)]
+    return "; ".join(ranked) or f"no rule keeps it: {' and '.join(map(str, policy.rules)) or 'none given'}"

@@ -1,0 +1,205 @@
+"""What the manager needs from the world: storage, a payload format, a clock. Small, so that yours fits in a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+import attrs
+
+__all__ = [
+    "Clock",
+    "Format",
+    "Listener",
+    "Stat",
+    "Storage",
+    "SupportsCopy",
+    "SupportsFreeSpace",
+    "SupportsLinks",
+    "SupportsPaths",
+    "SupportsSweep",
+    "Upload",
+    "Writable",
+]
+
+
+@attrs.frozen
+class Stat:
+    """What a listing says of one file."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """Changes whenever the content may have (mtime and inode, an etag)."""
+
+
+class Writable(Protocol):
+    """Where a payload format writes to."""
+
+    def write(self, data: Any, /) -> int:
+        """Append all of ``data`` (bytes-like) and return its length in bytes."""
+        ...
+
+
+class Upload(Protocol):
+    """One payload on its way: invisible until published, and then whole. Four methods: the life of a file."""
+
+    def write(self, data: Any, /) -> int:
+        """Append all of ``data`` (bytes-like) and return its length in bytes."""
+        ...
+
+    def finish(self) -> None:
+        """Make what was written durable, still invisible. Called once, after the last `write`."""
+        ...
+
+    def publish(self, *, replace: bool) -> None:
+        """Make it visible under its name in one step, durably. Called once, after `finish`.
+
+        Without ``replace`` raise `FileExistsError` if the name is taken, and leave what is there as it is; with it,
+        a reader sees the old file or the new one, never neither.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Drop what is not published. After `publish`, or called twice, it does nothing."""
+        ...
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Files under one root, by relative paths with ``/``. Five methods, because the commit protocol uses five.
+
+    Errors are `OSError`; a path that is not there is `FileNotFoundError`. Parents need not exist.
+    """
+
+    def list(self, prefix: str = "") -> Mapping[str, Stat]:
+        """Return every file at or below ``prefix`` by its path; empty if there is none. Links are not followed."""
+        ...
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading, seekable."""
+        ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Create or replace a small file in one step, durably: readers see the old content or the new."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Delete a file, a link (not its target) or a whole folder, durably. What is not there is deleted already."""
+        ...
+
+    def upload(self, path: str) -> Upload:
+        """Begin a payload that will be published as ``path``."""
+        ...
+
+
+@runtime_checkable
+class SupportsLinks(Protocol):
+    """A storage where a name can point to a file. `OSError` means that it cannot after all."""
+
+    def symlink(self, target: str, path: str) -> None:
+        """Make ``path`` a relative symbolic link to ``target``, in one step over what is there."""
+        ...
+
+    def hardlink(self, target: str, path: str) -> None:
+        """Make ``path`` a second name of the file ``target``, in one step over what is there."""
+        ...
+
+
+@runtime_checkable
+class SupportsCopy(Protocol):
+    """A storage that copies without sending the bytes through this process."""
+
+    def copy(self, source: str, path: str) -> None:
+        """Copy a file or folder over what is there."""
+        ...
+
+
+@runtime_checkable
+class SupportsFreeSpace(Protocol):
+    """A storage that can fill up."""
+
+    def free_space(self) -> int | None:
+        """Return the bytes that can still be written, or None if that is not known."""
+        ...
+
+
+@runtime_checkable
+class SupportsPaths(Protocol):
+    """A storage whose files have a path on this machine, for trainers that write by themselves."""
+
+    def local_path(self, path: str) -> str:
+        """Return the absolute path of a file, there or not."""
+        ...
+
+    def stage(self, path: str) -> tuple[str, Upload]:
+        """Return an unused absolute path to write a file or folder to, and the upload that publishes it."""
+        ...
+
+    def sync(self, path: str) -> None:
+        """Make a file or folder that somebody else wrote durable, with its directory entries."""
+        ...
+
+
+@runtime_checkable
+class SupportsSweep(Protocol):
+    """A storage that keeps unfinished writes somewhere, and can tell those of dead writers."""
+
+    def prepare(self) -> None:
+        """Get ready to write, or raise an `OSError` that says why that is impossible."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove what dead writers left unfinished and return how much; never touch a live one's."""
+        ...
+
+    def close(self) -> None:
+        """Remove this writer's own staging area."""
+        ...
+
+
+class Format(Protocol):
+    """How a state becomes a payload and back."""
+
+    @property
+    def name(self) -> str:
+        """Name that records carry, such as ``"torch"``."""
+        ...
+
+    @property
+    def extension(self) -> str:
+        """Default file extension with its dot."""
+        ...
+
+    def write(self, state: Any, stream: Writable) -> None:
+        """Write ``state`` front to back, without a second copy of it in memory."""
+        ...
+
+    def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
+        """Read a state. With ``weights_only`` run no code from the payload; raise `UnsafePayloadError` instead."""
+        ...
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """Return what a safe `read` will refuse: the key's path, such as ``state['rng'][0]``, and the type."""
+        ...
+
+
+class Clock(Protocol):
+    """The time."""
+
+    def time(self) -> float:
+        """Return seconds since the Unix epoch; must not go back while the process lives."""
+        ...
+
+
+class Listener:
+    """Gets told when a checkpoint is really there, or really gone. Subclass it, and override what you need.
+
+    A listener that raises does not stop training: the error becomes a warning.
+    """
+
+    def on_saved(self, record: Any) -> None:
+        """Called after the payload and its record are durable and the aliases point to it."""
+
+    def on_retired(self, record: Any) -> None:
+        """Called after the checkpoint was removed."""

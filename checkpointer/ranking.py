@@ -1,0 +1,100 @@
+"""A metric gives records a total order: best first, NaN last, missing not ranked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import attrs
+
+from checkpointer._validators import one_of
+from checkpointer.errors import ObservationError, PolicyError
+from checkpointer.records import Observation, Record, as_metrics
+
+__all__ = ["Metric"]
+
+Score = Callable[[Mapping[str, float]], Any]
+
+
+def _check_key(instance: object, field: object, value: object) -> None:
+    if (isinstance(value, str) and value) or callable(value):
+        return
+    msg = f"metric is {value!r}; expected a metric's name or a function of the metrics"
+    raise PolicyError(msg)
+
+
+@attrs.frozen
+class Metric:
+    """A metric with a direction, and thereby a total order over records.
+
+    ``min`` ranks the smallest value first, ``max`` the largest. After every proper number comes a *diverged best*
+    (``-inf`` under ``min``, ``inf`` under ``max``: no real run is that good), after it NaN. A record without the
+    metric is not ranked at all. Equal values rank the older record first, unless ``ties="newest"``.
+
+    Args:
+        key: A metric's name (``"epoch"`` and ``"step"`` always exist), or a named function that computes a score
+            from the metrics; a ``KeyError`` it raises means that a metric it needs is missing.
+        mode: ``"min"`` or ``"max"``.
+        ties: Which record ranks first among equals, ``"older"`` or ``"newest"``.
+
+    Raises:
+        PolicyError: If an argument is none of these, or ``key`` is a lambda (give a score a name).
+
+    Example:
+        >>> from checkpointer import Metric
+        >>> def f1(metrics):
+        ...     p, r = metrics["precision"], metrics["recall"]
+        ...     return 2 * p * r / (p + r)
+        >>> Metric(f1, mode="max").name
+        'f1'
+    """
+
+    key: str | Score = attrs.field(validator=_check_key)
+    mode: Literal["min", "max"] = attrs.field(validator=one_of("min", "max"), kw_only=True)
+    ties: Literal["older", "newest"] = attrs.field(
+        default="older", validator=one_of("older", "newest"), kw_only=True
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if callable(self.key) and self.name in ("", "<lambda>"):
+            msg = f"metric is the unnamed function {self.key!r}; define it with def, so that reasons can name it"
+            raise PolicyError(msg)
+
+    @property
+    def name(self) -> str:
+        """The metric's name, or the score function's."""
+        return self.key if isinstance(self.key, str) else getattr(self.key, "__name__", "")
+
+    def value(self, record: Record | Observation) -> float | None:
+        """Return the record's score, or None if what it needs was not reported."""
+        if isinstance(self.key, str):
+            if self.key in record.metrics:
+                return record.metrics[self.key]
+            return {"step": float(record.step), "epoch": float(record.epoch)}.get(self.key)
+        try:
+            score = self.key(record.metrics)
+        except KeyError:
+            return None
+        except Exception as error:
+            msg = f"score {self.name!r} failed on {dict(record.metrics)!r}: {error!r}; fix the function"
+            raise ObservationError(msg) from error
+        return as_metrics({self.name: score})[self.name]
+
+    def sort_key(self, record: Record) -> tuple[int, float, int]:
+        """Return the key that sorts ranked records best first; the metric must be there."""
+        value = self.value(record)
+        assert value is not None, f"{record.name} has no {self.name}"
+        age = record.serial if self.ties == "older" else -record.serial
+        if math.isnan(value):
+            return 2, 0.0, age
+        # -0.0 and 0.0 are one value, so that a tie is a tie.
+        signed = (value if self.mode == "min" else -value) + 0.0
+        return (1 if signed == -math.inf else 0), signed, age
+
+    def ranked(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that have the metric, best first."""
+        return sorted((record for record in records if self.value(record) is not None), key=self.sort_key)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.mode})"

@@ -1,0 +1,367 @@
+"""What a loop reports (an observation) and what a checkpoint leaves behind (a record)."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import attrs
+
+from checkpointer._validators import as_index
+from checkpointer.errors import MetricError, ObservationError, RecordError, SchemaError
+
+__all__ = ["SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
+
+SCHEMA: Final = 1
+"""Number of the record format; a reader refuses a higher one."""
+
+MAX_RECORD_BYTES: Final = 1 << 20
+"""A record larger than this (bytes) is refused unread: no honest one comes near it."""
+
+Contents = Literal["full", "weights"]
+Kind = Literal["regular", "rescue"]
+Status = Literal["pending", "committed", "retired"]
+Line = tuple[tuple[int, int], ...]
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
+    """Convert what a loop measured to plain floats.
+
+    Numbers, numpy scalars and 0-d arrays or tensors (of any device) are welcome; anything else raises
+    `MetricError` naming the metric, the value and its type.
+    """
+    if not isinstance(metrics, Mapping):
+        msg = f"metrics is {metrics!r} ({type(metrics).__name__}); expected a mapping of names to numbers"
+        raise MetricError(msg)
+    return MappingProxyType({_as_name(name): _as_float(name, value) for name, value in metrics.items()})
+
+
+def _as_name(name: object) -> str:
+    if isinstance(name, str) and name and not any(ord(char) < 32 for char in name):
+        return name
+    msg = f"metric name is {name!r}; expected a non-empty string without control characters"
+    raise MetricError(msg)
+
+
+def _as_float(name: object, value: Any) -> float:
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    shape = getattr(value, "shape", None)
+    detail = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+    msg = (
+        f"metric {name!r} is {value!r} ({detail}); expected one real number "
+        "(a number, numpy scalar or 0-d tensor): reduce it first, for example with .mean()"
+    )
+    raise MetricError(msg)
+
+
+def _step(value: Any) -> int:
+    return as_index(value, "step", ObservationError)
+
+
+def _epoch(value: Any) -> int:
+    return as_index(value, "epoch", ObservationError)
+
+
+@attrs.frozen(kw_only=True)
+class Progress:
+    """How far training is: the three scales that triggers count on."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    epochs: int = 0
+    """Finished epochs (a count, not an index)."""
+    time: float = 0.0
+    """Seconds since the Unix epoch."""
+
+
+@attrs.frozen(kw_only=True)
+class Observation:
+    """One report of the loop, validated and normalised.
+
+    Example:
+        >>> from checkpointer import Observation
+        >>> now = Observation(metrics={"val_loss": 0.31}, step=400, epoch=3, time=0.0)
+        >>> now.metrics["val_loss"], now.progress.epochs
+        (0.31, 4)
+    """
+
+    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=as_metrics)
+    """What was measured *at this step*."""
+    step: int = attrs.field(converter=_step)
+    """Finished optimizer steps, from 0."""
+    epoch: int = attrs.field(converter=_epoch)
+    """0-based index of the epoch in progress or just ended."""
+    epoch_end: bool = True
+    """Whether this report ends the epoch."""
+    time: float
+    """Seconds since the Unix epoch."""
+
+    @property
+    def progress(self) -> Progress:
+        """The observation on the scales that triggers count on."""
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """What is known about one checkpoint; as a file, its commit marker.
+
+    Two records are equal when all fields are. `to_json` and `from_json` round-trip, NaN and infinities included.
+    """
+
+    name: str
+    """Path of the payload relative to the directory, with ``/`` between parts."""
+    step: int
+    """Finished optimizer steps when the state was taken."""
+    epoch: int
+    """0-based index of the epoch in progress or just ended."""
+    epoch_end: bool = True
+    """Whether the epoch had ended."""
+    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=lambda m: MappingProxyType(dict(m)))
+    """Every metric reported at this step."""
+    time: float
+    """Seconds since the Unix epoch when the save was decided."""
+    size: int
+    """Bytes of the payload."""
+    digest: str
+    """``"xxh3-128:"`` and 32 hex digits over the payload's bytes."""
+    format: str
+    """Name of the payload format, such as ``"torch"``."""
+    contents: Contents = "full"
+    """``"full"`` can resume a run, ``"weights"`` cannot."""
+    kind: Kind = "regular"
+    """``"rescue"`` for a save made because of an exception or a signal."""
+    reason: str = ""
+    """Why it was saved, in words."""
+    run: str
+    """Id of the training run, kept across its restarts."""
+    label: str = ""
+    """Which manager of the directory wrote it; empty unless several share it."""
+    line: Line = ()
+    """Forks this record descends from, as ``(fork, step)``: see `Manifest`."""
+    serial: int
+    """Commit order within the directory, from 1."""
+    token: str
+    """Unique id of this write."""
+    pinned: bool = False
+    """A pinned checkpoint is never retired."""
+
+    @property
+    def progress(self) -> Progress:
+        """The record on the scales that triggers count on."""
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, safe for JSON."""
+        data = {field: getattr(self, field) for field in _FIELDS}
+        data["metrics"] = {name: _to_plain_float(value) for name, value in self.metrics.items()}
+        data["line"] = [list(fork) for fork in self.line]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Record:
+        """Read what `to_dict` wrote; errors say ``where`` the bad value stands."""
+        reader = _Reader(data, where)
+        return cls(**{field: read(reader, field) for field, read in _READERS.items()})
+
+
+@attrs.frozen(kw_only=True)
+class Entry:
+    """One record file: a record and how far its write or removal has come.
+
+    ``pending``: the payload may be there or not; its digest tells. ``previous`` is the record that the write
+    replaces. ``retired``: no longer a checkpoint, its payload is about to go.
+    """
+
+    record: Record
+    status: Status = "committed"
+    previous: Record | None = None
+    owner: str = ""
+    """Process that is writing (``pending`` only): see `checkpointer.ports.Owner`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, safe for JSON."""
+        data: dict[str, Any] = {"schema": SCHEMA, "status": self.status, "record": self.record.to_dict()}
+        if self.previous is not None:
+            data["previous"] = self.previous.to_dict()
+        if self.owner:
+            data["owner"] = self.owner
+        return data
+
+    def to_json(self) -> bytes:
+        """Return the record file's bytes."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False).encode()
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Entry:
+        """Read what `to_dict` wrote."""
+        reader = _Reader(data, where)
+        schema = reader.whole("schema")
+        if schema > SCHEMA:
+            msg = (
+                f"{where} has schema {schema}; this version of torch-checkpointer reads up to {SCHEMA}. "
+                "Upgrade it to read this directory; nothing was changed"
+            )
+            raise SchemaError(msg)
+        previous = reader.raw("previous", None)
+        return cls(
+            record=Record.from_dict(reader.raw("record"), f"{where}, in 'record'"),
+            status=reader.choice("status", ("pending", "committed", "retired")),
+            previous=None if previous is None else Record.from_dict(previous, f"{where}, in 'previous'"),
+            owner=reader.text("owner", ""),
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Entry:
+        """Read a record file; raises `RecordError` with the file and the bad value in the message."""
+        return cls.from_dict(parse_json(data, where), where)
+
+
+def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
+    """Parse JSON from storage with a bound on size; any failure is a `RecordError`."""
+    if len(data) > limit:
+        msg = f"{where} is {len(data)} bytes; at most {limit} are read"
+        raise RecordError(msg)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
+        raise RecordError(msg) from error
+
+
+def _to_plain_float(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)
+
+
+_MISSING: Final = object()
+_NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_DIGEST: Final = re.compile(r"[a-z0-9-]+:[0-9a-f]+")
+
+
+class _Reader:
+    """Typed reads from untrusted plain data; every error carries the path of the value."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            msg = f"{where}: expected an object, found {type(data).__name__}"
+            raise RecordError(msg)
+        self._data = data
+        self._where = where
+
+    def raw(self, key: str, default: Any = _MISSING) -> Any:
+        value = self._data.get(key, default)
+        if value is _MISSING:
+            msg = f"{self._where}: {key!r} is missing"
+            raise RecordError(msg)
+        return value
+
+    def bad(self, key: str, expected: str) -> RecordError:
+        return RecordError(f"{self._where}: {key!r} is {self._data.get(key)!r:.80}; expected {expected}")
+
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        value = self.raw(key, default)
+        if isinstance(value, str):
+            return value
+        raise self.bad(key, "text")
+
+    def whole(self, key: str) -> int:
+        value = self.raw(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        raise self.bad(key, "a whole number of at least 0")
+
+    def number(self, key: str) -> float:
+        value = self.raw(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        raise self.bad(key, "a number")
+
+    def flag(self, key: str) -> bool:
+        value = self.raw(key)
+        if isinstance(value, bool):
+            return value
+        raise self.bad(key, "true or false")
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
+        value = self.raw(key)
+        if value in choices:
+            return value
+        raise self.bad(key, " or ".join(map(repr, choices)))
+
+    def payload_name(self, key: str) -> str:
+        value = self.text(key)
+        parts = value.split("/")
+        # A record comes from storage that others may write to: its name must not lead out of the directory.
+        if any(part in ("", ".", "..") for part in parts) or "\\" in value or "\0" in value or ":" in parts[0]:
+            raise self.bad(key, "a relative path inside the directory")
+        if parts[0] == ".checkpointer":
+            raise self.bad(key, "a path outside '.checkpointer'")
+        return value
+
+    def digest(self, key: str) -> str:
+        value = self.text(key)
+        if _DIGEST.fullmatch(value):
+            return value
+        raise self.bad(key, "'algorithm:hex'")
+
+    def metrics(self, key: str) -> dict[str, float]:
+        value = self.raw(key)
+        if not isinstance(value, dict):
+            raise self.bad(key, "an object of numbers")
+        return dict(self._metric(key, name, number) for name, number in value.items())
+
+    def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+        if isinstance(value, str) and value in _NON_FINITE:
+            return name, _NON_FINITE[value]
+        msg = f"{self._where}: '{key}[{name!r}]' is {value!r:.80}; expected a number"
+        raise RecordError(msg)
+
+    def line(self, key: str) -> Line:
+        return tuple(self._forks(key))
+
+    def _forks(self, key: str) -> Iterator[tuple[int, int]]:
+        value = self.raw(key)
+        if not isinstance(value, list):
+            raise self.bad(key, "a list of [fork, step]")
+        for fork in value:
+            match fork:
+                case [int() as number, int() as step]:
+                    yield number, step
+                case _:
+                    raise self.bad(key, "a list of [fork, step]")
+
+
+_READERS: Final[dict[str, Any]] = {
+    "name": _Reader.payload_name,
+    "step": _Reader.whole,
+    "epoch": _Reader.whole,
+    "epoch_end": _Reader.flag,
+    "metrics": _Reader.metrics,
+    "time": _Reader.number,
+    "size": _Reader.whole,
+    "digest": _Reader.digest,
+    "format": _Reader.text,
+    "contents": lambda reader, key: reader.choice(key, ("full", "weights")),
+    "kind": lambda reader, key: reader.choice(key, ("regular", "rescue")),
+    "reason": _Reader.text,
+    "run": _Reader.text,
+    "label": _Reader.text,
+    "line": _Reader.line,
+    "serial": _Reader.whole,
+    "token": _Reader.text,
+    "pinned": _Reader.flag,
+}
+_FIELDS: Final = tuple(_READERS)

@@ -1,0 +1,246 @@
+"""Retention rules name the records they keep; limits take away from what the rules keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import attrs
+
+from checkpointer._validators import whole_number
+from checkpointer.errors import PolicyError
+from checkpointer.ranking import Metric, Score
+from checkpointer.records import Record
+
+__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule", "kept_by"]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Names the records to keep. One method: a list of rules is their union, so none needs to know another."""
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """Return the names to keep, each with the reason in a few words.
+
+        ``history`` is every record of the run that counts, oldest first, the candidate last while a save is being
+        decided. Must depend on it alone: what an interrupted retire left over heals at the next save that way.
+        """
+        ...
+
+
+@runtime_checkable
+class Limit(Protocol):
+    """Takes away from what the rules keep, such as a budget of bytes."""
+
+    def drop(self, kept: Sequence[Record], ranking: Metric | None) -> Mapping[str, str]:
+        """Return the names to drop from ``kept`` (oldest first), each with the reason."""
+        ...
+
+
+@attrs.frozen(init=False)
+class KeepBest:
+    """Keep the ``k`` best by a metric. A record without the metric is not ranked and not kept by this rule.
+
+    Args:
+        k: How many, at least 1.
+        metric: A metric's name, or a named function of the metrics that returns a score.
+        mode: ``"min"`` or ``"max"``.
+        ties: Which of two equals stays, ``"older"`` or ``"newest"``.
+        after_step: Records up to and including this step are not ranked (warm-up).
+
+    Example:
+        >>> from checkpointer import KeepBest
+        >>> print(KeepBest(3, "val_loss", mode="min"))
+        the best 3 by val_loss (min)
+    """
+
+    k: int = attrs.field(validator=whole_number(1))
+    metric: Metric
+    after_step: int = attrs.field(validator=whole_number(0))
+
+    def __init__(
+        self,
+        k: int,
+        metric: str | Score,
+        *,
+        mode: Literal["min", "max"],
+        ties: Literal["older", "newest"] = "older",
+        after_step: int = 0,
+    ) -> None:
+        self.__attrs_init__(k, Metric(metric, mode=mode, ties=ties), after_step)  # type: ignore[attr-defined]
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`."""
+        best = self.metric.ranked(self.eligible(history))[: self.k]
+        return {record.name: f"#{rank} of {self}" for rank, record in enumerate(best, start=1)}
+
+    def eligible(self, history: Iterable[Record]) -> list[Record]:
+        """Return the records this rule may rank."""
+        return [record for record in history if record.step > self.after_step or not self.after_step]
+
+    def __str__(self) -> str:
+        after = f" after step {self.after_step}" if self.after_step else ""
+        return f"the best {self.k} by {self.metric}{after}"
+
+
+@attrs.frozen
+class KeepLast:
+    """Keep the newest ``n``, in the order they were committed.
+
+    Example:
+        >>> from checkpointer import KeepLast
+        >>> print(KeepLast(2))
+        the last 2
+    """
+
+    n: int = attrs.field(validator=whole_number(1))
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`."""
+        return {record.name: str(self) for record in history[-self.n :]}
+
+    def __str__(self) -> str:
+        return f"the last {self.n}"
+
+
+def _optional_seconds(value: Any) -> Any:
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def _positive_seconds(instance: object, field: object, value: object) -> None:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        return
+    msg = f"KeepEvery.seconds is {value!r}; expected more than 0, or a timedelta"
+    raise PolicyError(msg)
+
+
+@attrs.frozen(kw_only=True)
+class KeepEvery:
+    """Keep one record per interval for good, thinning a long history evenly.
+
+    Per ``steps`` (or finished ``epochs``): the first record at or past each multiple. Per ``seconds``: the first
+    record, and then each one at least that much later than the one kept before.
+
+    Args:
+        steps: Steps per interval, at least 1.
+        epochs: Finished epochs per interval, at least 1.
+        seconds: Seconds per interval, more than 0, or a `datetime.timedelta`.
+
+    Raises:
+        PolicyError: Unless exactly one of the three is given.
+
+    Example:
+        >>> from checkpointer import KeepEvery
+        >>> print(KeepEvery(steps=10_000))
+        one every 10000 steps
+    """
+
+    steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
+    epochs: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
+    seconds: float | None = attrs.field(default=None, converter=_optional_seconds, validator=_positive_seconds)
+
+    def __attrs_post_init__(self) -> None:
+        given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]
+        if len(given) != 1:
+            msg = f"KeepEvery got {' and '.join(given) or 'nothing'}; pass exactly one of steps, epochs, seconds"
+            raise PolicyError(msg)
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`."""
+        kept = self._spaced(history) if self.seconds is not None else self._first_per_interval(history)
+        return {record.name: str(self) for record in kept}
+
+    def _first_per_interval(self, history: Sequence[Record]) -> Iterable[Record]:
+        first: dict[int, Record] = {}
+        for record in history:
+            interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
+            if interval:
+                first.setdefault(interval, record)
+        return first.values()
+
+    def _spaced(self, history: Sequence[Record]) -> list[Record]:
+        assert self.seconds is not None
+        kept: list[Record] = []
+        for record in history:
+            if not kept or record.time - kept[-1].time >= self.seconds:
+                kept.append(record)
+        return kept
+
+    def __str__(self) -> str:
+        if self.seconds is not None:
+            return f"one every {self.seconds:g} s"
+        return f"one every {self.steps} steps" if self.steps else f"one every {self.epochs} epochs"
+
+
+@attrs.frozen
+class KeepAll:
+    """Keep every record.
+
+    Example:
+        >>> from checkpointer import KeepAll
+        >>> print(KeepAll())
+        everything
+    """
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`."""
+        return {record.name: str(self) for record in history}
+
+    def __str__(self) -> str:
+        return "everything"
+
+
+@attrs.frozen(kw_only=True)
+class Budget:
+    """Limit the bytes kept: the worst-ranked go first, never the newest, the best or a pinned one.
+
+    Ranked by the first `KeepBest` of the policy, unranked records behind the ranked and the oldest of them first;
+    without a `KeepBest` the oldest go first. A save is decided before its size is known: it is taken to be as large
+    as the one before, and the budget holds again at the next save.
+
+    Args:
+        bytes: Bytes of payloads, at least 1.
+
+    Example:
+        >>> from checkpointer import Budget
+        >>> print(Budget(bytes=20 * 10**9))
+        at most 20000000000 bytes
+    """
+
+    bytes: int = attrs.field(validator=whole_number(1))
+
+    def drop(self, kept: Sequence[Record], ranking: Metric | None) -> Mapping[str, str]:
+        """See `Limit.drop`."""
+        excess = sum(record.size for record in kept) - self.bytes
+        ranked = [] if ranking is None else ranking.ranked(kept)
+        safe = {kept[-1].name} if kept else set()
+        safe |= {record.name for record in ranked[:1]}
+        names = {record.name for record in ranked}
+        worst_first = [record for record in kept if record.name not in names] + ranked[::-1]
+        dropped: dict[str, str] = {}
+        for record in worst_first:
+            if excess <= 0:
+                break
+            if not record.pinned and record.name not in safe:
+                dropped[record.name] = str(self)
+                excess -= record.size
+        return dropped
+
+    def __str__(self) -> str:
+        return f"at most {self.bytes} bytes"
+
+
+def kept_by(
+    rules: Sequence[Rule], limits: Sequence[Limit], history: Sequence[Record], ranking: Metric | None
+) -> dict[str, tuple[str, ...]]:
+    """Return the names that live, each with the reasons of every rule that keeps it."""
+    reasons: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        for name, reason in rule.keep(history).items():
+            reasons[name] = (*reasons.get(name, ()), reason)
+    for limit in limits:
+        kept = [record for record in history if record.name in reasons]
+        for name in limit.drop(kept, ranking):
+            del reasons[name]
+    return reasons

@@ -1,0 +1,308 @@
+"""Local disks and mounts: stage beside the target, fsync, one rename, fsync the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from checkpointer.errors import NameTakenError, StorageError
+from checkpointer.owner import is_dead, is_live
+from checkpointer.ports import Stat
+
+__all__ = ["LocalStorage"]
+
+STAGING: Final = ".checkpointer/staging"
+STALE_S: Final = 24 * 3600.0
+"""A staging folder of a writer that cannot be asked is swept after this many seconds without a change."""
+
+_NO_LINKS: Final = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL}
+
+
+class LocalStorage:
+    """A folder of a mounted filesystem.
+
+    Args:
+        root: The folder. ``~`` is expanded; a relative path is fixed now, whatever ``chdir`` comes later.
+        owner: Id of the writer, from `checkpointer.owner.new_owner`.
+
+    Raises:
+        StorageError: If ``root`` is a file.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], owner: str) -> None:
+        self._root = Path(root).expanduser().absolute()
+        self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
+        if self._root.exists() and not self._root.is_dir():
+            msg = f"{self._root} is a file; the manager needs a folder"
+            raise StorageError(msg)
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    # Storage
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """See `Storage.list`; unfinished writes are not listed."""
+        base = self._root / prefix
+        found: dict[str, Stat] = {}
+        try:
+            info = base.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return found
+        if not stat.S_ISDIR(info.st_mode):
+            return {prefix: _stat(info)}
+        self._walk(str(base), prefix + "/" if prefix else "", found)
+        return found
+
+    def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if not entry.is_dir(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[name] = _stat(entry.stat(follow_symlinks=False))
+                elif name != STAGING:
+                    self._walk(entry.path, name + "/", found)
+
+    def open(self, path: str) -> BinaryIO:
+        """See `Storage.open`."""
+        return open(self._root / path, "rb")  # noqa: SIM115 - the caller closes it
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        staged = self._new_staged()
+        with open(staged, "wb") as stream:
+            stream.write(data)
+            _sync(stream)
+        target = self._root / path
+        _make_folders(target.parent)
+        os.replace(staged, target)
+        _sync_folder(target.parent)
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`; folders above that are empty now go too, up to the root."""
+        target = self._root / path
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+        folder = target.parent
+        while folder != self._root and self._root in folder.parents and ".checkpointer" not in folder.parts:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+            folder = folder.parent
+        if folder.exists():
+            _sync_folder(folder)
+
+    def upload(self, path: str) -> LocalUpload:
+        """See `Storage.upload`."""
+        staged = self._new_staged()
+        return LocalUpload(staged, self._root / path, open(staged, "wb", buffering=1 << 20))  # noqa: SIM115
+
+    # SupportsLinks
+
+    def symlink(self, target: str, path: str) -> None:
+        """See `SupportsLinks.symlink`."""
+        link = self._root / path
+        self._swing(link, lambda staged: os.symlink(os.path.relpath(self._root / target, link.parent), staged))
+
+    def hardlink(self, target: str, path: str) -> None:
+        """See `SupportsLinks.hardlink`."""
+        if (self._root / target).is_dir():
+            raise OSError(errno.EPERM, "folders have no hard links", target)
+        self._swing(self._root / path, lambda staged: os.link(self._root / target, staged))
+
+    def _swing(self, path: Path, make: Any) -> None:
+        staged = self._new_staged()
+        make(staged)
+        _make_folders(path.parent)
+        try:
+            os.replace(staged, path)
+        finally:
+            # A rename between two names of one file does nothing and leaves both.
+            staged.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+    # SupportsFreeSpace
+
+    def free_space(self) -> int | None:
+        """See `SupportsFreeSpace.free_space`."""
+        try:
+            usage = os.statvfs(self._root)
+        except (OSError, AttributeError):
+            return None
+        return usage.f_bavail * usage.f_frsize
+
+    # SupportsPaths
+
+    def local_path(self, path: str) -> str:
+        """See `SupportsPaths.local_path`."""
+        return str(self._root / path)
+
+    def stage(self, path: str) -> tuple[str, LocalUpload]:
+        """See `SupportsPaths.stage`."""
+        staged = self._new_staged().with_suffix(Path(path).suffix)
+        return str(staged), LocalUpload(staged, self._root / path, None)
+
+    def sync(self, path: str) -> None:
+        """See `SupportsPaths.sync`."""
+        _sync_tree(self._root / path)
+        _sync_folder((self._root / path).parent)
+
+    # SupportsSweep
+
+    def prepare(self) -> None:
+        """See `SupportsSweep.prepare`."""
+        try:
+            self._new_staged().touch()
+        except OSError as error:
+            msg = f"cannot write to {self._root}: {error.strerror}; choose a directory that this process may write to"
+            raise StorageError(msg) from error
+
+    def sweep(self) -> int:
+        """See `SupportsSweep.sweep`."""
+        count = 0
+        for folder in self._staging_folders():
+            if self._is_abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                count += 1
+        return count
+
+    def close(self) -> None:
+        """See `SupportsSweep.close`."""
+        shutil.rmtree(self._staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self._root / STAGING).rmdir()
+
+    def _staging_folders(self) -> Iterator[Path]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield from (folder for folder in (self._root / STAGING).iterdir() if folder != self._staging)
+
+    def _is_abandoned(self, folder: Path) -> bool:
+        owner = folder.name.rpartition("-")[0]
+        if is_dead(owner):
+            return True
+        try:
+            return not is_live(owner) and time.time() - folder.stat().st_mtime > STALE_S
+        except FileNotFoundError:
+            return False
+
+    def _new_staged(self) -> Path:
+        # Made anew each time: another host may have swept it after a day in which nothing was written.
+        _make_folders(self._staging)
+        return self._staging / uuid.uuid4().hex[:12]
+
+
+class LocalUpload:
+    """A payload in the staging folder, on the same filesystem as its target. See `checkpointer.ports.Upload`."""
+
+    def __init__(self, staged: Path, target: Path, stream: BinaryIO | None) -> None:
+        self._staged = staged
+        self._target = target
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        """See `Upload.write`."""
+        assert self._stream is not None, "a staged path is written by its owner"
+        return self._stream.write(data)
+
+    def finish(self) -> None:
+        """See `Upload.finish`."""
+        if self._stream is None:
+            _sync_tree(self._staged)
+            return
+        _sync(self._stream)
+        self._stream.close()
+
+    def publish(self, *, replace: bool) -> None:
+        """See `Upload.publish`."""
+        _make_folders(self._target.parent)
+        if replace:
+            os.replace(self._staged, self._target)
+        else:
+            self._publish_new()
+        _sync_folder(self._target.parent)
+
+    def _publish_new(self) -> None:
+        # A link fails if the name is taken, where a rename would silently win over another writer's file.
+        if not self._staged.is_dir():
+            try:
+                os.link(self._staged, self._target)
+            except FileExistsError as error:
+                raise self._taken() from error
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+            else:
+                self._staged.unlink()
+                return
+        if os.path.lexists(self._target):
+            raise self._taken()
+        os.rename(self._staged, self._target)
+
+    def _taken(self) -> NameTakenError:
+        msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
+        return NameTakenError(msg)
+
+    def abort(self) -> None:
+        """See `Upload.abort`."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+        if self._staged.is_dir():
+            shutil.rmtree(self._staged, ignore_errors=True)
+        else:
+            self._staged.unlink(missing_ok=True)
+
+
+def _stat(info: os.stat_result) -> Stat:
+    return Stat(info.st_size, f"{info.st_mtime_ns:x}-{info.st_ino:x}")
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable: without it a power loss undoes the rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network mounts refuse fsync on a folder; there is nothing stronger to ask them for.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    if not path.is_dir():
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        return
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync_tree(Path(folder, name))
+        _sync_folder(Path(folder))
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and its parents, each new entry durable."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    _sync_folder(folder.parent)

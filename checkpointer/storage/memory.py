@@ -1,0 +1,106 @@
+"""Storage in this process's memory: for ``directory=None``, and a fast real storage for tests."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from typing import Any, BinaryIO
+
+from checkpointer.errors import NameTakenError
+from checkpointer.ports import Stat
+
+__all__ = ["MemoryStorage"]
+
+
+class MemoryStorage:
+    """Files in a dict. Symbolic and hard links work as on a disk.
+
+    Example:
+        >>> from checkpointer.testing import MemoryStorage
+        >>> storage = MemoryStorage()
+        >>> storage.write("a/b", b"data")
+        >>> storage.list("a")["a/b"].size
+        4
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+        self._links: dict[str, str] = {}
+        self._versions: dict[str, int] = {}
+        self._clock = 0
+
+    def __str__(self) -> str:
+        return "memory"
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """See `Storage.list`."""
+        names = (*self._files, *self._links)
+        below = [n for n in names if not prefix or n == prefix or n.startswith(prefix + "/")]
+        return {name: Stat(len(self._files.get(name, b"")), str(self._versions[name])) for name in below}
+
+    def open(self, path: str) -> BinaryIO:
+        """See `Storage.open`."""
+        target = self._links.get(path, path)
+        if target not in self._files:
+            raise FileNotFoundError(2, "no such file in memory", path)
+        return io.BytesIO(self._files[target])
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        self._put(path)
+        self._files[path] = bytes(data)
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`."""
+        for name in self.list(path):
+            self._files.pop(name, None)
+            self._links.pop(name, None)
+
+    def upload(self, path: str) -> MemoryUpload:
+        """See `Storage.upload`."""
+        return MemoryUpload(self, path)
+
+    def symlink(self, target: str, path: str) -> None:
+        """See `SupportsLinks.symlink`."""
+        self._put(path)
+        self._links[path] = posixpath.normpath(target)
+
+    def hardlink(self, target: str, path: str) -> None:
+        """See `SupportsLinks.hardlink`."""
+        self.write(path, self._files[target])
+
+    def _put(self, path: str) -> None:
+        self._clock += 1
+        self._versions[path] = self._clock
+        self._links.pop(path, None)
+        self._files.pop(path, None)
+
+    def _is_taken(self, path: str) -> bool:
+        return path in self._files or path in self._links
+
+
+class MemoryUpload:
+    """A payload that is not in the dict yet. See `checkpointer.ports.Upload`."""
+
+    def __init__(self, storage: MemoryStorage, path: str) -> None:
+        self._storage = storage
+        self._path = path
+        self._buffer = io.BytesIO()
+
+    def write(self, data: Any) -> int:
+        """See `Upload.write`."""
+        return self._buffer.write(data)
+
+    def finish(self) -> None:
+        """See `Upload.finish`."""
+
+    def publish(self, *, replace: bool) -> None:
+        """See `Upload.publish`."""
+        if not replace and self._storage._is_taken(self._path):
+            msg = f"{self._path} appeared while it was about to be written; nothing was replaced"
+            raise NameTakenError(msg)
+        self._storage.write(self._path, self._buffer.getvalue())
+
+    def abort(self) -> None:
+        """See `Upload.abort`."""
+        self._buffer = io.BytesIO()
