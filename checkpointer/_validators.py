@@ -19,10 +19,7 @@ def whole_number(minimum: int) -> Any:
     def check(instance: object, field: _Field, value: object) -> None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
             return
-        msg = (
-            f"{type(instance).__name__}.{field.name} is {value!r}; "
-            f"expected a whole number of at least {minimum}"
-        )
+        msg = f"{type(instance).__name__}.{field.name} is {value!r}; expected a whole number of at least {minimum}"
         raise PolicyError(msg)
 
     return check

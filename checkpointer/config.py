@@ -80,7 +80,8 @@ def _build(cls: Any, arguments: Any, where: str, known: Mapping[str, Any]) -> An
             arguments = [from_plain(item, f"{where}[{i}]", known) for i, item in enumerate(arguments)]
         return _call(cls, where, *arguments)
     arguments = dict(mapping(cls, arguments, where))
-    score = known.get(arguments.get("metric", ""))  # type: ignore[arg-type]
+    metric = arguments.get("metric")
+    score = known.get(metric) if isinstance(metric, str) else None
     if cls is KeepBest and callable(score):
         arguments["metric"] = score
     return _call(cls, where, **arguments)

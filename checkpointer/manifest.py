@@ -37,6 +37,8 @@ class Manifest:
     """Names of payloads that no committed record names: never touched, never reused."""
     seen: frozenset[str] = frozenset()
     """Names of metrics reported so far, saved or not."""
+    resumed: str = ""
+    """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
 
     @cached_property
     def own(self) -> tuple[Record, ...]:

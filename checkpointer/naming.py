@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -25,7 +26,9 @@ _BUILTIN: Final = ("epoch", "step")
 def check_name(name: str) -> str:
     """Return ``name`` if it is a relative path that stays inside the directory, or raise `NamingError`."""
     parts = name.split("/")
-    if "\\" in name or any(ord(char) < 32 for char in name):
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        msg = f"the name {name!r} holds a lone surrogate, which cannot be encoded; remove it from the template"
+    elif "\\" in name or any(ord(char) < 32 for char in name):
         msg = f"the name {name!r} holds a backslash or control character; remove it from the template"
     elif name.startswith("/") or re.match(r"[A-Za-z]:", name):
         msg = f"the name {name!r} is absolute; names are relative to the manager's directory"
@@ -153,9 +156,7 @@ class Naming:
     best: str = attrs.field(default="best", converter=_as_alias, kw_only=True)
     first_version: int = attrs.field(default=1, validator=whole_number(0), kw_only=True)
     version_counter: bool = attrs.field(default=True, kw_only=True)
-    missing: Literal["error", "zero"] = attrs.field(
-        default="error", validator=one_of("error", "zero"), kw_only=True
-    )
+    missing: Literal["error", "zero"] = attrs.field(default="error", validator=one_of("error", "zero"), kw_only=True)
     slashes: Literal["replace", "keep"] = attrs.field(
         default="replace", validator=one_of("replace", "keep"), kw_only=True
     )
@@ -193,9 +194,7 @@ class Naming:
         """The metrics the template asks for, in order."""
         return tuple(field.key for part in self._parts for field in part.fields if field.key not in _BUILTIN)
 
-    def stem(
-        self, metrics: Mapping[str, float], *, step: int, epoch: int, known: Container[str] = ()
-    ) -> str:
+    def stem(self, metrics: Mapping[str, float], *, step: int, epoch: int, known: Container[str] = ()) -> str:
         """Fill the template.
 
         Args:
@@ -231,7 +230,7 @@ class Naming:
 
     def _fill(self, field: _Field, values: Mapping[str, float]) -> str:
         value: Any = values[field.key]
-        if field.key in _BUILTIN:
+        if field.key in _BUILTIN and math.isfinite(value):
             value = int(value)
         text = field.format(value)
         if not self.auto_insert:
@@ -239,7 +238,7 @@ class Naming:
         key = field.key if self.slashes == "keep" else _HOSTILE.sub("_", field.key)
         return f"{key}{self.equals}{text}"
 
-    def free_name(self, stem: str, taken: Collection[str], *, replaceable: Container[str] = ()) -> str:
+    def free_name(self, stem: str, taken: Container[str], *, replaceable: Container[str] = ()) -> str:
         """Return the first file name for ``stem`` that is free or may be replaced.
 
         Looks names up in ``taken`` and asks no storage, however many versions there are.

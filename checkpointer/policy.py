@@ -31,13 +31,13 @@ def _as_naming(value: Any) -> Any:
     return Naming(value) if value is None or isinstance(value, str) else value
 
 
-def _is_naming(instance: object, field: object, value: object) -> None:
+def _is_naming(instance: object, field: object, value: Any) -> None:
     if not isinstance(value, Naming):
         msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
         raise PolicyError(msg)
 
 
-def _is_trigger(instance: object, field: object, value: object) -> None:
+def _is_trigger(instance: object, field: object, value: Any) -> None:
     if isinstance(value, type) or not isinstance(value, Trigger):
         msg = f"Policy.when is {value!r}; expected a trigger such as EverySteps(100)"
         raise PolicyError(msg)
@@ -108,7 +108,11 @@ class Policy:
     @property
     def ranking(self) -> Metric | None:
         """The metric that says which is best: the first `KeepBest`'s."""
-        return next((rule.metric for rule in self.keep if isinstance(rule, KeepBest)), None)
+        return self._best_rule.metric if self._best_rule else None
+
+    @property
+    def _best_rule(self) -> KeepBest | None:
+        return next((rule for rule in self.keep if isinstance(rule, KeepBest)), None)
 
     @property
     def aliases(self) -> dict[str, Literal["link", "copy"]]:
@@ -124,8 +128,7 @@ class Policy:
 
     def best_of(self, records: Iterable[Record]) -> Record | None:
         """Return the best of these records, or None if none is ranked."""
-        rule = next((rule for rule in self.keep if isinstance(rule, KeepBest)), None)
-        ranked = rule.metric.ranked(rule.eligible(records)) if rule else []
+        ranked = self._best_rule.ranked(records) if self._best_rule else []
         return ranked[0] if ranked else None
 
     @classmethod
@@ -203,13 +206,17 @@ class Policy:
             PolicyError: If the file is not YAML, or a value in it is bad; the message has its path in the file.
             FileNotFoundError: If there is no such file.
         """
-        text = path if isinstance(path, str) and "\n" in path else Path(path).read_text(encoding="utf-8")
         try:
+            text = path if isinstance(path, str) and "\n" in path else Path(path).read_text(encoding="utf-8")
             data = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             msg = f"the policy is not valid YAML: {error}"
             raise PolicyError(msg) from error
-        return _policy_from_plain(data, known or {})
+        try:
+            return _policy_from_plain(data, known or {})
+        except RecursionError as error:
+            msg = "the policy refers to itself or is nested too deeply; write each trigger and rule out"
+            raise PolicyError(msg) from error
 
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"
@@ -340,10 +347,12 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
     if policy.last == "copy" and not kept and not absent:
         name = policy.name.last_file
         return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
-    return _named(policy, now, manifest, retire, why)
+    return _named(policy, now, manifest, candidate, retire, why)
 
 
-def _named(policy: Policy, now: Observation, manifest: Manifest, retire: tuple[str, ...], why: str) -> Save:
+def _named(
+    policy: Policy, now: Observation, manifest: Manifest, candidate: Record, retire: tuple[str, ...], why: str
+) -> Save:
     known = manifest.seen | policy.known_metrics
     stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
     replaceable = set(retire)
@@ -351,8 +360,11 @@ def _named(policy: Policy, now: Observation, manifest: Manifest, retire: tuple[s
         replaceable |= {record.name for record in manifest.live if not record.pinned}
     replaceable -= set(policy.aliases)
     name = policy.name.free_name(stem, manifest.taken.union(policy.aliases), replaceable=replaceable)
-    retire = tuple(other for other in retire if other != name)
-    return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
+    replaces = name in manifest.by_name
+    if replaces:
+        # What is replaced takes no place among the k or the last n.
+        retire = surplus(policy, manifest.without(name).with_record(candidate))
+    return Save(name=name, retire=retire, reason=why, observation=now, replaces=replaces)
 
 
 def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record) -> Attach | Skip:
@@ -384,11 +396,15 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
     """
     history = _ranked_history(policy, manifest)
     pinned = [record for record in history if record.pinned]
-    rules: Sequence[Rule] = (*policy.rules, _Names({record.name: "pinned" for record in pinned}))
-    reasons = kept_by(rules, policy.limits, history, policy.ranking)
     newest = manifest.history[-1] if manifest.history else None
-    if policy.last and newest:
-        reasons[newest.name] = (*reasons.get(newest.name, ()), _NEWEST)
+    # Named among the rules, so that a limit counts it and takes it for the newest.
+    named = {newest.name: _NEWEST} if policy.last and newest else {}
+    rules: Sequence[Rule] = (*policy.rules, _Names({record.name: "pinned" for record in pinned}), _Names(named))
+    reasons = kept_by(rules, policy.limits, history, policy._best_rule)
+    if newest and newest.name in named:
+        reasons.setdefault(newest.name, (_NEWEST,))
+    if manifest.resumed in manifest.by_name:
+        reasons[manifest.resumed] = (*reasons.get(manifest.resumed, ()), "resumed from")
     for record in manifest.live:
         if record.kind == "rescue" and (newest is None or record.serial > newest.serial or record.pinned):
             reasons[record.name] = ("pinned",) if record.pinned else (record.reason,)
@@ -441,5 +457,6 @@ def _absent(policy: Policy, now: Observation) -> list[str]:
 
 
 def _declined(policy: Policy, now: Observation) -> str:
-    ranked = [f"{rule.metric.name}={rule.metric.value(now):.6g} is not in {rule}" for rule in _ranking_rules(policy, now)]
+    rules = _ranking_rules(policy, now)
+    ranked = [f"{rule.metric.name}={rule.metric.value(now):.6g} is not in {rule}" for rule in rules]
     return "; ".join(ranked) or f"no rule keeps it: {' and '.join(map(str, policy.rules)) or 'none given'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import attrs
 
@@ -12,12 +12,20 @@ from checkpointer._validators import one_of
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.records import Observation, Record, as_metrics
 
-__all__ = ["Metric"]
+__all__ = ["Metric", "Ranking"]
 
 Score = Callable[[Mapping[str, float]], Any]
 
 
-def _check_key(instance: object, field: object, value: object) -> None:
+class Ranking(Protocol):
+    """Puts records in order, best first: a `Metric`, or a `KeepBest` that leaves out its warm-up."""
+
+    def ranked(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that are ranked, best first."""
+        ...
+
+
+def _check_key(instance: object, field: object, value: Any) -> None:
     if (isinstance(value, str) and value) or callable(value):
         return
     msg = f"metric is {value!r}; expected a metric's name or a function of the metrics"
@@ -52,9 +60,7 @@ class Metric:
 
     key: str | Score = attrs.field(validator=_check_key)
     mode: Literal["min", "max"] = attrs.field(validator=one_of("min", "max"), kw_only=True)
-    ties: Literal["older", "newest"] = attrs.field(
-        default="older", validator=one_of("older", "newest"), kw_only=True
-    )
+    ties: Literal["older", "newest"] = attrs.field(default="older", validator=one_of("older", "newest"), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if callable(self.key) and self.name in ("", "<lambda>"):

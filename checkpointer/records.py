@@ -42,9 +42,10 @@ def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def _as_name(name: object) -> str:
-    if isinstance(name, str) and name and not any(ord(char) < 32 for char in name):
+    # Lone surrogates cannot be encoded, so no record could be written.
+    if isinstance(name, str) and name and not any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name):
         return name
-    msg = f"metric name is {name!r}; expected a non-empty string without control characters"
+    msg = f"metric name is {name!r}; expected a non-empty string without control characters or surrogates"
     raise MetricError(msg)
 
 
@@ -55,7 +56,7 @@ def _as_float(name: object, value: Any) -> float:
         try:
             return float(value)
         except OverflowError:
-            return math.inf if value > 0 else -math.inf
+            return math.inf if value > 0 else -math.inf  # type: ignore[operator]
     shape = getattr(value, "shape", None)
     detail = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
     msg = (
@@ -63,6 +64,11 @@ def _as_float(name: object, value: Any) -> float:
         "(a number, numpy scalar or 0-d tensor): reduce it first, for example with .mean()"
     )
     raise MetricError(msg)
+
+
+def _frozen(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    # One NaN object for all, so that records that say the same are equal: a dict compares by identity first.
+    return MappingProxyType({name: math.nan if math.isnan(value) else value for name, value in metrics.items()})
 
 
 def _step(value: Any) -> int:
@@ -102,7 +108,7 @@ class Observation:
     """Finished optimizer steps, from 0."""
     epoch: int = attrs.field(converter=_epoch)
     """0-based index of the epoch in progress or just ended."""
-    epoch_end: bool = True
+    epoch_end: bool = attrs.field(default=True, converter=bool)
     """Whether this report ends the epoch."""
     time: float
     """Seconds since the Unix epoch."""
@@ -128,7 +134,7 @@ class Record:
     """0-based index of the epoch in progress or just ended."""
     epoch_end: bool = True
     """Whether the epoch had ended."""
-    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=lambda m: MappingProxyType(dict(m)))
+    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=_frozen)
     """Every metric reported at this step."""
     time: float
     """Seconds since the Unix epoch when the save was decided."""
@@ -240,12 +246,22 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
         raise RecordError(msg) from error
 
 
+def _as_number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def _to_plain_float(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
 _DIGEST: Final = re.compile(r"[a-z0-9-]+:[0-9a-f]+")
 
 
@@ -282,9 +298,9 @@ class _Reader:
         raise self.bad(key, "a whole number of at least 0")
 
     def number(self, key: str) -> float:
-        value = self.raw(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        number = _as_number(self.raw(key))
+        if number is not None and math.isfinite(number):
+            return number
         raise self.bad(key, "a number")
 
     def flag(self, key: str) -> bool:
@@ -303,7 +319,7 @@ class _Reader:
         value = self.text(key)
         parts = value.split("/")
         # A record comes from storage that others may write to: its name must not lead out of the directory.
-        if any(part in ("", ".", "..") for part in parts) or "\\" in value or "\0" in value or ":" in parts[0]:
+        if any(part in ("", ".", "..") for part in parts) or "\\" in value or "\0" in value or _DRIVE.match(value):
             raise self.bad(key, "a relative path inside the directory")
         if parts[0] == ".checkpointer":
             raise self.bad(key, "a path outside '.checkpointer'")
@@ -322,10 +338,9 @@ class _Reader:
         return dict(self._metric(key, name, number) for name, number in value.items())
 
     def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return name, float(value)
-        if isinstance(value, str) and value in _NON_FINITE:
-            return name, _NON_FINITE[value]
+        number = _NON_FINITE.get(value) if isinstance(value, str) else _as_number(value)
+        if number is not None:
+            return name, number
         msg = f"{self._where}: '{key}[{name!r}]' is {value!r:.80}; expected a number"
         raise RecordError(msg)
 

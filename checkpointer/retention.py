@@ -10,7 +10,7 @@ import attrs
 
 from checkpointer._validators import whole_number
 from checkpointer.errors import PolicyError
-from checkpointer.ranking import Metric, Score
+from checkpointer.ranking import Metric, Ranking, Score
 from checkpointer.records import Record
 
 __all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule", "kept_by"]
@@ -33,7 +33,7 @@ class Rule(Protocol):
 class Limit(Protocol):
     """Takes away from what the rules keep, such as a budget of bytes."""
 
-    def drop(self, kept: Sequence[Record], ranking: Metric | None) -> Mapping[str, str]:
+    def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """Return the names to drop from ``kept`` (oldest first), each with the reason."""
         ...
 
@@ -68,12 +68,16 @@ class KeepBest:
         ties: Literal["older", "newest"] = "older",
         after_step: int = 0,
     ) -> None:
-        self.__attrs_init__(k, Metric(metric, mode=mode, ties=ties), after_step)  # type: ignore[attr-defined]
+        self.__attrs_init__(k, Metric(metric, mode=mode, ties=ties), after_step)
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        best = self.metric.ranked(self.eligible(history))[: self.k]
+        best = self.ranked(history)[: self.k]
         return {record.name: f"#{rank} of {self}" for rank, record in enumerate(best, start=1)}
+
+    def ranked(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records this rule ranks, best first."""
+        return self.metric.ranked(self.eligible(records))
 
     def eligible(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule may rank."""
@@ -108,7 +112,7 @@ def _optional_seconds(value: Any) -> Any:
     return value.total_seconds() if isinstance(value, timedelta) else value
 
 
-def _positive_seconds(instance: object, field: object, value: object) -> None:
+def _positive_seconds(instance: object, field: object, value: Any) -> None:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
         return
     msg = f"KeepEvery.seconds is {value!r}; expected more than 0, or a timedelta"
@@ -210,7 +214,7 @@ class Budget:
 
     bytes: int = attrs.field(validator=whole_number(1))
 
-    def drop(self, kept: Sequence[Record], ranking: Metric | None) -> Mapping[str, str]:
+    def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """See `Limit.drop`."""
         excess = sum(record.size for record in kept) - self.bytes
         ranked = [] if ranking is None else ranking.ranked(kept)
@@ -232,7 +236,7 @@ class Budget:
 
 
 def kept_by(
-    rules: Sequence[Rule], limits: Sequence[Limit], history: Sequence[Record], ranking: Metric | None
+    rules: Sequence[Rule], limits: Sequence[Limit], history: Sequence[Record], ranking: Ranking | None
 ) -> dict[str, tuple[str, ...]]:
     """Return the names that live, each with the reasons of every rule that keeps it."""
     reasons: dict[str, tuple[str, ...]] = {}
@@ -241,6 +245,9 @@ def kept_by(
             reasons[name] = (*reasons.get(name, ()), reason)
     for limit in limits:
         kept = [record for record in history if record.name in reasons]
-        for name in limit.drop(kept, ranking):
-            del reasons[name]
+        dropped = limit.drop(kept, ranking)
+        for record in kept:
+            # Whatever a limit says: a pinned checkpoint is never retired.
+            if record.name in dropped and not record.pinned:
+                del reasons[record.name]
     return reasons

@@ -204,7 +204,7 @@ class AtSteps:
     steps: tuple[int, ...]
 
     def __init__(self, *steps: int) -> None:
-        self.__attrs_init__(_as_steps(steps))  # type: ignore[attr-defined]
+        self.__attrs_init__(_as_steps(steps))
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
@@ -243,7 +243,7 @@ class AnyOf:
             if isinstance(trigger, type) or not isinstance(trigger, Trigger):
                 msg = f"AnyOf has {trigger!r}; expected triggers such as EverySteps(100)"
                 raise PolicyError(msg)
-        self.__attrs_init__(triggers)  # type: ignore[attr-defined]
+        self.__attrs_init__(triggers)
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""

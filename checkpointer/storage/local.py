@@ -53,6 +53,8 @@ class LocalStorage:
         """See `Storage.list`; unfinished writes are not listed."""
         base = self._root / prefix
         found: dict[str, Stat] = {}
+        if f"{prefix}/".startswith(f"{STAGING}/"):
+            return found
         try:
             info = base.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -74,17 +76,25 @@ class LocalStorage:
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
-        return open(self._root / path, "rb")  # noqa: SIM115 - the caller closes it
+        try:
+            return open(self._root / path, "rb")
+        except NotADirectoryError as error:
+            raise FileNotFoundError(errno.ENOENT, "there is a file where its folder would be", path) from error
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
         staged = self._new_staged()
-        with open(staged, "wb") as stream:
-            stream.write(data)
-            _sync(stream)
         target = self._root / path
-        _make_folders(target.parent)
-        os.replace(staged, target)
+        try:
+            with open(staged, "wb") as stream:
+                stream.write(data)
+                _sync(stream)
+            _make_folders(target.parent)
+            os.replace(staged, target)
+        except OSError:
+            # A full disk must not stay full of what did not fit.
+            staged.unlink(missing_ok=True)
+            raise
         _sync_folder(target.parent)
 
     def delete(self, path: str) -> None:
@@ -93,7 +103,8 @@ class LocalStorage:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
-            target.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(target)
         folder = target.parent
         while folder != self._root and self._root in folder.parents and ".checkpointer" not in folder.parts:
             try:
@@ -101,13 +112,13 @@ class LocalStorage:
             except OSError:
                 break
             folder = folder.parent
-        if folder.exists():
+        if folder.is_dir():
             _sync_folder(folder)
 
     def upload(self, path: str) -> LocalUpload:
         """See `Storage.upload`."""
         staged = self._new_staged()
-        return LocalUpload(staged, self._root / path, open(staged, "wb", buffering=1 << 20))  # noqa: SIM115
+        return LocalUpload(staged, self._root / path, open(staged, "wb", buffering=1 << 20))
 
     # SupportsLinks
 
@@ -125,8 +136,8 @@ class LocalStorage:
     def _swing(self, path: Path, make: Any) -> None:
         staged = self._new_staged()
         make(staged)
-        _make_folders(path.parent)
         try:
+            _make_folders(path.parent)
             os.replace(staged, path)
         finally:
             # A rename between two names of one file does nothing and leaves both.
@@ -164,7 +175,9 @@ class LocalStorage:
     def prepare(self) -> None:
         """See `SupportsSweep.prepare`."""
         try:
-            self._new_staged().touch()
+            staged = self._new_staged()
+            staged.touch()
+            staged.unlink()
         except OSError as error:
             msg = f"cannot write to {self._root}: {error.strerror}; choose a directory that this process may write to"
             raise StorageError(msg) from error
@@ -271,6 +284,9 @@ def _stat(info: os.stat_result) -> Stat:
 
 def _sync(stream: BinaryIO) -> None:
     stream.flush()
+    # Kernels before 6.13 stamp files once per tick: a quick rewrite that is given the old inode would look unchanged.
+    with contextlib.suppress(OSError, TypeError):
+        os.utime(stream.fileno(), ns=(time.time_ns(),) * 2)
     os.fsync(stream.fileno())
 
 

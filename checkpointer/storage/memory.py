@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import posixpath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import NameTakenError
 from checkpointer.ports import Stat
 
 __all__ = ["MemoryStorage"]
+
+_MAX_LINKS: Final = 40
+"""As many as Linux follows in one path."""
 
 
 class MemoryStorage:
@@ -40,7 +43,7 @@ class MemoryStorage:
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
-        target = self._links.get(path, path)
+        target = self._resolve(path)
         if target not in self._files:
             raise FileNotFoundError(2, "no such file in memory", path)
         return io.BytesIO(self._files[target])
@@ -67,7 +70,19 @@ class MemoryStorage:
 
     def hardlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.hardlink`."""
-        self.write(path, self._files[target])
+        source = self._resolve(target)
+        if source not in self._files:
+            raise FileNotFoundError(2, "no such file in memory", target)
+        self.write(path, self._files[source])
+
+    def _resolve(self, path: str) -> str:
+        """Follow the links in a path, of folders too; a loop leads nowhere."""
+        for _ in range(_MAX_LINKS):
+            link = next((link for link in self._links if f"{path}/".startswith(f"{link}/")), None)
+            if link is None:
+                break
+            path = self._links[link] + path[len(link) :]
+        return path
 
     def _put(self, path: str) -> None:
         self._clock += 1
@@ -76,7 +91,7 @@ class MemoryStorage:
         self._files.pop(path, None)
 
     def _is_taken(self, path: str) -> bool:
-        return path in self._files or path in self._links
+        return bool(self.list(path))
 
 
 class MemoryUpload:

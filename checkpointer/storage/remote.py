@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.core import url_to_fs
+from fsspec.core import has_magic, url_to_fs
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.ports import Stat
@@ -48,12 +50,16 @@ class FsspecStorage:
         except FileNotFoundError:
             return {}
         # Filesystems differ in whether they return names with their leading slash.
-        root = self._root.lstrip("/") + "/"
-        return {name.lstrip("/")[len(root) :]: _stat(info) for name, info in found.items()}
+        root = f"{self._root}/".lstrip("/")
+        # For a single file some of them find a name without its details.
+        return {name.lstrip("/")[len(root) :]: _stat(info or self._fs.info(name)) for name, info in found.items()}
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
-        return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+        try:
+            return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileNotFoundError(2, "there is a file where its folder would be", path) from error
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
@@ -62,10 +68,14 @@ class FsspecStorage:
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""
-        try:
-            self._fs.rm(self._path(path), recursive=True)
-        except FileNotFoundError:
-            return
+        full = self._path(path)
+        with contextlib.suppress(FileNotFoundError):
+            if not has_magic(full):
+                self._fs.rm(full, recursive=True)
+                return
+            # rm() would take the name for a pattern, and delete what matches it.
+            for name in self._fs.find(full):
+                self._fs.rm_file(name)
 
     def upload(self, path: str) -> FsspecUpload:
         """See `Storage.upload`."""
@@ -74,7 +84,16 @@ class FsspecStorage:
 
     def copy(self, source: str, path: str) -> None:
         """See `SupportsCopy.copy`."""
-        self._fs.copy(self._path(source), self._path(path), recursive=self._fs.isdir(self._path(source)))
+        names = [*self.list(source)]
+        if not names:
+            raise FileNotFoundError(2, "there is nothing to copy", source)
+        if names != [source] or self._fs.isdir(self._path(path)):
+            self.delete(path)
+        copies = [path + name[len(source) :] for name in names]
+        for copy in copies:
+            self._make_parents(copy)
+        # By lists: a single name is taken for a pattern, and a folder that is there already gets the copy inside it.
+        self._fs.copy([self._path(name) for name in names], [self._path(copy) for copy in copies])
 
     def _make_parents(self, path: str) -> None:
         self._fs.makedirs(self._path(path).rpartition("/")[0], exist_ok=True)
@@ -86,7 +105,7 @@ class FsspecUpload:
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs = fs
         self._path = path
-        self._stream: Any = fs.open(path, "wb", autocommit=False)
+        self._stream = _begin(fs, path)
         self._open = True
 
     def write(self, data: Any) -> int:
@@ -99,6 +118,7 @@ class FsspecUpload:
 
     def publish(self, *, replace: bool) -> None:
         """See `Upload.publish`."""
+        self._fs.invalidate_cache()
         if not replace and self._fs.exists(self._path):
             msg = f"{self._path} appeared while it was about to be written; nothing was replaced"
             raise NameTakenError(msg)
@@ -110,6 +130,17 @@ class FsspecUpload:
         if self._open:
             self._open = False
             self._stream.discard()
+
+
+def _begin(fs: fsspec.AbstractFileSystem, path: str) -> Any:
+    if isinstance(fs, MemoryFileSystem):
+        # Its open() ignores autocommit, and would show an empty file at once.
+        return MemoryFile(fs, path)
+    stream = fs.open(path, "wb", autocommit=False)
+    # It is now on the list of a transaction that nobody began: kept in memory, and committed by the next one.
+    with contextlib.suppress(ValueError):
+        fs.transaction.files.remove(stream)
+    return stream
 
 
 def _stat(info: dict[str, Any]) -> Stat:

@@ -1,0 +1,71 @@
+# Every command of this project. Each sets up .venv first if it has to.
+.PHONY: help venv demo test test-quick check wheel-test bench format clean
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto --dist worksteal
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+EXAMPLES := $(wildcard examples/*.py)
+
+help:
+	@echo "make demo        train a small net, kept and resumed by a manager"
+	@echo "make test        every test"
+	@echo "make test-quick  every test but those that kill processes"
+	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
+	@echo "make wheel-test  build the wheel and use it in an empty environment"
+	@echo "make bench       measure beside the raw operations"
+	@echo "make format      let ruff format and fix"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: venv
+	"$(BIN)/python" examples/digits_loop.py
+
+test: venv
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+test-quick: venv
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS) -m 'not slow'
+
+check: venv
+	"$(BIN)/ruff" format --check
+	"$(BIN)/ruff" check
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+	"$(BIN)/python" -m pytest --doctest-modules checkpointer
+	@if grep -q '^```python' README.md; then "$(BIN)/python" -m pytest README.md; fi
+	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
+	@set -e; for example in $(EXAMPLES); do \
+		echo "$$example"; \
+		folder=$$(mktemp -d); \
+		(cd "$$folder" && "$(BIN)/python" "$(CURDIR)/$$example"); \
+		rm -rf "$$folder"; \
+	done
+
+wheel-test: venv
+	rm -rf build dist
+	"$(BIN)/python" -m build --wheel --no-isolation
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet -c constraints.txt dist/*.whl; \
+	cp tests/smoke.py "$$folder"; \
+	cd "$$folder"; \
+	venv/bin/python -I smoke.py
+
+bench: venv
+	"$(BIN)/python" benchmarks/run.py
+
+format: venv
+	"$(BIN)/ruff" check --fix
+	"$(BIN)/ruff" format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,268 @@
+"""One run's view of one directory: its records, its aliases, and what was left half-way by earlier processes."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+import warnings
+from collections.abc import Iterable
+
+import attrs
+
+from checkpointer import index
+from checkpointer.errors import CheckpointerWarning, RecordError
+from checkpointer.manifest import Manifest
+from checkpointer.owner import is_live
+from checkpointer.policy import Policy, surplus
+from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
+from checkpointer.records import SCHEMA, Entry, Record
+from checkpointer.transaction import Transaction
+
+__all__ = ["Directory"]
+
+INDEX_EVERY = 64
+"""The index is written anew after this many changes, or a tenth of the records if that is more."""
+
+
+class Directory:
+    """Keeps manifest and storage in step: every change of one is a change of the other.
+
+    Args:
+        storage: Where the files are.
+        owner: Id of this writer.
+        policy: What is asked for; `policy` is the same with the alias names that are really free.
+        run: Id of the run to go on with; None for a new one.
+        label: Tells managers apart that share the directory.
+        writes: Whether to claim aliases and clear up after dead writers now; a reader changes nothing.
+    """
+
+    def __init__(
+        self, storage: Storage, owner: str, policy: Policy, *, run: str | None, label: str, writes: bool
+    ) -> None:
+        self.storage = storage
+        self.transaction = Transaction(storage, owner)
+        self.policy = self._asked = policy
+        self.claimed = run is not None
+        self._prepared = False
+        self._begun = False
+        self._said: set[str] = set()
+        self._pointed: dict[str, str] = {}
+        listing = index.load(storage)
+        self.damaged = listing.damaged
+        self._unindexed = listing.reads
+        if writes:
+            self.prepare()
+        records, self._left = self.transaction.recover(listing, write=writes)
+        half_way = {entry.record.name for entry in self._left} - {record.name for record in records}
+        self.manifest = Manifest(
+            records=records,
+            run=run or uuid.uuid4().hex[:12],
+            label=label,
+            foreign=listing.foreign | half_way,
+            seen=frozenset(metric for record in records for metric in record.metrics),
+        )
+        if self.manifest.own:
+            self.manifest = self.manifest.seen_by(self.manifest.run, self.manifest.own[-1].line)
+        self._settle_aliases(slots=False, claim=writes)
+
+    @property
+    def view(self) -> Manifest:
+        """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
+        labelled = [record for record in self.manifest.records if record.label == self.manifest.label]
+        if self.claimed or self.manifest.own or not labelled:
+            return self.manifest
+        return self.manifest.seen_by(labelled[-1].run, labelled[-1].line)
+
+    def created(self, clock: Clock) -> float:
+        """Return when a time trigger began to count if nothing was ever saved: the first writer's start."""
+        path = f"{index.HOME}/directory.json"
+        with contextlib.suppress(FileNotFoundError, RecordError):
+            data = index.parse_json(index.read_bounded(self.storage, path), path)
+            if isinstance(data, dict) and isinstance(data.get("created"), (int, float)):
+                return float(data["created"])
+        now = clock.time()
+        if self._prepared:
+            self.storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
+        return now
+
+    # Before the first change
+
+    def prepare(self) -> None:
+        """Check that the storage can be written to, and sweep it; later calls do nothing."""
+        if not self._prepared and isinstance(self.storage, SupportsSweep):
+            self.storage.prepare()
+            self.transaction.sweep()
+        self._prepared = True
+
+    def begin(self) -> None:
+        """Take over what belongs to this run, now that it is about to change something; later calls do nothing."""
+        self.prepare()
+        if self._begun:
+            return
+        self._begun = True
+        others = len(self.manifest.records) - len(self.manifest.own)
+        if others and not self.claimed:
+            msg = (
+                f"{self.storage} holds {others} checkpoints of other runs; they are left alone. "
+                "To go on with a run call restore() first"
+            )
+            self.say_once("not empty", msg)
+        self.claimed = True
+        self._finish_left()
+        self._settle_aliases(slots=True, claim=True)
+        self._free_slot()
+
+    def _finish_left(self) -> None:
+        """Finish what an earlier process of this very run left half-way, on whatever host it ran."""
+        for entry in self._left:
+            ours = (entry.record.run, entry.record.label) == (self.manifest.run, self.manifest.label)
+            if ours and not is_live(entry.owner):
+                self.transaction.finish(entry, write=True)
+
+    # Changes
+
+    def note(self, metrics: Iterable[str]) -> None:
+        """Remember which metrics were reported."""
+        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(metrics))
+
+    def add(self, record: Record) -> None:
+        """Take in a record that was committed."""
+        self.manifest = self.manifest.with_record(record)
+        self._changed()
+
+    def rewrite(self, record: Record) -> None:
+        """Change what a record says; its payload stays."""
+        self.begin()
+        self.transaction.put(Entry(record=record))
+        self.add(record)
+
+    def retire(self) -> list[Record]:
+        """Remove what no rule keeps, and return it."""
+        unwanted = [self.manifest.by_name[name] for name in surplus(self.policy, self.manifest)]
+        retired = [r for r in self.transaction.retire(unwanted) if r.name in self.manifest.by_name]
+        # Payloads that would not go keep their names: a new checkpoint must not be taken for them.
+        foreign = self.manifest.foreign.union(self.transaction.unfinished)
+        self.manifest = attrs.evolve(self.manifest.without(*(r.name for r in retired)), foreign=foreign)
+        for _ in retired:
+            self._changed()
+        return retired
+
+    def resume(self, record: Record, *, protect: bool) -> None:
+        """Go on from this record; ``protect`` keeps it whatever the rules say."""
+        self.claimed = True
+        manifest = self.manifest.resumed_at(record)
+        self.manifest = attrs.evolve(manifest, resumed=record.name if protect else "")
+        if self._prepared:
+            self.begin()
+            self.point_aliases()
+
+    def resume_run(self, run: str, step: int) -> None:
+        """Go on with a run whose host was at ``step``."""
+        self.claimed = True
+        as_run = self.manifest.seen_by(run, ())
+        before = [record for record in as_run.own if record.step <= step]
+        self.manifest = as_run.resumed_at(before[-1]) if before else as_run
+
+    def close(self) -> None:
+        """Write the index, give the aliases free, remove the staging area."""
+        if self._prepared:
+            with contextlib.suppress(OSError):
+                self._write_index()
+                self.transaction.release(self.policy.aliases)
+                if isinstance(self.storage, SupportsSweep):
+                    self.storage.close()
+
+    # Aliases
+
+    def point_aliases(self) -> None:
+        """Let ``last`` and ``best`` name what they should, as the records have it."""
+        history = self.manifest.history
+        last = history[-1] if history else None
+        targets = {self.policy.name.last_file: last, self.policy.name.best_file: self.policy.best_of(history)}
+        for alias, how in self.policy.aliases.items():
+            target = targets[alias]
+            if target is None or target.name == alias or self._pointed.get(alias) == target.token:
+                continue
+            slot = self.manifest.by_name.get(alias)
+            try:
+                self.transaction.alias(alias, how, target, slot=slot)
+            except OSError as error:
+                msg = f"the alias {alias} could not be made ({error}); {target.name} itself is saved"
+                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+                continue
+            self._pointed[alias] = target.token
+            if slot is not None:
+                self.manifest = self.manifest.without(alias)
+
+    def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
+        """Choose alias names that replace nothing of others, and keep them."""
+        naming = self._asked.name
+        for field in ("last", "best"):
+            if getattr(self._asked, field):
+                stem = getattr(self._asked.name, field)
+                name = naming.free_name(stem, _Blocked(self, slots))
+                if name != stem + naming.suffix:
+                    self.say_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
+                    renamed = name.removesuffix(naming.suffix)
+                    naming = (
+                        attrs.evolve(naming, last=renamed) if field == "last" else attrs.evolve(naming, best=renamed)
+                    )
+        self.policy = attrs.evolve(self._asked, name=naming)
+        if claim:
+            for alias in self.policy.aliases:
+                self.transaction.claim(alias, self.manifest.label)
+
+    def is_blocked(self, alias: str, *, slots: bool) -> bool:
+        """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
+        record = self.manifest.by_name.get(alias)
+        if record is not None:
+            return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
+        return alias in self.manifest.foreign and not self.transaction.is_marked(alias)
+
+    def _free_slot(self) -> None:
+        """Move an abandoned ``last`` slot to a name of its own: the alias is about to be written again."""
+        naming = self.policy.name
+        slot = self.manifest.by_name.get(naming.last_file)
+        if not self.policy.last or slot is None or self.manifest.counts(slot):
+            return
+        known = self.policy.known_metrics | set(naming.keys)
+        stem = naming.stem(slot.metrics, step=slot.step, epoch=slot.epoch, known=known)
+        name = naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        moved = self.transaction.relocate(slot, name)
+        self.manifest = self.manifest.without(slot.name).with_record(moved)
+
+    # The index, and what is said once
+
+    def _changed(self) -> None:
+        self._unindexed += 1
+        if self._unindexed >= max(INDEX_EVERY, len(self.manifest.records) // 10):
+            with contextlib.suppress(OSError):
+                self._write_index()
+
+    def _write_index(self) -> None:
+        if self._unindexed:
+            index.save(self.storage, index.load(self.storage))
+            self._unindexed = 0
+
+    def say_once(self, key: str, msg: str) -> None:
+        """Warn, unless something was said under this key before."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+
+    def location(self, name: str) -> str:
+        """Return the full path or URL of a payload."""
+        if isinstance(self.storage, SupportsPaths):
+            return self.storage.local_path(name)
+        return f"{self.storage}/{name}"
+
+
+@attrs.frozen
+class _Blocked:
+    """The alias names that are not free, as a container that is asked name by name."""
+
+    directory: Directory
+    slots: bool
+
+    def __contains__(self, alias: object) -> bool:
+        return self.directory.is_blocked(str(alias), slots=self.slots)

@@ -1,0 +1,129 @@
+"""Reads every record of a directory with one listing and one cache read; the cache is never believed over a record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from checkpointer.errors import RecordError, SchemaError
+from checkpointer.ports import Stat, Storage
+from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry
+from checkpointer.records import parse_json as parse_json
+
+__all__ = ["HOME", "INDEX", "RECORDS", "Listing", "load", "read_bounded", "record_path", "save"]
+
+HOME: Final = ".checkpointer"
+"""Folder of everything that is not a payload or alias."""
+RECORDS: Final = f"{HOME}/records"
+INDEX: Final = f"{HOME}/index.json"
+MAX_INDEX_BYTES: Final = 1 << 30
+
+
+def record_path(name: str) -> str:
+    """Return where the record of the payload ``name`` lies."""
+    return f"{RECORDS}/{name}.json"
+
+
+@attrs.frozen(kw_only=True)
+class Listing:
+    """What a directory holds."""
+
+    entries: dict[str, Entry]
+    """Each readable record file by its path."""
+    damaged: dict[str, str]
+    """Each unreadable record file by its path, with what is wrong."""
+    files: Mapping[str, Stat]
+    """Every file of the directory."""
+    reads: int = 0
+    """How many record files had to be read, because the index did not know them."""
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Every name in use, folders included, that no record names."""
+        known = {entry.record.name for entry in self.entries.values()}
+        names: set[str] = set()
+        for path in self.files:
+            if path.startswith(f"{HOME}/") or path in known:
+                continue
+            folders = [path[:i] for i, char in enumerate(path) if char == "/"]
+            if not known.intersection(folders):
+                names.update(folders, [path])
+        # What stands beside an unreadable record is somebody's checkpoint: its name stays taken.
+        names.update(path[len(RECORDS) + 1 : -len(".json")] for path in self.damaged)
+        return frozenset(names)
+
+
+def load(storage: Storage) -> Listing:
+    """Read all records, from the index where the listing shows that a record file is unchanged.
+
+    Raises:
+        SchemaError: If a record was written by a newer version of this library.
+    """
+    files = storage.list()
+    cached = _cached(storage, files)
+    entries: dict[str, Entry] = {}
+    damaged: dict[str, str] = {}
+    reads = 0
+    for path, stat in files.items():
+        if not path.startswith(f"{RECORDS}/") or not path.endswith(".json"):
+            continue
+        try:
+            entry = _from_cache(cached, path, stat)
+            reads += entry is None
+            entries[path] = entry or _read(storage, path)
+        except FileNotFoundError:
+            continue  # Retired by a live manager since the listing.
+        except SchemaError:
+            raise
+        except RecordError as error:
+            damaged[path] = str(error)
+    return Listing(entries=entries, damaged=damaged, files=files, reads=reads)
+
+
+def _read(storage: Storage, path: str) -> Entry:
+    entry = Entry.from_json(read_bounded(storage, path), path)
+    if record_path(entry.record.name) != path:
+        msg = f"{path}: it is the record of {entry.record.name!r}; a record lies under its payload's name"
+        raise RecordError(msg)
+    return entry
+
+
+def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """Read a small file, or as much of a large one as shows that it is too large."""
+    with storage.open(path) as stream:
+        return stream.read(limit + 1)
+
+
+def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
+    if INDEX not in files:
+        return {}
+    try:
+        data = parse_json(read_bounded(storage, INDEX, MAX_INDEX_BYTES), INDEX, MAX_INDEX_BYTES)
+        return data["entries"] if data["schema"] == SCHEMA and isinstance(data["entries"], dict) else {}
+    except (OSError, RecordError, KeyError, TypeError):
+        return {}
+
+
+def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat) -> Entry | None:
+    match cached.get(path):
+        case [size, version, data] if size == stat.size and version == stat.version:
+            try:
+                entry = Entry.from_dict(data, f"{INDEX}, in {path!r}")
+            except RecordError:
+                return None
+            return entry if record_path(entry.record.name) == path else None
+        case _:
+            return None
+
+
+def save(storage: Storage, listing: Listing) -> None:
+    """Write the cache of these records."""
+    entries = {
+        path: [listing.files[path].size, listing.files[path].version, entry.to_dict()]
+        for path, entry in listing.entries.items()
+        if entry.status == "committed" and path in listing.files
+    }
+    storage.write(INDEX, json.dumps({"schema": SCHEMA, "entries": entries}, separators=(",", ":")).encode())

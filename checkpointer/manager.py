@@ -1,0 +1,569 @@
+"""The checkpoint manager: the one object with state and effects. Everything it decides is decided in `policy`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import attrs
+import yaml
+
+from checkpointer import restoring
+from checkpointer._validators import as_index
+from checkpointer.clock import SystemClock
+from checkpointer.directory import Directory
+from checkpointer.errors import (
+    CheckpointerWarning,
+    ClosedError,
+    MetricError,
+    NotFoundError,
+    ObservationError,
+    PolicyError,
+    RecordError,
+    SaveError,
+)
+from checkpointer.formats import open_format
+from checkpointer.manifest import Manifest
+from checkpointer.owner import new_owner, release
+from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue
+from checkpointer.ports import Clock, Format, Listener, Storage
+from checkpointer.ranking import Metric
+from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
+from checkpointer.restoring import Restored
+from checkpointer.storage import open_storage
+from checkpointer.triggers import ALWAYS, AtSteps, Horizon, horizon_of
+from checkpointer.writing import FOLDER, Writer
+
+__all__ = ["CheckpointManager"]
+
+_log = logging.getLogger("checkpointer")
+
+
+class CheckpointManager:
+    """Saves, keeps, finds and restores checkpoints; knows nothing about the training loop.
+
+    Args:
+        directory: A path, an fsspec URL, a `checkpointer.ports.Storage`, or None to keep checkpoints in memory.
+        policy: When to save and what to keep; None saves nothing (to look at a directory or restore from it).
+        state: Returns the state to save. Called only when a save is due, once per save.
+        weights: Returns the weights alone, for ``contents="weights"``; None takes ``state``.
+        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given.
+        format: ``"torch"``, ``"safetensors"`` (weights) or a `checkpointer.ports.Format`.
+        run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
+        label: Tells managers apart that share a directory.
+        listeners: Told when a checkpoint is durable or gone.
+        tolerate_failures: How many saves in a row may fail with a warning before `SaveError` is raised.
+        storage_options: What fsspec needs besides the URL, such as credentials; never logged or stored.
+        clock: Where the time comes from.
+        verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
+
+    Raises:
+        StorageError: If the directory cannot be used, or cannot be written to although ``state`` or ``save`` is given.
+        AliasInUseError: If another live manager keeps the same alias in this directory.
+
+    Example:
+        >>> from checkpointer import CheckpointManager, EveryEpochs, KeepBest, Policy
+        >>> manager = CheckpointManager(
+        ...     None, Policy(EveryEpochs(1), [KeepBest(1, "loss", mode="min")]), state=lambda: {"w": 1}
+        ... )
+        >>> for epoch, loss in enumerate([0.9, 0.4, 0.6]):
+        ...     decision = manager.observe({"loss": loss}, step=10 * (epoch + 1), epoch=epoch)
+        >>> decision.reason
+        '3 epochs finished, every 1; loss=0.6 is not in the best 1 by loss (min)'
+        >>> manager.best.name, manager.restore("best").state
+        ('epoch=1-step=20.ckpt', {'w': 1})
+        >>> manager.close()
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | Storage | None,
+        policy: Policy | None = None,
+        *,
+        state: Callable[[], Any] | None = None,
+        weights: Callable[[], Any] | None = None,
+        save: Callable[[str], None] | None = None,
+        format: str | Format = "torch",
+        run: str | None = None,
+        label: str = "",
+        listeners: Iterable[Listener] = (),
+        tolerate_failures: int = 0,
+        storage_options: Mapping[str, Any] | None = None,
+        clock: Clock | None = None,
+        verbose: bool = False,
+    ) -> None:
+        if save is not None and (state is not None or weights is not None):
+            msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
+            raise PolicyError(msg)
+        self._format = open_format(format)
+        policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
+        self._capture = weights if policy.contents == "weights" and weights is not None else state
+        self._save = save
+        self._listeners = tuple(listeners)
+        self._tolerated = as_index(tolerate_failures, "tolerate_failures", PolicyError)
+        self._clock = clock or SystemClock()
+        self._level = logging.INFO if verbose else logging.DEBUG
+        self._closed = False
+        self._failures = 0
+        self._saved_steps: set[int] = set()
+        self._since = Progress()
+        self._owed = False
+        self._last_step = -1
+        self._seen: tuple[Any, int, int, bool | None] | None = None
+        self._epoch_ended: tuple[int, int] | None = None
+        self._owner = owner = new_owner()
+        self._release = weakref.finalize(self, release, owner)
+        writes = self._capture is not None or save is not None
+        storage = open_storage(directory, owner, storage_options)
+        self._directory = Directory(storage, owner, policy, run=run, label=label, writes=writes)
+        self._writer = Writer(self._directory, self._format, save)
+        if writes and policy.contents == "weights":
+            msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
+            self._directory.say_once("weights", msg)
+        _log.log(self._level, "%s: %s", storage, self.policy)
+        self._go_on(self._first_progress())
+
+    def _first_progress(self) -> Progress:
+        manifest = self._directory.manifest
+        if manifest.own:
+            return manifest.own[-1].progress
+        if any(record.label == manifest.label for record in manifest.records):
+            return Progress(time=self._clock.time())
+        return Progress(time=self._directory.created(self._clock))
+
+    # The hot path
+
+    def observe(self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None) -> Decision:
+        """Report what happened, and save if that is due.
+
+        Cheap when nothing is due: two comparisons, and the metrics are not looked at. Observing again at a step that
+        is saved attaches the new metrics to its record and ranks it anew, without writing the payload again.
+
+        Args:
+            metrics: What was measured at this step: numbers, numpy scalars or 0-d tensors by name.
+            step: Finished optimizer steps.
+            epoch: 0-based index of the epoch in progress or just ended.
+            epoch_end: Whether this report ends the epoch; None means that each report does.
+
+        Returns:
+            `Save` (truthy), `Attach` or `Skip` (falsy), each with its ``reason``.
+
+        Raises:
+            ObservationError: For a step that went back, or an epoch that ends twice while ``epoch_end`` is None.
+            MetricError: If a metric is not one number.
+            SaveError: If the checkpoint could not be written; older ones are untouched.
+        """
+        if (
+            self._last_step < step < self._quiet_step
+            and (self._quiet_epochs is None or (epoch_end is not None and epoch + epoch_end < self._quiet_epochs))
+            and (self._quiet_time is None or self._clock.time() < self._quiet_time)
+        ):
+            self._last_step = step
+            self._seen = (metrics, step, epoch, epoch_end)
+            return self._quiet
+        decision = self.decide(metrics, step, epoch, epoch_end=epoch_end)
+        return self.commit(decision) if isinstance(decision, Save) else decision
+
+    def _look_ahead(self) -> None:
+        """Work out below which step, epoch and time nothing is due."""
+        horizon = horizon_of(self.policy.when, self._since)
+        if self._owed or self._since.time > self._clock.time():
+            horizon = ALWAYS
+        self._quiet_step = -math.inf if self._closed else horizon.step
+        self._quiet_epochs = None if horizon.epochs == math.inf else horizon.epochs
+        self._quiet_time = None if horizon.time == math.inf else horizon.time
+        self._quiet = Skip(reason=_not_due(self.policy, horizon))
+
+    def decide(self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None) -> Decision:
+        """Decide without writing a payload, for trainers that own the moment: then `commit` what they wrote.
+
+        An `Attach` is carried out at once. Arguments and errors as for `observe`.
+        """
+        self._check_open()
+        now = self._observation(metrics, step, epoch, epoch_end)
+        self._directory.note(now.metrics)
+        decision = self._decide(now)
+        if isinstance(decision, Attach):
+            self._attach(decision)
+        elif isinstance(decision, Skip) and decision.due:
+            self._since, self._owed = now.progress, decision.waiting
+            self._look_ahead()
+        _log.log(self._level, "step %d: %s", now.step, decision.reason)
+        return decision
+
+    def _decide(self, now: Observation) -> Decision:
+        if now.step < self._last_step and self._directory.manifest.at_step(now.step) is None:
+            if now.step in self._saved_steps:
+                return Skip(reason=f"step {now.step} was saved, and is retired since")
+            msg = (
+                f"the step went back from {self._last_step} to {now.step}; after loading an older state call "
+                "restore(), for another training make another manager"
+            )
+            raise ObservationError(msg)
+        self._last_step = max(self._last_step, now.step)
+        decision = decide(self.policy, now, self._directory.manifest, since=self._since, owed=self._owed)
+        if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
+            self._warn_of_absent(now)
+        return decision
+
+    def _observation(self, metrics: Any, step: Any, epoch: Any, epoch_end: bool | None) -> Observation:
+        ended = True if epoch_end is None else bool(epoch_end)
+        now = Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=ended, time=self._clock.time())
+        if epoch_end is None:
+            if self._quiet_epochs is not None and self._epoch_ended is not None:
+                before, at_step = self._epoch_ended
+                if before == now.epoch and at_step != now.step:
+                    msg = (
+                        f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
+                        "epoch_end=True at the end of an epoch and epoch_end=False within it"
+                    )
+                    raise ObservationError(msg)
+            self._epoch_ended = (now.epoch, now.step)
+        self._seen = (now.metrics, now.step, now.epoch, ended)
+        return now
+
+    def _warn_of_absent(self, now: Observation) -> None:
+        for name in sorted(self.policy.known_metrics - self._directory.manifest.seen - {"epoch", "step"}):
+            if now.metrics:
+                have = ", ".join(sorted(self._directory.manifest.seen))
+                msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
+                self._directory.say_once(f"absent {name}", msg)
+
+    # Saving
+
+    def commit(self, decision: Decision, path: str | os.PathLike[str] | None = None) -> Decision:
+        """Carry out a `Save`.
+
+        Args:
+            decision: What `decide` returned; anything but a `Save` is returned as it is.
+            path: Where a trainer has written the checkpoint, inside the directory: it is adopted under that name.
+                None takes the state and writes it.
+
+        Returns:
+            The `Save` with what was really retired, or a `Skip` if the write failed and that is tolerated.
+
+        Raises:
+            SaveError: If the checkpoint could not be written; older ones are untouched.
+        """
+        self._check_open()
+        if not isinstance(decision, Save):
+            return decision
+        self._directory.begin()
+        state = self._take_state() if path is None and self._save is None else None
+        try:
+            record = self._writer.write(decision, state, path)
+        except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
+            return self._failed(decision, error)
+        return attrs.evolve(decision, name=record.name, retire=self._committed(record))
+
+    def _take_state(self) -> Any:
+        if self._capture is None:
+            msg = "nothing to save: pass state= (or save=) to CheckpointManager, or a path to commit()"
+            raise SaveError(msg)
+        return self._capture()
+
+    def _failed(self, decision: Save, error: Exception) -> Skip:
+        self._failures += 1
+        if decision.kind == "regular":
+            self._since, self._owed = decision.observation.progress, False
+            self._look_ahead()
+        msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
+        if self._failures > self._tolerated:
+            raise error if isinstance(error, SaveError) else SaveError(msg) from error
+        tolerated = f"{msg}; failure {self._failures} of {self._tolerated} tolerated"
+        warnings.warn(tolerated, CheckpointerWarning, stacklevel=3)
+        return Skip(reason=msg, due=True)
+
+    def _committed(self, record: Record) -> tuple[str, ...]:
+        self._failures = 0
+        self._directory.add(record)
+        retired: tuple[str, ...] = ()
+        if record.kind == "regular":
+            self._saved_steps.add(record.step)
+            self._since, self._owed = record.progress, False
+            self._look_ahead()
+            self._directory.point_aliases()
+            retired = self._retire()
+        self._tell("on_saved", record)
+        return retired
+
+    def _attach(self, decision: Attach) -> None:
+        record = self._directory.manifest.by_name[decision.name]
+        metrics = {**record.metrics, **decision.observation.metrics}
+        self._directory.rewrite(attrs.evolve(record, metrics=metrics))
+        self._directory.point_aliases()
+        self._retire()
+
+    def _retire(self) -> tuple[str, ...]:
+        retired = self._directory.retire()
+        for record in retired:
+            self._tell("on_retired", record)
+        return tuple(record.name for record in retired)
+
+    def _tell(self, event: Literal["on_saved", "on_retired"], record: Record) -> None:
+        for listener in self._listeners:
+            try:
+                getattr(listener, event, lambda _: None)(record)
+            except Exception as error:  # A broken tracker must not end the training.
+                msg = f"{type(listener).__name__}.{event} failed on {record.name}: {error!r}; the checkpoint is fine"
+                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+
+    def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
+        """Save now, outside the policy: own name, never over anything, never ranked.
+
+        Counts as newest when restoring; the first regular save after it retires it. If the step is saved already
+        nothing is written.
+
+        Args:
+            reason: Why, for the record.
+            step: Finished optimizer steps; None takes the last observation's.
+            epoch: 0-based index of the epoch; None takes the last observation's.
+
+        Raises:
+            SaveError: If it could not be written.
+        """
+        self._check_open()
+        if self._seen is None and step is None:
+            return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
+        metrics, seen_step, seen_epoch, ended = self._seen or ({}, 0, 0, False)
+        at = seen_step if step is None else step
+        now = Observation(
+            metrics=_usable(metrics) if at == seen_step else {},
+            step=at,
+            epoch=seen_epoch if epoch is None else epoch,
+            epoch_end=bool(ended) if at == seen_step else False,
+            time=self._clock.time(),
+        )
+        saved = self._directory.manifest.at_step(now.step)
+        if saved is not None and saved.contents == "full":
+            return Skip(reason=f"step {now.step} is saved already as {saved.name}")
+        return self.commit(decide_rescue(self.policy, now, self._directory.manifest, reason))
+
+    # Restoring
+
+    def restore(
+        self,
+        which: str | int | None = None,
+        *,
+        weights_only: bool = True,
+        map_location: Any = "cpu",
+        contents: Literal["full", "any"] = "full",
+    ) -> Restored | None:
+        """Verify and load a checkpoint, and go on with its run from there.
+
+        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted.
+
+        Args:
+            which: None or ``"last"`` for the newest valid one, ``"best"``, a name, or a step.
+            weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
+            map_location: Where tensors go, as for ``torch.load``.
+            contents: ``"any"`` also takes checkpoints that hold only weights.
+
+        Returns:
+            What was restored, or None if there is no checkpoint at all.
+
+        Raises:
+            NoValidCheckpointError: If there are checkpoints, but none is valid: it never starts over silently.
+            NotFoundError: If the name or step asked for is not there.
+            CorruptError: If the checkpoint asked for by name or step is not what was written.
+            UnsafePayloadError: If it holds what a safe load refuses.
+        """
+        self._check_open()
+        view = self.manifest
+        chosen = restoring.choose(which, self.policy, view, contents)
+        if which is None or which in ("last", "best") or which in self.policy.aliases:
+            restored = restoring.load_first_valid(
+                self._directory.storage,
+                chosen,
+                self._format_of,
+                self._directory.damaged.values(),
+                weights_only=weights_only,
+                map_location=map_location,
+            )
+            if restored is None:
+                restoring.check_empty(which, self.policy, view, self._directory.storage)
+                return None
+        else:
+            restored = restoring.load(
+                self._directory.storage,
+                chosen[0],
+                self._format_of(chosen[0]),
+                weights_only=weights_only,
+                map_location=map_location,
+            )
+        self._directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
+        self._go_on(restored.record.progress)
+        return restored
+
+    def _format_of(self, record: Record) -> Format:
+        if record.format in (self._format.name, FOLDER):
+            return self._format
+        return open_format(record.format)
+
+    def _go_on(self, progress: Progress) -> None:
+        self._since, self._owed = progress, False
+        self._last_step = progress.step if progress.step else -1
+        self._seen = self._epoch_ended = None
+        self._look_ahead()
+
+    # Looking
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force; alias names may carry a version if others had the plain ones."""
+        return self._directory.policy
+
+    @property
+    def manifest(self) -> Manifest:
+        """The records as this run sees them; before it has saved or restored, as the newest run does."""
+        return self._directory.view
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The run's checkpoints in commit order, rescues included."""
+        return self.manifest.live
+
+    @property
+    def last(self) -> Record | None:
+        """The newest checkpoint, rescues included; None if there is none."""
+        return self.manifest.newest
+
+    @property
+    def best(self) -> Record | None:
+        """The best checkpoint by the first `KeepBest`; None if none is ranked."""
+        return self.policy.best_of(self.manifest.history)
+
+    # Managing
+
+    def pin(self, name: str) -> None:
+        """Never retire this checkpoint; survives restarts. Raises `NotFoundError` if the run has none of that name."""
+        self._set_pinned(name, pinned=True)
+
+    def unpin(self, name: str) -> None:
+        """Let rules decide on this checkpoint again, from the next save on."""
+        self._set_pinned(name, pinned=False)
+
+    def _set_pinned(self, name: str, *, pinned: bool) -> None:
+        self._check_open()
+        own = {record.name: record for record in self.manifest.own}
+        if name not in own:
+            msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
+            raise NotFoundError(msg)
+        self._directory.resume_run(own[name].run, max(self._last_step, own[name].step))
+        self._directory.rewrite(attrs.evolve(own[name], pinned=pinned))
+
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
+        """Write the best k as ``{path: score}``, best first, and return it.
+
+        Args:
+            path: The file; None writes ``best_k_models.yaml`` in the directory.
+        """
+        ranking = self.policy.ranking
+        ranked = [] if ranking is None else ranking.ranked(self.manifest.history)
+        scores = {
+            self._directory.location(r.name): float(ranking.value(r) or 0.0) for r in ranked if ranking is not None
+        }
+        text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
+        if path is None:
+            self._directory.storage.write("best_k_models.yaml", text.encode())
+        else:
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(text)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore."""
+        return {
+            "schema": SCHEMA,
+            "run": self._directory.manifest.run,
+            "step": max(self._last_step, 0),
+            "since": attrs.asdict(self._since),
+            "owed": self._owed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the run that `state_dict` describes, from the step it was taken at.
+
+        Raises:
+            RecordError: If it is not what `state_dict` returned.
+        """
+        self._check_open()
+        try:
+            run, step = str(state["run"]), as_index(state["step"], "step", RecordError)
+            since = Progress(**state["since"])
+            owed = bool(state["owed"])
+        except (KeyError, TypeError) as error:
+            msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
+            raise RecordError(msg) from error
+        self._directory.resume_run(run, step)
+        self._go_on(since)
+        self._owed, self._last_step = owed, step
+        self._look_ahead()
+
+    def close(self) -> None:
+        """Finish: write the index, give the aliases free. A second call does nothing."""
+        if self._closed:
+            return
+        self._directory.close()
+        self._closed = True
+        self._release()
+        self._look_ahead()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if error is not None and self.policy.rescue and not self._closed and (self._capture or self._save):
+                self._rescue_quietly(error)
+        finally:
+            self.close()
+
+    def _rescue_quietly(self, error: BaseException) -> None:
+        try:
+            self.rescue(f"{type(error).__name__}: {error}")
+        except Exception as failure:  # The error that ended the training is the one to be seen.
+            msg = f"no rescue checkpoint could be written: {failure!r}"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+
+    def __repr__(self) -> str:
+        where = str(self._directory.storage)
+        return f"<CheckpointManager {where!r}: {len(self.records)} checkpoints; {self.policy}>"
+
+    # Helpers
+
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = "the manager is closed; make another one for the same directory and restore()"
+            raise ClosedError(msg)
+
+
+def _score(ranking: Metric | None, record: Record) -> float | None:
+    return None if ranking is None else ranking.value(record)
+
+
+def _usable(metrics: Any) -> Mapping[str, float]:
+    """Return the metrics, or none if one is bad: a rescue must not fail for a report nobody has looked at yet."""
+    try:
+        return as_metrics(metrics)
+    except MetricError:
+        return {}
+
+
+def _with_extension(policy: Policy, extension: str) -> Policy:
+    if policy.name.extension is not None:
+        return policy
+    return attrs.evolve(policy, name=attrs.evolve(policy.name, extension=extension))
+
+
+def _not_due(policy: Policy, horizon: Horizon) -> str:
+    parts = [f"step {horizon.step:g}"] if math.isfinite(horizon.step) else []
+    parts += [f"{horizon.epochs:g} finished epochs"] if math.isfinite(horizon.epochs) else []
+    parts += ["the next interval ends"] if math.isfinite(horizon.time) else []
+    return f"not due before {' or '.join(parts)} ({policy.when})" if parts else f"not due ({policy.when})"

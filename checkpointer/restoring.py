@@ -1,0 +1,175 @@
+"""Restore: choose a checkpoint, verify it, load it, and fall back to the next newest valid one, saying why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from checkpointer.digests import digest_of
+from checkpointer.errors import (
+    CheckpointerWarning,
+    CorruptError,
+    NotFoundError,
+    NoValidCheckpointError,
+    RestoreError,
+)
+from checkpointer.index import HOME
+from checkpointer.manifest import Manifest
+from checkpointer.policy import Policy
+from checkpointer.ports import Format, Storage
+from checkpointer.records import Record
+
+__all__ = ["Restored", "check_empty", "choose", "load", "load_first_valid", "verify"]
+
+
+@attrs.frozen(kw_only=True)
+class Restored:
+    """A checkpoint that was verified and loaded."""
+
+    record: Record
+    """What is known about it: name, step, epoch, metrics, time."""
+    state: Any
+    """The state, as the ``state`` callable returned it."""
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps when the state was taken."""
+        return self.record.step
+
+    @property
+    def epoch(self) -> int:
+        """0-based index of the epoch in progress or just ended when the state was taken."""
+        return self.record.epoch
+
+
+def choose(
+    which: str | int | None, policy: Policy, manifest: Manifest, contents: Literal["full", "any"]
+) -> tuple[Record, ...]:
+    """Return the records to try, in order. Only the newest and the best have others to fall back to.
+
+    Raises:
+        NotFoundError: If no record has that name or step.
+        RestoreError: If the record named has only weights, and ``contents="full"``.
+    """
+    aliases = {policy.name.last_file: "last", policy.name.best_file: "best"}
+    if isinstance(which, str) and which not in manifest.by_name:
+        which = aliases.get(which, which)
+    if which in (None, "last"):
+        return tuple(r for r in reversed(manifest.live) if contents == "any" or r.contents == "full")
+    if which == "best":
+        return _best_first(policy, manifest, contents)
+    record = _named(which, policy, manifest)
+    if contents == "full" and record.contents == "weights":
+        msg = f"{record.name} holds only weights and cannot resume a run; pass contents='any' to load them"
+        raise RestoreError(msg)
+    return (record,)
+
+
+def _best_first(policy: Policy, manifest: Manifest, contents: Literal["full", "any"]) -> tuple[Record, ...]:
+    if policy.ranking is None:
+        msg = "there is no best: no rule of the policy ranks; add KeepBest(k, metric, mode=...) to keep"
+        raise RestoreError(msg)
+    best = []
+    records = [r for r in manifest.history if contents == "any" or r.contents == "full"]
+    while (record := policy.best_of(records)) is not None:
+        best.append(record)
+        records.remove(record)
+    return tuple(best)
+
+
+def _named(which: str | int | None, policy: Policy, manifest: Manifest) -> Record:
+    if isinstance(which, int):
+        # An abandoned checkpoint may be asked for by its step, if no other has that step.
+        found = [r for r in manifest.own if r.step == which]
+        found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", r.serial))
+    else:
+        found = [r for name in (which, f"{which}{policy.name.suffix}") if (r := manifest.by_name.get(str(name)))][:1]
+    if found:
+        return found[-1]
+    have = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:]) or "none"
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}"
+    raise NotFoundError(msg)
+
+
+def verify(storage: Storage, record: Record) -> None:
+    """Compare a payload with its record; raise `CorruptError` that says how they differ."""
+    files = storage.list(record.name)
+    size = sum(stat.size for stat in files.values())
+    if not files:
+        msg = f"{record.name} is gone, though its record is there"
+    elif size != record.size:
+        msg = f"{record.name} has {size} bytes where its record says {record.size}"
+    elif (found := digest_of(storage, record.name)) is None or found[1] != record.digest:
+        msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
+    else:
+        return
+    raise CorruptError(msg)
+
+
+def load(storage: Storage, record: Record, payload: Format, *, weights_only: bool, map_location: Any) -> Restored:
+    """Verify and load one checkpoint."""
+    verify(storage, record)
+    if set(storage.list(record.name)) != {record.name}:
+        msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
+        raise RestoreError(msg)
+    with storage.open(record.name) as stream:
+        state = payload.read(stream, weights_only=weights_only, map_location=map_location)
+    return Restored(record=record, state=state)
+
+
+def load_first_valid(
+    storage: Storage,
+    records: Sequence[Record],
+    format_of: Callable[[Record], Format],
+    bad: Iterable[str] = (),
+    *,
+    weights_only: bool,
+    map_location: Any,
+) -> Restored | None:
+    """Load the first record whose payload is whole; None if there is nothing at all.
+
+    Raises:
+        NoValidCheckpointError: If there were candidates or damaged records, and none is valid.
+        UnsafePayloadError: At once: an older checkpoint holds the same kind of objects.
+    """
+    problems = list(bad)
+    for record in records:
+        try:
+            restored = load(storage, record, format_of(record), weights_only=weights_only, map_location=map_location)
+        except (CorruptError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            msg = f"restored {record.name} (step {record.step}) instead of what is newer or better: " + "; ".join(
+                problems
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+        return restored
+    if problems:
+        msg = (
+            "no valid checkpoint: " + "; ".join(problems) + ". Training does not start over silently: "
+            "restore one by name, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
+    return None
+
+
+def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage) -> None:
+    """Raise unless there is really nothing to restore, so that training does not start over silently."""
+    if manifest.live:
+        msg = "there are only weights, which cannot resume a run; pass contents='any' to load them"
+        raise RestoreError(msg)
+    if which not in (None, "last", policy.name.last_file):
+        msg = f"there is no {which!r}: no checkpoint of the run is ranked"
+        raise NotFoundError(msg)
+    suffix = policy.name.suffix
+    files = sorted(path for path in storage.list() if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    if files and not manifest.records:
+        msg = (
+            f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "
+            "silently: load one of them yourself, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)

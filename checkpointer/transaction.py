@@ -1,0 +1,295 @@
+"""How a checkpoint is committed, named, retired and swept, so that a kill at any instant loses nothing.
+
+The crash argument. A save goes through these steps, each durable before the next begins:
+
+1. *Stage*: the payload streams to an invisible place beside its target, and is digested on the way.
+2. *Sync*: the staged bytes are made durable.
+3. *Announce*: a ``pending`` record with the payload's name, size and digest is written.
+4. *Publish*: the payload appears under its name in one step.
+5. *Commit*: the record becomes ``committed``. From here on the checkpoint is acknowledged.
+6. *Alias*: ``last`` and ``best`` swing over in one step each.
+7. *Retire* what nothing keeps: the record becomes ``retired`` first, then the payload goes, then the record.
+8. *Tell* the listeners (the manager does).
+
+Dead during 1 or 2: only an invisible file is left, which `sweep` removes once its writer is provably dead.
+Dead after 3 or 4: the ``pending`` record says by digest whether the payload under the name is the new one (then it
+is whole, and counts as committed), the one it was to replace (then that one's record, which the pending record
+carries along, still holds), or a stranger's (then nothing of ours is there). Old or new, never neither.
+Dead after 5: the checkpoint counts; aliases and retirement are worked out from the records again at the next save.
+Dead within 7: a ``retired`` record is no checkpoint any more, and still names its payload so that it can be swept.
+Nothing is ever deleted or replaced but what a record of our own, or a staging folder of a dead writer, names.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import attrs
+
+from checkpointer.digests import DigestWriter, digest_of
+from checkpointer.errors import AliasInUseError, CheckpointerWarning, RecordError
+from checkpointer.index import HOME, Listing, read_bounded, record_path
+from checkpointer.owner import is_dead, is_live
+from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
+from checkpointer.records import SCHEMA, Entry, Record, parse_json
+
+__all__ = ["Transaction"]
+
+_CHUNK = 4 << 20
+
+
+@attrs.define
+class Transaction:
+    """The steps above, on one storage, for one writer."""
+
+    storage: Storage
+    owner: str
+    unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
+    """Retired checkpoints whose payload could not be deleted yet."""
+
+    # Commit
+
+    def commit(
+        self, draft: Record, write: Callable[[Writable], None], *, replaces: Record | None, over_alias: bool = False
+    ) -> Record:
+        """Write a payload and its record (steps 1 to 5); return the record with size and digest.
+
+        ``replaces`` is the checkpoint of that name, if there is one; ``over_alias`` allows to write over an alias.
+        """
+        upload = self.storage.upload(draft.name)
+        try:
+            stream = DigestWriter(upload)
+            write(stream)  # 1
+            upload.finish()  # 2
+            record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
+            return self._publish(upload, record, replaces, over_alias)
+        finally:
+            upload.abort()
+
+    def commit_path(
+        self, draft: Record, write: Callable[[str], None], *, replaces: Record | None, over_alias: bool = False
+    ) -> Record:
+        """Let a trainer write to a staged path, then commit what it wrote; a folder is fine."""
+        assert isinstance(self.storage, SupportsPaths), "the manager has asked"
+        path, upload = self.storage.stage(draft.name)
+        try:
+            write(path)  # 1
+            upload.finish()  # 2
+            size, digest = self._digest_staged(path)
+            return self._publish(upload, attrs.evolve(draft, size=size, digest=digest), replaces, over_alias)
+        finally:
+            upload.abort()
+
+    def adopt(self, draft: Record) -> Record:
+        """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
+        if isinstance(self.storage, SupportsPaths):
+            self.storage.sync(draft.name)
+        found = digest_of(self.storage, draft.name)
+        if found is None:
+            raise FileNotFoundError(2, "there is no payload to commit", draft.name)
+        record = attrs.evolve(draft, size=found[0], digest=found[1])
+        self.put(Entry(record=record))
+        return record
+
+    def _digest_staged(self, path: str) -> tuple[int, str]:
+        from checkpointer.storage.local import LocalStorage
+
+        parent, _, name = path.rpartition("/")
+        found = digest_of(LocalStorage(parent, self.owner), name)
+        if found is None:
+            raise FileNotFoundError(2, "save= wrote nothing to the path it was given", path)
+        return found
+
+    def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
+        pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
+        self.put(pending)  # 3
+        try:
+            upload.publish(replace=over_alias or replaces is not None)  # 4
+        except OSError:
+            if self.settle(pending, write=True) != record:
+                raise
+            return record
+        self._mark_committed(record, replaces)
+        return record
+
+    def _mark_committed(self, record: Record, replaces: Record | None) -> None:
+        try:
+            self.put(Entry(record=record))  # 5
+        except OSError as error:
+            if replaces is None:
+                self._remove(record)
+                raise
+            # The old payload is gone, and the pending record proves the new one: that is the state there is.
+            msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+    def put(self, entry: Entry) -> None:
+        """Write a record file in one step."""
+        self.storage.write(record_path(entry.record.name), entry.to_json())
+
+    # Recover
+
+    def recover(self, listing: Listing, *, write: bool) -> tuple[list[Record], list[Entry]]:
+        """Return the committed records, and the entries that were left half-way.
+
+        With ``write``, those of writers that are provably dead are finished, and not returned.
+        """
+        records: list[Record] = []
+        left: list[Entry] = []
+        for entry in listing.entries.values():
+            if entry.status == "committed":
+                records.append(entry.record)
+                continue
+            finish = write and is_dead(entry.owner)
+            records.extend(self.finish(entry, write=finish))
+            left.extend([] if finish else [entry])
+        return records, left
+
+    def finish(self, entry: Entry, *, write: bool) -> list[Record]:
+        """Bring an entry that was left half-way to its end; return the committed record it stands for, if any."""
+        if entry.status == "pending":
+            settled = self.settle(entry, write=write)
+            return [settled] if settled else []
+        if write and self._payload_is(entry.record):
+            self._remove(entry.record)
+        elif write:
+            self.storage.delete(record_path(entry.record.name))
+        return []
+
+    def settle(self, entry: Entry, *, write: bool) -> Record | None:
+        """Find out by digest what a ``pending`` record left, and with ``write`` make the record say so."""
+        truth = entry.record if self._payload_is(entry.record) else entry.previous
+        if write and truth is not None:
+            self.put(Entry(record=truth))
+        elif write:
+            self.storage.delete(record_path(entry.record.name))
+        return truth
+
+    def _payload_is(self, record: Record) -> bool:
+        files = self.storage.list(record.name)
+        if sum(stat.size for stat in files.values()) != record.size:
+            return False
+        return digest_of(self.storage, record.name) == (record.size, record.digest)
+
+    # Retire and sweep
+
+    def retire(self, records: Iterable[Record]) -> list[Record]:
+        """Remove checkpoints (step 7) and return those that are no longer listed; failures warn and are retried."""
+        retired = []
+        for record in (*self.unfinished.values(), *records):
+            try:
+                self.put(Entry(record=record, status="retired", owner=self.owner))
+            except OSError as error:
+                self._warn("retired", record, error)
+                continue
+            retired.append(record)
+            self.unfinished[record.name] = record
+            try:
+                self._remove(record)
+            except OSError as error:
+                self._warn("deleted", record, error)
+        return retired
+
+    def _remove(self, record: Record) -> None:
+        files = self.storage.list(record.name)
+        # Of another size, it is not what we wrote: somebody put a file of their own there.
+        if sum(stat.size for stat in files.values()) == record.size:
+            self.storage.delete(record.name)
+        self.storage.delete(record_path(record.name))
+        self.unfinished.pop(record.name, None)
+
+    def _warn(self, what: str, record: Record, error: OSError) -> None:
+        msg = f"{record.name} could not be {what} ({error}); it is tried again at the next save"
+        warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+    def sweep(self) -> int:
+        """Remove what dead writers left unfinished, and return how much."""
+        return self.storage.sweep() if isinstance(self.storage, SupportsSweep) else 0
+
+    # Aliases
+
+    def claim(self, alias: str, label: str) -> None:
+        """Say that this manager keeps ``alias``; raise `AliasInUseError` if another live one does."""
+        other = self._marker(alias).get("owner", "")
+        if other != self.owner and is_live(other):
+            pid = other.split("~")[1]
+            msg = (
+                f"the alias {alias!r} in {self.storage} is kept by another live manager (process {pid}); "
+                "close that one, or give this one another label and alias: label='b', Naming(last='last-b')"
+            )
+            raise AliasInUseError(msg)
+        self._mark(alias, label)
+
+    def release(self, aliases: Iterable[str]) -> None:
+        """Give the aliases free; the links themselves stay."""
+        for alias in aliases:
+            marker = self._marker(alias)
+            if marker.get("owner") == self.owner:
+                self._mark(alias, marker.get("label", ""), owner="")
+
+    def is_marked(self, alias: str) -> bool:
+        """Return whether this library made the alias."""
+        return bool(self._marker(alias))
+
+    def _mark(self, alias: str, label: str, owner: str | None = None) -> None:
+        marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": self.owner if owner is None else owner}
+        self.storage.write(_marker_path(alias), json.dumps(marker).encode())
+
+    def _marker(self, alias: str) -> dict[str, str]:
+        path = _marker_path(alias)
+        try:
+            data = parse_json(read_bounded(self.storage, path), path)
+        except (FileNotFoundError, RecordError):
+            return {}
+        return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
+
+    def alias(self, alias: str, how: Literal["link", "copy"], target: Record, *, slot: Record | None) -> None:
+        """Make ``alias`` name the target's payload (step 6). ``slot``: a checkpoint under that very name, now gone."""
+        if slot is not None:
+            # Newer state is committed by now: first nobody may believe this record, then its payload is replaced.
+            self.storage.delete(record_path(slot.name))
+        for make in self._ways(how):
+            try:
+                make(target.name, alias)
+            except (OSError, NotImplementedError):
+                continue
+            return
+        self._copy(target.name, alias)
+
+    def _ways(self, how: Literal["link", "copy"]) -> Iterable[Callable[[str, str], None]]:
+        if isinstance(self.storage, SupportsLinks):
+            if how == "link":
+                yield self.storage.symlink
+            yield self.storage.hardlink
+        if isinstance(self.storage, SupportsCopy):
+            yield self.storage.copy
+        if isinstance(self.storage, SupportsLinks):
+            yield self.storage.symlink  # A folder has no hard links.
+
+    def relocate(self, record: Record, name: str) -> Record:
+        """Give a checkpoint another name, so that its old one is free; dead in between, both names hold it."""
+        moved = attrs.evolve(record, name=name)
+        self.put(Entry(record=moved, status="pending", owner=self.owner))
+        self.alias(name, "copy", record, slot=None)
+        self.put(Entry(record=moved))
+        self.storage.delete(record_path(record.name))
+        return moved
+
+    def _copy(self, source: str, path: str) -> None:
+        """Copy bytes through this process, where the storage offers nothing better."""
+        upload = self.storage.upload(path)
+        try:
+            with self.storage.open(source) as stream:
+                while chunk := stream.read(_CHUNK):
+                    upload.write(chunk)
+            upload.finish()
+            upload.publish(replace=True)
+        finally:
+            upload.abort()
+
+
+def _marker_path(alias: str) -> str:
+    return f"{HOME}/aliases/{alias}.json"

@@ -1,0 +1,111 @@
+"""Turns a decision and a state into a payload and its record."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+import attrs
+
+from checkpointer.directory import Directory
+from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
+from checkpointer.index import HOME
+from checkpointer.policy import Save
+from checkpointer.ports import Format, SupportsFreeSpace, SupportsPaths
+from checkpointer.records import Record
+
+__all__ = ["FOLDER", "Writer"]
+
+FOLDER: Final = "folder"
+"""Format name of a payload that a trainer wrote as a folder."""
+
+
+@attrs.frozen
+class Writer:
+    """Writes payloads of one format, or lets a trainer write them."""
+
+    directory: Directory
+    format: Format
+    save: Callable[[str], None] | None
+    """Writes a checkpoint to the path it is given, instead of ``format``."""
+
+    def write(self, decision: Save, state: Any, path: str | os.PathLike[str] | None) -> Record:
+        """Write ``state``, or let ``save`` write, or adopt what lies at ``path``; return the committed record."""
+        draft = self._draft(decision)
+        transaction = self.directory.transaction
+        if path is not None:
+            return transaction.adopt(self._adopted(draft, os.fspath(path)))
+        self._check_space()
+        replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
+        over_alias = decision.name in self.directory.policy.aliases
+        if self.save is not None:
+            self._check_paths()
+            return transaction.commit_path(draft, self.save, replaces=replaces, over_alias=over_alias)
+        self._warn_of_refused(state)
+        return transaction.commit(
+            draft, lambda stream: self.format.write(state, stream), replaces=replaces, over_alias=over_alias
+        )
+
+    def _draft(self, decision: Save) -> Record:
+        now = decision.observation
+        manifest = self.directory.manifest
+        return Record(
+            name=decision.name,
+            step=now.step,
+            epoch=now.epoch,
+            epoch_end=now.epoch_end,
+            metrics=now.metrics,
+            time=now.time,
+            size=0,
+            digest="",
+            format=self.format.name,
+            contents=self.directory.policy.contents,
+            kind=decision.kind,
+            reason=decision.reason,
+            run=manifest.run,
+            label=manifest.label,
+            line=manifest.line,
+            serial=manifest.next_serial,
+            token=uuid.uuid4().hex,
+        )
+
+    def _adopted(self, draft: Record, path: str) -> Record:
+        storage = self.directory.storage
+        name = path
+        if isinstance(storage, SupportsPaths):
+            name = os.path.relpath(path, storage.local_path("")).replace(os.sep, "/")
+        if name.startswith(("..", "/", HOME)) or name == ".":
+            msg = f"{path} is not in {storage}; let the trainer write inside the manager's directory"
+            raise SaveError(msg)
+        if name in self.directory.manifest.by_name or name in self.directory.policy.aliases:
+            msg = f"{path} is the name of a checkpoint or alias already; let the trainer write to an unused one"
+            raise NameTakenError(msg)
+        is_folder = set(storage.list(name)) != {name}
+        return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
+
+    def _check_paths(self) -> None:
+        if not isinstance(self.directory.storage, SupportsPaths):
+            msg = f"save= needs a local directory, and {self.directory.storage} has no paths; use state="
+            raise SaveError(msg)
+
+    def _check_space(self) -> None:
+        storage = self.directory.storage
+        contents = self.directory.policy.contents
+        last = next((r for r in reversed(self.directory.manifest.own) if r.contents == contents), None)
+        free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
+        if last is not None and free is not None and free < last.size:
+            msg = (
+                f"{storage} has {free} bytes free, and the last checkpoint took {last.size}; nothing was written. "
+                "Free some space, or keep fewer checkpoints"
+            )
+            raise NotEnoughSpaceError(msg)
+
+    def _warn_of_refused(self, state: Any) -> None:
+        for key, kind in self.format.refused(state).items():
+            msg = (
+                f"{key} is a {kind}, which a safe load refuses: restore() will need weights_only=False, or "
+                "torch.serialization.add_safe_globals. Save tensors, numbers, text and containers of them instead"
+            )
+            self.directory.say_once(f"refused {key}", msg)
