@@ -43,7 +43,7 @@ def _arguments(value: Any) -> Any:
     for field in attrs.fields(type(value)):
         item = getattr(value, field.name)
         if isinstance(item, Metric):
-            plain["metric"] = item.name
+            plain["metric"] = item.name if isinstance(item.key, str) else {"score": item.name}
             plain |= {"mode": item.mode} | ({"ties": item.ties} if item.ties != "older" else {})
         elif field.init and item != _default(type(value), field.name):
             plain[field.name] = item
@@ -81,10 +81,18 @@ def _build(cls: Any, arguments: Any, where: str, known: Mapping[str, Any]) -> An
         return _call(cls, where, *arguments)
     arguments = dict(mapping(cls, arguments, where))
     metric = arguments.get("metric")
-    score = known.get(metric) if isinstance(metric, str) else None
-    if cls is KeepBest and callable(score):
-        arguments["metric"] = score
+    if cls is KeepBest and isinstance(metric, dict):
+        arguments["metric"] = _score(metric, f"{where}.metric", known)
     return _call(cls, where, **arguments)
+
+
+def _score(data: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> Any:
+    """Return the function that ``{"score": name}`` stands for: a file cannot say where to import it from."""
+    name = data.get("score")
+    if list(data) == ["score"] and isinstance(name, str) and callable(known.get(name)):
+        return known[name]
+    msg = f"in {where!r}: {dict(data)!r:.80} names no score function; pass it as known={{{name!r}: function}}"
+    raise PolicyError(msg)
 
 
 def naming_from_plain(data: object, where: str) -> Naming:

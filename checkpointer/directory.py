@@ -221,15 +221,19 @@ class Directory:
 
     def _free_slot(self) -> None:
         """Move an abandoned ``last`` slot to a name of its own: the alias is about to be written again."""
+        slot = self.manifest.by_name.get(self.policy.name.last_file)
+        if self.policy.last and slot is not None and not self.manifest.counts(slot):
+            self.move_slot(slot)
+
+    def move_slot(self, slot: Record) -> Record:
+        """Give a checkpoint that was written under the alias the name its template gives it."""
         naming = self.policy.name
-        slot = self.manifest.by_name.get(naming.last_file)
-        if not self.policy.last or slot is None or self.manifest.counts(slot):
-            return
         known = self.policy.known_metrics | set(naming.keys)
         stem = naming.stem(slot.metrics, step=slot.step, epoch=slot.epoch, known=known)
         name = naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
         moved = self.transaction.relocate(slot, name)
         self.manifest = self.manifest.without(slot.name).with_record(moved)
+        return moved
 
     # The index, and what is said once
 

@@ -33,7 +33,6 @@ from checkpointer.manifest import Manifest
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue
 from checkpointer.ports import Clock, Format, Listener, Storage
-from checkpointer.ranking import Metric
 from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
 from checkpointer.restoring import Restored
 from checkpointer.storage import open_storage
@@ -229,11 +228,13 @@ class CheckpointManager:
         return now
 
     def _warn_of_absent(self, now: Observation) -> None:
+        # Within the first epoch a metric of its end cannot be there yet; after it, the name is probably wrong.
+        if not now.metrics or (now.epoch == 0 and not now.epoch_end):
+            return
+        have = ", ".join(sorted(self._directory.manifest.seen))
         for name in sorted(self.policy.known_metrics - self._directory.manifest.seen - {"epoch", "step"}):
-            if now.metrics:
-                have = ", ".join(sorted(self._directory.manifest.seen))
-                msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
-                self._directory.say_once(f"absent {name}", msg)
+            msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
+            self._directory.say_once(f"absent {name}", msg)
 
     # Saving
 
@@ -455,8 +456,12 @@ class CheckpointManager:
         if name not in own:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
             raise NotFoundError(msg)
-        self._directory.resume_run(own[name].run, max(self._last_step, own[name].step))
-        self._directory.rewrite(attrs.evolve(own[name], pinned=pinned))
+        record = own[name]
+        self._directory.resume_run(record.run, max(self._last_step, record.step))
+        if pinned and name in self.policy.aliases:
+            # The alias is written over at the next save; what is pinned needs a name of its own.
+            record = self._directory.move_slot(record)
+        self._directory.rewrite(attrs.evolve(record, pinned=pinned))
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Write the best k as ``{path: score}``, best first, and return it.
@@ -464,11 +469,8 @@ class CheckpointManager:
         Args:
             path: The file; None writes ``best_k_models.yaml`` in the directory.
         """
-        ranking = self.policy.ranking
-        ranked = [] if ranking is None else ranking.ranked(self.manifest.history)
-        scores = {
-            self._directory.location(r.name): float(ranking.value(r) or 0.0) for r in ranked if ranking is not None
-        }
+        by_name = self.policy.scores(self.manifest.history)
+        scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
             self._directory.storage.write("best_k_models.yaml", text.encode())
@@ -542,10 +544,6 @@ class CheckpointManager:
         if self._closed:
             msg = "the manager is closed; make another one for the same directory and restore()"
             raise ClosedError(msg)
-
-
-def _score(ranking: Metric | None, record: Record) -> float | None:
-    return None if ranking is None else ranking.value(record)
 
 
 def _usable(metrics: Any) -> Mapping[str, float]:

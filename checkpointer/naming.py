@@ -12,6 +12,7 @@ import attrs
 
 from checkpointer._validators import one_of, whole_number
 from checkpointer.errors import NamingError
+from checkpointer.records import has_surrogate
 
 __all__ = ["DEFAULT_EXTENSION", "Naming", "check_name"]
 
@@ -20,13 +21,14 @@ MAX_PART_BYTES: Final = 250
 """Longest part of a name: most filesystems take 255 bytes, and a record's file name adds ``.json``."""
 
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
+_HUGE: Final = 1e100
 _BUILTIN: Final = ("epoch", "step")
 
 
 def check_name(name: str) -> str:
     """Return ``name`` if it is a relative path that stays inside the directory, or raise `NamingError`."""
     parts = name.split("/")
-    if any("\ud800" <= char <= "\udfff" for char in name):
+    if has_surrogate(name):
         msg = f"the name {name!r} holds a lone surrogate, which cannot be encoded; remove it from the template"
     elif "\\" in name or any(ord(char) < 32 for char in name):
         msg = f"the name {name!r} holds a backslash or control character; remove it from the template"
@@ -49,6 +51,9 @@ class _Field:
     spec: str
 
     def format(self, value: float) -> str:
+        # A loss that explodes must not end the run because its hundreds of digits make no file name.
+        if _HUGE <= abs(value) < math.inf:
+            return f"{value:.6g}"
         # An int spec such as 'd' is for whole numbers, and metrics are floats: 3.0 may be written as 3.
         if self.spec[-1:] in tuple("bcdoxX") and float(value).is_integer():
             value = int(value)

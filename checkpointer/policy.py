@@ -126,10 +126,20 @@ class Policy:
         metrics = (rule.metric for rule in self.keep if isinstance(rule, KeepBest))
         return frozenset(metric.key for metric in metrics if isinstance(metric.key, str))
 
+    def best_first(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
+        rule = self._best_rule
+        return rule.ranked(records) if rule else []
+
     def best_of(self, records: Iterable[Record]) -> Record | None:
         """Return the best of these records, or None if none is ranked."""
-        ranked = self._best_rule.ranked(records) if self._best_rule else []
-        return ranked[0] if ranked else None
+        return next(iter(self.best_first(records)), None)
+
+    def scores(self, records: Iterable[Record]) -> dict[str, float]:
+        """Return name and score of the best k by the first `KeepBest`, best first."""
+        rule = self._best_rule
+        best = rule.ranked(records)[: rule.k] if rule else []
+        return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
 
     @classmethod
     def from_flags(
@@ -358,7 +368,7 @@ def _named(
     replaceable = set(retire)
     if not policy.name.version_counter:
         replaceable |= {record.name for record in manifest.live if not record.pinned}
-    replaceable -= set(policy.aliases)
+    replaceable -= {*policy.aliases, manifest.resumed}
     name = policy.name.free_name(stem, manifest.taken.union(policy.aliases), replaceable=replaceable)
     replaces = name in manifest.by_name
     if replaces:

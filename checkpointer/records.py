@@ -41,9 +41,13 @@ def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
     return MappingProxyType({_as_name(name): _as_float(name, value) for name, value in metrics.items()})
 
 
+def has_surrogate(text: str) -> bool:
+    """Return whether the text holds half a character: it could not be encoded, so not be written."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _as_name(name: object) -> str:
-    # Lone surrogates cannot be encoded, so no record could be written.
-    if isinstance(name, str) and name and not any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name):
+    if isinstance(name, str) and name and not any(ord(char) < 32 for char in name) and not has_surrogate(name):
         return name
     msg = f"metric name is {name!r}; expected a non-empty string without control characters or surrogates"
     raise MetricError(msg)
@@ -113,10 +117,19 @@ class Observation:
     time: float
     """Seconds since the Unix epoch."""
 
+    def __reduce__(self) -> Any:
+        # The read-only metrics cannot be pickled or deep-copied as they are.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Observation)}
+        return _observation, (fields | {"metrics": dict(self.metrics)},)
+
     @property
     def progress(self) -> Progress:
         """The observation on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+
+def _observation(fields: dict[str, Any]) -> Observation:
+    return Observation(**fields)
 
 
 @attrs.frozen(kw_only=True)
@@ -167,6 +180,10 @@ class Record:
     def progress(self) -> Progress:
         """The record on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+    def __reduce__(self) -> Any:
+        # The read-only metrics cannot be pickled or deep-copied as they are.
+        return Record.from_dict, (self.to_dict(), "pickled record")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
@@ -287,7 +304,7 @@ class _Reader:
 
     def text(self, key: str, default: Any = _MISSING) -> str:
         value = self.raw(key, default)
-        if isinstance(value, str):
+        if isinstance(value, str) and not has_surrogate(value):
             return value
         raise self.bad(key, "text")
 
@@ -335,6 +352,8 @@ class _Reader:
         value = self.raw(key)
         if not isinstance(value, dict):
             raise self.bad(key, "an object of numbers")
+        if any(map(has_surrogate, value)):
+            raise self.bad(key, "names that can be encoded")
         return dict(self._metric(key, name, number) for name, number in value.items())
 
     def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:

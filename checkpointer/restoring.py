@@ -72,12 +72,7 @@ def _best_first(policy: Policy, manifest: Manifest, contents: Literal["full", "a
     if policy.ranking is None:
         msg = "there is no best: no rule of the policy ranks; add KeepBest(k, metric, mode=...) to keep"
         raise RestoreError(msg)
-    best = []
-    records = [r for r in manifest.history if contents == "any" or r.contents == "full"]
-    while (record := policy.best_of(records)) is not None:
-        best.append(record)
-        records.remove(record)
-    return tuple(best)
+    return tuple(policy.best_first(r for r in manifest.history if contents == "any" or r.contents == "full"))
 
 
 def _named(which: str | int | None, policy: Policy, manifest: Manifest) -> Record:

@@ -7,6 +7,9 @@ import os
 import hypothesis
 import pytest
 
+# The contract's assertions then show their values, like those of the tests themselves.
+pytest.register_assert_rewrite("checkpointer.testing.contract")
+
 # A loaded machine is slow now and then: time limits per example would fail tests that are right.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("steady")

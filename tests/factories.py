@@ -44,7 +44,8 @@ def manifest(records: Sequence[Record] = (), **kw: Any) -> Manifest:
 
 def observation(step: int = 10, **kw: Any) -> Observation:
     """Return an observation at ``step``; keywords that are no field are metrics."""
-    fields = {key: kw.pop(key) for key in ("epoch", "epoch_end", "time", "metrics") if key in kw}
+    fields: dict[str, Any] = {key: kw.pop(key) for key in ("epoch", "epoch_end", "time", "metrics") if key in kw}
     if "time" not in fields:
         fields["time"] = float(step)
-    return Observation(**({"step": step, "epoch": 0, "metrics": kw} | fields))
+    defaults: dict[str, Any] = {"step": step, "epoch": 0, "metrics": kw}
+    return Observation(**(defaults | fields))

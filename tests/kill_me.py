@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from plain_format import PlainFormat
 
@@ -11,7 +12,7 @@ from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
 
 def main() -> None:
     """Train on until killed."""
-    state = {"step": 0, "filler": "x" * 100_000}
+    state: dict[str, Any] = {"step": 0, "filler": "x" * 100_000}
     policy = Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")], last=sys.argv[2], best="link")  # type: ignore[arg-type]
     manager = CheckpointManager(sys.argv[1], policy, state=lambda: state, format=PlainFormat())
     restored = manager.restore()
@@ -19,7 +20,7 @@ def main() -> None:
         state = restored.state
     print("restored", state["step"], flush=True)
     while True:
-        step = int(state["step"]) + 1
+        step = state["step"] + 1
         state["step"] = step
         if manager.observe({"loss": (step * 7919) % 101}, step=step, epoch=0, epoch_end=False):
             print("saved", step, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +243,7 @@ def test_same_alias_twice_is_an_error(tmp_path: Path) -> None:
     """Two live managers in one directory must not fight over last."""
     policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
     first = make(tmp_path, policy)
-    with pytest.raises(AliasInUseError, match="the alias 'last.ckpt'.* is kept by another live manager"):
+    with pytest.raises(AliasInUseError, match=r"the alias 'last.ckpt'.* is kept by another live manager"):
         make(tmp_path, policy)
     other = make(tmp_path, Policy(EverySteps(1), [KeepLast(1)], name=Naming(last="last-b"), last="link"), label="b")
     other.close()
@@ -451,7 +453,7 @@ def test_commit_adopts_what_a_trainer_wrote_in_place(tmp_path: Path) -> None:
         manager.commit(decision, folder)
     assert ["checkpoint-20"] == [record.name for record in manager.records]
     assert not (tmp_path / "checkpoint-10").exists()
-    with pytest.raises(SaveError, match="is not in .*; let the trainer write inside the manager's directory"):
+    with pytest.raises(SaveError, match=r"is not in .*; let the trainer write inside the manager's directory"):
         manager.commit(manager.decide({}, step=30, epoch=0), tmp_path.parent)
     manager.close()
 
@@ -531,3 +533,32 @@ def test_fixed_name_is_replaced_with_the_counter_off(tmp_path: Path) -> None:
             assert manager.observe({}, step=step, epoch=0)
     assert ["model.ckpt"] == [path.name for path in tmp_path.glob("*.ckpt")]
     assert [3] == [record.step for record in manager.records]
+
+
+def test_pinned_slot_gets_a_name_of_its_own() -> None:
+    """The last slot is overwritten by the next save; a pin keeps its state."""
+    storage = MemoryStorage()
+    policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="copy")
+    manager = make(storage, policy)
+    manager.observe({"loss": 0.1}, step=1, epoch=0)
+    manager.observe({"loss": 0.5}, step=2, epoch=0)
+    manager.pin("last.ckpt")
+    manager.observe({"loss": 0.6}, step=3, epoch=0)
+    assert ["epoch=0-step=1", "epoch=0-step=2", "last"] == names(manager)
+    assert ["epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt", "last.ckpt"] == payloads(storage)
+
+
+def test_records_and_decisions_can_be_copied_and_pickled() -> None:
+    """Ranks broadcast decisions."""
+    manager = make()
+    decision = manager.observe({"loss": float("nan")}, step=1, epoch=0)
+    assert repr(decision) == repr(copy.deepcopy(decision)) == repr(pickle.loads(pickle.dumps(decision)))
+    assert manager.records == pickle.loads(pickle.dumps(manager.records))
+
+
+def test_to_yaml_lists_only_the_best_k() -> None:
+    """What is only kept as the last is not among the best."""
+    manager = make()
+    for step, loss in enumerate([0.1, 0.2, 0.9], start=1):
+        manager.observe({"loss": loss}, step=step, epoch=0)
+    assert [0.1, 0.2] == list(manager.to_yaml().values())

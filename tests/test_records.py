@@ -170,6 +170,8 @@ def test_a_future_schema_has_its_own_error() -> None:
         ("line", [[1]], "'line' is .*; expected a list of"),
         ("line", [[1, "a"]], "'line' is .*; expected a list of"),
         ("token", None, "'token' is None; expected text"),
+        ("reason", "\ud800", "'reason' is .*; expected text"),
+        ("metrics", {"\ud800": 1.0}, "'metrics' is .*; expected names that can be encoded"),
     ],
 )
 def test_a_bad_value_is_named_with_its_path(field: str, value: object, message: str) -> None:
@@ -186,7 +188,7 @@ def test_a_bad_value_is_named_with_its_path(field: str, value: object, message: 
 def test_a_record_cannot_name_a_file_outside_the_directory(name: str) -> None:
     """A record that others may have written never leads out of the directory."""
     data = record().to_dict() | {"name": name}
-    with pytest.raises(RecordError, match="'name' is .*; expected a .*path"):
+    with pytest.raises(RecordError, match=r"'name' is .*; expected a .*path"):
         Record.from_dict(data, "f")
 
 

@@ -123,7 +123,7 @@ def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> No
     train(tmp_path, [0.9, 0.1])
     for step in (1, 2):
         payload(tmp_path, step).write_bytes(b"")
-    with make(tmp_path) as manager, pytest.raises(NoValidCheckpointError, match="step=2.*step=1.*does not start over"):
+    with make(tmp_path) as manager, pytest.raises(NoValidCheckpointError, match=r"step=2.*step=1.*does not start over"):
         manager.restore()
 
 
@@ -154,7 +154,7 @@ def test_record_of_a_future_schema_is_its_own_error(tmp_path: Path) -> None:
     train(tmp_path, [0.9])
     record = tmp_path / ".checkpointer/records/epoch=0-step=1.ckpt.json"
     record.write_text(record.read_text().replace('"schema": 1', '"schema": 99'))
-    with pytest.raises(SchemaError, match="has schema 99; this version of torch-checkpointer reads up to 1. Upgrade"):
+    with pytest.raises(SchemaError, match=r"has schema 99; this version of torch-checkpointer reads up to 1. Upgrade"):
         make(tmp_path)
 
 
@@ -168,10 +168,10 @@ def test_record_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> No
 
 
 def test_directory_of_foreign_checkpoints_is_not_an_empty_one(tmp_path: Path) -> None:
-    """restore() does not start over beside checkpoints it knows nothing about; without restore() they are left alone."""
+    """restore() does not start over beside unknown checkpoints; without restore() they are left alone."""
     (tmp_path / "epoch=3-step=9.ckpt").write_bytes(b"lightning")
     with make(tmp_path) as manager:
-        with pytest.raises(NoValidCheckpointError, match="has no record, but files such as epoch=3-step=9.ckpt"):
+        with pytest.raises(NoValidCheckpointError, match=r"has no record, but files such as epoch=3-step=9.ckpt"):
             manager.restore()
         assert manager.observe({"loss": 1.0}, step=9, epoch=3)
         assert ["epoch=3-step=9-v1.ckpt"] == [record.name for record in manager.records]
@@ -192,7 +192,7 @@ def test_read_only_directory_restores_but_refuses_to_save(tmp_path: Path, monkey
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(LocalStorage, "_new_staged", refuse)
-    with pytest.raises(StorageError, match="cannot write to .*: Read-only file system; choose a directory"):
+    with pytest.raises(StorageError, match=r"cannot write to .*: Read-only file system; choose a directory"):
         make(tmp_path)
     reader = CheckpointManager(tmp_path, format=PlainFormat())
     restored = reader.restore()

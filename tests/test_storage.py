@@ -21,12 +21,10 @@ from typing import Any, Literal
 
 import pytest
 
-pytest.register_assert_rewrite("checkpointer.testing.contract")
-
-from checkpointer import testing  # noqa: E402
-from checkpointer.errors import NameTakenError, StorageError  # noqa: E402
-from checkpointer.owner import is_dead, is_live, new_owner  # noqa: E402
-from checkpointer.ports import (  # noqa: E402
+from checkpointer import testing
+from checkpointer.errors import NameTakenError, StorageError
+from checkpointer.owner import is_dead, is_live, new_owner
+from checkpointer.ports import (
     Storage,
     SupportsCopy,
     SupportsFreeSpace,
@@ -35,10 +33,10 @@ from checkpointer.ports import (  # noqa: E402
     SupportsSweep,
     Upload,
 )
-from checkpointer.storage import LocalStorage, open_storage  # noqa: E402
-from checkpointer.storage.local import LocalUpload  # noqa: E402
-from checkpointer.storage.remote import FsspecStorage  # noqa: E402
-from checkpointer.testing import (  # noqa: E402
+from checkpointer.storage import LocalStorage, open_storage
+from checkpointer.storage.local import LocalUpload
+from checkpointer.storage.remote import FsspecStorage
+from checkpointer.testing import (
     Crash,
     CrashingStorage,
     FakeClock,

@@ -1,0 +1,119 @@
+"""safetensors: a flat mapping of names to tensors, that no reader can be made to run code with."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO, Final
+
+from checkpointer.errors import CorruptError, SaveError
+from checkpointer.ports import Writable
+
+__all__ = ["SafetensorsFormat"]
+
+try:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as _load
+except ImportError as error:
+    msg = "format='safetensors' needs a package more: pip install 'torch-checkpointer[safetensors]'"
+    raise ImportError(msg) from error
+
+import torch
+
+_DTYPES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class SafetensorsFormat:
+    """Writes and reads safetensors. Tied tensors are written once per name.
+
+    The `format <https://huggingface.co/docs/safetensors>`_: 8 bytes with the header's length (little-endian), the
+    header as JSON, then each tensor's bytes. It is written here, since the package's own writer wants a path or a copy.
+
+    Example:
+        >>> import io, torch
+        >>> from checkpointer.formats import open_format
+        >>> stream = io.BytesIO()
+        >>> open_format("safetensors").write({"w": torch.ones(2)}, stream)
+        >>> import safetensors.torch
+        >>> safetensors.torch.load(stream.getvalue())
+        {'w': tensor([1., 1.])}
+    """
+
+    name = "safetensors"
+    extension = ".safetensors"
+
+    def write(self, state: Any, stream: Writable) -> None:
+        """See `Format.write`.
+
+        Raises:
+            SaveError: If ``state`` is not a flat mapping of text to tensors of a known dtype.
+        """
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key, tensor in _tensors(state).items():
+            size = tensor.numel() * tensor.element_size()
+            header[key] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        data = json.dumps(header).encode()
+        data += b" " * (-len(data) % 8)  # The tensors' bytes begin at a multiple of 8.
+        stream.write(len(data).to_bytes(8, "little"))
+        stream.write(data)
+        for tensor in _tensors(state).values():
+            # One tensor at a time is made contiguous and brought to the CPU: never a second copy of the state.
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                stream.write(_memory(flat))
+
+    def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
+        """See `Format.read`; nothing in a safetensors file can run code."""
+        try:
+            tensors = _load(stream.read())
+        except (SafetensorError, ValueError) as error:
+            msg = f"the payload cannot be read as safetensors: {error}"
+            raise CorruptError(msg) from error
+        if map_location in (None, "cpu"):
+            return tensors
+        return {key: tensor.to(map_location) for key, tensor in tensors.items()}
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`: what cannot be written is an error of `write` already."""
+        return {}
+
+
+def _memory(flat: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's own memory; by address, since torch can be installed without numpy."""
+    size = flat.numel() * flat.element_size()
+    return memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr()))
+
+
+def _tensors(state: Any) -> Mapping[str, torch.Tensor]:
+    if not isinstance(state, Mapping):
+        msg = f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors"
+        raise SaveError(msg)
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            msg = (
+                f"state[{key!r}] is a {type(value).__name__}; safetensors holds only tensors under text names: pass "
+                "weights=model.state_dict with contents='weights', or use format='torch'"
+            )
+            raise SaveError(msg)
+        if value.dtype not in _DTYPES or value.layout != torch.strided:
+            msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
+            raise SaveError(msg)
+    return state
