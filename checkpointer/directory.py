@@ -15,7 +15,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
-from checkpointer.records import SCHEMA, Entry, Record
+from checkpointer.records import SCHEMA, Entry, Line, Record
 from checkpointer.transaction import Transaction
 
 __all__ = ["Directory"]
@@ -64,6 +64,7 @@ class Directory:
         if self.manifest.own:
             self.manifest = self.manifest.seen_by(self.manifest.run, self.manifest.own[-1].line)
         self._settle_aliases(slots=False, claim=writes)
+        self._settle_aliases(slots=True, claim=False)
 
     @property
     def view(self) -> Manifest:
@@ -99,7 +100,6 @@ class Directory:
         self.prepare()
         if self._begun:
             return
-        self._begun = True
         others = len(self.manifest.records) - len(self.manifest.own)
         if others and not self.claimed:
             msg = (
@@ -111,6 +111,14 @@ class Directory:
         self._finish_left()
         self._settle_aliases(slots=True, claim=True)
         self._free_slot()
+        self._begun = True
+
+    def is_free(self, name: str) -> bool:
+        """Return whether nothing on the storage has this name by now; if so it is remembered as taken."""
+        if self.storage.list(name) or self.storage.list(index.record_path(name)):
+            self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
+            return False
+        return True
 
     def _finish_left(self) -> None:
         """Finish what an earlier process of this very run left half-way, on whatever host it ran."""
@@ -128,11 +136,12 @@ class Directory:
     def add(self, record: Record) -> None:
         """Take in a record that was committed."""
         self.manifest = self.manifest.with_record(record)
+        self._pointed.pop(record.name, None)  # A slot has taken the alias's place.
         self._changed()
 
     def rewrite(self, record: Record) -> None:
         """Change what a record says; its payload stays."""
-        self.begin()
+        self.prepare()
         self.transaction.put(Entry(record=record))
         self.add(record)
 
@@ -147,21 +156,26 @@ class Directory:
             self._changed()
         return retired
 
-    def resume(self, record: Record, *, protect: bool) -> None:
-        """Go on from this record; ``protect`` keeps it whatever the rules say."""
-        self.claimed = True
-        manifest = self.manifest.resumed_at(record)
-        self.manifest = attrs.evolve(manifest, resumed=record.name if protect else "")
-        if self._prepared:
-            self.begin()
-            self.point_aliases()
+    def set_aside(self, record: Record) -> None:
+        """Count a checkpoint that turned out to be bad no more, without touching it."""
+        manifest = self.manifest.without(record.name)
+        self.manifest = attrs.evolve(manifest, foreign=manifest.foreign | {record.name})
 
-    def resume_run(self, run: str, step: int) -> None:
-        """Go on with a run whose host was at ``step``."""
+    def resume(self, record: Record, *, protect: bool) -> None:
+        """Go on from this record; ``protect`` keeps it whatever the rules say. Writes nothing."""
+        self._turn_to(attrs.evolve(self.manifest.resumed_at(record), resumed=record.name if protect else ""))
+
+    def resume_run(self, run: str, line: Line, step: int) -> None:
+        """Go on with a run whose host was at ``step`` of this line. Writes nothing."""
+        self._turn_to(self.manifest.resumed_from(run, line, step))
+
+    def _turn_to(self, manifest: Manifest) -> None:
         self.claimed = True
-        as_run = self.manifest.seen_by(run, ())
-        before = [record for record in as_run.own if record.step <= step]
-        self.manifest = as_run.resumed_at(before[-1]) if before else as_run
+        self.manifest = manifest
+        # Whose the aliases and slots are is another question now; it is settled before the next change.
+        self._begun = False
+        self._pointed.clear()
+        self._settle_aliases(slots=True, claim=False)
 
     def close(self) -> None:
         """Write the index, give the aliases free, remove the staging area."""
@@ -195,22 +209,19 @@ class Directory:
                 self.manifest = self.manifest.without(alias)
 
     def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
-        """Choose alias names that replace nothing of others, and keep them."""
+        """Choose alias names that replace nothing of others; with ``claim`` keep them, and say where they differ."""
         naming = self._asked.name
         for field in ("last", "best"):
-            if getattr(self._asked, field):
-                stem = getattr(self._asked.name, field)
-                name = naming.free_name(stem, _Blocked(self, slots))
-                if name != stem + naming.suffix:
-                    self.say_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
-                    renamed = name.removesuffix(naming.suffix)
-                    naming = (
-                        attrs.evolve(naming, last=renamed) if field == "last" else attrs.evolve(naming, best=renamed)
-                    )
+            if not getattr(self._asked, field):
+                continue
+            stem = getattr(self._asked.name, field)
+            name = naming.free_name(stem, _Blocked(self, slots))
+            naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
+            if claim:
+                self.transaction.claim(name, self.manifest.label)
+            if claim and name != stem + naming.suffix:
+                self.say_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         self.policy = attrs.evolve(self._asked, name=naming)
-        if claim:
-            for alias in self.policy.aliases:
-                self.transaction.claim(alias, self.manifest.label)
 
     def is_blocked(self, alias: str, *, slots: bool) -> bool:
         """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
@@ -220,9 +231,12 @@ class Directory:
         return alias in self.manifest.foreign and not self.transaction.is_marked(alias)
 
     def _free_slot(self) -> None:
-        """Move an abandoned ``last`` slot to a name of its own: the alias is about to be written again."""
+        """Move a checkpoint that must stay out from under the alias, which is about to be written again."""
         slot = self.manifest.by_name.get(self.policy.name.last_file)
-        if self.policy.last and slot is not None and not self.manifest.counts(slot):
+        if not self.policy.last or slot is None:
+            return
+        must_stay = slot.pinned or slot.name == self.manifest.resumed or not self.manifest.counts(slot)
+        if must_stay or self.policy.last == "link":
             self.move_slot(slot)
 
     def move_slot(self, slot: Record) -> Record:
@@ -232,7 +246,8 @@ class Directory:
         stem = naming.stem(slot.metrics, step=slot.step, epoch=slot.epoch, known=known)
         name = naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
         moved = self.transaction.relocate(slot, name)
-        self.manifest = self.manifest.without(slot.name).with_record(moved)
+        resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
+        self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)
         return moved
 
     # The index, and what is said once

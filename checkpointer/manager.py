@@ -19,6 +19,7 @@ from checkpointer._validators import as_index
 from checkpointer.clock import SystemClock
 from checkpointer.directory import Directory
 from checkpointer.errors import (
+    AliasInUseError,
     CheckpointerWarning,
     ClosedError,
     MetricError,
@@ -255,13 +256,29 @@ class CheckpointManager:
         self._check_open()
         if not isinstance(decision, Save):
             return decision
-        self._directory.begin()
         state = self._take_state() if path is None and self._save is None else None
         try:
+            self._directory.begin()
+            decision = decision if path is not None else self._with_free_name(decision)
             record = self._writer.write(decision, state, path)
+        except AliasInUseError:
+            raise
         except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
             return self._failed(decision, error)
         return attrs.evolve(decision, name=record.name, retire=self._committed(record))
+
+    def _with_free_name(self, decision: Save) -> Save:
+        """Return the decision under a name that nobody has taken since the directory was listed."""
+        while not (decision.replaces or decision.name in self.policy.aliases or self._directory.is_free(decision.name)):
+            manifest = self._directory.manifest
+            again: Decision
+            if decision.kind == "rescue":
+                again = decide_rescue(self.policy, decision.observation, manifest, decision.reason)
+            else:
+                again = decide(self.policy, decision.observation, manifest, since=self._since, owed=True)
+            assert isinstance(again, Save), "the same observation is due again"
+            decision = attrs.evolve(decision, name=again.name, replaces=again.replaces)
+        return decision
 
     def _take_state(self) -> Any:
         if self._capture is None:
@@ -295,7 +312,11 @@ class CheckpointManager:
         return retired
 
     def _attach(self, decision: Attach) -> None:
-        record = self._directory.manifest.by_name[decision.name]
+        self._directory.begin()
+        record = self._directory.manifest.by_name.get(decision.name) or self._directory.manifest.at_step(
+            decision.observation.step
+        )
+        assert record is not None, "the step is saved"
         metrics = {**record.metrics, **decision.observation.metrics}
         self._directory.rewrite(attrs.evolve(record, metrics=metrics))
         self._directory.point_aliases()
@@ -383,6 +404,7 @@ class CheckpointManager:
                 self._directory.storage,
                 chosen,
                 self._format_of,
+                self._directory.set_aside,
                 self._directory.damaged.values(),
                 weights_only=weights_only,
                 map_location=map_location,
@@ -457,9 +479,9 @@ class CheckpointManager:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
             raise NotFoundError(msg)
         record = own[name]
-        self._directory.resume_run(record.run, max(self._last_step, record.step))
         if pinned and name in self.policy.aliases:
             # The alias is written over at the next save; what is pinned needs a name of its own.
+            self._directory.prepare()
             record = self._directory.move_slot(record)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
 
@@ -484,6 +506,7 @@ class CheckpointManager:
         return {
             "schema": SCHEMA,
             "run": self._directory.manifest.run,
+            "line": [list(fork) for fork in self._directory.manifest.line],
             "step": max(self._last_step, 0),
             "since": attrs.asdict(self._since),
             "owed": self._owed,
@@ -498,12 +521,13 @@ class CheckpointManager:
         self._check_open()
         try:
             run, step = str(state["run"]), as_index(state["step"], "step", RecordError)
+            line = tuple((int(fork), int(at)) for fork, at in state["line"])
             since = Progress(**state["since"])
             owed = bool(state["owed"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error
-        self._directory.resume_run(run, step)
+        self._directory.resume_run(run, line, step)
         self._go_on(since)
         self._owed, self._last_step = owed, step
         self._look_ahead()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import attrs
@@ -107,13 +107,17 @@ class Manifest:
         return attrs.evolve(self, run=run, line=line)
 
     def resumed_at(self, record: Record) -> Manifest:
-        """Return the manifest of a run that goes on from ``record``.
+        """Return the manifest of a run that goes on from ``record``."""
+        return self._resumed(record.run, record.line, record.step, lambda other: other.serial > record.serial)
 
-        If nothing of its run lies beyond the record, the run goes on in line; else it forks.
-        """
-        on_line = self.seen_by(record.run, record.line)
-        beyond = [r for r in on_line.own if r.serial > record.serial and (r.line[: len(record.line)] == record.line)]
-        if not beyond:
+    def resumed_from(self, run: str, line: Line, step: int) -> Manifest:
+        """Return the manifest of a run that goes on from ``step`` of a line, whether or not a record is there."""
+        return self._resumed(run, line, step, lambda other: other.step > step)
+
+    def _resumed(self, run: str, line: Line, step: int, is_later: Callable[[Record], bool]) -> Manifest:
+        """Go on in line if nothing lies beyond, else fork."""
+        on_line = self.seen_by(run, line)
+        if not any(is_later(other) for other in on_line.own if other.line[: len(line)] == line):
             return on_line
-        fork = 1 + max((number for r in on_line.own for number, _ in r.line), default=0)
-        return self.seen_by(record.run, (*record.line, (fork, record.step)))
+        fork = 1 + max((number for other in on_line.own for number, _ in other.line), default=0)
+        return self.seen_by(run, (*line, (fork, step)))

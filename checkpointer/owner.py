@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import socket
 import uuid
@@ -49,8 +51,15 @@ def _process(owner: str) -> tuple[int, str] | None:
             return None
 
 
+@functools.cache
 def _host() -> str:
-    return socket.gethostname().replace("~", "-").replace("/", "-")
+    """Return what two processes share if, and only if, they see each other's process ids."""
+    parts = [socket.gethostname()]
+    # Containers may share a host's name: the boot and the pid namespace tell whether a pid means the same process.
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return "_".join(parts).replace("~", "-").replace("/", "-")
 
 
 def _started(pid: int) -> str:

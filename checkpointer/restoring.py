@@ -119,6 +119,7 @@ def load_first_valid(
     storage: Storage,
     records: Sequence[Record],
     format_of: Callable[[Record], Format],
+    on_bad: Callable[[Record], None],
     bad: Iterable[str] = (),
     *,
     weights_only: bool,
@@ -136,6 +137,8 @@ def load_first_valid(
             restored = load(storage, record, format_of(record), weights_only=weights_only, map_location=map_location)
         except (CorruptError, OSError) as error:
             problems.append(str(error))
+            if isinstance(error, CorruptError):
+                on_bad(record)
             continue
         if problems:
             msg = f"restored {record.name} (step {record.step}) instead of what is newer or better: " + "; ".join(

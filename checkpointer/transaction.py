@@ -23,6 +23,7 @@ Nothing is ever deleted or replaced but what a record of our own, or a staging f
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -30,7 +31,7 @@ from typing import Literal
 import attrs
 
 from checkpointer.digests import DigestWriter, digest_of
-from checkpointer.errors import AliasInUseError, CheckpointerWarning, RecordError
+from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
 from checkpointer.index import HOME, Listing, read_bounded, record_path
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
@@ -70,13 +71,26 @@ class Transaction:
             upload.abort()
 
     def commit_path(
-        self, draft: Record, write: Callable[[str], None], *, replaces: Record | None, over_alias: bool = False
+        self,
+        draft: Record,
+        write: Callable[[str], None],
+        *,
+        replaces: Record | None,
+        over_alias: bool,
+        own_name: Callable[[], str],
     ) -> Record:
-        """Let a trainer write to a staged path, then commit what it wrote; a folder is fine."""
+        """Let a trainer write to a staged path, then commit what it wrote; a folder is fine.
+
+        No filesystem replaces a folder in one step: one that would have to is published under ``own_name`` instead.
+        """
         assert isinstance(self.storage, SupportsPaths), "the manager has asked"
         path, upload = self.storage.stage(draft.name)
         try:
             write(path)  # 1
+            if os.path.isdir(path) and (over_alias or replaces is not None):
+                draft, replaces, over_alias, written = attrs.evolve(draft, name=own_name()), None, False, path
+                path, upload = self.storage.stage(draft.name)
+                os.rename(written, path)
             upload.finish()  # 2
             size, digest = self._digest_staged(path)
             return self._publish(upload, attrs.evolve(draft, size=size, digest=digest), replaces, over_alias)
@@ -87,10 +101,9 @@ class Transaction:
         """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
         if isinstance(self.storage, SupportsPaths):
             self.storage.sync(draft.name)
-        found = digest_of(self.storage, draft.name)
-        if found is None:
-            raise FileNotFoundError(2, "there is no payload to commit", draft.name)
-        record = attrs.evolve(draft, size=found[0], digest=found[1])
+        size, digest = _measure(self.storage, draft.name)
+        record = attrs.evolve(draft, size=size, digest=digest)
+        self._really_there(record, None)
         self.put(Entry(record=record))
         return record
 
@@ -98,12 +111,10 @@ class Transaction:
         from checkpointer.storage.local import LocalStorage
 
         parent, _, name = path.rpartition("/")
-        found = digest_of(LocalStorage(parent, self.owner), name)
-        if found is None:
-            raise FileNotFoundError(2, "save= wrote nothing to the path it was given", path)
-        return found
+        return _measure(LocalStorage(parent, self.owner), name)
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
+        replaces = self._really_there(record, replaces)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
         self.put(pending)  # 3
         try:
@@ -112,14 +123,36 @@ class Transaction:
             if self.settle(pending, write=True) != record:
                 raise
             return record
-        self._mark_committed(record, replaces)
+        self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
 
-    def _mark_committed(self, record: Record, replaces: Record | None) -> None:
+    def _really_there(self, record: Record, replaces: Record | None) -> Record | None:
+        """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""
+        entry = self._entry(record.name)
+        if entry is None or entry.status == "retired":
+            return replaces
+        there: Record | None = entry.record
+        if entry.status == "pending" and (entry.owner == self.owner or not is_live(entry.owner)):
+            # An interrupted replacement: what is announced now must carry along what the payload really is.
+            there = self.settle(entry, write=True)
+        ours = there is None or (there.run, there.label) == (record.run, record.label)
+        if there is not None and (replaces is None or not ours):
+            msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"
+            raise NameTakenError(msg)
+        return there
+
+    def _entry(self, name: str) -> Entry | None:
+        path = record_path(name)
+        try:
+            return Entry.from_json(read_bounded(self.storage, path), path)
+        except FileNotFoundError:
+            return None
+
+    def _mark_committed(self, record: Record, *, replaced: bool) -> None:
         try:
             self.put(Entry(record=record))  # 5
         except OSError as error:
-            if replaces is None:
+            if not replaced:
                 self._remove(record)
                 raise
             # The old payload is gone, and the pending record proves the new one: that is the state there is.
@@ -251,13 +284,16 @@ class Transaction:
         if slot is not None:
             # Newer state is committed by now: first nobody may believe this record, then its payload is replaced.
             self.storage.delete(record_path(slot.name))
-        for make in self._ways(how):
+        self._make(alias, target.name, self._ways(how))
+
+    def _make(self, path: str, target: str, ways: Iterable[Callable[[str, str], None]]) -> None:
+        for make in ways:
             try:
-                make(target.name, alias)
+                make(target, path)
             except (OSError, NotImplementedError):
                 continue
             return
-        self._copy(target.name, alias)
+        self._copy(target, path)
 
     def _ways(self, how: Literal["link", "copy"]) -> Iterable[Callable[[str, str], None]]:
         if isinstance(self.storage, SupportsLinks):
@@ -273,7 +309,8 @@ class Transaction:
         """Give a checkpoint another name, so that its old one is free; dead in between, both names hold it."""
         moved = attrs.evolve(record, name=name)
         self.put(Entry(record=moved, status="pending", owner=self.owner))
-        self.alias(name, "copy", record, slot=None)
+        # Never a symbolic link: the old name is about to hold something else.
+        self._make(name, record.name, [way for way in self._ways("copy") if way.__name__ != "symlink"])
         self.put(Entry(record=moved))
         self.storage.delete(record_path(record.name))
         return moved
@@ -289,6 +326,18 @@ class Transaction:
             upload.publish(replace=True)
         finally:
             upload.abort()
+
+
+def _measure(storage: Storage, path: str) -> tuple[int, str]:
+    """Return size and digest of what a trainer wrote; raise if a restore could not find the same again."""
+    found = digest_of(storage, path)
+    if found is None:
+        msg = f"there is nothing at {path!r}: the trainer wrote no checkpoint to the path it was given"
+        raise SaveError(msg)
+    if found[0] != sum(stat.size for stat in storage.list(path).values()):
+        msg = f"{path!r} holds symbolic links, or changed while it was read; write plain files, and finish first"
+        raise SaveError(msg)
+    return found
 
 
 def _marker_path(alias: str) -> str:

@@ -28,7 +28,10 @@ def run_and_kill(directory: Path, last: str, delay: float) -> tuple[int, int]:
     assert ["restored"] == first[:1], process.stderr.read()
     time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
-    out, err = process.communicate()
+    # Through the same buffer as the first line: communicate() would miss what readline() has read ahead.
+    with process.stdout, process.stderr:
+        out, err = process.stdout.read(), process.stderr.read()
+    process.wait()
     assert "Error" not in err, err
     # The kill may cut the last line short; a cut line is not an acknowledgement.
     acknowledged = [int(line.split()[1]) for line in out.splitlines(keepends=True) if line.endswith("\n")]

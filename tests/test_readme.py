@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```(?:\s*prints)?\s*```text\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```(?:\s*prints)?\s*```text\n(.*?)```", README.read_text(encoding="utf-8"), re.S
+)
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)

@@ -13,7 +13,6 @@ from checkpointer.ports import Writable
 __all__ = ["SafetensorsFormat"]
 
 try:
-    from safetensors import SafetensorError
     from safetensors.torch import load as _load
 except ImportError as error:
     msg = "format='safetensors' needs a package more: pip install 'torch-checkpointer[safetensors]'"
@@ -62,7 +61,8 @@ class SafetensorsFormat:
         """
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for key, tensor in _tensors(state).items():
+        tensors = _tensors(state)
+        for key, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             header[key] = {
                 "dtype": _DTYPES[tensor.dtype],
@@ -74,9 +74,9 @@ class SafetensorsFormat:
         data += b" " * (-len(data) % 8)  # The tensors' bytes begin at a multiple of 8.
         stream.write(len(data).to_bytes(8, "little"))
         stream.write(data)
-        for tensor in _tensors(state).values():
+        for _, tensor in tensors:
             # One tensor at a time is made contiguous and brought to the CPU: never a second copy of the state.
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
             if flat.numel():
                 stream.write(_memory(flat))
 
@@ -84,8 +84,10 @@ class SafetensorsFormat:
         """See `Format.read`; nothing in a safetensors file can run code."""
         try:
             tensors = _load(stream.read())
-        except (SafetensorError, ValueError) as error:
-            msg = f"the payload cannot be read as safetensors: {error}"
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # SafetensorError, and KeyError for a dtype that this version does not know.
+            msg = f"the payload cannot be read as safetensors: {type(error).__name__}: {error}"
             raise CorruptError(msg) from error
         if map_location in (None, "cpu"):
             return tensors
@@ -102,18 +104,36 @@ def _memory(flat: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr()))
 
 
-def _tensors(state: Any) -> Mapping[str, torch.Tensor]:
+def _tensors(state: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return names and tensors in the order of the file: wide dtypes first, so that every tensor is aligned."""
     if not isinstance(state, Mapping):
-        msg = f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors"
+        msg = (
+            f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors: pass "
+            "weights=model.state_dict with contents='weights', or use format='torch'"
+        )
         raise SaveError(msg)
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            msg = (
-                f"state[{key!r}] is a {type(value).__name__}; safetensors holds only tensors under text names: pass "
-                "weights=model.state_dict with contents='weights', or use format='torch'"
-            )
-            raise SaveError(msg)
-        if value.dtype not in _DTYPES or value.layout != torch.strided:
-            msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
-            raise SaveError(msg)
-    return state
+    tensors = list(state.items())
+    for key, value in tensors:
+        _check(key, value)
+    return sorted(tensors, key=lambda item: -item[1].element_size())
+
+
+def _check(key: Any, value: Any) -> None:
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        what = f"state[{key!r}] is a {type(value).__name__}"
+        if not isinstance(key, str):
+            what = f"the key {key!r} is a {type(key).__name__}"
+        msg = (
+            f"{what}; safetensors holds only tensors under text names: pass "
+            "weights=model.state_dict with contents='weights', or use format='torch'"
+        )
+        raise SaveError(msg)
+    if key == "__metadata__":
+        msg = f"the key {key!r} is reserved in safetensors; rename it, or use format='torch'"
+        raise SaveError(msg)
+    if value.dtype not in _DTYPES or value.layout != torch.strided:
+        msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
+        raise SaveError(msg)
+    if value.is_meta:
+        msg = f"state[{key!r}] is on the meta device and has no values; materialise the model before saving it"
+        raise SaveError(msg)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+import types
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, UnsafePayloadError
@@ -12,8 +17,9 @@ from checkpointer.ports import Writable
 
 __all__ = ["TorchFormat"]
 
-_PLAIN: Final = (str, int, float, bool, complex, bytes, type(None))
 _CONTAINERS: Final = (dict, list, tuple, set)
+# The containers that a safe load builds whatever they hold.
+_SAFE_CONTAINERS: Final = frozenset({dict, list, tuple, set, OrderedDict, Counter})
 
 
 class TorchFormat:
@@ -38,7 +44,7 @@ class TorchFormat:
         torch.save(state, stream)  # type: ignore[arg-type]
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
-        """See `Format.read`.
+        """See `Format.read`. That the disk or the memory gives up says nothing of the payload, and passes unchanged.
 
         Raises:
             UnsafePayloadError: If ``weights_only`` refuses something in it.
@@ -46,79 +52,183 @@ class TorchFormat:
         """
         import torch
 
+        start = stream.tell()
         try:
             return torch.load(stream, map_location=map_location, weights_only=weights_only)
+        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
         except pickle.UnpicklingError as error:
-            stream.seek(0)
-            refused = _refused_globals(stream)
-            if not (weights_only and refused):
-                msg = f"the payload is no torch file that can be read: {error}"
+            refused = _refusal(stream, start, error) if weights_only else ""
+            if not refused:
+                msg = f"the payload is no torch file that can be read: {_reason(error)}"
                 raise CorruptError(msg) from error
             msg = (
-                f"the payload holds {', '.join(refused)}, which a safe load refuses to unpickle; if you trust whoever "
+                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust whoever "
                 "wrote it, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
             )
             raise UnsafePayloadError(msg) from error
-        except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, ImportError) as error:
-            msg = f"the payload cannot be read as a torch file: {error}"
+        except Exception as error:  # Damaged bytes fail anywhere in torch: IndexError, AssertionError, struct.error...
+            msg = f"the payload cannot be read as a torch file: {type(error).__name__}: {error}"
             raise CorruptError(msg) from error
 
     def refused(self, state: Any) -> Mapping[str, str]:
-        """See `Format.refused`: asks torch itself about every leaf that is neither a tensor nor plain data."""
-        return dict(_walk(state, "state", set()))
+        """See `Format.refused`: asks torch itself about every value that is neither a tensor nor plain data.
+
+        A refused key is told as ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
+        """
+        search = _Search()
+        search.visit(state, "state")
+        return search.found
 
 
-def _walk(value: Any, path: str, open_containers: set[int]) -> Iterator[tuple[str, str]]:
+class _Search:
+    """Looks for what a safe load refuses. Tensors are not copied for it, except those of a class of the user's own."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.found: dict[str, str] = {}
+        self._tensors: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+        self._plain: Final = frozenset(
+            {str, int, float, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device}
+        )
+        self._visited: set[int] = set()
+        self._verdicts: dict[Any, bool] = {}
+        """By what a verdict holds for: a class, or a numpy class and its dtype."""
+
+    def visit(self, value: Any, path: str) -> None:
+        """Add what is refused in ``value``."""
+        if self._is_fine(value):
+            return
+        before = len(self.found)
+        if isinstance(value, _CONTAINERS):
+            if id(value) in self._visited:  # A cycle, or told under another path.
+                return
+            self._visited.add(id(value))
+            self._visit_items(value, path)
+        if type(value) in _SAFE_CONTAINERS or type(value) in self._tensors:
+            # torch pickles these with their attributes: OrderedDict._metadata, or a note on a parameter.
+            for name, item in getattr(value, "__dict__", {}).items():
+                self.visit(item, f"{path}.{name}")
+        elif len(self.found) == before and self._is_refused(value):
+            self.found[path] = f"{type(value).__module__}.{type(value).__qualname__}"
+
+    def _visit_items(self, value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            for number, item in enumerate(value):
+                if not self._is_fine(item):
+                    self.visit(item, f"{path}[{number}]")
+            return
+        for key, item in value.items():
+            if not self._is_fine(key):
+                self.visit(key, f"{path} (key {key!r})")
+            if not self._is_fine(item):
+                self.visit(item, f"{path}[{key!r}]")
+
+    def _is_fine(self, value: Any) -> bool:
+        kind = type(value)
+        return kind in self._plain or (kind in self._tensors and not value.__dict__)
+
+    def _is_refused(self, value: Any) -> bool:
+        kind = type(value)
+        if kind in self._verdicts:
+            return True
+        sample, key = _sample(value)
+        if key in self._verdicts:
+            return self._verdicts[key]
+        unsafe = _unsafe_alone(sample)
+        if key is not None:
+            self._verdicts[key] = bool(unsafe)
+        elif f"{kind.__module__}.{kind.__qualname__}" in unsafe and _always_names_its_class(value):
+            self._verdicts[kind] = True
+        return bool(unsafe)
+
+
+def _sample(value: Any) -> tuple[Any, Hashable | None]:
+    """Return something small that a safe load judges as it does ``value``, and what else that verdict holds for."""
+    dtype = getattr(value, "dtype", None)
+    if type(value).__module__ != "numpy" or dtype is None or dtype.hasobject:
+        return value, None
+    return (value[:0] if value.ndim else value), (type(value), dtype)
+
+
+def _always_names_its_class(value: Any) -> bool:
+    """Return whether every pickle of such an object names its class: then one refusal holds for all of them."""
     import torch
 
-    if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter):
-        return
-    if type(value) in _PLAIN or type(value) in (torch.Size, torch.dtype, torch.device):
-        return
-    if not isinstance(value, _CONTAINERS):
-        if _asks_for_code(value):
-            yield path, _type_name(value)
-        return
-    if id(value) in open_containers:
-        return
-    if type(value) not in _CONTAINERS and _asks_for_code(type(value)()):
-        yield path, _type_name(value)
-        return
-    inner = open_containers | {id(value)}
-    for key, item in _items(value):
-        yield from _walk(item, f"{path}[{key}]", inner)
+    kind: Any = type(value)
+    return (
+        not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+        and kind.__reduce_ex__ in (object.__reduce_ex__, torch.Tensor.__reduce_ex__)
+        and kind.__reduce__ is object.__reduce__
+        and kind not in copyreg.dispatch_table
+    )
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield repr(key), item
-    else:
-        for number, item in enumerate(value):
-            yield str(number), item
+class _Skeleton:
+    """Stands in for the pickle module: writes what `pickle` does, with a number for each plain tensor."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            import torch
+
+            plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+            return (complex, ()) if plain else NotImplemented
 
 
-def _asks_for_code(value: Any) -> bool:
-    """Return whether a safe load of this value alone would refuse it."""
+def _unsafe_alone(value: Any) -> list[str]:
+    """Return what a safe load of this value alone would refuse."""
     import torch
 
     buffer = io.BytesIO()
     try:
-        torch.save(value, buffer)
-    except Exception:  # What cannot even be pickled will be an error of the save itself.
-        return True
+        torch.save(value, buffer, pickle_module=_Skeleton)
+    except Exception as error:  # What cannot even be pickled will be an error of the save itself.
+        return [str(error) or type(error).__name__]
     buffer.seek(0)
-    return bool(_refused_globals(buffer))
+    if names := _unsafe_globals(buffer):
+        return names
+    # It names nothing that is not allowed; and still torch fills no defaultdict, even if that class is allowed.
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        return [_reason(error)]
+    except Exception:  # Not a refusal: the skeleton has numbers where the value's own code wants tensors.
+        return []
+    return []
 
 
-def _refused_globals(stream: BinaryIO) -> list[str]:
+def _refusal(stream: BinaryIO, start: int, error: pickle.UnpicklingError) -> str:
+    """Return what a safe load refused; empty if it was damage that stopped it."""
+    is_cut = not stream.read(1)  # A file without a zip's directory may end in the middle of a name.
+    stream.seek(start)
+    names = _unsafe_globals(stream)
+    if not names and not is_cut:
+        names = re.findall(r"GLOBAL (\S+) ", _reason(error))
+    stream.seek(start)
+    return ", ".join(names) or (f"an instruction ({_reason(error)})" if _is_pickle_whole(stream) else "")
+
+
+def _unsafe_globals(stream: BinaryIO) -> list[str]:
     import torch
 
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-    except Exception:  # Not a torch file at all: then nothing in it can be named.
+    except Exception:  # No zip file, or a torch before 2.5: then the error of the load has to name them.
         return []
 
 
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _is_pickle_whole(stream: BinaryIO) -> bool:
+    """Return whether this is a torch file whose pickle has the checksum it was written with."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return bool(pickles) and all(archive.read(name) for name in pickles)
+    except Exception:
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the unpickler said, without the page of advice that torch puts around it."""
+    return str(error.__context__ or error)
