@@ -22,6 +22,8 @@ class DigestWriter:
         self._hash = xxhash.xxh3_128()
         self.size = 0
         """Bytes written so far."""
+        self.error: BaseException | None = None
+        """What the stream raised first: a serialiser may go on to hide it behind an error of its own."""
 
     def write(self, data: Any) -> int:
         """Write all of ``data`` and return its length in bytes."""
@@ -30,9 +32,16 @@ class DigestWriter:
         for start in range(0, len(view), _CHUNK):
             chunk = view[start : start + _CHUNK]
             self._hash.update(chunk)
-            self._stream.write(chunk)
+            self._pass_on(chunk)
         self.size += len(view)
         return len(view)
+
+    def _pass_on(self, chunk: memoryview) -> None:
+        try:
+            self._stream.write(chunk)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         """Do nothing: some writers insist that a stream can be flushed."""

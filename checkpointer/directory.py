@@ -239,12 +239,16 @@ class Directory:
         if must_stay or self.policy.last == "link":
             self.move_slot(slot)
 
-    def move_slot(self, slot: Record) -> Record:
-        """Give a checkpoint that was written under the alias the name its template gives it."""
+    def own_name(self, record: Record) -> str:
+        """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
         naming = self.policy.name
-        known = self.policy.known_metrics | set(naming.keys)
-        stem = naming.stem(slot.metrics, step=slot.step, epoch=slot.epoch, known=known)
-        name = naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        known = self.manifest.seen | self.policy.known_metrics | set(naming.keys)
+        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+        return naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+
+    def move_slot(self, slot: Record) -> Record:
+        """Give a checkpoint that was written under the alias a name of its own."""
+        name = self.own_name(slot)
         moved = self.transaction.relocate(slot, name)
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)

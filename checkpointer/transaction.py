@@ -63,7 +63,7 @@ class Transaction:
         upload = self.storage.upload(draft.name)
         try:
             stream = DigestWriter(upload)
-            write(stream)  # 1
+            _write_all(write, stream)  # 1
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
             return self._publish(upload, record, replaces, over_alias)
@@ -326,6 +326,16 @@ class Transaction:
             upload.publish(replace=True)
         finally:
             upload.abort()
+
+
+def _write_all(write: Callable[[Writable], None], stream: DigestWriter) -> None:
+    """Write, and let the disk's own error be seen: torch turns it, and even Ctrl-C, into one about file positions."""
+    try:
+        write(stream)
+    except Exception:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
 
 
 def _measure(storage: Storage, path: str) -> tuple[int, str]:

@@ -43,7 +43,11 @@ class Writer:
         if self.save is not None:
             self._check_paths()
             return transaction.commit_path(
-                draft, self.save, replaces=replaces, over_alias=over_alias, own_name=lambda: self._own_name(draft)
+                draft,
+                self.save,
+                replaces=replaces,
+                over_alias=over_alias,
+                own_name=lambda: self.directory.own_name(draft),
             )
         self._warn_of_refused(state)
         return transaction.commit(
@@ -86,12 +90,6 @@ class Writer:
             raise NameTakenError(msg)
         is_folder = set(storage.list(name)) != {name}
         return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
-
-    def _own_name(self, draft: Record) -> str:
-        policy, manifest = self.directory.policy, self.directory.manifest
-        known = manifest.seen | policy.known_metrics
-        stem = policy.name.stem(draft.metrics, step=draft.step, epoch=draft.epoch, known=known)
-        return policy.name.free_name(stem, manifest.taken.union(policy.aliases))
 
     def _check_paths(self) -> None:
         if not isinstance(self.directory.storage, SupportsPaths):

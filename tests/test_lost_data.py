@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plain_format import PlainFormat
 
 from checkpointer import (
@@ -242,3 +243,40 @@ def test_checkpoint_that_proved_bad_gives_up_its_rank(tmp_path: Path) -> None:
     assert 3 == run.manager.best.step
     assert (tmp_path / "best.ckpt").samefile(tmp_path / "epoch=0-step=3.ckpt")
     run.manager.close()
+
+
+class FailingUploads(MemoryStorage):
+    """Each payload's stream fails at its third piece."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def upload(self, path: str) -> Any:
+        upload = super().upload(path)
+        write, pieces = upload.write, iter(range(100))
+
+        def fail(data: Any) -> int:
+            if next(pieces) >= 2:
+                raise self.error
+            return write(data)
+
+        upload.write = fail  # type: ignore[method-assign]
+        return upload
+
+
+def test_full_disk_is_named_even_if_torch_hides_it() -> None:
+    """torch.save turns an error of its stream into one about file positions."""
+    storage = FailingUploads(OSError(28, "No space left on device"))
+    manager = CheckpointManager(storage, Policy(EVERY, [KeepLast(1)]), state=lambda: {"w": torch.ones(1000)})
+    with pytest.raises(SaveError, match="No space left on device"):
+        manager.observe({}, step=1, epoch=0)
+
+
+def test_ctrl_c_while_the_payload_streams_is_a_ctrl_c() -> None:
+    """It must not be taken for a failed save, and tolerated."""
+    storage = FailingUploads(KeyboardInterrupt())
+    policy = Policy(EVERY, [KeepLast(1)])
+    manager = CheckpointManager(storage, policy, state=lambda: {"w": torch.ones(1000)}, tolerate_failures=9)
+    with pytest.raises(KeyboardInterrupt):
+        manager.observe({}, step=1, epoch=0)
