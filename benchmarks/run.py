@@ -105,16 +105,20 @@ def _raw_save(state: object, path: Path) -> None:
 
 
 _MEMORY = """
-import resource, sys, tempfile, torch
+import tempfile, torch
+from pathlib import Path
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 state = {"a": torch.ones(64 * 2**20), "b": torch.ones(64 * 2**20)}
 with tempfile.TemporaryDirectory(dir=".") as folder:
     small = CheckpointManager(folder + "/a", Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"a": torch.ones(8)})
     small.observe({}, step=1, epoch=0)
     big = CheckpointManager(folder + "/b", Policy(EverySteps(1), [KeepLast(1)]), state=lambda: state)
-    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1024
+    # Not ru_maxrss: a child inherits its parent's.
+    Path("/proc/self/clear_refs").write_text("5")
+    peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    before = peak()
     big.observe({}, step=1, epoch=0)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak() - before)
 """
 
 
