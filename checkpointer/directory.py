@@ -249,6 +249,8 @@ class Directory:
     def move_slot(self, slot: Record) -> Record:
         """Give a checkpoint that was written under the alias a name of its own."""
         name = self.own_name(slot)
+        while not self.is_free(name):
+            name = self.own_name(slot)
         moved = self.transaction.relocate(slot, name)
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)

@@ -280,3 +280,16 @@ def test_ctrl_c_while_the_payload_streams_is_a_ctrl_c() -> None:
     manager = CheckpointManager(storage, policy, state=lambda: {"w": torch.ones(1000)}, tolerate_failures=9)
     with pytest.raises(KeyboardInterrupt):
         manager.observe({}, step=1, epoch=0)
+
+
+def test_slot_that_moves_aside_moves_over_nobody() -> None:
+    """A stranger took the name since the directory was listed."""
+    storage = MemoryStorage()
+    run = Run(storage, SLOT)
+    run.observe(1, 0.1)
+    run.observe(2, 0.5)
+    storage.write("epoch=0-step=2.ckpt", b"theirs")
+    run.manager.pin("last.ckpt")
+    with storage.open("epoch=0-step=2.ckpt") as stream:
+        assert b"theirs" == stream.read()
+    assert [("epoch=0-step=1.ckpt", 1), ("epoch=0-step=2-v1.ckpt", 2)] == run.live()

@@ -113,6 +113,7 @@ class Training(RuleBasedStateMachine):
             return
         assert self.durable == (None if restored is None else restored.state)
         self.step = 0 if restored is None else restored.step
+        self.state = {} if restored is None else restored.state
 
     @precondition(lambda self: len(self.manager.records) > 1)
     @rule(data=st.data())
@@ -121,7 +122,7 @@ class Training(RuleBasedStateMachine):
         record = data.draw(st.sampled_from(list(self.manager.records)))
         restored = self.manager.restore(record.name)
         assert restored is not None
-        self.step = restored.step
+        self.step, self.state = restored.step, restored.state
         # A rescue of the same step is newer than the checkpoint that was asked for.
         self.newest = self.content(self.manager.records[-1].name)
         self.left_behind = {r.token for r in self.manager.manifest.abandoned}
@@ -198,4 +199,4 @@ def test_manager_agrees_with_the_model() -> None:
     with warnings.catch_warnings():
         # Names taken and metrics not reported are part of the play.
         warnings.simplefilter("ignore", CheckpointerWarning)
-        run_state_machine_as_test(Training, settings=settings(max_examples=60, stateful_step_count=25, deadline=None))
+        run_state_machine_as_test(Training, settings=settings(max_examples=150, stateful_step_count=30, deadline=None))
