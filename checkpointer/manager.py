@@ -317,6 +317,9 @@ class CheckpointManager:
             decision.observation.step
         )
         assert record is not None, "the step is saved"
+        if record.name in self.policy.aliases:
+            # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
+            record = self._directory.move_slot(record)
         metrics = {**record.metrics, **decision.observation.metrics}
         self._directory.rewrite(attrs.evolve(record, metrics=metrics))
         self._directory.point_aliases()

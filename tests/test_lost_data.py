@@ -293,3 +293,15 @@ def test_slot_that_moves_aside_moves_over_nobody() -> None:
     with storage.open("epoch=0-step=2.ckpt") as stream:
         assert b"theirs" == stream.read()
     assert [("epoch=0-step=1.ckpt", 1), ("epoch=0-step=2-v1.ckpt", 2)] == run.live()
+
+
+def test_slot_whose_new_metric_makes_it_the_best_is_kept() -> None:
+    """It gets a name of its own before the next save overwrites the slot."""
+    run = Run(MemoryStorage(), SLOT)
+    run.observe(1, 1.0)
+    run.observe(2, 5.0)
+    run.observe(2, 0.0)
+    run.observe(3, 4.0)
+    assert [("epoch=0-step=2.ckpt", 2), ("last.ckpt", 3)] == run.live()
+    assert run.manager.best is not None
+    assert 2 == run.manager.best.step
