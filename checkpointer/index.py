@@ -71,7 +71,7 @@ def load(storage: Storage) -> Listing:
         if not path.startswith(f"{RECORDS}/") or not path.endswith(".json"):
             continue
         try:
-            entry = _from_cache(cached, path, stat)
+            entry = None if _is_racy(stat, files) else _from_cache(cached, path, stat)
             reads += entry is None
             entries[path] = entry or _read(storage, path)
         except FileNotFoundError:
@@ -107,9 +107,15 @@ def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
         return {}
 
 
+def _is_racy(stat: Stat, files: Mapping[str, Stat]) -> bool:
+    """Return whether a record may have been rewritten since the index was, without a sign of it in its version."""
+    written = files[INDEX].modified_s if INDEX in files else None
+    return stat.modified_s is not None and (written is None or stat.modified_s >= written)
+
+
 def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat) -> Entry | None:
     match cached.get(path):
-        case [size, version, data] if size == stat.size and version == stat.version:
+        case [size, version, data] if size == stat.size and version == stat.version != "":
             try:
                 entry = Entry.from_dict(data, f"{INDEX}, in {path!r}")
             except RecordError:

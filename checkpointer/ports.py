@@ -30,7 +30,9 @@ class Stat:
     size: int
     """Bytes."""
     version: str
-    """Changes whenever the content may have (mtime and inode, an etag)."""
+    """Changes whenever the content does (mtime and inode, an etag); empty if the storage cannot tell."""
+    modified_s: float | None = None
+    """Set where ``version`` is no more than this time in whole seconds: a quick rewrite would not show in it."""
 
 
 class Writable(Protocol):

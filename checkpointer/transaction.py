@@ -116,7 +116,7 @@ class Transaction:
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._really_there(record, replaces)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
-        self.put(pending)  # 3
+        self._announce(pending)  # 3
         try:
             upload.publish(replace=over_alias or replaces is not None)  # 4
         except OSError:
@@ -125,6 +125,23 @@ class Transaction:
             return record
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
+
+    def _announce(self, pending: Entry) -> None:
+        """Write a pending record; where there is none yet, it is created, so that of two writers only one goes on."""
+        name = pending.record.name
+        if pending.previous is not None or self._entry(name) is not None:
+            self.put(pending)
+            return
+        upload = self.storage.upload(record_path(name))
+        try:
+            upload.write(pending.to_json())
+            upload.finish()
+            upload.publish(replace=False)
+        except FileExistsError as error:
+            msg = f"{name} is being written by another manager; nothing was replaced"
+            raise NameTakenError(msg) from error
+        finally:
+            upload.abort()
 
     def _really_there(self, record: Record, replaces: Record | None) -> Record | None:
         """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""

@@ -32,9 +32,9 @@ def open_storage(
             return LocalStorage(path, owner)
         if protocol in ("file", "local"):
             return LocalStorage(rest, owner)
-        from checkpointer.storage.remote import FsspecStorage
+        from checkpointer.storage.remote import open_remote
 
-        return FsspecStorage(path, **dict(storage_options or {}))
+        return open_remote(path, owner, storage_options or {})
     if isinstance(directory, Storage):
         return directory
     msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"

@@ -7,6 +7,7 @@ import os
 import random
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,17 +90,18 @@ class StorageContract:
         assert {} == _sizes(storage, "ab/below-a-file")
 
     def test_the_version_changes_whenever_a_file_is_rewritten(self) -> None:
-        """Rewrites of one size, in quick succession, never show a version that was shown before."""
+        """Other contents of one size, in quick succession, never show a version that was shown before, or admit it."""
         storage = self.make_storage()
         seen = []
         for number in range(12):
             storage.write("a", b"%02d" % number)
-            seen.append(storage.list("a")["a"].version)
-        for number in range(12):
+            seen.append(storage.list("a")["a"])
+        for number in range(12, 24):
             _put(storage, "a", b"%02d" % number, replace=True)
-            seen.append(storage.list("a")["a"].version)
+            seen.append(storage.list("a")["a"])
 
-        assert len(seen) == len(set(seen)), seen
+        versions = [stat.version for stat in seen if stat.version and stat.modified_s is None]
+        assert len(versions) == len(set(versions)), versions
 
     def test_the_version_stays_while_the_file_does(self) -> None:
         """What was not rewritten keeps its version, whatever is done next to it."""
@@ -326,6 +328,23 @@ class StorageContract:
         second.abort()
 
         assert b"111111" == _read(storage, "a")
+
+    def test_of_many_writers_of_one_name_one_wins(self) -> None:
+        """Whoever is told that it was published has its content there; all others are refused."""
+        storage = self.make_storage()
+        for attempt in range(3):
+            path = f"deep/{attempt}"
+            uploads = [(storage.upload(path), b"%d" % number * 1000) for number in range(4)]
+            for upload, data in uploads:
+                upload.write(data)
+                upload.finish()
+            with ThreadPoolExecutor(len(uploads)) as pool:
+                outcomes = [*pool.map(_publishes, (upload for upload, _ in uploads))]
+            for upload, _ in uploads:
+                upload.abort()
+
+            winners = [data for won, (_, data) in zip(outcomes, uploads, strict=True) if won]
+            assert [_read(storage, path)] == winners, f"{len(winners)} of {len(uploads)} were published"
 
     def test_a_large_payload_in_odd_chunks_arrives_whole(self) -> None:
         """Five megabytes, in pieces that fit no buffer."""
@@ -658,6 +677,14 @@ def _put(storage: Storage, path: str, data: bytes, *, replace: bool = False) -> 
         upload.publish(replace=replace)
     finally:
         upload.abort()
+
+
+def _publishes(upload: Upload) -> bool:
+    try:
+        upload.publish(replace=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _fill(path: str, upload: Upload, data: bytes) -> Upload:

@@ -1,0 +1,80 @@
+"""A remote file for reading that survives a cut connection: it opens anew, and goes on where it was."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Callable
+from typing import Any, BinaryIO, Final, cast
+
+from checkpointer.storage.retrying import Retry, is_transient
+
+__all__ = ["reader"]
+
+_BUFFER: Final = 1 << 20
+
+
+def reader(begin: Callable[[], Any], path: str, retry: Retry) -> BinaryIO:
+    """Return a seekable, buffered stream over what ``begin`` opens, now and after each cut."""
+    return cast(BinaryIO, io.BufferedReader(_Resuming(begin, path, retry), _BUFFER))
+
+
+class _Resuming(io.RawIOBase):
+    def __init__(self, begin: Callable[[], Any], path: str, retry: Retry) -> None:
+        self._begin = begin
+        self._path = path
+        self._retry = retry
+        self._stream: Any = retry(begin, f"opening {path}")
+        self._identity = _identity(self._stream)
+        self._position = 0
+        self._is_cut = False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = self._retry(lambda: self._ready().seek(offset, whence), f"seeking in {self._path}")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._retry(lambda: self._read(len(buffer)), f"reading {self._path}")
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return cast(bytes, self._ready().read(size))
+        except Exception as error:
+            self._is_cut = is_transient(error)
+            if isinstance(error, OSError) or self._is_cut:
+                raise
+            msg = f"reading {self._path}: {type(error).__name__}: {error}"
+            raise OSError(errno.EIO, msg) from error
+
+    def _ready(self) -> Any:
+        if self._is_cut:
+            self._stream = self._begin()
+            if _identity(self._stream) != self._identity:
+                raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
+            self._stream.seek(self._position)
+            self._is_cut = False
+        return self._stream
+
+
+def _identity(stream: Any) -> tuple[Any, ...]:
+    details = getattr(stream, "details", None)
+    if not isinstance(details, dict):
+        return ()
+    return tuple(details.get(key) for key in ("size", "ETag", "etag", "generation", "mtime"))

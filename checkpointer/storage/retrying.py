@@ -1,0 +1,103 @@
+"""Tries again what fails for a while: exponential backoff with jitter, up to a total deadline."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import attrs
+import tenacity
+
+__all__ = ["Retry", "is_transient"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("checkpointer")
+
+_TRANSIENT_ERRNOS: Final = frozenset(
+    getattr(errno, name, errno.EAGAIN)
+    for name in (
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR", "EIO",
+        "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "EREMOTEIO", "ESHUTDOWN", "ETIMEDOUT",
+    )
+)  # fmt: skip
+"""Drivers turn a server's 500 and 503 into EREMOTEIO, EBUSY or EIO."""
+
+_TRANSIENT_NAMES: Final = frozenset({
+    "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",  # aiohttp
+    "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore
+    "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests
+    "ConnectError", "NetworkError", "RemoteProtocolError", "TimeoutException",  # httpx
+    "ConnectionLost", "SFTPConnectionLost", "SFTPNoConnection",  # asyncssh
+    "SSHException", "EOFError",  # paramiko
+    "ServiceRequestError", "ServiceResponseError", "HttpResponseError",  # azure
+    "SMBConnectionClosed", "HttpError", "IncompleteRead",
+})  # fmt: skip
+"""By name, so that no driver has to be installed to ask."""
+
+_PERMANENT: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same request may well succeed in a moment: the network, or a server that is overloaded.
+
+    Example:
+        >>> is_transient(ConnectionResetError()), is_transient(PermissionError())
+        (True, False)
+    """
+    if isinstance(error, _PERMANENT) or not isinstance(error, Exception):
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if _TRANSIENT_NAMES.intersection(kind.__name__ for kind in type(error).__mro__):
+        return not 400 <= _status(error) < 500 or _status(error) in (408, 425, 429)
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
+
+
+def _status(error: BaseException) -> int:
+    """Return the HTTP status that some drivers' errors carry, or 0."""
+    for name in ("status_code", "status", "code"):
+        status = getattr(error, name, None)
+        if isinstance(status, int):
+            return status
+    return 0
+
+
+@attrs.frozen
+class Retry:
+    """Calls something until it succeeds, fails for good, or the deadline has passed; then raises the last error.
+
+    Example:
+        >>> Retry(deadline_s=60)(lambda: "done", "say done")
+        'done'
+    """
+
+    deadline_s: float = 300.0
+    """Seconds after which no further attempt begins. One that has begun is bounded by the driver's own timeouts."""
+    first_wait_s: float = 0.2
+    """Upper bound of the first pause in seconds; it doubles each time, up to 20, and each pause is random below it."""
+
+    def __call__(self, do: Callable[[], T], what: str) -> T:
+        """Return what ``do`` returns; ``what`` names it in the log."""
+        return tenacity.Retrying(**self._settings(what))(do)
+
+    async def run(self, do: Callable[[], Awaitable[T]], what: str) -> T:
+        """Return what ``do``, a coroutine function, returns."""
+        result: T = await tenacity.AsyncRetrying(**self._settings(what))(do)
+        return result
+
+    def _settings(self, what: str) -> dict[str, Any]:
+        def before_sleep(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            pause = state.next_action.sleep if state.next_action else 0.0
+            _log.warning("%s failed (%s: %s); next attempt in %.1f s", what, type(error).__name__, error, pause)
+
+        return {
+            "retry": tenacity.retry_if_exception(is_transient),
+            "stop": tenacity.stop_before_delay(self.deadline_s),
+            "wait": tenacity.wait_random_exponential(multiplier=self.first_wait_s, max=20),
+            "before_sleep": before_sleep,
+            "reraise": True,
+        }
