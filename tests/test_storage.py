@@ -564,20 +564,6 @@ def test_the_root_of_a_filesystem_is_a_storage_too() -> None:
     storage.delete(name)
 
 
-def test_an_upload_joins_nobody_elses_transaction(tmp_path: Path) -> None:
-    """Filesystem objects are shared: the user's next transaction must not publish what we began."""
-    storage = FsspecStorage(f"file://{tmp_path}/runs")
-    upload = storage.upload("a")
-    upload.write(b"1")
-    upload.finish()
-    with storage._fs.transaction:
-        pass
-    assert {} == storage.list()
-
-    upload.publish(replace=False)
-    assert {"a"} == set(storage.list())
-
-
 def test_an_unknown_protocol_says_what_to_install() -> None:
     """Before anything is trained."""
     with pytest.raises(StorageError, match=r"no driver for nosuch:// .*; install it"):

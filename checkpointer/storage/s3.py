@@ -17,8 +17,10 @@ import fsspec.asyn
 from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records import parse_json
-from checkpointer.storage.capabilities import Capabilities
-from checkpointer.storage.remote import FsspecStorage, as_os_errors
+from checkpointer.storage.connection import Connection
+from checkpointer.storage.drivers import as_os_errors, is_refusal
+from checkpointer.storage.placing import Placing
+from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retrying import Retry
 
 __all__ = ["S3Storage"]
@@ -31,29 +33,33 @@ _NUM_SMALL_PARTS: Final = 5000
 _COPY_PART: Final = 512 << 20
 _MAX_COPY: Final = 5 << 30
 """Larger objects are copied in parts."""
+_MARKER: Final = ".multipart"
+_MAX_MARKER: Final = 1 << 16
 _TOKEN: Final = "checkpointer-token"
 
 
-class S3Storage(FsspecStorage):
-    """An ``s3://bucket/prefix``, through s3fs.
+class S3Connection(Connection):
+    """Requests to a bucket, by s3fs."""
 
-    Args:
-        url: ``s3://bucket/prefix``.
-        owner: Id of the writer, from `checkpointer.owner.new_owner`.
-        retry: How long to go on trying when the server or the way to it fails.
-        **options: What ``s3fs.S3FileSystem`` takes: ``key``, ``secret``, ``endpoint_url``, ``client_kwargs`` and so on.
-            Without them credentials come from where every AWS tool looks for them.
-    """
-
-    def __init__(self, url: str, owner: str = "", *, retry: Retry | None = None, **options: Any) -> None:
-        # Attempts are counted in one place only, here: else a deadline would mean little.
-        config = {"retries": {"total_max_attempts": 1}, **options.pop("config_kwargs", {})}
-        super().__init__(url, owner, retry=retry, config_kwargs=config, **options)
-        self._fs.retries = 1
+    def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
+        # Attempts are counted in one place only, in `Retry`: else a deadline would mean little.
+        config = {"retries": {"total_max_attempts": 1}, **options.get("config_kwargs", {})}
+        super().__init__(url, retry, {**options, "config_kwargs": config})
+        self.fs.retries = 1
         self._client: Any = None
-        self._bucket, self._prefix, _ = self._fs.split_path(self._root)
+        self._bucket, self._prefix, _ = self.fs.split_path(self.root)
 
-    # Requests
+    def key(self, path: str) -> str:
+        """Return the object's key."""
+        return f"{self._prefix}/{path}".strip("/") if path else self._prefix
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Make a request, with retries, and return the reply."""
+        return self.attempt(method, lambda: self.call_once(method, **arguments))
+
+    def call_once(self, method: str, **arguments: Any) -> Any:
+        """Make a request and return the reply."""
+        return fsspec.asyn.sync(self.fs.loop, self._call, method, arguments)
 
     def submit(self, method: str, **arguments: Any) -> Future[Any]:
         """Begin a request, with retries, in the background."""
@@ -61,42 +67,34 @@ class S3Storage(FsspecStorage):
         async def call() -> Any:
             what = f"{method} in {self}"
             with as_os_errors(what):
-                return await self._retry.run(lambda: self._call(method, arguments), what)
+                return await self.retry.run(lambda: self._call(method, arguments), what)
 
-        return asyncio.run_coroutine_threadsafe(call(), self._fs.loop)
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        """Make a request, with retries, and return the reply."""
-        return self._try(method, lambda: fsspec.asyn.sync(self._fs.loop, self._call, method, arguments))
+        return asyncio.run_coroutine_threadsafe(call(), self.fs.loop)
 
     async def _call(self, method: str, arguments: Mapping[str, Any]) -> Any:
-        client = await self._fs.set_session()
+        client = await self.fs.set_session()
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
-        request = self._fs._call_s3(method, Bucket=self._bucket, **arguments)
+        request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
         try:
-            return await asyncio.wait_for(request, self._retry.deadline_s)
+            return await asyncio.wait_for(request, self.retry.deadline_s)
         except asyncio.TimeoutError as error:
-            msg = f"{method} was not answered within {self._retry.deadline_s:g} s"
+            msg = f"{method} was not answered within {self.retry.deadline_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
 
-    def key(self, path: str) -> str:
-        """Return the object's key."""
-        return f"{self._prefix}/{path}".strip("/") if path else self._prefix
-
-    # Storage
-
-    def _find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+    def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        """See `Connection.find`: one request for a name, and one per 1000 objects for a whole directory."""
         key = self.key(prefix)
         below = f"{key}/" if key else ""
-        # One request tells whether a key is there and whether others are below it, if few others begin with its name.
-        found, is_all = self._list(key if prefix else below, max_pages=1 if prefix else None)
-        if not is_all and prefix:
-            exact = found.get(key)
+        if not prefix:
             found, _ = self._list(below, max_pages=None)
-            exact = exact or self._head(key)
-            found.update({key: exact} if exact else {})
+        else:
+            found, is_all = self._list(key, max_pages=1)
+            if not is_all:
+                # Many others begin with its name: ask for exactly this object, and for what is below it.
+                exact = self.head(key)
+                found = {**self._list(below, max_pages=None)[0], **({key: exact} if exact else {})}
         root = len(self._prefix) + 1 if self._prefix else 0
         return {
             name[root:]: info
@@ -117,55 +115,38 @@ class S3Storage(FsspecStorage):
             max_pages = None if max_pages is None else max_pages - 1
         return found, False
 
-    def _head(self, key: str) -> dict[str, Any] | None:
+    def head(self, key: str) -> dict[str, Any] | None:
+        """Return what the server says of one object, its metadata included; None if it is not there."""
         try:
             head = self.call("head_object", Key=key)
         except FileNotFoundError:
             return None
         return {**head, "size": head["ContentLength"]}
 
-    def upload(self, path: str) -> Upload:
-        """See `Storage.upload`."""
-        return S3Upload(self, path)
-
     def _remove(self, path: str) -> None:
+        # One by one: MinIO's kind wants a checksum with a bulk delete that s3fs does not send.
         with contextlib.suppress(FileNotFoundError):
-            fsspec.asyn.sync(self._fs.loop, self._call, "delete_object", {"Key": self.key(path)})
+            self.call_once("delete_object", Key=self.key(path))
+
+
+class S3Placing(Placing):
+    """Conditional PUT instead of whatever s3fs makes of exclusive creation."""
+
+    _to: S3Connection
 
     def _put(self, path: str, data: bytes) -> None:
-        fsspec.asyn.sync(self._fs.loop, self._call, "put_object", {"Key": self.key(path), "Body": data})
+        self._to.call_once("put_object", Key=self._to.key(path), Body=data)
 
-    def _create(self, path: str, data: bytes) -> None:
-        if self.capabilities.create != "refuses":
-            super()._create(path, data)
-            return
-        arguments = {"Key": self.key(path), "Body": data, "IfNoneMatch": "*"}
-        fsspec.asyn.sync(self._fs.loop, self._call, "put_object", arguments)
-
-    def _probe(self) -> Capabilities:
-        path = f"{self._staging}/probe"
-        arguments = {"Key": self.key(path), "Body": b"", "IfNoneMatch": "*"}
-        refused = []
-        for _ in range(2):
-            try:
-                self.call("put_object", **arguments)
-            except OSError as error:
-                refused.append(_is_precondition(error))
-            else:
-                refused.append(False)
-        self._remove(path)
-        # Rather two attempts refused than none: a lost reply to the first makes its retry look like a second.
-        return Capabilities("atomic", "none", "refuses" if refused[1] else "claims", "server")
-
-    # Copies, and what dead writers left
+    def _create_exclusively(self, path: str, data: bytes) -> None:
+        self._to.call_once("put_object", Key=self._to.key(path), Body=data, IfNoneMatch="*")
 
     def _copy(self, source: str, target: str) -> None:
-        size = int(self._find(source)[source]["size"])
-        origin = {"Bucket": self._bucket, "Key": self.key(source)}
+        size = int(self._to.find(source)[source]["size"])
+        origin = {"Bucket": self._to._bucket, "Key": self._to.key(source)}
         if size <= _MAX_COPY:
-            self.call("copy_object", CopySource=origin, Key=self.key(target))
+            self._to.call_once("copy_object", CopySource=origin, Key=self._to.key(target))
             return
-        parts = Multipart(self, target)
+        parts = Multipart(self._to, self, target)
         try:
             for start in range(0, size, _COPY_PART):
                 end = min(start + _COPY_PART, size) - 1
@@ -174,28 +155,53 @@ class S3Storage(FsspecStorage):
         finally:
             parts.abort()
 
+
+class S3Storage(FsspecStorage):
+    """An ``s3://bucket/prefix``, through s3fs.
+
+    Args:
+        url: ``s3://bucket/prefix``.
+        owner: Id of the writer, from `checkpointer.owner.new_owner`.
+        retry: How long to go on trying when the server or the way to it fails.
+        **options: What ``s3fs.S3FileSystem`` takes: ``key``, ``secret``, ``endpoint_url``, ``client_kwargs`` and so on.
+            Without them credentials come from where every AWS tool looks for them.
+    """
+
+    _connection: S3Connection
+    _placing: S3Placing
+
+    def __init__(self, url: str, owner: str = "", *, retry: Retry | None = None, **options: Any) -> None:
+        self._connection = S3Connection(url, retry or Retry(), options)
+        self._placing = S3Placing(self._connection, owner)
+
+    def upload(self, path: str) -> Upload:
+        """See `Storage.upload`."""
+        return S3Upload(self._connection, self._placing, path)
+
     def _sweep_one(self, path: str) -> None:
-        if path.endswith(".multipart"):
-            with contextlib.suppress(RecordError, FileNotFoundError), self._open(path) as stream:
-                marker = parse_json(stream.read(1 << 16), path, 1 << 16)
+        if path.endswith(_MARKER):
+            with contextlib.suppress(RecordError, FileNotFoundError), self._connection.open(path) as stream:
+                marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
                 if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
-                    self.call("abort_multipart_upload", Key=self.key(marker["path"]), UploadId=marker["upload"])
+                    key = self._connection.key(marker["path"])
+                    self._connection.call("abort_multipart_upload", Key=key, UploadId=marker["upload"])
         super()._sweep_one(path)
 
 
 class Multipart:
     """A multipart upload: parts go out in parallel, and the object appears when it is completed."""
 
-    def __init__(self, storage: S3Storage, path: str) -> None:
-        self._storage = storage
+    def __init__(self, connection: S3Connection, placing: Placing, path: str) -> None:
+        self._connection = connection
+        self._placing = placing
         self._path = path
-        self._key = storage.key(path)
+        self._key = connection.key(path)
         self._token = uuid.uuid4().hex
-        reply = storage.call("create_multipart_upload", Key=self._key, Metadata={_TOKEN: self._token})
+        reply = connection.call("create_multipart_upload", Key=self._key, Metadata={_TOKEN: self._token})
         self._id = reply["UploadId"]
         # So that `sweep` can abort it if this process dies: the server itself does not say whose it is.
-        self._marker = f"{storage._staging}/{self._token}.multipart"
-        storage.write(self._marker, json.dumps({"path": path, "upload": self._id}).encode())
+        self._marker = f"{placing.staging}/{self._token}{_MARKER}"
+        placing.put(self._marker, json.dumps({"path": path, "upload": self._id}).encode())
         self._sent: list[Future[Any]] = []
         self._slots = threading.BoundedSemaphore(PARTS_AT_ONCE)
         self._is_open = True
@@ -203,7 +209,7 @@ class Multipart:
     @property
     def next_part_size(self) -> int:
         """Bytes that the next part should have; only the last may have fewer."""
-        if getattr(self._storage._fs, "fixed_upload_size", False):
+        if getattr(self._connection.fs, "fixed_upload_size", False):
             return 4 * _PART
         return _PART if len(self._sent) < _NUM_SMALL_PARTS else _LARGE_PART
 
@@ -215,7 +221,7 @@ class Multipart:
                 self._slots.release()
                 future.result()
         number = len(self._sent) + 1
-        future = self._storage.submit(method, Key=self._key, UploadId=self._id, PartNumber=number, **arguments)
+        future = self._connection.submit(method, Key=self._key, UploadId=self._id, PartNumber=number, **arguments)
         future.add_done_callback(lambda _: self._slots.release())
         self._sent.append(future)
 
@@ -230,18 +236,17 @@ class Multipart:
 
     def complete(self, *, replace: bool) -> None:
         """Let the object appear."""
-        storage = self._storage
         arguments: dict[str, Any] = {"Key": self._key, "UploadId": self._id, "MultipartUpload": {"Parts": self.wait()}}
-        if not replace and storage.capabilities.create == "refuses":
+        if not replace and self._placing.capabilities.create == "refuses":
             arguments["IfNoneMatch"] = "*"
         try:
-            storage.call("complete_multipart_upload", **arguments)
+            self._connection.call("complete_multipart_upload", **arguments)
         except OSError as error:
             # A lost reply makes the retry of our own write look like somebody else's.
-            head = storage._head(self._key)
+            head = self._connection.head(self._key)
             if head is None or head.get("Metadata", {}).get(_TOKEN) != self._token:
-                if _is_precondition(error):
-                    raise storage._taken(self._path) from error
+                if is_refusal(error):
+                    raise self._placing.taken(self._path) from error
                 raise
         self._is_open = False
         self._forget()
@@ -254,19 +259,20 @@ class Multipart:
         for future in self._sent:
             future.cancel()
         with contextlib.suppress(OSError):
-            self._storage.call("abort_multipart_upload", Key=self._key, UploadId=self._id)
+            self._connection.call("abort_multipart_upload", Key=self._key, UploadId=self._id)
         self._forget()
 
     def _forget(self) -> None:
         with contextlib.suppress(OSError):
-            self._storage._remove(self._marker)
+            self._connection.remove(self._marker)
 
 
 class S3Upload:
     """A payload on its way: one PUT if it fits a part, else a multipart upload. See `checkpointer.ports.Upload`."""
 
-    def __init__(self, storage: S3Storage, path: str) -> None:
-        self._storage = storage
+    def __init__(self, connection: S3Connection, placing: Placing, path: str) -> None:
+        self._connection = connection
+        self._placing = placing
         self._path = path
         self._buffer = bytearray()
         self._parts: Multipart | None = None
@@ -289,7 +295,7 @@ class S3Upload:
         return _PART if self._parts is None else self._parts.next_part_size
 
     def _send(self) -> None:
-        self._parts = self._parts or Multipart(self._storage, self._path)
+        self._parts = self._parts or Multipart(self._connection, self._placing, self._path)
         # The buffer itself is sent, and another one filled: no copy.
         full, self._buffer = self._buffer, bytearray()
         self._parts.send("upload_part", Body=full)
@@ -305,12 +311,12 @@ class S3Upload:
         """See `Upload.publish`."""
         if self._parts is None:
             if replace:
-                self._storage.write(self._path, bytes(self._buffer))
+                self._placing.put(self._path, bytes(self._buffer))
             else:
-                self._storage.create(self._path, bytes(self._buffer))
+                self._placing.create(self._path, bytes(self._buffer))
             return
-        if not replace and self._storage.list(self._path):
-            raise self._storage._taken(self._path)
+        if not replace and self._placing.is_taken(self._path):
+            raise self._placing.taken(self._path)
         self._parts.complete(replace=replace)
 
     def abort(self) -> None:
@@ -323,9 +329,3 @@ class S3Upload:
 def _without_expect(params: dict[str, Any], **_: Any) -> None:
     """Send bodies at once: aiohttp waits forever for a server that answers an error instead of ``100 Continue``."""
     params["headers"].pop("Expect", None)
-
-
-def _is_precondition(error: BaseException) -> bool:
-    response = getattr(error.__cause__, "response", None) or {}
-    code = response.get("Error", {}).get("Code", "")
-    return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412", "ConditionalRequestConflict")

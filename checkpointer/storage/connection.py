@@ -1,0 +1,156 @@
+"""A connection to a filesystem that fsspec reaches: every request goes through here, and is tried again if need be."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, Final, TypeVar
+
+from fsspec.core import url_to_fs
+
+from checkpointer.errors import StorageError
+from checkpointer.storage.drivers import as_os_errors
+from checkpointer.storage.reading import reader
+from checkpointer.storage.retrying import Retry, is_transient
+
+__all__ = ["Connection"]
+
+T = TypeVar("T")
+
+_OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
+
+_EXTRAS: Final = {
+    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
+    "sftp": "sftp", "ssh": "sftp", "smb": "smb", "webdav": "webdav", "hdfs": "hdfs", "webhdfs": "webhdfs",
+}  # fmt: skip
+
+
+class Connection:
+    """Requests to one folder of one filesystem, by paths relative to it.
+
+    Args:
+        url: Any URL that fsspec knows.
+        retry: How long to go on trying when the server or the way to it fails.
+        options: What the filesystem takes (``storage_options``).
+
+    Raises:
+        StorageError: If the URL's driver is not installed or not known, or there is no connection.
+    """
+
+    def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
+        self.retry = retry
+        self.protocol = url.partition("://")[0]
+        self.is_object_store = self.protocol in _OBJECT_STORES
+        """Whether a file appears whole when its upload ends, and there are neither folders nor renames."""
+        self._url = url
+        self._options = options
+        self._connect()
+
+    def __str__(self) -> str:
+        # Without the password that it may carry.
+        return re.sub(r"(?<=://)[^/@]*@", "", self._url)
+
+    def _connect(self) -> None:
+        self._is_cut = False
+        self._folders: set[str] = set()
+        try:
+            self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **self._options)
+        except (ImportError, ValueError) as error:
+            extra = _EXTRAS.get(self.protocol)
+            package = f"pip install 'torch-checkpointer[{extra}]'" if extra else "see fsspec's list of filesystems"
+            msg = f"no driver for {self.protocol}:// ({error}); install it: {package}"
+            raise StorageError(msg) from error
+        except Exception as error:
+            if is_transient(error):
+                raise
+            msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
+            raise StorageError(msg) from error
+        self.root = root.rstrip("/")
+
+    def full(self, path: str) -> str:
+        """Return a path as the filesystem knows it."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def attempt(self, what: str, do: Callable[[], T]) -> T:
+        """Do it, again if the failure is transient; every error comes out as an `OSError`."""
+        with as_os_errors(what):
+            return self.retry(lambda: self._noting(do), f"{what} in {self}")
+
+    def _noting(self, do: Callable[[], T]) -> T:
+        if self._is_cut:
+            self._connect()
+        try:
+            return do()
+        except Exception as error:
+            self.note(error)
+            raise
+
+    def note(self, error: Exception) -> None:
+        """Remember that a session does not survive this error; object stores connect anew by themselves."""
+        self._is_cut = is_transient(error) and not self.is_object_store
+
+    def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        """Return what the driver says of every file at or below ``prefix``, by its path."""
+        return self.attempt(f"listing {prefix!r}", lambda: self._find(prefix))
+
+    def _find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self.full(prefix), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        # Filesystems differ in whether they return names with their leading slash.
+        root = f"{self.root}/".lstrip("/")
+        # For a single file some of them find a name without its details.
+        return {name.lstrip("/")[len(root) :]: info or self.fs.info(name) for name, info in found.items()}
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading; the stream opens anew where it was when the connection is cut."""
+        with as_os_errors(f"opening {path}"):
+            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry)
+
+    def _begin_reading(self, path: str) -> Any:
+        stream = self.fs.open(self.full(path), "rb")
+        # Over ssh: ask for the next blocks before they are needed.
+        if hasattr(stream, "prefetch"):
+            stream.prefetch()
+        return stream
+
+    def remove(self, path: str) -> None:
+        """Delete one file; what is not there is deleted already."""
+        self.attempt(f"deleting {path}", lambda: self._remove(path))
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                self.fs.rm_file(self.full(path))
+            except NotImplementedError:
+                self.fs.rm(self.full(path))
+
+    def make_parents(self, path: str) -> None:
+        """Make the folders above a path, where there are folders."""
+        folder = path.rpartition("/")[0]
+        if not self.is_object_store and folder not in self._folders:
+            self.fs.makedirs(self.full(folder), exist_ok=True)
+            self._folders.add(folder)
+
+    def remove_empty_folders(self, path: str) -> None:
+        """Remove the folders that are empty now: at and below the path, and above it as far as they are."""
+        if self.is_object_store:
+            return
+        folders: list[str] = []
+        with contextlib.suppress(Exception):
+            self.fs.invalidate_cache()
+            below = self.fs.find(self.full(path), withdirs=True)
+            folders = sorted((name for name in below if len(name) > len(self.full(path))), key=len, reverse=True)
+        folders.append(self.full(path))
+        if not path.startswith(".checkpointer/"):
+            parts = path.split("/")[:-1]
+            folders += [self.full("/".join(parts[:count])) for count in range(len(parts), 0, -1)]
+        for folder in folders:
+            # Not every server refuses to remove a folder with files in it: look first.
+            with contextlib.suppress(Exception):
+                if self.fs.isdir(folder) and not self.fs.ls(folder, detail=False):
+                    self.fs.rmdir(folder)
+        self._folders.clear()

@@ -1,0 +1,289 @@
+"""How a remote file gets its name: in one step, and if it must be new, for one of several writers only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
+
+import attrs
+
+from checkpointer.errors import NameTakenError
+from checkpointer.owner import is_dead
+from checkpointer.storage.connection import Connection
+from checkpointer.storage.drivers import is_refusal
+
+__all__ = ["REPLACING", "STAGING", "Capabilities", "Placing", "owner_of"]
+
+STAGING: Final = ".checkpointer/staging"
+REPLACING: Final = ".checkpointer/replacing"
+"""Where a new file waits while the old one is removed, on servers that cannot replace in one step."""
+_CLAIM_ATTEMPTS: Final = 8
+
+
+@attrs.frozen
+class Capabilities:
+    """How a storage does what the commit protocol needs."""
+
+    put: Literal["atomic", "staged"]
+    """Whether a small file can be written in place, or must be staged and renamed."""
+    rename: Literal["replaces", "refuses", "none"]
+    """What a rename onto an existing file does."""
+    create: Literal["refuses", "claims"]
+    """How two writers of one new name are told apart: the server refuses the second, or they announce themselves."""
+    copy: Literal["server", "client"]
+    """Whether the server copies, or the bytes pass through this process."""
+
+    def describe(self) -> Mapping[str, str]:
+        """Return them in words."""
+        replace = {
+            "replaces": "rename",
+            "refuses": "two renames that readers see through",
+            "none": "PUT",
+        }
+        create = {"refuses": "refused by the server", "claims": "by claims (the server would overwrite)"}
+        copy = {"server": "on the server", "client": "through this process"}
+        return {"replace": replace[self.rename], "create": create[self.create], "copy": copy[self.copy]}
+
+
+class Placing:
+    """Puts files under their names, on one connection, for one writer.
+
+    Args:
+        connection: Where to.
+        owner: Id of the writer.
+    """
+
+    def __init__(self, connection: Connection, owner: str) -> None:
+        self._to = connection
+        self.staging = f"{STAGING}/{owner or 'nobody'}-{uuid.uuid4().hex[:8]}"
+        """Folder of this writer's unfinished files."""
+
+    def new_staged(self) -> str:
+        """Return an unused path in the staging folder."""
+        staged = f"{self.staging}/{uuid.uuid4().hex[:12]}"
+        self._to.make_parents(staged)
+        return staged
+
+    # Over what is there
+
+    def put(self, path: str, data: bytes) -> None:
+        """Create or replace a small file in one step."""
+        self._to.attempt(f"writing {path}", lambda: self._put(path, data))
+
+    def _put(self, path: str, data: bytes) -> None:
+        if self._to.is_object_store:
+            self._to.fs.pipe_file(self._to.full(path), data)
+        else:
+            self._move_over(self._stage(data), path)
+
+    def _stage(self, data: bytes) -> str:
+        staged = self.new_staged()
+        with self._to.fs.open(self._to.full(staged), "wb") as stream:
+            stream.write(data)
+        return staged
+
+    def move(self, staged: str, path: str, *, replace: bool) -> None:
+        """Give a staged file its name; without ``replace`` raise `NameTakenError` if there is one of that name."""
+        if replace:
+            self._to.attempt(f"publishing {path}", lambda: self._move_over(staged, path))
+            return
+        if self.is_taken(path):
+            raise self.taken(path)
+        try:
+            self._to.attempt(f"publishing {path}", lambda: self._move_new(staged, path))
+        except OSError as error:
+            if is_refusal(error) and not isinstance(error, NameTakenError):
+                raise self.taken(path) from error
+            raise
+
+    def _move_over(self, staged: str, path: str) -> None:
+        """Rename over what is there: in one step, or so that in between `FsspecStorage.open` finds the new one."""
+        if self.capabilities.rename != "refuses" or path not in self._to.find(path):
+            self._rename(staged, path)
+            return
+        waiting = f"{REPLACING}/{path}"
+        self._to.remove(waiting)
+        self._rename(staged, waiting)
+        self._to.remove(path)
+        self._rename(waiting, path)
+
+    def _move_new(self, staged: str, path: str) -> None:
+        if self.capabilities.rename == "refuses":
+            self._rename(staged, path)
+            return
+        with self._claim(path):
+            self._rename(staged, path)
+
+    def _rename(self, source: str, target: str) -> None:
+        """Rename a file, or let the server copy it where there is no rename. Done twice, it succeeds twice."""
+        to = self._to
+        to.make_parents(target)
+        try:
+            if to.is_object_store:
+                to.fs.cp_file(to.full(source), to.full(target))
+                to.fs.rm_file(to.full(source))
+            else:
+                to.fs.mv(to.full(source), to.full(target))
+        except FileNotFoundError:
+            # The reply to an earlier attempt was lost: nobody else knows the staged name, so it was moved by us.
+            if to.find(source) or not to.find(target):
+                raise
+        # WebHDFS says nothing at all when it refuses.
+        if not to.is_object_store and to.find(source):
+            raise FileExistsError(errno.EEXIST, "the server did not rename", target)
+
+    # Where nothing is yet: of two writers, one wins
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small file that must not be there yet; raise `NameTakenError` if it is, or another is about to."""
+        if self.is_taken(path):
+            raise self.taken(path)
+        try:
+            self._to.attempt(f"creating {path}", lambda: self._create(path, data))
+        except OSError as error:
+            if not is_refusal(error):
+                raise
+            # A lost reply makes the retry of our own write look like somebody else's.
+            if self._holds(path, data):
+                return
+            if self.is_taken(path):
+                raise self.taken(path) from error
+            # SeaweedFS refuses a name that was a folder once. Nothing is there: the claims decide.
+            self._to.attempt(f"creating {path}", lambda: self._create_claimed(path, data))
+
+    def _create(self, path: str, data: bytes) -> None:
+        if not self._to.is_object_store:
+            self._move_new(self._stage(data), path)
+        elif self.capabilities.create == "refuses":
+            self._create_exclusively(path, data)
+        else:
+            self._create_claimed(path, data)
+
+    def _create_exclusively(self, path: str, data: bytes) -> None:
+        self._to.fs.pipe_file(self._to.full(path), data, mode="create")
+
+    def _create_claimed(self, path: str, data: bytes) -> None:
+        with self._claim(path):
+            self._put(path, data)
+            if not self._holds(path, data):
+                raise self.taken(path)
+
+    @contextlib.contextmanager
+    def _claim(self, path: str) -> Iterator[None]:
+        """Keep others from creating ``path``, on a server that would let both: say so, then look who else does.
+
+        Whoever sees another claim steps back, so at most one goes on; that both step back is rare, and tried again.
+        """
+        key = f"/claim-{hashlib.sha256(path.encode()).hexdigest()[:32]}"
+        mine = self.staging + key
+        for attempt in range(_CLAIM_ATTEMPTS):
+            self._to.make_parents(mine)
+            with self._to.fs.open(self._to.full(mine), "wb") as stream:
+                stream.write(b"claimed")
+            try:
+                found = self._to.find(STAGING)
+                if not any(other.endswith(key) and other != mine and not is_dead(owner_of(other)) for other in found):
+                    if self._to.find(path):
+                        raise self.taken(path)
+                    yield
+                    return
+            finally:
+                with contextlib.suppress(OSError):
+                    self._to.remove(mine)
+            time.sleep(0.01 * 2**attempt * (1 + uuid.uuid4().int % 8))
+        raise self.taken(path)
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        try:
+            with self._to.open(path) as stream:
+                return stream.read(len(data) + 1) == data
+        except FileNotFoundError:
+            return False
+
+    def is_taken(self, path: str) -> bool:
+        """Return whether there is a file or folder of this name."""
+        return bool(self._to.find(path))
+
+    def taken(self, path: str) -> NameTakenError:
+        """Return the error that says so."""
+        msg = f"{path} appeared in {self._to} while it was about to be written; nothing was replaced"
+        return NameTakenError(msg)
+
+    # Copies
+
+    def copy(self, source: str, path: str) -> None:
+        """Let the server copy a file, in one step over what is there."""
+        self._to.attempt(f"copying {source} to {path}", lambda: self._copy(source, path))
+
+    def _copy(self, source: str, target: str) -> None:
+        if self._to.is_object_store:
+            self._to.fs.cp_file(self._to.full(source), self._to.full(target))
+            return
+        staged = self.new_staged()
+        self._to.fs.cp_file(self._to.full(source), self._to.full(staged))
+        self._move_over(staged, target)
+
+    # What the server can do
+
+    @functools.cached_property
+    def capabilities(self) -> Capabilities:
+        """What the server can do, found out at first use: what servers and drivers say is not believed."""
+        return self._to.attempt("probing", self._probe)
+
+    def _probe(self) -> Capabilities:
+        first, second, third = (f"{self.staging}/probe-{number}" for number in (1, 2, 3))
+        self._to.make_parents(first)
+        try:
+            if self._to.is_object_store:
+                return Capabilities("atomic", "none", self._probe_create(first), "server")
+            rename = self._probe_rename(first, second)
+            create: Literal["refuses", "claims"] = "refuses" if rename == "refuses" else "claims"
+            return Capabilities("staged", rename, create, self._probe_copy(second, third))
+        finally:
+            for path in (first, second, third):
+                with contextlib.suppress(OSError):
+                    self._to.remove(path)
+
+    def _probe_create(self, path: str) -> Literal["refuses", "claims"]:
+        outcomes = []
+        for data in (b"1", b"2"):
+            try:
+                self._create_exclusively(path, data)
+            except Exception:  # Whatever it is: this driver does not offer it, or the server refuses.
+                outcomes.append("refused")
+            else:
+                outcomes.append("created")
+        return "refuses" if outcomes == ["created", "refused"] and self._holds(path, b"1") else "claims"
+
+    def _probe_rename(self, source: str, target: str) -> Literal["replaces", "refuses"]:
+        fs, full = self._to.fs, self._to.full
+        for path, data in ((source, b"new"), (target, b"old")):
+            with fs.open(full(path), "wb") as stream:
+                stream.write(data)
+        try:
+            fs.mv(full(source), full(target))
+        except Exception:  # Whatever it is, it was not done.
+            return "refuses"
+        # Some do nothing, and say nothing.
+        return "replaces" if self._holds(target, b"new") else "refuses"
+
+    def _probe_copy(self, source: str, target: str) -> Literal["server", "client"]:
+        # These read the file and write it again, behind a method of that name.
+        if self._to.protocol in ("webhdfs", "hdfs", "ftp"):
+            return "client"
+        try:
+            self._to.fs.cp_file(self._to.full(source), self._to.full(target))
+        except Exception:  # Whatever it is, this driver does not offer it.
+            return "client"
+        return "server"
+
+
+def owner_of(path: str) -> str:
+    """Return whose staging folder the path is in."""
+    return path[len(STAGING) + 1 :].partition("/")[0].rpartition("-")[0]
