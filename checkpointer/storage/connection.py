@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, TypeVar
 
+import fsspec.asyn
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from checkpointer.errors import StorageError
@@ -46,6 +49,9 @@ class Connection:
         self._url = url
         self._options = options
         self._connect()
+        shared = isinstance(self.fs, fsspec.asyn.AsyncFileSystem)
+        self.turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if shared else threading.RLock()
+        """Held during each request: the session of a driver that is not asynchronous takes one thread at a time."""
 
     def __str__(self) -> str:
         # Without the password that it may carry.
@@ -78,13 +84,14 @@ class Connection:
             return self.retry(lambda: self._noting(do), f"{what} in {self}")
 
     def _noting(self, do: Callable[[], T]) -> T:
-        if self._is_cut:
-            self._connect()
-        try:
-            return do()
-        except Exception as error:
-            self.note(error)
-            raise
+        with self.turn:
+            if self._is_cut:
+                self._connect()
+            try:
+                return do()
+            except Exception as error:
+                self.note(error)
+                raise
 
     def note(self, error: Exception) -> None:
         """Remember that a session does not survive this error; object stores connect anew by themselves."""
@@ -108,7 +115,7 @@ class Connection:
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading; the stream opens anew where it was when the connection is cut."""
         with as_os_errors(f"opening {path}"):
-            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry)
+            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
         stream = self.fs.open(self.full(path), "rb")
@@ -140,7 +147,7 @@ class Connection:
         if self.is_object_store:
             return
         folders: list[str] = []
-        with contextlib.suppress(Exception):
+        with self.turn, contextlib.suppress(Exception):
             self.fs.invalidate_cache()
             below = self.fs.find(self.full(path), withdirs=True)
             folders = sorted((name for name in below if len(name) > len(self.full(path))), key=len, reverse=True)
@@ -150,7 +157,14 @@ class Connection:
             folders += [self.full("/".join(parts[:count])) for count in range(len(parts), 0, -1)]
         for folder in folders:
             # Not every server refuses to remove a folder with files in it: look first.
-            with contextlib.suppress(Exception):
+            with self.turn, contextlib.suppress(Exception):
                 if self.fs.isdir(folder) and not self.fs.ls(folder, detail=False):
-                    self.fs.rmdir(folder)
+                    self._remove_folder(folder)
         self._folders.clear()
+
+    def _remove_folder(self, folder: str) -> None:
+        # sshfs has only the coroutine, behind a method that does nothing.
+        if type(self.fs).rmdir is AbstractFileSystem.rmdir and hasattr(self.fs, "_rmdir"):
+            fsspec.asyn.sync(self.fs.loop, self.fs._rmdir, folder)
+        else:
+            self.fs.rmdir(folder)

@@ -180,15 +180,15 @@ class Placing:
 
         Whoever sees another claim steps back, so at most one goes on; that both step back is rare, and tried again.
         """
-        key = f"/claim-{hashlib.sha256(path.encode()).hexdigest()[:32]}"
-        mine = self.staging + key
+        key = f"/claim-{hashlib.sha256(path.encode()).hexdigest()[:32]}-"
+        mine = f"{self.staging}{key}{uuid.uuid4().hex[:12]}"
         for attempt in range(_CLAIM_ATTEMPTS):
             self._to.make_parents(mine)
             with self._to.fs.open(self._to.full(mine), "wb") as stream:
                 stream.write(b"claimed")
             try:
                 found = self._to.find(STAGING)
-                if not any(other.endswith(key) and other != mine and not is_dead(owner_of(other)) for other in found):
+                if not any(key in other and other != mine and not is_dead(owner_of(other)) for other in found):
                     if self._to.find(path):
                         raise self.taken(path)
                     yield

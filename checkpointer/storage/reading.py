@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 from collections.abc import Callable
@@ -14,16 +15,22 @@ __all__ = ["reader"]
 _BUFFER: Final = 1 << 20
 
 
-def reader(begin: Callable[[], Any], path: str, retry: Retry) -> BinaryIO:
-    """Return a seekable, buffered stream over what ``begin`` opens, now and after each cut."""
-    return cast(BinaryIO, io.BufferedReader(_Resuming(begin, path, retry), _BUFFER))
+def reader(begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]) -> BinaryIO:
+    """Return a seekable, buffered stream over what ``begin`` opens, now and after each cut.
+
+    ``turn`` is held during each request.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Resuming(begin, path, retry, turn), _BUFFER))
 
 
 class _Resuming(io.RawIOBase):
-    def __init__(self, begin: Callable[[], Any], path: str, retry: Retry) -> None:
+    def __init__(
+        self, begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]
+    ) -> None:
         self._begin = begin
         self._path = path
         self._retry = retry
+        self._turn = turn
         self._stream: Any = retry(begin, f"opening {path}")
         self._identity = _identity(self._stream)
         self._position = 0
@@ -39,7 +46,7 @@ class _Resuming(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = self._retry(lambda: self._ready().seek(offset, whence), f"seeking in {self._path}")
+        self._position = self._retry(lambda: self._seek(offset, whence), f"seeking in {self._path}")
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -53,9 +60,17 @@ class _Resuming(io.RawIOBase):
             self._stream.close()
         super().close()
 
+    def _seek(self, offset: int, whence: int) -> int:
+        with self._turn:
+            stream = self._ready()
+            stream.seek(offset, whence)
+            # Not every driver's seek() says where it went.
+            return cast(int, stream.tell())
+
     def _read(self, size: int) -> bytes:
         try:
-            return cast(bytes, self._ready().read(size))
+            with self._turn:
+                return cast(bytes, self._ready().read(size))
         except Exception as error:
             self._is_cut = is_transient(error)
             if isinstance(error, OSError) or self._is_cut:

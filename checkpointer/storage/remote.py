@@ -251,7 +251,7 @@ class StagedStream:
     def _errors(self) -> Iterator[None]:
         # What was sent cannot be sent again from here; the next request will connect anew.
         try:
-            with as_os_errors(f"sending {self._path}"):
+            with self._connection.turn, as_os_errors(f"sending {self._path}"):
                 yield
         except OSError as error:
             self._connection.note(error.__cause__ if isinstance(error.__cause__, Exception) else error)
