@@ -154,7 +154,7 @@ class Record:
     size: int
     """Bytes of the payload."""
     digest: str
-    """``"xxh3-128:"`` and 32 hex digits over the payload's bytes."""
+    """Over the payload's bytes: ``"xxh3-128:"`` and 32 hex digits, under trust ``"sha256:"`` and 64."""
     format: str
     """Name of the payload format, such as ``"torch"``."""
     contents: Contents = "full"
@@ -212,6 +212,8 @@ class Entry:
     previous: Record | None = None
     owner: str = ""
     """Process that is writing (``pending`` only): see `checkpointer.ports.Owner`."""
+    signature: str = ""
+    """Of all the rest, as `checkpointer.trust` makes and checks it; empty if it was saved without a key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
@@ -220,11 +222,13 @@ class Entry:
             data["previous"] = self.previous.to_dict()
         if self.owner:
             data["owner"] = self.owner
+        if self.signature:
+            data["signature"] = self.signature
         return data
 
     def to_json(self) -> bytes:
         """Return the record file's bytes."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False).encode()
+        return to_json(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Entry:
@@ -243,12 +247,18 @@ class Entry:
             status=reader.choice("status", ("pending", "committed", "retired")),
             previous=None if previous is None else Record.from_dict(previous, f"{where}, in 'previous'"),
             owner=reader.text("owner", ""),
+            signature=reader.text("signature", ""),
         )
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Entry:
         """Read a record file; raises `RecordError` with the file and the bad value in the message."""
         return cls.from_dict(parse_json(data, where), where)
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Return a record file's bytes."""
+    return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
 
 
 def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
@@ -279,7 +289,9 @@ def _to_plain_float(value: float) -> float | str:
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
-_DIGEST: Final = re.compile(r"[a-z0-9-]+:[0-9a-f]+")
+_DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
+_HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
+"""The digest algorithms there are, see `checkpointer.digests`, and how long each one's digests are."""
 
 
 class _Reader:
@@ -344,9 +356,15 @@ class _Reader:
 
     def digest(self, key: str) -> str:
         value = self.text(key)
-        if _DIGEST.fullmatch(value):
-            return value
-        raise self.bad(key, "'algorithm:hex'")
+        match = _DIGEST.fullmatch(value)
+        if match is None:
+            raise self.bad(key, "'algorithm:hex'")
+        if match[1] not in _HEX_DIGITS:
+            known = " or ".join(_HEX_DIGITS)
+            raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
+        if len(match[2]) != _HEX_DIGITS[match[1]]:
+            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
+        return value
 
     def metrics(self, key: str) -> dict[str, float]:
         value = self.raw(key)
