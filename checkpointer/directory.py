@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
-from checkpointer.records import SCHEMA, Entry, Line, Record
+from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
 
@@ -90,8 +91,9 @@ class Directory:
         path = f"{index.HOME}/directory.json"
         with contextlib.suppress(FileNotFoundError, RecordError):
             data = index.parse_json(index.read_bounded(self.storage, path), path)
-            if isinstance(data, dict) and isinstance(data.get("created"), (int, float)):
-                return float(data["created"])
+            created = as_number(data.get("created")) if isinstance(data, dict) else None
+            if created is not None and math.isfinite(created):
+                return created
         now = clock.time()
         if self._prepared:
             self.storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
@@ -158,6 +160,7 @@ class Directory:
 
     def rewrite(self, record: Record) -> None:
         """Change what a record says; its payload stays."""
+        check_readable(record)
         self.prepare()
         self.transaction.put(Entry(record=record))
         self.add(record)

@@ -117,10 +117,18 @@ def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
     if INDEX not in files:
         return {}
     try:
-        data = parse_json(read_bounded(storage, INDEX, MAX_INDEX_BYTES), INDEX, MAX_INDEX_BYTES)
+        limit = _index_limit(files)
+        data = parse_json(read_bounded(storage, INDEX, limit), INDEX, limit)
         return data["entries"] if data["schema"] == SCHEMA and isinstance(data["entries"], dict) else {}
     except (OSError, RecordError, KeyError, TypeError):
         return {}
+
+
+def _index_limit(files: Mapping[str, Stat]) -> int:
+    """Return the most bytes that an index of these records has: of a larger one not even the reading is worth it."""
+    records = [(path, stat.size) for path, stat in files.items() if path.startswith(f"{RECORDS}/")]
+    # Text that is not ASCII takes up to three times as much in the index as in a record.
+    return min(MAX_INDEX_BYTES, 1024 + sum(256 + 6 * len(path) + 4 * size for path, size in records))
 
 
 def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey | None) -> Entry | None:
