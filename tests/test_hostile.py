@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -528,3 +529,13 @@ def test_an_unreadable_slot_record_moves_the_alias_on(tmp_path: Path) -> None:
     assert manager.observe({}, step=2, epoch=0, epoch_end=False)
     manager.close()
     assert b"garbage" == (tmp_path / record_path("last.ckpt")).read_bytes()
+
+
+def test_every_promise_of_the_security_page_has_its_test() -> None:
+    """Each test that docs/security.md names is there, in the file that it links to."""
+    page = Path(__file__).parent.parent / "docs/security.md"
+    promises = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert len(promises) > 20
+    assert [] == [
+        name for name, link in promises if f"def {name}(" not in (page.parent / link).read_text(encoding="utf-8")
+    ]
