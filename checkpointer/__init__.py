@@ -11,6 +11,7 @@ from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.trust import HMACKey
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
+    "HMACKey",
     "KeepAll",
     "KeepBest",
     "KeepEvery",

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Protocol
+import reprlib
+from typing import Any, Final, Protocol
 
 from checkpointer.errors import PolicyError
+
+MAX_BRIEF: Final = 160
+
+_brief: Final = reprlib.Repr()
+_brief.maxlevel = 2
+_brief.maxstring = _brief.maxother = 80
+
+
+def brief(value: object) -> str:
+    """Return the start of a value's repr, for messages about data of others: short and soon, whatever it holds.
+
+    A plain repr of a few kilobytes of YAML can take forever (lists that share lists), and one of a huge number fails.
+    """
+    try:
+        return _brief.repr(value)[:MAX_BRIEF]
+    except (ValueError, RecursionError):
+        return f"a huge {type(value).__name__}"
 
 
 class _Field(Protocol):
@@ -19,7 +37,7 @@ def whole_number(minimum: int) -> Any:
     def check(instance: object, field: _Field, value: object) -> None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
             return
-        msg = f"{type(instance).__name__}.{field.name} is {value!r}; expected a whole number of at least {minimum}"
+        msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected a whole number of at least {minimum}"
         raise PolicyError(msg)
 
     return check
@@ -31,7 +49,7 @@ def one_of(*allowed: object) -> Any:
     def check(instance: object, field: _Field, value: object) -> None:
         if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
-            msg = f"{type(instance).__name__}.{field.name} is {value!r}; expected {choices}"
+            msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected {choices}"
             raise PolicyError(msg)
 
     return check

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
+import yaml
 
 from checkpointer.errors import CheckpointerError, PolicyError
 from checkpointer.naming import Naming
@@ -15,7 +16,13 @@ from checkpointer.ranking import Metric
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
 
-__all__ = ["from_plain", "mapping", "naming_from_plain", "suggest", "to_plain"]
+__all__ = ["MAX_YAML_BYTES", "from_plain", "mapping", "naming_from_plain", "parse_yaml", "suggest", "to_plain"]
+
+MAX_YAML_BYTES: Final = 1 << 18
+MAX_VALUES: Final = 50_000
+MAX_DEPTH: Final = 32
+MAX_TEXT: Final = 1000
+"""Characters of one key or value."""
 
 _TYPES: Final[dict[str, Any]] = {
     cls.__name__: cls
@@ -24,6 +31,61 @@ _TYPES: Final[dict[str, Any]] = {
         *(KeepBest, KeepLast, KeepEvery, KeepAll, Budget),
     )
 }
+
+
+def parse_yaml(data: bytes) -> Any:
+    """Parse YAML as plain data, with bounds on what it says and on what it expands to; failures are `PolicyError`.
+
+    A few lines whose aliases refer to aliases stand for billions of values: they are counted before they are built.
+    """
+    if len(data) > MAX_YAML_BYTES:
+        msg = f"the policy has more than {MAX_YAML_BYTES} bytes; a file of triggers and rules is far smaller"
+        raise PolicyError(msg)
+    try:
+        loader = yaml.SafeLoader(data.decode())
+        node = loader.get_single_node()
+        _check_node(node)
+        return None if node is None else loader.construct_document(node)
+    except PolicyError:
+        raise
+    except Exception as error:  # Odd scalars fail anywhere in it: ValueError for a 99th month, IndexError for !!int ''.
+        msg = f"the policy is not valid YAML: {error}"
+        raise PolicyError(msg) from error
+
+
+def _check_node(root: Any) -> None:
+    level = [] if root is None else [root]
+    count = len(level)
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            children = _children(node)
+            count += len(children)
+            if count > MAX_VALUES:
+                msg = f"the policy stands for more than {MAX_VALUES} values; write each trigger and rule out"
+                raise PolicyError(msg)
+            below += children
+        level = below
+        if not level:
+            return
+    msg = "the policy refers to itself or is nested too deeply; write each trigger and rule out"
+    raise PolicyError(msg)
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > MAX_TEXT:
+            msg = f"the policy has a text of {len(node.value)} characters: {node.value[:20]!r}...; at most {MAX_TEXT}"
+            raise PolicyError(msg)
+        return []
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if len(keys) != len(set(keys)):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        msg = f"the policy is not valid YAML: the key {twice!r} stands in one mapping twice"
+        raise PolicyError(msg)
+    return [node for pair in node.value for node in pair]
 
 
 def to_plain(value: Any) -> Any:
@@ -129,6 +191,6 @@ def suggest(word: object, known: Mapping[str, Any]) -> str:
 def _call(cls: Any, where: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return cls(*args, **kwargs)
-    except (CheckpointerError, TypeError, AttributeError) as error:
+    except (CheckpointerError, TypeError, ValueError, OverflowError, AttributeError) as error:
         msg = f"in {where!r}: {error}"
         raise PolicyError(msg) from error

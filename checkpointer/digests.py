@@ -1,25 +1,61 @@
-"""Digests of payloads: xxh3-128 over a file's bytes, or over a folder's names, sizes and bytes."""
+"""Digests of payloads: over a file's bytes, or over a folder's names, sizes and bytes."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
 import xxhash
 
+from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, Writable
 
-__all__ = ["ALGORITHM", "DigestWriter", "digest_of"]
+__all__ = [
+    "ALGORITHM",
+    "CRYPTOGRAPHIC",
+    "DigestWriter",
+    "VerifiedReader",
+    "algorithm_of",
+    "digest_of",
+    "is_cryptographic",
+]
 
 ALGORITHM: Final = "xxh3-128"
+"""Finds every accident, at the speed of memory."""
+CRYPTOGRAPHIC: Final = "sha256"
+"""Cannot be forged: under trust, where somebody may try."""
+
+_NEW: Final[dict[str, Callable[[], Any]]] = {ALGORITHM: xxhash.xxh3_128, CRYPTOGRAPHIC: hashlib.sha256}
 _CHUNK: Final = 4 << 20
+_BLOCK: Final = 1 << 20
+
+
+def algorithm_of(digest: str) -> str:
+    """Return the algorithm that a record's digest names."""
+    return digest.partition(":")[0]
+
+
+def is_cryptographic(digest: str) -> bool:
+    """Return whether nobody can make other bytes with the same digest."""
+    return algorithm_of(digest) == CRYPTOGRAPHIC
+
+
+def _new(algorithm: str) -> Any:
+    if algorithm not in _NEW:
+        msg = f"the digest algorithm {algorithm!r} is not known (known: {', '.join(_NEW)}); upgrade torch-checkpointer"
+        raise CorruptError(msg)
+    return _NEW[algorithm]()
 
 
 class DigestWriter:
     """Passes bytes on, and digests and counts them on the way."""
 
-    def __init__(self, stream: Writable) -> None:
+    def __init__(self, stream: Writable, algorithm: str = ALGORITHM) -> None:
         self._stream = stream
-        self._hash = xxhash.xxh3_128()
+        self._algorithm = algorithm
+        self._hash = _new(algorithm)
         self.size = 0
         """Bytes written so far."""
         self.error: BaseException | None = None
@@ -49,22 +85,22 @@ class DigestWriter:
     @property
     def digest(self) -> str:
         """The digest so far."""
-        return f"{ALGORITHM}:{self._hash.hexdigest()}"
+        return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
-def digest_of(storage: Storage, path: str) -> tuple[int, str] | None:
+def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | None:
     """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
     files = storage.list(path)
     if not files:
         return None
-    digest = xxhash.xxh3_128()
+    digest = _new(algorithm)
     size = 0
     for name in sorted(files):
         if name != path:
-            digest.update(f"{name[len(path) + 1 :]}\0{files[name].size}\0".encode())
+            digest.update(f"{name[len(path) + 1 :]}\0{files[name].size}\0".encode(errors="surrogateescape"))
         with storage.open(name) as stream:
             size += _feed(digest, stream)
-    return size, f"{ALGORITHM}:{digest.hexdigest()}"
+    return size, f"{algorithm}:{digest.hexdigest()}"
 
 
 def _feed(digest: Any, stream: BinaryIO) -> int:
@@ -73,3 +109,83 @@ def _feed(digest: Any, stream: BinaryIO) -> int:
         digest.update(chunk)
         size += len(chunk)
     return size
+
+
+class VerifiedReader(io.RawIOBase):
+    """Digests a payload at once, and then hands on only the very bytes that it has digested.
+
+    A payload is read twice: to verify it, and to load it. In between somebody may put other bytes there, and the old
+    ones back afterwards. So the first read keeps a digest of each block, and what the second reads must have it.
+    """
+
+    def __init__(self, stream: BinaryIO, algorithm: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._new: Final = _NEW[algorithm]
+        self._blocks: list[bytes] = []
+        whole = self._new()
+        self.size = 0
+        """Bytes of the payload."""
+        while block := _read_fully(stream, _BLOCK):
+            whole.update(block)
+            self._blocks.append(self._digest(block))
+            self.size += len(block)
+        self.digest: Final = f"{algorithm}:{whole.hexdigest()}"
+        """The digest of the whole payload."""
+        self.error: CorruptError | None = None
+        """That a block had changed: a format may hide it behind an error of its own."""
+        self._position = 0
+        self._held = -1
+        self._block = b""
+
+    def _digest(self, block: bytes) -> bytes:
+        digest = self._new()
+        digest.update(block)
+        return bytes(digest.digest())
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def tell(self) -> int:
+        """See `io.RawIOBase`."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `io.RawIOBase`."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """See `io.RawIOBase`; hands on at most the rest of one block."""
+        view = memoryview(buffer).cast("B")
+        number, offset = divmod(self._position, _BLOCK)
+        if number >= len(self._blocks):
+            return 0
+        data = memoryview(self._verified(number))[offset : offset + len(view)]
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _verified(self, number: int) -> bytes:
+        if number != self._held:
+            self._stream.seek(number * _BLOCK)
+            block = _read_fully(self._stream, _BLOCK)
+            if self._digest(block) != self._blocks[number]:
+                self.error = CorruptError("it changed between being verified and being loaded; nothing was restored")
+                raise self.error
+            self._held, self._block = number, block
+        return self._block
+
+
+def _read_fully(stream: BinaryIO, size: int) -> bytes:
+    """Read ``size`` bytes, or what is left of the stream: not every stream gives all it has at once."""
+    block = stream.read(size)
+    while block and len(block) < size and (more := stream.read(size - len(block))):
+        block += more
+    return block

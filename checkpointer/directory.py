@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -10,13 +11,14 @@ from collections.abc import Iterable
 import attrs
 
 from checkpointer import index
-from checkpointer.errors import CheckpointerWarning, RecordError
+from checkpointer.errors import CheckpointerWarning, RecordError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
-from checkpointer.records import SCHEMA, Entry, Line, Record
+from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
+from checkpointer.trust import HMACKey
 
 __all__ = ["Directory"]
 
@@ -34,21 +36,31 @@ class Directory:
         run: Id of the run to go on with; None for a new one.
         label: Tells managers apart that share the directory.
         writes: Whether to claim aliases and clear up after dead writers now; a reader changes nothing.
+        trust: Signs what is written; what it has not signed is damaged.
     """
 
     def __init__(
-        self, storage: Storage, owner: str, policy: Policy, *, run: str | None, label: str, writes: bool
+        self,
+        storage: Storage,
+        owner: str,
+        policy: Policy,
+        *,
+        run: str | None,
+        label: str,
+        writes: bool,
+        trust: HMACKey | None = None,
     ) -> None:
         self.storage = storage
-        self.transaction = Transaction(storage, owner)
+        self.transaction = Transaction(storage, owner, trust)
         self.policy = self._asked = policy
         self.claimed = run is not None
         self._prepared = False
         self._begun = False
         self._said: set[str] = set()
         self._pointed: dict[str, str] = {}
-        listing = index.load(storage)
+        listing = index.load(storage, trust)
         self.damaged = listing.damaged
+        self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         if writes:
             self.prepare()
@@ -79,8 +91,9 @@ class Directory:
         path = f"{index.HOME}/directory.json"
         with contextlib.suppress(FileNotFoundError, RecordError):
             data = index.parse_json(index.read_bounded(self.storage, path), path)
-            if isinstance(data, dict) and isinstance(data.get("created"), (int, float)):
-                return float(data["created"])
+            created = as_number(data.get("created")) if isinstance(data, dict) else None
+            if created is not None and math.isfinite(created):
+                return created
         now = clock.time()
         if self._prepared:
             self.storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
@@ -90,6 +103,12 @@ class Directory:
 
     def prepare(self) -> None:
         """Check that the storage can be written to, and sweep it; later calls do nothing."""
+        if self._signed and self.transaction.trust is None:
+            msg = (
+                f"{self._signed} checkpoints in {self.storage} are signed, and what is written without the key would "
+                "not be believed; pass trust= with their key, or open the directory without state= to look at it"
+            )
+            raise UntrustedError(msg)
         if not self._prepared and isinstance(self.storage, SupportsSweep):
             self.storage.prepare()
             self.transaction.sweep()
@@ -141,6 +160,7 @@ class Directory:
 
     def rewrite(self, record: Record) -> None:
         """Change what a record says; its payload stays."""
+        check_readable(record)
         self.prepare()
         self.transaction.put(Entry(record=record))
         self.add(record)
@@ -228,6 +248,8 @@ class Directory:
         record = self.manifest.by_name.get(alias)
         if record is not None:
             return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
+        if index.record_path(alias) in self.damaged:
+            return True
         return alias in self.manifest.foreign and not self.transaction.is_marked(alias)
 
     def _free_slot(self) -> None:
@@ -266,7 +288,7 @@ class Directory:
 
     def _write_index(self) -> None:
         if self._unindexed:
-            index.save(self.storage, index.load(self.storage))
+            index.save(self.storage, index.load(self.storage, self.transaction.trust))
             self._unindexed = 0
 
     def say_once(self, key: str, msg: str) -> None:

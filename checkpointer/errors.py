@@ -8,7 +8,8 @@
     ├── ObservationError   (ValueError)         something the loop reported that cannot be used
     │   └── MetricError    (TypeError)          a metric that is not one number
     ├── RecordError        (ValueError)         a record, index or host state that cannot be read
-    │   └── SchemaError                         ... because a newer version of this library wrote it
+    │   ├── SchemaError                         ... because a newer version of this library wrote it
+    │   └── UntrustedError (RestoreError)       ... because it is not signed with the manager's key
     ├── StorageError       (OSError)            the directory cannot be used as asked
     │   ├── AliasInUseError                     two live managers want the same alias
     │   └── NameTakenError (FileExistsError)    a file appeared under the name that was about to be written
@@ -46,6 +47,7 @@ __all__ = [
     "SchemaError",
     "StorageError",
     "UnsafePayloadError",
+    "UntrustedError",
 ]
 
 
@@ -111,6 +113,10 @@ class CorruptError(RestoreError):
 
 class UnsafePayloadError(RestoreError):
     """A payload holds objects that a safe load refuses to unpickle."""
+
+
+class UntrustedError(RecordError, RestoreError):
+    """A record's signature is missing or wrong, or its directory is signed and the manager has no key."""
 
 
 class NoValidCheckpointError(RestoreError):

@@ -8,12 +8,14 @@ from typing import Any, Final
 
 import attrs
 
-from checkpointer.errors import RecordError, SchemaError
+from checkpointer.digests import is_cryptographic
+from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
 from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records import parse_json as parse_json
+from checkpointer.trust import HMACKey, check_signature
 
-__all__ = ["HOME", "INDEX", "RECORDS", "Listing", "load", "read_bounded", "record_path", "save"]
+__all__ = ["HOME", "INDEX", "RECORDS", "Listing", "load", "read_bounded", "read_entry", "record_path", "save"]
 
 HOME: Final = ".checkpointer"
 """Folder of everything that is not a payload or alias."""
@@ -33,8 +35,8 @@ class Listing:
 
     entries: dict[str, Entry]
     """Each readable record file by its path."""
-    damaged: dict[str, str]
-    """Each unreadable record file by its path, with what is wrong."""
+    damaged: dict[str, RecordError]
+    """Each record file that cannot be read or believed by its path, with what is wrong."""
     files: Mapping[str, Stat]
     """Every file of the directory."""
     reads: int = 0
@@ -56,8 +58,10 @@ class Listing:
         return frozenset(names)
 
 
-def load(storage: Storage) -> Listing:
+def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
     """Read all records, from the index where the listing shows that a record file is unchanged.
+
+    With a key, whatever it has not signed is damaged, in the index as in the records.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
@@ -65,29 +69,41 @@ def load(storage: Storage) -> Listing:
     files = storage.list()
     cached = _cached(storage, files)
     entries: dict[str, Entry] = {}
-    damaged: dict[str, str] = {}
+    damaged: dict[str, RecordError] = {}
     reads = 0
     for path, stat in files.items():
         if not path.startswith(f"{RECORDS}/") or not path.endswith(".json"):
             continue
         try:
-            entry = None if _is_racy(stat, files) else _from_cache(cached, path, stat)
+            entry = None if _is_racy(stat, files) else _from_cache(cached, path, stat, trust)
             reads += entry is None
-            entries[path] = entry or _read(storage, path)
+            entries[path] = entry or read_entry(storage, path, trust)
         except FileNotFoundError:
             continue  # Retired by a live manager since the listing.
         except SchemaError:
             raise
         except RecordError as error:
-            damaged[path] = str(error)
+            damaged[path] = error
     return Listing(entries=entries, damaged=damaged, files=files, reads=reads)
 
 
-def _read(storage: Storage, path: str) -> Entry:
-    entry = Entry.from_json(read_bounded(storage, path), path)
+def read_entry(storage: Storage, path: str, trust: HMACKey | None) -> Entry:
+    """Read one record file; raises `RecordError` if it cannot be read, or the key has not signed it."""
+    entry = _believed(parse_json(read_bounded(storage, path), path), path, trust)
     if record_path(entry.record.name) != path:
         msg = f"{path}: it is the record of {entry.record.name!r}; a record lies under its payload's name"
         raise RecordError(msg)
+    return entry
+
+
+def _believed(data: object, where: str, trust: HMACKey | None) -> Entry:
+    # First whether the data is ours at all: what is not may say anything, such as that it has a later schema.
+    check_signature(data, where, trust)
+    entry = Entry.from_dict(data, where)
+    for record in (entry.record, entry.previous):
+        if trust is not None and record is not None and not is_cryptographic(record.digest):
+            msg = f"{where}: its digest {record.digest} can be forged; under trust= only sha256 is believed"
+            raise UntrustedError(msg)
     return entry
 
 
@@ -101,7 +117,8 @@ def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
     if INDEX not in files:
         return {}
     try:
-        data = parse_json(read_bounded(storage, INDEX, MAX_INDEX_BYTES), INDEX, MAX_INDEX_BYTES)
+        limit = _index_limit(files)
+        data = parse_json(read_bounded(storage, INDEX, limit), INDEX, limit)
         return data["entries"] if data["schema"] == SCHEMA and isinstance(data["entries"], dict) else {}
     except (OSError, RecordError, KeyError, TypeError):
         return {}
@@ -113,11 +130,18 @@ def _is_racy(stat: Stat, files: Mapping[str, Stat]) -> bool:
     return stat.modified_s is not None and (written is None or stat.modified_s >= written)
 
 
-def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat) -> Entry | None:
+def _index_limit(files: Mapping[str, Stat]) -> int:
+    """Return the most bytes that an index of these records has: of a larger one not even the reading is worth it."""
+    records = [(path, stat.size) for path, stat in files.items() if path.startswith(f"{RECORDS}/")]
+    # Text that is not ASCII takes up to three times as much in the index as in a record.
+    return min(MAX_INDEX_BYTES, 1024 + sum(256 + 6 * len(path) + 4 * size for path, size in records))
+
+
+def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey | None) -> Entry | None:
     match cached.get(path):
         case [size, version, data] if size == stat.size and version == stat.version != "":
             try:
-                entry = Entry.from_dict(data, f"{INDEX}, in {path!r}")
+                entry = _believed(data, f"{INDEX}, in {path!r}", trust)
             except RecordError:
                 return None
             return entry if record_path(entry.record.name) == path else None

@@ -38,6 +38,7 @@ from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metri
 from checkpointer.restoring import Restored
 from checkpointer.storage import open_storage
 from checkpointer.triggers import ALWAYS, AtSteps, Horizon, horizon_of
+from checkpointer.trust import HMACKey
 from checkpointer.writing import FOLDER, Writer
 
 __all__ = ["CheckpointManager"]
@@ -60,12 +61,14 @@ class CheckpointManager:
         listeners: Told when a checkpoint is durable or gone.
         tolerate_failures: How many saves in a row may fail with a warning before `SaveError` is raised.
         storage_options: What fsspec needs besides the URL, such as credentials; never logged or stored.
+        trust: A key that signs each record; one that it has not signed is neither restored nor touched.
         clock: Where the time comes from.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
     Raises:
         StorageError: If the directory cannot be used, or cannot be written to although ``state`` or ``save`` is given.
         AliasInUseError: If another live manager keeps the same alias in this directory.
+        UntrustedError: If there are signed checkpoints, ``state`` or ``save`` is given, and ``trust`` is not.
 
     Example:
         >>> from checkpointer import CheckpointManager, EveryEpochs, KeepBest, Policy
@@ -95,11 +98,15 @@ class CheckpointManager:
         listeners: Iterable[Listener] = (),
         tolerate_failures: int = 0,
         storage_options: Mapping[str, Any] | None = None,
+        trust: HMACKey | None = None,
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
         if save is not None and (state is not None or weights is not None):
             msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
+            raise PolicyError(msg)
+        if trust is not None and not isinstance(trust, HMACKey):
+            msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
         self._format = open_format(format)
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
@@ -121,7 +128,7 @@ class CheckpointManager:
         self._release = weakref.finalize(self, release, owner)
         writes = self._capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
-        self._directory = Directory(storage, owner, policy, run=run, label=label, writes=writes)
+        self._directory = Directory(storage, owner, policy, run=run, label=label, writes=writes, trust=trust)
         self._writer = Writer(self._directory, self._format, save)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
@@ -398,17 +405,18 @@ class CheckpointManager:
             NotFoundError: If the name or step asked for is not there.
             CorruptError: If the checkpoint asked for by name or step is not what was written.
             UnsafePayloadError: If it holds what a safe load refuses.
+            UntrustedError: If the checkpoint asked for by name is not signed with the manager's key.
         """
         self._check_open()
         view = self.manifest
-        chosen = restoring.choose(which, self.policy, view, contents)
+        chosen = restoring.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
         if which is None or which in ("last", "best") or which in self.policy.aliases:
             restored = restoring.load_first_valid(
                 self._directory.storage,
                 chosen,
                 self._format_of,
                 self._directory.set_aside,
-                self._directory.damaged.values(),
+                map(str, self._directory.damaged.values()),
                 weights_only=weights_only,
                 map_location=map_location,
             )

@@ -12,7 +12,7 @@ import attrs
 
 from checkpointer._validators import one_of, whole_number
 from checkpointer.errors import NamingError
-from checkpointer.records import has_surrogate
+from checkpointer.records import has_surrogate, is_home, name_problem
 
 __all__ = ["DEFAULT_EXTENSION", "Naming", "check_name"]
 
@@ -36,10 +36,12 @@ def check_name(name: str) -> str:
         msg = f"the name {name!r} is absolute; names are relative to the manager's directory"
     elif any(part in ("", ".", "..") for part in parts):
         msg = f"the name {name!r} has an empty part, '.' or '..'; it must stay inside the directory"
-    elif parts[0] == ".checkpointer":
+    elif is_home(parts[0]):
         msg = f"the name {name!r} is reserved: '.checkpointer' holds the records; choose another"
     elif any(len(part.encode()) > MAX_PART_BYTES for part in parts):
         msg = f"the name {name!r} has a part longer than {MAX_PART_BYTES} bytes; shorten the template"
+    elif problem := name_problem(name):
+        msg = f"the name {name!r} cannot be used; expected {problem}"
     else:
         return name
     raise NamingError(msg)
@@ -105,6 +107,9 @@ def _tokens(template: str, join: str) -> Iterator[str | _Field]:
 def _field(template: str, key: str, spec: str, conversion: str | None) -> _Field:
     if not key or conversion or "{" in spec:
         msg = f"the template {template!r} has a field that is not {{name}} or {{name:format}}; name a metric"
+        raise NamingError(msg)
+    if re.search(r"\d{4}", spec):
+        msg = f"the template {template!r} has {spec!r}; a name has at most {MAX_PART_BYTES} bytes: ask for fewer"
         raise NamingError(msg)
     for sample in (1, 1.5):
         try:

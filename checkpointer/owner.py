@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import socket
 import uuid
 from pathlib import Path
@@ -45,7 +46,8 @@ def is_dead(owner: str) -> bool:
 
 def _process(owner: str) -> tuple[int, str] | None:
     match owner.split("~"):
-        case [host, pid, started, _] if host == _host() and pid.isdigit():
+        # Ids come from files that others may have written: '\u00b2' is a digit too, and no process has twenty of them.
+        case [host, pid, started, _] if host == _host() and re.fullmatch("[0-9]{1,10}", pid):
             return int(pid), started
         case _:
             return None

@@ -218,17 +218,10 @@ class Policy:
             PolicyError: If the file is not YAML, or a value in it is bad; the message has its path in the file.
             FileNotFoundError: If there is no such file.
         """
-        try:
-            text = path if isinstance(path, str) and "\n" in path else Path(path).read_text(encoding="utf-8")
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            msg = f"the policy is not valid YAML: {error}"
-            raise PolicyError(msg) from error
-        try:
-            return _policy_from_plain(data, known or {})
-        except RecursionError as error:
-            msg = "the policy refers to itself or is nested too deeply; write each trigger and rule out"
-            raise PolicyError(msg) from error
+        if isinstance(path, str) and "\n" in path:
+            return _policy_from_plain(config.parse_yaml(path.encode(errors="surrogatepass")), known or {})
+        with open(path, "rb") as stream:
+            return _policy_from_plain(config.parse_yaml(stream.read(config.MAX_YAML_BYTES + 1)), known or {})
 
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"

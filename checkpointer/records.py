@@ -6,14 +6,15 @@ import json
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn, cast
 
 import attrs
 
-from checkpointer._validators import as_index
-from checkpointer.errors import MetricError, ObservationError, RecordError, SchemaError
+from checkpointer._validators import as_index, brief
+from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
 
 __all__ = ["SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
 
@@ -22,6 +23,12 @@ SCHEMA: Final = 1
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
+
+MAX_DEPTH: Final = 8
+"""Objects and lists within one another: a record file has four, more are refused."""
+
+MAX_WRITTEN_BYTES: Final = MAX_RECORD_BYTES * 2 // 5
+"""No record larger than this (bytes) is written: a pending one may hold two, and must be read again."""
 
 Contents = Literal["full", "weights"]
 Kind = Literal["regular", "rescue"]
@@ -43,7 +50,7 @@ def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
 
 def has_surrogate(text: str) -> bool:
     """Return whether the text holds half a character: it could not be encoded, so not be written."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _as_name(name: object) -> str:
@@ -154,7 +161,7 @@ class Record:
     size: int
     """Bytes of the payload."""
     digest: str
-    """``"xxh3-128:"`` and 32 hex digits over the payload's bytes."""
+    """Over the payload's bytes: ``"xxh3-128:"`` and 32 hex digits, under trust ``"sha256:"`` and 64."""
     format: str
     """Name of the payload format, such as ``"torch"``."""
     contents: Contents = "full"
@@ -212,6 +219,8 @@ class Entry:
     previous: Record | None = None
     owner: str = ""
     """Process that is writing (``pending`` only): see `checkpointer.ports.Owner`."""
+    signature: str = ""
+    """Of all the rest, as `checkpointer.trust` makes and checks it; empty if it was saved without a key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
@@ -220,11 +229,13 @@ class Entry:
             data["previous"] = self.previous.to_dict()
         if self.owner:
             data["owner"] = self.owner
+        if self.signature:
+            data["signature"] = self.signature
         return data
 
     def to_json(self) -> bytes:
         """Return the record file's bytes."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False).encode()
+        return to_json(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Entry:
@@ -243,6 +254,7 @@ class Entry:
             status=reader.choice("status", ("pending", "committed", "retired")),
             previous=None if previous is None else Record.from_dict(previous, f"{where}, in 'previous'"),
             owner=reader.text("owner", ""),
+            signature=reader.text("signature", ""),
         )
 
     @classmethod
@@ -251,19 +263,71 @@ class Entry:
         return cls.from_dict(parse_json(data, where), where)
 
 
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Return a record file's bytes."""
+    return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
+
+
+def check_readable(record: Record) -> None:
+    """Raise `SaveError` if the record, once written, could not be read again: before anything is written for it."""
+    digest = record.digest or f"sha256:{'0' * _HEX_DIGITS['sha256']}"
+    try:
+        data = Entry(record=attrs.evolve(record, digest=digest)).to_json()
+        Entry.from_json(data, "the record")
+    except ValueError as error:
+        msg = f"{brief(record.name)} was not saved: its record could not be read again ({error})"
+        raise SaveError(msg) from error
+    if len(data) > MAX_WRITTEN_BYTES:
+        names = sum(len(name.encode()) for name in record.metrics)
+        msg = (
+            f"{record.name} was not saved: its record would have {len(data)} bytes, and at most {MAX_WRITTEN_BYTES} "
+            f"are written; the names of its {len(record.metrics)} metrics take {names}: report fewer, or shorter ones"
+        )
+        raise SaveError(msg)
+
+
 def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
-    """Parse JSON from storage with a bound on size; any failure is a `RecordError`."""
+    """Parse JSON from storage with bounds on size and depth; any failure is a `RecordError`.
+
+    Two readers must not see two things in one file: a key given twice, and NaN, are refused.
+    """
     if len(data) > limit:
         msg = f"{where} is {len(data)} bytes; at most {limit} are read"
         raise RecordError(msg)
     try:
-        return json.loads(data)
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
         raise RecordError(msg) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if type(node) in (dict, list) for child in _children(node)]
+        if not level:
+            return value
+    msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
+    raise RecordError(msg)
 
 
-def _as_number(value: object) -> float | None:
+def _children(node: Any) -> Any:
+    return node if type(node) is list else node.values()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
+        raise ValueError(msg)
+    return data
+
+
+def _no_constant(text: str) -> NoReturn:
+    msg = f"{text} is no number"
+    raise ValueError(msg)
+
+
+def as_number(value: object) -> float | None:
+    """Return a number as a float; None if it is no number, or too large for one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -272,14 +336,46 @@ def _as_number(value: object) -> float | None:
         return None
 
 
+def _is_whole(value: object) -> bool:
+    # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def name_problem(name: str) -> str:
+    """Return what a payload's name was expected to be; empty if it stays inside the directory on every system."""
+    parts = name.split("/")
+    # Windows drops dots and spaces at the end: there '.. ' is the folder above.
+    if any(not part.strip(". ") for part in parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
+        return "a relative path inside the directory"
+    if is_home(parts[0]):
+        return "a path outside '.checkpointer'"
+    if max(len(part.encode()) for part in parts) > MAX_PART_BYTES or len(name.encode()) > MAX_NAME_BYTES:
+        return f"a path of at most {MAX_NAME_BYTES} bytes, and {MAX_PART_BYTES} in each part"
+    return ""
+
+
+def is_home(part: str) -> bool:
+    """Return whether some system may take the name for ``.checkpointer``: some fold case, or skip what is invisible."""
+    if not part.isascii():
+        visible = "".join(char for char in part if unicodedata.category(char) != "Cf")
+        part = unicodedata.normalize("NFKC", visible)
+    return part.casefold().rstrip(". ") == ".checkpointer"
+
+
 def _to_plain_float(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+MAX_PART_BYTES: Final = 255
+"""As many as any usual filesystem takes."""
+MAX_NAME_BYTES: Final = 1024
+"""As many as object stores take."""
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
-_DIGEST: Final = re.compile(r"[a-z0-9-]+:[0-9a-f]+")
+_DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
+_HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
+"""The digest algorithms there are, see `checkpointer.digests`, and how long each one's digests are."""
 
 
 class _Reader:
@@ -300,7 +396,7 @@ class _Reader:
         return value
 
     def bad(self, key: str, expected: str) -> RecordError:
-        return RecordError(f"{self._where}: {key!r} is {self._data.get(key)!r:.80}; expected {expected}")
+        return RecordError(f"{self._where}: {key!r} is {brief(self._data.get(key))}; expected {expected}")
 
     def text(self, key: str, default: Any = _MISSING) -> str:
         value = self.raw(key, default)
@@ -310,12 +406,12 @@ class _Reader:
 
     def whole(self, key: str) -> int:
         value = self.raw(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return value
-        raise self.bad(key, "a whole number of at least 0")
+        if _is_whole(value):
+            return cast(int, value)
+        raise self.bad(key, "a whole number of at least 0, and below 2**63")
 
     def number(self, key: str) -> float:
-        number = _as_number(self.raw(key))
+        number = as_number(self.raw(key))
         if number is not None and math.isfinite(number):
             return number
         raise self.bad(key, "a number")
@@ -334,19 +430,22 @@ class _Reader:
 
     def payload_name(self, key: str) -> str:
         value = self.text(key)
-        parts = value.split("/")
         # A record comes from storage that others may write to: its name must not lead out of the directory.
-        if any(part in ("", ".", "..") for part in parts) or "\\" in value or "\0" in value or _DRIVE.match(value):
-            raise self.bad(key, "a relative path inside the directory")
-        if parts[0] == ".checkpointer":
-            raise self.bad(key, "a path outside '.checkpointer'")
+        if problem := name_problem(value):
+            raise self.bad(key, problem)
         return value
 
     def digest(self, key: str) -> str:
         value = self.text(key)
-        if _DIGEST.fullmatch(value):
-            return value
-        raise self.bad(key, "'algorithm:hex'")
+        match = _DIGEST.fullmatch(value)
+        if match is None:
+            raise self.bad(key, "'algorithm:hex'")
+        if match[1] not in _HEX_DIGITS:
+            known = " or ".join(_HEX_DIGITS)
+            raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
+        if len(match[2]) != _HEX_DIGITS[match[1]]:
+            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
+        return value
 
     def metrics(self, key: str) -> dict[str, float]:
         value = self.raw(key)
@@ -357,10 +456,10 @@ class _Reader:
         return dict(self._metric(key, name, number) for name, number in value.items())
 
     def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
-        number = _NON_FINITE.get(value) if isinstance(value, str) else _as_number(value)
+        number = _NON_FINITE.get(value) if isinstance(value, str) else as_number(value)
         if number is not None:
             return name, number
-        msg = f"{self._where}: '{key}[{name!r}]' is {value!r:.80}; expected a number"
+        msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(value)}; expected a number"
         raise RecordError(msg)
 
     def line(self, key: str) -> Line:
@@ -372,7 +471,7 @@ class _Reader:
             raise self.bad(key, "a list of [fork, step]")
         for fork in value:
             match fork:
-                case [int() as number, int() as step]:
+                case [number, step] if _is_whole(number) and _is_whole(step):
                     yield number, step
                 case _:
                     raise self.bad(key, "a list of [fork, step]")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
 
-from checkpointer.digests import digest_of
+from checkpointer.digests import VerifiedReader, algorithm_of, digest_of
 from checkpointer.errors import (
     CheckpointerWarning,
     CorruptError,
     NotFoundError,
     NoValidCheckpointError,
+    RecordError,
     RestoreError,
+    UntrustedError,
 )
-from checkpointer.index import HOME
+from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import Format, Storage
+from checkpointer.ports import Format, Stat, Storage
 from checkpointer.records import Record
 
 __all__ = ["Restored", "check_empty", "choose", "load", "load_first_valid", "verify"]
@@ -46,12 +50,21 @@ class Restored:
 
 
 def choose(
-    which: str | int | None, policy: Policy, manifest: Manifest, contents: Literal["full", "any"]
+    which: str | int | None,
+    policy: Policy,
+    manifest: Manifest,
+    contents: Literal["full", "any"],
+    *,
+    damaged: Mapping[str, RecordError] = MappingProxyType({}),
 ) -> tuple[Record, ...]:
     """Return the records to try, in order. Only the newest and the best have others to fall back to.
 
+    ``damaged`` are the record files that cannot be read or believed, by their paths.
+
     Raises:
         NotFoundError: If no record has that name or step.
+        CorruptError: If the record of that name cannot be read.
+        UntrustedError: If the record of that name is not signed with the manager's key.
         RestoreError: If the record named has only weights, and ``contents="full"``.
     """
     aliases = {policy.name.last_file: "last", policy.name.best_file: "best"}
@@ -61,7 +74,7 @@ def choose(
         return tuple(r for r in reversed(manifest.live) if contents == "any" or r.contents == "full")
     if which == "best":
         return _best_first(policy, manifest, contents)
-    record = _named(which, policy, manifest)
+    record = _named(which, policy, manifest, damaged)
     if contents == "full" and record.contents == "weights":
         msg = f"{record.name} holds only weights and cannot resume a run; pass contents='any' to load them"
         raise RestoreError(msg)
@@ -75,43 +88,64 @@ def _best_first(policy: Policy, manifest: Manifest, contents: Literal["full", "a
     return tuple(policy.best_first(r for r in manifest.history if contents == "any" or r.contents == "full"))
 
 
-def _named(which: str | int | None, policy: Policy, manifest: Manifest) -> Record:
+def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged: Mapping[str, RecordError]) -> Record:
+    names = [] if which is None or isinstance(which, int) else [which, f"{which}{policy.name.suffix}"]
     if isinstance(which, int):
         # An abandoned checkpoint may be asked for by its step, if no other has that step.
         found = [r for r in manifest.own if r.step == which]
         found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", r.serial))
     else:
-        found = [r for name in (which, f"{which}{policy.name.suffix}") if (r := manifest.by_name.get(str(name)))][:1]
+        found = [r for name in names if (r := manifest.by_name.get(name))][:1]
     if found:
         return found[-1]
+    for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
+        raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
     have = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:]) or "none"
-    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}"
+    refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}{refused}"
     raise NotFoundError(msg)
 
 
 def verify(storage: Storage, record: Record) -> None:
     """Compare a payload with its record; raise `CorruptError` that says how they differ."""
+    _listed(storage, record)
+    _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
+
+
+def _listed(storage: Storage, record: Record) -> Mapping[str, Stat]:
+    """Return the payload's files, if they are there and as large as the record says: before anything is read."""
     files = storage.list(record.name)
     size = sum(stat.size for stat in files.values())
     if not files:
         msg = f"{record.name} is gone, though its record is there"
     elif size != record.size:
         msg = f"{record.name} has {size} bytes where its record says {record.size}"
-    elif (found := digest_of(storage, record.name)) is None or found[1] != record.digest:
-        msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
     else:
-        return
+        return files
     raise CorruptError(msg)
 
 
+def _compare(record: Record, found: tuple[int, str] | None) -> None:
+    if found != (record.size, record.digest):
+        msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
+        raise CorruptError(msg)
+
+
 def load(storage: Storage, record: Record, payload: Format, *, weights_only: bool, map_location: Any) -> Restored:
-    """Verify and load one checkpoint."""
-    verify(storage, record)
-    if set(storage.list(record.name)) != {record.name}:
+    """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between."""
+    if set(_listed(storage, record)) != {record.name}:
+        verify(storage, record)
         msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
         raise RestoreError(msg)
     with storage.open(record.name) as stream:
-        state = payload.read(stream, weights_only=weights_only, map_location=map_location)
+        verified = VerifiedReader(stream, algorithm_of(record.digest))
+        _compare(record, (verified.size, verified.digest))
+        try:
+            state = payload.read(io.BufferedReader(verified), weights_only=weights_only, map_location=map_location)
+        finally:
+            if verified.error is not None:
+                msg = f"{record.name} has other bytes than were written: {verified.error}"
+                raise CorruptError(msg)
     return Restored(record=record, state=state)
 
 

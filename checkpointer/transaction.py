@@ -30,12 +30,13 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.digests import DigestWriter, digest_of
+from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, algorithm_of, digest_of
 from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
-from checkpointer.index import HOME, Listing, read_bounded, record_path
+from checkpointer.index import HOME, Listing, read_bounded, read_entry, record_path
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
-from checkpointer.records import SCHEMA, Entry, Record, parse_json
+from checkpointer.records import SCHEMA, Entry, Record, parse_json, to_json
+from checkpointer.trust import HMACKey, check_signature, signed
 
 __all__ = ["Transaction"]
 
@@ -48,8 +49,14 @@ class Transaction:
 
     storage: Storage
     owner: str
+    trust: HMACKey | None = None
+    """Signs each record and alias marker that is written; what it has not signed is not believed."""
     unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
     """Retired checkpoints whose payload could not be deleted yet."""
+
+    @property
+    def _algorithm(self) -> str:
+        return ALGORITHM if self.trust is None else CRYPTOGRAPHIC
 
     # Commit
 
@@ -62,7 +69,7 @@ class Transaction:
         """
         upload = self.storage.upload(draft.name)
         try:
-            stream = DigestWriter(upload)
+            stream = DigestWriter(upload, self._algorithm)
             _write_all(write, stream)  # 1
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
@@ -101,7 +108,7 @@ class Transaction:
         """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
         if isinstance(self.storage, SupportsPaths):
             self.storage.sync(draft.name)
-        size, digest = _measure(self.storage, draft.name)
+        size, digest = _measure(self.storage, draft.name, self._algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
         self._really_there(record, None)
         self.put(Entry(record=record))
@@ -111,7 +118,7 @@ class Transaction:
         from checkpointer.storage.local import LocalStorage
 
         parent, _, name = path.rpartition("/")
-        return _measure(LocalStorage(parent, self.owner), name)
+        return _measure(LocalStorage(parent, self.owner), name, self._algorithm)
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._really_there(record, replaces)
@@ -134,7 +141,7 @@ class Transaction:
             return
         upload = self.storage.upload(record_path(name))
         try:
-            upload.write(pending.to_json())
+            upload.write(self._signed(pending))
             upload.finish()
             upload.publish(replace=False)
         except FileExistsError as error:
@@ -159,9 +166,8 @@ class Transaction:
         return there
 
     def _entry(self, name: str) -> Entry | None:
-        path = record_path(name)
         try:
-            return Entry.from_json(read_bounded(self.storage, path), path)
+            return read_entry(self.storage, record_path(name), self.trust)
         except FileNotFoundError:
             return None
 
@@ -177,8 +183,11 @@ class Transaction:
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
     def put(self, entry: Entry) -> None:
-        """Write a record file in one step."""
-        self.storage.write(record_path(entry.record.name), entry.to_json())
+        """Write a record file in one step, signed if there is a key."""
+        self.storage.write(record_path(entry.record.name), self._signed(entry))
+
+    def _signed(self, entry: Entry) -> bytes:
+        return to_json(signed(entry.to_dict(), self.trust))
 
     # Recover
 
@@ -222,7 +231,7 @@ class Transaction:
         files = self.storage.list(record.name)
         if sum(stat.size for stat in files.values()) != record.size:
             return False
-        return digest_of(self.storage, record.name) == (record.size, record.digest)
+        return digest_of(self.storage, record.name, algorithm_of(record.digest)) == (record.size, record.digest)
 
     # Retire and sweep
 
@@ -286,12 +295,13 @@ class Transaction:
 
     def _mark(self, alias: str, label: str, owner: str | None = None) -> None:
         marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": self.owner if owner is None else owner}
-        self.storage.write(_marker_path(alias), json.dumps(marker).encode())
+        self.storage.write(_marker_path(alias), json.dumps(signed(marker, self.trust)).encode())
 
     def _marker(self, alias: str) -> dict[str, str]:
         path = _marker_path(alias)
         try:
             data = parse_json(read_bounded(self.storage, path), path)
+            check_signature(data, path, self.trust)
         except (FileNotFoundError, RecordError):
             return {}
         return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
@@ -355,9 +365,9 @@ def _write_all(write: Callable[[Writable], None], stream: DigestWriter) -> None:
         raise
 
 
-def _measure(storage: Storage, path: str) -> tuple[int, str]:
+def _measure(storage: Storage, path: str, algorithm: str) -> tuple[int, str]:
     """Return size and digest of what a trainer wrote; raise if a restore could not find the same again."""
-    found = digest_of(storage, path)
+    found = digest_of(storage, path, algorithm)
     if found is None:
         msg = f"there is nothing at {path!r}: the trainer wrote no checkpoint to the path it was given"
         raise SaveError(msg)

@@ -14,12 +14,16 @@ from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.index import HOME
 from checkpointer.policy import Save
 from checkpointer.ports import Format, SupportsFreeSpace, SupportsPaths
-from checkpointer.records import Record
+from checkpointer.records import Record, check_readable
 
 __all__ = ["FOLDER", "Writer"]
 
 FOLDER: Final = "folder"
 """Format name of a payload that a trainer wrote as a folder."""
+
+
+MAX_REASON: Final = 2000
+"""Characters of a reason that are kept."""
 
 
 @attrs.frozen
@@ -34,9 +38,12 @@ class Writer:
     def write(self, decision: Save, state: Any, path: str | os.PathLike[str] | None) -> Record:
         """Write ``state``, or let ``save`` write, or adopt what lies at ``path``; return the committed record."""
         draft = self._draft(decision)
+        check_readable(draft)
         transaction = self.directory.transaction
         if path is not None:
-            return transaction.adopt(self._adopted(draft, os.fspath(path)))
+            draft = self._adopted(draft, os.fspath(path))
+            check_readable(draft)
+            return transaction.adopt(draft)
         self._check_space()
         replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
         over_alias = decision.name in self.directory.policy.aliases
@@ -69,7 +76,7 @@ class Writer:
             format=self.format.name,
             contents=self.directory.policy.contents,
             kind=decision.kind,
-            reason=decision.reason,
+            reason=_short(decision.reason),
             run=manifest.run,
             label=manifest.label,
             line=manifest.line,
@@ -115,3 +122,9 @@ class Writer:
                 "torch.serialization.add_safe_globals. Save tensors, numbers, text and containers of them instead"
             )
             self.directory.say_once(f"refused {key}", msg)
+
+
+def _short(reason: str) -> str:
+    """Return what a record keeps of a reason: a rescue's is the text of any exception, of any length."""
+    text = reason.encode(errors="backslashreplace").decode()
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

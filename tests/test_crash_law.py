@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 from plain_format import PlainFormat
 
-from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
+from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy
 from checkpointer.index import read_bounded
 from checkpointer.ports import Storage
 from checkpointer.storage import LocalStorage
@@ -31,21 +31,23 @@ LARGEST = {"best and last": 3, "last link": 2, "last slot": 2, "one name": 1}
 class Run:
     """A little training whose state is its step, on a storage that may die."""
 
-    def __init__(self, storage: Storage, policy: Policy) -> None:
+    def __init__(self, storage: Storage, policy: Policy, trust: HMACKey | None = None) -> None:
         self.step = 0
-        self.manager = CheckpointManager(storage, policy, state=lambda: {"step": self.step}, format=PlainFormat())
+        self.manager = CheckpointManager(
+            storage, policy, state=lambda: {"step": self.step}, format=PlainFormat(), trust=trust
+        )
 
     def observe(self, loss: float) -> Any:
         self.step += 1
         return self.manager.observe({"loss": loss}, step=self.step, epoch=0, epoch_end=False)
 
 
-def run_until_crash(storage: CrashingStorage, policy: Policy) -> int:
+def run_until_crash(storage: CrashingStorage, policy: Policy, trust: HMACKey | None = None) -> int:
     """Train until the storage dies, and return the last step that was acknowledged."""
     acknowledged = 0
     run = None
     try:
-        run = Run(storage, policy)
+        run = Run(storage, policy, trust)
         for loss in LOSSES:
             if run.observe(loss):
                 acknowledged = run.step
@@ -66,10 +68,12 @@ def count_operations(make: Any, policy: Policy) -> int:
     return storage.operations
 
 
-def check_survivor(inner: Storage, policy: Policy, acknowledged: int, largest: int, clue: str) -> None:
+def check_survivor(
+    inner: Storage, policy: Policy, acknowledged: int, largest: int, clue: str, trust: HMACKey | None = None
+) -> None:
     """A new manager restores at least what was acknowledged, and one more save makes everything right again."""
     assert b"mine" == read_bounded(inner, "foreign.txt"), clue
-    run = Run(inner, policy)
+    run = Run(inner, policy, trust)
     restored = run.manager.restore()
     if restored is None:
         assert 0 == acknowledged, clue
@@ -90,9 +94,10 @@ def check_survivor(inner: Storage, policy: Policy, acknowledged: int, largest: i
     assert not [path for path in inner.list() if "staging" in path], clue
 
 
+@pytest.mark.parametrize("trust", [None, HMACKey(b"0123456789abcdef")], ids=["plain", "signed"])
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When) -> None:
+def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When, trust: HMACKey | None) -> None:
     """Every n, on a storage whose operations are atomic by contract."""
     policy = POLICIES[name]
 
@@ -103,8 +108,8 @@ def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When) -
 
     for n in range(1, count_operations(make, policy) + 1):
         inner = make()
-        acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy)
-        check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}")
+        acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, trust)
+        check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}", trust)
 
 
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])

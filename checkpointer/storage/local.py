@@ -77,14 +77,18 @@ class LocalStorage:
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
         try:
-            return open(self._root / path, "rb")
+            return _open_file(self._root / path)
         except NotADirectoryError as error:
             raise FileNotFoundError(errno.ENOENT, "there is a file where its folder would be", path) from error
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            raise FileNotFoundError(errno.ENOENT, "there is a link to itself, or a socket", path) from error
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
+        target = self._within(path)
         staged = self._new_staged()
-        target = self._root / path
         try:
             with open(staged, "wb") as stream:
                 stream.write(data)
@@ -99,7 +103,7 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`; folders above that are empty now go too, up to the root."""
-        target = self._root / path
+        target = self._within(path)
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
@@ -117,21 +121,37 @@ class LocalStorage:
 
     def upload(self, path: str) -> LocalUpload:
         """See `Storage.upload`."""
+        target = self._within(path)
         staged = self._new_staged()
-        return LocalUpload(staged, self._root / path, open(staged, "wb", buffering=1 << 20))
+        return LocalUpload(staged, target, open(staged, "wb", buffering=1 << 20))
+
+    def _within(self, path: str) -> Path:
+        """Return the full path of something to change, if it really lies in the directory.
+
+        Whoever can put a link into the directory must not have us write or delete where it leads.
+        """
+        target = self._root / path
+        for folder in (self._root / part for part in Path(path).parents if part.parts):
+            if folder.is_symlink():
+                msg = (
+                    f"{folder} is a symbolic link, so {path!r} lies elsewhere; nothing is written or deleted there: "
+                    "put a real folder in its place, or give the manager the directory that it leads to"
+                )
+                raise StorageError(msg)
+        return target
 
     # SupportsLinks
 
     def symlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.symlink`."""
-        link = self._root / path
+        link = self._within(path)
         self._swing(link, lambda staged: os.symlink(os.path.relpath(self._root / target, link.parent), staged))
 
     def hardlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.hardlink`."""
         if (self._root / target).is_dir():
             raise OSError(errno.EPERM, "folders have no hard links", target)
-        self._swing(self._root / path, lambda staged: os.link(self._root / target, staged))
+        self._swing(self._within(path), lambda staged: os.link(self._root / target, staged))
 
     def _swing(self, path: Path, make: Any) -> None:
         staged = self._new_staged()
@@ -162,8 +182,9 @@ class LocalStorage:
 
     def stage(self, path: str) -> tuple[str, LocalUpload]:
         """See `SupportsPaths.stage`."""
+        target = self._within(path)
         staged = self._new_staged().with_suffix(Path(path).suffix)
-        return str(staged), LocalUpload(staged, self._root / path, None)
+        return str(staged), LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:
         """See `SupportsPaths.sync`."""
@@ -198,8 +219,10 @@ class LocalStorage:
             (self._root / STAGING).rmdir()
 
     def _staging_folders(self) -> Iterator[Path]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            yield from (folder for folder in (self._root / STAGING).iterdir() if folder != self._staging)
+        # Folders of that age elsewhere, where a planted link leads, are not ours to sweep.
+        with contextlib.suppress(OSError):
+            staging = self._within(f"{STAGING}/x").parent
+            yield from (folder for folder in staging.iterdir() if folder != self._staging)
 
     def _is_abandoned(self, folder: Path) -> bool:
         owner = folder.name.rpartition("-")[0]
@@ -212,8 +235,9 @@ class LocalStorage:
 
     def _new_staged(self) -> Path:
         # Made anew each time: another host may have swept it after a day in which nothing was written.
+        staged = self._within(f"{STAGING}/{self._staging.name}/{uuid.uuid4().hex[:12]}")
         _make_folders(self._staging)
-        return self._staging / uuid.uuid4().hex[:12]
+        return staged
 
 
 class LocalUpload:
@@ -276,6 +300,18 @@ class LocalUpload:
             shutil.rmtree(self._staged, ignore_errors=True)
         else:
             self._staged.unlink(missing_ok=True)
+
+
+def _open_file(path: Path) -> BinaryIO:
+    # Without waiting: a pipe that somebody put there would else keep us until it has a writer.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise FileNotFoundError(errno.ENOENT, "there is a pipe or device, and no file", str(path))
 
 
 def _stat(info: os.stat_result) -> Stat:

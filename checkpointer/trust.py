@@ -1,0 +1,147 @@
+"""Trust: a secret key signs each record, so that who can write to the storage cannot plant a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+from checkpointer.errors import PolicyError, UntrustedError
+
+__all__ = ["HMACKey", "check_signature", "signed"]
+
+MIN_KEY_BYTES: Final = 16
+MAX_KEY_BYTES: Final = 1 << 16
+SIGNATURE: Final = "signature"
+_SCHEME: Final = "hmac-sha256:"
+_MAKE_ONE: Final = 'make one with: python -c "import secrets; print(secrets.token_hex(32))"'
+
+
+class HMACKey:
+    """A secret key that signs and verifies. Never shown: not in its repr, not in an error, not in a pickle.
+
+    Args:
+        key: At least 16 random bytes.
+
+    Raises:
+        PolicyError: If the key is too short, or no bytes.
+
+    Example:
+        >>> from checkpointer import HMACKey
+        >>> key = HMACKey(b"0123456789abcdef0123456789abcdef")
+        >>> key.verify(b"data", key.sign(b"data")), key.verify(b"other", key.sign(b"data"))
+        (True, False)
+        >>> key
+        <HMACKey, hidden>
+    """
+
+    __slots__ = ("_mac",)
+
+    def __init__(self, key: bytes) -> None:
+        if not isinstance(key, bytes):
+            msg = f"the key is a {type(key).__name__}; pass bytes, or use HMACKey.from_env or HMACKey.from_file"
+            raise PolicyError(msg)
+        _check_length(key, "the key")
+        # What is kept is the keyed hash, not the key: nothing that prints or copies attributes finds it.
+        self._mac: Final = hmac.new(key, digestmod=hashlib.sha256)
+
+    @classmethod
+    def from_env(cls, name: str) -> HMACKey:
+        """Take the key from an environment variable, as text.
+
+        Raises:
+            PolicyError: If it is not set, or too short.
+        """
+        key = os.environ.get(name, "").encode(errors="surrogateescape")
+        if not key:
+            msg = f"the environment variable {name} is not set; put the key there ({_MAKE_ONE})"
+            raise PolicyError(msg)
+        _check_length(key, f"the key in the environment variable {name}")
+        return cls(key)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> HMACKey:
+        """Take the key from a file, without the one newline that may end it.
+
+        The file's permissions are not judged: secrets that a container is given are often readable by everybody in it.
+
+        Raises:
+            PolicyError: If there is no such file, or it holds no key.
+        """
+        where = os.fspath(path)
+        try:
+            with open(where, "rb") as stream:
+                key = stream.read(MAX_KEY_BYTES + 1)
+        except OSError as error:
+            msg = f"the key file {where} cannot be read ({error.strerror}); {_MAKE_ONE}"
+            raise PolicyError(msg) from error
+        if len(key) > MAX_KEY_BYTES:
+            msg = f"{where} is larger than {MAX_KEY_BYTES} bytes, so it is no key file; {_MAKE_ONE}"
+            raise PolicyError(msg)
+        key = key.removesuffix(b"\n").removesuffix(b"\r")
+        _check_length(key, f"the key in {where}")
+        return cls(key)
+
+    def sign(self, data: bytes) -> str:
+        """Return the signature of ``data``: ``"hmac-sha256:"`` and 64 hex digits."""
+        mac = self._mac.copy()
+        mac.update(data)
+        return _SCHEME + mac.hexdigest()
+
+    def verify(self, data: bytes, signature: str) -> bool:
+        """Return whether this key made the signature of ``data``; takes as long whatever the signature is."""
+        return hmac.compare_digest(self.sign(data).encode(), signature.encode(errors="replace"))
+
+    def __repr__(self) -> str:
+        return "<HMACKey, hidden>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a key is not pickled or copied; make it anew where it is needed: HMACKey.from_env or HMACKey.from_file"
+        raise TypeError(msg)
+
+
+def _check_length(key: bytes, what: str) -> None:
+    if len(key) < MIN_KEY_BYTES:
+        msg = f"{what} has {len(key)} bytes, and can be guessed; use at least {MIN_KEY_BYTES} ({_MAKE_ONE})"
+        raise PolicyError(msg)
+
+
+def signed(data: Mapping[str, Any], trust: HMACKey | None) -> dict[str, Any]:
+    """Return plain data with its signature; without a key as it is."""
+    plain = {key: value for key, value in data.items() if key != SIGNATURE}
+    return plain if trust is None else plain | {SIGNATURE: trust.sign(_canonical(plain))}
+
+
+def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
+    """Raise `UntrustedError` unless the key made the signature in ``data``; without a key nothing is asked.
+
+    What is no object has nothing to sign; its reader refuses it anyway.
+    """
+    if trust is None or not isinstance(data, dict):
+        return
+    signature = data.get(SIGNATURE)
+    if signature is None:
+        msg = (
+            f"{where} is not signed: it was planted, or saved without trust=. It is left alone; if you know that it "
+            "is yours, restore it without trust= and save it anew, into another directory"
+        )
+        raise UntrustedError(msg)
+    plain = {key: value for key, value in data.items() if key != SIGNATURE}
+    try:
+        if isinstance(signature, str) and trust.verify(_canonical(plain), signature):
+            return
+    except (ValueError, RecursionError):
+        pass  # Nothing that we sign is nested so deeply, or not a number.
+    msg = (
+        f"{where} has a signature that this key did not make for it: it was changed, it was signed with another key, "
+        "or the key given here is the wrong one. It is left alone; pass the key that the run was saved with"
+    )
+    raise UntrustedError(msg)
+
+
+def _canonical(data: Mapping[str, Any]) -> bytes:
+    """Return the one JSON text of ``data``, whatever the order and layout in its file."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
