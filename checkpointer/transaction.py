@@ -25,14 +25,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import attrs
 
 from checkpointer.digests import DigestWriter, digest_of
-from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
+from checkpointer.errors import (
+    AliasInUseError,
+    CheckpointerWarning,
+    CorruptError,
+    NameTakenError,
+    RecordError,
+    SaveError,
+)
 from checkpointer.index import HOME, Listing, read_bounded, record_path
+from checkpointer.naming import check_name
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
 from checkpointer.records import SCHEMA, Entry, Record, parse_json
@@ -96,6 +104,72 @@ class Transaction:
             return self._publish(upload, attrs.evolve(draft, size=size, digest=digest), replaces, over_alias)
         finally:
             upload.abort()
+
+    def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
+        """Commit a copy of what lies at ``path`` of another storage (steps 1 to 5), if it is what ``record`` says.
+
+        Raises:
+            CorruptError: If there are other bytes, or none; nothing is published.
+        """
+        files = sorted(source.list(path)) or [path]
+        if files != [path]:
+            return self._copy_folder_in(record, source, path, files, replaces)
+        upload = self.storage.upload(record.name)
+        try:
+            stream = DigestWriter(upload)
+            for chunk in _read_chunks(source, path):  # 1
+                stream.write(chunk)
+            _check_copied(record, (stream.size, stream.digest), f"{path} in {source}")
+            upload.finish()  # 2
+            return self._publish(upload, record, replaces, over_alias=False)
+        finally:
+            upload.abort()
+
+    def _copy_folder_in(
+        self, record: Record, source: Storage, path: str, files: list[str], replaces: Record | None
+    ) -> Record:
+        if not isinstance(self.storage, SupportsPaths):
+            return self._upload_folder(record, source, path, files)
+        staged, upload = self.storage.stage(record.name)
+        try:
+            for file in files:  # 1
+                inside = check_name(file[len(path) + 1 :])
+                target = os.path.join(staged, *inside.split("/"))
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "xb") as stream:
+                    for chunk in _read_chunks(source, file):
+                        stream.write(chunk)
+            upload.finish()  # 2
+            _check_copied(record, self._digest_staged(staged), f"{path} in {source}")
+            return self._publish(upload, record, replaces, over_alias=False)
+        finally:
+            upload.abort()
+
+    def _upload_folder(self, record: Record, source: Storage, path: str, files: list[str]) -> Record:
+        """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
+        self._really_there(record, None)
+        self.put(Entry(record=record, status="pending", owner=self.owner))  # 3
+        published = []
+        try:
+            for file in files:  # 1, 2 and 4 of each file
+                name = f"{record.name}/{check_name(file[len(path) + 1 :])}"
+                upload = self.storage.upload(name)
+                try:
+                    for chunk in _read_chunks(source, file):
+                        upload.write(chunk)
+                    upload.finish()
+                    upload.publish(replace=False)
+                finally:
+                    upload.abort()
+                published.append(name)
+            _check_copied(record, digest_of(self.storage, record.name), f"{path} in {source}")
+        except Exception:
+            for name in published:
+                self.storage.delete(name)
+            self.storage.delete(record_path(record.name))
+            raise
+        self.put(Entry(record=record))  # 5
+        return record
 
     def adopt(self, draft: Record) -> Record:
         """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
@@ -336,6 +410,24 @@ def _write_all(write: Callable[[Writable], None], stream: DigestWriter) -> None:
         if stream.error is not None:
             raise stream.error from None
         raise
+
+
+def _read_chunks(storage: Storage, path: str) -> Iterator[bytes]:
+    """Yield a file's bytes; one that is gone is a `CorruptError`, for somebody has a record of it."""
+    try:
+        stream = storage.open(path)
+    except FileNotFoundError as error:
+        msg = f"{path} in {storage} is gone, though its record is there"
+        raise CorruptError(msg) from error
+    with stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+
+
+def _check_copied(record: Record, found: tuple[int, str] | None, where: str) -> None:
+    if found != (record.size, record.digest):
+        msg = f"{where} has other bytes than its record says; nothing was copied"
+        raise CorruptError(msg)
 
 
 def _measure(storage: Storage, path: str) -> tuple[int, str]:
