@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import xxhash
 
 from checkpointer.ports import Storage, Writable
 
-__all__ = ["ALGORITHM", "DigestWriter", "digest_of"]
+__all__ = ["ALGORITHM", "DigestWriter", "FolderDigest", "digest_of"]
 
 ALGORITHM: Final = "xxh3-128"
 _CHUNK: Final = 4 << 20
@@ -52,24 +52,39 @@ class DigestWriter:
         return f"{ALGORITHM}:{self._hash.hexdigest()}"
 
 
+class FolderDigest:
+    """Digests a folder that is read file by file, in the order of their names, as `digest_of` does."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+        self.size = 0
+        """Bytes so far."""
+
+    def begin(self, inside: str, size: int) -> None:
+        """Go on with the file of this path inside the folder and this size in bytes."""
+        self._hash.update(f"{inside}\0{size}\0".encode())
+
+    def update(self, chunk: bytes) -> None:
+        """Go on with these bytes."""
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    @property
+    def digest(self) -> str:
+        """The digest so far."""
+        return f"{ALGORITHM}:{self._hash.hexdigest()}"
+
+
 def digest_of(storage: Storage, path: str) -> tuple[int, str] | None:
     """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
     files = storage.list(path)
     if not files:
         return None
-    digest = xxhash.xxh3_128()
-    size = 0
+    digest = FolderDigest()
     for name in sorted(files):
         if name != path:
-            digest.update(f"{name[len(path) + 1 :]}\0{files[name].size}\0".encode())
+            digest.begin(name[len(path) + 1 :], files[name].size)
         with storage.open(name) as stream:
-            size += _feed(digest, stream)
-    return size, f"{ALGORITHM}:{digest.hexdigest()}"
-
-
-def _feed(digest: Any, stream: BinaryIO) -> int:
-    size = 0
-    while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    return size
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.size, digest.digest

@@ -420,7 +420,7 @@ class CheckpointManager:
         self._check_open()
         found = self._mirror.look() if self._mirror is not None else Fetcher()
         view = self._directory.widened(found.records.values())
-        chosen = self._choose(which, view, contents, found)
+        chosen = found.choose(which, self.policy, view, contents)
 
         def load_here(record: Record) -> Restored:
             payload = self._format_of(record)
@@ -442,17 +442,6 @@ class CheckpointManager:
         self._go_on(restored.record.progress)
         self._tell_mirror()
         return restored
-
-    def _choose(
-        self, which: str | int | None, view: Manifest, contents: Literal["full", "any"], found: Fetcher
-    ) -> tuple[Record, ...]:
-        try:
-            return restoring.choose(which, self.policy, view, contents)
-        except NotFoundError as error:
-            if not found.problems:
-                raise
-            msg = "; ".join((str(error), *found.problems))
-            raise NotFoundError(msg) from error
 
     def _format_of(self, record: Record) -> Format:
         if record.format in (self._format.name, FOLDER):
@@ -564,7 +553,10 @@ class CheckpointManager:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error
         if self._mirror is not None:
-            self._directory.widened(self._mirror.look().records.values())
+            found = self._mirror.look()
+            self._directory.widened(found.records.values())
+            for problem in found.problems:
+                self._directory.say_once(problem, f"went on without {problem}")
         self._directory.resume_run(run, line, step)
         self._go_on(since)
         self._owed, self._last_step = owed, step

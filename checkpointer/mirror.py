@@ -16,19 +16,26 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 
 from checkpointer import index
 from checkpointer.directory import Directory
-from checkpointer.errors import CheckpointerWarning, CorruptError, PolicyError, RestoreError, StorageError
+from checkpointer.errors import (
+    CheckpointerWarning,
+    CorruptError,
+    NotFoundError,
+    PolicyError,
+    RestoreError,
+    StorageError,
+)
 from checkpointer.manifest import Manifest
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy, explain
 from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records import Record
-from checkpointer.restoring import Restored, verify
+from checkpointer.restoring import Restored, choose, verify
 from checkpointer.retention import KeepBest, Limit, Rule
 from checkpointer.storage import LocalStorage, open_storage
 
@@ -311,10 +318,10 @@ class Mirror:
 
     # For a restore, on its thread
 
-    def look(self) -> Fetcher:
-        """Return what the mirror holds; if it cannot be reached, that is the fetcher's problem, not an error."""
+    def look(self, seconds: float = LOOK_S) -> Fetcher:
+        """Return what the mirror holds; if it does not say so in time, that is a problem that the fetcher carries."""
         try:
-            return _within(LOOK_S, self._look)
+            return _within(seconds, self._look)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             return Fetcher(problems=(f"what the mirror {self} may hold, which could not be reached ({why})",))
@@ -374,6 +381,18 @@ class Fetcher:
     problems: tuple[str, ...] = ()
     """What could not be read, in words."""
 
+    def choose(
+        self, which: str | int | None, policy: Policy, view: Manifest, contents: Literal["full", "any"]
+    ) -> tuple[Record, ...]:
+        """Do as `restoring.choose` does; what is not found may be where nobody could look."""
+        try:
+            return choose(which, policy, view, contents)
+        except NotFoundError as error:
+            if not self.problems:
+                raise
+            msg = f"{error}; not looked at: {'; '.join(self.problems)}"
+            raise NotFoundError(msg) from error
+
     def load(self, record: Record, directory: Directory, load: Callable[[Record], Restored]) -> Restored:
         """Load a checkpoint from here; before that fetch it if only the mirror has it whole.
 
@@ -387,10 +406,10 @@ class Fetcher:
             return load(self._fetch(copy, directory))
         try:
             return load(record)
-        except CorruptError as error:
+        except (CorruptError, OSError) as error:
             if copy is None or _is_whole(directory.storage, record):
                 raise
-            fetched = self._fetch_again(record, copy, directory)
+            fetched = self._fetch_again(record, copy, directory, error)
             msg = f"{error}; it was fetched from the mirror as {fetched.name}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
         return load(fetched)
@@ -410,13 +429,17 @@ class Fetcher:
         _log.info("fetched %s (%d bytes) from %s", fetched.name, fetched.size, self.storage)
         return fetched
 
-    def _fetch_again(self, record: Record, copy: Record, directory: Directory) -> Record:
+    def _fetch_again(self, record: Record, copy: Record, directory: Directory, error: Exception) -> Record:
         """Fetch what is damaged here. Only a file of the size we wrote is surely ours to replace."""
         files = directory.storage.list(record.name)
         is_ours = not files or (set(files) == {record.name} and files[record.name].size == record.size)
+        try:
+            fetched = self._fetch(copy, directory, replaces=record if is_ours else None)
+        except (CorruptError, OSError) as failure:
+            msg = f"{error}; {failure}"
+            raise (CorruptError if isinstance(error, CorruptError) else StorageError)(msg) from error
         if is_ours:
-            return self._fetch(copy, directory, replaces=record)
-        fetched = self._fetch(copy, directory)
+            return fetched
         # What lies there is not what the record says; it stays, but as a file of others.
         directory.storage.delete(index.record_path(record.name))
         directory.set_aside(record)
@@ -435,7 +458,7 @@ class Fetcher:
 def _is_whole(storage: Storage, record: Record) -> bool:
     try:
         verify(storage, record)
-    except CorruptError:
+    except (CorruptError, OSError):
         return False
     return True
 

@@ -30,7 +30,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.digests import DigestWriter, digest_of
+from checkpointer.digests import DigestWriter, FolderDigest, digest_of
 from checkpointer.errors import (
     AliasInUseError,
     CheckpointerWarning,
@@ -111,9 +111,11 @@ class Transaction:
         Raises:
             CorruptError: If there are other bytes, or none; nothing is published.
         """
-        files = sorted(source.list(path)) or [path]
-        if files != [path]:
-            return self._copy_folder_in(record, source, path, files, replaces)
+        files = source.list(path)
+        if files and set(files) != {path}:
+            if isinstance(self.storage, SupportsPaths):
+                return self._stage_folder(record, source, path, replaces)
+            return self._upload_folder(record, source, path)
         upload = self.storage.upload(record.name)
         try:
             stream = DigestWriter(upload)
@@ -125,19 +127,15 @@ class Transaction:
         finally:
             upload.abort()
 
-    def _copy_folder_in(
-        self, record: Record, source: Storage, path: str, files: list[str], replaces: Record | None
-    ) -> Record:
-        if not isinstance(self.storage, SupportsPaths):
-            return self._upload_folder(record, source, path, files)
+    def _stage_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
+        assert isinstance(self.storage, SupportsPaths), "it was asked"
         staged, upload = self.storage.stage(record.name)
         try:
-            for file in files:  # 1
-                inside = check_name(file[len(path) + 1 :])
+            for inside in sorted(_inside(path, source)):  # 1
                 target = os.path.join(staged, *inside.split("/"))
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with open(target, "xb") as stream:
-                    for chunk in _read_chunks(source, file):
+                    for chunk in _read_chunks(source, f"{path}/{inside}"):
                         stream.write(chunk)
             upload.finish()  # 2
             _check_copied(record, self._digest_staged(staged), f"{path} in {source}")
@@ -145,24 +143,19 @@ class Transaction:
         finally:
             upload.abort()
 
-    def _upload_folder(self, record: Record, source: Storage, path: str, files: list[str]) -> Record:
+    def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
         """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
         self._really_there(record, None)
         self.put(Entry(record=record, status="pending", owner=self.owner))  # 3
-        published = []
+        digest = FolderDigest()
+        published: list[str] = []
         try:
-            for file in files:  # 1, 2 and 4 of each file
-                name = f"{record.name}/{check_name(file[len(path) + 1 :])}"
-                upload = self.storage.upload(name)
-                try:
-                    for chunk in _read_chunks(source, file):
-                        upload.write(chunk)
-                    upload.finish()
-                    upload.publish(replace=False)
-                finally:
-                    upload.abort()
+            for inside, size in sorted(_inside(path, source).items()):
+                digest.begin(inside, size)
+                name = f"{record.name}/{inside}"
+                self._upload_file(name, source, f"{path}/{inside}", digest)
                 published.append(name)
-            _check_copied(record, digest_of(self.storage, record.name), f"{path} in {source}")
+            _check_copied(record, (digest.size, digest.digest), f"{path} in {source}")
         except Exception:
             for name in published:
                 self.storage.delete(name)
@@ -170,6 +163,17 @@ class Transaction:
             raise
         self.put(Entry(record=record))  # 5
         return record
+
+    def _upload_file(self, name: str, source: Storage, path: str, digest: FolderDigest) -> None:
+        upload = self.storage.upload(name)
+        try:
+            for chunk in _read_chunks(source, path):  # 1
+                digest.update(chunk)
+                upload.write(chunk)
+            upload.finish()  # 2
+            upload.publish(replace=False)  # 4
+        finally:
+            upload.abort()
 
     def adopt(self, draft: Record) -> Record:
         """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
@@ -422,6 +426,11 @@ def _read_chunks(storage: Storage, path: str) -> Iterator[bytes]:
     with stream:
         while chunk := stream.read(_CHUNK):
             yield chunk
+
+
+def _inside(path: str, storage: Storage) -> dict[str, int]:
+    """Return the size of each file of a folder by its path inside it; a listing cannot lead out of it."""
+    return {check_name(name[len(path) + 1 :]): stat.size for name, stat in storage.list(path).items()}
 
 
 def _check_copied(record: Record, found: tuple[int, str] | None, where: str) -> None:
