@@ -674,3 +674,72 @@ def test_directory_as_its_own_mirror_by_a_link_is_an_error_that_is_said(tmp_path
     with pytest.warns(CheckpointerWarning, match="is the directory itself"):
         run.manager.close(timeout=0)
     assert [1, 2] == steps(tmp_path / "run")
+
+
+def test_alias_on_the_mirror_goes_on_after_an_outage() -> None:
+    """The mirror is its own heir: what it claimed before does not stand in its way."""
+    there = Remote()
+    policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
+    with Run(None, policy, mirror=there) as run:
+        run.save(0.1)
+        run.mirrored()
+        there.error = OSError("no route to host")
+        run.save(0.2)
+        eventually(lambda: run.manager.mirror.error != "")  # type: ignore[union-attr]
+        there.error = None
+    assert {"step": 2} == json.load(there.inner.open("last.ckpt"))
+
+
+def test_restore_does_not_wait_for_a_mirror_that_never_answers() -> None:
+    """It goes on after a while; here a short one."""
+    there = Remote()
+    with Run(MemoryStorage(), ALL, mirror=there) as run:
+        there.answers.clear()
+        assert run.manager._mirror is not None
+        problem = "what the mirror remote may hold, which could not be reached (TimeoutError: no answer within 0.05 s)"
+        assert (problem,) == run.manager._mirror.look(0.05).problems
+        there.answers.set()
+
+
+def test_folder_that_changed_is_not_copied_to_where_there_are_only_files(tmp_path: Path) -> None:
+    """What was uploaded of it is taken back."""
+
+    def save(path: str) -> None:
+        Path(path).mkdir()
+        for name in "ab":
+            (Path(path) / name).write_bytes(b"x" * 10)
+
+    there = Remote()
+    there.answers.clear()
+    with Run(tmp_path, LAST, state=None, save=save, mirror=there) as run:
+        run.save(0.1)
+        (tmp_path / "epoch=0-step=1.ckpt/b").write_bytes(b"y" * 10)
+        there.answers.set()
+    assert [] == payloads(there.inner)
+    assert ["epoch=0-step=1.ckpt/a", "epoch=0-step=1.ckpt/b"] == there.uploaded
+
+
+def test_disk_that_cannot_read_its_payload_takes_the_mirrors() -> None:
+    """An input/output error here, not another content."""
+
+    class Broken(MemoryStorage):
+        def open(self, path: str) -> BinaryIO:
+            if path == "epoch=0-step=2.ckpt" and not self.replaced:
+                raise OSError(5, "input/output error", path)
+            return super().open(path)
+
+        replaced = False
+
+        def upload(self, path: str) -> Any:
+            self.replaced = path == "epoch=0-step=2.ckpt"
+            return super().upload(path)
+
+    there, sound, broken = MemoryStorage(), MemoryStorage(), Broken()
+    train(sound, there, 0.9, 0.1)
+    for path in sound.list():
+        broken.write(path, sound.open(path).read())
+    with (
+        Run(broken, ALL, mirror=there) as run,
+        pytest.warns(CheckpointerWarning, match="it was fetched from the mirror"),
+    ):
+        assert 2 == run.restore()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import pytest
 from plain_format import PlainFormat
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer.index import load
 from checkpointer.ports import Storage
 from checkpointer.testing import Crash, CrashingStorage, MemoryStorage, die
 
@@ -139,3 +140,29 @@ def check_caught_up(here: Storage, there: Storage, policy: Policy, clue: str) ->
     payloads = {path for path in there.list() if path.endswith(".ckpt")} - set(policy.aliases)
     assert names == payloads, clue
     assert len(names) <= 2, f"{clue}: {names}"
+
+
+class Failing(CrashingStorage):
+    """A storage that fails once, at its n-th operation, as a network does."""
+
+    def _die(self, what: str) -> NoReturn:
+        msg = f"{what} failed"
+        raise ConnectionError(msg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("name", POLICIES)
+def test_mirror_that_fails_at_any_operation_is_caught_up_by_the_same_process(name: str, when: When) -> None:
+    """Every n: closing tries again at once, and all is there, once, with nothing left half-way."""
+    policy = POLICIES[name]
+    for n in range(1, count("there", policy) + 1):
+        here, there = MemoryStorage(), MemoryStorage()
+        run = Run(here, Failing(there, at=n, when=when), policy)
+        for loss in LOSSES:
+            run.observe(loss)
+        run.manager.close()
+        clue = f"the mirror failed {when} operation {n}"
+        assert len(LOSSES) == restored(there, policy), clue
+        check_caught_up(here, there, policy, clue)
+        assert {"committed"} == {entry.status for entry in load(there).entries.values()}, clue
