@@ -400,7 +400,8 @@ class CheckpointManager:
     ) -> Restored | None:
         """Verify and load a checkpoint, and go on with its run from there.
 
-        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted.
+        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted. With a
+        mirror its checkpoints are candidates too; one that is only there, or damaged here, is fetched first.
 
         Args:
             which: None or ``"last"`` for the newest valid one, ``"best"``, a name, or a step.
@@ -416,6 +417,7 @@ class CheckpointManager:
             NotFoundError: If the name or step asked for is not there.
             CorruptError: If the checkpoint asked for by name or step is not what was written.
             UnsafePayloadError: If it holds what a safe load refuses.
+            RestoreError: If it has to be fetched from the mirror, and there is no room for it.
         """
         self._check_open()
         found = self._mirror.look() if self._mirror is not None else Fetcher()
