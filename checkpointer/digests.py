@@ -16,6 +16,7 @@ __all__ = [
     "ALGORITHM",
     "CRYPTOGRAPHIC",
     "DigestWriter",
+    "FolderDigest",
     "VerifiedReader",
     "algorithm_of",
     "digest_of",
@@ -88,27 +89,43 @@ class DigestWriter:
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
+class FolderDigest:
+    """Digests a folder that is read file by file, in the order of their names, as `digest_of` does."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm = algorithm
+        self._hash = _new(algorithm)
+        self.size = 0
+        """Bytes so far."""
+
+    def begin(self, inside: str, size: int) -> None:
+        """Go on with the file of this path inside the folder and this size in bytes."""
+        self._hash.update(f"{inside}\0{size}\0".encode(errors="surrogateescape"))
+
+    def update(self, chunk: bytes) -> None:
+        """Go on with these bytes."""
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    @property
+    def digest(self) -> str:
+        """The digest so far."""
+        return f"{self._algorithm}:{self._hash.hexdigest()}"
+
+
 def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | None:
     """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
     files = storage.list(path)
     if not files:
         return None
-    digest = _new(algorithm)
-    size = 0
+    digest = FolderDigest(algorithm)
     for name in sorted(files):
         if name != path:
-            digest.update(f"{name[len(path) + 1 :]}\0{files[name].size}\0".encode(errors="surrogateescape"))
+            digest.begin(name[len(path) + 1 :], files[name].size)
         with storage.open(name) as stream:
-            size += _feed(digest, stream)
-    return size, f"{algorithm}:{digest.hexdigest()}"
-
-
-def _feed(digest: Any, stream: BinaryIO) -> int:
-    size = 0
-    while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    return size
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.size, digest.digest
 
 
 class VerifiedReader(io.RawIOBase):

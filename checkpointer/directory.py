@@ -6,7 +6,7 @@ import contextlib
 import math
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import attrs
 
@@ -56,6 +56,7 @@ class Directory:
         self.claimed = run is not None
         self._prepared = False
         self._begun = False
+        self._on_line = False
         self._said: set[str] = set()
         self._pointed: dict[str, str] = {}
         listing = index.load(storage, trust)
@@ -85,6 +86,26 @@ class Directory:
         if self.claimed or self.manifest.own or not labelled:
             return self.manifest
         return self.manifest.seen_by(labelled[-1].run, labelled[-1].line)
+
+    def widened(self, elsewhere: Iterable[Record]) -> Manifest:
+        """Return the view with what only a mirror holds, under the names it would get here."""
+        here = {record.token for record in self.manifest.records}
+        taken = set(self.manifest.taken.union(self.policy.aliases))
+        found = []
+        for record in elsewhere:
+            if record.token not in here:
+                name = record.name if record.name not in taken else self.own_name(record, taken)
+                taken.add(name)
+                found.append(attrs.evolve(record, name=name))
+        self.manifest = attrs.evolve(self.manifest, elsewhere=tuple(found))
+        view, wide = self.view.everywhere, self.manifest.everywhere
+        if self._on_line:
+            return wide
+        # Before this process has saved or restored, a run is where its newest record is, wherever that is.
+        labelled = [record for record in wide.records if record.label == wide.label]
+        if not self.claimed and not view.own and labelled:
+            view = view.seen_by(labelled[-1].run, labelled[-1].line)
+        return view.seen_by(view.run, view.own[-1].line) if view.own else view
 
     def created(self, clock: Clock) -> float:
         """Return when a time trigger began to count if nothing was ever saved: the first writer's start."""
@@ -126,7 +147,7 @@ class Directory:
                 "To go on with a run call restore() first"
             )
             self.say_once("not empty", msg)
-        self.claimed = True
+        self.claimed = self._on_line = True
         self._finish_left()
         self._settle_aliases(slots=True, claim=True)
         self._free_slot()
@@ -158,6 +179,11 @@ class Directory:
         self._pointed.pop(record.name, None)  # A slot has taken the alias's place.
         self._changed()
 
+    def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
+        """Commit a copy of what lies at ``path`` of another storage, under its own name if that is free."""
+        name = replaces.name if replaces else self._free_name(record)
+        return self.transaction.copy_in(attrs.evolve(record, name=name), source, path, replaces=replaces)
+
     def rewrite(self, record: Record) -> None:
         """Change what a record says; its payload stays."""
         check_readable(record)
@@ -165,9 +191,10 @@ class Directory:
         self.transaction.put(Entry(record=record))
         self.add(record)
 
-    def retire(self) -> list[Record]:
-        """Remove what no rule keeps, and return it."""
-        unwanted = [self.manifest.by_name[name] for name in surplus(self.policy, self.manifest)]
+    def retire(self, *, spare: Container[str] = ()) -> list[Record]:
+        """Remove what no rule keeps, and is not to be spared, and return it."""
+        names = surplus(self.policy, self.manifest)
+        unwanted = [self.manifest.by_name[name] for name in names if name not in spare]
         retired = [r for r in self.transaction.retire(unwanted) if r.name in self.manifest.by_name]
         # Payloads that would not go keep their names: a new checkpoint must not be taken for them.
         foreign = self.manifest.foreign.union(self.transaction.unfinished)
@@ -189,8 +216,13 @@ class Directory:
         """Go on with a run whose host was at ``step`` of this line. Writes nothing."""
         self._turn_to(self.manifest.resumed_from(run, line, step))
 
+    def see(self, run: str, line: Line) -> None:
+        """Be the directory of this run and line from now on, unless it is already. Writes nothing."""
+        if (run, line) != (self.manifest.run, self.manifest.line):
+            self._turn_to(self.manifest.seen_by(run, line))
+
     def _turn_to(self, manifest: Manifest) -> None:
-        self.claimed = True
+        self.claimed = self._on_line = True
         self.manifest = manifest
         # Whose the aliases and slots are is another question now; it is settled before the next change.
         self._begun = False
@@ -261,18 +293,26 @@ class Directory:
         if must_stay or self.policy.last == "link":
             self.move_slot(slot)
 
-    def own_name(self, record: Record) -> str:
+    def own_name(self, record: Record, taken: Container[str] | None = None) -> str:
         """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
+        if taken is None:
+            taken = self.manifest.taken.union(self.policy.aliases)
         naming = self.policy.name
         known = self.manifest.seen | self.policy.known_metrics | set(naming.keys)
         stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-        return naming.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        return naming.free_name(stem, taken)
+
+    def _free_name(self, record: Record) -> str:
+        """Return the record's name if it is free here, else one that its template gives it."""
+        name = record.name
+        is_taken = name in self.manifest.taken or name in self.policy.aliases
+        while is_taken or not self.is_free(name):
+            name, is_taken = self.own_name(record), False
+        return name
 
     def move_slot(self, slot: Record) -> Record:
         """Give a checkpoint that was written under the alias a name of its own."""
-        name = self.own_name(slot)
-        while not self.is_free(name):
-            name = self.own_name(slot)
+        name = self._free_name(slot)
         moved = self.transaction.relocate(slot, name)
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)

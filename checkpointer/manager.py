@@ -31,11 +31,13 @@ from checkpointer.errors import (
 )
 from checkpointer.formats import open_format
 from checkpointer.manifest import Manifest
+from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue
 from checkpointer.ports import Clock, Format, Listener, Storage
 from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
 from checkpointer.restoring import Restored
+from checkpointer.retention import Limit, Rule
 from checkpointer.storage import open_storage
 from checkpointer.triggers import ALWAYS, AtSteps, Horizon, horizon_of
 from checkpointer.trust import HMACKey
@@ -62,6 +64,10 @@ class CheckpointManager:
         tolerate_failures: How many saves in a row may fail with a warning before `SaveError` is raised.
         storage_options: What fsspec needs besides the URL, such as credentials; never logged or stored.
         trust: A key that signs each record; one that it has not signed is neither restored nor touched.
+        mirror: A second place, given as the directory is, to which checkpoints are copied in the background, and from
+            which `restore` fetches what is not here. One that is down holds nothing up.
+        mirror_keep: Rules and limits for what lives there; None takes the policy's.
+        mirror_options: As ``storage_options``, for the mirror.
         clock: Where the time comes from.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
@@ -99,6 +105,9 @@ class CheckpointManager:
         tolerate_failures: int = 0,
         storage_options: Mapping[str, Any] | None = None,
         trust: HMACKey | None = None,
+        mirror: Where | None = None,
+        mirror_keep: Iterable[Rule | Limit] | None = None,
+        mirror_options: Mapping[str, Any] | None = None,
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
@@ -128,6 +137,9 @@ class CheckpointManager:
         self._release = weakref.finalize(self, release, owner)
         writes = self._capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
+        self._mirror = open_mirror(mirror, mirror_keep, mirror_options, policy, storage, trust=trust, copies=writes)
+        if self._mirror is not None:
+            weakref.finalize(self, self._mirror.stop)
         self._directory = Directory(storage, owner, policy, run=run, label=label, writes=writes, trust=trust)
         self._writer = Writer(self._directory, self._format, save)
         if writes and policy.contents == "weights":
@@ -315,6 +327,7 @@ class CheckpointManager:
             self._look_ahead()
             self._directory.point_aliases()
             retired = self._retire()
+        self._tell_mirror()
         self._tell("on_saved", record)
         return retired
 
@@ -331,6 +344,11 @@ class CheckpointManager:
         self._directory.rewrite(attrs.evolve(record, metrics=metrics))
         self._directory.point_aliases()
         self._retire()
+        self._tell_mirror()
+
+    def _tell_mirror(self) -> None:
+        if self._mirror is not None:
+            self._mirror.tell(self._directory.manifest)
 
     def _retire(self) -> tuple[str, ...]:
         retired = self._directory.retire()
@@ -389,7 +407,8 @@ class CheckpointManager:
     ) -> Restored | None:
         """Verify and load a checkpoint, and go on with its run from there.
 
-        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted.
+        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted. With a
+        mirror its checkpoints are candidates too; one that is only there, or damaged here, is fetched first.
 
         Args:
             which: None or ``"last"`` for the newest valid one, ``"best"``, a name, or a step.
@@ -406,33 +425,32 @@ class CheckpointManager:
             CorruptError: If the checkpoint asked for by name or step is not what was written.
             UnsafePayloadError: If it holds what a safe load refuses.
             UntrustedError: If the checkpoint asked for by name is not signed with the manager's key.
+            RestoreError: If it has to be fetched from the mirror, and there is no room for it.
         """
         self._check_open()
-        view = self.manifest
-        chosen = restoring.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
+        found = self._mirror.look() if self._mirror is not None else Fetcher()
+        view = self._directory.widened(found.records.values())
+        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
+
+        def load_here(record: Record) -> Restored:
+            payload = self._format_of(record)
+            storage = self._directory.storage
+            return restoring.load(storage, record, payload, weights_only=weights_only, map_location=map_location)
+
+        def load(record: Record) -> Restored:
+            return found.load(record, self._directory, load_here)
+
         if which is None or which in ("last", "best") or which in self.policy.aliases:
-            restored = restoring.load_first_valid(
-                self._directory.storage,
-                chosen,
-                self._format_of,
-                self._directory.set_aside,
-                map(str, self._directory.damaged.values()),
-                weights_only=weights_only,
-                map_location=map_location,
-            )
+            bad = (*map(str, self._directory.damaged.values()), *found.problems)
+            restored = restoring.load_first_valid(chosen, load, self._directory.set_aside, bad)
             if restored is None:
                 restoring.check_empty(which, self.policy, view, self._directory.storage)
                 return None
         else:
-            restored = restoring.load(
-                self._directory.storage,
-                chosen[0],
-                self._format_of(chosen[0]),
-                weights_only=weights_only,
-                map_location=map_location,
-            )
+            restored = load(chosen[0])
         self._directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
         self._go_on(restored.record.progress)
+        self._tell_mirror()
         return restored
 
     def _format_of(self, record: Record) -> Format:
@@ -473,6 +491,11 @@ class CheckpointManager:
         """The best checkpoint by the first `KeepBest`; None if none is ranked."""
         return self.policy.best_of(self.manifest.history)
 
+    @property
+    def mirror(self) -> MirrorStatus | None:
+        """How far the mirror is; None without one. Asks nobody, so it costs nothing."""
+        return self._mirror.status if self._mirror is not None else None
+
     # Managing
 
     def pin(self, name: str) -> None:
@@ -495,6 +518,7 @@ class CheckpointManager:
             self._directory.prepare()
             record = self._directory.move_slot(record)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
+        self._tell_mirror()
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Write the best k as ``{path: score}``, best first, and return it.
@@ -538,19 +562,31 @@ class CheckpointManager:
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error
+        if self._mirror is not None:
+            found = self._mirror.look()
+            self._directory.widened(found.records.values())
+            for problem in found.problems:
+                self._directory.say_once(problem, f"went on without {problem}")
         self._directory.resume_run(run, line, step)
         self._go_on(since)
         self._owed, self._last_step = owed, step
         self._look_ahead()
 
-    def close(self) -> None:
-        """Finish: write the index, give the aliases free. A second call does nothing."""
+    def close(self, *, timeout: float = 600.0) -> None:
+        """Finish: write the index, give the aliases free, wait for the mirror. A second call does nothing.
+
+        Args:
+            timeout: Seconds to wait for the mirror at most, with its progress logged at INFO; a warning then names
+                what it has not got, and the next process goes on with it.
+        """
         if self._closed:
             return
         self._directory.close()
         self._closed = True
         self._release()
         self._look_ahead()
+        if self._mirror is not None:
+            self._mirror.close(timeout)
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -37,6 +37,8 @@ class Manifest:
     """Names of payloads that no committed record names: never touched, never reused."""
     seen: frozenset[str] = frozenset()
     """Names of metrics reported so far, saved or not."""
+    elsewhere: tuple[Record, ...] = ()
+    """Records that only a mirror holds: not here, but a fork and the next serial have to pass them."""
     resumed: str = ""
     """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
 
@@ -73,7 +75,12 @@ class Manifest:
     @property
     def next_serial(self) -> int:
         """Serial of the next commit."""
-        return self.records[-1].serial + 1 if self.records else 1
+        return 1 + max((record.serial for record in (*self.records[-1:], *self.elsewhere)), default=0)
+
+    @property
+    def everywhere(self) -> Manifest:
+        """The manifest as if what is elsewhere were here."""
+        return attrs.evolve(self, records=(*self.records, *self.elsewhere), elsewhere=())
 
     @property
     def newest(self) -> Record | None:
@@ -117,7 +124,8 @@ class Manifest:
     def _resumed(self, run: str, line: Line, step: int, is_later: Callable[[Record], bool]) -> Manifest:
         """Go on in line if nothing lies beyond, else fork."""
         on_line = self.seen_by(run, line)
-        if not any(is_later(other) for other in on_line.own if other.line[: len(line)] == line):
+        own = on_line.everywhere.own
+        if not any(is_later(other) for other in own if other.line[: len(line)] == line):
             return on_line
-        fork = 1 + max((number for other in on_line.own for number, _ in other.line), default=0)
+        fork = 1 + max((number for other in own for number, _ in other.line), default=0)
         return self.seen_by(run, (*line, (fork, step)))

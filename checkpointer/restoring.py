@@ -150,14 +150,10 @@ def load(storage: Storage, record: Record, payload: Format, *, weights_only: boo
 
 
 def load_first_valid(
-    storage: Storage,
     records: Sequence[Record],
-    format_of: Callable[[Record], Format],
+    load: Callable[[Record], Restored],
     on_bad: Callable[[Record], None],
     bad: Iterable[str] = (),
-    *,
-    weights_only: bool,
-    map_location: Any,
 ) -> Restored | None:
     """Load the first record whose payload is whole; None if there is nothing at all.
 
@@ -168,7 +164,7 @@ def load_first_valid(
     problems = list(bad)
     for record in records:
         try:
-            restored = load(storage, record, format_of(record), weights_only=weights_only, map_location=map_location)
+            restored = load(record)
         except (CorruptError, OSError) as error:
             problems.append(str(error))
             if isinstance(error, CorruptError):

@@ -25,14 +25,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import attrs
 
-from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, algorithm_of, digest_of
-from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
+from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, FolderDigest, algorithm_of, digest_of
+from checkpointer.errors import (
+    AliasInUseError,
+    CheckpointerWarning,
+    CorruptError,
+    NameTakenError,
+    RecordError,
+    SaveError,
+)
 from checkpointer.index import HOME, Listing, read_bounded, read_entry, record_path
+from checkpointer.naming import check_name
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
 from checkpointer.records import SCHEMA, Entry, Record, parse_json, to_json
@@ -99,8 +107,78 @@ class Transaction:
                 path, upload = self.storage.stage(draft.name)
                 os.rename(written, path)
             upload.finish()  # 2
-            size, digest = self._digest_staged(path)
+            size, digest = self._digest_staged(path, self._algorithm)
             return self._publish(upload, attrs.evolve(draft, size=size, digest=digest), replaces, over_alias)
+        finally:
+            upload.abort()
+
+    def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
+        """Commit a copy of what lies at ``path`` of another storage (steps 1 to 5), if it is what ``record`` says.
+
+        Raises:
+            CorruptError: If there are other bytes, or none; nothing is published.
+        """
+        files = source.list(path)
+        if files and set(files) != {path}:
+            if isinstance(self.storage, SupportsPaths):
+                return self._stage_folder(record, source, path, replaces)
+            return self._upload_folder(record, source, path)
+        upload = self.storage.upload(record.name)
+        try:
+            stream = DigestWriter(upload, algorithm_of(record.digest))
+            for chunk in _read_chunks(source, path):  # 1
+                stream.write(chunk)
+            _check_copied(record, (stream.size, stream.digest), f"{path} in {source}")
+            upload.finish()  # 2
+            return self._publish(upload, record, replaces, over_alias=False)
+        finally:
+            upload.abort()
+
+    def _stage_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
+        assert isinstance(self.storage, SupportsPaths), "it was asked"
+        staged, upload = self.storage.stage(record.name)
+        try:
+            for inside in sorted(_inside(path, source)):  # 1
+                target = os.path.join(staged, *inside.split("/"))
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "xb") as stream:
+                    for chunk in _read_chunks(source, f"{path}/{inside}"):
+                        stream.write(chunk)
+            upload.finish()  # 2
+            _check_copied(record, self._digest_staged(staged, algorithm_of(record.digest)), f"{path} in {source}")
+            return self._publish(upload, record, replaces, over_alias=False)
+        finally:
+            upload.abort()
+
+    def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
+        """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
+        self._really_there(record, None)
+        self._announce(Entry(record=record, status="pending", owner=self.owner))  # 3
+        digest = FolderDigest(algorithm_of(record.digest))
+        published: list[str] = []
+        try:
+            for inside, size in sorted(_inside(path, source).items()):
+                digest.begin(inside, size)
+                name = f"{record.name}/{inside}"
+                self._upload_file(name, source, f"{path}/{inside}", digest)
+                published.append(name)
+            _check_copied(record, (digest.size, digest.digest), f"{path} in {source}")
+        except Exception:
+            for name in published:
+                self.storage.delete(name)
+            self.storage.delete(record_path(record.name))
+            raise
+        self.put(Entry(record=record))  # 5
+        return record
+
+    def _upload_file(self, name: str, source: Storage, path: str, digest: FolderDigest) -> None:
+        upload = self.storage.upload(name)
+        try:
+            for chunk in _read_chunks(source, path):  # 1
+                digest.update(chunk)
+                upload.write(chunk)
+            upload.finish()  # 2
+            upload.publish(replace=False)  # 4
         finally:
             upload.abort()
 
@@ -114,11 +192,11 @@ class Transaction:
         self.put(Entry(record=record))
         return record
 
-    def _digest_staged(self, path: str) -> tuple[int, str]:
+    def _digest_staged(self, path: str, algorithm: str) -> tuple[int, str]:
         from checkpointer.storage.local import LocalStorage
 
         parent, _, name = path.rpartition("/")
-        return _measure(LocalStorage(parent, self.owner), name, self._algorithm)
+        return _measure(LocalStorage(parent, self.owner), name, algorithm)
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._really_there(record, replaces)
@@ -363,6 +441,29 @@ def _write_all(write: Callable[[Writable], None], stream: DigestWriter) -> None:
         if stream.error is not None:
             raise stream.error from None
         raise
+
+
+def _read_chunks(storage: Storage, path: str) -> Iterator[bytes]:
+    """Yield a file's bytes; one that is gone is a `CorruptError`, for somebody has a record of it."""
+    try:
+        stream = storage.open(path)
+    except FileNotFoundError as error:
+        msg = f"{path} in {storage} is gone, though its record is there"
+        raise CorruptError(msg) from error
+    with stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+
+
+def _inside(path: str, storage: Storage) -> dict[str, int]:
+    """Return the size of each file of a folder by its path inside it; a listing cannot lead out of it."""
+    return {check_name(name[len(path) + 1 :]): stat.size for name, stat in storage.list(path).items()}
+
+
+def _check_copied(record: Record, found: tuple[int, str] | None, where: str) -> None:
+    if found != (record.size, record.digest):
+        msg = f"{where} has other bytes than its record says; nothing was copied"
+        raise CorruptError(msg)
 
 
 def _measure(storage: Storage, path: str, algorithm: str) -> tuple[int, str]:

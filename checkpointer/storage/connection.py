@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, TypeVar
@@ -13,7 +12,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from checkpointer.errors import StorageError
-from checkpointer.storage.drivers import as_os_errors
+from checkpointer.storage.drivers import as_os_errors, without_password
 from checkpointer.storage.reading import reader
 from checkpointer.storage.retrying import Retry, is_transient
 
@@ -54,8 +53,7 @@ class Connection:
         """Held during each request: the session of a driver that is not asynchronous takes one thread at a time."""
 
     def __str__(self) -> str:
-        # Without the password that it may carry.
-        return re.sub(r"(?<=://)[^/@]*@", "", self._url)
+        return without_password(self._url)
 
     def _connect(self) -> None:
         self._is_cut = False

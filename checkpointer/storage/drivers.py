@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from checkpointer.ports import Stat
 
-__all__ = ["as_os_errors", "is_refusal", "modified_s", "stat_of"]
+__all__ = ["as_os_errors", "is_refusal", "modified_s", "stat_of", "without_password"]
 
 _REFUSALS: Final = ("precondition", "pre-condition", "already exists", "alreadyexists")
 _TIMES: Final = ("LastModified", "last_modified", "mtime", "modified", "updated", "last_write_time", "created")
@@ -66,3 +67,13 @@ def stat_of(info: Mapping[str, Any]) -> Stat:
     if modified is None:
         return Stat(size, "")
     return Stat(size, f"{modified:.6f}", modified_s=modified if modified.is_integer() else None)
+
+
+def without_password(url: str) -> str:
+    """Return a URL as it may be shown.
+
+    Example:
+        >>> without_password("sftp://me:secret@host/runs")
+        'sftp://host/runs'
+    """
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
