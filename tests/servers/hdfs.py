@@ -13,37 +13,6 @@ import fsspec
 from servers.processes import find_program, free_ports, kill, missing, spawn
 from servers.server import Server
 
-JARS = [
-    "hadoop",
-    "guava",
-    "commons",
-    "log4j",
-    "slf4j",
-    "protobuf",
-    "jetty",
-    "jackson",
-    "htrace",
-    "netty",
-    "leveldb",
-    "servlet",
-    "javax.servlet",
-    "xerces",
-    "xml-apis",
-    "jsp",
-    "curator",
-    "zookeeper",
-    "xmlenc",
-    "apacheds",
-    "api-",
-    "jsr305",
-    "gson",
-    "httpc",
-    "avro",
-    "stax",
-    "jaxb",
-    "paranamer",
-    "snappy",
-]
 DEBIAN_JARS = ("jersey1-core", "jersey1-server", "jersey1-servlet", "jsr311-api", "commons-daemon")
 OPENED = (
     "java.base/java.lang",
@@ -166,8 +135,8 @@ def _configure(folder: Path, rpc: int, http: int) -> Path:
 
 
 def _java(conf: Path, jars: str) -> list[str]:
-    found = [str(path) for start in JARS for path in sorted(Path(jars).glob(f"{start}*.jar"))]
-    path = os.pathsep.join([str(conf), *found, *(str(_debian_jar(name)) for name in DEBIAN_JARS)])
+    # Debian's first: Spark brings a newer jersey, which WebHDFS does not understand.
+    path = os.pathsep.join([str(conf), *(str(_debian_jar(name)) for name in DEBIAN_JARS), f"{Path(jars).resolve()}/*"])
     opened = [word for package in OPENED for word in ("--add-opens", f"{package}=ALL-UNNAMED")]
     opened += ["--add-exports", "java.security.jgss/sun.security.krb5=ALL-UNNAMED"]
     options = ["-Xmx384m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true"]

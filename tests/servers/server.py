@@ -38,9 +38,11 @@ class Server(abc.ABC):
     @classmethod
     def prepare_client(cls) -> None:
         """Do what a user of this server has to do in his process before he opens the URL."""
+        return
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:
         """Make the bucket or share, once the port is open; raise while it cannot be done yet."""
+        return
 
     @property
     @abc.abstractmethod
