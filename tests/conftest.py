@@ -6,6 +6,9 @@ import os
 
 import hypothesis
 import pytest
+from servers.fixtures import serve
+
+__all__ = ["serve"]
 
 # The contract's assertions then show their values, like those of the tests themselves.
 pytest.register_assert_rewrite("checkpointer.testing.contract")

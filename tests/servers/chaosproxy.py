@@ -1,0 +1,392 @@
+"""A TCP proxy that does to a connection what networks and servers do, when a test says so."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import IO, TypeAlias
+
+import attrs
+
+CHUNK = 64 * 1024
+
+
+@attrs.frozen(eq=False)
+class Pass:
+    """Let everything through."""
+
+
+@attrs.frozen(eq=False)
+class Refuse:
+    """Be gone: open connections are reset, new ones are refused."""
+
+
+@attrs.frozen(eq=False)
+class Reset:
+    """Reset every connection as soon as it says something."""
+
+
+@attrs.frozen(eq=False)
+class Cut:
+    """Reset the connection on which so many bytes have passed since the plan was set; so many times."""
+
+    up: int | None = None
+    """Bytes to the server."""
+    down: int | None = None
+    """Bytes from the server."""
+    times: int = 1
+
+
+@attrs.frozen(eq=False)
+class Stall:
+    """Forward nothing more and close nothing, until there is another plan."""
+
+
+@attrs.frozen(eq=False)
+class Delay:
+    """Hold each chunk up for so many seconds."""
+
+    seconds: float
+
+
+@attrs.frozen(eq=False)
+class LoseReply:
+    """Let HTTP requests through whose head matches, and reset the connection instead of delivering the reply.
+
+    The server has applied such a request, and its client cannot know. Heads are matched by ``re.search``.
+    """
+
+    head: bytes
+    nth: int = 1
+    """The first of them that is hit, from 1."""
+    times: int = 1
+
+
+@attrs.frozen(eq=False)
+class Answer:
+    """Answer HTTP requests whose head matches with an error, and keep them from the server."""
+
+    head: bytes
+    status: int = 503
+    code: str = "SlowDown"
+    """What S3 calls it."""
+    times: int = 1
+
+
+Plan: TypeAlias = Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answer
+
+
+class ChaosProxy:
+    """Stands in front of a server on 127.0.0.1: ``with ChaosProxy(server.port) as proxy: proxy.plan = Refuse()``.
+
+    Attributes:
+        port: Where it listens.
+        requests: First lines of the HTTP requests that came, the answered ones too.
+        hits: How often a plan has struck since it was set: assert on it, else a test may pass for having missed.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        self._upstream = upstream
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._plan: Plan = Pass()
+        self._matches = 0
+        self._links: set[_Link] = set()
+        self._threads: list[threading.Thread] = []
+        self._listener: socket.socket | None = None
+        # Bound and never listening: it keeps the port while connections are refused.
+        self._reserved = _bound(0)
+        self.port: int = self._reserved.getsockname()[1]
+        self.requests: list[str] = []
+        self.hits = 0
+
+    def __enter__(self) -> ChaosProxy:
+        self._listen()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.plan = Refuse()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._reserved.close()
+
+    @property
+    def plan(self) -> Plan:
+        """What is done from now on, to open connections as well."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        with self._changed:
+            self._plan, self._matches, self.hits = plan, 0, 0
+            links = tuple(self._links)
+            for link in links:
+                link.up = link.down = 0
+            self._changed.notify_all()
+        if isinstance(plan, Refuse):
+            self._close_listener()
+            for link in links:
+                link.reset()
+        elif self._listener is None:
+            self._listen()
+
+    # What the links ask
+
+    def wait_while_stalled(self, link: _Link) -> None:
+        """Return once there is another plan, or the link is gone."""
+        with self._changed:
+            if isinstance(self._plan, Stall):
+                self.hits += 1
+            self._changed.wait_for(lambda: not isinstance(self._plan, Stall) or link.is_reset)
+
+    def strikes(self, *, head: bytes) -> Plan | None:
+        """Return the plan if it strikes the request, and count it."""
+        with self._lock:
+            self.requests.append(head.partition(b"\r\n")[0].decode("latin-1"))
+            plan = self._plan
+            if not isinstance(plan, LoseReply | Answer) or not re.search(plan.head, head):
+                return None
+            self._matches += 1
+            first = plan.nth if isinstance(plan, LoseReply) else 1
+            if not first <= self._matches < first + plan.times:
+                return None
+            self.hits += 1
+            return plan
+
+    def room(self, link: _Link, wanted: int, *, up: bool) -> int | None:
+        """Return how many of the bytes pass before the cut, or None if there is none here; count them."""
+        with self._lock:
+            plan = self._plan
+            passed = link.up if up else link.down
+            if up:
+                link.up += wanted
+            else:
+                link.down += wanted
+            if isinstance(plan, Reset):
+                self.hits += 1
+                return 0
+            limit = None if not isinstance(plan, Cut) else plan.up if up else plan.down
+            if limit is None or not isinstance(plan, Cut) or self.hits >= plan.times or passed + wanted < limit:
+                return None
+            self.hits += 1
+            return max(0, limit - passed)
+
+    def delay(self) -> None:
+        """Wait as the plan says; another plan ends it."""
+        with self._changed:
+            plan = self._plan
+            if isinstance(plan, Delay):
+                self.hits += 1
+                self._changed.wait_for(lambda: self._plan is not plan, timeout=plan.seconds)
+
+    def forget(self, link: _Link) -> None:
+        """Stop keeping a link that has ended."""
+        with self._lock:
+            self._links.discard(link)
+
+    # Connections
+
+    def _listen(self) -> None:
+        self._listener = _bound(self.port)
+        self._listener.listen(128)
+        self._run(self._accept, self._listener)
+
+    def _close_listener(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            # close() alone would leave the thread in its accept().
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._upstream), timeout=10)
+            except OSError:
+                _reset(client)
+                continue
+            server.settimeout(None)
+            link = _Link(self, client, server)
+            with self._lock:
+                self._links.add(link)
+                refused = isinstance(self._plan, Refuse)
+            if refused:
+                link.reset()
+            self._run(link.pump_up)
+            self._run(link.pump_down)
+
+    def _run(self, target: object, *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+
+class _Link:
+    """One connection of a client, and the one to the server that belongs to it."""
+
+    def __init__(self, proxy: ChaosProxy, client: socket.socket, server: socket.socket) -> None:
+        self._proxy = proxy
+        self._client = client
+        self._server = server
+        self._lock = threading.Lock()
+        self._pumps = 2
+        self._loses_reply = False
+        self.is_reset = False
+        self.up = 0
+        self.down = 0
+
+    def reset(self) -> None:
+        """Send both sides a RST."""
+        with self._lock:
+            if self.is_reset or self._pumps == 0:
+                return
+            self.is_reset = True
+        # The other pump may be in a recv() that close() does not end; shutdown() does, and would send a FIN first.
+        for side in (self._client, self._server):
+            _linger_none(side)
+        with self._proxy._changed:
+            self._proxy._changed.notify_all()
+        for side in (self._client, self._server):
+            with contextlib.suppress(OSError):
+                side.shutdown(socket.SHUT_RD)
+
+    def pump_up(self) -> None:
+        """Forward what the client says, request by request if it speaks HTTP."""
+        with self._ending(self._server), self._client.makefile("rb") as stream:
+            if re.match(rb"[A-Z]{3,8} ", stream.peek(9)) is None:
+                while data := stream.read1(CHUNK):
+                    self._send(data, up=True)
+                return
+            while head := _read_head(stream):
+                plan = self._proxy.strikes(head=head)
+                if isinstance(plan, Answer):
+                    self._answer(plan, head, stream)
+                    return
+                if isinstance(plan, LoseReply):
+                    self._loses_reply = True
+                self._send(head, up=True)
+                for data in _read_body(head, stream):
+                    self._send(data, up=True)
+
+    def pump_down(self) -> None:
+        """Forward what the server says."""
+        with self._ending(self._client):
+            while data := self._server.recv(CHUNK):
+                if self._loses_reply:
+                    # "100 Continue" only asks for the body: the request is not applied yet.
+                    interim, data = _split_interim(data)
+                    if interim:
+                        self._send(interim, up=False)
+                    if data:
+                        self.reset()
+                        return
+                else:
+                    self._send(data, up=False)
+
+    def _send(self, data: bytes, *, up: bool) -> None:
+        self._proxy.wait_while_stalled(self)
+        self._proxy.delay()
+        room = self._proxy.room(self, len(data), up=up)
+        side = self._server if up else self._client
+        side.sendall(data if room is None else data[:room])
+        if room is not None:
+            self.reset()
+            msg = "cut"
+            raise ConnectionAbortedError(msg)
+
+    def _answer(self, plan: Answer, head: bytes, stream: IO[bytes]) -> None:
+        if b"expect: 100-continue" not in head.lower():
+            # Closing with a part of the request unread would send a RST, and the client would not see the answer.
+            for _ in _read_body(head, stream):
+                pass
+        body = f'<?xml version="1.0"?><Error><Code>{plan.code}</Code><Message>by plan</Message></Error>'.encode()
+        lines = [f"HTTP/1.1 {plan.status} {plan.code}", "Content-Type: application/xml", "Connection: close"]
+        lines.append(f"Content-Length: {len(body)}")
+        answer = "\r\n".join([*lines, "", ""]).encode()
+        self._client.sendall(answer if head.startswith(b"HEAD ") else answer + body)
+        with contextlib.suppress(OSError):
+            self._client.shutdown(socket.SHUT_WR)
+
+    @contextlib.contextmanager
+    def _ending(self, other: socket.socket) -> Iterator[None]:
+        """Pass the end of one side on to the other; the second pump to end closes both."""
+        # A socket of which a test has reset the other end: that is what this is for.
+        with contextlib.suppress(OSError, ValueError):
+            yield
+        if not self.is_reset:
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_WR)
+        with self._lock:
+            self._pumps -= 1
+            is_last = self._pumps == 0
+        if is_last:
+            self._client.close()
+            self._server.close()
+            self._proxy.forget(self)
+
+
+def _read_head(stream: IO[bytes]) -> bytes:
+    lines = []
+    while line := stream.readline():
+        lines.append(line)
+        if line in (b"\r\n", b"\n"):
+            break
+    return b"".join(lines)
+
+
+def _read_body(head: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+    if re.search(rb"(?im)^transfer-encoding:.*chunked", head):
+        yield from _read_chunks(stream)
+    elif found := re.search(rb"(?im)^content-length:\s*(\d+)", head):
+        yield from _read_exactly(stream, int(found[1]))
+
+
+def _read_chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    while line := stream.readline():
+        yield line
+        size = int(line.split(b";")[0], 16)
+        if size == 0:
+            # Trailers, up to an empty line.
+            yield _read_head(stream)
+            return
+        yield from _read_exactly(stream, size + len(b"\r\n"))
+
+
+def _read_exactly(stream: IO[bytes], count: int) -> Iterator[bytes]:
+    while count and (data := stream.read1(min(count, CHUNK))):  # type: ignore[attr-defined]
+        count -= len(data)
+        yield data
+
+
+def _split_interim(data: bytes) -> tuple[bytes, bytes]:
+    if not data.startswith(b"HTTP/1.1 100"):
+        return b"", data
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return head + end, rest
+
+
+def _bound(port: int) -> socket.socket:
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
+
+
+def _linger_none(side: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _reset(side: socket.socket) -> None:
+    _linger_none(side)
+    side.close()
