@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
 
+_LARGE: Final = 1 << 20
 _EXTRAS: Final = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
     "sftp": "sftp", "ssh": "sftp", "smb": "smb", "webdav": "webdav", "hdfs": "hdfs", "webhdfs": "webhdfs",
@@ -117,9 +118,9 @@ class Connection:
 
     def _begin_reading(self, path: str) -> Any:
         stream = self.fs.open(self.full(path), "rb")
-        # Over ssh: ask for the next blocks before they are needed.
-        if hasattr(stream, "prefetch"):
-            stream.prefetch()
+        # paramiko's: ask for the next blocks of a large file before they are needed.
+        if hasattr(stream, "prefetch") and (size := stream.stat().st_size) > _LARGE:
+            stream.prefetch(size)
         return stream
 
     def remove(self, path: str) -> None:

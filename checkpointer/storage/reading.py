@@ -57,7 +57,9 @@ class _Resuming(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._stream.close()
+            # What was read is read, whatever becomes of the connection.
+            with self._turn, contextlib.suppress(Exception):
+                self._stream.close()
         super().close()
 
     def _seek(self, offset: int, whence: int) -> int:

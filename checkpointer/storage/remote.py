@@ -213,7 +213,7 @@ class StagedStream:
     def _begin(self) -> Any:
         self._staged = self._placing.new_staged()
         stream = self._connection.fs.open(self._connection.full(self._staged), "wb")
-        # Over ssh: do not wait for the answer to each block.
+        # paramiko's: do not wait for the answer to each block.
         if hasattr(stream, "set_pipelined"):
             stream.set_pipelined(True)
         return stream
@@ -242,7 +242,7 @@ class StagedStream:
         """Drop it, unless it is published."""
         if self._is_open:
             self._is_open = False
-            with contextlib.suppress(Exception):
+            with self._connection.turn, contextlib.suppress(Exception):
                 self._stream.close()
             with contextlib.suppress(OSError):
                 self._connection.remove(self._staged)
