@@ -103,7 +103,7 @@ class Transaction:
             self.storage.sync(draft.name)
         size, digest = _measure(self.storage, draft.name)
         record = attrs.evolve(draft, size=size, digest=digest)
-        self._really_there(record, None)
+        self._really_there(record, None, over_alias=False)
         self.put(Entry(record=record))
         return record
 
@@ -114,7 +114,7 @@ class Transaction:
         return _measure(LocalStorage(parent, self.owner), name)
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
-        replaces = self._really_there(record, replaces)
+        replaces = self._really_there(record, replaces, over_alias)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
         self.put(pending)  # 3
         try:
@@ -122,11 +122,13 @@ class Transaction:
         except OSError:
             if self.settle(pending, write=True) != record:
                 raise
+            if isinstance(self.storage, SupportsPaths):
+                self.storage.sync(record.name)  # It is there; whether it would survive a power loss is another question.
             return record
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
 
-    def _really_there(self, record: Record, replaces: Record | None) -> Record | None:
+    def _really_there(self, record: Record, replaces: Record | None, over_alias: bool) -> Record | None:
         """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""
         entry = self._entry(record.name)
         if entry is None or entry.status == "retired":
@@ -136,7 +138,8 @@ class Transaction:
             # An interrupted replacement: what is announced now must carry along what the payload really is.
             there = self.settle(entry, write=True)
         ours = there is None or (there.run, there.label) == (record.run, record.label)
-        if there is not None and (replaces is None or not ours):
+        # A slot of our own may be on record although its save failed: the disk broke when it was as good as committed.
+        if there is not None and not (ours and (replaces is not None or over_alias)):
             msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"
             raise NameTakenError(msg)
         return there
