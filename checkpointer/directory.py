@@ -115,7 +115,7 @@ class Directory:
 
     def is_free(self, name: str) -> bool:
         """Return whether nothing on the storage has this name by now; if so it is remembered as taken."""
-        if self.storage.list(name) or self.storage.list(index.record_path(name)):
+        if self.storage.list(name) or self.transaction.has_record(name):
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
             return False
         return True

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from checkpointer.digests import digest_of
+from checkpointer.digests import digest_of, files_of, size_of
 from checkpointer.errors import (
     CheckpointerWarning,
     CorruptError,
@@ -91,9 +91,8 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest) -> Recor
 
 def verify(storage: Storage, record: Record) -> None:
     """Compare a payload with its record; raise `CorruptError` that says how they differ."""
-    files = storage.list(record.name)
-    size = sum(stat.size for stat in files.values())
-    if not files:
+    size = size_of(storage, record.name, record.size)
+    if size is None:
         msg = f"{record.name} is gone, though its record is there"
     elif size != record.size:
         msg = f"{record.name} has {size} bytes where its record says {record.size}"
@@ -107,7 +106,7 @@ def verify(storage: Storage, record: Record) -> None:
 def load(storage: Storage, record: Record, payload: Format, *, weights_only: bool, map_location: Any) -> Restored:
     """Verify and load one checkpoint."""
     verify(storage, record)
-    if set(storage.list(record.name)) != {record.name}:
+    if set(files_of(storage, record.name)) != {record.name}:
         msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
         raise RestoreError(msg)
     with storage.open(record.name) as stream:

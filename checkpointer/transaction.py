@@ -30,7 +30,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.digests import DigestWriter, digest_of
+from checkpointer.digests import DigestWriter, digest_of, size_of
 from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
 from checkpointer.index import HOME, Listing, read_bounded, record_path
 from checkpointer.owner import is_dead, is_live
@@ -144,6 +144,13 @@ class Transaction:
             raise NameTakenError(msg)
         return there
 
+    def has_record(self, name: str) -> bool:
+        """Return whether a record of this name is there, readable or not; a listing might not show it yet."""
+        try:
+            return self._entry(name) is not None
+        except RecordError:
+            return True
+
     def _entry(self, name: str) -> Entry | None:
         path = record_path(name)
         try:
@@ -205,8 +212,7 @@ class Transaction:
         return truth
 
     def _payload_is(self, record: Record) -> bool:
-        files = self.storage.list(record.name)
-        if sum(stat.size for stat in files.values()) != record.size:
+        if size_of(self.storage, record.name, record.size) != record.size:
             return False
         return digest_of(self.storage, record.name) == (record.size, record.digest)
 
@@ -230,9 +236,8 @@ class Transaction:
         return retired
 
     def _remove(self, record: Record) -> None:
-        files = self.storage.list(record.name)
         # Of another size, it is not what we wrote: somebody put a file of their own there.
-        if sum(stat.size for stat in files.values()) == record.size:
+        if size_of(self.storage, record.name, record.size) == record.size:
             self.storage.delete(record.name)
         self.storage.delete(record_path(record.name))
         self.unfinished.pop(record.name, None)
@@ -347,7 +352,7 @@ def _measure(storage: Storage, path: str) -> tuple[int, str]:
     if found is None:
         msg = f"there is nothing at {path!r}: the trainer wrote no checkpoint to the path it was given"
         raise SaveError(msg)
-    if found[0] != sum(stat.size for stat in storage.list(path).values()):
+    if found[0] != size_of(storage, path, found[0]):
         msg = f"{path!r} holds symbolic links, or changed while it was read; write plain files, and finish first"
         raise SaveError(msg)
     return found

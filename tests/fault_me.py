@@ -13,6 +13,7 @@ from plain_format import PlainFormat
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Naming, Policy
 from checkpointer.errors import SaveError
+from checkpointer.ports import Storage
 from checkpointer.restoring import verify
 
 FOREIGN = "theirs.bin"
@@ -36,7 +37,7 @@ def policy_of(last: Literal["link", "copy"] = "link", template: str | None = Non
 class Run:
     """A manager whose state is its step and some filler."""
 
-    def __init__(self, directory: str | os.PathLike[str], policy: Policy, filler: int = 10_000, **kwargs: Any) -> None:
+    def __init__(self, directory: str | os.PathLike[str] | Storage, policy: Policy, filler: int = 10_000, **kwargs: Any) -> None:
         self.step = 0
         self.filler = "x" * filler
         self.manager = CheckpointManager(directory, policy, state=self.state, format=PlainFormat(), **kwargs)

@@ -23,6 +23,7 @@ STAGING: Final = ".checkpointer/staging"
 STALE_S: Final = 24 * 3600.0
 """A staging folder of a writer that cannot be asked is swept after this many seconds without a change."""
 
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _LONG_SUFFIX: Final = 64
 """What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
 _TRIES: Final = 16
@@ -178,10 +179,14 @@ class LocalStorage:
         """See `SupportsSweep.prepare`."""
         try:
             staged = self._new_staged()
-            staged.touch()
-            staged.unlink()
+            try:
+                # As much as a record takes: an empty file fits on a full disk.
+                staged.write_bytes(bytes(4096))
+            finally:
+                _discard(staged)
         except OSError as error:
-            msg = f"cannot write to {self._root}: {error.strerror}; choose a directory that this process may write to"
+            what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
+            msg = f"cannot write to {self._root}: {error.strerror}; {what}"
             raise StorageError(msg) from error
 
     def sweep(self) -> int:
