@@ -226,6 +226,8 @@ class Directory:
     def is_blocked(self, alias: str, *, slots: bool) -> bool:
         """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
         record = self.manifest.by_name.get(alias)
+        if record is None and slots:
+            record = self.transaction.committed(alias)
         if record is not None:
             return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
         return alias in self.manifest.foreign and not self.transaction.is_marked(alias)

@@ -22,6 +22,7 @@ Nothing is ever deleted or replaced but what a record of our own, or a staging f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -150,6 +151,13 @@ class Transaction:
             return self._entry(name) is not None
         except RecordError:
             return True
+
+    def committed(self, name: str) -> Record | None:
+        """Return the committed checkpoint of this name; a listing might not show it yet."""
+        with contextlib.suppress(RecordError):
+            entry = self._entry(name)
+            return entry.record if entry is not None and entry.status == "committed" else None
+        return None
 
     def _entry(self, name: str) -> Entry | None:
         path = record_path(name)

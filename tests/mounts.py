@@ -28,10 +28,11 @@ def need(*programs: str, fuse: bool = False, loop: bool = False) -> None:
         missing.append("root")
     missing += ["/dev/fuse"] if fuse and not os.path.exists("/dev/fuse") else []
     missing += ["/dev/loop-control"] if loop and not os.path.exists("/dev/loop-control") else []
-    _give_up(missing)
+    give_up(missing)
 
 
-def _give_up(missing: list[str]) -> None:
+def give_up(missing: list[str]) -> None:
+    """Skip the test if anything is missing; fail it where mounts are required."""
     if missing and is_required("mounts"):
         pytest.fail(f"CHECKPOINTER_REQUIRE names mounts, and this machine lacks {', '.join(missing)}")
     if missing:
@@ -55,7 +56,7 @@ def _mount(*command: object) -> None:
     try:
         sh(*command)
     except AssertionError as error:
-        _give_up([str(error)])
+        give_up([str(error)])
 
 
 def unmount(target: Path) -> None:
