@@ -230,7 +230,13 @@ class Directory:
             record = self.transaction.committed(alias)
         if record is not None:
             return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
-        return alias in self.manifest.foreign and not self.transaction.is_marked(alias)
+        return self._is_foreign(alias) and not self.transaction.is_marked(alias)
+
+    def _is_foreign(self, alias: str) -> bool:
+        """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""
+        foreign = self.manifest.foreign
+        folded = alias.casefold()
+        return alias in foreign or (any(n.casefold() == folded for n in foreign) and bool(self.storage.list(alias)))
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""

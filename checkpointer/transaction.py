@@ -33,7 +33,7 @@ import attrs
 
 from checkpointer.digests import DigestWriter, digest_of, size_of
 from checkpointer.errors import AliasInUseError, CheckpointerWarning, NameTakenError, RecordError, SaveError
-from checkpointer.index import HOME, Listing, read_bounded, record_path
+from checkpointer.index import HOME, Listing, json_name, read_bounded, record_path
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
 from checkpointer.records import SCHEMA, Entry, Record, parse_json
@@ -367,4 +367,4 @@ def _measure(storage: Storage, path: str) -> tuple[int, str]:
 
 
 def _marker_path(alias: str) -> str:
-    return f"{HOME}/aliases/{alias}.json"
+    return f"{HOME}/aliases/{json_name(alias)}"

@@ -348,9 +348,14 @@ def _into(folder: Path, act: Callable[[], None]) -> None:
         try:
             _make_folders(folder)
             return act()
-        except FileNotFoundError:
-            if not tries_left:
-                raise
+        except FileNotFoundError as error:
+            if tries_left:
+                continue
+            if folder.is_dir() and error.filename2 and os.path.lexists(error.filename):
+                # FAT and its kin take no ':', '*' or '?', and some drivers say ENOENT for it.
+                msg = "this filesystem takes no such name; change the template"
+                raise OSError(errno.EINVAL, msg, str(error.filename2)) from error
+            raise
 
 
 def _make_folders(folder: Path) -> None:
