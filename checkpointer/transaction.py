@@ -124,7 +124,8 @@ class Transaction:
             if self.settle(pending, write=True) != record:
                 raise
             if isinstance(self.storage, SupportsPaths):
-                self.storage.sync(record.name)  # It is there; whether it would survive a power loss is another question.
+                # It is there; whether it would survive a power loss is another question.
+                self.storage.sync(record.name)
             return record
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record

@@ -29,15 +29,15 @@ def loss_of(step: int) -> float:
 
 def policy_of(last: Literal["link", "copy"] = "link", template: str | None = None) -> Policy:
     """Return the policy of this training."""
-    return Policy(
-        EverySteps(1), [KeepBest(KEPT, "loss", mode="min")], last=last, best="link", name=Naming(template)
-    )
+    return Policy(EverySteps(1), [KeepBest(KEPT, "loss", mode="min")], last=last, best="link", name=Naming(template))
 
 
 class Run:
     """A manager whose state is its step and some filler."""
 
-    def __init__(self, directory: str | os.PathLike[str] | Storage, policy: Policy, filler: int = 10_000, **kwargs: Any) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str] | Storage, policy: Policy, filler: int = 10_000, **kwargs: Any
+    ) -> None:
         self.step = 0
         self.filler = "x" * filler
         self.manager = CheckpointManager(directory, policy, state=self.state, format=PlainFormat(), **kwargs)
@@ -112,7 +112,7 @@ def main() -> None:
     """Save a few times, wait to be told that the disk may break, and save again, whatever comes."""
     directory, last = sys.argv[1], sys.argv[2]
     log = sys.argv[3] if len(sys.argv) > 3 else None
-    warnings.showwarning = lambda message, *_, **__: say("warned", str(message).replace("\n", " "))  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_, **__: say("warned", str(message).replace("\n", " "))
     warnings.simplefilter("always")
     run = Run(directory, policy_of(last))  # type: ignore[arg-type]
     for step in range(1, WARM + SAVES + 1):

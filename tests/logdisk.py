@@ -34,7 +34,7 @@ def main() -> None:
     class LogDisk(mfusepy.Operations):  # type: ignore[misc]
         def __init__(self, disk: str, log: str) -> None:
             self.disk = os.open(disk, os.O_RDWR)
-            self.log = open(log, "wb", buffering=0)
+            self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def getattr(self, path: str, fh: Any = None) -> dict[str, int]:
             if path == "/":
@@ -54,7 +54,7 @@ def main() -> None:
 
         def write(self, path: str, data: bytes, offset: int, fh: Any) -> int:
             os.pwrite(self.disk, data, offset)
-            self.log.write(HEAD.pack(b"W", offset, len(data)) + data)
+            os.write(self.log, HEAD.pack(b"W", offset, len(data)) + data)
             return len(data)
 
         def truncate(self, path: str, length: int, fh: Any = None) -> None:
@@ -64,7 +64,7 @@ def main() -> None:
             return 0
 
         def fsync(self, path: str, datasync: Any, fh: Any) -> int:
-            self.log.write(HEAD.pack(b"F", 0, 0))
+            os.write(self.log, HEAD.pack(b"F", 0, 0))
             return 0
 
         def release(self, path: str, fh: Any) -> int:

@@ -21,20 +21,20 @@ def is_required(part: str) -> bool:
     return part in os.environ.get("CHECKPOINTER_REQUIRE", "").split(",")
 
 
-def need(*programs: str, fuse: bool = False, loop: bool = False) -> None:
-    """Skip the test, or fail it where mounts are required, unless these programs run here as root."""
+def need(*programs: str, fuse: bool = False, loop: bool = False, part: str = "mounts") -> None:
+    """Skip the test, or fail it where ``part`` is required, unless these programs run here as root."""
     missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
     if os.geteuid() != 0:
         missing.append("root")
     missing += ["/dev/fuse"] if fuse and not os.path.exists("/dev/fuse") else []
     missing += ["/dev/loop-control"] if loop and not os.path.exists("/dev/loop-control") else []
-    give_up(missing)
+    give_up(missing, part)
 
 
-def give_up(missing: list[str]) -> None:
-    """Skip the test if anything is missing; fail it where mounts are required."""
-    if missing and is_required("mounts"):
-        pytest.fail(f"CHECKPOINTER_REQUIRE names mounts, and this machine lacks {', '.join(missing)}")
+def give_up(missing: list[str], part: str = "mounts") -> None:
+    """Skip the test if anything is missing; fail it where ``part`` is required."""
+    if missing and is_required(part):
+        pytest.fail(f"CHECKPOINTER_REQUIRE names {part}, and this machine lacks {', '.join(missing)}")
     if missing:
         pytest.skip(f"this machine lacks {', '.join(missing)}")
 
@@ -64,7 +64,8 @@ def unmount(target: Path) -> None:
     deadline = time.monotonic() + 10
     while True:
         try:
-            return sh("umount", target) and None
+            sh("umount", target)
+            return
         except AssertionError:
             if time.monotonic() > deadline:
                 sh("umount", "-l", target)
@@ -106,11 +107,12 @@ def tmpfs(base: Path, size: int = 64 * MIB) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def loop(base: Path, kind: str, size: int) -> Iterator[Path]:
-    """Mount a fresh image of its own through a loop device, which goes when it is unmounted."""
+    """Mount a fresh image of its own through a loop device, which goes when it is unmounted; it is held in memory."""
     need("mount", "losetup", f"mkfs.{kind}", loop=True)
-    disk = image(base / f"{kind}.img", kind, size)
-    with mounted(base / kind, "mount", "-t", kind, "-o", "loop", disk, base / kind) as path:
-        yield path
+    with tmpfs(base / f"{kind}-memory", 2 * size) as memory:
+        disk = image(memory / "disk.img", kind, size)
+        with mounted(base / kind, "mount", "-t", kind, "-o", "loop", disk, base / kind) as path:
+            yield path
 
 
 def ext4(base: Path, size: int = 64 * MIB) -> contextlib.AbstractContextManager[Path]:
@@ -149,7 +151,8 @@ def no_chmod(base: Path) -> contextlib.AbstractContextManager[Path]:
 
 @contextlib.contextmanager
 def _by_fuse(base: Path, kind: str, driver: str, size: int) -> Iterator[Path]:
-    need(driver, f"mkfs.{kind}", "losetup", "mount", fuse=True, loop=True)
+    # NTFS adds little to the others: it is tried where it is there.
+    need(driver, f"mkfs.{kind}", "losetup", "mount", fuse=True, loop=True, part="ntfs" if kind == "ntfs" else "mounts")
     disk = base / f"{kind}.img"
     disk.parent.mkdir(parents=True, exist_ok=True)
     with open(disk, "wb") as stream:

@@ -178,12 +178,14 @@ class LocalStorage:
     def prepare(self) -> None:
         """See `SupportsSweep.prepare`."""
         try:
-            staged = self._new_staged()
+            staged, renamed = self._new_staged(), self._new_staged()
             try:
                 # As much as a record takes: an empty file fits on a full disk.
                 staged.write_bytes(bytes(4096))
+                os.replace(staged, renamed)
             finally:
                 _discard(staged)
+                _discard(renamed)
         except OSError as error:
             what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
             msg = f"cannot write to {self._root}: {error.strerror}; {what}"
