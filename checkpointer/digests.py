@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 import xxhash
 
 from checkpointer.errors import CorruptError
-from checkpointer.ports import Storage, Writable
+from checkpointer.ports import Storage, SupportsLinks, Writable
 
 __all__ = [
     "ALGORITHM",
@@ -20,7 +21,9 @@ __all__ = [
     "VerifiedReader",
     "algorithm_of",
     "digest_of",
+    "files_of",
     "is_cryptographic",
+    "size_of",
 ]
 
 ALGORITHM: Final = "xxh3-128"
@@ -113,15 +116,38 @@ class FolderDigest:
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
+def files_of(storage: Storage, path: str, expected: int | None = None) -> Mapping[str, int]:
+    """Return the files of a payload and their sizes (bytes); of one that is no folder, itself; empty if it is gone.
+
+    A listing may lag behind what was written, or deleted: unless it shows the size that is expected, a file is
+    opened, and what can be opened is believed.
+    """
+    files = {name: stat.size for name, stat in storage.list(path).items()}
+    # Where there are links a listing lags behind nothing, and the size it gives is how a link is told from a file.
+    if files and (sum(files.values()) == expected or path not in files or isinstance(storage, SupportsLinks)):
+        return files
+    try:
+        with storage.open(path) as stream:
+            return {path: stream.seek(0, os.SEEK_END)}
+    except (FileNotFoundError, IsADirectoryError):
+        return {}
+
+
+def size_of(storage: Storage, path: str, expected: int) -> int | None:
+    """Return the size (bytes) of a payload that should have ``expected`` bytes; None if there is none."""
+    files = files_of(storage, path, expected)
+    return sum(files.values()) if files else None
+
+
 def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | None:
     """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
-    files = storage.list(path)
+    files = files_of(storage, path)
     if not files:
         return None
     digest = FolderDigest(algorithm)
     for name in sorted(files):
         if name != path:
-            digest.begin(name[len(path) + 1 :], files[name].size)
+            digest.begin(name[len(path) + 1 :], files[name])
         with storage.open(name) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)

@@ -155,7 +155,7 @@ class Directory:
 
     def is_free(self, name: str) -> bool:
         """Return whether nothing on the storage has this name by now; if so it is remembered as taken."""
-        if self.storage.list(name) or self.storage.list(index.record_path(name)):
+        if self.storage.list(name) or self.transaction.has_record(name):
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
             return False
         return True
@@ -278,11 +278,19 @@ class Directory:
     def is_blocked(self, alias: str, *, slots: bool) -> bool:
         """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
         record = self.manifest.by_name.get(alias)
+        if record is None and slots:
+            record = self.transaction.committed(alias)
         if record is not None:
             return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
         if index.record_path(alias) in self.damaged:
             return True
-        return alias in self.manifest.foreign and not self.transaction.is_marked(alias)
+        return self._is_foreign(alias) and not self.transaction.is_marked(alias)
+
+    def _is_foreign(self, alias: str) -> bool:
+        """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""
+        foreign = self.manifest.foreign
+        folded = alias.casefold()
+        return alias in foreign or (any(n.casefold() == folded for n in foreign) and bool(self.storage.list(alias)))
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""

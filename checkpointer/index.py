@@ -7,26 +7,52 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
+import xxhash
 
 from checkpointer.digests import is_cryptographic
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
+from checkpointer.naming import MAX_PART_BYTES
 from checkpointer.ports import Stat, Storage
 from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records import parse_json as parse_json
 from checkpointer.trust import HMACKey, check_signature
 
-__all__ = ["HOME", "INDEX", "RECORDS", "Listing", "load", "read_bounded", "read_entry", "record_path", "save"]
+__all__ = [
+    "HOME",
+    "INDEX",
+    "RECORDS",
+    "Listing",
+    "json_name",
+    "load",
+    "read_bounded",
+    "read_entry",
+    "record_path",
+    "save",
+]
 
 HOME: Final = ".checkpointer"
 """Folder of everything that is not a payload or alias."""
 RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
+_JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
 
 
 def record_path(name: str) -> str:
     """Return where the record of the payload ``name`` lies."""
-    return f"{RECORDS}/{name}.json"
+    return f"{RECORDS}/{json_name(name)}"
+
+
+def json_name(name: str) -> str:
+    """Return ``name`` with ``.json`` at its end; where that is too long for a file, with a digest in its middle."""
+    folder, slash, last = name.rpartition("/")
+    data = last.encode()
+    if len(data) + len(_JSON) > MAX_PART_BYTES:
+        digest = xxhash.xxh3_64_hexdigest(data)
+        room = MAX_PART_BYTES - len(_JSON) - len(digest) - 1
+        # A character that is cut in two is left out.
+        last = f"{data[:room].decode(errors='ignore')}~{digest}"
+    return f"{folder}{slash}{last}{_JSON}"
 
 
 @attrs.frozen(kw_only=True)
@@ -53,8 +79,9 @@ class Listing:
             folders = [path[:i] for i, char in enumerate(path) if char == "/"]
             if not known.intersection(folders):
                 names.update(folders, [path])
-        # What stands beside an unreadable record is somebody's checkpoint: its name stays taken.
-        names.update(path[len(RECORDS) + 1 : -len(".json")] for path in self.damaged)
+        # What stands beside an unreadable record is somebody's checkpoint: its name stays taken. (That of a name too
+        # long to be read off its path is among the files anyway.)
+        names.update(path[len(RECORDS) + 1 : -len(_JSON)] for path in self.damaged)
         return frozenset(names)
 
 

@@ -17,8 +17,8 @@ from checkpointer.records import has_surrogate, is_home, name_problem
 __all__ = ["DEFAULT_EXTENSION", "Naming", "check_name"]
 
 DEFAULT_EXTENSION: Final = ".ckpt"
-MAX_PART_BYTES: Final = 250
-"""Longest part of a name: most filesystems take 255 bytes, and a record's file name adds ``.json``."""
+MAX_PART_BYTES: Final = 255
+"""Longest part of a name: what most filesystems take."""
 
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 _HUGE: Final = 1e100

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from checkpointer.digests import VerifiedReader, algorithm_of, digest_of
+from checkpointer.digests import VerifiedReader, algorithm_of, digest_of, files_of
 from checkpointer.errors import (
     CheckpointerWarning,
     CorruptError,
@@ -23,7 +23,7 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import Format, Stat, Storage
+from checkpointer.ports import Format, Storage
 from checkpointer.records import Record
 
 __all__ = ["Restored", "check_empty", "choose", "load", "load_first_valid", "verify"]
@@ -112,10 +112,10 @@ def verify(storage: Storage, record: Record) -> None:
     _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
 
 
-def _listed(storage: Storage, record: Record) -> Mapping[str, Stat]:
+def _listed(storage: Storage, record: Record) -> Mapping[str, int]:
     """Return the payload's files, if they are there and as large as the record says: before anything is read."""
-    files = storage.list(record.name)
-    size = sum(stat.size for stat in files.values())
+    files = files_of(storage, record.name, record.size)
+    size = sum(files.values())
     if not files:
         msg = f"{record.name} is gone, though its record is there"
     elif size != record.size:

@@ -124,7 +124,8 @@ class KeepEvery:
     """Keep one record per interval for good, thinning a long history evenly.
 
     Per ``steps`` (or finished ``epochs``): the first record at or past each multiple. Per ``seconds``: the first
-    record, and then each one at least that much later than the one kept before.
+    record, and then each one at least that much later than the one kept before, or before it: a clock that was set
+    back begins anew, where it would else keep nothing until it has caught up.
 
     Args:
         steps: Steps per interval, at least 1.
@@ -167,7 +168,7 @@ class KeepEvery:
         assert self.seconds is not None
         kept: list[Record] = []
         for record in history:
-            if not kept or record.time - kept[-1].time >= self.seconds:
+            if not kept or not 0 <= record.time - kept[-1].time < self.seconds:
                 kept.append(record)
         return kept
 

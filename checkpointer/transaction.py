@@ -22,6 +22,7 @@ Nothing is ever deleted or replaced but what a record of our own, or a staging f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -30,7 +31,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, FolderDigest, algorithm_of, digest_of
+from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, FolderDigest, algorithm_of, digest_of, size_of
 from checkpointer.errors import (
     AliasInUseError,
     CheckpointerWarning,
@@ -39,7 +40,7 @@ from checkpointer.errors import (
     RecordError,
     SaveError,
 )
-from checkpointer.index import HOME, Listing, read_bounded, read_entry, record_path
+from checkpointer.index import HOME, Listing, json_name, read_bounded, read_entry, record_path
 from checkpointer.naming import check_name
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
@@ -152,7 +153,7 @@ class Transaction:
 
     def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
         """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
-        self._really_there(record, None)
+        self._really_there(record, None, over_alias=False)
         self._announce(Entry(record=record, status="pending", owner=self.owner))  # 3
         digest = FolderDigest(algorithm_of(record.digest))
         published: list[str] = []
@@ -188,7 +189,7 @@ class Transaction:
             self.storage.sync(draft.name)
         size, digest = _measure(self.storage, draft.name, self._algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
-        self._really_there(record, None)
+        self._really_there(record, None, over_alias=False)
         self.put(Entry(record=record))
         return record
 
@@ -199,7 +200,7 @@ class Transaction:
         return _measure(LocalStorage(parent, self.owner), name, algorithm)
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
-        replaces = self._really_there(record, replaces)
+        replaces = self._really_there(record, replaces, over_alias)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
         self._announce(pending)  # 3
         try:
@@ -207,6 +208,9 @@ class Transaction:
         except OSError:
             if self.settle(pending, write=True) != record:
                 raise
+            if isinstance(self.storage, SupportsPaths):
+                # It is there; whether it would survive a power loss is another question.
+                self.storage.sync(record.name)
             return record
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
@@ -228,7 +232,7 @@ class Transaction:
         finally:
             upload.abort()
 
-    def _really_there(self, record: Record, replaces: Record | None) -> Record | None:
+    def _really_there(self, record: Record, replaces: Record | None, over_alias: bool) -> Record | None:
         """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""
         entry = self._entry(record.name)
         if entry is None or entry.status == "retired":
@@ -238,10 +242,25 @@ class Transaction:
             # An interrupted replacement: what is announced now must carry along what the payload really is.
             there = self.settle(entry, write=True)
         ours = there is None or (there.run, there.label) == (record.run, record.label)
-        if there is not None and (replaces is None or not ours):
+        # A slot of our own may be on record although its save failed: the disk broke when it was as good as committed.
+        if there is not None and not (ours and (replaces is not None or over_alias)):
             msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"
             raise NameTakenError(msg)
         return there
+
+    def has_record(self, name: str) -> bool:
+        """Return whether a record of this name is there, readable or not; a listing might not show it yet."""
+        try:
+            return self._entry(name) is not None
+        except RecordError:
+            return True
+
+    def committed(self, name: str) -> Record | None:
+        """Return the committed checkpoint of this name; a listing might not show it yet."""
+        with contextlib.suppress(RecordError):
+            entry = self._entry(name)
+            return entry.record if entry is not None and entry.status == "committed" else None
+        return None
 
     def _entry(self, name: str) -> Entry | None:
         try:
@@ -306,8 +325,7 @@ class Transaction:
         return truth
 
     def _payload_is(self, record: Record) -> bool:
-        files = self.storage.list(record.name)
-        if sum(stat.size for stat in files.values()) != record.size:
+        if size_of(self.storage, record.name, record.size) != record.size:
             return False
         return digest_of(self.storage, record.name, algorithm_of(record.digest)) == (record.size, record.digest)
 
@@ -331,9 +349,8 @@ class Transaction:
         return retired
 
     def _remove(self, record: Record) -> None:
-        files = self.storage.list(record.name)
         # Of another size, it is not what we wrote: somebody put a file of their own there.
-        if sum(stat.size for stat in files.values()) == record.size:
+        if size_of(self.storage, record.name, record.size) == record.size:
             self.storage.delete(record.name)
         self.storage.delete(record_path(record.name))
         self.unfinished.pop(record.name, None)
@@ -472,11 +489,11 @@ def _measure(storage: Storage, path: str, algorithm: str) -> tuple[int, str]:
     if found is None:
         msg = f"there is nothing at {path!r}: the trainer wrote no checkpoint to the path it was given"
         raise SaveError(msg)
-    if found[0] != sum(stat.size for stat in storage.list(path).values()):
+    if found[0] != size_of(storage, path, found[0]):
         msg = f"{path!r} holds symbolic links, or changed while it was read; write plain files, and finish first"
         raise SaveError(msg)
     return found
 
 
 def _marker_path(alias: str) -> str:
-    return f"{HOME}/aliases/{alias}.json"
+    return f"{HOME}/aliases/{json_name(alias)}"

@@ -115,7 +115,7 @@ def test_a_format_that_does_not_fit_the_value_says_so() -> None:
         ("a\n{epoch}", "backslash or control character"),
         ("\ud800{epoch}", "lone surrogate"),
         (".checkpointer/{epoch}", "is reserved"),
-        ("x" * 251, "longer than 250 bytes"),
+        ("x" * 256, "longer than 255 bytes"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_at_once(template: Any, message: str) -> None:
@@ -181,7 +181,7 @@ def test_a_version_that_makes_the_name_too_long_is_an_error() -> None:
     """The bound holds for the whole file name."""
     stem = "x" * (MAX_PART_BYTES - len(".ckpt"))
     assert len(Naming().free_name(stem, set())) == MAX_PART_BYTES
-    with pytest.raises(NamingError, match="longer than 250 bytes"):
+    with pytest.raises(NamingError, match="longer than 255 bytes"):
         Naming().free_name(stem, {stem + ".ckpt"})
 
 

@@ -167,3 +167,11 @@ def test_a_rule_that_means_nothing_is_refused(make: Any, arguments: dict[str, An
     """The error names the argument, the value and what was expected."""
     with pytest.raises(PolicyError, match=message):
         make(**arguments)
+
+
+def test_keep_every_seconds_goes_on_after_the_clock_was_set_back() -> None:
+    """It begins anew there, and what it kept before stays; thinning the result again changes nothing."""
+    records = [record(step=step, time=time) for step, time in enumerate([100, 150, 200, 40, 90, 140, 230], start=1)]
+    kept = KeepEvery(seconds=100).keep(records)
+    assert ["s1", "s3", "s4", "s6"] == list(kept)
+    assert kept == KeepEvery(seconds=100).keep([r for r in records if r.name in kept])

@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -23,6 +23,10 @@ STAGING: Final = ".checkpointer/staging"
 STALE_S: Final = 24 * 3600.0
 """A staging folder of a writer that cannot be asked is swept after this many seconds without a change."""
 
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+_LONG_SUFFIX: Final = 64
+"""What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
+_TRIES: Final = 16
 _NO_LINKS: Final = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
@@ -93,11 +97,10 @@ class LocalStorage:
             with open(staged, "wb") as stream:
                 stream.write(data)
                 _sync(stream)
-            _make_folders(target.parent)
-            os.replace(staged, target)
+            _into(target.parent, lambda: os.replace(staged, target))
         except OSError:
             # A full disk must not stay full of what did not fit.
-            staged.unlink(missing_ok=True)
+            _discard(staged)
             raise
         _sync_folder(target.parent)
 
@@ -116,7 +119,7 @@ class LocalStorage:
             except OSError:
                 break
             folder = folder.parent
-        if folder.is_dir():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             _sync_folder(folder)
 
     def upload(self, path: str) -> LocalUpload:
@@ -157,11 +160,10 @@ class LocalStorage:
         staged = self._new_staged()
         make(staged)
         try:
-            _make_folders(path.parent)
-            os.replace(staged, path)
+            _into(path.parent, lambda: os.replace(staged, path))
         finally:
             # A rename between two names of one file does nothing and leaves both.
-            staged.unlink(missing_ok=True)
+            _discard(staged)
         _sync_folder(path.parent)
 
     # SupportsFreeSpace
@@ -183,7 +185,8 @@ class LocalStorage:
     def stage(self, path: str) -> tuple[str, LocalUpload]:
         """See `SupportsPaths.stage`."""
         target = self._within(path)
-        staged = self._new_staged().with_suffix(Path(path).suffix)
+        suffix = Path(path).suffix
+        staged = self._new_staged().with_suffix(suffix if len(suffix) < _LONG_SUFFIX else "")
         return str(staged), LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:
@@ -196,11 +199,17 @@ class LocalStorage:
     def prepare(self) -> None:
         """See `SupportsSweep.prepare`."""
         try:
-            staged = self._new_staged()
-            staged.touch()
-            staged.unlink()
+            staged, renamed = self._new_staged(), self._new_staged()
+            try:
+                # As much as a record takes: an empty file fits on a full disk.
+                staged.write_bytes(bytes(4096))
+                os.replace(staged, renamed)
+            finally:
+                _discard(staged)
+                _discard(renamed)
         except OSError as error:
-            msg = f"cannot write to {self._root}: {error.strerror}; choose a directory that this process may write to"
+            what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
+            msg = f"cannot write to {self._root}: {error.strerror}; {what}"
             raise StorageError(msg) from error
 
     def sweep(self) -> int:
@@ -229,14 +238,23 @@ class LocalStorage:
         if is_dead(owner):
             return True
         try:
-            return not is_live(owner) and time.time() - folder.stat().st_mtime > STALE_S
+            return not is_live(owner) and self._now() - folder.stat().st_mtime > STALE_S
         except FileNotFoundError:
             return False
+
+    def _now(self) -> float:
+        """Return the time by the clock that stamps files here, which on a network mount is the server's."""
+        staged = self._new_staged()
+        staged.touch()
+        try:
+            return staged.stat().st_mtime
+        finally:
+            _discard(staged)
 
     def _new_staged(self) -> Path:
         # Made anew each time: another host may have swept it after a day in which nothing was written.
         staged = self._within(f"{STAGING}/{self._staging.name}/{uuid.uuid4().hex[:12]}")
-        _make_folders(self._staging)
+        _into(self._staging, lambda: None)
         return staged
 
 
@@ -263,11 +281,8 @@ class LocalUpload:
 
     def publish(self, *, replace: bool) -> None:
         """See `Upload.publish`."""
-        _make_folders(self._target.parent)
-        if replace:
-            os.replace(self._staged, self._target)
-        else:
-            self._publish_new()
+        publish = (lambda: os.replace(self._staged, self._target)) if replace else self._publish_new
+        _into(self._target.parent, publish)
         _sync_folder(self._target.parent)
 
     def _publish_new(self) -> None:
@@ -281,11 +296,17 @@ class LocalUpload:
                 if error.errno not in _NO_LINKS:
                     raise
             else:
-                self._staged.unlink()
+                _discard(self._staged)
                 return
         if os.path.lexists(self._target):
             raise self._taken()
-        os.rename(self._staged, self._target)
+        try:
+            os.rename(self._staged, self._target)
+        except OSError as error:
+            # A folder over a folder that is not empty: ext4 says ENOTEMPTY, XFS says EEXIST.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise self._taken() from error
+            raise
 
     def _taken(self) -> NameTakenError:
         msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
@@ -296,10 +317,16 @@ class LocalUpload:
         if self._stream is not None:
             with contextlib.suppress(OSError):
                 self._stream.close()
-        if self._staged.is_dir():
-            shutil.rmtree(self._staged, ignore_errors=True)
-        else:
-            self._staged.unlink(missing_ok=True)
+        _discard(self._staged)
+
+
+def _discard(staged: Path) -> None:
+    """Remove what is staged, or leave it to `sweep`: a failing clean-up must not hide how the write itself ended."""
+    if os.path.isdir(staged):
+        shutil.rmtree(staged, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        staged.unlink()
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -348,6 +375,25 @@ def _sync_tree(path: Path) -> None:
         for name in files:
             _sync_tree(Path(folder, name))
         _sync_folder(Path(folder))
+
+
+def _into(folder: Path, act: Callable[[], None]) -> None:
+    """Make a folder and put something into it.
+
+    In between another writer may delete its last file there, and with it the folder, which is empty for a moment.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            _make_folders(folder)
+            return act()
+        except FileNotFoundError as error:
+            if tries_left:
+                continue
+            if folder.is_dir() and error.filename2 and os.path.lexists(error.filename):
+                # FAT and its kin take no ':', '*' or '?', and some drivers say ENOENT for it.
+                msg = "this filesystem takes no such name; change the template"
+                raise OSError(errno.EINVAL, msg, str(error.filename2)) from error
+            raise
 
 
 def _make_folders(folder: Path) -> None:
