@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import http.server
 import socket
@@ -150,6 +151,20 @@ def test_an_upload_that_is_cut_never_arrives(
 
     assert {} == files.files
     assert proxy.hits >= 1
+
+
+def test_nothing_passes_beyond_the_cut() -> None:
+    """The server may lose the last of it to the reset, and gets no byte more than planned."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ChaosProxy(server.getsockname()[1]) as proxy:
+        proxy.plan = Cut(up=10)
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client:
+            theirs, _ = server.accept()
+            client.sendall(b"x" * 100)
+            received = b""
+            with theirs, contextlib.suppress(ConnectionResetError):
+                while data := theirs.recv(100):
+                    received += data
+        assert len(received) <= 10
 
 
 def test_a_download_is_cut_where_the_plan_says(
