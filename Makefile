@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv demo test test-quick check wheel-test bench format clean
+.PHONY: help venv servers demo test test-quick check wheel-test bench format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +15,7 @@ help:
 	@echo "make test-quick  every test but those that kill processes"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
+	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make format      let ruff format and fix"
 
@@ -25,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
+
+servers: venv
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers]'
+	PYTHON="$(BIN)/python" .ci/install-servers
 
 demo: venv
 	"$(BIN)/python" examples/digits_loop.py
