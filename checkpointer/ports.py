@@ -110,7 +110,7 @@ class SupportsLinks(Protocol):
 
 @runtime_checkable
 class SupportsCopy(Protocol):
-    """A storage that copies without sending the bytes through this process."""
+    """A storage that copies without sending the bytes through this process. `OSError` means that it cannot."""
 
     def copy(self, source: str, path: str) -> None:
         """Copy a file or folder over what is there."""
