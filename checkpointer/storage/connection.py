@@ -187,8 +187,10 @@ class Connection:
         self._folders.clear()
 
     def _remove_folder(self, folder: str) -> None:
-        # sshfs has only the coroutine, behind a method that does nothing.
-        if type(self.fs).rmdir is AbstractFileSystem.rmdir and hasattr(self.fs, "_rmdir"):
+        if type(self.fs).rmdir is not AbstractFileSystem.rmdir:
+            self.fs.rmdir(folder)
+        # Behind a method that does nothing, sshfs has a coroutine, and WebHDFS deletes folders as it does files.
+        elif hasattr(self.fs, "_rmdir"):
             fsspec.asyn.sync(self.fs.loop, self.fs._rmdir, folder)
         else:
-            self.fs.rmdir(folder)
+            self.fs.rm(folder, recursive=False)

@@ -138,8 +138,8 @@ class Placing:
             # The reply to an earlier attempt was lost: nobody else knows the staged name, so it was moved by us.
             if to.find(source) or not to.find(target):
                 raise
-        # WebHDFS says nothing at all when it refuses.
-        if not to.is_object_store and to.find(source):
+        # WebHDFS says nothing at all when it refuses, and moves a file into a folder that has its name.
+        if not to.is_object_store and (to.find(source) or target not in to.find(target)):
             raise FileExistsError(errno.EEXIST, "the server did not rename", target)
 
     # Where nothing is yet: of two writers, one wins
