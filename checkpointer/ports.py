@@ -13,6 +13,7 @@ __all__ = [
     "Listener",
     "Stat",
     "Storage",
+    "SupportsCapabilities",
     "SupportsCopy",
     "SupportsFreeSpace",
     "SupportsLinks",
@@ -157,6 +158,15 @@ class SupportsSweep(Protocol):
 
     def close(self) -> None:
         """Remove this writer's own staging area."""
+        ...
+
+
+@runtime_checkable
+class SupportsCapabilities(Protocol):
+    """A storage that differs from place to place, and can say how it is here."""
+
+    def capabilities(self) -> Mapping[str, str]:
+        """Return how it does what differs, in words: replacing, creating, copying. Found out by trying, once."""
         ...
 
 
