@@ -84,8 +84,13 @@ class Retry:
         return tenacity.Retrying(**self._settings(what))(do)
 
     async def run(self, do: Callable[[], Awaitable[T]], what: str) -> T:
-        """Return what ``do``, a coroutine function, returns."""
-        result: T = await tenacity.AsyncRetrying(**self._settings(what))(do)
+        """Return what the awaitable that ``do`` makes returns."""
+
+        # Newer tenacity awaits only what is declared as a coroutine function, which a lambda is not.
+        async def call() -> T:
+            return await do()
+
+        result: T = await tenacity.AsyncRetrying(**self._settings(what))(call)
         return result
 
     def _settings(self, what: str) -> dict[str, Any]:
