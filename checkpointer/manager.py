@@ -34,7 +34,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue
-from checkpointer.ports import Clock, Format, Listener, Storage
+from checkpointer.ports import Clock, Format, Listener, Storage, SupportsCapabilities
 from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
@@ -146,6 +146,9 @@ class CheckpointManager:
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
         _log.log(self._level, "%s: %s", storage, self.policy)
+        if writes and verbose and isinstance(storage, SupportsCapabilities):
+            words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
+            _log.info("%s: %s", storage, words)
         self._go_on(self._first_progress())
 
     def _first_progress(self) -> Progress:

@@ -13,6 +13,7 @@ __all__ = [
     "Listener",
     "Stat",
     "Storage",
+    "SupportsCapabilities",
     "SupportsCopy",
     "SupportsFreeSpace",
     "SupportsLinks",
@@ -110,7 +111,7 @@ class SupportsLinks(Protocol):
 
 @runtime_checkable
 class SupportsCopy(Protocol):
-    """A storage that copies without sending the bytes through this process."""
+    """A storage that copies without sending the bytes through this process. `OSError` means that it cannot."""
 
     def copy(self, source: str, path: str) -> None:
         """Copy a file or folder over what is there."""
@@ -157,6 +158,15 @@ class SupportsSweep(Protocol):
 
     def close(self) -> None:
         """Remove this writer's own staging area."""
+        ...
+
+
+@runtime_checkable
+class SupportsCapabilities(Protocol):
+    """A storage that differs from place to place, and can say how it is here."""
+
+    def capabilities(self) -> Mapping[str, str]:
+        """Return how it does what differs, in words: replacing, creating, copying. Found out by trying, once."""
         ...
 
 

@@ -131,6 +131,18 @@ def on(*kinds: str) -> pytest.MarkDecorator:
 
 
 @on(*MOUNTS)
+def test_what_a_filesystem_can_do_is_found_out_by_trying(disk: Path, request: pytest.FixtureRequest) -> None:
+    """Links, and who refuses a taken name where there are none."""
+    links = ("link, refused by the filesystem", "hard link", "symlink")
+    none = ("rename, if nothing is there", "through this process", "none")
+    found = LocalStorage(disk, new_owner()).capabilities()
+
+    expected = none if "exfat" in request.node.callspec.id else links
+    assert expected == (found["create"], found["copy"], found["link"])
+    assert "rename" == found["replace"]
+
+
+@on(*MOUNTS)
 @pytest.mark.parametrize("last", ["link", "copy"])
 def test_aliases_name_the_newest_and_best_whatever_links_there_are(disk: Path, last: Literal["link", "copy"]) -> None:
     """Symbolic link, hard link or copy: after each save the alias reads as the state it names."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from servers.fixtures import Serve
 
 from checkpointer.owner import new_owner
-from checkpointer.ports import Storage
+from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.storage import open_storage
+from checkpointer.storage.retrying import Retry
 from checkpointer.testing import StorageContract
 
 pytestmark = pytest.mark.slow
@@ -19,11 +22,18 @@ class ServerContract(StorageContract):
     server: str
 
     @pytest.fixture(autouse=True)
-    def _use_server(self, serve: Serve) -> None:
+    def _use_server(self, serve: Serve) -> Iterator[None]:
         self.running = serve(self.server)
+        self.opened: list[Storage] = []
+        yield
+        for storage in self.opened:
+            assert isinstance(storage, SupportsSweep)
+            storage.close()
 
     def make_storage(self) -> Storage:
-        return open_storage(self.running.fresh(), new_owner(), self.running.storage_options)
+        options = {"retry": Retry(deadline_s=5), **self.running.storage_options}
+        self.opened.append(open_storage(self.running.fresh(), new_owner(), options))
+        return self.opened[-1]
 
 
 class TestS3(ServerContract):

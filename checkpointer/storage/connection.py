@@ -12,7 +12,14 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from checkpointer.errors import StorageError
-from checkpointer.storage.drivers import as_os_errors, without_password
+from checkpointer.storage.drivers import (
+    as_native_errors,
+    as_os_errors,
+    disconnect,
+    escaped,
+    unescaped,
+    without_password,
+)
 from checkpointer.storage.reading import reader
 from checkpointer.storage.retrying import Retry, is_transient
 
@@ -22,6 +29,8 @@ T = TypeVar("T")
 
 _OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
 
+_UNSAFE: Final = {"smb": '"*:<>?|', "webdav": "#%*?[]", "webhdfs": "#%*?[]{}", "hdfs": "#%*?[]{}"}
+"""Characters that the server refuses, or that the driver takes for something else than part of a name."""
 _LARGE: Final = 1 << 20
 _EXTRAS: Final = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
@@ -46,6 +55,7 @@ class Connection:
         self.protocol = url.partition("://")[0]
         self.is_object_store = self.protocol in _OBJECT_STORES
         """Whether a file appears whole when its upload ends, and there are neither folders nor renames."""
+        self._unsafe = _UNSAFE.get(self.protocol, "")
         self._url = url
         self._options = options
         self._connect()
@@ -75,7 +85,7 @@ class Connection:
 
     def full(self, path: str) -> str:
         """Return a path as the filesystem knows it."""
-        return f"{self.root}/{path}" if path else self.root
+        return f"{self.root}/{escaped(path, self._unsafe)}" if path else self.root
 
     def attempt(self, what: str, do: Callable[[], T]) -> T:
         """Do it, again if the failure is transient; every error comes out as an `OSError`."""
@@ -87,7 +97,8 @@ class Connection:
             if self._is_cut:
                 self._connect()
             try:
-                return do()
+                with as_native_errors():
+                    return do()
             except Exception as error:
                 self.note(error)
                 raise
@@ -96,6 +107,13 @@ class Connection:
         """Remember that a session does not survive this error; object stores connect anew by themselves."""
         self._is_cut = is_transient(error) and not self.is_object_store
 
+    def close(self) -> None:
+        """Close the session; the next request opens another one."""
+        if not self.is_object_store:
+            with self.turn:
+                disconnect(self.fs)
+            self._is_cut = True
+
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """Return what the driver says of every file at or below ``prefix``, by its path."""
         return self.attempt(f"listing {prefix!r}", lambda: self._find(prefix))
@@ -103,13 +121,18 @@ class Connection:
     def _find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self.full(prefix), detail=True)
+            with as_native_errors():
+                found = self.fs.find(self.full(prefix), detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         # Filesystems differ in whether they return names with their leading slash.
         root = f"{self.root}/".lstrip("/")
-        # For a single file some of them find a name without its details.
-        return {name.lstrip("/")[len(root) :]: info or self.fs.info(name) for name, info in found.items()}
+        # For a single file some of them find a name without its details, or only a list of names.
+        details = found if isinstance(found, dict) else dict.fromkeys(found)
+        return {
+            unescaped(name.strip("/")[len(root) :], self._unsafe): info or self.fs.info(name)
+            for name, info in details.items()
+        }
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading; the stream opens anew where it was when the connection is cut."""
@@ -117,7 +140,9 @@ class Connection:
             return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
-        stream = self.fs.open(self.full(path), "rb")
+        # A file on a Windows share cannot be renamed or deleted while it is open, unless its reader agrees.
+        options = {"share_access": "rwd"} if self.protocol == "smb" else {}
+        stream = self.fs.open(self.full(path), "rb", **options)
         # paramiko's: ask for the next blocks of a large file before they are needed.
         if hasattr(stream, "prefetch") and (size := stream.stat().st_size) > _LARGE:
             stream.prefetch(size)
@@ -128,7 +153,7 @@ class Connection:
         self.attempt(f"deleting {path}", lambda: self._remove(path))
 
     def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), as_native_errors():
             try:
                 self.fs.rm_file(self.full(path))
             except NotImplementedError:
@@ -162,8 +187,10 @@ class Connection:
         self._folders.clear()
 
     def _remove_folder(self, folder: str) -> None:
-        # sshfs has only the coroutine, behind a method that does nothing.
-        if type(self.fs).rmdir is AbstractFileSystem.rmdir and hasattr(self.fs, "_rmdir"):
+        if type(self.fs).rmdir is not AbstractFileSystem.rmdir:
+            self.fs.rmdir(folder)
+        # Behind a method that does nothing, sshfs has a coroutine, and WebHDFS deletes folders as it does files.
+        elif hasattr(self.fs, "_rmdir"):
             fsspec.asyn.sync(self.fs.loop, self.fs._rmdir, folder)
         else:
-            self.fs.rmdir(folder)
+            self.fs.rm(folder, recursive=False)

@@ -11,7 +11,19 @@ from typing import Any, Final
 
 from checkpointer.ports import Stat
 
-__all__ = ["as_os_errors", "is_refusal", "modified_s", "stat_of", "without_password"]
+__all__ = [
+    "as_native_errors",
+    "as_os_errors",
+    "copy",
+    "disconnect",
+    "escaped",
+    "is_refusal",
+    "modified_s",
+    "rename",
+    "stat_of",
+    "unescaped",
+    "without_password",
+]
 
 _REFUSALS: Final = ("precondition", "pre-condition", "already exists", "alreadyexists")
 _TIMES: Final = ("LastModified", "last_modified", "mtime", "modified", "updated", "last_write_time", "created")
@@ -31,12 +43,70 @@ def as_os_errors(what: str) -> Iterator[None]:
         raise OSError(errno.EIO, msg) from error
 
 
+@contextlib.contextmanager
+def as_native_errors() -> Iterator[None]:
+    """Let an `OSError` of a driver's own come out as the subclass of its number, such as `FileNotFoundError`."""
+    try:
+        yield
+    except OSError as error:
+        native = OSError(error.errno, str(error)) if error.errno else error
+        if isinstance(error, type(native)):
+            raise
+        raise native from error
+
+
 def is_refusal(error: BaseException) -> bool:
     """Return whether the server said that the name is taken, in whatever words its driver chose."""
     if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EEXIST:
         return True
     texts = f"{type(error).__name__} {error} {error.__cause__!r}".lower()
     return any(word in texts for word in _REFUSALS)
+
+
+def rename(fs: Any, source: str, target: str) -> None:
+    """Rename a file by the driver's own means: webdav4 makes a copy of what it could have moved."""
+    if hasattr(fs, "client") and hasattr(fs.client, "move"):
+        fs.client.move(source, target, overwrite=False)
+    else:
+        fs.mv(source, target)
+
+
+def copy(fs: Any, source: str, target: str) -> None:
+    """Let the server copy a file; raise `NotImplementedError` or whatever the driver does if it cannot."""
+    own = vars(type(fs))
+    if "copy" in own and "cp_file" not in own and "_cp_file" not in own:
+        fs.copy(source, target)
+    else:
+        fs.cp_file(source, target)
+
+
+def disconnect(fs: Any) -> None:
+    """Close a driver's session, where it has one that would stay open."""
+    client: Any = getattr(fs, "client", None)
+    session: Any = getattr(client, "http", client)
+    with contextlib.suppress(Exception):
+        session.close()
+
+
+def escaped(path: str, unsafe: str) -> str:
+    """Return a path in which each character that a server or its driver cannot take is written as ``^`` and its code.
+
+    Example:
+        >>> escaped("which?.ckpt", "?")
+        'which^3F.ckpt'
+        >>> unescaped("which^3F.ckpt", "?")
+        'which?.ckpt'
+    """
+    if not unsafe:
+        return path
+    return "".join(f"^{ord(char):02X}" if char in unsafe or char == "^" else char for char in path)
+
+
+def unescaped(path: str, unsafe: str) -> str:
+    """Return the path that `escaped` was given."""
+    if not unsafe:
+        return path
+    return re.sub(r"\^([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), path)
 
 
 def modified_s(info: Mapping[str, Any]) -> float | None:
@@ -57,10 +127,10 @@ def modified_s(info: Mapping[str, Any]) -> float | None:
     return None
 
 
-def stat_of(info: Mapping[str, Any]) -> Stat:
-    """Return size and version of a file from what the driver says of it."""
+def stat_of(info: Mapping[str, Any], *, has_tags: bool) -> Stat:
+    """Return size and version of a file from what the driver says of it; ``has_tags`` if its tags can be trusted."""
     size = int(info.get("size") or 0)
-    for key in _VERSIONS:
+    for key in _VERSIONS if has_tags else ():
         if info.get(key):
             return Stat(size, str(info[key]))
     modified = modified_s(info)

@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -227,6 +227,31 @@ class LocalStorage:
         with contextlib.suppress(OSError):
             (self._root / STAGING).rmdir()
 
+    # SupportsCapabilities
+
+    def capabilities(self) -> Mapping[str, str]:
+        """See `SupportsCapabilities.capabilities`."""
+        hard = self._can(os.link)
+        return {
+            "replace": "rename",
+            "create": "link, refused by the filesystem" if hard else "rename, if nothing is there",
+            "copy": "hard link" if hard else "through this process",
+            "link": "symlink" if self._can(os.symlink) else "none",
+            "fsync of folders": "yes" if _sync_folder(self._root) else "refused",
+        }
+
+    def _can(self, make: Callable[[Path, Path], None]) -> bool:
+        staged, link = self._new_staged(), self._new_staged()
+        try:
+            staged.touch()
+            make(staged, link)
+        except OSError:
+            return False
+        finally:
+            _discard(link)
+            _discard(staged)
+        return True
+
     def _staging_folders(self) -> Iterator[Path]:
         # Folders of that age elsewhere, where a planted link leads, are not ours to sweep.
         with contextlib.suppress(OSError):
@@ -353,8 +378,8 @@ def _sync(stream: BinaryIO) -> None:
     os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable: without it a power loss undoes the rename."""
+def _sync_folder(folder: Path) -> bool:
+    """Make a folder's entries durable: without it a power loss undoes the rename. Return whether that is possible."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -362,8 +387,10 @@ def _sync_folder(folder: Path) -> None:
         # Some network mounts refuse fsync on a folder; there is nothing stronger to ask them for.
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def _sync_tree(path: Path) -> None:

@@ -16,7 +16,7 @@ import attrs
 from checkpointer.errors import NameTakenError
 from checkpointer.owner import is_dead
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import is_refusal
+from checkpointer.storage.drivers import as_native_errors, copy, is_refusal, rename
 
 __all__ = ["REPLACING", "STAGING", "Capabilities", "Placing", "owner_of"]
 
@@ -107,11 +107,14 @@ class Placing:
         if self.capabilities.rename != "refuses" or path not in self._to.find(path):
             self._rename(staged, path)
             return
-        waiting = f"{REPLACING}/{path}"
+        waiting, old = f"{REPLACING}/{path}", self.new_staged()
         self._to.remove(waiting)
         self._rename(staged, waiting)
-        self._to.remove(path)
+        self._rename(path, old)
         self._rename(waiting, path)
+        # Somebody may still be reading it: then it is swept later.
+        with contextlib.suppress(OSError):
+            self._to.remove(old)
 
     def _move_new(self, staged: str, path: str) -> None:
         if self.capabilities.rename == "refuses":
@@ -125,17 +128,18 @@ class Placing:
         to = self._to
         to.make_parents(target)
         try:
-            if to.is_object_store:
-                to.fs.cp_file(to.full(source), to.full(target))
-                to.fs.rm_file(to.full(source))
-            else:
-                to.fs.mv(to.full(source), to.full(target))
+            with as_native_errors():
+                if to.is_object_store:
+                    copy(to.fs, to.full(source), to.full(target))
+                    to.fs.rm_file(to.full(source))
+                else:
+                    rename(to.fs, to.full(source), to.full(target))
         except FileNotFoundError:
             # The reply to an earlier attempt was lost: nobody else knows the staged name, so it was moved by us.
             if to.find(source) or not to.find(target):
                 raise
-        # WebHDFS says nothing at all when it refuses.
-        if not to.is_object_store and to.find(source):
+        # WebHDFS says nothing at all when it refuses, and moves a file into a folder that has its name.
+        if not to.is_object_store and (to.find(source) or target not in to.find(target)):
             raise FileExistsError(errno.EEXIST, "the server did not rename", target)
 
     # Where nothing is yet: of two writers, one wins
@@ -223,10 +227,10 @@ class Placing:
 
     def _copy(self, source: str, target: str) -> None:
         if self._to.is_object_store:
-            self._to.fs.cp_file(self._to.full(source), self._to.full(target))
+            copy(self._to.fs, self._to.full(source), self._to.full(target))
             return
         staged = self.new_staged()
-        self._to.fs.cp_file(self._to.full(source), self._to.full(staged))
+        copy(self._to.fs, self._to.full(source), self._to.full(staged))
         self._move_over(staged, target)
 
     # What the server can do
@@ -242,9 +246,9 @@ class Placing:
         try:
             if self._to.is_object_store:
                 return Capabilities("atomic", "none", self._probe_create(first), "server")
-            rename = self._probe_rename(first, second)
-            create: Literal["refuses", "claims"] = "refuses" if rename == "refuses" else "claims"
-            return Capabilities("staged", rename, create, self._probe_copy(second, third))
+            onto = self._probe_rename(first, second)
+            create: Literal["refuses", "claims"] = "refuses" if onto == "refuses" else "claims"
+            return Capabilities("staged", onto, create, self._probe_copy(second, third))
         finally:
             for path in (first, second, third):
                 with contextlib.suppress(OSError):
@@ -267,7 +271,7 @@ class Placing:
             with fs.open(full(path), "wb") as stream:
                 stream.write(data)
         try:
-            fs.mv(full(source), full(target))
+            rename(fs, full(source), full(target))
         except Exception:  # Whatever it is, it was not done.
             return "refuses"
         # Some do nothing, and say nothing.
@@ -278,7 +282,7 @@ class Placing:
         if self._to.protocol in ("webhdfs", "hdfs", "ftp"):
             return "client"
         try:
-            self._to.fs.cp_file(self._to.full(source), self._to.full(target))
+            copy(self._to.fs, self._to.full(source), self._to.full(target))
         except Exception:  # Whatever it is, this driver does not offer it.
             return "client"
         return "server"

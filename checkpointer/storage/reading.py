@@ -31,7 +31,8 @@ class _Resuming(io.RawIOBase):
         self._path = path
         self._retry = retry
         self._turn = turn
-        self._stream: Any = retry(begin, f"opening {path}")
+        self._stream: Any = None
+        self._stream = retry(begin, f"opening {path}")
         self._identity = _identity(self._stream)
         self._position = 0
         self._is_cut = False
@@ -56,7 +57,7 @@ class _Resuming(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and self._stream is not None:
             # What was read is read, whatever becomes of the connection.
             with self._turn, contextlib.suppress(Exception):
                 self._stream.close()

@@ -70,7 +70,7 @@ class FsspecStorage:
         for path in [path for path in found if path.startswith(f"{REPLACING}/")]:
             info = found.pop(path)
             found.setdefault(path[len(REPLACING) + 1 :], info)
-        return {path: stat_of(info) for path, info in found.items()}
+        return {path: stat_of(info, has_tags=self._connection.is_object_store) for path, info in found.items()}
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
@@ -105,11 +105,11 @@ class FsspecStorage:
 
     def copy(self, source: str, path: str) -> None:
         """See `SupportsCopy.copy`."""
-        if self._placing.capabilities.copy == "client":
-            raise OSError(errno.ENOTSUP, f"{self._connection.protocol}:// does not copy on the server", source)
         names = [*self._connection.find(source)]
         if not names:
             raise FileNotFoundError(errno.ENOENT, "there is nothing to copy", source)
+        if self._placing.capabilities.copy == "client":
+            raise OSError(errno.ENOTSUP, f"{self._connection.protocol}:// does not copy on the server", source)
         copies = [path + name[len(source) :] for name in names]
         if [*self._connection.find(path)] not in ([], copies):
             self.delete(path)
@@ -147,6 +147,7 @@ class FsspecStorage:
         """See `SupportsSweep.close`."""
         with contextlib.suppress(OSError):
             self.delete(self._placing.staging)
+        self._connection.close()
 
     # SupportsCapabilities
 

@@ -10,6 +10,7 @@ from checkpointer.owner import release
 from checkpointer.ports import (
     Stat,
     Storage,
+    SupportsCapabilities,
     SupportsCopy,
     SupportsFreeSpace,
     SupportsLinks,
@@ -29,6 +30,7 @@ _OPTIONAL: Final[Mapping[type, tuple[str, ...]]] = {
     SupportsFreeSpace: ("free_space",),
     SupportsPaths: ("local_path", "stage", "sync"),
     SupportsSweep: ("prepare", "sweep", "close"),
+    SupportsCapabilities: ("capabilities",),
 }
 
 
@@ -66,7 +68,16 @@ def die(owner: str) -> None:
     release(owner)
 
 
-class _Everything(Storage, SupportsLinks, SupportsCopy, SupportsFreeSpace, SupportsPaths, SupportsSweep, Protocol):
+class _Everything(
+    Storage,
+    SupportsLinks,
+    SupportsCopy,
+    SupportsFreeSpace,
+    SupportsPaths,
+    SupportsSweep,
+    SupportsCapabilities,
+    Protocol,
+):
     """What the storage inside may support."""
 
 
@@ -203,6 +214,12 @@ class CrashingStorage:
     def _close(self) -> None:
         self.check_alive()
         self._inner.close()
+
+    # SupportsCapabilities
+
+    def _capabilities(self) -> Mapping[str, str]:
+        self.check_alive()
+        return self._inner.capabilities()
 
     # Death
 
