@@ -24,9 +24,9 @@ import attrs
 import botocore.session
 import fsspec
 import torch
-from counting import CountingProxy
 from directories import records_of
 from servers import SeaweedFS, Server, running
+from servers.counting import CountingProxy
 from table import Row, compared, show
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any, Final
 
-from servers import ChaosProxy
+from servers.chaosproxy import ChaosProxy
 
 _KINDS: Final = (
     ("list", rb"^GET \S*[?&]list-type=2"),
