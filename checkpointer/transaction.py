@@ -31,6 +31,7 @@ from typing import Literal
 
 import attrs
 
+from checkpointer.clock import SystemClock
 from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, FolderDigest, algorithm_of, digest_of, size_of
 from checkpointer.errors import (
     AliasInUseError,
@@ -43,8 +44,18 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, Listing, json_name, read_bounded, read_entry, record_path
 from checkpointer.naming import check_name
 from checkpointer.owner import is_dead, is_live
-from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
+from checkpointer.ports import (
+    Clock,
+    Storage,
+    SupportsCopy,
+    SupportsLinks,
+    SupportsPaths,
+    SupportsSweep,
+    Upload,
+    Writable,
+)
 from checkpointer.records import SCHEMA, Entry, Record, parse_json, to_json
+from checkpointer.transfer import Transfer
 from checkpointer.trust import HMACKey, check_signature, signed
 
 __all__ = ["Transaction"]
@@ -60,6 +71,8 @@ class Transaction:
     owner: str
     trust: HMACKey | None = None
     """Signs each record and alias marker that is written; what it has not signed is not believed."""
+    clock: Clock = attrs.field(factory=SystemClock)
+    """Tells when a payload takes long."""
     unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
     """Retired checkpoints whose payload could not be deleted yet."""
 
@@ -70,15 +83,23 @@ class Transaction:
     # Commit
 
     def commit(
-        self, draft: Record, write: Callable[[Writable], None], *, replaces: Record | None, over_alias: bool = False
+        self,
+        draft: Record,
+        write: Callable[[Writable], None],
+        *,
+        replaces: Record | None,
+        over_alias: bool = False,
+        expected: int | None = None,
     ) -> Record:
         """Write a payload and its record (steps 1 to 5); return the record with size and digest.
 
-        ``replaces`` is the checkpoint of that name, if there is one; ``over_alias`` allows to write over an alias.
+        ``replaces`` is the checkpoint of that name, if there is one; ``over_alias`` allows to write over an alias;
+        ``expected`` is about how many bytes there will be, for the log.
         """
         upload = self.storage.upload(draft.name)
         try:
-            stream = DigestWriter(upload, self._algorithm)
+            of = ("of about", expected) if expected else None
+            stream = DigestWriter(Transfer(upload, draft.name, self.clock, of=of), self._algorithm)
             _write_all(write, stream)  # 1
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
@@ -126,7 +147,8 @@ class Transaction:
             return self._upload_folder(record, source, path)
         upload = self.storage.upload(record.name)
         try:
-            stream = DigestWriter(upload, algorithm_of(record.digest))
+            transfer = Transfer(upload, record.name, self.clock, verb="copied", of=("of", record.size))
+            stream = DigestWriter(transfer, algorithm_of(record.digest))
             for chunk in _read_chunks(source, path):  # 1
                 stream.write(chunk)
             _check_copied(record, (stream.size, stream.digest), f"{path} in {source}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import io
 import json
 import threading
 import uuid
@@ -274,7 +275,7 @@ class S3Upload:
         self._connection = connection
         self._placing = placing
         self._path = path
-        self._buffer = bytearray()
+        self._buffer = io.BytesIO()
         self._parts: Multipart | None = None
 
     def write(self, data: Any) -> int:
@@ -282,12 +283,11 @@ class S3Upload:
         view = memoryview(data).cast("B")
         start = 0
         while start < len(view):
-            room = self._part_size - len(self._buffer)
+            room = self._part_size - self._buffer.tell()
             if room == 0:
                 self._send()
                 continue
-            self._buffer += view[start : start + room]
-            start += room
+            start += self._buffer.write(view[start : start + room])
         return len(view)
 
     @property
@@ -296,14 +296,14 @@ class S3Upload:
 
     def _send(self) -> None:
         self._parts = self._parts or Multipart(self._connection, self._placing, self._path)
-        # The buffer itself is sent, and another one filled: no copy.
-        full, self._buffer = self._buffer, bytearray()
-        self._parts.send("upload_part", Body=full)
+        # As bytes, which the buffer gives away as they are and botocore sends as they are: anything else it would copy.
+        full, self._buffer = self._buffer, io.BytesIO()
+        self._parts.send("upload_part", Body=full.getvalue())
 
     def finish(self) -> None:
         """See `Upload.finish`."""
         if self._parts is not None:
-            if self._buffer:
+            if self._buffer.tell():
                 self._send()
             self._parts.wait()
 
@@ -311,9 +311,9 @@ class S3Upload:
         """See `Upload.publish`."""
         if self._parts is None:
             if replace:
-                self._placing.put(self._path, bytes(self._buffer))
+                self._placing.put(self._path, self._buffer.getvalue())
             else:
-                self._placing.create(self._path, bytes(self._buffer))
+                self._placing.create(self._path, self._buffer.getvalue())
             return
         if not replace and self._placing.is_taken(self._path):
             raise self._placing.taken(self._path)
@@ -321,7 +321,7 @@ class S3Upload:
 
     def abort(self) -> None:
         """See `Upload.abort`."""
-        self._buffer = bytearray()
+        self._buffer = io.BytesIO()
         if self._parts is not None:
             self._parts.abort()
 
