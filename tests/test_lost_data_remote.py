@@ -14,8 +14,13 @@ from servers.chaosproxy import ChaosProxy, Cut
 from servers.fixtures import Serve
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer.errors import NameTakenError
+from checkpointer.index import load
+from checkpointer.records import Record
 from checkpointer.storage import open_storage
+from checkpointer.storage.memory import MemoryStorage, MemoryUpload
 from checkpointer.storage.retrying import Retry
+from checkpointer.transaction import Transaction
 
 POLICY = Policy(EverySteps(1), [KeepLast(3)])
 QUICK = {"retry": Retry(deadline_s=10, first_wait_s=0.001)}
@@ -85,6 +90,57 @@ def test_a_file_that_goes_while_its_folder_is_listed_does_not_take_the_others_al
     save_two(url)
     faulty.hooks["before"] = fail_once("ls", "records", FileNotFoundError("gone since"))
     assert 2 == restored_step(url, storage_options=QUICK)
+
+
+class BetweenUploads(MemoryStorage):
+    """Memory on which something happens, once, just before a file is published."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[str, Callable[[], object]] = {}
+
+    def upload(self, path: str) -> MemoryUpload:
+        upload = super().upload(path)
+        if path in self.before:
+            happens, publish = self.before.pop(path), upload.publish
+
+            def publish_late(*, replace: bool) -> None:
+                happens()
+                publish(replace=replace)
+
+            upload.publish = publish_late  # type: ignore[method-assign]
+        return upload
+
+
+def draft(run: str, **fields: Any) -> Record:
+    plain = {"step": 1, "epoch": 0, "time": 0.0, "size": 0, "digest": "", "format": "plain", "serial": 1}
+    return Record.from_dict(
+        Record(name="x.ckpt", run=run, token=run, **plain).to_dict()  # type: ignore[arg-type]
+        | {"digest": "xxh3-128:" + "0" * 32, **fields},
+        "a draft",
+    )
+
+
+@pytest.mark.parametrize("when", ["x.ckpt", ".checkpointer/records/x.ckpt.json"])
+def test_of_two_hosts_that_race_for_one_name_one_wins_and_keeps_its_checkpoint(when: str) -> None:
+    """Neither can tell whether the other lives: what the other has announced, or committed, is not cleared away."""
+    storage = BetweenUploads()
+    here, there = Transaction(storage, "here~1~1~a"), Transaction(storage, "there~1~1~b")
+    outcomes: dict[str, object] = {}
+
+    def save(writer: Transaction, run: str) -> None:
+        try:
+            outcomes[run] = writer.commit(draft(run), lambda stream: stream.write(run.encode()), replaces=None)  # type: ignore[arg-type, return-value]
+        except NameTakenError:
+            outcomes[run] = None
+
+    storage.before[when] = lambda: save(there, "there")
+    save(here, "here")
+
+    [winner] = [record for record in outcomes.values() if record is not None]
+    assert [winner] == [entry.record for entry in load(storage).entries.values() if entry.status == "committed"]
+    assert isinstance(winner, Record)
+    assert winner.run.encode() == storage.open("x.ckpt").read()
 
 
 @pytest.mark.slow
