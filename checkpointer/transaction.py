@@ -228,7 +228,8 @@ class Transaction:
         try:
             upload.publish(replace=over_alias or replaces is not None)  # 4
         except OSError:
-            if self.settle(pending, write=True) != record:
+            # By now it may be the record of somebody who did not know of ours.
+            if not self._is_announced(pending) or self.settle(pending, write=True) != record:
                 raise
             if isinstance(self.storage, SupportsPaths):
                 # It is there; whether it would survive a power loss is another question.
@@ -254,18 +255,28 @@ class Transaction:
         finally:
             upload.abort()
 
+    def _is_announced(self, pending: Entry) -> bool:
+        try:
+            entry = self._entry(pending.record.name)
+        except RecordError:
+            return False
+        return entry is not None and entry.record.token == pending.record.token
+
     def _really_there(self, record: Record, replaces: Record | None, over_alias: bool) -> Record | None:
         """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""
         entry = self._entry(record.name)
         if entry is None or entry.status == "retired":
             return replaces
         there: Record | None = entry.record
-        if entry.status == "pending" and (entry.owner == self.owner or not is_live(entry.owner)):
+        # Of a writer on another host nobody knows whether it lives: a new name is left to it.
+        replacing = replaces is not None or over_alias
+        is_over = entry.owner == self.owner or (not is_live(entry.owner) if replacing else is_dead(entry.owner))
+        if entry.status == "pending" and is_over:
             # An interrupted replacement: what is announced now must carry along what the payload really is.
             there = self.settle(entry, write=True)
         ours = there is None or (there.run, there.label) == (record.run, record.label)
         # A slot of our own may be on record although its save failed: the disk broke when it was as good as committed.
-        if there is not None and not (ours and (replaces is not None or over_alias)):
+        if there is not None and not (ours and replacing):
             msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"
             raise NameTakenError(msg)
         return there

@@ -55,6 +55,8 @@ class HttpResponseError(Exception):
         OSError(errno.EBUSY, "503 from a server, by s3fs"),
         ClientPayloadError("cut"),
         EOFError(),
+        OSError("Socket is closed"),
+        ValueError("Can't create any SFTP connections!"),
         HttpResponseError(503),
         HttpResponseError(429),
     ],

@@ -20,6 +20,7 @@ from checkpointer.storage.drivers import (
     unescaped,
     without_password,
 )
+from checkpointer.storage.listing import files_below
 from checkpointer.storage.reading import reader
 from checkpointer.storage.retrying import Retry, is_transient
 
@@ -58,7 +59,8 @@ class Connection:
         self._unsafe = _UNSAFE.get(self.protocol, "")
         self._url = url
         self._options = options
-        self._connect()
+        with as_os_errors(f"connecting to {self}"):
+            retry(self._connect, f"connecting to {self}")
         shared = isinstance(self.fs, fsspec.asyn.AsyncFileSystem)
         self.turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if shared else threading.RLock()
         """Held during each request: the session of a driver that is not asynchronous takes one thread at a time."""
@@ -67,7 +69,6 @@ class Connection:
         return without_password(self._url)
 
     def _connect(self) -> None:
-        self._is_cut = False
         self._folders: set[str] = set()
         try:
             self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **self._options)
@@ -82,6 +83,7 @@ class Connection:
             msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
             raise StorageError(msg) from error
         self.root = root.rstrip("/")
+        self._is_cut = False
 
     def full(self, path: str) -> str:
         """Return a path as the filesystem knows it."""
@@ -94,9 +96,9 @@ class Connection:
 
     def _noting(self, do: Callable[[], T]) -> T:
         with self.turn:
-            if self._is_cut:
-                self._connect()
             try:
+                if self._is_cut:
+                    self._connect()
                 with as_native_errors():
                     return do()
             except Exception as error:
@@ -105,7 +107,8 @@ class Connection:
 
     def note(self, error: Exception) -> None:
         """Remember that a session does not survive this error; object stores connect anew by themselves."""
-        self._is_cut = is_transient(error) and not self.is_object_store
+        if is_transient(error) and not self.is_object_store:
+            self._is_cut = True
 
     def close(self) -> None:
         """Close the session; the next request opens another one."""
@@ -122,17 +125,12 @@ class Connection:
         self.fs.invalidate_cache()
         try:
             with as_native_errors():
-                found = self.fs.find(self.full(prefix), detail=True)
+                found = files_below(self.fs, self.full(prefix))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         # Filesystems differ in whether they return names with their leading slash.
         root = f"{self.root}/".lstrip("/")
-        # For a single file some of them find a name without its details, or only a list of names.
-        details = found if isinstance(found, dict) else dict.fromkeys(found)
-        return {
-            unescaped(name.strip("/")[len(root) :], self._unsafe): info or self.fs.info(name)
-            for name, info in details.items()
-        }
+        return {unescaped(name.strip("/")[len(root) :], self._unsafe): info for name, info in found.items()}
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading; the stream opens anew where it was when the connection is cut."""
