@@ -176,7 +176,7 @@ class Transaction:
     def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
         """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
         self._really_there(record, None, over_alias=False)
-        self._announce(Entry(record=record, status="pending", owner=self.owner))  # 3
+        self._announce(Entry(record=record, status="pending", owner=self.owner), is_new=True)  # 3
         digest = FolderDigest(algorithm_of(record.digest))
         published: list[str] = []
         try:
@@ -224,7 +224,7 @@ class Transaction:
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._really_there(record, replaces, over_alias)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
-        self._announce(pending)  # 3
+        self._announce(pending, is_new=replaces is None and not over_alias)  # 3
         try:
             upload.publish(replace=over_alias or replaces is not None)  # 4
         except OSError:
@@ -238,10 +238,10 @@ class Transaction:
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
 
-    def _announce(self, pending: Entry) -> None:
-        """Write a pending record; where there is none yet, it is created, so that of two writers only one goes on."""
+    def _announce(self, pending: Entry, *, is_new: bool) -> None:
+        """Write a pending record; that of a new name is created, so that of two writers only one goes on."""
         name = pending.record.name
-        if pending.previous is not None or self._entry(name) is not None:
+        if not is_new:
             self.put(pending)
             return
         upload = self.storage.upload(record_path(name))

@@ -130,7 +130,7 @@ def test_of_two_hosts_that_race_for_one_name_one_wins_and_keeps_its_checkpoint(w
 
     def save(writer: Transaction, run: str) -> None:
         try:
-            outcomes[run] = writer.commit(draft(run), lambda stream: stream.write(run.encode()), replaces=None)  # type: ignore[arg-type, return-value]
+            outcomes[run] = writer.commit(draft(run), lambda stream: stream.write(run.encode()), replaces=None)  # type: ignore[arg-type]
         except NameTakenError:
             outcomes[run] = None
 

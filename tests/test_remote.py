@@ -161,6 +161,14 @@ def test_a_file_that_was_replaced_between_two_connections_is_not_mixed() -> None
         stream.read()
 
 
+def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -> None:
+    """A record that another writer commits at this moment is no error."""
+    streams = iter([CutStream(b"old", 0, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
+
+    with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
+        assert b"new" == stream.read(3)
+
+
 def test_errors_of_drivers_come_out_as_os_errors() -> None:
     """With what the driver said."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] listing: ClientPayloadError: cut$"), as_os_errors("listing"):

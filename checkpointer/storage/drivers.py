@@ -53,6 +53,10 @@ def as_native_errors() -> Iterator[None]:
         if isinstance(error, type(native)):
             raise
         raise native from error
+    except Exception as error:
+        if type(error).__name__ == "ResourceNotFound":
+            raise FileNotFoundError(errno.ENOENT, str(error)) from error
+        raise
 
 
 def is_refusal(error: BaseException) -> bool:

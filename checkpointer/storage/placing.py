@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -104,9 +105,21 @@ class Placing:
 
     def _move_over(self, staged: str, path: str) -> None:
         """Rename over what is there: in one step, or so that in between `FsspecStorage.open` finds the new one."""
-        if self.capabilities.rename != "refuses" or path not in self._to.find(path):
+        if self.capabilities.rename != "refuses":
             self._rename(staged, path)
             return
+        for attempt in range(_CLAIM_ATTEMPTS):
+            try:
+                self._rename(staged, path) if path not in self._to.find(path) else self._swap(staged, path)
+            except Exception as error:
+                # Another writer puts the same file there at this moment.
+                if not (is_refusal(error) or isinstance(error, FileNotFoundError)) or attempt == _CLAIM_ATTEMPTS - 1:
+                    raise
+                _pause(attempt)
+            else:
+                return
+
+    def _swap(self, staged: str, path: str) -> None:
         waiting, old = f"{REPLACING}/{path}", self.new_staged()
         self._to.remove(waiting)
         self._rename(staged, waiting)
@@ -200,7 +213,7 @@ class Placing:
             finally:
                 with contextlib.suppress(OSError):
                     self._to.remove(mine)
-            time.sleep(0.01 * 2**attempt * (1 + uuid.uuid4().int % 8))
+            _pause(attempt)
         raise self.taken(path)
 
     def _holds(self, path: str, data: bytes) -> bool:
@@ -286,6 +299,10 @@ class Placing:
         except Exception:  # Whatever it is, this driver does not offer it.
             return "client"
         return "server"
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(0.01 * 2**attempt * (1 + random.random() * 8))
 
 
 def owner_of(path: str) -> str:
