@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from faulty import FaultyFileSystem
+from faulty import FaultyFileSystem, Hook
 from plain_format import PlainFormat
 from servers.chaosproxy import ChaosProxy, Cut
 from servers.fixtures import Serve
@@ -16,6 +19,8 @@ from servers.fixtures import Serve
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import NameTakenError
 from checkpointer.index import load
+from checkpointer.owner import new_owner
+from checkpointer.ports import Storage
 from checkpointer.records import Record
 from checkpointer.storage import open_storage
 from checkpointer.storage.memory import MemoryStorage, MemoryUpload
@@ -172,3 +177,181 @@ def test_a_connection_that_is_cut_again_and_again_is_an_error(serve: Serve, serv
         proxy.plan = Cut(down=1, times=1000)
         with pytest.raises(OSError, match=r"reset|closed|EOF|Connection|connect"):
             storage.list()
+
+
+OLD, NEW = b"old", b"new"
+LOST = ConnectionResetError("the reply was lost")
+
+
+def fail_at(method: str, part: str, nth: int, error: BaseException, *, ever_after: bool = False) -> Hook:
+    """Return a hook that raises at the nth request of this method whose path has this part."""
+    count = itertools.count(1)
+
+    def hook(asked: str, path: str) -> None:
+        if method in ("", asked) and part in path:
+            number = next(count)
+            if number == nth or (ever_after and number > nth):
+                raise error
+
+    return hook
+
+
+def publish(storage: Storage, path: str, data: bytes, *, replace: bool) -> None:
+    upload = storage.upload(path)
+    try:
+        upload.write(data)
+        upload.finish()
+        upload.publish(replace=replace)
+    finally:
+        upload.abort()
+
+
+def faulty_storage(folder: Path, owner: str | None = None) -> Any:
+    return open_storage(f"faulty://{folder}", owner or new_owner(), QUICK)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("method", ["mv", "open wb"])
+def test_a_lost_reply_does_not_fool_the_probe(
+    faulty: type[FaultyFileSystem], tmp_path: Path, method: str, *, refuses: bool
+) -> None:
+    """Taken for a refusal, it would make the server's renames replace what others have written."""
+    faulty.refuses = refuses
+    well = faulty_storage(tmp_path).capabilities()
+    faulty.hooks["after"] = fail_at(method, "probe", 1, LOST)
+    assert well == faulty_storage(tmp_path).capabilities()
+
+
+def test_a_claim_of_ours_whose_reply_was_lost_does_not_stop_us(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
+    """It is nobody else's."""
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    faulty.hooks["after"] = fail_at("open wb", "claim-", 1, LOST)
+    publish(storage, "a", NEW, replace=False)
+    assert NEW == storage.open("a").read()
+
+
+def test_a_claim_that_could_not_be_removed_does_not_stop_the_next_save(
+    faulty: type[FaultyFileSystem], tmp_path: Path
+) -> None:
+    """Its writer lives, but holds it no more."""
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    faulty.hooks["before"] = fail_at("rm", "claim-", 1, PermissionError("no"))
+    publish(storage, "a", OLD, replace=False)
+    storage.delete("a")
+    publish(storage, "a", NEW, replace=False)
+    assert NEW == storage.open("a").read()
+
+
+def test_a_claim_of_a_machine_that_was_taken_away_does_not_block_the_next_one(tmp_path: Path) -> None:
+    """Nobody can ask whether it lives, and it does not take an hour to write a record."""
+    gone, storage = faulty_storage(tmp_path, "gone~1~1~a"), faulty_storage(tmp_path)
+    with gone._placing._claim("a"):
+        [claim] = tmp_path.rglob("claim-*")
+        with pytest.raises(NameTakenError):
+            publish(storage, "a", NEW, replace=False)
+        os.utime(claim, (claim.stat().st_mtime - 3600,) * 2)
+        publish(storage, "a", NEW, replace=False)
+    assert NEW == storage.open("a").read()
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2 << 20], ids=["small", "large"])
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_rename_whose_reply_is_lost_is_done_once(
+    faulty: type[FaultyFileSystem], tmp_path: Path, nth: int, size: int, *, replace: bool, refuses: bool
+) -> None:
+    """At whichever of the renames it happens, the new file is there, and nothing else under its name."""
+    faulty.refuses = refuses
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    if replace:
+        storage.write("a", OLD)
+    faulty.hooks["after"] = fail_at("mv", "", nth, LOST)
+    publish(storage, "a", NEW * size, replace=replace)
+    assert NEW * size == storage.open("a").read()
+    storage.delete("a")
+    assert {} == storage.list()
+
+
+class Died(BaseException):
+    """A kill: nothing of what comes after is carried out."""
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+@pytest.mark.parametrize(("renames", "truth"), [(1, OLD), (2, NEW)])
+@pytest.mark.parametrize("deletes", [False, True])
+def test_dead_anywhere_in_a_replacement_or_deletion_there_is_one_truth(
+    faulty: type[FaultyFileSystem], tmp_path: Path, nth: int, renames: int, truth: bytes, *, deletes: bool
+) -> None:
+    """Where a server cannot replace: old or new, listed as it is read; once deleted it does not come back."""
+    faulty.refuses = True
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    storage.write("a", OLD)
+    faulty.hooks["before"] = fail_at("mv", "", renames + 1, Died(), ever_after=True)
+    with pytest.raises(Died):
+        storage.write("a", NEW)
+    faulty.hooks.clear()
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    assert ({"a"}, truth) == (set(storage.list("a")), storage.open("a").read())
+
+    faulty.hooks["before"] = fail_at("", "", nth, Died(), ever_after=True)
+    with contextlib.suppress(Died):
+        if deletes:
+            storage.delete("a")
+        else:
+            storage.write("a", b"newest")
+    faulty.hooks.clear()
+    storage = faulty_storage(tmp_path)
+    found = [storage.open(name).read() for name in storage.list()]
+    assert found in ([[], [truth]] if deletes else [[truth], [b"newest"]])
+    storage.delete("a")
+    assert {} == storage.list()
+
+
+def test_a_file_that_gets_its_name_while_it_is_looked_for_is_found(
+    faulty: type[FaultyFileSystem], tmp_path: Path
+) -> None:
+    """A reader looks under the name while nothing has it, and where the new one waits when that is done."""
+    faulty.refuses = True
+    writer, reader = faulty_storage(tmp_path), faulty_storage(tmp_path)
+    writer.prepare()
+    (tmp_path / ".checkpointer" / "replacing").mkdir(parents=True)
+    (tmp_path / ".checkpointer" / "replacing" / "a").write_bytes(NEW)
+
+    def finish(method: str, path: str) -> None:
+        if method == "open rb" and "replacing" in path:
+            faulty.hooks.clear()
+            os.rename(path, tmp_path / "a")
+
+    faulty.hooks["before"] = finish
+    assert NEW == reader.open("a").read()
+
+
+def test_a_folder_that_another_writer_has_removed_is_made_anew(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
+    """It was empty for a moment; it must not fail every later save."""
+    one, other = faulty_storage(tmp_path), faulty_storage(tmp_path)
+    one.prepare()
+    one.write("sub/a", OLD)
+    other.delete("sub/a")
+    one.write("sub/b", NEW)
+    assert NEW == one.open("sub/b").read()
+
+
+def test_what_others_have_swept_is_not_taken_for_published(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
+    """A staged file that is gone is no lost reply: what lies under the name is the old one."""
+    storage = faulty_storage(tmp_path)
+    storage.prepare()
+    storage.write("a", OLD)
+    upload = storage.upload("a")
+    upload.write(NEW * (1 << 20))
+    upload.finish()
+    for staged in (tmp_path / ".checkpointer" / "staging").glob("*/*"):
+        staged.unlink()
+    with pytest.raises(FileNotFoundError):
+        upload.publish(replace=True)
+    assert OLD == storage.open("a").read()

@@ -15,6 +15,7 @@ from servers.fixtures import Serve
 
 from checkpointer import index, restoring
 from checkpointer.owner import new_owner
+from checkpointer.ports import SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.remote import FsspecStorage
 
@@ -70,6 +71,8 @@ def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, lose
         for name in (line.split()[1] for line in lines if line.startswith("saved")):
             restored = restoring.load(storage, records[name], PlainFormat(), weights_only=True, map_location="cpu")
             assert writer == restored.state["writer"], (name, said)
+    assert isinstance(storage, SupportsSweep)
+    storage.close()
 
 
 @pytest.mark.parametrize("names", ["same", "versions"])

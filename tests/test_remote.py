@@ -236,6 +236,7 @@ def test_tags_are_believed_only_where_they_change_with_the_content() -> None:
 def test_a_password_in_the_url_is_never_shown() -> None:
     """Neither by the storage nor by what it raises."""
     assert "sftp://host/runs" == without_password("sftp://me:secret@host/runs")
+    assert "sftp://host/a@b" == without_password("sftp://me:se@cret@host/a@b")
     with pytest.raises((StorageError, OSError)) as caught:
         open_storage("sftp://me:secret@127.0.0.1:1/runs", "me", {"retry": Retry(deadline_s=0)})
     assert "secret" not in str(caught.value)

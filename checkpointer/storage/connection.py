@@ -138,6 +138,8 @@ class Connection:
             return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
+        # Some remember the sizes that a listing gave: of a file that was replaced since, they read too little.
+        self.fs.invalidate_cache()
         # A file on a Windows share cannot be renamed or deleted while it is open, unless its reader agrees.
         options = {"share_access": "rwd"} if self.protocol == "smb" else {}
         stream = self.fs.open(self.full(path), "rb", **options)
@@ -163,6 +165,10 @@ class Connection:
         if not self.is_object_store and folder not in self._folders:
             self.fs.makedirs(self.full(folder), exist_ok=True)
             self._folders.add(folder)
+
+    def forget_folders(self) -> None:
+        """Make folders anew when they are needed next: another writer may have removed them."""
+        self._folders.clear()
 
     def remove_empty_folders(self, path: str) -> None:
         """Remove the folders that are empty now: at and below the path, and above it as far as they are."""

@@ -150,4 +150,4 @@ def without_password(url: str) -> str:
         >>> without_password("sftp://me:secret@host/runs")
         'sftp://host/runs'
     """
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
+    return re.sub(r"(?<=://)[^/]*@", "", url)
