@@ -12,7 +12,7 @@ import attrs
 
 from checkpointer import index
 from checkpointer.clock import SystemClock
-from checkpointer.errors import CheckpointerWarning, RecordError, UntrustedError
+from checkpointer.errors import CheckpointerWarning, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
@@ -62,7 +62,7 @@ class Directory:
         self._on_line = False
         self._said: set[str] = set()
         self._pointed: dict[str, str] = {}
-        listing = index.load(storage, trust)
+        listing = _listing(storage, trust)
         self.damaged = listing.damaged
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
@@ -353,6 +353,16 @@ class Directory:
         if isinstance(self.storage, SupportsPaths):
             return self.storage.local_path(name)
         return f"{self.storage}/{name}"
+
+
+def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
+    try:
+        return index.load(storage, trust)
+    except StorageError:
+        raise
+    except OSError as error:
+        msg = f"cannot use {storage}: {error}; check the path or URL, the credentials and the network"
+        raise StorageError(msg) from error
 
 
 @attrs.frozen

@@ -27,7 +27,7 @@ _TRANSIENT_ERRNOS: Final = frozenset(
 
 _TRANSIENT_NAMES: Final = frozenset({
     "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",  # aiohttp
-    "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore
+    "ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore, and requests
     "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests
     "ConnectError", "NetworkError", "RemoteProtocolError", "TimeoutException",  # httpx
     "ConnectionLost", "SFTPConnectionLost", "SFTPNoConnection",  # asyncssh
