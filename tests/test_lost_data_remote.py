@@ -19,11 +19,12 @@ from servers.fixtures import Serve
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepEvery, KeepLast, Policy
 from checkpointer.errors import NameTakenError, StorageError
-from checkpointer.index import load
+from checkpointer.index import load, record_path
+from checkpointer.index import save as save_index
 from checkpointer.mirror import refuse_same
 from checkpointer.owner import new_owner
-from checkpointer.ports import Storage, Writable
-from checkpointer.records import Record
+from checkpointer.ports import Stat, Storage, Writable
+from checkpointer.records import Entry, Record
 from checkpointer.storage import open_storage
 from checkpointer.storage.memory import MemoryStorage, MemoryUpload
 from checkpointer.storage.remote import FsspecStorage
@@ -155,6 +156,37 @@ def test_a_slot_that_moves_does_not_take_a_name_that_another_host_is_about_to_wr
         assert ["epoch=0-step=1-v1.ckpt"] == [record.name for record in manager.records]
     assert NEW == storage.open(name).read()
     assert theirs == [entry.record for entry in load(storage).entries.values() if entry.record.name == name]
+
+
+class WholeSeconds(MemoryStorage):
+    """Memory whose versions are times in whole seconds, as those of SFTP are."""
+
+    now = 11.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modified: dict[str, float] = {}
+
+    def write(self, path: str, data: bytes) -> None:
+        super().write(path, data)
+        self._modified[path] = float(int(self.now))
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        found = super().list(prefix)
+        return {p: Stat(s.size, str(self._modified[p]), modified_s=self._modified[p]) for p, s in found.items()}
+
+
+def test_a_record_rewritten_in_the_second_in_which_it_was_listed_is_not_hidden_by_the_index() -> None:
+    """Another writer listed it, this one rewrote it, then the other wrote the index: a later second than the record."""
+    storage = WholeSeconds()
+    record = draft("run", name="last.ckpt", step=11)
+    storage.write(record_path(record.name), Entry(record=record).to_json())
+    listed = load(storage)
+    storage.now = 11.9
+    storage.write(record_path(record.name), Entry(record=attrs.evolve(record, step=12)).to_json())
+    storage.now = 12.0
+    save_index(storage, listed)
+    assert [12] == [entry.record.step for entry in load(storage).entries.values()]
 
 
 def test_a_mirror_that_is_the_directory_itself_under_another_name_retires_nothing(tmp_path: Path) -> None:
