@@ -12,7 +12,7 @@ import attrs
 
 from checkpointer import index
 from checkpointer.clock import SystemClock
-from checkpointer.errors import CheckpointerWarning, RecordError, StorageError, UntrustedError
+from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
@@ -323,8 +323,14 @@ class Directory:
 
     def move_slot(self, slot: Record) -> Record:
         """Give a checkpoint that was written under the alias a name of its own."""
-        name = self._free_name(slot)
-        moved = self.transaction.relocate(slot, name)
+        while True:
+            name = self._free_name(slot)
+            try:
+                moved = self.transaction.relocate(slot, name)
+                break
+            except NameTakenError:
+                # Another manager was faster.
+                self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)
         return moved

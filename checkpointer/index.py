@@ -177,10 +177,17 @@ def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey
 
 
 def save(storage: Storage, listing: Listing) -> None:
-    """Write the cache of these records."""
+    """Write the cache of these records, but for those that may change without a sign of it in their version."""
+    times = [
+        s.modified_s for path, s in listing.files.items() if path.startswith(f"{HOME}/") and s.modified_s is not None
+    ]
+    newest = max(times, default=0.0)
     entries = {
-        path: [listing.files[path].size, listing.files[path].version, entry.to_dict()]
+        path: [stat.size, stat.version, entry.to_dict()]
         for path, entry in listing.entries.items()
-        if entry.status == "committed" and path in listing.files
+        if entry.status == "committed"
+        and (stat := listing.files.get(path)) is not None
+        # Written in the very second of the listing: again, by another writer, before the index is.
+        and (stat.modified_s is None or stat.modified_s < newest)
     }
     storage.write(INDEX, json.dumps({"schema": SCHEMA, "entries": entries}, separators=(",", ":")).encode())

@@ -14,6 +14,7 @@ import queue
 import random
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -202,6 +203,8 @@ class Mirror:
     def close(self, timeout: float) -> None:
         """Wait until everything is mirrored, ``timeout`` seconds at most; warn about what is not."""
         thread = self._thread
+        if os.getpid() != self._pid:
+            return  # In a forked child there is nothing to wait for, and the lock may have been held.
         with self._news:
             self._finishing = True
             self._news.notify_all()
@@ -233,6 +236,9 @@ class Mirror:
         while self._await_news():
             try:
                 self._catch_up()
+            except _SamePlaceError as error:
+                self._failed(error)
+                return
             except Exception as error:  # Whatever is wrong with the mirror, training goes on.
                 failures += 1
                 self._failed(error)
@@ -258,10 +264,12 @@ class Mirror:
             self._news.wait_for(lambda: self._stopped or self._finishing != was_finishing, seconds)
 
     def _failed(self, error: Exception) -> None:
-        self._error = f"{type(error).__name__}: {error}"
+        kind = StorageError if isinstance(error, _SamePlaceError) else type(error)
+        self._error = f"{kind.__name__}: {error}"
         if self._error not in self._said:
             self._said.add(self._error)
-            _log.warning("mirror %s: %s; training goes on, and it is tried again", self, self._error)
+            again = "" if isinstance(error, _SamePlaceError) else ", and it is tried again"
+            _log.warning("mirror %s: %s; training goes on%s", self, self._error, again)
         # The next try starts from what is really there. A new owner, so that it may finish what this one left.
         self._directory = None
         release(self._owner)
@@ -304,6 +312,7 @@ class Mirror:
             self._owner = new_owner()
             storage = open_storage(self._where, self._owner, self._options)
             refuse_same(self._source, storage)
+            _refuse_same_by_trial(self._source, storage)
             self._directory = Directory(
                 storage, self._owner, self._policy, run=here.run, label=here.label, writes=True, trust=self._trust
             )
@@ -514,6 +523,10 @@ def open_mirror(
     return Mirror(where, policy, source, options=options, trust=trust, copies=copies)
 
 
+class _SamePlaceError(StorageError):
+    """No later try will do better."""
+
+
 def refuse_same(source: Storage, where: Where) -> None:
     """Raise `StorageError` if both are the same place: its rules would then retire what the other's keep."""
     if isinstance(source, LocalStorage) and isinstance(where, LocalStorage):
@@ -523,15 +536,29 @@ def refuse_same(source: Storage, where: Where) -> None:
     else:
         same = source is where
     if same:
-        msg = f"the mirror {where} is the directory itself; name another place"
-        raise StorageError(msg)
+        raise _is_same(where)
+
+
+def _refuse_same_by_trial(source: Storage, mirror: Storage) -> None:
+    """Raise `StorageError` if what is written to one shows up in the other: one place has many spellings."""
+    path = f"{index.HOME}/mirror-{uuid.uuid4().hex}"
+    mirror.write(path, b"")
+    try:
+        if source.list(path):
+            raise _is_same(mirror)
+    finally:
+        mirror.delete(path)
+
+
+def _is_same(where: Where) -> _SamePlaceError:
+    return _SamePlaceError(f"the mirror {without_password(str(where))} is the directory itself; name another place")
 
 
 def _place(where: Where) -> str:
     """Return a path or URL in one spelling, without asking the disk."""
     if not isinstance(where, (str, os.PathLike)):
         return str(where).rstrip("/")
-    text = os.fspath(where)
+    text = without_password(os.fspath(where))
     protocol, separator, rest = text.partition("://")
     if separator and protocol not in ("file", "local"):
         return text.rstrip("/")

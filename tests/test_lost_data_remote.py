@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from plain_format import PlainFormat
 from servers.chaosproxy import ChaosProxy, Cut
 from servers.fixtures import Serve
 
-from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
-from checkpointer.errors import NameTakenError
-from checkpointer.index import load
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepEvery, KeepLast, Policy
+from checkpointer.errors import NameTakenError, StorageError
+from checkpointer.index import load, record_path
+from checkpointer.index import save as save_index
+from checkpointer.mirror import refuse_same
 from checkpointer.owner import new_owner
-from checkpointer.ports import Storage
-from checkpointer.records import Record
+from checkpointer.ports import Stat, Storage, Writable
+from checkpointer.records import Entry, Record
 from checkpointer.storage import open_storage
 from checkpointer.storage.memory import MemoryStorage, MemoryUpload
+from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retrying import Retry
 from checkpointer.transaction import Transaction
 
@@ -104,6 +108,11 @@ class BetweenUploads(MemoryStorage):
         super().__init__()
         self.before: dict[str, Callable[[], object]] = {}
 
+    def write(self, path: str, data: bytes) -> None:
+        if path in self.before:
+            self.before.pop(path)()
+        super().write(path, data)
+
     def upload(self, path: str) -> MemoryUpload:
         upload = super().upload(path)
         if path in self.before:
@@ -124,6 +133,110 @@ def draft(run: str, **fields: Any) -> Record:
         | {"digest": "xxh3-128:" + "0" * 32, **fields},
         "a draft",
     )
+
+
+def test_a_slot_that_moves_does_not_take_a_name_that_another_host_is_about_to_write() -> None:
+    """It moves to the next version."""
+    storage = BetweenUploads()
+    there = Transaction(storage, "there~1~1~b")
+    name = "epoch=0-step=1.ckpt"
+    theirs: list[Record] = []
+
+    def write_new(stream: Writable) -> None:
+        stream.write(NEW)
+
+    def save_theirs() -> None:
+        theirs.append(there.commit(draft("there", name=name), write_new, replaces=None))
+
+    policy = Policy(EverySteps(1), [KeepEvery(steps=1000)], last="copy")
+    with CheckpointManager(storage, policy, state=lambda: {"w": 1}, format=PlainFormat()) as manager:
+        manager.observe({}, step=1, epoch=0)
+        storage.before[f".checkpointer/records/{name}.json"] = save_theirs
+        manager.pin("last.ckpt")
+        assert ["epoch=0-step=1-v1.ckpt"] == [record.name for record in manager.records]
+    assert NEW == storage.open(name).read()
+    assert theirs == [entry.record for entry in load(storage).entries.values() if entry.record.name == name]
+
+
+class WholeSeconds(MemoryStorage):
+    """Memory whose versions are times in whole seconds, as those of SFTP are."""
+
+    now = 11.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modified: dict[str, float] = {}
+
+    def write(self, path: str, data: bytes) -> None:
+        super().write(path, data)
+        self._modified[path] = float(int(self.now))
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        found = super().list(prefix)
+        return {p: Stat(s.size, str(self._modified[p]), modified_s=self._modified[p]) for p, s in found.items()}
+
+
+def test_a_record_rewritten_in_the_second_in_which_it_was_listed_is_not_hidden_by_the_index() -> None:
+    """Another writer listed it, this one rewrote it, then the other wrote the index: a later second than the record."""
+    storage = WholeSeconds()
+    record = draft("run", name="last.ckpt", step=11)
+    storage.write(record_path(record.name), Entry(record=record).to_json())
+    listed = load(storage)
+    storage.now = 11.9
+    storage.write(record_path(record.name), Entry(record=attrs.evolve(record, step=12)).to_json())
+    storage.now = 12.0
+    save_index(storage, listed)
+    assert [12] == [entry.record.step for entry in load(storage).entries.values()]
+
+
+def test_a_mirror_that_is_the_directory_itself_under_another_name_retires_nothing(tmp_path: Path) -> None:
+    """Text does not tell: links, mounts, ports and passwords spell one place in many ways."""
+    policy = Policy(EverySteps(1), [KeepAll()])
+    tiers: dict[str, Any] = {"mirror": f"faulty://{tmp_path}", "mirror_keep": [KeepLast(1)], "mirror_options": QUICK}
+    manager = CheckpointManager(tmp_path, policy, state=lambda: {"w": 1}, format=PlainFormat(), **tiers)
+    for step in (1, 2, 3):
+        manager.observe({}, step=step, epoch=0)
+    with pytest.warns(CheckpointerWarning, match="is the directory itself"):
+        manager.close(timeout=60)
+    assert [1, 2, 3] == [record.step for record in CheckpointManager(tmp_path, policy).records]
+
+
+def test_a_mirror_of_the_same_url_is_refused_whatever_the_password() -> None:
+    """And the password is not shown."""
+    source = FsspecStorage("memory://me:secret@host/runs")
+    with pytest.raises(StorageError, match="is the directory itself") as caught:
+        refuse_same(source, "memory://me:secret@host/runs")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_wrong_clock_here_does_not_sweep_what_a_live_writer_elsewhere_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the server's own clock says how old a file on it is."""
+    storage = faulty_storage(tmp_path, "elsewhere~1~1~a")
+    upload = storage.upload("a")
+    upload.write(NEW * (1 << 20))
+    upload.finish()
+    started = time.time()
+    monkeypatch.setattr(time, "time", lambda: started + 10 * 24 * 3600)
+    assert 0 == faulty_storage(tmp_path).sweep()
+    upload.publish(replace=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["sftp", "ssh"])
+def test_deleting_a_link_to_a_folder_leaves_what_is_in_the_folder(serve: Serve, server: str) -> None:
+    """Somebody has moved a checkpoint to a larger disk."""
+    running = serve(server)
+    url = running.fresh()
+    here = Path(url[url.index("/", len(f"{server}://")) :])
+    (here / "far").mkdir(parents=True)
+    (here / "far" / "precious").write_bytes(NEW)
+    (here / "link").symlink_to(here / "far")
+    storage = open_storage(url, new_owner(), running.storage_options)
+    assert {"link"} == set(storage.list("link"))
+    storage.delete("link")
+    assert NEW == (here / "far" / "precious").read_bytes()
 
 
 @pytest.mark.parametrize("when", ["x.ckpt", ".checkpointer/records/x.ckpt.json"])

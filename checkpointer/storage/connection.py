@@ -20,7 +20,7 @@ from checkpointer.storage.drivers import (
     unescaped,
     without_password,
 )
-from checkpointer.storage.listing import files_below
+from checkpointer.storage.listing import files_below, is_link
 from checkpointer.storage.reading import reader
 from checkpointer.storage.retrying import Retry, is_transient
 
@@ -126,6 +126,9 @@ class Connection:
         try:
             with as_native_errors():
                 found = files_below(self.fs, self.full(prefix))
+                # Links are not followed: what lies there is somebody else's.
+                if prefix and found and set(found) != {self.full(prefix)} and is_link(self.fs, self.full(prefix)):
+                    found = {self.full(prefix): {"size": 0}}
         except (FileNotFoundError, NotADirectoryError):
             return {}
         # Filesystems differ in whether they return names with their leading slash.

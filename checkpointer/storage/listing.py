@@ -10,7 +10,7 @@ from fsspec.asyn import AsyncFileSystem
 from checkpointer.storage.drivers import as_native_errors
 from checkpointer.storage.retrying import is_transient
 
-__all__ = ["files_below"]
+__all__ = ["files_below", "is_link"]
 
 _ATTEMPTS: Final = 5
 
@@ -36,6 +36,16 @@ def files_below(fs: Any, path: str) -> dict[str, Any]:
             elif name.strip("/") != folder.strip("/"):
                 folders.append(name)
     return files
+
+
+def is_link(fs: Any, folder: str) -> bool:
+    """Return whether what can be listed as a folder is a link to one, which drivers follow."""
+    if not _walks(fs):
+        return False
+    parent, _, last = folder.rpartition("/")
+    # In the listing of the folder above it is what it is.
+    found = (info for info in _ls(fs, parent or "/") if info["name"].rstrip("/").rpartition("/")[2] == last)
+    return any(info["type"] != "directory" for info in found)
 
 
 def _walks(fs: Any) -> bool:

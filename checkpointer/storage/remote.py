@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
@@ -136,12 +135,27 @@ class FsspecStorage:
     def sweep(self) -> int:
         """See `SupportsSweep.sweep`."""
         count = 0
-        for path, info in self._connection.find(STAGING).items():
-            if not path.startswith(f"{self._placing.staging}/") and _is_abandoned(path, info):
+        own = f"{self._placing.staging}/"
+        found = {path: info for path, info in self._connection.find(STAGING).items() if not path.startswith(own)}
+        now = self._now() if any(not is_dead(owner_of(path)) for path in found) else None
+        for path, info in found.items():
+            if _is_abandoned(path, info, now):
                 with contextlib.suppress(OSError):
                     self._sweep_one(path)
                     count += 1
         return count
+
+    def _now(self) -> float | None:
+        """Return the server's time: this machine's clock may be wrong, and what a live writer needs would go."""
+        path = f"{self._placing.staging}/now"
+        try:
+            self._placing.put(path, b"")
+            return modified_s(self._connection.find(path).get(path, {}))
+        except OSError:
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                self._connection.remove(path)
 
     def _sweep_one(self, path: str) -> None:
         self._connection.remove(path)
@@ -263,9 +277,9 @@ class StagedStream:
             raise
 
 
-def _is_abandoned(path: str, info: Mapping[str, Any]) -> bool:
+def _is_abandoned(path: str, info: Mapping[str, Any], now: float | None) -> bool:
     owner = owner_of(path)
     if is_dead(owner):
         return True
     modified = modified_s(info)
-    return not is_live(owner) and modified is not None and time.time() - modified > STALE_S
+    return not is_live(owner) and now is not None and modified is not None and now - modified > STALE_S
