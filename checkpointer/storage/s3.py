@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import io
 import json
 import threading
 import uuid
@@ -76,6 +77,9 @@ class S3Connection(Connection):
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
+        if "Body" in arguments:
+            # Of a stream aiohttp sends piece by piece; of plain bytes it warns, and copies what the socket won't take.
+            arguments = {**arguments, "Body": io.BytesIO(arguments["Body"])}
         request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
         try:
             return await asyncio.wait_for(request, self.retry.deadline_s)
