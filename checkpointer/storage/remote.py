@@ -146,6 +146,8 @@ class FsspecStorage:
     def close(self) -> None:
         """See `SupportsSweep.close`."""
         with contextlib.suppress(OSError):
+            for path in self._connection.find(self._placing.staging):
+                self._sweep_one(path)
             self.delete(self._placing.staging)
         self._connection.close()
 

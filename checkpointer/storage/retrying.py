@@ -27,8 +27,8 @@ _TRANSIENT_ERRNOS: Final = frozenset(
 
 _TRANSIENT_NAMES: Final = frozenset({
     "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",  # aiohttp
-    "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore
-    "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests
+    "ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore
+    "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests, which has a ConnectionError too
     "ConnectError", "NetworkError", "RemoteProtocolError", "TimeoutException",  # httpx
     "ConnectionLost", "SFTPConnectionLost", "SFTPNoConnection",  # asyncssh
     "SSHException", "EOFError",  # paramiko
@@ -36,6 +36,9 @@ _TRANSIENT_NAMES: Final = frozenset({
     "SMBConnectionClosed", "HttpError", "IncompleteRead",
 })  # fmt: skip
 """By name, so that no driver has to be installed to ask."""
+
+_PERMANENT_NAMES: Final = frozenset({"AuthenticationException", "BadHostKeyException"})
+"""Of paramiko: kinds of an SSHException that stay as they are."""
 
 _PERMANENT: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -51,7 +54,10 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    if _TRANSIENT_NAMES.intersection(kind.__name__ for kind in type(error).__mro__):
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & _PERMANENT_NAMES or "certificate verify failed" in str(error).lower():
+        return False
+    if names & _TRANSIENT_NAMES:
         return not 400 <= _status(error) < 500 or _status(error) in (408, 425, 429)
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import threading
 import uuid
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records import parse_json
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import as_os_errors, is_refusal
-from checkpointer.storage.placing import Placing
+from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
+from checkpointer.storage.placing import STAGING, Placing
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retrying import Retry
 
@@ -127,6 +128,11 @@ class S3Connection(Connection):
             return None
         return {**head, "size": head["ContentLength"]}
 
+    def abort(self, key: str, upload: str) -> None:
+        """Drop a multipart upload; one that is not there is dropped already."""
+        with contextlib.suppress(FileNotFoundError):
+            self.call("abort_multipart_upload", Key=key, UploadId=upload)
+
     def _remove(self, path: str) -> None:
         # One by one: MinIO's kind wants a checksum with a bulk delete that s3fs does not send.
         with contextlib.suppress(FileNotFoundError):
@@ -184,12 +190,42 @@ class S3Storage(FsspecStorage):
 
     def _sweep_one(self, path: str) -> None:
         if path.endswith(_MARKER):
-            with contextlib.suppress(RecordError, FileNotFoundError), self._connection.open(path) as stream:
-                marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
-                if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
-                    key = self._connection.key(marker["path"])
-                    self._connection.call("abort_multipart_upload", Key=key, UploadId=marker["upload"])
+            self._abort_marked(path)
         super()._sweep_one(path)
+
+    def _abort_marked(self, path: str) -> None:
+        target, upload = _read_marker(self._connection, path)
+        if target:
+            key = self._connection.key(target)
+            for each in [upload] if upload else _unmarked(self._connection, path, key):
+                self._connection.abort(key, each)
+
+
+def _read_marker(connection: S3Connection, path: str) -> tuple[str, str]:
+    """Return for which path an upload was begun and its id, which is empty if it is not known."""
+    with contextlib.suppress(RecordError, FileNotFoundError), connection.open(path) as stream:
+        marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
+        if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
+            return marker["path"], marker["upload"]
+    return "", ""
+
+
+def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
+    """Return the uploads of a key that were begun when this marker was written, and that no marker names."""
+    found = connection.find(STAGING)
+    since = modified_s(found.get(path, {}))
+    if since is None:
+        return []
+    # Times in a listing may be whole seconds. What was begun later than any retry is somebody else's.
+    window = math.floor(since), since + connection.retry.deadline_s
+    marked = {_read_marker(connection, other)[1] for other in found if other.endswith(_MARKER)}
+    return [
+        upload["UploadId"]
+        for upload in connection.call("list_multipart_uploads", Prefix=key).get("Uploads", ())
+        if upload["Key"] == key
+        and upload["UploadId"] not in marked
+        and window[0] <= upload["Initiated"].timestamp() <= window[1]
+    ]
 
 
 class Multipart:
@@ -201,14 +237,33 @@ class Multipart:
         self._path = path
         self._key = connection.key(path)
         self._token = uuid.uuid4().hex
-        reply = connection.call("create_multipart_upload", Key=self._key, Metadata={_TOKEN: self._token})
-        self._id = reply["UploadId"]
-        # So that `sweep` can abort it if this process dies: the server itself does not say whose it is.
         self._marker = f"{placing.staging}/{self._token}{_MARKER}"
-        placing.put(self._marker, json.dumps({"path": path, "upload": self._id}).encode())
         self._sent: list[Future[Any]] = []
         self._slots = threading.BoundedSemaphore(PARTS_AT_ONCE)
+        self._id = ""
+        # So that `sweep` can abort it whenever this process dies: the server itself does not say whose it is.
+        self._mark()
+        self._num_begun = 0
+        self._id = connection.attempt(f"beginning to upload {path}", self._begin)
         self._is_open = True
+        try:
+            self._mark()
+            if self._num_begun > 1:
+                # A reply was lost: there is another upload, whose id nobody knows.
+                for lost in _unmarked(connection, self._marker, self._key):
+                    connection.abort(self._key, lost)
+        except OSError:
+            self.abort()
+            raise
+
+    def _begin(self) -> str:
+        self._num_begun += 1
+        metadata = {_TOKEN: self._token}
+        reply = self._connection.call_once("create_multipart_upload", Key=self._key, Metadata=metadata)
+        return str(reply["UploadId"])
+
+    def _mark(self) -> None:
+        self._placing.put(self._marker, json.dumps({"path": self._path, "upload": self._id}).encode())
 
     @property
     def next_part_size(self) -> int:
@@ -253,7 +308,8 @@ class Multipart:
                     raise self._placing.taken(self._path) from error
                 raise
         self._is_open = False
-        self._forget()
+        with contextlib.suppress(OSError):
+            self._connection.remove(self._marker)
 
     def abort(self) -> None:
         """Drop it, unless it is complete."""
@@ -262,12 +318,9 @@ class Multipart:
         self._is_open = False
         for future in self._sent:
             future.cancel()
+        # Where that fails the marker stays, and the next sweep does it.
         with contextlib.suppress(OSError):
-            self._connection.call("abort_multipart_upload", Key=self._key, UploadId=self._id)
-        self._forget()
-
-    def _forget(self) -> None:
-        with contextlib.suppress(OSError):
+            self._connection.abort(self._key, self._id)
             self._connection.remove(self._marker)
 
 
