@@ -68,8 +68,8 @@ class S3Connection(Connection):
 
         async def call() -> Any:
             what = f"{method} in {self}"
-            with as_os_errors(what):
-                return await self.retry.run(lambda: self._call(method, arguments), what)
+            with as_os_errors(what), self.giving_up():
+                return await self.patience.run(lambda: self._call(method, arguments), what)
 
         return asyncio.run_coroutine_threadsafe(call(), self.fs.loop)
 
@@ -82,10 +82,12 @@ class S3Connection(Connection):
             # Of a stream aiohttp sends piece by piece; of plain bytes it warns, and copies what the socket won't take.
             arguments = {**arguments, "Body": io.BytesIO(arguments["Body"])}
         request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
+        # Half of the time that there is: the driver's own timeouts do not notice a body that the server stops taking.
+        limit_s = self.retry.deadline_s / 2
         try:
-            return await asyncio.wait_for(request, self.retry.deadline_s)
+            return await asyncio.wait_for(request, limit_s)
         except asyncio.TimeoutError as error:
-            msg = f"{method} was not answered within {self.retry.deadline_s:g} s"
+            msg = f"{method} was not answered within {limit_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
