@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers demo test test-quick check wheel-test bench format clean
+.PHONY: help venv servers demo test test-quick check wheel-test bench bench-storage format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,7 @@ help:
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make bench       measure beside the raw operations"
+	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make format      let ruff format and fix"
 
 venv: $(STAMP)
@@ -67,6 +68,9 @@ wheel-test: venv
 
 bench: venv
 	"$(BIN)/python" benchmarks/run.py
+
+bench-storage: servers
+	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
 
 format: venv
 	"$(BIN)/ruff" check --fix

@@ -19,11 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from directories import records_of
+from table import Row, compared, show
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
-from checkpointer.records import Entry, Record
-
-Row = tuple[str, str, str, str, str]
 
 
 def per_call(call: Callable[[int], object], calls: int, repeats: int) -> list[float]:
@@ -49,13 +48,13 @@ def observe_not_due() -> list[Row]:
 
     ours = statistics.median(per_call(lambda n: manager.observe(metrics, n, 0, epoch_end=False), 100_000, 7))
     raw = statistics.median(per_call(lambda n: empty(metrics, n, 0, epoch_end=False), 100_000, 7))
-    rows = [_row("observe, not due", ours, "empty function", raw, 1e6, "us", "<= 1 us")]
+    rows = [compared("observe, not due", ours, "empty function", raw, scale=1e6, unit="us", goal="<= 1 us")]
     lightning = _lightning_hook()
     if lightning is None:
         rows.append(("observe, not due", f"{ours * 1e6:.3f} us", "Lightning hook", "not installed", "-"))
     else:
         theirs = statistics.median(per_call(lightning, 20_000, 7))
-        rows.append(_row("observe, not due", ours, "Lightning hook", theirs, 1e6, "us", "<= 1 us"))
+        rows.append(compared("observe, not due", ours, "Lightning hook", theirs, scale=1e6, unit="us", goal="<= 1 us"))
     return rows
 
 
@@ -95,7 +94,7 @@ def save_512mb(repeats: int) -> list[Row]:
                         raw.append(time.perf_counter() - start)
     # The first pair warms the page cache and the disk up.
     left, right = statistics.median(ours[1:]), statistics.median(raw[1:])
-    return [_row("save 512 MB", left, "torch.save + fsync", right, 1, "s", "<= 1.15 x")]
+    return [compared("save 512 MB", left, "torch.save + fsync", right, unit="s", goal="<= 1.15 x")]
 
 
 def _raw_save(state: object, path: Path) -> None:
@@ -135,14 +134,8 @@ def open_10_000(repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         records = Path(folder, ".checkpointer", "records")
         records.mkdir(parents=True)
-        for step in range(1, 10_001):
-            name = f"epoch=0-step={step}.ckpt"
-            record = Record(
-                name=name, step=step, epoch=0, metrics={"val_loss": 1 / step, "acc": 0.5}, time=float(step),
-                size=0, digest="xxh3-128:00", format="torch", reason="step reached a multiple of 1; kept by everything",
-                run="bench", serial=step, token=f"{step:032x}",
-            )  # fmt: skip
-            (records / f"{name}.json").write_bytes(Entry(record=record).to_json())
+        for name, record in records_of(10_000):
+            (records / f"{name}.json").write_bytes(record)
             Path(folder, name).touch()
         policy = Policy(EverySteps(1), [KeepAll()])
         with CheckpointManager(folder, policy, state=dict) as manager:
@@ -158,12 +151,7 @@ def open_10_000(repeats: int) -> list[Row]:
                 json.loads(path.read_bytes())
             raw.append(time.perf_counter() - start)
     left, right = statistics.median(ours), statistics.median(raw)
-    return [_row("open 10 000 records", left, "read + parse each", right, 1, "s", "< 1 s")]
-
-
-def _row(what: str, ours: float, peer: str, theirs: float, scale: float, unit: str, goal: str) -> Row:
-    ratio = f"{ours / theirs:.2f} x (goal {goal})"
-    return what, f"{ours * scale:.3f} {unit}", peer, f"{theirs * scale:.3f} {unit}", ratio
+    return [compared("open 10 000 records", left, "read + parse each", right, unit="s", goal="< 1 s")]
 
 
 def main() -> None:
@@ -172,10 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    rows = [*observe_not_due(), *save_512mb(repeats), *memory_of_a_save(), *open_10_000(repeats)]
-    widths = [max(len(row[i]) for row in [*rows, ("measure", "ours", "beside it", "takes", "ratio")]) for i in range(5)]
-    for row in [("measure", "ours", "beside it", "takes", "ratio"), *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    show([*observe_not_due(), *save_512mb(repeats), *memory_of_a_save(), *open_10_000(repeats)])
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
 
 

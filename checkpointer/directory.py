@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable
 import attrs
 
 from checkpointer import index
+from checkpointer.clock import SystemClock
 from checkpointer.errors import CheckpointerWarning, RecordError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
@@ -37,6 +38,7 @@ class Directory:
         label: Tells managers apart that share the directory.
         writes: Whether to claim aliases and clear up after dead writers now; a reader changes nothing.
         trust: Signs what is written; what it has not signed is damaged.
+        clock: Tells when a payload takes long.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Directory:
         label: str,
         writes: bool,
         trust: HMACKey | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.storage = storage
-        self.transaction = Transaction(storage, owner, trust)
+        self.transaction = Transaction(storage, owner, trust, clock or SystemClock())
         self.policy = self._asked = policy
         self.claimed = run is not None
         self._prepared = False

@@ -140,7 +140,9 @@ class CheckpointManager:
         self._mirror = open_mirror(mirror, mirror_keep, mirror_options, policy, storage, trust=trust, copies=writes)
         if self._mirror is not None:
             weakref.finalize(self, self._mirror.stop)
-        self._directory = Directory(storage, owner, policy, run=run, label=label, writes=writes, trust=trust)
+        self._directory = Directory(
+            storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
+        )
         self._writer = Writer(self._directory, self._format, save)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"

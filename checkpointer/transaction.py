@@ -31,6 +31,7 @@ from typing import Literal
 
 import attrs
 
+from checkpointer.clock import SystemClock
 from checkpointer.digests import ALGORITHM, CRYPTOGRAPHIC, DigestWriter, FolderDigest, algorithm_of, digest_of, size_of
 from checkpointer.errors import (
     AliasInUseError,
@@ -43,8 +44,18 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, Listing, json_name, read_bounded, read_entry, record_path
 from checkpointer.naming import check_name
 from checkpointer.owner import is_dead, is_live
-from checkpointer.ports import Storage, SupportsCopy, SupportsLinks, SupportsPaths, SupportsSweep, Upload, Writable
+from checkpointer.ports import (
+    Clock,
+    Storage,
+    SupportsCopy,
+    SupportsLinks,
+    SupportsPaths,
+    SupportsSweep,
+    Upload,
+    Writable,
+)
 from checkpointer.records import SCHEMA, Entry, Record, parse_json, to_json
+from checkpointer.transfer import Transfer
 from checkpointer.trust import HMACKey, check_signature, signed
 
 __all__ = ["Transaction"]
@@ -60,6 +71,8 @@ class Transaction:
     owner: str
     trust: HMACKey | None = None
     """Signs each record and alias marker that is written; what it has not signed is not believed."""
+    clock: Clock = attrs.field(factory=SystemClock)
+    """Tells when a payload takes long."""
     unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
     """Retired checkpoints whose payload could not be deleted yet."""
 
@@ -70,15 +83,23 @@ class Transaction:
     # Commit
 
     def commit(
-        self, draft: Record, write: Callable[[Writable], None], *, replaces: Record | None, over_alias: bool = False
+        self,
+        draft: Record,
+        write: Callable[[Writable], None],
+        *,
+        replaces: Record | None,
+        over_alias: bool = False,
+        expected: int | None = None,
     ) -> Record:
         """Write a payload and its record (steps 1 to 5); return the record with size and digest.
 
-        ``replaces`` is the checkpoint of that name, if there is one; ``over_alias`` allows to write over an alias.
+        ``replaces`` is the checkpoint of that name, if there is one; ``over_alias`` allows to write over an alias;
+        ``expected`` is about how many bytes there will be, for the log.
         """
         upload = self.storage.upload(draft.name)
         try:
-            stream = DigestWriter(upload, self._algorithm)
+            of = ("of about", expected) if expected else None
+            stream = DigestWriter(Transfer(upload, draft.name, self.clock, of=of), self._algorithm)
             _write_all(write, stream)  # 1
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
@@ -126,7 +147,8 @@ class Transaction:
             return self._upload_folder(record, source, path)
         upload = self.storage.upload(record.name)
         try:
-            stream = DigestWriter(upload, algorithm_of(record.digest))
+            transfer = Transfer(upload, record.name, self.clock, verb="copied", of=("of", record.size))
+            stream = DigestWriter(transfer, algorithm_of(record.digest))
             for chunk in _read_chunks(source, path):  # 1
                 stream.write(chunk)
             _check_copied(record, (stream.size, stream.digest), f"{path} in {source}")
@@ -154,7 +176,7 @@ class Transaction:
     def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
         """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
         self._really_there(record, None, over_alias=False)
-        self._announce(Entry(record=record, status="pending", owner=self.owner))  # 3
+        self._announce(Entry(record=record, status="pending", owner=self.owner), is_new=True)  # 3
         digest = FolderDigest(algorithm_of(record.digest))
         published: list[str] = []
         try:
@@ -202,11 +224,12 @@ class Transaction:
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._really_there(record, replaces, over_alias)
         pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
-        self._announce(pending)  # 3
+        self._announce(pending, is_new=replaces is None and not over_alias)  # 3
         try:
             upload.publish(replace=over_alias or replaces is not None)  # 4
         except OSError:
-            if self.settle(pending, write=True) != record:
+            # By now it may be the record of somebody who did not know of ours.
+            if not self._is_announced(pending) or self.settle(pending, write=True) != record:
                 raise
             if isinstance(self.storage, SupportsPaths):
                 # It is there; whether it would survive a power loss is another question.
@@ -215,10 +238,10 @@ class Transaction:
         self._mark_committed(record, replaced=over_alias or replaces is not None)
         return record
 
-    def _announce(self, pending: Entry) -> None:
-        """Write a pending record; where there is none yet, it is created, so that of two writers only one goes on."""
+    def _announce(self, pending: Entry, *, is_new: bool) -> None:
+        """Write a pending record; that of a new name is created, so that of two writers only one goes on."""
         name = pending.record.name
-        if pending.previous is not None or self._entry(name) is not None:
+        if not is_new:
             self.put(pending)
             return
         upload = self.storage.upload(record_path(name))
@@ -232,18 +255,28 @@ class Transaction:
         finally:
             upload.abort()
 
+    def _is_announced(self, pending: Entry) -> bool:
+        try:
+            entry = self._entry(pending.record.name)
+        except RecordError:
+            return False
+        return entry is not None and entry.record.token == pending.record.token
+
     def _really_there(self, record: Record, replaces: Record | None, over_alias: bool) -> Record | None:
         """Return the checkpoint of this name as the storage has it; raise unless it is ours to replace."""
         entry = self._entry(record.name)
         if entry is None or entry.status == "retired":
             return replaces
         there: Record | None = entry.record
-        if entry.status == "pending" and (entry.owner == self.owner or not is_live(entry.owner)):
+        # Of a writer on another host nobody knows whether it lives: a new name is left to it.
+        replacing = replaces is not None or over_alias
+        is_over = entry.owner == self.owner or (not is_live(entry.owner) if replacing else is_dead(entry.owner))
+        if entry.status == "pending" and is_over:
             # An interrupted replacement: what is announced now must carry along what the payload really is.
             there = self.settle(entry, write=True)
         ours = there is None or (there.run, there.label) == (record.run, record.label)
         # A slot of our own may be on record although its save failed: the disk broke when it was as good as committed.
-        if there is not None and not (ours and (replaces is not None or over_alias)):
+        if there is not None and not (ours and replacing):
             msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"
             raise NameTakenError(msg)
         return there

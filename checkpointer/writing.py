@@ -44,7 +44,8 @@ class Writer:
             draft = self._adopted(draft, os.fspath(path))
             check_readable(draft)
             return transaction.adopt(draft)
-        self._check_space()
+        last = self._last_size()
+        self._check_space(last)
         replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
         over_alias = decision.name in self.directory.policy.aliases
         if self.save is not None:
@@ -58,7 +59,11 @@ class Writer:
             )
         self._warn_of_refused(state)
         return transaction.commit(
-            draft, lambda stream: self.format.write(state, stream), replaces=replaces, over_alias=over_alias
+            draft,
+            lambda stream: self.format.write(state, stream),
+            replaces=replaces,
+            over_alias=over_alias,
+            expected=last,
         )
 
     def _draft(self, decision: Save) -> Record:
@@ -103,14 +108,17 @@ class Writer:
             msg = f"save= needs a local directory, and {self.directory.storage} has no paths; use state="
             raise SaveError(msg)
 
-    def _check_space(self) -> None:
-        storage = self.directory.storage
+    def _last_size(self) -> int | None:
+        """Return the size (bytes) of the last checkpoint with the same contents: the next one has about as many."""
         contents = self.directory.policy.contents
-        last = next((r for r in reversed(self.directory.manifest.own) if r.contents == contents), None)
+        return next((r.size for r in reversed(self.directory.manifest.own) if r.contents == contents), None)
+
+    def _check_space(self, last: int | None) -> None:
+        storage = self.directory.storage
         free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
-        if last is not None and free is not None and free < last.size:
+        if last is not None and free is not None and free < last:
             msg = (
-                f"{storage} has {free} bytes free, and the last checkpoint took {last.size}; nothing was written. "
+                f"{storage} has {free} bytes free, and the last checkpoint took {last}; nothing was written. "
                 "Free some space, or keep fewer checkpoints"
             )
             raise NotEnoughSpaceError(msg)

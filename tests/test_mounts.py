@@ -134,7 +134,7 @@ def on(*kinds: str) -> pytest.MarkDecorator:
 def test_what_a_filesystem_can_do_is_found_out_by_trying(disk: Path, request: pytest.FixtureRequest) -> None:
     """Links, and who refuses a taken name where there are none."""
     links = ("link, refused by the filesystem", "hard link", "symlink")
-    none = ("rename, if nothing is there", "through this process", "none")
+    none = ("rename, under a claim", "through this process", "none")
     found = LocalStorage(disk, new_owner()).capabilities()
 
     expected = none if "exfat" in request.node.callspec.id else links

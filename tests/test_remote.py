@@ -55,6 +55,8 @@ class HttpResponseError(Exception):
         OSError(errno.EBUSY, "503 from a server, by s3fs"),
         ClientPayloadError("cut"),
         EOFError(),
+        OSError("Socket is closed"),
+        ValueError("Can't create any SFTP connections!"),
         HttpResponseError(503),
         HttpResponseError(429),
     ],
@@ -159,6 +161,14 @@ def test_a_file_that_was_replaced_between_two_connections_is_not_mixed() -> None
         stream.read()
 
 
+def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -> None:
+    """A record that another writer commits at this moment is no error."""
+    streams = iter([CutStream(b"old", 0, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
+
+    with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
+        assert b"new" == stream.read(3)
+
+
 def test_errors_of_drivers_come_out_as_os_errors() -> None:
     """With what the driver said."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] listing: ClientPayloadError: cut$"), as_os_errors("listing"):
@@ -226,6 +236,7 @@ def test_tags_are_believed_only_where_they_change_with_the_content() -> None:
 def test_a_password_in_the_url_is_never_shown() -> None:
     """Neither by the storage nor by what it raises."""
     assert "sftp://host/runs" == without_password("sftp://me:secret@host/runs")
+    assert "sftp://host/a@b" == without_password("sftp://me:se@cret@host/a@b")
     with pytest.raises((StorageError, OSError)) as caught:
         open_storage("sftp://me:secret@127.0.0.1:1/runs", "me", {"retry": Retry(deadline_s=0)})
     assert "secret" not in str(caught.value)

@@ -22,6 +22,7 @@ from checkpointer.storage.drivers import (
     unescaped,
     without_password,
 )
+from checkpointer.storage.listing import files_below
 from checkpointer.storage.reading import reader
 from checkpointer.storage.retrying import Retry, is_transient
 
@@ -76,7 +77,6 @@ class Connection:
         return without_password(self._url)
 
     def _connect(self) -> None:
-        self._is_cut = False
         self._folders: set[str] = set()
         try:
             self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **self._options)
@@ -91,6 +91,7 @@ class Connection:
             msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
             raise StorageError(msg) from error
         self.root = root.rstrip("/")
+        self._is_cut = False
 
     def full(self, path: str) -> str:
         """Return a path as the filesystem knows it."""
@@ -122,9 +123,9 @@ class Connection:
 
     def _noting(self, do: Callable[[], T]) -> T:
         with self.turn:
-            if self._is_cut:
-                self._connect()
             try:
+                if self._is_cut:
+                    self._connect()
                 with as_native_errors():
                     return do()
             except Exception as error:
@@ -133,7 +134,8 @@ class Connection:
 
     def note(self, error: Exception) -> None:
         """Remember that a session does not survive this error; object stores connect anew by themselves."""
-        self._is_cut = is_transient(error) and not self.is_object_store
+        if is_transient(error) and not self.is_object_store:
+            self._is_cut = True
 
     def close(self) -> None:
         """Close the session; the next request opens another one."""
@@ -150,17 +152,12 @@ class Connection:
         self.fs.invalidate_cache()
         try:
             with as_native_errors():
-                found = self.fs.find(self.full(prefix), detail=True)
+                found = files_below(self.fs, self.full(prefix))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         # Filesystems differ in whether they return names with their leading slash.
         root = f"{self.root}/".lstrip("/")
-        # For a single file some of them find a name without its details, or only a list of names.
-        details = found if isinstance(found, dict) else dict.fromkeys(found)
-        return {
-            unescaped(name.strip("/")[len(root) :], self._unsafe): info or self.fs.info(name)
-            for name, info in details.items()
-        }
+        return {unescaped(name.strip("/")[len(root) :], self._unsafe): info for name, info in found.items()}
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading; the stream opens anew where it was when the connection is cut."""
@@ -168,6 +165,8 @@ class Connection:
             return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.patience, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
+        # Some remember the sizes that a listing gave: of a file that was replaced since, they read too little.
+        self.fs.invalidate_cache()
         # A file on a Windows share cannot be renamed or deleted while it is open, unless its reader agrees.
         options = {"share_access": "rwd"} if self.protocol == "smb" else {}
         stream = self.fs.open(self.full(path), "rb", **options)
@@ -193,6 +192,10 @@ class Connection:
         if not self.is_object_store and folder not in self._folders:
             self.fs.makedirs(self.full(folder), exist_ok=True)
             self._folders.add(folder)
+
+    def forget_folders(self) -> None:
+        """Make folders anew when they are needed next: another writer may have removed them."""
+        self._folders.clear()
 
     def remove_empty_folders(self, path: str) -> None:
         """Remove the folders that are empty now: at and below the path, and above it as far as they are."""

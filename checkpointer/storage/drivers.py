@@ -53,6 +53,10 @@ def as_native_errors() -> Iterator[None]:
         if isinstance(error, type(native)):
             raise
         raise native from error
+    except Exception as error:
+        if type(error).__name__ == "ResourceNotFound":
+            raise FileNotFoundError(errno.ENOENT, str(error)) from error
+        raise
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -146,4 +150,4 @@ def without_password(url: str) -> str:
         >>> without_password("sftp://me:secret@host/runs")
         'sftp://host/runs'
     """
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
+    return re.sub(r"(?<=://)[^/]*@", "", url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -234,7 +235,7 @@ class LocalStorage:
         hard = self._can(os.link)
         return {
             "replace": "rename",
-            "create": "link, refused by the filesystem" if hard else "rename, if nothing is there",
+            "create": "link, refused by the filesystem" if hard else "rename, under a claim",
             "copy": "hard link" if hard else "through this process",
             "link": "symlink" if self._can(os.symlink) else "none",
             "fsync of folders": "yes" if _sync_folder(self._root) else "refused",
@@ -323,15 +324,31 @@ class LocalUpload:
             else:
                 _discard(self._staged)
                 return
-        if os.path.lexists(self._target):
-            raise self._taken()
+        with self._claim():
+            if os.path.lexists(self._target):
+                raise self._taken()
+            try:
+                os.rename(self._staged, self._target)
+            except OSError as error:
+                # A folder over a folder that is not empty: ext4 says ENOTEMPTY, XFS says EEXIST.
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise self._taken() from error
+                raise
+
+    @contextlib.contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Keep other writers from the name between the look and the rename; a dead one's claim is swept after a day."""
+        name = hashlib.sha256(os.fsencode(self._target)).hexdigest()[:32]
+        claim = self._staged.parent.parent / f"claim-{name}"
         try:
-            os.rename(self._staged, self._target)
-        except OSError as error:
-            # A folder over a folder that is not empty: ext4 says ENOTEMPTY, XFS says EEXIST.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise self._taken() from error
-            raise
+            claim.mkdir()
+        except FileExistsError as error:
+            raise self._taken() from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                claim.rmdir()
 
     def _taken(self) -> NameTakenError:
         msg = f"{self._target} appeared while it was about to be written; nothing was replaced"

@@ -6,17 +6,19 @@ import contextlib
 import errno
 import functools
 import hashlib
+import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import attrs
 
 from checkpointer.errors import NameTakenError
 from checkpointer.owner import is_dead
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import as_native_errors, copy, is_refusal, rename
+from checkpointer.storage.drivers import as_native_errors, copy, is_refusal, modified_s, rename
+from checkpointer.storage.retrying import is_transient
 
 __all__ = ["REPLACING", "STAGING", "Capabilities", "Placing", "owner_of"]
 
@@ -24,6 +26,8 @@ STAGING: Final = ".checkpointer/staging"
 REPLACING: Final = ".checkpointer/replacing"
 """Where a new file waits while the old one is removed, on servers that cannot replace in one step."""
 _CLAIM_ATTEMPTS: Final = 8
+_CLAIM_S: Final = 900.0
+"""A claim is held for a few requests: after so many seconds nobody holds it any more."""
 
 
 @attrs.frozen
@@ -63,6 +67,10 @@ class Placing:
         self._to = connection
         self.staging = f"{STAGING}/{owner or 'nobody'}-{uuid.uuid4().hex[:8]}"
         """Folder of this writer's unfinished files."""
+        self._sent: dict[str, str] = {}
+        """Where a file may be by now, whatever became of the reply: what each rename was to move, and to where."""
+        self._claims: set[str] = set()
+        """Claims that are held; others of this writer could not be removed, and mean nothing."""
 
     def new_staged(self) -> str:
         """Return an unused path in the staging folder."""
@@ -104,30 +112,65 @@ class Placing:
 
     def _move_over(self, staged: str, path: str) -> None:
         """Rename over what is there: in one step, or so that in between `FsspecStorage.open` finds the new one."""
-        if self.capabilities.rename != "refuses" or path not in self._to.find(path):
+        if self.capabilities.rename != "refuses":
             self._rename(staged, path)
             return
-        waiting, old = f"{REPLACING}/{path}", self.new_staged()
-        self._to.remove(waiting)
-        self._rename(staged, waiting)
-        self._rename(path, old)
+        for attempt in range(_CLAIM_ATTEMPTS):
+            try:
+                self._swap(staged, path)
+            except Exception as error:
+                # Another writer puts the same file there at this moment.
+                if not (is_refusal(error) or isinstance(error, FileNotFoundError)) or attempt == _CLAIM_ATTEMPTS - 1:
+                    raise
+                _pause(attempt)
+            else:
+                return
+
+    def _swap(self, staged: str, path: str) -> None:
+        """Rename in steps; begun again after a lost reply, go on from where the file is."""
+        waiting, to = f"{REPLACING}/{path}", self._to
+        is_waiting = self._sent.get(staged) == waiting and not to.find(staged)
+        if not is_waiting and (self._is_moved(staged, path) or path not in to.find(path)):
+            if not self._is_moved(staged, path):
+                self._rename(staged, path)
+            to.remove(waiting)
+            return
+        if not is_waiting:
+            to.remove(waiting)
+            self._rename(staged, waiting)
+        if not self._is_moved(waiting, path):
+            self._replace_with(waiting, path)
+        self._sent.pop(waiting, None)
+
+    def _replace_with(self, waiting: str, path: str) -> None:
+        old = self.new_staged()
+        if path in self._to.find(path):
+            self._rename(path, old)
         self._rename(waiting, path)
         # Somebody may still be reading it: then it is swept later.
         with contextlib.suppress(OSError):
             self._to.remove(old)
 
     def _move_new(self, staged: str, path: str) -> None:
+        if self._is_moved(staged, path):
+            return
         if self.capabilities.rename == "refuses":
             self._rename(staged, path)
             return
         with self._claim(path):
             self._rename(staged, path)
 
+    def _is_moved(self, source: str, target: str) -> bool:
+        """Return whether an earlier attempt has done it, and only its reply was lost."""
+        return self._sent.get(source) == target and not self._to.find(source) and bool(self._to.find(target))
+
     def _rename(self, source: str, target: str) -> None:
         """Rename a file, or let the server copy it where there is no rename. Done twice, it succeeds twice."""
         to = self._to
-        to.make_parents(target)
+        is_again = self._sent.get(source) == target
+        self._sent[source] = target
         try:
+            to.make_parents(target)
             with as_native_errors():
                 if to.is_object_store:
                     copy(to.fs, to.full(source), to.full(target))
@@ -135,8 +178,13 @@ class Placing:
                 else:
                     rename(to.fs, to.full(source), to.full(target))
         except FileNotFoundError:
-            # The reply to an earlier attempt was lost: nobody else knows the staged name, so it was moved by us.
-            if to.find(source) or not to.find(target):
+            if to.find(source) and not is_again:
+                # Another writer has removed the folder, which was empty.
+                to.forget_folders()
+                self._rename(source, target)
+                return
+            # If the reply to an earlier attempt was lost: nobody else knows the staged name, so it was moved by us.
+            if not is_again or to.find(source) or not to.find(target):
                 raise
         # WebHDFS says nothing at all when it refuses, and moves a file into a folder that has its name.
         if not to.is_object_store and (to.find(source) or target not in to.find(target)):
@@ -187,21 +235,31 @@ class Placing:
         key = f"/claim-{hashlib.sha256(path.encode()).hexdigest()[:32]}-"
         mine = f"{self.staging}{key}{uuid.uuid4().hex[:12]}"
         for attempt in range(_CLAIM_ATTEMPTS):
-            self._to.make_parents(mine)
-            with self._to.fs.open(self._to.full(mine), "wb") as stream:
-                stream.write(b"claimed")
+            self._claims.add(mine)
             try:
+                self._to.make_parents(mine)
+                with self._to.fs.open(self._to.full(mine), "wb") as stream:
+                    stream.write(b"claimed")
                 found = self._to.find(STAGING)
-                if not any(key in other and other != mine and not is_dead(owner_of(other)) for other in found):
+                if not any(key in other and other != mine and self._is_held(other, found, mine) for other in found):
                     if self._to.find(path):
                         raise self.taken(path)
                     yield
                     return
             finally:
+                self._claims.discard(mine)
                 with contextlib.suppress(OSError):
                     self._to.remove(mine)
-            time.sleep(0.01 * 2**attempt * (1 + uuid.uuid4().int % 8))
+            _pause(attempt)
         raise self.taken(path)
+
+    def _is_held(self, claim: str, found: Mapping[str, Mapping[str, Any]], mine: str) -> bool:
+        if claim.startswith(f"{self.staging}/"):
+            return claim in self._claims
+        # By the server's clock alone: what a machine that was taken away has claimed must not block the next one.
+        now, then = modified_s(found.get(mine, {})), modified_s(found[claim])
+        is_stale = now is not None and then is not None and now - then > _CLAIM_S
+        return not is_stale and not is_dead(owner_of(claim))
 
     def _holds(self, path: str, data: bytes) -> bool:
         try:
@@ -212,7 +270,10 @@ class Placing:
 
     def is_taken(self, path: str) -> bool:
         """Return whether there is a file or folder of this name."""
-        return bool(self._to.find(path))
+        is_there = bool(self._to.find(path))
+        if is_there or self._to.is_object_store or self.capabilities.rename != "refuses":
+            return is_there
+        return bool(self._to.find(f"{REPLACING}/{path}"))
 
     def taken(self, path: str) -> NameTakenError:
         """Return the error that says so."""
@@ -241,7 +302,8 @@ class Placing:
         return self._to.attempt("probing", self._probe)
 
     def _probe(self) -> Capabilities:
-        first, second, third = (f"{self.staging}/probe-{number}" for number in (1, 2, 3))
+        # New names each time: what an earlier attempt has left would be an answer of its own.
+        first, second, third = (f"{self.staging}/probe-{uuid.uuid4().hex[:8]}-{number}" for number in (1, 2, 3))
         self._to.make_parents(first)
         try:
             if self._to.is_object_store:
@@ -259,7 +321,8 @@ class Placing:
         for data in (b"1", b"2"):
             try:
                 self._create_exclusively(path, data)
-            except Exception:  # Whatever it is: this driver does not offer it, or the server refuses.
+            except Exception as error:  # Whatever it is: this driver does not offer it, or the server refuses.
+                _raise_if_unknown(error)
                 outcomes.append("refused")
             else:
                 outcomes.append("created")
@@ -272,7 +335,8 @@ class Placing:
                 stream.write(data)
         try:
             rename(fs, full(source), full(target))
-        except Exception:  # Whatever it is, it was not done.
+        except Exception as error:  # Whatever it is, it was not done.
+            _raise_if_unknown(error)
             return "refuses"
         # Some do nothing, and say nothing.
         return "replaces" if self._holds(target, b"new") else "refuses"
@@ -283,9 +347,20 @@ class Placing:
             return "client"
         try:
             copy(self._to.fs, self._to.full(source), self._to.full(target))
-        except Exception:  # Whatever it is, this driver does not offer it.
+        except Exception as error:  # Whatever it is, this driver does not offer it.
+            _raise_if_unknown(error)
             return "client"
         return "server"
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(0.01 * 2**attempt * (1 + random.random() * 8))
+
+
+def _raise_if_unknown(error: Exception) -> None:
+    """Raise what says nothing of the server: a lost reply is no refusal."""
+    if is_transient(error):
+        raise error
 
 
 def owner_of(path: str) -> str:

@@ -35,6 +35,7 @@ class _Resuming(io.RawIOBase):
         self._stream = retry(begin, f"opening {path}")
         self._identity = _identity(self._stream)
         self._position = 0
+        self._has_read = False
         self._is_cut = False
 
     def readable(self) -> bool:
@@ -53,6 +54,7 @@ class _Resuming(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._retry(lambda: self._read(len(buffer)), f"reading {self._path}")
         buffer[: len(data)] = data
+        self._has_read = self._has_read or bool(data)
         self._position += len(data)
         return len(data)
 
@@ -84,8 +86,10 @@ class _Resuming(io.RawIOBase):
     def _ready(self) -> Any:
         if self._is_cut:
             self._stream = self._begin()
-            if _identity(self._stream) != self._identity:
+            # As long as nothing of the old file was handed on, the new one is as good.
+            if self._has_read and _identity(self._stream) != self._identity:
                 raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
+            self._identity = _identity(self._stream)
             self._stream.seek(self._position)
             self._is_cut = False
         return self._stream

@@ -88,7 +88,10 @@ class FsspecStorage:
         except FileNotFoundError:
             if self._connection.is_object_store:
                 raise
-            return self._connection.open(f"{REPLACING}/{path}")
+            with contextlib.suppress(FileNotFoundError):
+                return self._connection.open(f"{REPLACING}/{path}")
+            # It may have got its name since.
+            return self._connection.open(path)
         except OSError as error:
             # Below a file, or a folder: drivers say anything.
             if path in self._connection.find(path):
@@ -101,7 +104,8 @@ class FsspecStorage:
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`; folders above that are empty now go too."""
-        for prefix in (path,) if self._connection.is_object_store else (path, f"{REPLACING}/{path}"):
+        # First what waits to replace it: dead in between, it would take its place.
+        for prefix in (path,) if self._connection.is_object_store else (f"{REPLACING}/{path}", path):
             for name in sorted(self._connection.find(prefix)):
                 self._connection.remove(name)
         self._connection.remove_empty_folders(path)

@@ -31,15 +31,16 @@ _TRANSIENT_NAMES: Final = frozenset({
     "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests, which has a ConnectionError too
     "ConnectError", "NetworkError", "RemoteProtocolError", "TimeoutException",  # httpx
     "ConnectionLost", "SFTPConnectionLost", "SFTPNoConnection",  # asyncssh
-    "SSHException", "EOFError",  # paramiko
+    "SSHException", "EOFError", "NoValidConnectionsError",  # paramiko
     "ServiceRequestError", "ServiceResponseError", "HttpResponseError",  # azure
     "SMBConnectionClosed", "HttpError", "IncompleteRead",
 })  # fmt: skip
 """By name, so that no driver has to be installed to ask."""
 
-_PERMANENT_NAMES: Final = frozenset({"AuthenticationException", "BadHostKeyException"})
-"""Of paramiko: kinds of an SSHException that stay as they are."""
+_TRANSIENT_TEXTS: Final = frozenset({"Socket is closed", "Can't create any SFTP connections!"})
+"""What paramiko and sshfs say of a connection that is gone, by errors of no kind or number."""
 
+_PERMANENT_NAMES: Final = frozenset({"AuthenticationException", "BadHostKeyException"})
 _PERMANENT: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -57,6 +58,8 @@ def is_transient(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & _PERMANENT_NAMES or "certificate verify failed" in str(error).lower():
         return False
+    if str(error) in _TRANSIENT_TEXTS:
+        return True
     if names & _TRANSIENT_NAMES:
         return not 400 <= _status(error) < 500 or _status(error) in (408, 425, 429)
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS

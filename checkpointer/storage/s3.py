@@ -78,9 +78,6 @@ class S3Connection(Connection):
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
-        if "Body" in arguments:
-            # Of a stream aiohttp sends piece by piece; of plain bytes it warns, and copies what the socket won't take.
-            arguments = {**arguments, "Body": io.BytesIO(arguments["Body"])}
         request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
         # Half of the time that there is: the driver's own timeouts do not notice a body that the server stops taking.
         limit_s = self.retry.deadline_s / 2
@@ -218,8 +215,8 @@ def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
     since = modified_s(found.get(path, {}))
     if since is None:
         return []
-    # Times in a listing may be whole seconds. What was begun later than any retry is somebody else's.
-    window = math.floor(since), since + connection.retry.deadline_s
+    # Times in a listing may be whole seconds. What was begun after the last retry is somebody else's.
+    window = math.floor(since), since + 2 * connection.retry.deadline_s + 1
     marked = {_read_marker(connection, other)[1] for other in found if other.endswith(_MARKER)}
     return [
         upload["UploadId"]
@@ -333,7 +330,7 @@ class S3Upload:
         self._connection = connection
         self._placing = placing
         self._path = path
-        self._buffer = bytearray()
+        self._buffer = io.BytesIO()
         self._parts: Multipart | None = None
 
     def write(self, data: Any) -> int:
@@ -341,12 +338,11 @@ class S3Upload:
         view = memoryview(data).cast("B")
         start = 0
         while start < len(view):
-            room = self._part_size - len(self._buffer)
+            room = self._part_size - self._buffer.tell()
             if room == 0:
                 self._send()
                 continue
-            self._buffer += view[start : start + room]
-            start += room
+            start += self._buffer.write(view[start : start + room])
         return len(view)
 
     @property
@@ -355,14 +351,14 @@ class S3Upload:
 
     def _send(self) -> None:
         self._parts = self._parts or Multipart(self._connection, self._placing, self._path)
-        # The buffer itself is sent, and another one filled: no copy.
-        full, self._buffer = self._buffer, bytearray()
-        self._parts.send("upload_part", Body=full)
+        # As bytes, which the buffer gives away as they are and botocore sends as they are: anything else it would copy.
+        full, self._buffer = self._buffer, io.BytesIO()
+        self._parts.send("upload_part", Body=full.getvalue())
 
     def finish(self) -> None:
         """See `Upload.finish`."""
         if self._parts is not None:
-            if self._buffer:
+            if self._buffer.tell():
                 self._send()
             self._parts.wait()
 
@@ -370,9 +366,9 @@ class S3Upload:
         """See `Upload.publish`."""
         if self._parts is None:
             if replace:
-                self._placing.put(self._path, bytes(self._buffer))
+                self._placing.put(self._path, self._buffer.getvalue())
             else:
-                self._placing.create(self._path, bytes(self._buffer))
+                self._placing.create(self._path, self._buffer.getvalue())
             return
         if not replace and self._placing.is_taken(self._path):
             raise self._placing.taken(self._path)
@@ -380,7 +376,7 @@ class S3Upload:
 
     def abort(self) -> None:
         """See `Upload.abort`."""
-        self._buffer = bytearray()
+        self._buffer = io.BytesIO()
         if self._parts is not None:
             self._parts.abort()
 
