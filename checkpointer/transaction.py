@@ -463,7 +463,7 @@ class Transaction:
     def relocate(self, record: Record, name: str) -> Record:
         """Give a checkpoint another name, so that its old one is free; dead in between, both names hold it."""
         moved = attrs.evolve(record, name=name)
-        self._announce(Entry(record=moved, status="pending", owner=self.owner))
+        self._announce(Entry(record=moved, status="pending", owner=self.owner), is_new=True)
         # Never a symbolic link: the old name is about to hold something else.
         self._make(name, record.name, [way for way in self._ways("copy") if way.__name__ != "symlink"])
         self.put(Entry(record=moved))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from servers.chaosproxy import Answer, ChaosProxy, Cut, Delay, LoseReply, Pass, Plan, Refuse, Reset, Stall
+from servers.chaosproxy import Answer, ChaosProxy, Cut, CutRequest, Delay, LoseReply, Pass, Plan, Refuse, Reset, Stall
 
 BODY = b"0123456789" * 30_000
 
@@ -197,6 +197,22 @@ def test_a_lost_reply_belongs_to_a_request_that_was_applied(
 
     assert times == proxy.hits
     assert ["/record1", "/record2", "/record3"] == [path for path in files.puts if path != "/payload"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 100_000, len(BODY)])
+def test_a_request_is_cut_within_its_body(
+    files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection, count: int
+) -> None:
+    """The second that matches, and no other."""
+    proxy.plan = CutRequest(rb"^PUT /record", body=count, nth=2)
+    assert b"200 " == ask(client, "PUT", "/payload", b"x")
+    assert b"200 " == ask(client, "PUT", "/record1", BODY)
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        ask(client, "PUT", "/record2", BODY)
+    assert b"200 " == ask(client, "PUT", "/record3", BODY)
+
+    assert 1 == proxy.hits
+    assert count == len(BODY) or "/record2" not in files.files
 
 
 def test_an_answered_request_never_reaches_the_server(

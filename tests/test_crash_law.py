@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from plain_format import PlainFormat
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy
 from checkpointer.index import read_bounded
-from checkpointer.ports import Storage
+from checkpointer.ports import Format, Storage
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import Crash, CrashingStorage, MemoryStorage, die
 
@@ -31,10 +32,12 @@ LARGEST = {"best and last": 3, "last link": 2, "last slot": 2, "one name": 1}
 class Run:
     """A little training whose state is its step, on a storage that may die."""
 
-    def __init__(self, storage: Storage, policy: Policy, trust: HMACKey | None = None) -> None:
+    def __init__(
+        self, storage: Storage, policy: Policy, trust: HMACKey | None = None, format: Format | None = None
+    ) -> None:
         self.step = 0
         self.manager = CheckpointManager(
-            storage, policy, state=lambda: {"step": self.step}, format=PlainFormat(), trust=trust
+            storage, policy, state=lambda: {"step": self.step}, format=format or PlainFormat(), trust=trust
         )
 
     def observe(self, loss: float) -> Any:
@@ -42,13 +45,20 @@ class Run:
         return self.manager.observe({"loss": loss}, step=self.step, epoch=0, epoch_end=False)
 
 
-def run_until_crash(storage: CrashingStorage, policy: Policy, trust: HMACKey | None = None) -> int:
+def run_until_crash(
+    storage: CrashingStorage,
+    policy: Policy,
+    trust: HMACKey | None = None,
+    *,
+    format: Format | None = None,
+    losses: Sequence[float] = LOSSES,
+) -> int:
     """Train until the storage dies, and return the last step that was acknowledged."""
     acknowledged = 0
     run = None
     try:
-        run = Run(storage, policy, trust)
-        for loss in LOSSES:
+        run = Run(storage, policy, trust, format)
+        for loss in losses:
             if run.observe(loss):
                 acknowledged = run.step
         run.manager.close()
@@ -69,11 +79,17 @@ def count_operations(make: Any, policy: Policy) -> int:
 
 
 def check_survivor(
-    inner: Storage, policy: Policy, acknowledged: int, largest: int, clue: str, trust: HMACKey | None = None
+    inner: Storage,
+    policy: Policy,
+    acknowledged: int,
+    largest: int,
+    clue: str,
+    trust: HMACKey | None = None,
+    format: Format | None = None,
 ) -> None:
     """A new manager restores at least what was acknowledged, and one more save makes everything right again."""
     assert b"mine" == read_bounded(inner, "foreign.txt"), clue
-    run = Run(inner, policy, trust)
+    run = Run(inner, policy, trust, format)
     restored = run.manager.restore()
     if restored is None:
         assert 0 == acknowledged, clue

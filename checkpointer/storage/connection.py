@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, TypeVar
 
+import attrs
 import fsspec.asyn
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -59,8 +61,14 @@ class Connection:
         self._unsafe = _UNSAFE.get(self.protocol, "")
         self._url = url
         self._options = options
-        with as_os_errors(f"connecting to {self}"):
-            retry(self._connect, f"connecting to {self}")
+        self._hurry_until = 0.0
+        try:
+            self.retry(self._connect, f"connecting to {self}")
+        except StorageError:
+            raise
+        except Exception as error:
+            msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
+            raise StorageError(msg) from error
         shared = isinstance(self.fs, fsspec.asyn.AsyncFileSystem)
         self.turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if shared else threading.RLock()
         """Held during each request: the session of a driver that is not asynchronous takes one thread at a time."""
@@ -91,8 +99,27 @@ class Connection:
 
     def attempt(self, what: str, do: Callable[[], T]) -> T:
         """Do it, again if the failure is transient; every error comes out as an `OSError`."""
-        with as_os_errors(what):
-            return self.retry(lambda: self._noting(do), f"{what} in {self}")
+        with as_os_errors(what), self.giving_up():
+            return self.patience(lambda: self._noting(do), f"{what} in {self}")
+
+    @property
+    def patience(self) -> Retry:
+        """How long to try now: just once for as long again as a request was tried in vain.
+
+        Else clearing up after a save that failed would take the deadline once more, for each request.
+        """
+        return attrs.evolve(self.retry, deadline_s=0.0) if time.monotonic() < self._hurry_until else self.retry
+
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Remember whether this request, with all its attempts, came through."""
+        try:
+            yield
+        except Exception as error:
+            if is_transient(error):
+                self._hurry_until = time.monotonic() + self.retry.deadline_s
+            raise
+        self._hurry_until = 0.0
 
     def _noting(self, do: Callable[[], T]) -> T:
         with self.turn:
@@ -137,8 +164,8 @@ class Connection:
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading; the stream opens anew where it was when the connection is cut."""
-        with as_os_errors(f"opening {path}"):
-            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.retry, self.turn)
+        with as_os_errors(f"opening {path}"), self.giving_up():
+            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.patience, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
         # Some remember the sizes that a listing gave: of a file that was replaced since, they read too little.

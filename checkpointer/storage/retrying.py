@@ -27,8 +27,8 @@ _TRANSIENT_ERRNOS: Final = frozenset(
 
 _TRANSIENT_NAMES: Final = frozenset({
     "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",  # aiohttp
-    "ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore, and requests
-    "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests
+    "ConnectionError", "HTTPClientError", "IncompleteReadError", "FlexibleChecksumError",  # botocore
+    "ChunkedEncodingError", "ConnectTimeout", "ReadTimeout",  # requests, which has a ConnectionError too
     "ConnectError", "NetworkError", "RemoteProtocolError", "TimeoutException",  # httpx
     "ConnectionLost", "SFTPConnectionLost", "SFTPNoConnection",  # asyncssh
     "SSHException", "EOFError", "NoValidConnectionsError",  # paramiko
@@ -56,7 +56,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     names = {kind.__name__ for kind in type(error).__mro__}
-    if names & _PERMANENT_NAMES:
+    if names & _PERMANENT_NAMES or "certificate verify failed" in str(error).lower():
         return False
     if str(error) in _TRANSIENT_TEXTS:
         return True

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import threading
 import uuid
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records import parse_json
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import as_os_errors, is_refusal
-from checkpointer.storage.placing import Placing
+from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
+from checkpointer.storage.placing import STAGING, Placing
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retrying import Retry
 
@@ -67,8 +68,8 @@ class S3Connection(Connection):
 
         async def call() -> Any:
             what = f"{method} in {self}"
-            with as_os_errors(what):
-                return await self.retry.run(lambda: self._call(method, arguments), what)
+            with as_os_errors(what), self.giving_up():
+                return await self.patience.run(lambda: self._call(method, arguments), what)
 
         return asyncio.run_coroutine_threadsafe(call(), self.fs.loop)
 
@@ -78,10 +79,12 @@ class S3Connection(Connection):
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
         request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
+        # Half of the time that there is: the driver's own timeouts do not notice a body that the server stops taking.
+        limit_s = self.retry.deadline_s / 2
         try:
-            return await asyncio.wait_for(request, self.retry.deadline_s)
+            return await asyncio.wait_for(request, limit_s)
         except asyncio.TimeoutError as error:
-            msg = f"{method} was not answered within {self.retry.deadline_s:g} s"
+            msg = f"{method} was not answered within {limit_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
@@ -123,6 +126,11 @@ class S3Connection(Connection):
         except FileNotFoundError:
             return None
         return {**head, "size": head["ContentLength"]}
+
+    def abort(self, key: str, upload: str) -> None:
+        """Drop a multipart upload; one that is not there is dropped already."""
+        with contextlib.suppress(FileNotFoundError):
+            self.call("abort_multipart_upload", Key=key, UploadId=upload)
 
     def _remove(self, path: str) -> None:
         # One by one: MinIO's kind wants a checksum with a bulk delete that s3fs does not send.
@@ -181,12 +189,42 @@ class S3Storage(FsspecStorage):
 
     def _sweep_one(self, path: str) -> None:
         if path.endswith(_MARKER):
-            with contextlib.suppress(RecordError, FileNotFoundError), self._connection.open(path) as stream:
-                marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
-                if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
-                    key = self._connection.key(marker["path"])
-                    self._connection.call("abort_multipart_upload", Key=key, UploadId=marker["upload"])
+            self._abort_marked(path)
         super()._sweep_one(path)
+
+    def _abort_marked(self, path: str) -> None:
+        target, upload = _read_marker(self._connection, path)
+        if target:
+            key = self._connection.key(target)
+            for each in [upload] if upload else _unmarked(self._connection, path, key):
+                self._connection.abort(key, each)
+
+
+def _read_marker(connection: S3Connection, path: str) -> tuple[str, str]:
+    """Return for which path an upload was begun and its id, which is empty if it is not known."""
+    with contextlib.suppress(RecordError, FileNotFoundError), connection.open(path) as stream:
+        marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
+        if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
+            return marker["path"], marker["upload"]
+    return "", ""
+
+
+def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
+    """Return the uploads of a key that were begun when this marker was written, and that no marker names."""
+    found = connection.find(STAGING)
+    since = modified_s(found.get(path, {}))
+    if since is None:
+        return []
+    # Times in a listing may be whole seconds. What was begun after the last retry is somebody else's.
+    window = math.floor(since), since + 2 * connection.retry.deadline_s + 1
+    marked = {_read_marker(connection, other)[1] for other in found if other.endswith(_MARKER)}
+    return [
+        upload["UploadId"]
+        for upload in connection.call("list_multipart_uploads", Prefix=key).get("Uploads", ())
+        if upload["Key"] == key
+        and upload["UploadId"] not in marked
+        and window[0] <= upload["Initiated"].timestamp() <= window[1]
+    ]
 
 
 class Multipart:
@@ -198,14 +236,33 @@ class Multipart:
         self._path = path
         self._key = connection.key(path)
         self._token = uuid.uuid4().hex
-        reply = connection.call("create_multipart_upload", Key=self._key, Metadata={_TOKEN: self._token})
-        self._id = reply["UploadId"]
-        # So that `sweep` can abort it if this process dies: the server itself does not say whose it is.
         self._marker = f"{placing.staging}/{self._token}{_MARKER}"
-        placing.put(self._marker, json.dumps({"path": path, "upload": self._id}).encode())
         self._sent: list[Future[Any]] = []
         self._slots = threading.BoundedSemaphore(PARTS_AT_ONCE)
+        self._id = ""
+        # So that `sweep` can abort it whenever this process dies: the server itself does not say whose it is.
+        self._mark()
+        self._num_begun = 0
+        self._id = connection.attempt(f"beginning to upload {path}", self._begin)
         self._is_open = True
+        try:
+            self._mark()
+            if self._num_begun > 1:
+                # A reply was lost: there is another upload, whose id nobody knows.
+                for lost in _unmarked(connection, self._marker, self._key):
+                    connection.abort(self._key, lost)
+        except OSError:
+            self.abort()
+            raise
+
+    def _begin(self) -> str:
+        self._num_begun += 1
+        metadata = {_TOKEN: self._token}
+        reply = self._connection.call_once("create_multipart_upload", Key=self._key, Metadata=metadata)
+        return str(reply["UploadId"])
+
+    def _mark(self) -> None:
+        self._placing.put(self._marker, json.dumps({"path": self._path, "upload": self._id}).encode())
 
     @property
     def next_part_size(self) -> int:
@@ -250,7 +307,8 @@ class Multipart:
                     raise self._placing.taken(self._path) from error
                 raise
         self._is_open = False
-        self._forget()
+        with contextlib.suppress(OSError):
+            self._connection.remove(self._marker)
 
     def abort(self) -> None:
         """Drop it, unless it is complete."""
@@ -259,12 +317,9 @@ class Multipart:
         self._is_open = False
         for future in self._sent:
             future.cancel()
+        # Where that fails the marker stays, and the next sweep does it.
         with contextlib.suppress(OSError):
-            self._connection.call("abort_multipart_upload", Key=self._key, UploadId=self._id)
-        self._forget()
-
-    def _forget(self) -> None:
-        with contextlib.suppress(OSError):
+            self._connection.abort(self._key, self._id)
             self._connection.remove(self._marker)
 
 

@@ -77,7 +77,18 @@ class Answer:
     times: int = 1
 
 
-Plan: TypeAlias = Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answer
+@attrs.frozen(eq=False)
+class CutRequest:
+    """Reset the connection so many bytes into the body of HTTP requests whose head matches."""
+
+    head: bytes
+    body: int = 0
+    nth: int = 1
+    """The first of them that is hit, from 1."""
+    times: int = 1
+
+
+Plan: TypeAlias = Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answer | CutRequest
 
 
 class ChaosProxy:
@@ -148,10 +159,10 @@ class ChaosProxy:
         with self._lock:
             self.requests.append(head.partition(b"\r\n")[0].decode("latin-1"))
             plan = self._plan
-            if not isinstance(plan, LoseReply | Answer) or not re.search(plan.head, head):
+            if not isinstance(plan, LoseReply | Answer | CutRequest) or not re.search(plan.head, head):
                 return None
             self._matches += 1
-            first = plan.nth if isinstance(plan, LoseReply) else 1
+            first = 1 if isinstance(plan, Answer) else plan.nth
             if not first <= self._matches < first + plan.times:
                 return None
             self.hits += 1
@@ -274,8 +285,16 @@ class _Link:
                 if isinstance(plan, LoseReply):
                     self._loses_reply = True
                 self._send(head, up=True)
+                left = plan.body if isinstance(plan, CutRequest) else None
                 for data in _read_body(head, stream):
+                    if left is not None and len(data) >= left:
+                        self._send(data[:left], up=True)
+                        break
+                    left = None if left is None else left - len(data)
                     self._send(data, up=True)
+                if isinstance(plan, CutRequest):
+                    self.reset()
+                    return
 
     def pump_down(self) -> None:
         """Forward what the server says."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import attrs
+
 from servers.processes import has_ended, kill, spawn
 from servers.server import Server
 
@@ -92,6 +94,21 @@ def launch(kind: type[S], folder: Path) -> S:
         f"the {kind.name} server {'ended' if ended else f'is not ready after {DEADLINE_S:g} s'} ({error}); log:\n{log}"
     )
     raise RuntimeError(msg)
+
+
+def restart(server: S) -> S:
+    """Kill a server and start it again, as it was, on its ports and its folder; whoever does that has to kill it."""
+    [pid] = server.pids
+    process = Path(f"/proc/{pid}")
+    command = process.joinpath("cmdline").read_text().split("\0")[:-1]
+    variables = dict(each.split("=", 1) for each in process.joinpath("environ").read_text().split("\0")[:-1])
+    kill(server.pids)
+    again = attrs.evolve(server, pids=(spawn(command, server.folder / "again.log", variables),))
+    error = _wait_until_ready(again)
+    if error is not None:
+        kill(again.pids)
+        raise error
+    return again
 
 
 def _wait_until_ready(server: Server) -> Exception | None:
