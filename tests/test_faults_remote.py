@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import socket
@@ -186,7 +187,7 @@ def test_an_outage_that_ends_before_the_deadline_is_not_noticed(serve: Serve, pl
     ids=["all", "payloads", "records", "completing", "records lost", "payloads lost", "posts lost", "refused"],
 )
 def test_what_does_not_pass_is_an_error_and_training_goes_on(serve: Serve, plan: Plan, size: int) -> None:
-    """Tolerated, it is a warning; then an error that says which checkpoint and why; and once it has passed all is well."""
+    """Tolerated, it is a warning; then an error that says which checkpoint and why; once it has passed, all is well."""
     with behind_proxy(serve("s3"), size=size, retry=Retry(deadline_s=1.0, first_wait_s=0.05)) as training:
         manager = training.open(tolerate_failures=1)
         assert training.save(manager)
@@ -232,9 +233,10 @@ def test_a_session_that_is_cut_within_a_payload_is_an_error_and_the_next_save_wo
         training.check(manager)
 
 
-@pytest.mark.parametrize("name", ["sftp", "ssh"])
-@pytest.mark.parametrize("what", ["list", "restore", "save"])
-@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize(
+    ("direction", "what", "name"),
+    [*itertools.product(["up", "down"], ["list", "restore", "save"], ["sftp"]), ("down", "restore", "ssh")],
+)
 def test_a_session_that_is_cut_between_payloads_is_opened_anew(
     serve: Serve, name: str, what: str, direction: str
 ) -> None:

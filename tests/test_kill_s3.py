@@ -148,9 +148,10 @@ def test_a_killed_server_loses_nothing_acknowledged(serve: Serve, tmp_path: Path
                 step = state["step"]
                 try:
                     training.observe({"loss": step * 7919 % 101}, step=step, epoch=0, epoch_end=False)
-                except SaveError as error:
-                    assert deadline_s == IMPATIENT_S, error
-                    assert not is_back, error
+                except SaveError:
+                    # Only who is impatient sees one, and only while the server is away.
+                    if deadline_s != IMPATIENT_S or is_back:
+                        raise
                 else:
                     acknowledged = step
             killer.join()

@@ -87,7 +87,7 @@ def test_a_folder_that_may_not_be_listed_is_an_error(faulty: type[FaultyFileSyst
             raise PermissionError(path)
 
     faulty.hooks["before"] = refuse
-    with pytest.raises(PermissionError):
+    with pytest.raises(StorageError, match="cannot use faulty://"):
         restored_step(url, storage_options=QUICK)
 
 

@@ -63,15 +63,6 @@ class FsspecStorage:
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
-        try:
-            return self._list(prefix)
-        except OSError as error:
-            if prefix:
-                raise
-            msg = f"cannot list {self}: {error}; check the URL, the credentials and whether the server is up"
-            raise StorageError(msg) from error
-
-    def _list(self, prefix: str) -> dict[str, Stat]:
         found = {n: info for n, info in self._connection.find(prefix).items() if not n.startswith(f"{STAGING}/")}
         if prefix and not found and not self._connection.is_object_store:
             found = self._connection.find(f"{REPLACING}/{prefix}")
