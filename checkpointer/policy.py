@@ -137,10 +137,14 @@ class Policy:
         """Return the best of these records, or None if none is ranked."""
         return next(iter(self.best_first(records)), None)
 
+    def top(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that the first `KeepBest` keeps, best first; ``records`` are oldest first."""
+        return self._best_rule.top(records) if self._best_rule else []
+
     def scores(self, records: Iterable[Record]) -> dict[str, float]:
         """Return name and score of the best k by the first `KeepBest`, best first."""
         rule = self._best_rule
-        best = rule.ranked(records)[: rule.k] if rule else []
+        best = self.top(records)
         return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
 
     @classmethod

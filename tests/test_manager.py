@@ -53,6 +53,17 @@ def make(directory: Any = None, policy: Policy = BEST_AND_LAST, **kwargs: Any) -
     return CheckpointManager(directory, policy, format=PlainFormat(), **kwargs)
 
 
+def telling(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
+    """A manager whose host keeps the manager's own state in the state that is saved."""
+
+    def take() -> dict[str, Any]:
+        kept.append(manager.state_dict())
+        return {"w": 1}
+
+    manager = make(directory, policy, state=take)
+    return manager
+
+
 def names(manager: CheckpointManager) -> list[str]:
     """Names of the run's checkpoints, without the extension."""
     return [record.name.removesuffix(".ckpt") for record in manager.records]
@@ -463,7 +474,7 @@ def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> No
     """A host that keeps it in the very file goes on where the file ends: its first step owes nothing."""
     kept: list[dict[str, Any]] = []
     policy = Policy(EverySteps(10), [KeepLast(2)], name="{step}")
-    with make(tmp_path, policy, state=lambda: kept.append(manager.state_dict()) or {"w": 1}) as manager:
+    with telling(tmp_path, policy, kept) as manager:
         manager.observe({}, step=10, epoch=0, epoch_end=False)
     with make(tmp_path, policy) as manager:
         manager.load_state_dict(kept[0])
@@ -489,7 +500,7 @@ def test_an_end_of_epoch_at_a_saved_step_is_not_made_up_for_later() -> None:
     storage = MemoryStorage()
     policy = Policy(AnyOf(EveryEpochs(1), EverySteps(4)), [KeepLast(9)])
     kept: list[dict[str, Any]] = []
-    with make(storage, policy, state=lambda: kept.append(manager.state_dict()) or {}) as manager:
+    with telling(storage, policy, kept) as manager:
         manager.observe({}, step=4, epoch=0, epoch_end=False)
         assert "attached the end of its epoch" in manager.observe({}, step=4, epoch=0, epoch_end=True).reason
         assert manager.records[0].epoch_end

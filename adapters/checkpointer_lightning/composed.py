@@ -77,7 +77,7 @@ class Composed(Managed):
         return self.policy
 
     def _make_manager(self, policy: Policy, pen: Pen, label: str) -> CheckpointManager:
-        return CheckpointManager(self._folder, policy, save=pen, label=label, **self._options)
+        return CheckpointManager(self._folder, policy, save=pen, label=label, clock=self._clock, **self._options)
 
     def _reports(self, moment: Moment, trainer: Any) -> bool:
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 
 from checkpointer import Attach, CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Save
+from checkpointer.clock import SystemClock
+from checkpointer.ports import Clock
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
 from checkpointer_lightning.finding import newest_valid
@@ -61,6 +62,7 @@ class Managed(Base):
     """Base of both callbacks; a subclass says which policy, and which moments are reported."""
 
     _package: ClassVar[Package]
+    _clock: Clock = SystemClock()
     _training: _Training | None = None
     _pending: Save | None = None
     _place: int | None = None
@@ -79,7 +81,7 @@ class Managed(Base):
         raise NotImplementedError
 
     def _make_manager(self, policy: Policy, pen: Pen, label: str) -> CheckpointManager:
-        return CheckpointManager(self._folder, policy, save=pen, label=label)
+        return CheckpointManager(self._folder, policy, save=pen, label=label, clock=self._clock)
 
     def _reports(self, moment: Moment, trainer: Any) -> bool:
         """Return whether this moment is an observation."""
@@ -135,7 +137,7 @@ class Managed(Base):
             nonlocal manager
             manager = self._make_manager(policy, pen, siblings.label(number))
             if self._saved and (self._goes_on or again):
-                manager.load_state_dict(self._saved, source=self._resumed_name(trainer, manager))
+                manager.load_state_dict(self._saved, source=self._resumed_name(trainer, policy, manager))
             return manager.horizon
 
         self._training = _Training(pen, None, on_rank_zero(trainer, open_it))
@@ -159,14 +161,14 @@ class Managed(Base):
         # Asked before `setup` has found the directory.
         return str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))
 
-    def _resumed_name(self, trainer: Any, manager: CheckpointManager) -> str:
+    def _resumed_name(self, trainer: Any, policy: Policy, manager: CheckpointManager) -> str:
         """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
         if not self._goes_on or trainer.ckpt_path in (None, "", self._found):
             return ""
         folder, name = os.path.split(os.path.abspath(trainer.ckpt_path))
         path = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(self._folder))
         path = path.replace(os.sep, "/")
-        return path if path in manager.manifest.by_name and path not in manager.policy.aliases else ""
+        return path if path in manager.manifest.by_name and path not in policy.aliases else ""
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See `Callback.teardown`: close the directory."""
@@ -185,7 +187,7 @@ class Managed(Base):
         """Report a batch; costs a comparison unless something is due."""
         if self._training is None or not self._reports("batch", trainer):
             return
-        now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=time.time())
+        now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
         if not self._is_quiet(trainer, self._training.horizon, now):
             self._report("batch", trainer)
 
@@ -246,6 +248,8 @@ class Managed(Base):
     def _report(self, moment: Moment, trainer: Any) -> None:
         training = self._training
         assert training is not None, "it was asked"
+        if not trainer.global_step:  # Nothing was trained yet.
+            return
         # Every rank looks, for a metric may be computed by all of them together.
         metrics = self._metrics(trainer, training.measured)
         if not self._reports(moment, trainer):

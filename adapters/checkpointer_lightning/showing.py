@@ -49,14 +49,15 @@ def account_of(policy: Policy, manifest: Manifest, directory: str, top_k: int) -
     slot = policy.name.last_file if policy.last else None
     history = [record for record in manifest.history if record.name != slot]
     ranked = policy.best_first(history)
-    top = ranked if top_k < 0 else ranked[:top_k]
+    top = ranked if top_k < 0 else policy.top(history)
     in_order = sorted(top, key=lambda record: record.serial)
     best = {os.path.join(directory, record.name): _score(policy, record) for record in in_order}
-    paths = [os.path.join(directory, record.name) for record in (top if policy.ranking else history[::-1])]
+    newest_first = top if policy.ranking else history[::-1]
+    is_full = bool(best) and top_k in (-1, len(best))
     return Account(
         best=best,
-        best_path=paths[0] if paths else "",
-        kth_path=paths[-1] if best and len(best) == (len(best) if top_k < 0 else top_k) else "",
+        best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",
+        kth_path=os.path.join(directory, policy.ranking.worst(in_order).name) if policy.ranking and is_full else "",
         last_path=os.path.join(directory, slot) if slot and manifest.history else "",
         current=list(best.values())[-1] if best else None,
         worst=_worst(policy),
