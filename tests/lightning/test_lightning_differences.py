@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import torch
 from checkpointer_lightning import ModelCheckpoint as Ours
 from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
-from tiny import BATCHES, Model, files, fit, quiet, step_of, trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from tiny import BATCHES, Model, files, fit, quiet, step_of
 
 from checkpointer import CheckpointManager
 from checkpointer.testing import FakeClock
@@ -314,12 +316,18 @@ def test_70_a_step_is_dumped_once_however_many_files_name_it(tmp_path: Path) -> 
     assert [4, 8, 12] == dumps
 
 
+class Slow(TorchCheckpointIO):
+    """A disk that takes its time."""
+
+    def save_checkpoint(self, *args: Any, **kw: Any) -> None:
+        time.sleep(0.05)
+        super().save_checkpoint(*args, **kw)
+
+
 def test_72_a_plugin_that_writes_in_the_background_keeps_k(tmp_path: Path) -> None:
     """Nothing is published before it is there, so nothing is forgotten."""
-    from lightning.pytorch.plugins.io import AsyncCheckpointIO
-
     callback = ModelCheckpoint(dirpath=tmp_path, save_last="link")
-    fit(callback, plugins=[AsyncCheckpointIO()])
+    fit(callback, plugins=[AsyncCheckpointIO(Slow())])
     assert ["epoch=4-step=20.ckpt", "last.ckpt"] == files(tmp_path)
     assert 20 == step_of(tmp_path / "last.ckpt")
 
@@ -340,9 +348,13 @@ def test_77_an_exception_outside_a_training_saves_nothing(tmp_path: Path) -> Non
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             raise ZeroDivisionError("the validation breaks")
 
-    callback = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True)
-    fit(callback, max_epochs=1)
-    training = trainer([ModelCheckpoint(dirpath=tmp_path, save_on_exception=True)])
+    training = fit(ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, every_n_epochs=0), max_epochs=1)
     with pytest.raises(ZeroDivisionError, match="the validation breaks"):
-        training.validate(Broken(), torch.ones(1, 2, 2), ckpt_path=callback.best_model_path)
-    assert ["epoch=0-step=4.ckpt"] == files(tmp_path)
+        training.validate(Broken(), torch.ones(1, 2, 2))
+    assert [] == files(tmp_path)
+
+
+def test_17_a_dev_run_leaves_no_last(tmp_path: Path) -> None:
+    """Lightning's writes one when it ends."""
+    fit(ModelCheckpoint(dirpath=tmp_path, save_last=True), fast_dev_run=True)
+    assert [] == files(tmp_path)
