@@ -19,6 +19,7 @@ from checkpointer_lightning import CheckpointCallback
 from digits_loop import BATCH, load_splits, make_net, table_of
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from checkpointer import CheckpointManager, EveryEpochs, KeepBest, KeepLast, Policy
 
@@ -71,6 +72,11 @@ class Batches:
         yield from ((self.images[part], self.labels[part]) for part in torch.split(shuffled, BATCH))
 
 
+def whole(split: tuple[Tensor, Tensor]) -> DataLoader[tuple[Tensor, ...]]:
+    """Return a split as one batch."""
+    return DataLoader(TensorDataset(*split), batch_size=len(split[0]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path("runs/digits-lightning"))
@@ -89,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, Batches(*splits["train"], module), [[splits["val"]]], ckpt_path="last")
+    trainer.fit(module, Batches(*splits["train"], module), whole(splits["val"]), ckpt_path="last")
     if trainer.ckpt_path:
         console.print(f"resumed from {Path(trainer.ckpt_path).resolve().name}")
     manager = CheckpointManager(args.directory, POLICY)
     console.print(table_of(manager, args.directory))
-    (tested,) = trainer.validate(module, [[splits["test"]]], ckpt_path="best", verbose=False)
+    (tested,) = trainer.validate(module, whole(splits["test"]), ckpt_path="best", verbose=False)
     console.print(
         f"best: {Path(str(trainer.ckpt_path)).name} has {tested['val_accuracy']:.1%} of the test digits right"
     )

@@ -16,6 +16,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.ports import Clock
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
+from checkpointer_lightning.adopting import adopt
 from checkpointer_lightning.finding import newest_valid
 from checkpointer_lightning.measuring import Measured
 from checkpointer_lightning.packages import Package
@@ -71,6 +72,8 @@ class Managed(Base):
     """The manager's state as it was last."""
     _goes_on: bool = False
     """Whether `_saved` is what this training goes on from."""
+    _theirs: Mapping[str, Any] = {}
+    """Path and score of what Lightning's own class had saved, if this training goes on from there."""
     _found: str | None = None
     """What ``ckpt_path="last"`` was found to mean."""
     _last_trainer: weakref.ref[Any] | None = None
@@ -118,7 +121,7 @@ class Managed(Base):
         self._package.refuse_trainer(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
         self._place = siblings.place(self, self._base_key, trainer.callbacks)
-        self._stage, self._goes_on = stage, False
+        self._stage, self._goes_on, self._theirs = stage, False, {}
 
     # From start to end
 
@@ -136,8 +139,11 @@ class Managed(Base):
         def open_it() -> Horizon:
             nonlocal manager
             manager = self._make_manager(policy, pen, siblings.label(number))
-            if self._saved and (self._goes_on or again):
-                manager.load_state_dict(self._saved, source=self._resumed_name(trainer, policy, manager))
+            if self._theirs:
+                adopt(manager, self._folder, self._theirs, self.monitor)
+            state = manager.state_dict() if self._theirs else self._saved if self._goes_on or again else None
+            if state:
+                manager.load_state_dict(state, source=self._resumed_name(trainer, policy, manager))
             return manager.horizon
 
         self._training = _Training(pen, None, on_rank_zero(trainer, open_it))
@@ -163,7 +169,7 @@ class Managed(Base):
 
     def _resumed_name(self, trainer: Any, policy: Policy, manager: CheckpointManager) -> str:
         """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
-        if not self._goes_on or trainer.ckpt_path in (None, "", self._found):
+        if not (self._goes_on or self._theirs) or trainer.ckpt_path in (None, "", self._found):
             return ""
         folder, name = os.path.split(os.path.abspath(trainer.ckpt_path))
         path = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(self._folder))
@@ -350,6 +356,9 @@ class Managed(Base):
         ours = state.pop(STATE, {})
         if not ours:
             super().load_state_dict(state)
+            best = state.get("best_model_path")
+            newest = {best: None} if best else {}
+            self._theirs = dict(self.best_k_models or newest) if self._stage == "fit" else {}
             return
         # The records say the rest, and a folder that was moved has them with it.
         self.best_model_path = state["best_model_path"]

@@ -438,6 +438,20 @@ def test_stock_lightning_goes_on_with_what_is_written_here(tmp_path: Path) -> No
     assert [8, 16] == [step_of(path) for path in callback.best_k_models]
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"monitor": "val_loss", "save_top_k": 2}, {}, {"monitor": "val_loss", "mode": "max"}]
+)
+def test_a_run_that_lightning_started_goes_on_with_its_ranking(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """The same files and attributes as if Lightning's class had gone on."""
+    found = []
+    for cls in (Theirs, Ours):
+        directory = tmp_path / cls.__module__
+        run(Theirs, directory, arguments, max_epochs=2)
+        newest = max(directory.glob("*.ckpt"), key=step_of)
+        found.append(run(cls, directory, arguments, resume=newest)[:2])
+    assert found[0] == found[1]
+
+
 # Words
 
 
