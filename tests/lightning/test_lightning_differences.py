@@ -358,3 +358,41 @@ def test_17_a_dev_run_leaves_no_last(tmp_path: Path) -> None:
     """Lightning's writes one when it ends."""
     fit(ModelCheckpoint(dirpath=tmp_path, save_last=True), fast_dev_run=True)
     assert [] == files(tmp_path)
+
+
+# Trainings, one after another
+
+
+def test_57_what_lies_beyond_the_resumed_step_is_told_apart(tmp_path: Path) -> None:
+    """Later files of the timeline that was left stay, listed as abandoned and never ranked."""
+    arguments = {"dirpath": tmp_path, "monitor": "val_loss", "save_top_k": 2, "filename": "{epoch}"}
+    fit(ModelCheckpoint(**arguments), model=Model([3.0, 1.0]), max_epochs=2)
+    callback = ModelCheckpoint(**arguments)
+    fit(callback, model=Model([3.0, 2.0]), max_epochs=2, resume=tmp_path / "epoch=0.ckpt")
+    assert ["epoch=1.ckpt"] == [record.name for record in CheckpointManager(tmp_path).manifest.abandoned]
+    assert str(tmp_path / "epoch=1-v1.ckpt") == callback.best_model_path
+
+
+def test_59_another_training_begins_with_no_ranking(tmp_path: Path) -> None:
+    """The second training of one callback, by another Trainer, is not measured by the first."""
+    callback = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss", filename="{epoch}")
+    fit(callback, model=Model([1.0]), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(callback, model=Model([5.0]), max_epochs=1)
+    assert ["epoch=0-v1.ckpt", "epoch=0.ckpt"] == files(tmp_path)
+    assert 5.0 == callback.best_model_score
+
+
+def test_66_a_kill_leaves_nothing_half_written_wherever_tmpdir_is(tmp_path: Path) -> None:
+    """What Lightning writes, it writes to a staged path: the name appears with the whole file behind it."""
+    seen: list[str] = []
+
+    class Watching(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            seen.append(os.path.relpath(path, tmp_path))
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    fit(ModelCheckpoint(dirpath=tmp_path, filename="model", save_last=True), plugins=[Watching()], max_epochs=2)
+    assert [] == [path for path in seen if not path.startswith(".checkpointer/staging/")]
+    assert 8 == step_of(tmp_path / "model.ckpt")

@@ -20,6 +20,7 @@ import yaml
 from checkpointer_lightning import ModelCheckpoint as Ours
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import Model, files, fit, quiet, step_of, trainer
 
@@ -450,6 +451,30 @@ def test_a_run_that_lightning_started_goes_on_with_its_ranking(tmp_path: Path, a
         newest = max(directory.glob("*.ckpt"), key=step_of)
         found.append(run(cls, directory, arguments, resume=newest)[:2])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("cls", [Theirs, Ours])
+def test_a_run_that_resumes_another_leaves_its_files(tmp_path: Path, cls: type) -> None:
+    """A second directory begins with the first one's checkpoint, and removes nothing of it."""
+    first = cls(dirpath=tmp_path / "1", monitor="val_loss")
+    fit(first, max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning says that the directory has changed.
+        fit(cls(dirpath=tmp_path / "2", monitor="val_loss"), resume=first.best_model_path, max_epochs=4)
+    assert ["epoch=1-step=8.ckpt"] == files(tmp_path / "1")
+    assert ["epoch=3-step=16.ckpt"] == files(tmp_path / "2")
+
+
+def test_folders_that_a_strategy_writes_are_checkpoints(tmp_path: Path) -> None:
+    """Removed as a whole, and replaced as one."""
+
+    class Sharded(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            Path(path).mkdir()
+            super().save_checkpoint(checkpoint, Path(path) / "shard", storage_options)
+
+    fit(Ours(dirpath=tmp_path, monitor="val_loss"), plugins=[Sharded()])
+    assert ["epoch=3-step=16.ckpt/shard"] == files(tmp_path)
 
 
 # Words
