@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'torch-checkpointer[lightning]'")
-
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples/digits_lightning.py"

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'torch-checkpointer[lightning]'")
-
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
