@@ -50,6 +50,8 @@ check: venv
 	@if grep -q '^```python' README.md; then "$(BIN)/python" -m pytest README.md; fi
 	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
 	@set -e; for example in $(EXAMPLES); do \
+		case $$example in *lightning*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
+			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \
 		(cd "$$folder" && "$(BIN)/python" "$(CURDIR)/$$example"); \

@@ -10,7 +10,7 @@ from checkpointer.ranking import Metric
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
 from checkpointer.trust import HMACKey
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointerError",
     "CheckpointerWarning",
     "Decision",
+    "DuringEpochs",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",

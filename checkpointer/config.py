@@ -14,7 +14,7 @@ from checkpointer.errors import CheckpointerError, PolicyError
 from checkpointer.naming import Naming
 from checkpointer.ranking import Metric
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
 
 __all__ = ["MAX_YAML_BYTES", "from_plain", "mapping", "naming_from_plain", "parse_yaml", "suggest", "to_plain"]
 
@@ -27,7 +27,7 @@ MAX_TEXT: Final = 1000
 _TYPES: Final[dict[str, Any]] = {
     cls.__name__: cls
     for cls in (
-        *(EverySteps, EveryEpochs, EverySeconds, AtSteps, AnyOf),
+        *(EverySteps, EveryEpochs, DuringEpochs, EverySeconds, AtSteps, AnyOf),
         *(KeepBest, KeepLast, KeepEvery, KeepAll, Budget),
     )
 }

@@ -215,9 +215,9 @@ class Directory:
         """Go on from this record; ``protect`` keeps it whatever the rules say. Writes nothing."""
         self._turn_to(attrs.evolve(self.manifest.resumed_at(record), resumed=record.name if protect else ""))
 
-    def resume_run(self, run: str, line: Line, step: int) -> None:
-        """Go on with a run whose host was at ``step`` of this line. Writes nothing."""
-        self._turn_to(self.manifest.resumed_from(run, line, step))
+    def resume_run(self, run: str, line: Line, step: int, source: str = "") -> None:
+        """Go on with a run whose host was at ``step`` of this line; ``source`` is kept. Writes nothing."""
+        self._turn_to(attrs.evolve(self.manifest.resumed_from(run, line, step), resumed=source))
 
     def see(self, run: str, line: Line) -> None:
         """Be the directory of this run and line from now on, unless it is already. Writes nothing."""

@@ -91,5 +91,5 @@ def _keep(monitor: str | None, mode: Literal["min", "max"], top_k: int) -> list[
     if monitor is None:
         return [KeepAll()] if top_k == -1 else [KeepLast(1)]
     if top_k == -1:
-        return [KeepAll(), KeepBest(1, monitor, mode=mode)]
-    return [KeepBest(top_k, monitor, mode=mode)]
+        return [KeepAll(), KeepBest(1, monitor, mode=mode, ties="incumbent")]
+    return [KeepBest(top_k, monitor, mode=mode, ties="incumbent")]

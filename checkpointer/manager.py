@@ -33,7 +33,7 @@ from checkpointer.formats import open_format
 from checkpointer.manifest import Manifest
 from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
-from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue
+from checkpointer.policy import Attach, Decision, Policy, Save, Skip, after, decide, decide_rescue
 from checkpointer.ports import Clock, Format, Listener, Storage, SupportsCapabilities
 from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
 from checkpointer.restoring import Restored
@@ -126,6 +126,7 @@ class CheckpointManager:
         self._clock = clock or SystemClock()
         self._level = logging.INFO if verbose else logging.DEBUG
         self._closed = False
+        self._saving: Save | None = None
         self._failures = 0
         self._saved_steps: set[int] = set()
         self._since = Progress()
@@ -199,29 +200,52 @@ class CheckpointManager:
         horizon = horizon_of(self.policy.when, self._since)
         if self._owed or self._since.time > self._clock.time():
             horizon = ALWAYS
+        self._horizon = horizon
         self._quiet_step = -math.inf if self._closed else horizon.step
         self._quiet_epochs = None if horizon.epochs == math.inf else horizon.epochs
         self._quiet_time = None if horizon.time == math.inf else horizon.time
         self._quiet = Skip(reason=_not_due(self.policy, horizon))
 
-    def decide(self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None) -> Decision:
+    @property
+    def horizon(self) -> Horizon:
+        """Below which nothing is due: whoever reports from several processes can be silent together."""
+        return self._horizon
+
+    def decide(
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int,
+        *,
+        epoch_end: bool | None = None,
+        due: str = "",
+    ) -> Decision:
         """Decide without writing a payload, for trainers that own the moment: then `commit` what they wrote.
 
-        An `Attach` is carried out at once. Arguments and errors as for `observe`.
+        An `Attach` is carried out at once. Arguments and errors as for `observe`; ``due`` says why it is due whatever
+        the trigger says, such as the end of the training: what is kept, and whether at all, is still the rules' to say.
         """
         self._check_open()
         now = self._observation(metrics, step, epoch, epoch_end)
         self._directory.note(now.metrics)
-        decision = self._decide(now)
+        decision = self._decide(now, due)
         if isinstance(decision, Attach):
             self._attach(decision)
-        elif isinstance(decision, Skip) and decision.due:
+        if isinstance(decision, Skip) and decision.due:
             self._since, self._owed = now.progress, decision.waiting
+            self._look_ahead()
+        elif not isinstance(decision, Save) and self.policy.when.due(now.progress, self._since):
+            # The step is saved already, and that answers this due point: it must not come up again at the next step.
+            self._since = now.progress
             self._look_ahead()
         _log.log(self._level, "step %d: %s", now.step, decision.reason)
         return decision
 
-    def _decide(self, now: Observation) -> Decision:
+    def after(self, decision: Decision) -> Manifest:
+        """Return the records as they will be once the decision is carried out."""
+        return after(decision, self._directory.manifest)
+
+    def _decide(self, now: Observation, why: str = "") -> Decision:
         if now.step < self._last_step and self._directory.manifest.at_step(now.step) is None:
             if now.step in self._saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
@@ -231,7 +255,7 @@ class CheckpointManager:
             )
             raise ObservationError(msg)
         self._last_step = max(self._last_step, now.step)
-        decision = decide(self.policy, now, self._directory.manifest, since=self._since, owed=self._owed)
+        decision = decide(self.policy, now, self._directory.manifest, since=self._since, owed=self._owed or why)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now)
         return decision
@@ -280,6 +304,14 @@ class CheckpointManager:
         self._check_open()
         if not isinstance(decision, Save):
             return decision
+        # A host's state that holds ours is taken as if it were saved: wherever it is read, it has been.
+        self._saving = decision
+        try:
+            return self._carry_out(decision, path)
+        finally:
+            self._saving = None
+
+    def _carry_out(self, decision: Save, path: str | os.PathLike[str] | None) -> Decision:
         state = self._take_state() if path is None and self._save is None else None
         try:
             self._directory.begin()
@@ -345,8 +377,10 @@ class CheckpointManager:
         if record.name in self.policy.aliases:
             # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
             record = self._directory.move_slot(record)
-        metrics = {**record.metrics, **decision.observation.metrics}
-        self._directory.rewrite(attrs.evolve(record, metrics=metrics))
+        now = decision.observation
+        epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
+        metrics = {**record.metrics, **now.metrics}
+        self._directory.rewrite(attrs.evolve(record, metrics=metrics, epoch_end=epoch_end))
         self._directory.point_aliases()
         self._retire()
         self._tell_mirror()
@@ -543,17 +577,24 @@ class CheckpointManager:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore."""
+        saving = self._saving is not None and self._saving.kind == "regular"
+        since = self._saving.observation.progress if self._saving and saving else self._since
+        step = max(self._last_step, self._saving.observation.step if self._saving else 0, 0)
         return {
             "schema": SCHEMA,
             "run": self._directory.manifest.run,
             "line": [list(fork) for fork in self._directory.manifest.line],
-            "step": max(self._last_step, 0),
-            "since": attrs.asdict(self._since),
-            "owed": self._owed,
+            "step": step,
+            "since": attrs.asdict(since),
+            "owed": self._owed and not saving,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
         """Go on with the run that `state_dict` describes, from the step it was taken at.
+
+        Args:
+            state: What `state_dict` returned.
+            source: Name of the checkpoint that a person chose to go on from; it lives while the manager does.
 
         Raises:
             RecordError: If it is not what `state_dict` returned.
@@ -572,8 +613,10 @@ class CheckpointManager:
             self._directory.widened(found.records.values())
             for problem in found.problems:
                 self._directory.say_once(problem, f"went on without {problem}")
-        self._directory.resume_run(run, line, step)
-        self._go_on(since)
+        self._directory.resume_run(run, line, step, source)
+        saved = self._directory.manifest.at_step(step)
+        # What was attached to the checkpoint later is not in the state that lies in it.
+        self._go_on(saved.progress if saved and saved.progress.epochs > since.epochs else since)
         self._owed, self._last_step = owed, step
         self._look_ahead()
 

@@ -14,7 +14,7 @@ from checkpointer._validators import one_of, whole_number
 from checkpointer.errors import NamingError
 from checkpointer.records import has_surrogate, is_home, name_problem
 
-__all__ = ["DEFAULT_EXTENSION", "Naming", "check_name"]
+__all__ = ["DEFAULT_EXTENSION", "Naming", "check_name", "fixed_parts"]
 
 DEFAULT_EXTENSION: Final = ".ckpt"
 MAX_PART_BYTES: Final = 255
@@ -121,6 +121,19 @@ def _field(template: str, key: str, spec: str, conversion: str | None) -> _Field
     raise NamingError(msg)
 
 
+def fixed_parts(template: str, join: str = "-") -> str:
+    """Return what of a template is the same for every checkpoint: an alias is a fixed name. Empty if nothing is.
+
+    Example:
+        >>> from checkpointer.naming import fixed_parts
+        >>> fixed_parts("{epoch}-last")
+        'last'
+    """
+    parts = [part for part in _parse(template, join) if not part.fields]
+    texts = [(part.separator, "".join(map(str, part.pieces))) for part in parts]
+    return "".join(separator + text for separator, text in texts)[len(texts[0][0]) :] if texts else ""
+
+
 def _as_alias(value: str) -> str:
     if "{" in value or "}" in value:
         msg = f"the alias name {value!r} holds a brace; an alias is a fixed name, such as 'last'"
@@ -144,7 +157,8 @@ class Naming:
         first_version: Number of the first suffix when a name is taken: ``-v1``.
         version_counter: If off, a checkpoint of this run that has the same name is replaced (old or new, never
             neither). Files that are not this run's are never replaced.
-        missing: ``"error"`` for a field that nobody has reported, or ``"zero"`` as Lightning has it.
+        missing: ``"error"`` for a field that nobody has reported, or ``"zero"`` as Lightning has it; a metric that is
+            only not there yet is left out either way.
         slashes: ``"replace"`` makes ``val/loss`` in a name ``val_loss``; ``"keep"`` makes folders of it. A slash
             that the template itself has outside a field always makes a folder.
 
@@ -225,7 +239,7 @@ class Naming:
 
     def _render(self, part: _Part, values: Mapping[str, float], known: Container[str]) -> str | None:
         if self.missing == "zero":
-            values = {field.key: 0 for field in part.fields} | dict(values)
+            values = {field.key: 0 for field in part.fields if field.key not in known} | dict(values)
         absent = [field.key for field in part.fields if field.key not in values]
         for key in absent:
             if key not in known:

@@ -21,7 +21,7 @@ from checkpointer.records import Contents, Kind, Observation, Progress, Record
 from checkpointer.retention import KeepBest, Limit, Rule, kept_by
 from checkpointer.triggers import Trigger
 
-__all__ = ["Attach", "Decision", "Policy", "Save", "Skip", "decide", "decide_rescue", "explain", "surplus"]
+__all__ = ["Attach", "Decision", "Policy", "Save", "Skip", "after", "decide", "decide_rescue", "explain", "surplus"]
 
 _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
@@ -137,10 +137,14 @@ class Policy:
         """Return the best of these records, or None if none is ranked."""
         return next(iter(self.best_first(records)), None)
 
+    def top(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that the first `KeepBest` keeps, best first; ``records`` are oldest first."""
+        return self._best_rule.top(records) if self._best_rule else []
+
     def scores(self, records: Iterable[Record]) -> dict[str, float]:
         """Return name and score of the best k by the first `KeepBest`, best first."""
         rule = self._best_rule
-        best = rule.ranked(records)[: rule.k] if rule else []
+        best = self.top(records)
         return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
 
     @classmethod
@@ -301,7 +305,7 @@ Decision = Save | Attach | Skip
 
 
 def decide(
-    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: bool = False
+    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: bool | str = False
 ) -> Decision:
     """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
 
@@ -310,7 +314,7 @@ def decide(
         now: The observation.
         manifest: The records, as the run sees them.
         since: The last due observation; None takes the newest record's.
-        owed: Whether an earlier due point still waits for a metric.
+        owed: Whether an earlier due point still waits for a metric; or why it is due whatever the trigger says.
 
     Raises:
         NamingError: If the template asks for something that is neither reported nor known.
@@ -331,14 +335,33 @@ def decide(
     due = policy.when.due(now.progress, since)
     if due is None and not owed:
         return Skip(reason=f"not due: {policy.when}")
-    due = due or "a due point was waiting for a metric"
+    due = due or (owed if isinstance(owed, str) else "a due point was waiting for a metric")
     return _save_or_skip(policy, now, manifest, due)
+
+
+def after(decision: Decision, manifest: Manifest) -> Manifest:
+    """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
+
+    A host that keeps its own account in the very file that is being saved needs it before.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> from checkpointer.policy import after
+        >>> now = Observation(metrics={}, step=10, epoch=0, time=0.0)
+        >>> decision = decide(Policy(EverySteps(10), [KeepLast(1)]), now, Manifest())
+        >>> [record.name for record in after(decision, Manifest()).own]
+        ['epoch=0-step=10.ckpt']
+    """
+    if not isinstance(decision, Save):
+        return manifest
+    candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
+    return manifest.without(*decision.retire).with_record(candidate)
 
 
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
     candidate = _candidate(now, manifest)
-    after = manifest.with_record(candidate)
-    reasons = explain(policy, after)
+    extended = manifest.with_record(candidate)
+    reasons = explain(policy, extended)
     # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
     kept = tuple(why for why in reasons.get(_CANDIDATE, ()) if why is not _NEWEST)
     absent = _absent(policy, now)
@@ -347,7 +370,7 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
             have = ", ".join(sorted(now.metrics)) or "none"
             return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=True)
         return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
-    retire = surplus(policy, after)
+    retire = surplus(policy, extended)
     why = f"{due}; kept by {', '.join(kept) or 'last'}"
     if policy.last == "copy" and not kept and not absent:
         name = policy.name.last_file
@@ -374,11 +397,13 @@ def _named(
 
 def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record) -> Attach | Skip:
     news = {key: value for key, value in now.metrics.items() if repr(saved.metrics.get(key)) != repr(value)}
-    if not news:
+    ends = now.epoch_end and now.epoch == saved.epoch and not saved.epoch_end
+    if not news and not ends:
         return Skip(reason=f"step {now.step} is saved already as {saved.name}")
-    after = manifest.with_record(attrs.evolve(saved, metrics={**saved.metrics, **news}))
-    why = f"step {now.step} is saved already as {saved.name}; attached {', '.join(sorted(news))}"
-    return Attach(name=saved.name, retire=surplus(policy, after), reason=why, observation=now)
+    attached = manifest.with_record(attrs.evolve(saved, metrics={**saved.metrics, **news}))
+    what = ", ".join(sorted(news)) or "the end of its epoch"
+    why = f"step {now.step} is saved already as {saved.name}; attached {what}"
+    return Attach(name=saved.name, retire=surplus(policy, attached), reason=why, observation=now)
 
 
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:

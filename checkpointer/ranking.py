@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -12,9 +12,12 @@ from checkpointer._validators import one_of
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.records import Observation, Record, as_metrics
 
-__all__ = ["Metric", "Ranking"]
+__all__ = ["Metric", "Ranking", "Ties"]
 
 Score = Callable[[Mapping[str, float]], Any]
+
+
+Ties = Literal["older", "newest", "incumbent"]
 
 
 class Ranking(Protocol):
@@ -44,7 +47,7 @@ class Metric:
         key: A metric's name (``"epoch"`` and ``"step"`` always exist), or a named function that computes a score
             from the metrics; a ``KeyError`` it raises means that a metric it needs is missing.
         mode: ``"min"`` or ``"max"``.
-        ties: Which record ranks first among equals, ``"older"`` or ``"newest"``.
+        ties: Which record ranks first among equals, ``"older"`` (so for ``"incumbent"``: see `KeepBest`), ``"newest"``.
 
     Raises:
         PolicyError: If an argument is none of these, or ``key`` is a lambda (give a score a name).
@@ -60,7 +63,7 @@ class Metric:
 
     key: str | Score = attrs.field(validator=_check_key)
     mode: Literal["min", "max"] = attrs.field(validator=one_of("min", "max"), kw_only=True)
-    ties: Literal["older", "newest"] = attrs.field(default="older", validator=one_of("older", "newest"), kw_only=True)
+    ties: Ties = attrs.field(default="older", validator=one_of("older", "newest", "incumbent"), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if callable(self.key) and self.name in ("", "<lambda>"):
@@ -91,12 +94,24 @@ class Metric:
         """Return the key that sorts ranked records best first; the metric must be there."""
         value = self.value(record)
         assert value is not None, f"{record.name} has no {self.name}"
-        age = record.serial if self.ties == "older" else -record.serial
+        age = -record.serial if self.ties == "newest" else record.serial
         if math.isnan(value):
             return 2, 0.0, age
         # -0.0 and 0.0 are one value, so that a tie is a tie.
         signed = (value if self.mode == "min" else -value) + 0.0
         return (1 if signed == -math.inf else 0), signed, age
+
+    def is_better(self, record: Record, other: Record) -> bool:
+        """Return whether a ranked record's value is better than another's, and not only as good."""
+        return self.sort_key(record)[:2] < self.sort_key(other)[:2]
+
+    def worst(self, records: Sequence[Record]) -> Record:
+        """Return the worst of ranked records, the first of them if there are equals."""
+        worst = records[0]
+        for record in records[1:]:
+            if self.is_better(worst, record):
+                worst = record
+        return worst
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""

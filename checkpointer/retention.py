@@ -10,7 +10,7 @@ import attrs
 
 from checkpointer._validators import whole_number
 from checkpointer.errors import PolicyError
-from checkpointer.ranking import Metric, Ranking, Score
+from checkpointer.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records import Record
 
 __all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule", "kept_by"]
@@ -46,7 +46,8 @@ class KeepBest:
         k: How many, at least 1.
         metric: A metric's name, or a named function of the metrics that returns a score.
         mode: ``"min"`` or ``"max"``.
-        ties: Which of two equals stays, ``"older"`` or ``"newest"``.
+        ties: Which of two equals stays, ``"older"`` or ``"newest"``. ``"incumbent"``: a new one takes no place from its
+            equal, but of the equals that are kept the older goes first when a better one comes.
         after_step: Records up to and including this step are not ranked (warm-up).
 
     Example:
@@ -65,15 +66,30 @@ class KeepBest:
         metric: str | Score,
         *,
         mode: Literal["min", "max"],
-        ties: Literal["older", "newest"] = "older",
+        ties: Ties = "older",
         after_step: int = 0,
     ) -> None:
         self.__attrs_init__(k, Metric(metric, mode=mode, ties=ties), after_step)
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        best = self.ranked(history)[: self.k]
-        return {record.name: f"#{rank} of {self}" for rank, record in enumerate(best, start=1)}
+        return {record.name: f"#{rank} of {self}" for rank, record in enumerate(self.top(history), start=1)}
+
+    def top(self, history: Iterable[Record]) -> list[Record]:
+        """Return the records this rule keeps, best first; ``history`` is oldest first."""
+        if self.metric.ties != "incumbent":
+            return self.ranked(history)[: self.k]
+        places: list[Record] = []
+        for record in self.eligible(history):
+            if self.metric.value(record) is None:
+                continue
+            if len(places) == self.k:
+                worst = self.metric.worst(places)
+                if not self.metric.is_better(record, worst):
+                    continue
+                places.remove(worst)
+            places.append(record)
+        return self.ranked(places)
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records this rule ranks, best first."""

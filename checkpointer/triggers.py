@@ -13,7 +13,17 @@ from checkpointer._validators import whole_number
 from checkpointer.errors import PolicyError
 from checkpointer.records import Progress
 
-__all__ = ["AnyOf", "AtSteps", "EveryEpochs", "EverySeconds", "EverySteps", "Horizon", "SupportsHorizon", "Trigger"]
+__all__ = [
+    "AnyOf",
+    "AtSteps",
+    "DuringEpochs",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
+    "Horizon",
+    "SupportsHorizon",
+    "Trigger",
+]
 
 
 @runtime_checkable
@@ -39,6 +49,10 @@ class Horizon:
     """... and the count of finished epochs below this ..."""
     time: float = math.inf
     """... and the time (seconds since the Unix epoch) below this."""
+
+    def covers(self, now: Progress) -> bool:
+        """Return whether nothing can be due at ``now``."""
+        return now.step < self.step and now.epochs < self.epochs and now.time < self.time
 
 
 ALWAYS = Horizon(step=-math.inf)
@@ -127,6 +141,38 @@ class EveryEpochs:
 
     def __str__(self) -> str:
         return f"every {self.n} epochs" + (f" after {self.after}" if self.after else "")
+
+
+@attrs.frozen
+class DuringEpochs:
+    """Due at each report of every ``n``-th epoch, however many reports there are in it.
+
+    Where `EveryEpochs` is due once an epoch, and catches up on one that it missed, this asks of each report only
+    whether the count of finished epochs is a multiple of ``n``: report with ``epoch_end=True`` alone.
+
+    Args:
+        n: Epochs between the epochs that count, at least 1.
+
+    Example:
+        >>> from checkpointer import DuringEpochs, Progress
+        >>> [DuringEpochs(2).due(Progress(epochs=epochs), since=Progress()) for epochs in (2, 3)]
+        ['epoch 2, a multiple of 2', None]
+    """
+
+    n: int = attrs.field(validator=whole_number(1))
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        if not now.epochs or now.epochs % self.n:
+            return None
+        return f"epoch {now.epochs}, a multiple of {self.n}"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(epochs=_next_multiple(self.n, max(since.epochs - 1, 0), 0))
+
+    def __str__(self) -> str:
+        return f"at each report of every {self.n} epochs"
 
 
 def _as_seconds(value: Any) -> float:

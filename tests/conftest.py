@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -25,3 +27,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+class NeedsLightning(pytest.Module):
+    """A test module that is not even imported."""
+
+    def collect(self) -> list[pytest.Item]:
+        """Skip the module."""
+        pytest.skip("needs Lightning: pip install 'torch-checkpointer[lightning]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    spec = find_spec("lightning")
+    # The folder of these tests, which has that name too, is no package: it has no file of its own.
+    missing = spec is None or spec.origin is None
+    if missing and module_path.parent.name == "lightning":
+        return NeedsLightning.from_parent(parent, path=module_path)
+    return None

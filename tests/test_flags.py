@@ -23,16 +23,18 @@ ZERO = Naming(missing="zero")
         ({}, Policy(EveryEpochs(1), [KeepLast(1)], name=ZERO, rescue=False)),
         (
             {"monitor": "val_loss", "save_top_k": 3},
-            Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min")], name=ZERO, rescue=False),
+            Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min", ties="incumbent")], name=ZERO, rescue=False),
         ),
         (
             {"monitor": "acc", "mode": "max"},
-            Policy(EveryEpochs(1), [KeepBest(1, "acc", mode="max")], name=ZERO, rescue=False),
+            Policy(EveryEpochs(1), [KeepBest(1, "acc", mode="max", ties="incumbent")], name=ZERO, rescue=False),
         ),
         ({"save_top_k": -1}, Policy(EveryEpochs(1), [KeepAll()], name=ZERO, rescue=False)),
         (
             {"monitor": "acc", "save_top_k": -1},
-            Policy(EveryEpochs(1), [KeepAll(), KeepBest(1, "acc", mode="min")], name=ZERO, rescue=False),
+            Policy(
+                EveryEpochs(1), [KeepAll(), KeepBest(1, "acc", mode="min", ties="incumbent")], name=ZERO, rescue=False
+            ),
         ),
         ({"save_top_k": 0}, Policy(EveryEpochs(1), [], name=ZERO, rescue=False)),
         (

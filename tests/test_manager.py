@@ -26,6 +26,7 @@ from checkpointer import (
     Listener,
     Naming,
     Policy,
+    Progress,
     Record,
     Save,
     Skip,
@@ -50,6 +51,17 @@ def make(directory: Any = None, policy: Policy = BEST_AND_LAST, **kwargs: Any) -
     """A manager whose payloads need no torch."""
     kwargs.setdefault("state", lambda: {"w": 1})
     return CheckpointManager(directory, policy, format=PlainFormat(), **kwargs)
+
+
+def telling(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
+    """A manager whose host keeps the manager's own state in the state that is saved."""
+
+    def take() -> dict[str, Any]:
+        kept.append(manager.state_dict())
+        return {"w": 1}
+
+    manager = make(directory, policy, state=take)
+    return manager
 
 
 def names(manager: CheckpointManager) -> list[str]:
@@ -456,6 +468,78 @@ def test_commit_adopts_what_a_trainer_wrote_in_place(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"is not in .*; let the trainer write inside the manager's directory"):
         manager.commit(manager.decide({}, step=30, epoch=0), tmp_path.parent)
     manager.close()
+
+
+def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> None:
+    """A host that keeps it in the very file goes on where the file ends: its first step owes nothing."""
+    kept: list[dict[str, Any]] = []
+    policy = Policy(EverySteps(10), [KeepLast(2)], name="{step}")
+    with telling(tmp_path, policy, kept) as manager:
+        manager.observe({}, step=10, epoch=0, epoch_end=False)
+    with make(tmp_path, policy) as manager:
+        manager.load_state_dict(kept[0])
+        assert not manager.observe({}, step=11, epoch=0, epoch_end=False)
+        assert manager.observe({}, step=20, epoch=0, epoch_end=False)
+
+
+def test_the_source_of_a_resumed_state_lives_on(tmp_path: Path) -> None:
+    """A host whose user chose the checkpoint says so: it is kept as one restored by name is."""
+    policy = Policy(EverySteps(1), [KeepLast(1)], name="{step}")
+    with make(tmp_path, policy) as manager:
+        manager.observe({}, step=1, epoch=0)
+        saved = manager.state_dict()
+    with make(tmp_path, policy) as manager:
+        manager.load_state_dict(saved, source="step=1.ckpt")
+        manager.observe({}, step=2, epoch=1)
+        manager.observe({}, step=3, epoch=2)
+        assert ["step=1", "step=3"] == names(manager)
+
+
+def test_an_end_of_epoch_at_a_saved_step_is_not_made_up_for_later() -> None:
+    """The step trigger was first; what the end adds is attached, and the next step owes nothing, resumed or not."""
+    storage = MemoryStorage()
+    policy = Policy(AnyOf(EveryEpochs(1), EverySteps(4)), [KeepLast(9)])
+    kept: list[dict[str, Any]] = []
+    with telling(storage, policy, kept) as manager:
+        manager.observe({}, step=4, epoch=0, epoch_end=False)
+        assert "attached the end of its epoch" in manager.observe({}, step=4, epoch=0, epoch_end=True).reason
+        assert manager.records[0].epoch_end
+        assert not manager.observe({}, step=5, epoch=1, epoch_end=False)
+    with make(storage, policy) as manager:
+        manager.load_state_dict(kept[0])
+        assert not manager.observe({}, step=5, epoch=1, epoch_end=False)
+
+
+def test_a_host_may_say_why_it_is_due() -> None:
+    """At the end of a training the trigger is not asked; the rules are."""
+    manager = make(policy=Policy(EverySteps(100), [KeepBest(1, "loss", mode="min")]))
+    decision = manager.decide({"loss": 1.0}, step=7, epoch=0, epoch_end=False, due="the training ends")
+    assert isinstance(decision, Save)
+    assert "the training ends; kept by #1 of the best 1 by loss (min)" == decision.reason
+    manager.commit(decision)
+    assert not manager.decide({"loss": 2.0}, step=8, epoch=0, epoch_end=False, due="the training ends")
+
+
+def test_what_a_decision_leads_to_can_be_seen_before() -> None:
+    """The manifest as it will be, the saved one in and the retired one out."""
+    manager = make(policy=Policy(EverySteps(1), [KeepLast(1)], name="{step}"))
+    manager.observe({}, step=1, epoch=0)
+    decision = manager.decide({}, step=2, epoch=1)
+    assert ["step=2.ckpt"] == [record.name for record in manager.after(decision).history]
+    assert ["step=1"] == names(manager)
+    manager.commit(decision)
+    assert ["step=2"] == names(manager)
+    assert manager.manifest == manager.after(manager.decide({}, step=2, epoch=1))
+
+
+def test_below_the_horizon_nothing_is_due() -> None:
+    """Processes that report together can be silent together."""
+    manager = make(policy=Policy(EverySteps(10), [KeepBest(1, "loss", mode="min")]))
+    assert 10 == manager.horizon.step
+    manager.observe({}, step=10, epoch=0, epoch_end=False)
+    assert not manager.horizon.covers(Progress(step=11)), "a due point waits for its metric"
+    manager.observe({"loss": 1.0}, step=12, epoch=0, epoch_end=False)
+    assert 20 == manager.horizon.step
 
 
 def test_state_dict_carries_primitives_and_resumes_the_run(tmp_path: Path) -> None:

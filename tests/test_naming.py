@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from checkpointer.errors import NamingError, PolicyError
-from checkpointer.naming import MAX_PART_BYTES, Naming, check_name
+from checkpointer.naming import MAX_PART_BYTES, Naming, check_name, fixed_parts
 
 METRICS = {"val_loss": 0.31, "val/loss": 0.25, "a.b": 2.0, "n": 3.0}
 
@@ -82,6 +82,21 @@ def test_an_unknown_field_lists_what_there_is() -> None:
         NamingError, match=r"asks for 'val_los', which was not reported \(have: epoch, step, val_loss\)"
     ):
         Naming("{epoch}-{val_los}").stem({"val_loss": 1.0}, step=1, epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("{epoch}-last", "last"), ("my-{val/loss:.2f}-last", "my-last"), ("{epoch}", ""), ("last", "last")],
+)
+def test_the_fixed_parts_of_a_template_are_left_of_it(template: str, expected: str) -> None:
+    """What an alias can be called that was asked for as a template."""
+    assert expected == fixed_parts(template)
+
+
+def test_zero_is_for_what_nobody_knows() -> None:
+    """A metric that is only not there yet is left out: zero would be a score."""
+    naming = Naming("{step}-{val_loss:.2f}-{typo:.2f}", missing="zero")
+    assert "step=1-typo=0.00" == naming.stem({}, step=1, epoch=0, known={"val_loss"})
 
 
 def test_missing_may_be_zero_as_in_lightning() -> None:

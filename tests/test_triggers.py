@@ -14,6 +14,7 @@ from checkpointer.triggers import (
     ALWAYS,
     AnyOf,
     AtSteps,
+    DuringEpochs,
     EveryEpochs,
     EverySeconds,
     EverySteps,
@@ -88,6 +89,38 @@ def test_epoch_triggers_are_due_at_the_end_of_every_nth(trigger: Trigger, expect
     assert expected == due
 
 
+@pytest.mark.parametrize(
+    ("n", "reported", "expected"),
+    [(1, [1, 1, 2], [1, 1, 2]), (2, [1, 2, 2, 3, 4], [2, 2, 4]), (2, [3, 6], [6]), (3, [0], [])],
+)
+def test_during_epochs_asks_of_each_report_whether_its_epoch_counts(
+    n: int, reported: list[int], expected: list[int]
+) -> None:
+    """As often as an epoch is reported, and never to make up for one that was missed; its horizon hides none."""
+    trigger, since, due = DuringEpochs(n), Progress(), []
+    for epochs in reported:
+        now = Progress(epochs=epochs)
+        if trigger.due(now, since):
+            assert not trigger.horizon(since).covers(now)
+            since = now
+            due.append(epochs)
+    assert expected == due
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (Progress(step=9, epochs=1, time=4.0), True),
+        (Progress(step=10, epochs=1, time=4.0), False),
+        (Progress(step=9, epochs=2, time=4.0), False),
+        (Progress(step=9, epochs=1, time=5.0), False),
+    ],
+)
+def test_a_horizon_covers_what_is_below_all_its_bounds(now: Progress, expected: bool) -> None:
+    """One bound reached is enough to ask."""
+    assert expected is Horizon(step=10, epochs=2, time=5.0).covers(now)
+
+
 def test_three_short_runs_save_under_a_long_interval() -> None:
     """The time trigger survives restarts: the clock runs on from the first start."""
     trigger = EverySeconds(1)
@@ -159,6 +192,7 @@ def test_a_trigger_without_horizon_is_always_asked() -> None:
         (EverySeconds(90.5), "every 90.5 s"),
         (AtSteps(20, 3), "at steps 3, 20"),
         (AtSteps(), "never"),
+        (DuringEpochs(2), "at each report of every 2 epochs"),
         (AnyOf(EverySteps(10), EverySeconds(60)), "every 10 steps or every 60 s"),
         (AnyOf(), "never"),
     ],

@@ -38,7 +38,7 @@ keep_best = st.builds(
     st.integers(1, 4),
     st.just("loss"),
     mode=st.sampled_from(["min", "max"]),
-    ties=st.sampled_from(["older", "newest"]),
+    ties=st.sampled_from(["older", "newest", "incumbent"]),
     after_step=st.integers(0, 5),
 )
 rules: st.SearchStrategy[Any] = st.one_of(

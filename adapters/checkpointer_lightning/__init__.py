@@ -1,0 +1,32 @@
+"""Checkpoints for Lightning: the composed policy as a callback, and a drop-in for its ``ModelCheckpoint``.
+
+The names here belong to ``lightning``, or to ``pytorch_lightning`` if only that is installed. With both installed,
+``checkpointer_lightning.for_pytorch_lightning`` has those for a Trainer of ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpointer_lightning.for_lightning import CheckpointCallback, ModelCheckpoint
+
+__all__ = ["CheckpointCallback", "ModelCheckpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    for package in ("lightning", "pytorch_lightning"):
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:  # A folder of that name is no package.
+            return getattr(importlib.import_module(f"{__name__}.for_{package}"), name)
+    msg = f"{__name__}.{name} needs Lightning, which is not installed: pip install 'torch-checkpointer[lightning]'"
+    raise ImportError(msg)
+
+
+def __dir__() -> list[str]:
+    return __all__

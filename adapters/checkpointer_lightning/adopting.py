@@ -1,0 +1,40 @@
+"""Going on with what Lightning's own class has saved: its files become checkpoints of the run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from checkpointer import CheckpointerWarning, CheckpointManager, Save
+
+__all__ = ["adopt"]
+
+
+def adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any], monitor: str | None) -> None:
+    """Adopt the files that Lightning ranked, with their scores; one that cannot be read stays what it is."""
+    found = sorted((*_progress_of(path), path) for path in scores if _is_in(directory, path))
+    for step, epoch, path in found:
+        if step < 0:
+            msg = f"{path} is not adopted: its step cannot be read; it is neither ranked nor removed"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            continue
+        metrics = {} if monitor is None else {monitor: scores[path]}
+        decision = manager.decide(metrics, step, epoch, due="Lightning had saved it")
+        if isinstance(decision, Save):
+            manager.commit(decision, path)
+
+
+def _is_in(directory: str, path: str) -> bool:
+    return os.path.isfile(path) and os.path.realpath(path).startswith(os.path.realpath(directory) + os.sep)
+
+
+def _progress_of(path: str) -> tuple[int, int]:
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+        return int(state["global_step"]), int(state["epoch"])
+    except Exception:  # Whatever is in a file that somebody else wrote must not end the training.
+        return -1, -1

@@ -1,0 +1,32 @@
+"""The callbacks for a Trainer of ``lightning``."""
+
+from __future__ import annotations
+
+try:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+except ModuleNotFoundError as error:
+    if error.name not in ("lightning", "lightning.pytorch"):
+        raise
+    _msg = f"{__name__} needs lightning, which is not installed: pip install 'torch-checkpointer[lightning]'"
+    raise ImportError(_msg) from error
+
+from checkpointer_lightning.composed import Composed
+from checkpointer_lightning.drop_in import DropIn
+from checkpointer_lightning.packages import Package
+
+__all__ = ["CheckpointCallback", "ModelCheckpoint"]
+
+_PACKAGE = Package(root="lightning", trainer=Trainer, async_io=AsyncCheckpointIO, info=rank_zero_info)
+
+
+class CheckpointCallback(Composed, Theirs):
+    __doc__ = Composed.__doc__
+    _package = _PACKAGE
+
+
+class ModelCheckpoint(DropIn, Theirs):
+    __doc__ = DropIn.__doc__
+    _package = _PACKAGE

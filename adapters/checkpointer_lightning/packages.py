@@ -1,0 +1,50 @@
+"""The package that a callback belongs to: ``lightning`` and ``pytorch_lightning`` are twins that do not mix."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import attrs
+
+__all__ = ["Package"]
+
+_ROOTS: Final = ("lightning", "pytorch_lightning")
+
+
+@attrs.frozen(kw_only=True)
+class Package:
+    """What an adapter needs of one of the twins."""
+
+    root: str
+    """Import name of the package."""
+    trainer: type
+    """Its Trainer."""
+    async_io: type
+    """Its plugin that writes in the background."""
+    info: Callable[[str], None]
+    """Logs on rank 0, as its own callbacks do."""
+
+    def refuse(self, root: str, name: str) -> None:
+        """Raise if ``root`` is the other twin: its Trainer would take the callback for a stranger."""
+        if root in _ROOTS and root != self.root:
+            msg = (
+                f"this {name} is for a Trainer of {self.root}, and was given to one of {root}; "
+                f"import it from checkpointer_lightning.for_{root}"
+            )
+            raise TypeError(msg)
+
+    def refuse_caller(self, name: str) -> None:
+        """Refuse the other twin's code as the caller of our caller.
+
+        A Trainer meets a callback's state key first: only there can the right import be named, before the Trainer
+        fails with a message about something else.
+        """
+        self.refuse(str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0], name)
+
+    def refuse_trainer(self, trainer: Any, name: str) -> None:
+        """Refuse the other twin's Trainer."""
+        if not isinstance(trainer, self.trainer):
+            for kind in type(trainer).__mro__:
+                self.refuse(kind.__module__.partition(".")[0], name)

@@ -1,0 +1,91 @@
+"""A training small enough to run beside Lightning's own class in a test: four batches an epoch, seeded, on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+quiet = pytest.mark.filterwarnings(
+    # What Lightning says is not what is tested here; what this library says is.
+    "ignore::UserWarning",
+    "ignore::FutureWarning",
+    "error::checkpointer.CheckpointerWarning",
+)
+
+BATCHES = 4
+"""Training batches, and so steps, in an epoch."""
+
+
+class Model(pl.LightningModule):
+    """Learns nothing much; its ``val_loss`` is scripted, one value per validation."""
+
+    def __init__(self, losses: Sequence[float] = (5.0, 3.0, 4.0, 2.0, 9.0), *, fails_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = torch.nn.Linear(2, 1)
+        self.losses = list(losses)
+        self.fails_at = fails_at
+        self.validations = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.fails_at is not None and self.global_step == self.fails_at:
+            raise ZeroDivisionError("the training breaks")
+        loss = self.layer(batch).pow(2).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.tensor(self.losses[self.validations % len(self.losses)]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += not self.trainer.sanity_checking
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validations"] = self.validations
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.validations = checkpoint["validations"]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader(batches: int = BATCHES) -> DataLoader[Any]:
+    """Return the same random batches each time."""
+    data = torch.randn(2 * batches, 2, generator=torch.Generator().manual_seed(1))
+    return DataLoader(data, batch_size=2)  # type: ignore[arg-type]
+
+
+def trainer(callbacks: Any, **kw: Any) -> pl.Trainer:
+    """Return a Trainer that says and logs nothing."""
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(callbacks=callbacks, **{"max_epochs": 5, "devices": 1, **silent, **kw})
+
+
+def fit(callbacks: Any, *, model: pl.LightningModule | None = None, resume: Any = None, **kw: Any) -> pl.Trainer:
+    """Train the tiny model from the same seed each time, and return the Trainer."""
+    pl.seed_everything(1, verbose=False)
+    training = trainer(callbacks, **kw)
+    training.fit(model or Model(), loader(), loader(1), ckpt_path=resume)
+    return training
+
+
+def files(directory: str | Path) -> list[str]:
+    """Return the paths of what lies in a directory, without our own bookkeeping."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if name != ".checkpointer"]
+        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
+    return sorted(found)
+
+
+def step_of(path: str | Path) -> int:
+    """Return the step that a checkpoint holds."""
+    return int(torch.load(path, weights_only=True)["global_step"])
