@@ -118,9 +118,7 @@ def test_killed_at_random_instants_nothing_acknowledged_is_lost(
 
 @pytest.mark.parametrize("size", [0, LARGE], ids=["small", "multipart"])
 @pytest.mark.parametrize("deadline_s", [60.0, IMPATIENT_S], ids=["patient", "impatient"])
-def test_a_killed_server_loses_nothing_acknowledged(
-    serve: Serve, tmp_path: Path, deadline_s: float, size: int
-) -> None:
+def test_a_killed_server_loses_nothing_acknowledged(serve: Serve, tmp_path: Path, deadline_s: float, size: int) -> None:
     """The save that it was killed in goes through once it is back, or fails and says so; the next one works."""
     serve("s3")  # Skips where it is not installed.
     if deadline_s == IMPATIENT_S:
@@ -139,7 +137,7 @@ def test_a_killed_server_loses_nothing_acknowledged(
             )
 
         training = manager()
-        acknowledged = 0
+        acknowledged = failures = 0
         for _ in range(4):
             killer = Restarter(server, dice.uniform(0.0, 0.3))
             killer.start()
@@ -148,17 +146,15 @@ def test_a_killed_server_loses_nothing_acknowledged(
                 is_back = killer.is_back.is_set()
                 state["step"] += 1
                 step = state["step"]
-                try:
+                with contextlib.suppress(() if is_back or deadline_s != IMPATIENT_S else SaveError):
                     training.observe({"loss": step * 7919 % 101}, step=step, epoch=0, epoch_end=False)
-                except SaveError as error:
-                    assert deadline_s == IMPATIENT_S, error
-                    assert not is_back, error
-                else:
                     acknowledged = step
+                failures += step != acknowledged
             killer.join()
             server = killer.server
             stack.callback(kill, server.pids)
             assert step == acknowledged
+        assert (failures > 0) == (deadline_s == IMPATIENT_S)
         training.close()
         with manager() as other:
             restored = other.restore()

@@ -17,7 +17,7 @@ from servers.chaosproxy import ChaosProxy, Cut
 from servers.fixtures import Serve
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
-from checkpointer.errors import NameTakenError
+from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.index import load
 from checkpointer.owner import new_owner
 from checkpointer.ports import Storage
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
 
 
 def test_a_folder_that_may_not_be_listed_is_an_error(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
-    """Not an empty directory."""
+    """Not an empty directory; it names the URL."""
     url = f"faulty://{tmp_path}"
     save_two(url)
 
@@ -83,7 +83,7 @@ def test_a_folder_that_may_not_be_listed_is_an_error(faulty: type[FaultyFileSyst
             raise PermissionError(path)
 
     faulty.hooks["before"] = refuse
-    with pytest.raises(PermissionError):
+    with pytest.raises(StorageError, match=f"cannot list {url}: .*records"):
         restored_step(url, storage_options=QUICK)
 
 
