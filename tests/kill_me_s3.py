@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from typing import Any
 
-import s3fs  # noqa: F401  # Imported here, once, and not by each child.
 from plain_format import PlainFormat
 from s3_tools import LargeFormat
 
@@ -43,6 +43,8 @@ def train(url: str, options: dict[str, Any], last: str | None, size: int) -> Non
 
 def main() -> None:
     """Fork a training per line of stdin, and say when it has ended."""
+    # Once, and not by each child.
+    importlib.import_module("s3fs")
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -199,7 +199,7 @@ def test_a_lost_reply_belongs_to_a_request_that_was_applied(
     assert ["/record1", "/record2", "/record3"] == [path for path in files.puts if path != "/payload"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 100_000, len(BODY)])
+@pytest.mark.parametrize("count", [0, 1, 100_000])
 def test_a_request_is_cut_within_its_body(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection, count: int
 ) -> None:
@@ -212,7 +212,7 @@ def test_a_request_is_cut_within_its_body(
     assert b"200 " == ask(client, "PUT", "/record3", BODY)
 
     assert 1 == proxy.hits
-    assert count == len(BODY) or "/record2" not in files.files
+    assert "/record2" not in files.files
 
 
 def test_an_answered_request_never_reaches_the_server(

@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
 
 
 def test_a_folder_that_may_not_be_listed_is_an_error(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
-    """Not an empty directory."""
+    """Not an empty directory; it names the URL."""
     url = f"faulty://{tmp_path}"
     save_two(url)
 

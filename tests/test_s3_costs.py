@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import attrs
 import pytest
 from factories import record
+from s3_tools import LargeFormat
 from servers import Server
 from servers.counting import CountingProxy
 from servers.fixtures import Serve
 
-from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy, index
 from checkpointer.owner import new_owner
 from checkpointer.records import Entry
 from checkpointer.storage import open_storage
@@ -54,6 +56,31 @@ def test_an_alias_costs_no_uploaded_bytes(server: Server, proxy: CountingProxy, 
         assert manager.last.size < proxy.sent < manager.last.size + 64 * 1024
 
 
+SMALL_SAVE = {"list": 8, "HEAD": 2, "PUT if absent": 2, "PUT": 2, "DELETE": 2}
+"""Without an alias, and with one checkpoint to retire."""
+LARGE_SAVE = {**SMALL_SAVE, "PUT if absent": 1, "PUT": 4, "DELETE": 3}
+LARGE_SAVE |= {"begin multipart": 1, "part": 3, "complete multipart": 1}
+ALIAS = {"list": 3, "copy": 1}
+
+
+@pytest.mark.parametrize("last", ["copy", None])
+@pytest.mark.parametrize(("size", "save"), [(10, SMALL_SAVE), (40 * MIB, LARGE_SAVE)], ids=["small", "multipart"])
+def test_a_save_costs_these_requests(
+    server: Server, proxy: CountingProxy, size: int, save: dict[str, int], last: Literal["copy"] | None
+) -> None:
+    """More than these would be needless; fewer are welcome here."""
+    policy = Policy(EverySteps(1), [KeepLast(1)], last=last)
+    options = dict(server.storage_options)
+    with CheckpointManager(
+        server.fresh(), policy, state=dict, format=LargeFormat(size), storage_options=options
+    ) as manager:
+        for step in (1, 2, 3):
+            proxy.start()
+            manager.observe({}, step=step, epoch=0, epoch_end=False)
+        expected = Counter(save) + Counter(ALIAS if last else {})
+        assert expected == proxy.kinds
+
+
 def test_a_save_costs_no_more_requests_when_there_are_many_checkpoints(server: Server, proxy: CountingProxy) -> None:
     """And they are few."""
     url, options = server.fresh(), server.storage_options
@@ -92,6 +119,24 @@ def test_opening_costs_one_listing_and_one_read_of_the_index(server: Server, pro
     opened(state=dict)
     assert opened() <= 5
     assert 1 == proxy.kinds["list"]
+
+
+def test_opening_10_000_records_costs_a_request_per_1000_and_one_read(server: Server, proxy: CountingProxy) -> None:
+    """Nothing per record."""
+    url = server.fresh()
+    storage = open_storage(url, new_owner(), server.storage_options)
+    assert isinstance(storage, S3Storage)
+    entries = [Entry(record=record(f"s{step}.ckpt", step=step)) for step in range(1, 10_001)]
+    by_path = {index.record_path(entry.record.name): entry for entry in entries}
+    root = f"{url}/".removeprefix("s3://")
+    storage._connection.fs.pipe({root + path: entry.to_json() for path, entry in by_path.items()}, batch_size=32)
+    index.save(storage, index.Listing(entries=by_path, damaged={}, files=storage.list()))
+    proxy.start()
+    with CheckpointManager(url, storage_options=server.storage_options) as manager:
+        assert 10_000 == len(manager.manifest.records)
+
+    # The records and the index itself are 10 001 objects.
+    assert {"list": 11, "HEAD": 1, "GET": 1} == proxy.kinds
 
 
 def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:

@@ -246,11 +246,12 @@ class Multipart:
         self._id = connection.attempt(f"beginning to upload {path}", self._begin)
         self._is_open = True
         try:
+            # If a reply was lost there is another upload, whose id nobody knows.
+            begun = _unmarked(connection, self._marker, self._key) if self._num_begun > 1 else []
             self._mark()
-            if self._num_begun > 1:
-                # A reply was lost: there is another upload, whose id nobody knows.
-                for lost in _unmarked(connection, self._marker, self._key):
-                    connection.abort(self._key, lost)
+            for upload in begun:
+                if upload != self._id:
+                    connection.abort(self._key, upload)
         except OSError:
             self.abort()
             raise

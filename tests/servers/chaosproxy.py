@@ -226,6 +226,9 @@ class ChaosProxy:
                 _reset(client)
                 continue
             server.settimeout(None)
+            for side in (client, server):
+                # Else each small packet waits for the answer to the one before.
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = _Link(self, client, server)
             with self._lock:
                 self._links.add(link)
