@@ -37,6 +37,10 @@ class ClientPayloadError(Exception):
     """As aiohttp's, which is no `OSError`."""
 
 
+class EndpointConnectionError(type("ConnectionError", (Exception,), {})):  # type: ignore[misc]
+    """As botocore's: of a kind that only shares its name with Python's."""
+
+
 class HttpResponseError(Exception):
     """As Azure's, with the status in an attribute."""
 
@@ -54,6 +58,7 @@ class HttpResponseError(Exception):
         OSError(errno.EREMOTEIO, "500 from a server, by s3fs"),
         OSError(errno.EBUSY, "503 from a server, by s3fs"),
         ClientPayloadError("cut"),
+        EndpointConnectionError("refused"),
         EOFError(),
         OSError("Socket is closed"),
         ValueError("Can't create any SFTP connections!"),
@@ -77,6 +82,7 @@ def test_what_passes_by_itself_is_transient(error: Exception) -> None:
         OSError(errno.EINVAL, "refused"),
         ValueError(),
         HttpResponseError(403),
+        EndpointConnectionError("certificate verify failed: self-signed certificate"),
         KeyboardInterrupt(),
     ],
     ids=repr,
