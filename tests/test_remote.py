@@ -175,6 +175,19 @@ def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -
         assert b"new" == stream.read(3)
 
 
+def test_a_file_that_became_shorter_before_its_first_byte_is_read_as_it_is_now() -> None:
+    """S3 refuses a range that is behind the end of what is there by now."""
+
+    class Shorter(CutStream):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EINVAL, "InvalidRange")
+
+    streams = iter([Shorter(b"longer", 9, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
+
+    with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
+        assert b"new" == stream.read(3)
+
+
 def test_errors_of_drivers_come_out_as_os_errors() -> None:
     """With what the driver said."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] listing: ClientPayloadError: cut$"), as_os_errors("listing"):
