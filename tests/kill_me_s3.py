@@ -11,12 +11,13 @@ from typing import Any
 from plain_format import PlainFormat
 from s3_tools import LargeFormat
 
-from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
 
 
 def policy_of(last: str | None) -> Policy:
-    """Return the policy of this training."""
-    return Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")], last=last)  # type: ignore[arg-type]
+    """Return the policy of this training, which saves each step."""
+    keep = [KeepBest(2, "loss", mode="min"), *([] if last else [KeepLast(1)])]
+    return Policy(EverySteps(1), keep, last=last)  # type: ignore[arg-type]
 
 
 def say(*words: object) -> None:

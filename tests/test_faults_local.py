@@ -125,9 +125,9 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
 def every_call(base: Path, last: Last, calls: str, fault: str) -> Iterator[tuple[Path, Outcome, str]]:
     """Run with the fault at the first call, at the second, and so on until there is none left to hit.
 
-    Of those that only look, every fifth: there are two hundred of them.
+    Of those that only look, every tenth: there are two hundred of them.
     """
-    for n in range(1, 1000, 5 if calls in (CALLS["stat"], CALLS["open"]) else 1):
+    for n in range(1, 1000, 10 if calls in (CALLS["stat"], CALLS["open"]) else 1):
         directory = base / f"{n}"
         outcome = run_with_fault(directory, last, calls, f"{fault}:when={n}")
         if not outcome.hits and outcome.closed:

@@ -37,6 +37,10 @@ class ClientPayloadError(Exception):
     """As aiohttp's, which is no `OSError`."""
 
 
+class EndpointConnectionError(type("ConnectionError", (Exception,), {})):  # type: ignore[misc]
+    """As botocore's: of a kind that only shares its name with Python's."""
+
+
 class HttpResponseError(Exception):
     """As Azure's, with the status in an attribute."""
 
@@ -54,6 +58,7 @@ class HttpResponseError(Exception):
         OSError(errno.EREMOTEIO, "500 from a server, by s3fs"),
         OSError(errno.EBUSY, "503 from a server, by s3fs"),
         ClientPayloadError("cut"),
+        EndpointConnectionError("refused"),
         EOFError(),
         OSError("Socket is closed"),
         ValueError("Can't create any SFTP connections!"),
@@ -77,6 +82,7 @@ def test_what_passes_by_itself_is_transient(error: Exception) -> None:
         OSError(errno.EINVAL, "refused"),
         ValueError(),
         HttpResponseError(403),
+        EndpointConnectionError("certificate verify failed: self-signed certificate"),
         KeyboardInterrupt(),
     ],
     ids=repr,
@@ -164,6 +170,19 @@ def test_a_file_that_was_replaced_between_two_connections_is_not_mixed() -> None
 def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -> None:
     """A record that another writer commits at this moment is no error."""
     streams = iter([CutStream(b"old", 0, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
+
+    with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
+        assert b"new" == stream.read(3)
+
+
+def test_a_file_that_became_shorter_before_its_first_byte_is_read_as_it_is_now() -> None:
+    """S3 refuses a range that is behind the end of what is there by now."""
+
+    class Shorter(CutStream):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EINVAL, "InvalidRange")
+
+    streams = iter([Shorter(b"longer", 9, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
 
     with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
         assert b"new" == stream.read(3)

@@ -77,6 +77,10 @@ class _Resuming(io.RawIOBase):
             with self._turn:
                 return cast(bytes, self._ready().read(size))
         except Exception as error:
+            if "InvalidRange" in str(error):
+                # It was replaced by a shorter one between the question how long it is and this one.
+                self._is_cut = True
+                raise OSError(errno.EAGAIN, "the file was replaced while it was opened", self._path) from error
             self._is_cut = is_transient(error)
             if isinstance(error, OSError) or self._is_cut:
                 raise
