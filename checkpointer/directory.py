@@ -113,15 +113,28 @@ class Directory:
     def created(self, clock: Clock) -> float:
         """Return when a time trigger began to count if nothing was ever saved: the first writer's start."""
         path = f"{index.HOME}/directory.json"
+        created = self._read_created(path)
+        if created is not None:
+            return created
+        now = clock.time()
+        if self._prepared:
+            try:
+                self.storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
+            except OSError:
+                # Another writer may have put it there at this very moment.
+                created = self._read_created(path)
+                if created is None:
+                    raise
+                return created
+        return now
+
+    def _read_created(self, path: str) -> float | None:
         with contextlib.suppress(FileNotFoundError, RecordError):
             data = index.parse_json(index.read_bounded(self.storage, path), path)
             created = as_number(data.get("created")) if isinstance(data, dict) else None
             if created is not None and math.isfinite(created):
                 return created
-        now = clock.time()
-        if self._prepared:
-            self.storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
-        return now
+        return None
 
     # Before the first change
 
