@@ -464,7 +464,8 @@ class CheckpointManager:
             CorruptError: If the checkpoint asked for by name or step is not what was written.
             UnsafePayloadError: If it holds what a safe load refuses.
             UntrustedError: If the checkpoint asked for by name is not signed with the manager's key.
-            RestoreError: If it has to be fetched from the mirror, and there is no room for it.
+            RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a storage that
+                is not on this machine does not answer.
         """
         self._check_open()
         found = self._mirror.look() if self._mirror is not None else Fetcher()
@@ -477,7 +478,8 @@ class CheckpointManager:
             return restoring.load(storage, record, payload, weights_only=weights_only, map_location=map_location)
 
         def load(record: Record) -> Restored:
-            return found.load(record, self._directory, load_here)
+            with restoring.holding_on_to(record, self._directory.storage):
+                return found.load(record, self._directory, load_here)
 
         if which is None or which in ("last", "best") or which in self.policy.aliases:
             bad = (*map(str, self._directory.damaged.values()), *found.problems)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,10 +24,10 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import Format, Storage
+from checkpointer.ports import Format, Storage, SupportsPaths
 from checkpointer.records import Record
 
-__all__ = ["Restored", "check_empty", "choose", "load", "load_first_valid", "verify"]
+__all__ = ["Restored", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
 
 
 @attrs.frozen(kw_only=True)
@@ -147,6 +148,24 @@ def load(storage: Storage, record: Record, payload: Format, *, weights_only: boo
                 msg = f"{record.name} has other bytes than were written: {verified.error}"
                 raise CorruptError(msg)
     return Restored(record=record, state=state)
+
+
+@contextlib.contextmanager
+def holding_on_to(record: Record, storage: Storage) -> Iterator[None]:
+    """Let a storage elsewhere that does not answer end the restore: its checkpoint is not bad, only out of reach.
+
+    Going on from an older one would abandon it. A file on this machine that cannot be read stays so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(storage, SupportsPaths) or isinstance(error, FileNotFoundError):
+            raise
+        msg = (
+            f"{record.name} in {storage} could not be read ({type(error).__name__}: {error}); nothing was restored, "
+            "for going on from an older checkpoint would abandon it. Try again, or restore one by name or step"
+        )
+        raise RestoreError(msg) from error
 
 
 def load_first_valid(

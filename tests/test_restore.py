@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from plain_format import PlainFormat
@@ -30,7 +30,7 @@ from checkpointer.errors import (
 )
 from checkpointer.index import load
 from checkpointer.owner import new_owner
-from checkpointer.storage import LocalStorage
+from checkpointer.storage import LocalStorage, MemoryStorage
 
 ALL = Policy(EverySteps(1), [KeepAll(), KeepBest(1, "loss", mode="min")])
 
@@ -290,3 +290,32 @@ def test_looking_at_a_directory_writes_nothing(tmp_path: Path) -> None:
         assert [1, 2] == [record.step for record in reader.records]
         assert reader.restore() is not None
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+class Unanswering(MemoryStorage):
+    """An object store that is out of reach when one payload is read."""
+
+    unread = ""
+
+    def open(self, path: str) -> BinaryIO:
+        if path == self.unread:
+            raise TimeoutError(path)
+        return super().open(path)
+
+
+def test_a_store_that_does_not_answer_abandons_nothing() -> None:
+    """The newest checkpoint may be whole: going on from an older one would give up what came after it."""
+    storage = Unanswering()
+    policy = Policy(EverySteps(1), [KeepAll()])
+    with CheckpointManager(storage, policy, state=lambda: {"w": 1}) as manager:
+        for step in (1, 2):
+            manager.observe({}, step=step, epoch=0, epoch_end=False)
+        storage.unread = manager.records[-1].name
+    with CheckpointManager(storage, policy, state=dict) as manager:
+        with pytest.raises(RestoreError, match=r"could not be read \(TimeoutError: .*\); nothing was restored"):
+            manager.restore()
+        storage.unread = ""
+        restored = manager.restore()
+
+    assert restored is not None
+    assert 2 == restored.step

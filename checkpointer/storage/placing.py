@@ -34,8 +34,6 @@ _CLAIM_S: Final = 900.0
 class Capabilities:
     """How a storage does what the commit protocol needs."""
 
-    put: Literal["atomic", "staged"]
-    """Whether a small file can be written in place, or must be staged and renamed."""
     rename: Literal["replaces", "refuses", "none"]
     """What a rename onto an existing file does."""
     create: Literal["refuses", "claims"]
@@ -307,10 +305,10 @@ class Placing:
         self._to.make_parents(first)
         try:
             if self._to.is_object_store:
-                return Capabilities("atomic", "none", self._probe_create(first), "server")
+                return Capabilities("none", self._probe_create(first), "server")
             onto = self._probe_rename(first, second)
             create: Literal["refuses", "claims"] = "refuses" if onto == "refuses" else "claims"
-            return Capabilities("staged", onto, create, self._probe_copy(second, third))
+            return Capabilities(onto, create, self._probe_copy(second, third))
         finally:
             for path in (first, second, third):
                 with contextlib.suppress(OSError):
