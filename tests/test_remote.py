@@ -188,6 +188,14 @@ def test_a_file_that_became_shorter_before_its_first_byte_is_read_as_it_is_now()
         assert b"new" == stream.read(3)
 
 
+def test_a_file_that_was_replaced_after_its_last_byte_was_read_whole() -> None:
+    """Its end is known from its size: the question whether there is more would be answered by another file."""
+    streams = iter([CutStream(b"old", 3, {"size": 3, "ETag": "a"}), CutStream(b"new", 7, {"size": 3, "ETag": "b"})])
+
+    with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
+        assert b"old" == stream.read(100)
+
+
 def test_errors_of_drivers_come_out_as_os_errors() -> None:
     """With what the driver said."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] listing: ClientPayloadError: cut$"), as_os_errors("listing"):

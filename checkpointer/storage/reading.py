@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
 from checkpointer.storage.retrying import Retry, is_transient
@@ -75,7 +75,11 @@ class _Resuming(io.RawIOBase):
     def _read(self, size: int) -> bytes:
         try:
             with self._turn:
-                return cast(bytes, self._ready().read(size))
+                stream = self._ready()
+                # Its end is known: asking for more, of a file that was replaced, would fail what is read already.
+                if self._position == _size(stream):
+                    return b""
+                return cast(bytes, stream.read(size))
         except Exception as error:
             if "InvalidRange" in str(error):
                 # It was replaced by a shorter one between the question how long it is and this one.
@@ -99,8 +103,14 @@ class _Resuming(io.RawIOBase):
         return self._stream
 
 
-def _identity(stream: Any) -> tuple[Any, ...]:
+def _details(stream: Any) -> Mapping[str, Any]:
     details = getattr(stream, "details", None)
-    if not isinstance(details, dict):
-        return ()
-    return tuple(details.get(key) for key in ("size", "ETag", "etag", "generation", "mtime"))
+    return details if isinstance(details, dict) else {}
+
+
+def _size(stream: Any) -> int | None:
+    return _details(stream).get("size")
+
+
+def _identity(stream: Any) -> tuple[Any, ...]:
+    return tuple(_details(stream).get(key) for key in ("size", "ETag", "etag", "generation", "mtime"))
