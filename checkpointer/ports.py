@@ -1,4 +1,4 @@
-"""What the manager needs from the world: storage, a payload format, a clock. Small, so that yours fits in a page."""
+"""What the manager needs from the world: storage, payload format, clock, ranks. Small, so that yours fits in a page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = [
     "Clock",
     "Format",
     "Listener",
+    "Ranks",
     "Stat",
     "Storage",
     "SupportsCapabilities",
@@ -201,6 +202,32 @@ class Clock(Protocol):
 
     def time(self) -> float:
         """Return seconds since the Unix epoch; must not go back while the process lives."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes of one training. Each method is a collective: every rank calls it, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's ``value`` on every rank; what the others pass is not looked at. Small, picklable."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's ``value`` on every rank, in the order of ranks. Small, picklable."""
+        ...
+
+    def highest(self, *values: float) -> tuple[float, ...]:
+        """Return the highest of each of the values over all ranks: the cheapest way to agree."""
         ...
 
 
