@@ -1,76 +1,94 @@
-"""Saving through the Trainer: rank 0 decides and commits, every rank writes, nobody waits for what never comes."""
+"""Saving through the Trainer: rank 0 decides and commits, every rank takes part, nobody waits for what never comes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointManager, Decision, Save
-from checkpointer.errors import SaveError
+from checkpointer import CheckpointManager, Decision
+from checkpointer.ports import Ranks
+from checkpointer.ranks import on_rank_zero
+from checkpointer_lightning.packages import Package
 
-__all__ = ["Pen", "on_rank_zero"]
+__all__ = ["Pen"]
 
-T = TypeVar("T")
-
-
-def on_rank_zero(trainer: Any, act: Callable[[], T]) -> T:
-    """Run ``act`` on rank 0 and return its answer on every rank; its error is raised on every rank."""
-    answer, error = None, None
-    if trainer.is_global_zero:
-        try:
-            answer = act()
-        except Exception as caught:  # The others would wait for ever: they have to hear of it first.
-            error = caught
-    answer, failure = trainer.strategy.broadcast((answer, f"{error!r}" if error else ""))
-    if error is not None:
-        raise error
-    if failure:
-        msg = f"rank 0 failed: {failure}"
-        raise SaveError(msg)
-    return cast(T, answer)
+_NOTHING: Final = ("nothing", "")
 
 
 @attrs.define
 class Pen:
-    """Lets the Trainer write where rank 0's manager says; ``Trainer.save_checkpoint`` needs every rank."""
+    """Takes the Trainer's state, or lets the Trainer write it, on every rank at once.
+
+    Where writing is Lightning's own ``torch.save``, the state streams through the manager, to wherever its directory
+    is. What a plugin or a strategy writes in a way of its own, a folder of shards for example, it writes itself: to
+    a staged path, or to a URL that nobody has yet.
+    """
 
     trainer: Any
+    package: Package
+    ranks: Ranks
+    dump: Callable[[], dict[str, Any]]
+    """Returns the state, on every rank."""
     weights_only: bool
-    async_io: type
-    """Writes that return before the file is there are made to wait: a commit needs the file."""
     _told: bool = False
 
-    def __call__(self, path: str) -> None:
-        """Write to the staged ``path``: what the manager calls, on rank 0."""
-        self._told = True
-        self._write(self.trainer.strategy.broadcast(path))
+    @property
+    def how(self) -> dict[str, Callable[..., Any]]:
+        """Arguments of a manager: how it comes by a checkpoint."""
+        return {"state": self.capture} if self.package.writes_plainly(self.trainer) else {"save": self.write}
 
-    def commit(self, manager: CheckpointManager | None, decision: Save) -> Decision:
-        """Carry out the decision on all ranks; ``manager`` is rank 0's."""
+    def capture(self) -> dict[str, Any]:
+        """Return the state: what the manager calls on rank 0."""
+        self._tell(("dump", ""))
+        return self.dump()
 
-        def act() -> Decision:
+    def write(self, path: str) -> None:
+        """Write to ``path``: what the manager calls on rank 0."""
+        self._tell(("write", path))
+        self._write(path)
+
+    def commit(self, manager: CheckpointManager | None, act: Callable[[CheckpointManager], Decision]) -> Decision:
+        """Let rank 0's manager ``act``, and the other ranks take part in what it takes to save."""
+
+        def lead() -> Decision:
             assert manager is not None, "rank 0 has one"
             self._told = False
             try:
-                return manager.commit(decision)
+                return act(manager)
             finally:
-                if not self._told:  # The manager gave up before it came to write.
-                    self.trainer.strategy.broadcast("")
+                if not self._told:  # The manager gave up before it came to save, or had nothing to.
+                    self._tell(_NOTHING)
 
-        if not self.trainer.is_global_zero and (path := self.trainer.strategy.broadcast("")):
-            self._write(path)
-        return on_rank_zero(self.trainer, act)
+        if self.ranks.rank:
+            what, path = self.ranks.broadcast(None)
+            if what == "dump":
+                self.dump()
+            elif what == "write":
+                self._write(path)
+        return on_rank_zero(self.ranks, lead)
+
+    def _tell(self, what: tuple[str, str]) -> None:
+        self._told = True
+        self.ranks.broadcast(what)
 
     def _write(self, path: str) -> None:
-        with _in_foreground(self.trainer.strategy, self.async_io):
-            self.trainer.save_checkpoint(path, self.weights_only)
+        with _in_foreground(self.trainer.strategy, self.package.async_io):
+            if not self.package.saves_plainly(self.trainer):
+                self.trainer.save_checkpoint(path, self.weights_only)
+                return
+            # What `Trainer.save_checkpoint` does, with a dump that callbacks share.
+            state = self.dump()
+            with self.trainer.profiler.profile("save_checkpoint"):
+                self.trainer.strategy.save_checkpoint(state, path)
+                self.trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
 @contextlib.contextmanager
 def _in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
+    """Make a plugin wait that returns before the file is there: a commit needs the file."""
     plugin = strategy.checkpoint_io
     if not isinstance(plugin, async_io):
         yield
