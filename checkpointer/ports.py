@@ -9,6 +9,7 @@ import attrs
 
 __all__ = [
     "Clock",
+    "FolderFormat",
     "Format",
     "Listener",
     "Ranks",
@@ -207,6 +208,33 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class FolderFormat(Protocol):
+    """How a state becomes a folder and back, where one file will not do: several processes write into it."""
+
+    @property
+    def name(self) -> str:
+        """Name that records carry, such as ``"dcp"``."""
+        ...
+
+    @property
+    def extension(self) -> str:
+        """Default extension of the folder's name with its dot."""
+        ...
+
+    def write_folder(self, state: Any, path: str) -> None:
+        """Write ``state`` into a new folder at ``path``."""
+        ...
+
+    def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """Read a state. With ``weights_only`` run no code from the payload; raise `UnsafePayloadError` instead."""
+        ...
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`."""
+        ...
+
+
 class Clock(Protocol):
     """The time."""
 
@@ -238,6 +266,13 @@ class Ranks(Protocol):
 
     def highest(self, *values: float) -> tuple[float, ...]:
         """Return the highest of each of the values over all ranks: the cheapest way to agree."""
+        ...
+
+    def meet(self, timeout_s: float) -> bool:
+        """Return whether all ranks call this within ``timeout_s`` seconds; False is the end of talking.
+
+        For when something went wrong, and nobody knows whether the others will ever come.
+        """
         ...
 
 

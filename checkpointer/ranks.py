@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import attrs
@@ -12,7 +15,7 @@ import attrs
 from checkpointer.errors import ClosedError, RanksError
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "OneRank", "TorchRanks", "on_every_rank", "on_rank_zero"]
+__all__ = ["Agreement", "OneRank", "Team", "TorchRanks", "on_every_rank", "on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -42,6 +45,10 @@ class OneRank:
     def highest(self, *values: float) -> tuple[float, ...]:
         """See `Ranks.highest`."""
         return values
+
+    def meet(self, timeout_s: float) -> bool:
+        """See `Ranks.meet`."""
+        return True
 
 
 class TorchRanks:
@@ -74,8 +81,6 @@ class TorchRanks:
         if not (dist.is_available() and dist.is_initialized()):
             msg = "torch.distributed is not initialised; call init_process_group first, or use OneRank()"
             raise RanksError(msg)
-        from datetime import timedelta
-
         members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         self._rank, self._size = dist.get_rank(group), len(members)
         self._first = members[0]
@@ -125,6 +130,16 @@ class TorchRanks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(tensor.tolist())
 
+    def meet(self, timeout_s: float) -> bool:
+        """See `Ranks.meet`."""
+        import torch.distributed as dist
+
+        try:
+            dist.monitored_barrier(self.group, timeout=timedelta(seconds=timeout_s))
+        except Exception:  # Late, or dead: gloo has an error for each, and a plain RuntimeError for most.
+            return False
+        return True
+
     def close(self) -> None:
         """Give the group back. Talks to nobody; a second call does nothing."""
         import torch.distributed as dist
@@ -141,15 +156,7 @@ def on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
         >>> on_rank_zero(OneRank(), lambda: 1 + 1)
         2
     """
-    if ranks.size == 1:
-        return work()
-    outcome = _attempt(work) if ranks.rank == 0 else None
-    result, error = ranks.broadcast(_portable(outcome) if outcome else None)
-    if outcome is not None:
-        result, error = outcome
-    if error is not None:
-        raise error
-    return cast(T, result)
+    return Team(ranks, {}).work(work)
 
 
 def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> list[T]:
@@ -168,6 +175,53 @@ def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> list[T]:
             msg = f"rank {rank} failed: {failure!r}"
             raise RanksError(msg) from failure
     return [result for result, _ in outcomes]
+
+
+@attrs.frozen
+class Team:
+    """Rank 0 works, and calls the others wherever it takes all of them: to take a state, to write or read shards.
+
+    Args:
+        ranks: The processes.
+        acts: What they may be called for, by name; each is run on every rank with rank 0's arguments.
+    """
+
+    ranks: Ranks
+    acts: Mapping[str, Callable[..., None]]
+
+    def work(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 while the others wait for its calls; return its result, or raise, on every rank."""
+        if self.ranks.size == 1:
+            return work()
+        return self._lead(work) if self.ranks.rank == 0 else cast(T, self._follow())
+
+    def call(self, act: str, *args: Any) -> None:
+        """Within ``work``, on rank 0: let every rank run an act; raise if it fails on one of them."""
+        if self.ranks.size > 1:
+            self.ranks.broadcast((act, args))
+        on_every_rank(self.ranks, lambda: self.acts[act](*args))
+
+    def _lead(self, work: Callable[[], T]) -> T:
+        result, error = outcome = _attempt(work)
+        try:
+            self.ranks.broadcast(("", _portable(outcome)))
+        except Exception:
+            if error is None:
+                raise
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+    def _follow(self) -> Any:
+        while True:
+            act, args = self.ranks.broadcast(None)
+            if not act:
+                result, error = args
+                if error is not None:
+                    raise error
+                return result
+            with contextlib.suppress(Exception):  # Rank 0 has it too, and says what comes of it.
+                on_every_rank(self.ranks, functools.partial(self.acts[act], *args))
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

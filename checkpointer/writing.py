@@ -13,7 +13,7 @@ from checkpointer.directory import Directory
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.index import HOME
 from checkpointer.policy import Save
-from checkpointer.ports import Format, SupportsFreeSpace, SupportsPaths, SupportsURLs
+from checkpointer.ports import FolderFormat, Format, SupportsFreeSpace, SupportsPaths, SupportsURLs
 from checkpointer.records import Record, check_readable
 
 __all__ = ["FOLDER", "Writer"]
@@ -31,7 +31,7 @@ class Writer:
     """Writes payloads of one format, or lets a trainer write them."""
 
     directory: Directory
-    format: Format
+    format: Format | FolderFormat
     save: Callable[[str], None] | None
     """Writes a checkpoint to the path it is given, instead of ``format``."""
 
@@ -48,24 +48,34 @@ class Writer:
         self._check_space(last)
         replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
         over_alias = decision.name in self.directory.policy.aliases
-        if self.save is not None:
+        write = self._write_path(state)
+        if write is not None:
             if not isinstance(self.directory.storage, SupportsPaths):
-                return self._write_by_url(draft, self.save)
+                return self._write_by_url(draft)
             return transaction.commit_path(
                 draft,
-                self.save,
+                write,
                 replaces=replaces,
                 over_alias=over_alias,
                 own_name=lambda: self.directory.own_name(draft),
             )
-        self._warn_of_refused(state)
+        payload = self.format
+        assert not isinstance(payload, FolderFormat), "it is no folder"
         return transaction.commit(
             draft,
-            lambda stream: self.format.write(state, stream),
+            lambda stream: payload.write(state, stream),
             replaces=replaces,
             over_alias=over_alias,
             expected=last,
         )
+
+    def _write_path(self, state: Any) -> Callable[[str], None] | None:
+        """Return what writes to a path, be it the trainer or a format of folders; None for a format of files."""
+        if self.save is not None:
+            return self.save
+        self._warn_of_refused(state)
+        payload = self.format
+        return (lambda path: payload.write_folder(state, path)) if isinstance(payload, FolderFormat) else None
 
     def _draft(self, decision: Save) -> Record:
         now = decision.observation
@@ -106,9 +116,12 @@ class Writer:
         is_folder = set(storage.list(name)) != {name}
         return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
 
-    def _write_by_url(self, draft: Record, save: Callable[[str], None]) -> Record:
-        """Let ``save`` write to a name that nobody has: never over an alias, or over another checkpoint."""
-        storage = self.directory.storage
+    def _write_by_url(self, draft: Record) -> Record:
+        """Let a trainer write to a name that nobody has: never over an alias, or over another checkpoint."""
+        storage, save = self.directory.storage, self.save
+        if save is None:
+            msg = f"format={self.format.name!r} writes a folder, which needs a local directory; {storage} has no paths"
+            raise SaveError(msg)
         if not isinstance(storage, SupportsURLs):
             msg = f"save= needs a directory with paths or URLs, and {storage} has neither; use state="
             raise SaveError(msg)

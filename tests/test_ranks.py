@@ -135,6 +135,9 @@ class Scripted:
     def gather(self, value: Any) -> list[Any]:
         return [value, value]
 
+    def meet(self, timeout_s: float) -> bool:
+        return True
+
     def highest(self, *values: float) -> tuple[float, ...]:
         self.now += self.cost_s
         return values

@@ -49,7 +49,8 @@ class Managed(Saving):
         number = self._number(trainer)
         policy = siblings.apart(self._make_policy(), number)
         ranks = open_ranks(trainer)
-        pen = Pen(trainer, self._package, ranks, lambda: self._dump(trainer), policy.contents == "weights")
+        weights_only = policy.contents == "weights"
+        pen = Pen.of(trainer, self._package, ranks, lambda: self._dump(trainer), weights_only=weights_only)
         again = self._last_trainer is not None and self._last_trainer() is trainer
         self._last_trainer = weakref.ref(trainer)
         manager: CheckpointManager | None = None

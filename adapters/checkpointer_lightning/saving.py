@@ -11,7 +11,6 @@ import attrs
 
 from checkpointer import Attach, CheckpointManager, Decision, Save
 from checkpointer.ports import Ranks
-from checkpointer.ranks import on_rank_zero
 from checkpointer.triggers import Horizon
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.identity import Identity
@@ -89,10 +88,13 @@ class Saving(Resuming):
         """Save on all ranks, and show and tell what was saved."""
         training = self._training
         assert training is not None, "it was asked"
-        done = training.pen.commit(training.manager, act)
-        answer = on_rank_zero(
-            training.ranks, lambda: Answer(done, training.managing.horizon, self._account(training, None))
-        )
+
+        def lead() -> Answer:
+            done = act(training.managing)
+            return Answer(done, training.managing.horizon, self._account(training, None))
+
+        answer: Answer = training.pen.team.work(lead)
+        done: Decision = answer.decision
         training.horizon = answer.horizon
         self._show(answer.account)
         if not isinstance(done, Save):

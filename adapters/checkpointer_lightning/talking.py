@@ -33,9 +33,8 @@ class StrategyRanks:
         return self.trainer.strategy.broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Ranks.gather`: each rank in turn would need to be a source, which a strategy does not offer."""
-        msg = f"{type(self.trainer.strategy).__name__} offers no way to gather objects"
-        raise NotImplementedError(msg)
+        """See `Ranks.gather`."""
+        return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
 
     def highest(self, *values: float) -> tuple[float, ...]:
         """See `Ranks.highest`."""
@@ -44,6 +43,10 @@ class StrategyRanks:
         strategy = self.trainer.strategy
         numbers = torch.tensor(values, dtype=torch.float32, device=strategy.root_device)
         return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
+
+    def meet(self, timeout_s: float) -> bool:
+        """See `Ranks.meet`: a strategy has no way to wait only so long, so nobody waits."""
+        return False
 
 
 def open_ranks(trainer: Any) -> Ranks:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import attrs
 
-from checkpointer import CheckpointManager, Decision
 from checkpointer.ports import Ranks
-from checkpointer.ranks import on_rank_zero
+from checkpointer.ranks import Team
 from checkpointer_lightning.packages import Package
 
 __all__ = ["Pen"]
-
-_NOTHING: Final = ("nothing", "")
 
 
 @attrs.define
@@ -29,11 +26,21 @@ class Pen:
 
     trainer: Any
     package: Package
-    ranks: Ranks
     dump: Callable[[], dict[str, Any]]
     """Returns the state, on every rank."""
     weights_only: bool
-    _told: bool = False
+    team: Team
+    _state: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, trainer: Any, package: Package, ranks: Ranks, dump: Callable[[], dict[str, Any]], *, weights_only: bool
+    ) -> Pen:
+        """Return the pen of a Trainer's ranks."""
+        acts: dict[str, Callable[..., None]] = {}
+        pen = cls(trainer, package, dump, weights_only, Team(ranks, acts))
+        acts.update(take=pen._take, write=pen._write)
+        return pen
 
     @property
     def how(self) -> dict[str, Callable[..., Any]]:
@@ -42,48 +49,29 @@ class Pen:
 
     def capture(self) -> dict[str, Any]:
         """Return the state: what the manager calls on rank 0."""
-        self._tell(("dump", ""))
-        return self.dump()
+        self.team.call("take")
+        state, self._state = self._state, None
+        assert state is not None, "it was taken"
+        return state
 
     def write(self, path: str) -> None:
         """Write to ``path``: what the manager calls on rank 0."""
-        self._tell(("write", path))
-        self._write(path)
+        self.team.call("write", path)
 
-    def commit(self, manager: CheckpointManager | None, act: Callable[[CheckpointManager], Decision]) -> Decision:
-        """Let rank 0's manager ``act``, and the other ranks take part in what it takes to save."""
-
-        def lead() -> Decision:
-            assert manager is not None, "rank 0 has one"
-            self._told = False
-            try:
-                return act(manager)
-            finally:
-                if not self._told:  # The manager gave up before it came to save, or had nothing to.
-                    self._tell(_NOTHING)
-
-        if self.ranks.rank:
-            what, path = self.ranks.broadcast(None)
-            if what == "dump":
-                self.dump()
-            elif what == "write":
-                self._write(path)
-        return on_rank_zero(self.ranks, lead)
-
-    def _tell(self, what: tuple[str, str]) -> None:
-        self._told = True
-        self.ranks.broadcast(what)
+    def _take(self) -> None:
+        state = self.dump()
+        self._state = state if self.team.ranks.rank == 0 else None
 
     def _write(self, path: str) -> None:
         with _in_foreground(self.trainer.strategy, self.package.async_io):
             if not self.package.saves_plainly(self.trainer):
                 self.trainer.save_checkpoint(path, self.weights_only)
                 return
-            # What `Trainer.save_checkpoint` does, with a dump that callbacks share.
+            # What `Trainer.save_checkpoint` does, with a dump that callbacks share; and without its barrier, at which
+            # the others would wait for a rank 0 that has met a full disk.
             state = self.dump()
             with self.trainer.profiler.profile("save_checkpoint"):
                 self.trainer.strategy.save_checkpoint(state, path)
-                self.trainer.strategy.barrier("Trainer.save_checkpoint")
 
 
 @contextlib.contextmanager
