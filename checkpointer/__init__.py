@@ -6,6 +6,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.naming import Naming
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, explain
 from checkpointer.ports import Listener
+from checkpointer.ranked import RankedManager
 from checkpointer.ranking import Metric
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
@@ -40,6 +41,7 @@ __all__ = [
     "Observation",
     "Policy",
     "Progress",
+    "RankedManager",
     "Record",
     "Restored",
     "Save",

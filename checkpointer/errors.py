@@ -20,6 +20,7 @@
     │   ├── CorruptError                        payload and record disagree, or the payload cannot be read
     │   ├── UnsafePayloadError                  the payload holds what a safe load refuses to unpickle
     │   └── NoValidCheckpointError              there are payloads, but none is valid
+    ├── RanksError         (RuntimeError)       the processes of a training cannot act together
     └── ClosedError        (RuntimeError)       the manager was closed
 
     CheckpointerWarning    (UserWarning)        something to act on; training goes on
@@ -41,6 +42,7 @@ __all__ = [
     "NotFoundError",
     "ObservationError",
     "PolicyError",
+    "RanksError",
     "RecordError",
     "RestoreError",
     "SaveError",
@@ -121,6 +123,10 @@ class UntrustedError(RecordError, RestoreError):
 
 class NoValidCheckpointError(RestoreError):
     """There are payloads, but none is valid. Starting over silently would hide that."""
+
+
+class RanksError(CheckpointerError, RuntimeError):
+    """The processes of a training cannot act together, or another of them failed: the message says which."""
 
 
 class ClosedError(CheckpointerError, RuntimeError):

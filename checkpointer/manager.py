@@ -33,7 +33,7 @@ from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.pacing import Pacing
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, after, decide, decide_rescue
-from checkpointer.ports import Clock, Format, Listener, Storage, SupportsCapabilities
+from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, SupportsCapabilities
 from checkpointer.records import SCHEMA, Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
@@ -56,7 +56,7 @@ class CheckpointManager:
         state: Returns the state to save. Called only when a save is due, once per save.
         weights: Returns the weights alone, for ``contents="weights"``; None takes ``state``.
         save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given.
-        format: ``"torch"``, ``"safetensors"`` (weights) or a `checkpointer.ports.Format`.
+        format: ``"torch"``, ``"safetensors"`` (weights), ``"dcp"`` (a folder) or a `checkpointer.ports.Format`.
         run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
         label: Tells managers apart that share a directory.
         listeners: Told when a checkpoint is durable or gone.
@@ -97,7 +97,7 @@ class CheckpointManager:
         state: Callable[[], Any] | None = None,
         weights: Callable[[], Any] | None = None,
         save: Callable[[str], None] | None = None,
-        format: str | Format = "torch",
+        format: str | Format | FolderFormat = "torch",
         run: str | None = None,
         label: str = "",
         listeners: Iterable[Listener] = (),
@@ -445,7 +445,7 @@ class CheckpointManager:
         self._tell_mirror()
         return restored
 
-    def _format_of(self, record: Record) -> Format:
+    def _format_of(self, record: Record) -> Format | FolderFormat:
         if record.format in (self._format.name, FOLDER):
             return self._format
         return open_format(record.format)

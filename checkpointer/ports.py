@@ -1,4 +1,4 @@
-"""What the manager needs from the world: storage, a payload format, a clock. Small, so that yours fits in a page."""
+"""What the manager needs from the world: storage, payload format, clock, ranks. Small, so that yours fits in a page."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import attrs
 
 __all__ = [
     "Clock",
+    "FolderFormat",
     "Format",
     "Listener",
+    "Ranks",
     "Stat",
     "Storage",
     "SupportsCapabilities",
@@ -196,11 +198,71 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class FolderFormat(Protocol):
+    """How a state becomes a folder and back, where one file will not do: several processes write into it."""
+
+    @property
+    def name(self) -> str:
+        """Name that records carry, such as ``"dcp"``."""
+        ...
+
+    @property
+    def extension(self) -> str:
+        """Default extension of the folder's name with its dot."""
+        ...
+
+    def write_folder(self, state: Any, path: str) -> None:
+        """Write ``state`` into a new folder at ``path``."""
+        ...
+
+    def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """Read a state. With ``weights_only`` run no code from the payload; raise `UnsafePayloadError` instead."""
+        ...
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`."""
+        ...
+
+
 class Clock(Protocol):
     """The time."""
 
     def time(self) -> float:
         """Return seconds since the Unix epoch; must not go back while the process lives."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes of one training. Each method is a collective: every rank calls it, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's ``value`` on every rank; what the others pass is not looked at. Small, picklable."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's ``value`` on every rank, in the order of ranks. Small, picklable."""
+        ...
+
+    def highest(self, *values: float) -> tuple[float, ...]:
+        """Return the highest of each of the values over all ranks: the cheapest way to agree."""
+        ...
+
+    def meet(self, timeout_s: float) -> bool:
+        """Return whether all ranks call this within ``timeout_s`` seconds; False is the end of talking.
+
+        For when something went wrong, and nobody knows whether the others will ever come.
+        """
         ...
 
 

@@ -24,7 +24,7 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import Format, Storage, SupportsPaths
+from checkpointer.ports import FolderFormat, Format, Storage, SupportsPaths
 from checkpointer.records import Record
 
 __all__ = ["Restored", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
@@ -132,11 +132,23 @@ def _compare(record: Record, found: tuple[int, str] | None) -> None:
         raise CorruptError(msg)
 
 
-def load(storage: Storage, record: Record, payload: Format, *, weights_only: bool, map_location: Any) -> Restored:
-    """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between."""
+def load(
+    storage: Storage, record: Record, payload: Format | FolderFormat, *, weights_only: bool, map_location: Any
+) -> Restored:
+    """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between.
+
+    Of a folder that is not so: its files are verified, and then opened again by what reads them.
+    """
     if set(_listed(storage, record)) != {record.name}:
         verify(storage, record)
+        if isinstance(payload, FolderFormat) and isinstance(storage, SupportsPaths):
+            path = storage.local_path(record.name)
+            state = payload.read_folder(path, weights_only=weights_only, map_location=map_location)
+            return Restored(record=record, state=state)
         msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
+        raise RestoreError(msg)
+    if isinstance(payload, FolderFormat):
+        msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
     with storage.open(record.name) as stream:
         verified = VerifiedReader(stream, algorithm_of(record.digest))

@@ -13,7 +13,7 @@ from checkpointer.directory import Directory
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.index import HOME
 from checkpointer.policy import Save
-from checkpointer.ports import Format, SupportsFreeSpace, SupportsPaths
+from checkpointer.ports import FolderFormat, Format, SupportsFreeSpace, SupportsPaths
 from checkpointer.records import Record, check_readable
 
 __all__ = ["FOLDER", "Writer"]
@@ -31,7 +31,7 @@ class Writer:
     """Writes payloads of one format, or lets a trainer write them."""
 
     directory: Directory
-    format: Format
+    format: Format | FolderFormat
     save: Callable[[str], None] | None
     """Writes a checkpoint to the path it is given, instead of ``format``."""
 
@@ -48,23 +48,33 @@ class Writer:
         self._check_space(last)
         replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
         over_alias = decision.name in self.directory.policy.aliases
-        if self.save is not None:
+        write = self._write_path(state)
+        if write is not None:
             self._check_paths()
             return transaction.commit_path(
                 draft,
-                self.save,
+                write,
                 replaces=replaces,
                 over_alias=over_alias,
                 own_name=lambda: self.directory.own_name(draft),
             )
-        self._warn_of_refused(state)
+        payload = self.format
+        assert not isinstance(payload, FolderFormat), "it is no folder"
         return transaction.commit(
             draft,
-            lambda stream: self.format.write(state, stream),
+            lambda stream: payload.write(state, stream),
             replaces=replaces,
             over_alias=over_alias,
             expected=last,
         )
+
+    def _write_path(self, state: Any) -> Callable[[str], None] | None:
+        """Return what writes to a path, be it the trainer or a format of folders; None for a format of files."""
+        if self.save is not None:
+            return self.save
+        self._warn_of_refused(state)
+        payload = self.format
+        return (lambda path: payload.write_folder(state, path)) if isinstance(payload, FolderFormat) else None
 
     def _draft(self, decision: Save) -> Record:
         now = decision.observation

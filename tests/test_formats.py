@@ -9,7 +9,7 @@ import sys
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ class Chunks:
         pass
 
 
-def round_trip(name: str, state: Any) -> Any:
+def round_trip(name: Literal["torch", "safetensors"], state: Any) -> Any:
     """Write and read."""
     chunks = Chunks()
     open_format(name).write(state, chunks)
@@ -58,7 +58,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
-def test_tensors_round_trip(name: str) -> None:
+def test_tensors_round_trip(name: Literal["torch", "safetensors"]) -> None:
     """All kinds of dtype, shape and stride."""
     found = round_trip(name, TENSORS)
     assert list(TENSORS) == sorted(found, key=list(TENSORS).index)
@@ -94,7 +94,7 @@ def test_payloads_are_readable_without_this_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
-def test_writing_never_joins_tensors(name: str) -> None:
+def test_writing_never_joins_tensors(name: Literal["torch", "safetensors"]) -> None:
     """The largest piece a stream sees is the largest tensor: there is no second copy of the state."""
     chunks = Chunks()
     open_format(name).write({str(n): torch.ones(100_000) for n in range(8)}, chunks)
@@ -102,7 +102,7 @@ def test_writing_never_joins_tensors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
-def test_digest_is_of_what_was_written(name: str) -> None:
+def test_digest_is_of_what_was_written(name: Literal["torch", "safetensors"]) -> None:
     """The stream that the manager writes through takes whatever memory a format hands it."""
     stream = io.BytesIO()
     writer = DigestWriter(stream)
@@ -166,7 +166,7 @@ def test_trusted_payload_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
-def test_every_truncation_is_corrupt(name: str, tmp_path: Path) -> None:
+def test_every_truncation_is_corrupt(name: Literal["torch", "safetensors"], tmp_path: Path) -> None:
     """Wherever the file ends, from memory and from disk."""
     chunks = Chunks()
     open_format(name).write({"w": torch.randn(50), "b": torch.ones(3)}, chunks)
@@ -204,7 +204,7 @@ def test_failing_disk_is_not_a_corrupt_payload() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x80\x02garbage", b"PK\x03\x04 cut"])
-def test_garbage_is_corrupt(name: str, data: bytes) -> None:
+def test_garbage_is_corrupt(name: Literal["torch", "safetensors"], data: bytes) -> None:
     """Whatever a disk gives back, the error is ours."""
     with pytest.raises(CorruptError, match=r"cannot be read|no torch file"):
         open_format(name).read(io.BytesIO(data), weights_only=True, map_location="cpu")
@@ -355,5 +355,5 @@ def test_own_format_is_taken_as_it_is() -> None:
 
 def test_unknown_format_lists_the_known() -> None:
     """A typo is told at construction."""
-    with pytest.raises(PolicyError, match=r"'pickle' is not known \(known: torch, safetensors\)"):
+    with pytest.raises(PolicyError, match=r"'pickle' is not known \(known: torch, safetensors, dcp\)"):
         open_format("pickle")

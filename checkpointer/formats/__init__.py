@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from checkpointer.errors import PolicyError
-from checkpointer.ports import Format
+from checkpointer.ports import FolderFormat, Format
 
 __all__ = ["open_format"]
 
 
-def open_format(format: str | Format) -> Format:
+@overload
+def open_format(format: Literal["torch", "safetensors"] | Format) -> Format: ...
+@overload
+def open_format(format: Literal["dcp"] | FolderFormat) -> FolderFormat: ...
+@overload
+def open_format(format: str | Format | FolderFormat) -> Format | FolderFormat: ...
+def open_format(format: str | Format | FolderFormat) -> Format | FolderFormat:
     """Return the format of that name, or the user's own.
 
     Args:
-        format: ``"torch"``, ``"safetensors"``, or a `checkpointer.ports.Format`.
+        format: ``"torch"``, ``"safetensors"``, ``"dcp"``, or a `checkpointer.ports.Format` or ``FolderFormat``.
 
     Raises:
         PolicyError: If the name is not known.
@@ -28,5 +36,9 @@ def open_format(format: str | Format) -> Format:
         from checkpointer.formats.safetensors_file import SafetensorsFormat
 
         return SafetensorsFormat()
-    msg = f"the payload format {format!r} is not known (known: torch, safetensors); pass a Format of your own"
+    if format == "dcp":
+        from checkpointer.formats.dcp_folder import DcpFormat
+
+        return DcpFormat()
+    msg = f"the payload format {format!r} is not known (known: torch, safetensors, dcp); pass a Format of your own"
     raise PolicyError(msg)

@@ -1,0 +1,264 @@
+"""The DCP folder: what ``torch.distributed.checkpoint`` writes and reads, each process its own shards."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, Final, cast
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils._pytree import tree_map
+
+from checkpointer.errors import (
+    CheckpointerError,
+    CorruptError,
+    NamingError,
+    RestoreError,
+    SaveError,
+    UnsafePayloadError,
+)
+from checkpointer.formats.torch_file import TorchFormat
+from checkpointer.naming import check_name
+
+__all__ = ["DcpFormat"]
+
+METADATA: Final = ".metadata"
+
+MAX_LIST: Final = 1_000_000
+MAX_TOLD: Final = 10
+
+
+def _as_text(*parts: str) -> str:
+    return "/".join(parts)
+
+
+_METADATA_GLOBALS: Final = {
+    ("torch", "Size"): torch.Size,
+    **{("pathlib", name): _as_text for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    **{
+        ("torch.distributed.checkpoint.metadata", name): getattr(dcp_metadata, name)
+        for name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING")
+    },
+}
+"""All that DCP's own metadata names."""
+
+
+class DcpFormat:
+    """Writes and reads DCP folders; ``torch.distributed.checkpoint`` itself reads them without this library.
+
+    Args:
+        group: The process group whose ranks write and read together; None for this process alone.
+        template: Returns the state to load into, sharded as the training wants it now; None makes whole tensors.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = tempfile.mkdtemp() + "/step=1.dcp"
+        >>> DcpFormat().write_folder({"w": torch.ones(2)}, folder)
+        >>> DcpFormat().read_folder(folder, weights_only=True, map_location="cpu")
+        {'w': tensor([1., 1.])}
+    """
+
+    name = "dcp"
+    extension = ".dcp"
+
+    def __init__(self, group: Any = None, template: Callable[[], Any] | None = None) -> None:
+        self._group = group
+        self._template = template
+
+    def write_folder(self, state: Any, path: str) -> None:
+        """See `FolderFormat.write_folder`.
+
+        Raises:
+            SaveError: If the state is no dict.
+        """
+        if not isinstance(state, dict):
+            msg = f"the state is a {type(state).__name__}; the dcp format writes a dict of names, so return one"
+            raise SaveError(msg)
+        writer = _Writer(path)
+        with _as_they_are(SaveError):
+            save(state, storage_writer=writer, **self._who)
+
+    def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """See `FolderFormat.read_folder`; with a template ``map_location`` counts for nothing.
+
+        Raises:
+            RestoreError: If the template lacks what the folder has, or the other way round.
+        """
+        reader = _Reader(path, weights_only=weights_only)
+        state = _whole(reader.read_metadata()) if self._template is None else self._template()
+        # Whatever fails on one rank has to fail within DCP's own steps, which tell the others.
+        planner = _Planner(weights_only=weights_only)
+        try:
+            with _as_they_are(RestoreError):
+                load(state, storage_reader=reader, planner=planner, **self._who)
+        except RestoreError as error:
+            raise reader.error or error from None
+        return _moved(state, map_location) if self._template is None else state
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        return {"no_dist": True} if self._group is None else {"process_group": self._group}
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`."""
+        return TorchFormat().refused(tree_map(lambda leaf: None if isinstance(leaf, torch.Tensor) else leaf, state))
+
+
+class _Writer(FileSystemWriter):
+    """Writes a folder that can be moved: where it was staged is not told."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
+class _Reader(FileSystemReader):
+    """Reads a folder without running what its metadata might hold, and nothing outside of it."""
+
+    def __init__(self, path: str, *, weights_only: bool) -> None:
+        super().__init__(path)
+        self._weights_only = weights_only
+        self.error: RestoreError | None = None
+        """What is wrong with the folder: DCP passes on no more than its text."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            metadata = _read_metadata(os.fspath(self.path), weights_only=self._weights_only)
+        except RestoreError as error:
+            self.error = error
+            raise
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+def _read_metadata(folder: str, *, weights_only: bool) -> Metadata:
+    try:
+        with open(os.path.join(folder, METADATA), "rb") as stream:
+            metadata = (_MetadataUnpickler if weights_only else pickle.Unpickler)(stream).load()
+        _check_folder(metadata)
+    except FileNotFoundError as error:
+        msg = f"{folder} has no {METADATA}, so it is no folder that torch.distributed.checkpoint wrote"
+        raise CorruptError(msg) from error
+    except (OSError, MemoryError, RestoreError):
+        raise
+    except NamingError as error:
+        msg = f"{folder}: its metadata names a file outside of it: {error}"
+        raise CorruptError(msg) from error
+    except Exception as error:  # Damaged bytes fail anywhere in an unpickler.
+        msg = f"{folder}: its metadata cannot be read: {type(error).__name__}: {error}"
+        raise CorruptError(msg) from error
+    return cast(Metadata, metadata)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of DCP's metadata, and no other: nothing in a folder is executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _METADATA_GLOBALS.get((module, name))
+        if known is None and module == "torch":
+            known = getattr(torch, name, None)
+            known = known if isinstance(known, torch.dtype) else None
+        if known is None:
+            msg = (
+                f"the metadata names {module}.{name}, which a safe load refuses to unpickle; "
+                "if you trust whoever wrote it, pass weights_only=False"
+            )
+            raise UnsafePayloadError(msg)
+        return known
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads into a template if it is what was saved, and what is no tensor as safely as a torch file is read."""
+
+    def __init__(self, *, weights_only: bool) -> None:
+        super().__init__()
+        self._weights_only = weights_only
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None, "a load has read it"
+        _check_same(state_dict, metadata)
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = TorchFormat().read(cast(BinaryIO, value), weights_only=self._weights_only, map_location="cpu")
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+
+
+def _whole(metadata: Metadata) -> dict[str, Any]:
+    """Return a template of whole tensors for all that a folder holds."""
+    state: dict[str, Any] = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        value = None
+        if isinstance(stored, TensorStorageMetadata):
+            value = torch.empty(stored.size, dtype=stored.properties.dtype)
+        set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
+    return state
+
+
+def _check_folder(metadata: Metadata) -> None:
+    """Raise unless the metadata stays inside its folder, and inside this machine's memory."""
+    for info in metadata.storage_data.values():
+        check_name(info.relative_path)
+    for path in (metadata.planner_data or {}).values():
+        if any(isinstance(part, int) and not 0 <= part < MAX_LIST for part in path):
+            msg = f"its metadata has a list index in {path!r}; expected less than {MAX_LIST}"
+            raise CorruptError(msg)
+
+
+def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
+    """Raise unless the template and the folder have the same names and shapes: nothing is left out silently."""
+    here = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+    flat, _ = flatten_state_dict(here)
+    there = metadata.state_dict_metadata
+    problems = [f"{name} is not in the checkpoint" for name in sorted(flat.keys() - there.keys())]
+    problems += [f"{name} is not in the state" for name in sorted(there.keys() - flat.keys())]
+    for name in sorted(flat.keys() & there.keys()):
+        value, stored = flat[name], there[name]
+        if (
+            isinstance(value, torch.Tensor)
+            and isinstance(stored, TensorStorageMetadata)
+            and value.size() != stored.size
+        ):
+            problems.append(f"{name} has the shape {list(stored.size)} in the checkpoint, {list(value.size())} here")
+    if problems:
+        more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
+        msg = (
+            f"the checkpoint does not fit the state: {'; '.join(problems[:MAX_TOLD])}{more}. Return from "
+            "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
+        )
+        raise RestoreError(msg)
+
+
+def _moved(state: Any, map_location: Any) -> Any:
+    device = torch.device(map_location or "cpu")
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
+
+
+@contextlib.contextmanager
+def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
+    """Raise what a rank has raised instead of DCP's bundle; what is none of ours becomes a ``kind``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
+            raise cause from None
+        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
+        raise kind(msg) from cause

@@ -1,0 +1,161 @@
+"""Folders of ``torch.distributed.checkpoint``: read whole, without running anything, and never out of the folder."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer.errors import CorruptError, RestoreError, SaveError, UnsafePayloadError
+from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.records import Record
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
+
+POLICY = Policy(EverySteps(1), [KeepLast(2)])
+STATE: dict[str, Any] = {
+    "model": {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
+    "optimizer": {"groups": [{"lr": 0.1, "betas": (0.9, 0.99)}, {"lr": 0.2}], "step": torch.tensor(3)},
+    "epoch": 2,
+    "empty": {},
+    "text": "abc",
+}
+
+
+def read(folder: Path, *, weights_only: bool = True) -> Any:
+    return DcpFormat().read_folder(str(folder), weights_only=weights_only, map_location="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that torch itself has written."""
+    path = tmp_path / "folder.dcp"
+    save(STATE, checkpoint_id=path)
+    return path
+
+
+def change_metadata(folder: Path, **changes: Any) -> None:
+    metadata = FileSystemReader(folder).read_metadata()
+    for name, value in changes.items():
+        setattr(metadata, name, value)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_what_torch_wrote_is_read_whole(folder: Path) -> None:
+    """Nested dicts, lists, tuples, tensors of any type, and plain values; DCP stores no empty dict."""
+    found = read(folder)
+
+    assert found.keys() == STATE.keys() - {"empty"}
+    assert torch.equal(STATE["model"]["w"], found["model"]["w"])
+    assert torch.bfloat16 == found["model"]["half"].dtype
+    assert STATE["optimizer"]["groups"] == found["optimizer"]["groups"]
+    assert (2, "abc") == (found["epoch"], found["text"])
+
+
+def test_a_manager_saves_and_restores_folders(tmp_path: Path) -> None:
+    """In one process too; the folders are retired as files are."""
+    state = {"w": torch.zeros(3), "step": 0}
+    with CheckpointManager(
+        tmp_path, Policy(EverySteps(1), [KeepLast(2)]), state=lambda: state, format="dcp"
+    ) as manager:
+        for step in (1, 2, 3):
+            state["w"], state["step"] = torch.full((3,), float(step)), step
+            manager.observe({}, step, 0, epoch_end=False)
+        names = [record.name for record in manager.records]
+    assert ["epoch=0-step=2.dcp", "epoch=0-step=3.dcp"] == names
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".checkpointer") == names
+    with CheckpointManager(tmp_path, format="dcp") as manager:
+        restored = manager.restore()
+        assert restored is not None
+        assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
+        assert 3 == restored.state["step"]
+
+
+@pytest.mark.parametrize("where", ["metadata", "value"])
+def test_nothing_in_a_folder_is_run(tmp_path: Path, folder: Path, where: str) -> None:
+    """Its metadata is a pickle, and so is each value that is no tensor: both name only what is known."""
+    trace = tmp_path / "trace"
+    if where == "metadata":
+        change_metadata(folder, planner_data=Evil(trace))
+    else:
+        save({"w": torch.ones(1), "evil": Evil(trace)}, checkpoint_id=folder)
+
+    with pytest.raises((UnsafePayloadError, RestoreError), match=r"refuses to unpickle"):
+        read(folder)
+    assert not trace.exists()
+
+
+def test_metadata_leads_neither_out_of_the_folder_nor_out_of_memory(folder: Path) -> None:
+    """A path with '..', and the list index of a bomb."""
+    metadata = FileSystemReader(folder).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../other"
+    change_metadata(folder, storage_data=metadata.storage_data)
+    with pytest.raises(CorruptError, match="outside of it"):
+        read(folder)
+
+    save(STATE, checkpoint_id=folder)
+    change_metadata(folder, planner_data={"epoch": ("epoch", 10**12)})
+    with pytest.raises(CorruptError, match="list index"):
+        read(folder)
+
+
+def test_damaged_metadata_is_corrupt(folder: Path) -> None:
+    """Cut anywhere, or gone."""
+    whole = (folder / ".metadata").read_bytes()
+    for size in range(0, len(whole), 7):
+        (folder / ".metadata").write_bytes(whole[:size])
+        with pytest.raises(CorruptError):
+            read(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(CorruptError, match=r"no folder that torch\.distributed\.checkpoint wrote"):
+        read(folder)
+
+
+def test_a_state_without_names_is_refused(tmp_path: Path) -> None:
+    """DCP writes dicts; the message says so."""
+    with pytest.raises(SaveError, match="the state is a list"):
+        DcpFormat().write_folder([1, 2], str(tmp_path / "x"))
+
+
+def test_what_a_safe_load_refuses_is_named_when_it_is_saved(tmp_path: Path) -> None:
+    """As with a torch file."""
+    state = {"w": torch.ones(1), "path": Path("x")}
+    with CheckpointManager(
+        tmp_path, Policy(EverySteps(1), [KeepLast(2)]), state=lambda: state, format="dcp"
+    ) as manager:
+        with pytest.warns(CheckpointerWarning, match=r"state\['path'\] is a pathlib"):
+            manager.observe({}, 1, 0, epoch_end=False)
+        with pytest.raises(RestoreError, match="refuses to unpickle"):
+            manager.restore()
+        restored = manager.restore(weights_only=False)
+        assert restored is not None
+        assert Path("x") == restored.state["path"]
+
+
+def test_a_file_is_not_read_as_a_folder(tmp_path: Path) -> None:
+    """A record that names one format, and a payload of the other kind."""
+    with CheckpointManager(tmp_path, POLICY, state=dict) as manager:
+        manager.observe({}, 1, 0, epoch_end=False)
+        (record,) = manager.records
+    assert isinstance(record, Record)
+    path = next((tmp_path / ".checkpointer" / "records").iterdir())
+    path.write_text(path.read_text().replace('"torch"', '"dcp"'))
+    with CheckpointManager(tmp_path) as manager, pytest.raises(RestoreError, match="'dcp' reads folders"):
+        manager.restore(record.name)
