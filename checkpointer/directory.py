@@ -17,7 +17,7 @@ from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
-from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
+from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
@@ -198,7 +198,7 @@ class Directory:
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
         """Commit a copy of what lies at ``path`` of another storage, under its own name if that is free."""
-        name = replaces.name if replaces else self._free_name(record)
+        name = replaces.name if replaces else self.free_name(record)
         return self.transaction.copy_in(attrs.evolve(record, name=name), source, path, replaces=replaces)
 
     def rewrite(self, record: Record) -> None:
@@ -282,7 +282,7 @@ class Directory:
         stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
         return naming.free_name(stem, taken)
 
-    def _free_name(self, record: Record) -> str:
+    def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""
         name = record.name
         is_taken = name in self.manifest.taken or name in self.policy.aliases
@@ -293,7 +293,7 @@ class Directory:
     def move_slot(self, slot: Record) -> Record:
         """Give a checkpoint that was written under the alias a name of its own."""
         while True:
-            name = self._free_name(slot)
+            name = self.free_name(slot)
             try:
                 moved = self.transaction.relocate(slot, name)
                 break
@@ -328,6 +328,10 @@ class Directory:
         if isinstance(self.storage, SupportsPaths):
             return self.storage.local_path(name)
         return f"{self.storage}/{name}"
+
+    def address(self, name: str) -> str:
+        """Return what a trainer opens a payload by: as `location`, but with the password of a URL."""
+        return self.storage.url(name) if isinstance(self.storage, SupportsURLs) else self.location(name)
 
 
 def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:

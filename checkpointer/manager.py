@@ -55,7 +55,8 @@ class CheckpointManager:
         policy: When to save and what to keep; None saves nothing (to look at a directory or restore from it).
         state: Returns the state to save. Called only when a save is due, once per save.
         weights: Returns the weights alone, for ``contents="weights"``; None takes ``state``.
-        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given.
+        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given, or to the URL where
+            the directory is one: there it is a name that nobody has.
         format: ``"torch"``, ``"safetensors"`` (weights), ``"dcp"`` (a folder) or a `checkpointer.ports.Format`.
         run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
         label: Tells managers apart that share a directory.
@@ -418,15 +419,59 @@ class CheckpointManager:
             RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a storage that
                 is not on this machine does not answer.
         """
-        self._check_open()
-        found = self._mirror.look() if self._mirror is not None else Fetcher()
-        view = self._directory.widened(found.records.values())
-        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
 
         def load_here(record: Record) -> Restored:
             payload = self._format_of(record)
             storage = self._directory.storage
             return restoring.load(storage, record, payload, weights_only=weights_only, map_location=map_location)
+
+        return self._go_to(which, contents, load_here, strangers=self._directory.storage)
+
+    def locate(
+        self, which: str | int | None = None, *, contents: Literal["full", "any"] = "full"
+    ) -> tuple[Record, str] | None:
+        """Do as `restore` does, but do not load: for a trainer that reads its checkpoints itself, folders too.
+
+        Args:
+            which: As for `restore`.
+            contents: As for `restore`.
+
+        Returns:
+            The record of a checkpoint that is whole, and the path or URL where it lies; None if there is no record:
+            whatever else is in the directory is the trainer's affair.
+
+        Raises:
+            CheckpointError: As `restore`.
+
+        Example:
+            >>> import tempfile
+            >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+            >>> folder = tempfile.mkdtemp()
+            >>> with CheckpointManager(folder, Policy(EverySteps(1), [KeepLast(1)]), state=dict) as manager:
+            ...     decision = manager.observe({}, step=1, epoch=0)
+            >>> record, path = CheckpointManager(folder).locate()
+            >>> record.step, path.removeprefix(folder)
+            (1, '/epoch=0-step=1.ckpt')
+        """
+
+        def check(record: Record) -> Restored:
+            restoring.verify(self._directory.storage, record)
+            return Restored(record=record, state=None)
+
+        found = self._go_to(which, contents, check)
+        return (found.record, self._directory.address(found.record.name)) if found else None
+
+    def _go_to(
+        self,
+        which: str | int | None,
+        contents: Literal["full", "any"],
+        load_here: Callable[[Record], Restored],
+        strangers: Storage | None = None,
+    ) -> Restored | None:
+        self._check_open()
+        found = self._mirror.look() if self._mirror is not None else Fetcher()
+        view = self._directory.widened(found.records.values())
+        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
 
         def load(record: Record) -> Restored:
             with restoring.holding_on_to(record, self._directory.storage):
@@ -436,7 +481,7 @@ class CheckpointManager:
             bad = (*map(str, self._directory.damaged.values()), *found.problems)
             restored = restoring.load_first_valid(chosen, load, self._directory.set_aside, bad)
             if restored is None:
-                restoring.check_empty(which, self.policy, view, self._directory.storage)
+                restoring.check_empty(which, self.policy, view, strangers)
                 return None
         else:
             restored = load(chosen[0])
@@ -562,8 +607,8 @@ class CheckpointManager:
                 self._directory.say_once(problem, f"went on without {problem}")
         self._directory.resume_run(run, line, step, source)
         saved = self._directory.manifest.at_step(step)
-        # What was attached to the checkpoint later is not in the state that lies in it.
-        since = saved.progress if saved and saved.progress.epochs > since.epochs else since
+        # The state may lie in what somebody else saved, before this step was saved here or its epoch's end attached.
+        since = since.later(saved.progress) if saved else since
         self._pacing.go_on(since, self._clock.time(), step=step, owed=owed)
 
     def close(self, *, timeout: float = 600.0) -> None:
