@@ -64,7 +64,7 @@ class Directory:
         self._said: set[str] = set()
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
-        self._aliases = Aliases(self.transaction, policy, self.damaged, self.say_once)
+        self._aliases = Aliases(self.transaction, policy, self.damaged)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         if writes:
@@ -86,10 +86,11 @@ class Directory:
     @property
     def view(self) -> Manifest:
         """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
-        labelled = [record for record in self.manifest.records if record.label == self.manifest.label]
-        if self.claimed or self.manifest.own or not labelled:
-            return self.manifest
-        return self.manifest.seen_by(labelled[-1].run, labelled[-1].line)
+        manifest = self.manifest  # Once: with background= another thread goes on with it.
+        labelled = [record for record in manifest.records if record.label == manifest.label]
+        if self.claimed or manifest.own or not labelled:
+            return manifest
+        return manifest.seen_by(labelled[-1].run, labelled[-1].line)
 
     def widened(self, elsewhere: Iterable[Record]) -> Manifest:
         """Return the view with what only a mirror holds, under the names it would get here."""
@@ -188,7 +189,9 @@ class Directory:
 
     def note(self, metrics: Iterable[str]) -> None:
         """Remember which metrics were reported."""
-        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(metrics))
+        seen = self.manifest.seen.union(metrics)
+        if seen != self.manifest.seen:
+            self.manifest = attrs.evolve(self.manifest, seen=seen)
 
     def add(self, record: Record) -> None:
         """Take in a record that was committed."""
@@ -262,7 +265,7 @@ class Directory:
         self.manifest = self._aliases.point(self.policy, self.manifest)
 
     def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
-        self.policy = self._aliases.settle(self.manifest, slots=slots, claim=claim)
+        self.policy = self._aliases.settle(self.manifest, self.say_once, slots=slots, claim=claim)
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""

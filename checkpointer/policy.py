@@ -352,10 +352,22 @@ def after(decision: Decision, manifest: Manifest) -> Manifest:
         >>> [record.name for record in after(decision, Manifest()).own]
         ['epoch=0-step=10.ckpt']
     """
+    if isinstance(decision, Attach):
+        return _attached(decision, manifest)
     if not isinstance(decision, Save):
         return manifest
     candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
     return manifest.without(*decision.retire).with_record(candidate)
+
+
+def _attached(decision: Attach, manifest: Manifest) -> Manifest:
+    saved = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
+    if saved is None:
+        return manifest
+    now = decision.observation
+    epoch_end = saved.epoch_end or (now.epoch_end and now.epoch == saved.epoch)
+    record = attrs.evolve(saved, metrics={**saved.metrics, **now.metrics}, epoch_end=epoch_end)
+    return manifest.with_record(record).without(*decision.retire)
 
 
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
