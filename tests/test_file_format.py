@@ -15,7 +15,7 @@ import xxhash
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Policy
 
 SECRET = b"0123456789abcdef0123456789abcdef"
-NEW = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+NEW: dict[str, Any] = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
