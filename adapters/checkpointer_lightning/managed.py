@@ -13,6 +13,7 @@ import attrs
 
 from checkpointer import Attach, CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Save
 from checkpointer.clock import SystemClock
+from checkpointer.naming import fixed_parts
 from checkpointer.ports import Clock
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
@@ -171,6 +172,9 @@ class Managed(Base):
         """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
         if not (self._goes_on or self._theirs) or trainer.ckpt_path in (None, "", self._found):
             return ""
+        template = policy.name.template
+        if template is not None and fixed_parts(template, policy.name.join) == template:
+            return ""  # The name is that of the newest, or the best: what it names is replaced, as in Lightning.
         folder, name = os.path.split(os.path.abspath(trainer.ckpt_path))
         path = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(self._folder))
         path = path.replace(os.sep, "/")
