@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers demo test test-quick check wheel-test bench bench-storage format clean
+.PHONY: help venv servers demo test test-quick check wheel-test bench bench-storage bench-ranks format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,7 @@ help:
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
+	@echo "make bench-ranks  measure what several processes pay for agreeing"
 	@echo "make format      let ruff format and fix"
 
 venv: $(STAMP)
@@ -73,6 +74,9 @@ bench: venv
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
+
+bench-ranks: venv
+	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
 
 format: venv
 	"$(BIN)/ruff" check --fix

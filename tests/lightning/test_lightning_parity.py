@@ -51,8 +51,16 @@ PLAIN = [name for name in ARGUMENTS if name not in ("best 2, last", "best, link"
 """Those that do not differ by intention, which the matrix has."""
 
 
-@pytest.mark.parametrize("setting", TRAINERS)
-@pytest.mark.parametrize("arguments", PLAIN)
+SAME = [
+    (arguments, setting)
+    for arguments in PLAIN
+    for setting in TRAINERS
+    # Lightning ranks the step at which it is stopped by the validation before.
+    if setting != "stopped within an epoch" or ARGUMENTS[arguments].get("monitor") != "val_loss"
+]
+
+
+@pytest.mark.parametrize(("arguments", "setting"), SAME)
 def test_other_trainers_are_served_as_by_lightnings(in_memory: Path, arguments: str, setting: str) -> None:
     """What the matrix leaves out of the Trainer's options, each in an empty directory."""
     since = NOT_BEFORE.get((arguments, setting)) or NOT_BEFORE.get((arguments, "*"))
@@ -81,10 +89,12 @@ def test_weights_alone_are_lightnings_and_it_is_said_that_they_resume_nothing(tm
 def test_the_constructor_is_lightnings() -> None:
     """Order, names, defaults and types: positional calls and the command line work as before."""
     theirs, ours = (dict(list(inspect.signature(cls.__init__).parameters.items())[1:]) for cls in (Theirs, Ours))
+    if not is_at_least("2.5.3"):
+        del ours["save_on_exception"]  # It is the seventh since then.
     assert list(theirs) == list(ours)
     assert [p.default for p in theirs.values()] == [p.default for p in ours.values()]
     hints = typing.get_type_hints(Ours.__init__)
-    del hints["return"]
+    hints = {name: hint for name, hint in hints.items() if name in theirs}
     assert typing.get_type_hints(Theirs.__init__) == hints
 
 
@@ -172,6 +182,8 @@ def test_names_are_formatted_by_the_same_method(arguments: dict[str, Any]) -> No
     """``format_checkpoint_name`` is public, with prefixes and versions."""
     metrics = {"epoch": 3, "step": 9, "val_loss": 0.126, "epoch_test": 7, "val.loss": 1.26, "val/loss": 1.26}
     for keywords in ({}, {"ver": 2}, {"prefix": "p"}, {"filename": "{step}"}):
+        if not keywords.keys() <= inspect.signature(Theirs.format_checkpoint_name).parameters.keys():
+            continue  # Lightning 2.4 has no prefix.
         expected = Theirs(**arguments).format_checkpoint_name(dict(metrics), **keywords)
         assert expected == Ours(**arguments).format_checkpoint_name(dict(metrics), **keywords)
 
