@@ -21,6 +21,7 @@ __all__ = [
     "SupportsLinks",
     "SupportsPaths",
     "SupportsSweep",
+    "SupportsURLs",
     "Upload",
     "Writable",
 ]
@@ -143,6 +144,15 @@ class SupportsPaths(Protocol):
 
     def sync(self, path: str) -> None:
         """Make a file or folder that somebody else wrote durable, with its directory entries."""
+        ...
+
+
+@runtime_checkable
+class SupportsURLs(Protocol):
+    """A storage whose files have a URL, for trainers that write by themselves to where nothing can be staged."""
+
+    def url(self, path: str) -> str:
+        """Return the URL of a file, there or not; with whatever password the storage was opened with."""
         ...
 
 

@@ -216,14 +216,19 @@ def load_first_valid(
     return None
 
 
-def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage) -> None:
-    """Raise unless there is really nothing to restore, so that training does not start over silently."""
+def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage | None) -> None:
+    """Raise unless there is really nothing to restore, so that training does not start over silently.
+
+    Without ``storage`` files that no record names count for nothing.
+    """
     if manifest.live:
         msg = "there are only weights, which cannot resume a run; pass contents='any' to load them"
         raise RestoreError(msg)
     if which not in (None, "last", policy.name.last_file):
         msg = f"there is no {which!r}: no checkpoint of the run is ranked"
         raise NotFoundError(msg)
+    if storage is None:
+        return
     suffix = policy.name.suffix
     files = sorted(path for path in storage.list() if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
     if files and not manifest.records:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import sampling
 from servers.fixtures import serve
 
 __all__ = ["serve"]
@@ -18,6 +19,10 @@ pytest.register_assert_rewrite("checkpointer.testing.contract")
 # A loaded machine is slow now and then: time limits per example would fail tests that are right.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("steady")
+
+
+def pytest_report_header() -> str:
+    return sampling.described()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
