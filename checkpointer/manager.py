@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -117,7 +118,8 @@ class CheckpointManager:
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
-        self._format = open_format(format)
+        self._open_format = functools.partial(open_format, storage_options=storage_options)
+        self._format = self._open_format(format)
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
         self._capture = weights if policy.contents == "weights" and weights is not None else state
         self._save = save
@@ -493,7 +495,7 @@ class CheckpointManager:
     def _format_of(self, record: Record) -> Format | FolderFormat:
         if record.format in (self._format.name, FOLDER):
             return self._format
-        return open_format(record.format)
+        return self._open_format(record.format)
 
     # Looking
 

@@ -223,7 +223,7 @@ class FolderFormat(Protocol):
         ...
 
     def write_folder(self, state: Any, path: str) -> None:
-        """Write ``state`` into a new folder at ``path``."""
+        """Write ``state`` into a new folder at ``path``: a path, or a URL where the directory is one."""
         ...
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
