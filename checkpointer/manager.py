@@ -151,6 +151,7 @@ class CheckpointManager:
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
         self._pacing.go_on(self._first_progress(), self._clock.time())
+        self._tell("on_opened", self)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -342,10 +343,12 @@ class CheckpointManager:
         now = decision.observation
         epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
         metrics = {**record.metrics, **now.metrics}
-        self._directory.rewrite(attrs.evolve(record, metrics=metrics, epoch_end=epoch_end))
+        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
+        self._directory.rewrite(record)
         self._directory.point_aliases()
         self._retire()
         self._tell_mirror()
+        self._tell("on_attached", record)
 
     def _tell_mirror(self) -> None:
         if self._mirror is not None:
@@ -357,12 +360,13 @@ class CheckpointManager:
             self._tell("on_retired", record)
         return tuple(record.name for record in retired)
 
-    def _tell(self, event: Literal["on_saved", "on_retired"], record: Record) -> None:
+    def _tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
         for listener in self._listeners:
             try:
-                getattr(listener, event, lambda _: None)(record)
+                getattr(listener, event, lambda _: None)(what)
             except Exception as error:  # A broken tracker must not end the training.
-                msg = f"{type(listener).__name__}.{event} failed on {record.name}: {error!r}; the checkpoint is fine"
+                on = f" on {what.name}" if isinstance(what, Record) else ""
+                msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
@@ -523,6 +527,10 @@ class CheckpointManager:
     def best(self) -> Record | None:
         """The best checkpoint by the first `KeepBest`; None if none is ranked."""
         return self.policy.best_of(self.manifest.history)
+
+    def location(self, name: str) -> str:
+        """Return the path or URL of the checkpoint of that name, such as ``torch.load`` takes; it need not be there."""
+        return self._directory.location(name)
 
     @property
     def mirror(self) -> MirrorStatus | None:
