@@ -83,6 +83,10 @@ class Directory:
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
 
+    def look(self) -> Manifest:
+        """Return the manifest, as it is now."""
+        return self.manifest
+
     @property
     def view(self) -> Manifest:
         """The manifest; before this run has saved or restored, as the newest run under the label sees it."""

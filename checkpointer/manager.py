@@ -130,7 +130,8 @@ class CheckpointManager:
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
-        self._format = open_format(format)
+        self._open_format = functools.partial(open_format, storage_options=storage_options)
+        self._format = self._open_format(format)
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
         self._capture = weights if policy.contents == "weights" and weights is not None else state
         self._save = save
@@ -157,8 +158,7 @@ class CheckpointManager:
         self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
         self._background = self._snapshots = None
         if busy is not None:
-            directory = self._directory  # Not the manager, which would then keep itself alive.
-            self._background = Background(busy, lambda: directory.manifest, self._pacing.wake)
+            self._background = Background(busy, self._directory.look, self._pacing.wake)
             self._snapshots = Snapshots(copies=1 if busy == "wait" else 2)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
@@ -168,6 +168,7 @@ class CheckpointManager:
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
         self._pacing.go_on(self._first_progress(), self._clock.time())
+        self._saver.tell("on_opened", self)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -574,7 +575,7 @@ class CheckpointManager:
     def _format_of(self, record: Record) -> Format | FolderFormat:
         if record.format in (self._format.name, FOLDER):
             return self._format
-        return open_format(record.format)
+        return self._open_format(record.format)
 
     # Looking
 
@@ -602,6 +603,10 @@ class CheckpointManager:
     def best(self) -> Record | None:
         """The best checkpoint by the first `KeepBest`; None if none is ranked."""
         return self.policy.best_of(self.manifest.history)
+
+    def location(self, name: str) -> str:
+        """Return the path or URL of the checkpoint of that name, such as ``torch.load`` takes; it need not be there."""
+        return self._directory.location(name)
 
     @property
     def mirror(self) -> MirrorStatus | None:

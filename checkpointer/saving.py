@@ -55,7 +55,7 @@ class Saver:
             self.directory.point_aliases()
             retired = self._retire()
         self.tell_mirror()
-        self._tell("on_saved", record)
+        self.tell("on_saved", record)
         return retired
 
     def attach(self, decision: Attach) -> None:
@@ -71,10 +71,12 @@ class Saver:
         now = decision.observation
         epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
         metrics = {**record.metrics, **now.metrics}
-        self.directory.rewrite(attrs.evolve(record, metrics=metrics, epoch_end=epoch_end))
+        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
+        self.directory.rewrite(record)
         self.directory.point_aliases()
         self._retire()
         self.tell_mirror()
+        self.tell("on_attached", record)
 
     def tell_mirror(self) -> None:
         """Say what there is to mirror now."""
@@ -84,13 +86,15 @@ class Saver:
     def _retire(self) -> tuple[str, ...]:
         retired = self.directory.retire()
         for record in retired:
-            self._tell("on_retired", record)
+            self.tell("on_retired", record)
         return tuple(record.name for record in retired)
 
-    def _tell(self, event: Literal["on_saved", "on_retired"], record: Record) -> None:
+    def tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
+        """Tell the listeners (step 8)."""
         for listener in self.listeners:
             try:
-                getattr(listener, event, lambda _: None)(record)
+                getattr(listener, event, lambda _: None)(what)
             except Exception as error:  # A broken tracker must not end the training.
-                msg = f"{type(listener).__name__}.{event} failed on {record.name}: {error!r}; the checkpoint is fine"
+                on = f" on {what.name}" if isinstance(what, Record) else ""
+                msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=5)
