@@ -16,7 +16,7 @@ import attrs
 
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.manifest import Manifest
-from checkpointer.policy import Attach, Save, after
+from checkpointer.policy import Attach, Policy, Save, after
 
 __all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy"]
 
@@ -130,7 +130,7 @@ class Background:
             unfinished=names, num_waits=self._num_waits, waited_s=self._waited_s, num_skipped=self._num_skipped
         )
 
-    def outlook(self) -> Manifest:
+    def outlook(self, policy: Policy) -> Manifest:
         """Return the manifest as it will be once every job is done."""
         self._check_process()
         with self._news:
@@ -138,7 +138,7 @@ class Background:
                 return self._manifest()
             manifest = self._before
             for job in self._jobs:
-                manifest = after(job.decision, manifest)
+                manifest = after(job.decision, manifest, policy)
             return manifest
 
     def make_room(self, step: int) -> list[int]:

@@ -16,7 +16,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
-from checkpointer.policy import Policy, surplus
+from checkpointer.policy import Policy, own_name, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
@@ -282,12 +282,7 @@ class Directory:
 
     def own_name(self, record: Record, taken: Container[str] | None = None) -> str:
         """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
-        if taken is None:
-            taken = self.manifest.taken.union(self.policy.aliases)
-        naming = self.policy.name
-        known = self.manifest.seen | self.policy.known_metrics | set(naming.keys)
-        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-        return naming.free_name(stem, taken)
+        return own_name(self.policy, record, self.manifest, taken)
 
     def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""

@@ -249,7 +249,7 @@ class CheckpointManager:
         if self._background is None:
             self._directory.note(self._reported)
             return self._directory.manifest
-        manifest = self._background.outlook()
+        manifest = self._background.outlook(self.policy)
         seen = manifest.seen | self._reported
         return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
 
@@ -327,10 +327,14 @@ class CheckpointManager:
         with self._as_if_done(decision):
             state = self._take_state()
         try:
+            # Here, once: it may move a slot, which decisions have to see.
+            self._directory.begin()
             snapshot = self._snapshots.take(state)
             background.submit(
                 Job(decision, functools.partial(self._write_behind, snapshot, self._reported), snapshot.release)
             )
+        except AliasInUseError:
+            raise
         except Exception as error:
             self._answer(decision)
             return self._failed(decision, error)
@@ -352,6 +356,7 @@ class CheckpointManager:
         if self._background is None or self._background.is_here:
             self._saver.attach(decision)
             return
+        self._directory.begin()
         try:
             self._background.submit(Job(decision, lambda job: self._saver.attach(decision), lambda: None))
         except RuntimeError:  # No thread can be started.

@@ -48,7 +48,8 @@ class _GatedUpload:
 
     def finish(self) -> None:
         self._storage.arrived.release()
-        assert self._storage.gate.wait(PATIENCE_S), "nobody opened the gate"
+        if threading.current_thread() is not threading.main_thread():  # Which would wait for itself.
+            assert self._storage.gate.wait(PATIENCE_S), "nobody opened the gate"
         if self._storage.broken is not None:
             raise self._storage.broken
         self._inner.finish()

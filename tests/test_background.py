@@ -591,7 +591,7 @@ def _words(decision: Any) -> Any:
     return type(decision).__name__, getattr(decision, "name", ""), getattr(decision, "retire", ()), decision.reason
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(sorted(POLICIES)), script=SCRIPTS)
 def test_a_script_sees_and_leaves_the_same_in_the_background(name: str, script: list[tuple[Any, ...]]) -> None:
     """However late the writer is, every decision, reason, record and file is what it would be without it."""
