@@ -1,6 +1,6 @@
 """Kills a Trainer at every change that its sixth step's save makes on the disk, and lets another one resume.
 
-One process imports everything; each training is a fork of it. Prints a line of JSON per kill.
+One process imports everything; each training is a fork of it. Prints a line of JSON per kill: of every n-th.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from hf_tiny import make_trainer, weights_of
+from hf_tiny import At, make_trainer, weights_of
 from transformers import TrainerCallback
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
@@ -77,11 +77,10 @@ def forked(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def train(directory: Path, attached: bool, steps: int, report: Path, count: int = 0) -> None:
-    """Train to a step, resuming if there is anything, and report how it went."""
+def train(directory: Path, attached: bool, report: Path, *killing: TrainerCallback) -> None:
+    """Train to the end, resuming if there is anything, and report how it went."""
     warnings.simplefilter("ignore")
-    killing = [KillAt(directory, count)] if count else []
-    trainer = make_trainer(directory, POLICY, attached=attached, max_steps=steps, callbacks=killing)
+    trainer = make_trainer(directory, POLICY, attached=attached, max_steps=9, callbacks=killing)
     begins: list[int] = []
 
     class Begins(TrainerCallback):
@@ -96,7 +95,7 @@ def train(directory: Path, attached: bool, steps: int, report: Path, count: int 
     report.write_text(json.dumps(result))
 
 
-def tear(directory: Path, before: dict[str, int]) -> bool:
+def tear(directory: Path) -> bool:
     """Cut in half what was written last and is not on record, as a kill within the writer's own code would."""
     torn = directory / "checkpoint-6"
     if not torn.is_dir() or (directory / ".checkpointer/records/checkpoint-6.json").exists():
@@ -113,34 +112,34 @@ def kill_and_resume(base: Path, attached: bool, count: int, torn: bool) -> dict[
     directory = base.with_name(f"{base.name}-{count}-{torn}")
     shutil.copytree(base, directory, symlinks=True)
     report = directory.with_suffix(".json")
-    status = forked(lambda: train(directory, attached, 9, report, count))
+    status = forked(lambda: train(directory, attached, report, KillAt(directory, count)))
     if status == 0:
         return None
     assert status == KILLED, status
-    if torn and not tear(directory, {}):
+    if torn and not tear(directory):
         return {}
     acknowledged = sorted(record.name for record in CheckpointManager(directory).records)
     left = sorted(path.name for path in directory.iterdir())
-    status = forked(lambda: train(directory, attached, 9, report))
+    status = forked(lambda: train(directory, attached, report))
     result = json.loads(report.read_text()) if status == 0 else {}
     aside = sorted(path.name for path in directory.iterdir() if path.name.startswith("incomplete-"))
     shutil.rmtree(directory)
     return {**result, "count": count, "torn": torn, "status": status, "had": acknowledged, "left": left, "aside": aside}
 
 
-def main(folder: str, how: str) -> None:
-    base, attached = Path(folder, how), how == "attached"
+def main(folder: str, how: str, every: str, first: str = "1") -> None:
+    base, attached = Path(folder, how), how != "plain"
     report = base.with_suffix(".json")
     unbroken = Path(folder, f"{how}-unbroken")
-    assert 0 == forked(lambda: train(unbroken, attached, 9, report))
+    assert 0 == forked(lambda: train(unbroken, attached, report))
     print(json.dumps(json.loads(report.read_text())), flush=True)
-    assert 0 == forked(lambda: train(base, attached, 3, report))
+    assert KILLED == forked(lambda: train(base, attached, report, At(3, lambda: os._exit(KILLED))))
     for torn in (False,) if attached else (False, True):
-        count = 1
+        count = int(first)
         while (result := kill_and_resume(base, attached, count, torn)) is not None:
             if result:
                 print(json.dumps(result), flush=True)
-            count += 1
+            count += int(every)
 
 
 if __name__ == "__main__":

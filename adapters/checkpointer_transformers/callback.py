@@ -102,6 +102,7 @@ class CheckpointCallback(Base):
             msg = "hyperparameter_search writes each trial to a folder of its own, which no policy can span; train each"
             raise PolicyError(msg)
         # A batch that did not fit in memory begins the training anew without ending it; so does an exception.
+        again = self._training.state_dict() if self._training is not None else {}
         for other in (self, *_LIVING):
             if other._training is not None and other._training.folder == self._folder(args):
                 other._close()
@@ -114,7 +115,7 @@ class CheckpointCallback(Base):
             options=self._options,
             clock=self._clock,
         )
-        self._training.open(state)
+        self._training.open(state, again)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the end, if attached, and close the directory."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Save
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Progress, Save
 from checkpointer.clock import SystemClock
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Skip, decide_rescue
@@ -99,15 +99,19 @@ class Training:
 
     # From begin to end
 
-    def open(self, state: Any) -> None:
-        """Open the folder, and go on with the run that the Trainer resumed."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training that takes this one's place goes on from; empty but on rank 0."""
+        return {} if self.manager is None else self.manager.state_dict()
+
+    def open(self, state: Any, again: Mapping[str, Any]) -> None:
+        """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
         def open_it() -> _Told:
             self._storage = open_storage(self.folder, self._owner)
             self.manager = manager = CheckpointManager(
                 self.folder, self.policy, save=self._save, clock=self._clock, **self._options
             )
-            saved = saved_state(state)
-            if saved and state.global_step:
+            saved = saved_state(state) if state.global_step else _from_start(again, self._clock)
+            if saved:
                 manager.load_state_dict(saved, source=self._chosen(state.global_step, saved))
             self._claim()
             return self._tell(Skip(reason="the training begins"), state)
@@ -326,6 +330,12 @@ class Training:
             "longer fits it. Put CheckpointCallback behind that callback, or attach(trainer)"
         )
         warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+
+
+def _from_start(again: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
+    """Return the state of a run that begins anew."""
+    since = attrs.asdict(Progress(time=clock.time()))
+    return {**again, "step": 0, "since": since, "owed": False} if again else {}
 
 
 def _needs_metric(rule: object) -> bool:

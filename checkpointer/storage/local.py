@@ -272,12 +272,10 @@ class LocalStorage:
             yield from (folder for folder in staging.iterdir() if folder != self._staging)
 
     def _is_abandoned(self, folder: Path) -> bool:
-        held = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
-        owner = held[0].rpartition("-")[0] if held else ""
-        if is_dead(owner):
-            return True
         try:
-            return not is_live(owner) and self._now() - folder.stat().st_mtime > STALE_S
+            if is_dead(_owner_of(folder)):
+                return True
+            return not is_live(_owner_of(folder)) and self._now() - folder.stat().st_mtime > STALE_S
         except FileNotFoundError:
             return False
 
@@ -380,6 +378,12 @@ class LocalUpload:
             with contextlib.suppress(OSError):
                 self._stream.close()
         _discard(self._staged)
+
+
+def _owner_of(folder: Path) -> str:
+    """Return the owner of a staging folder, whose name says it, or of a claim, which holds such a name."""
+    names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
+    return names[0].rpartition("-")[0] if names else ""
 
 
 def _discard(staged: Path) -> None:
