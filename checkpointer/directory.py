@@ -12,12 +12,13 @@ from collections.abc import Container, Iterable
 import attrs
 
 from checkpointer import index
+from checkpointer.aliases import Aliases
 from checkpointer.clock import SystemClock
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, surplus
-from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep
+from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
@@ -56,15 +57,15 @@ class Directory:
     ) -> None:
         self.storage = storage
         self.transaction = Transaction(storage, owner, trust, clock or SystemClock())
-        self.policy = self._asked = policy
+        self.policy = policy
         self.claimed = run is not None
         self._prepared = False
         self._begun = False
         self._on_line = False
         self._said: set[str] = set()
-        self._pointed: dict[str, str] = {}
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
+        self._aliases = Aliases(self.transaction, policy, self.damaged, self.say_once)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         if writes:
@@ -193,12 +194,12 @@ class Directory:
     def add(self, record: Record) -> None:
         """Take in a record that was committed."""
         self.manifest = self.manifest.with_record(record)
-        self._pointed.pop(record.name, None)  # A slot has taken the alias's place.
+        self._aliases.forget(record.name)  # A slot has taken the alias's place.
         self._changed()
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
         """Commit a copy of what lies at ``path`` of another storage, under its own name if that is free."""
-        name = replaces.name if replaces else self._free_name(record)
+        name = replaces.name if replaces else self.free_name(record)
         return self.transaction.copy_in(attrs.evolve(record, name=name), source, path, replaces=replaces)
 
     def rewrite(self, record: Record) -> None:
@@ -243,7 +244,7 @@ class Directory:
         self.manifest = manifest
         # Whose the aliases and slots are is another question now; it is settled before the next change.
         self._begun = False
-        self._pointed.clear()
+        self._aliases.forget()
         self._settle_aliases(slots=True, claim=False)
 
     def close(self) -> None:
@@ -259,55 +260,10 @@ class Directory:
 
     def point_aliases(self) -> None:
         """Let ``last`` and ``best`` name what they should, as the records have it."""
-        history = self.manifest.history
-        last = history[-1] if history else None
-        targets = {self.policy.name.last_file: last, self.policy.name.best_file: self.policy.best_of(history)}
-        for alias, how in self.policy.aliases.items():
-            target = targets[alias]
-            if target is None or target.name == alias or self._pointed.get(alias) == target.token:
-                continue
-            slot = self.manifest.by_name.get(alias)
-            try:
-                self.transaction.alias(alias, how, target, slot=slot)
-            except OSError as error:
-                msg = f"the alias {alias} could not be made ({error}); {target.name} itself is saved"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
-                continue
-            self._pointed[alias] = target.token
-            if slot is not None:
-                self.manifest = self.manifest.without(alias)
+        self.manifest = self._aliases.point(self.policy, self.manifest)
 
     def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
-        """Choose alias names that replace nothing of others; with ``claim`` keep them, and say where they differ."""
-        naming = self._asked.name
-        for field in ("last", "best"):
-            if not getattr(self._asked, field):
-                continue
-            stem = getattr(self._asked.name, field)
-            name = naming.free_name(stem, _Blocked(self, slots))
-            naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
-            if claim:
-                self.transaction.claim(name, self.manifest.label)
-            if claim and name != stem + naming.suffix:
-                self.say_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
-        self.policy = attrs.evolve(self._asked, name=naming)
-
-    def is_blocked(self, alias: str, *, slots: bool) -> bool:
-        """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
-        record = self.manifest.by_name.get(alias)
-        if record is None and slots:
-            record = self.transaction.committed(alias)
-        if record is not None:
-            return slots and (record.run, record.label) != (self.manifest.run, self.manifest.label)
-        if index.record_path(alias) in self.damaged:
-            return True
-        return self._is_foreign(alias) and not self.transaction.is_marked(alias)
-
-    def _is_foreign(self, alias: str) -> bool:
-        """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""
-        foreign = self.manifest.foreign
-        folded = alias.casefold()
-        return alias in foreign or (any(n.casefold() == folded for n in foreign) and bool(self.storage.list(alias)))
+        self.policy = self._aliases.settle(self.manifest, slots=slots, claim=claim)
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""
@@ -327,7 +283,7 @@ class Directory:
         stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
         return naming.free_name(stem, taken)
 
-    def _free_name(self, record: Record) -> str:
+    def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""
         name = record.name
         is_taken = name in self.manifest.taken or name in self.policy.aliases
@@ -338,7 +294,7 @@ class Directory:
     def move_slot(self, slot: Record) -> Record:
         """Give a checkpoint that was written under the alias a name of its own."""
         while True:
-            name = self._free_name(slot)
+            name = self.free_name(slot)
             try:
                 moved = self.transaction.relocate(slot, name)
                 break
@@ -402,6 +358,10 @@ class Directory:
             return self.storage.local_path(name)
         return f"{self.storage}/{name}"
 
+    def address(self, name: str) -> str:
+        """Return what a trainer opens a payload by: as `location`, but with the password of a URL."""
+        return self.storage.url(name) if isinstance(self.storage, SupportsURLs) else self.location(name)
+
 
 def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
     try:
@@ -411,14 +371,3 @@ def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
     except OSError as error:
         msg = f"cannot use {storage}: {error}; check the path or URL, the credentials and the network"
         raise StorageError(msg) from error
-
-
-@attrs.frozen
-class _Blocked:
-    """The alias names that are not free, as a container that is asked name by name."""
-
-    directory: Directory
-    slots: bool
-
-    def __contains__(self, alias: object) -> bool:
-        return self.directory.is_blocked(str(alias), slots=self.slots)

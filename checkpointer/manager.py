@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
 import os
 import warnings
 import weakref
@@ -22,7 +22,6 @@ from checkpointer.errors import (
     AliasInUseError,
     CheckpointerWarning,
     ClosedError,
-    MetricError,
     NotFoundError,
     ObservationError,
     PolicyError,
@@ -33,13 +32,14 @@ from checkpointer.formats import open_format
 from checkpointer.manifest import Manifest
 from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
+from checkpointer.pacing import Pacing
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, after, decide, decide_rescue
 from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, SupportsCapabilities
-from checkpointer.records import SCHEMA, Observation, Progress, Record, as_metrics
+from checkpointer.records import SCHEMA, Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
 from checkpointer.storage import open_storage
-from checkpointer.triggers import ALWAYS, AtSteps, Horizon, horizon_of
+from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
 from checkpointer.writing import FOLDER, Writer
 
@@ -56,7 +56,8 @@ class CheckpointManager:
         policy: When to save and what to keep; None saves nothing (to look at a directory or restore from it).
         state: Returns the state to save. Called only when a save is due, once per save.
         weights: Returns the weights alone, for ``contents="weights"``; None takes ``state``.
-        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given.
+        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given, or to the URL where
+            the directory is one: there it is a name that nobody has.
         format: ``"torch"``, ``"safetensors"`` (weights), ``"dcp"`` (a folder) or a `checkpointer.ports.Format`.
         run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
         label: Tells managers apart that share a directory.
@@ -117,7 +118,8 @@ class CheckpointManager:
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
-        self._format = open_format(format)
+        self._open_format = functools.partial(open_format, storage_options=storage_options)
+        self._format = self._open_format(format)
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
         self._capture = weights if policy.contents == "weights" and weights is not None else state
         self._save = save
@@ -129,11 +131,7 @@ class CheckpointManager:
         self._saving: Save | None = None
         self._failures = 0
         self._saved_steps: set[int] = set()
-        self._since = Progress()
-        self._owed = False
-        self._last_step = -1
-        self._seen: tuple[Any, int, int, bool | None] | None = None
-        self._epoch_ended: tuple[int, int] | None = None
+        self._pacing = Pacing(policy.when)
         self._owner = owner = new_owner()
         self._release = weakref.finalize(self, release, owner)
         writes = self._capture is not None or save is not None
@@ -152,7 +150,8 @@ class CheckpointManager:
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
-        self._go_on(self._first_progress())
+        self._pacing.go_on(self._first_progress(), self._clock.time())
+        self._tell("on_opened", self)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -184,32 +183,15 @@ class CheckpointManager:
             MetricError: If a metric is not one number.
             SaveError: If the checkpoint could not be written; older ones are untouched.
         """
-        if (
-            self._last_step < step < self._quiet_step
-            and (self._quiet_epochs is None or (epoch_end is not None and epoch + epoch_end < self._quiet_epochs))
-            and (self._quiet_time is None or self._clock.time() < self._quiet_time)
-        ):
-            self._last_step = step
-            self._seen = (metrics, step, epoch, epoch_end)
-            return self._quiet
+        if self._pacing.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
+            return self._pacing.quiet
         decision = self.decide(metrics, step, epoch, epoch_end=epoch_end)
         return self.commit(decision) if isinstance(decision, Save) else decision
-
-    def _look_ahead(self) -> None:
-        """Work out below which step, epoch and time nothing is due."""
-        horizon = horizon_of(self.policy.when, self._since)
-        if self._owed or self._since.time > self._clock.time():
-            horizon = ALWAYS
-        self._horizon = horizon
-        self._quiet_step = -math.inf if self._closed else horizon.step
-        self._quiet_epochs = None if horizon.epochs == math.inf else horizon.epochs
-        self._quiet_time = None if horizon.time == math.inf else horizon.time
-        self._quiet = Skip(reason=_not_due(self.policy, horizon))
 
     @property
     def horizon(self) -> Horizon:
         """Below which nothing is due: whoever reports from several processes can be silent together."""
-        return self._horizon
+        return self._pacing.horizon
 
     def decide(
         self,
@@ -226,18 +208,16 @@ class CheckpointManager:
         the trigger says, such as the end of the training: what is kept, and whether at all, is still the rules' to say.
         """
         self._check_open()
-        now = self._observation(metrics, step, epoch, epoch_end)
+        now = self._pacing.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
         self._directory.note(now.metrics)
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             self._attach(decision)
         if isinstance(decision, Skip) and decision.due:
-            self._since, self._owed = now.progress, decision.waiting
-            self._look_ahead()
-        elif not isinstance(decision, Save) and self.policy.when.due(now.progress, self._since):
+            self._pacing.answered(now.progress, self._clock.time(), waiting=decision.waiting)
+        elif not isinstance(decision, Save) and self.policy.when.due(now.progress, self._pacing.since):
             # The step is saved already, and that answers this due point: it must not come up again at the next step.
-            self._since = now.progress
-            self._look_ahead()
+            self._pacing.answered(now.progress, self._clock.time(), waiting=self._pacing.owed)
         _log.log(self._level, "step %d: %s", now.step, decision.reason)
         return decision
 
@@ -246,35 +226,20 @@ class CheckpointManager:
         return after(decision, self._directory.manifest)
 
     def _decide(self, now: Observation, why: str = "") -> Decision:
-        if now.step < self._last_step and self._directory.manifest.at_step(now.step) is None:
+        if now.step < self._pacing.last_step and self._directory.manifest.at_step(now.step) is None:
             if now.step in self._saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
             msg = (
-                f"the step went back from {self._last_step} to {now.step}; after loading an older state call "
+                f"the step went back from {self._pacing.last_step} to {now.step}; after loading an older state call "
                 "restore(), for another training make another manager"
             )
             raise ObservationError(msg)
-        self._last_step = max(self._last_step, now.step)
-        decision = decide(self.policy, now, self._directory.manifest, since=self._since, owed=self._owed or why)
+        self._pacing.advance(now.step)
+        owed = self._pacing.owed or why
+        decision = decide(self.policy, now, self._directory.manifest, since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now)
         return decision
-
-    def _observation(self, metrics: Any, step: Any, epoch: Any, epoch_end: bool | None) -> Observation:
-        ended = True if epoch_end is None else bool(epoch_end)
-        now = Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=ended, time=self._clock.time())
-        if epoch_end is None:
-            if self._quiet_epochs is not None and self._epoch_ended is not None:
-                before, at_step = self._epoch_ended
-                if before == now.epoch and at_step != now.step:
-                    msg = (
-                        f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
-                        "epoch_end=True at the end of an epoch and epoch_end=False within it"
-                    )
-                    raise ObservationError(msg)
-            self._epoch_ended = (now.epoch, now.step)
-        self._seen = (now.metrics, now.step, now.epoch, ended)
-        return now
 
     def _warn_of_absent(self, now: Observation) -> None:
         # Within the first epoch a metric of its end cannot be there yet; after it, the name is probably wrong.
@@ -331,7 +296,7 @@ class CheckpointManager:
             if decision.kind == "rescue":
                 again = decide_rescue(self.policy, decision.observation, manifest, decision.reason)
             else:
-                again = decide(self.policy, decision.observation, manifest, since=self._since, owed=True)
+                again = decide(self.policy, decision.observation, manifest, since=self._pacing.since, owed=True)
             assert isinstance(again, Save), "the same observation is due again"
             decision = attrs.evolve(decision, name=again.name, replaces=again.replaces)
         return decision
@@ -345,8 +310,7 @@ class CheckpointManager:
     def _failed(self, decision: Save, error: Exception) -> Skip:
         self._failures += 1
         if decision.kind == "regular":
-            self._since, self._owed = decision.observation.progress, False
-            self._look_ahead()
+            self._pacing.answered(decision.observation.progress, self._clock.time())
         msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
         if self._failures > self._tolerated:
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
@@ -360,8 +324,7 @@ class CheckpointManager:
         retired: tuple[str, ...] = ()
         if record.kind == "regular":
             self._saved_steps.add(record.step)
-            self._since, self._owed = record.progress, False
-            self._look_ahead()
+            self._pacing.answered(record.progress, self._clock.time())
             self._directory.point_aliases()
             retired = self._retire()
         self._tell_mirror()
@@ -380,10 +343,12 @@ class CheckpointManager:
         now = decision.observation
         epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
         metrics = {**record.metrics, **now.metrics}
-        self._directory.rewrite(attrs.evolve(record, metrics=metrics, epoch_end=epoch_end))
+        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
+        self._directory.rewrite(record)
         self._directory.point_aliases()
         self._retire()
         self._tell_mirror()
+        self._tell("on_attached", record)
 
     def _tell_mirror(self) -> None:
         if self._mirror is not None:
@@ -395,12 +360,13 @@ class CheckpointManager:
             self._tell("on_retired", record)
         return tuple(record.name for record in retired)
 
-    def _tell(self, event: Literal["on_saved", "on_retired"], record: Record) -> None:
+    def _tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
         for listener in self._listeners:
             try:
-                getattr(listener, event, lambda _: None)(record)
+                getattr(listener, event, lambda _: None)(what)
             except Exception as error:  # A broken tracker must not end the training.
-                msg = f"{type(listener).__name__}.{event} failed on {record.name}: {error!r}; the checkpoint is fine"
+                on = f" on {what.name}" if isinstance(what, Record) else ""
+                msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
@@ -418,17 +384,9 @@ class CheckpointManager:
             SaveError: If it could not be written.
         """
         self._check_open()
-        if self._seen is None and step is None:
+        now = self._pacing.last_report(step, epoch, self._clock.time())
+        if now is None:
             return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
-        metrics, seen_step, seen_epoch, ended = self._seen or ({}, 0, 0, False)
-        at = seen_step if step is None else step
-        now = Observation(
-            metrics=_usable(metrics) if at == seen_step else {},
-            step=at,
-            epoch=seen_epoch if epoch is None else epoch,
-            epoch_end=bool(ended) if at == seen_step else False,
-            time=self._clock.time(),
-        )
         saved = self._directory.manifest.at_step(now.step)
         if saved is not None and saved.contents == "full":
             return Skip(reason=f"step {now.step} is saved already as {saved.name}")
@@ -467,15 +425,59 @@ class CheckpointManager:
             RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a storage that
                 is not on this machine does not answer.
         """
-        self._check_open()
-        found = self._mirror.look() if self._mirror is not None else Fetcher()
-        view = self._directory.widened(found.records.values())
-        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
 
         def load_here(record: Record) -> Restored:
             payload = self._format_of(record)
             storage = self._directory.storage
             return restoring.load(storage, record, payload, weights_only=weights_only, map_location=map_location)
+
+        return self._go_to(which, contents, load_here, strangers=self._directory.storage)
+
+    def locate(
+        self, which: str | int | None = None, *, contents: Literal["full", "any"] = "full"
+    ) -> tuple[Record, str] | None:
+        """Do as `restore` does, but do not load: for a trainer that reads its checkpoints itself, folders too.
+
+        Args:
+            which: As for `restore`.
+            contents: As for `restore`.
+
+        Returns:
+            The record of a checkpoint that is whole, and the path or URL where it lies; None if there is no record:
+            whatever else is in the directory is the trainer's affair.
+
+        Raises:
+            CheckpointError: As `restore`.
+
+        Example:
+            >>> import tempfile
+            >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+            >>> folder = tempfile.mkdtemp()
+            >>> with CheckpointManager(folder, Policy(EverySteps(1), [KeepLast(1)]), state=dict) as manager:
+            ...     decision = manager.observe({}, step=1, epoch=0)
+            >>> record, path = CheckpointManager(folder).locate()
+            >>> record.step, path.removeprefix(folder)
+            (1, '/epoch=0-step=1.ckpt')
+        """
+
+        def check(record: Record) -> Restored:
+            restoring.verify(self._directory.storage, record)
+            return Restored(record=record, state=None)
+
+        found = self._go_to(which, contents, check)
+        return (found.record, self._directory.address(found.record.name)) if found else None
+
+    def _go_to(
+        self,
+        which: str | int | None,
+        contents: Literal["full", "any"],
+        load_here: Callable[[Record], Restored],
+        strangers: Storage | None = None,
+    ) -> Restored | None:
+        self._check_open()
+        found = self._mirror.look() if self._mirror is not None else Fetcher()
+        view = self._directory.widened(found.records.values())
+        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
 
         def load(record: Record) -> Restored:
             with restoring.holding_on_to(record, self._directory.storage):
@@ -485,25 +487,19 @@ class CheckpointManager:
             bad = (*map(str, self._directory.damaged.values()), *found.problems)
             restored = restoring.load_first_valid(chosen, load, self._directory.set_aside, bad)
             if restored is None:
-                restoring.check_empty(which, self.policy, view, self._directory.storage)
+                restoring.check_empty(which, self.policy, view, strangers)
                 return None
         else:
             restored = load(chosen[0])
         self._directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
-        self._go_on(restored.record.progress)
+        self._pacing.go_on(restored.record.progress, self._clock.time())
         self._tell_mirror()
         return restored
 
     def _format_of(self, record: Record) -> Format | FolderFormat:
         if record.format in (self._format.name, FOLDER):
             return self._format
-        return open_format(record.format)
-
-    def _go_on(self, progress: Progress) -> None:
-        self._since, self._owed = progress, False
-        self._last_step = progress.step if progress.step else -1
-        self._seen = self._epoch_ended = None
-        self._look_ahead()
+        return self._open_format(record.format)
 
     # Looking
 
@@ -531,6 +527,10 @@ class CheckpointManager:
     def best(self) -> Record | None:
         """The best checkpoint by the first `KeepBest`; None if none is ranked."""
         return self.policy.best_of(self.manifest.history)
+
+    def location(self, name: str) -> str:
+        """Return the path or URL of the checkpoint of that name, such as ``torch.load`` takes; it need not be there."""
+        return self._directory.location(name)
 
     @property
     def mirror(self) -> MirrorStatus | None:
@@ -602,15 +602,15 @@ class CheckpointManager:
         """
         saving = saving or self._saving
         regular = saving is not None and saving.kind == "regular"
-        since = saving.observation.progress if saving and regular else self._since
-        step = max(self._last_step, saving.observation.step if saving else 0, 0)
+        since = saving.observation.progress if saving and regular else self._pacing.since
+        step = max(self._pacing.last_step, saving.observation.step if saving else 0, 0)
         return {
             "schema": SCHEMA,
             "run": self._directory.manifest.run,
             "line": [list(fork) for fork in self._directory.manifest.line],
             "step": step,
             "since": attrs.asdict(since),
-            "owed": self._owed and not regular,
+            "owed": self._pacing.owed and not regular,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
@@ -639,10 +639,9 @@ class CheckpointManager:
                 self._directory.say_once(problem, f"went on without {problem}")
         self._directory.resume_run(run, line, step, source)
         saved = self._directory.manifest.at_step(step)
-        # What was attached to the checkpoint later is not in the state that lies in it.
-        self._go_on(saved.progress if saved and saved.progress.epochs > since.epochs else since)
-        self._owed, self._last_step = owed, step
-        self._look_ahead()
+        # The state may lie in what somebody else saved, before this step was saved here or its epoch's end attached.
+        since = since.later(saved.progress) if saved else since
+        self._pacing.go_on(since, self._clock.time(), step=step, owed=owed)
 
     def close(self, *, timeout: float = 600.0) -> None:
         """Finish: write the index, give the aliases free, wait for the mirror. A second call does nothing.
@@ -656,7 +655,7 @@ class CheckpointManager:
         self._directory.close()
         self._closed = True
         self._release()
-        self._look_ahead()
+        self._pacing.wake()  # The next report is told that the manager is closed.
         if self._mirror is not None:
             self._mirror.close(timeout)
 
@@ -689,22 +688,7 @@ class CheckpointManager:
             raise ClosedError(msg)
 
 
-def _usable(metrics: Any) -> Mapping[str, float]:
-    """Return the metrics, or none if one is bad: a rescue must not fail for a report nobody has looked at yet."""
-    try:
-        return as_metrics(metrics)
-    except MetricError:
-        return {}
-
-
 def _with_extension(policy: Policy, extension: str) -> Policy:
     if policy.name.extension is not None:
         return policy
     return attrs.evolve(policy, name=attrs.evolve(policy.name, extension=extension))
-
-
-def _not_due(policy: Policy, horizon: Horizon) -> str:
-    parts = [f"step {horizon.step:g}"] if math.isfinite(horizon.step) else []
-    parts += [f"{horizon.epochs:g} finished epochs"] if math.isfinite(horizon.epochs) else []
-    parts += ["the next interval ends"] if math.isfinite(horizon.time) else []
-    return f"not due before {' or '.join(parts)} ({policy.when})" if parts else f"not due ({policy.when})"

@@ -21,6 +21,7 @@ __all__ = [
     "SupportsLinks",
     "SupportsPaths",
     "SupportsSweep",
+    "SupportsURLs",
     "Upload",
     "Writable",
 ]
@@ -147,6 +148,15 @@ class SupportsPaths(Protocol):
 
 
 @runtime_checkable
+class SupportsURLs(Protocol):
+    """A storage whose files have a URL, for trainers that write by themselves to where nothing can be staged."""
+
+    def url(self, path: str) -> str:
+        """Return the URL of a file, there or not; with whatever password the storage was opened with."""
+        ...
+
+
+@runtime_checkable
 class SupportsSweep(Protocol):
     """A storage that keeps unfinished writes somewhere, and can tell those of dead writers."""
 
@@ -213,7 +223,7 @@ class FolderFormat(Protocol):
         ...
 
     def write_folder(self, state: Any, path: str) -> None:
-        """Write ``state`` into a new folder at ``path``."""
+        """Write ``state`` into a new folder at ``path``: a path, or a URL where the directory is one."""
         ...
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
@@ -272,8 +282,14 @@ class Listener:
     A listener that raises does not stop training: the error becomes a warning.
     """
 
+    def on_opened(self, manager: Any) -> None:
+        """Called once by the `CheckpointManager` that it was given to, before anything else."""
+
     def on_saved(self, record: Any) -> None:
         """Called after the payload and its record are durable and the aliases point to it."""
+
+    def on_attached(self, record: Any) -> None:
+        """Called after metrics came to a checkpoint that was saved before, and the aliases followed."""
 
     def on_retired(self, record: Any) -> None:
         """Called after the checkpoint was removed."""

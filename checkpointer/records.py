@@ -101,6 +101,12 @@ class Progress:
     time: float = 0.0
     """Seconds since the Unix epoch."""
 
+    def later(self, other: Progress) -> Progress:
+        """Return what is further on each of the scales."""
+        return Progress(
+            step=max(self.step, other.step), epochs=max(self.epochs, other.epochs), time=max(self.time, other.time)
+        )
+
 
 @attrs.frozen(kw_only=True)
 class Observation:

@@ -13,7 +13,7 @@ from checkpointer.directory import Directory
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.index import HOME
 from checkpointer.policy import Save
-from checkpointer.ports import FolderFormat, Format, SupportsFreeSpace, SupportsPaths
+from checkpointer.ports import FolderFormat, Format, SupportsFreeSpace, SupportsPaths, SupportsURLs
 from checkpointer.records import Record, check_readable
 
 __all__ = ["FOLDER", "Writer"]
@@ -50,7 +50,8 @@ class Writer:
         over_alias = decision.name in self.directory.policy.aliases
         write = self._write_path(state)
         if write is not None:
-            self._check_paths()
+            if not isinstance(self.directory.storage, SupportsPaths):
+                return self._write_by_url(draft, write)
             return transaction.commit_path(
                 draft,
                 write,
@@ -104,6 +105,8 @@ class Writer:
         name = path
         if isinstance(storage, SupportsPaths):
             name = os.path.relpath(path, storage.local_path("")).replace(os.sep, "/")
+        elif isinstance(storage, SupportsURLs):
+            name = path.removeprefix(storage.url(""))
         if name.startswith(("..", "/", HOME)) or name == ".":
             msg = f"{path} is not in {storage}; let the trainer write inside the manager's directory"
             raise SaveError(msg)
@@ -113,10 +116,15 @@ class Writer:
         is_folder = set(storage.list(name)) != {name}
         return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
 
-    def _check_paths(self) -> None:
-        if not isinstance(self.directory.storage, SupportsPaths):
-            msg = f"save= needs a local directory, and {self.directory.storage} has no paths; use state="
+    def _write_by_url(self, draft: Record, write: Callable[[str], None]) -> Record:
+        """Let what writes to a path write to a name that nobody has: never over an alias or another checkpoint."""
+        storage = self.directory.storage
+        if not isinstance(storage, SupportsURLs):
+            what = "save=" if self.save is not None else f"format={self.format.name!r}"
+            msg = f"{what} needs a directory with paths or URLs, and {storage} has neither"
             raise SaveError(msg)
+        name = self.directory.free_name(draft)
+        return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), lambda: write(storage.url(name)))
 
     def _last_size(self) -> int | None:
         """Return the size (bytes) of the last checkpoint with the same contents: the next one has about as many."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
+import sampling
 from servers.fixtures import serve
 
 __all__ = ["serve"]
@@ -20,6 +23,10 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=bool(o
 hypothesis.settings.load_profile("steady")
 
 
+def pytest_report_header() -> str:
+    return sampling.described()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("CHECKPOINTER_SKIP_SLOW"):
         return
@@ -29,11 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """Yield a folder in memory where there is one: hundreds of trainings need not wait for a disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 class NeedsLightning(pytest.Module):
     """A test module that is not even imported."""
 
     def collect(self) -> list[pytest.Item]:
-        """Skip the module."""
+        """Skip the module, or fail it where ``CHECKPOINTER_REQUIRE`` names it."""
+        if "lightning" in os.environ.get("CHECKPOINTER_REQUIRE", "").split(","):
+            pytest.fail("lightning is in CHECKPOINTER_REQUIRE, and is not installed", pytrace=False)
         pytest.skip("needs Lightning: pip install 'torch-checkpointer[lightning]'", allow_module_level=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 from plain_format import PlainFormat
+from sampling import instants
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy
 from checkpointer.index import read_bounded
@@ -122,7 +123,7 @@ def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When, t
         storage.write("foreign.txt", b"mine")
         return storage
 
-    for n in range(1, count_operations(make, policy) + 1):
+    for n in instants(count_operations(make, policy) + 1):
         inner = make()
         acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, trust)
         check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}", trust)
@@ -145,7 +146,7 @@ def test_dying_at_any_operation_on_disk_loses_nothing(tmp_path: Path, name: str,
         (root / "foreign.txt").write_bytes(b"mine")
         return LocalStorage(root, new_owner())
 
-    for n in range(1, count_operations(make, policy) + 1):
+    for n in instants(count_operations(make, policy) + 1):
         inner = make()
         acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy)
         owner = inner._staging.name.rpartition("-")[0]

@@ -21,6 +21,7 @@ import mounts
 import pytest
 from fault_me import FOREIGN, WARM, Run, check_survivor, policy_of
 from plain_format import PlainFormat
+from sampling import instants
 
 from checkpointer import (
     CheckpointerWarning,
@@ -122,12 +123,14 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
     )
 
 
-def every_call(base: Path, last: Last, calls: str, fault: str) -> Iterator[tuple[Path, Outcome, str]]:
+def every_call(
+    base: Path, last: Last, calls: str, fault: str, numbers: range | None = None
+) -> Iterator[tuple[Path, Outcome, str]]:
     """Run with the fault at the first call, at the second, and so on until there is none left to hit.
 
     Of those that only look, every tenth: there are two hundred of them.
     """
-    for n in range(1, 1000, 10 if calls in (CALLS["stat"], CALLS["open"]) else 1):
+    for n in numbers or instants(1000, 10 if calls in (CALLS["stat"], CALLS["open"]) else 1):
         directory = base / f"{n}"
         outcome = run_with_fault(directory, last, calls, f"{fault}:when={n}")
         if not outcome.hits and outcome.closed:
@@ -192,7 +195,7 @@ def test_full_disk_at_any_system_call_is_a_clear_error(tmp_path: Path, call: str
 def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
     """A disk that says it wrote all of it and did not: the size tells at restore, which falls back and says so."""
     noticed = set()
-    for directory, outcome, clue in every_call(tmp_path, "link", CALLS["write"], "retval=10"):
+    for directory, outcome, clue in every_call(tmp_path, "link", CALLS["write"], "retval=10", range(1, 1000)):
         assert [1, 2, 3, 4, 5, 6] == sorted([*outcome.saved, *outcome.failed]), clue
         run = Run(directory, policy_of("link"))
         for record in run.manager.records:
@@ -247,7 +250,7 @@ def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str,
     """So many bytes are left, for every number of pages that a save may need: staging, records, alias, index."""
     failures = 0
     with FILESYSTEMS[kind](tmp_path) as disk:
-        for left in range(0, 40 * 4096, 4096 if kind == "tmpfs" else 1024):
+        for left in instants(40 * 4096, 4096 if kind == "tmpfs" else 1024):
             clue = f"{left} bytes left on {kind}"
             folder = disk / str(left)
             folder.mkdir()

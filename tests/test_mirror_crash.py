@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import pytest
 from plain_format import PlainFormat
+from sampling import instants
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.index import load
@@ -99,7 +100,7 @@ def count(which: str, policy: Policy) -> int:
 def test_mirror_that_dies_at_any_operation_is_whole_and_is_caught_up(name: str, when: When) -> None:
     """Every n of the mirror's storage; what is saved here goes on, and is all there."""
     policy = POLICIES[name]
-    for n in range(1, count("there", policy) + 1):
+    for n in instants(count("there", policy) + 1):
         here, there = MemoryStorage(), MemoryStorage()
         acknowledged = run_until_crash(here, CrashingStorage(there, at=n, when=when), policy)
         assert len(LOSSES) == acknowledged
@@ -114,7 +115,7 @@ def test_mirror_that_dies_at_any_operation_is_whole_and_is_caught_up(name: str, 
 def test_process_that_dies_at_any_operation_here_leaves_both_whole(name: str, when: When) -> None:
     """Every n of the directory's storage, which the mirror reads; a new machine has all but the last save."""
     policy = POLICIES[name]
-    for n in range(1, count("here", policy) + 1):
+    for n in instants(count("here", policy) + 1):
         here, there = MemoryStorage(), MemoryStorage()
         acknowledged = run_until_crash(CrashingStorage(here, at=n, when=when), there, policy)
         clue = f"died {when} operation {n} here"
@@ -156,7 +157,7 @@ class Failing(CrashingStorage):
 def test_mirror_that_fails_at_any_operation_is_caught_up_by_the_same_process(name: str, when: When) -> None:
     """Every n: closing tries again at once, and all is there, once, with nothing left half-way."""
     policy = POLICIES[name]
-    for n in range(1, count("there", policy) + 1):
+    for n in instants(count("there", policy) + 1):
         here, there = MemoryStorage(), MemoryStorage()
         run = Run(here, Failing(there, at=n, when=when), policy)
         for loss in LOSSES:

@@ -21,6 +21,7 @@ import logdisk
 import mounts
 import pytest
 from fault_me import FOREIGN, Run, check_survivor, policy_of
+from sampling import instants
 
 from checkpointer.owner import new_owner
 from checkpointer.storage import LocalStorage
@@ -79,12 +80,12 @@ def train_until_power_loss(disk: Path, folder: Path, last: Last, at: int) -> tup
 
 @pytest.mark.parametrize("last", ["link", "copy"])
 @pytest.mark.parametrize("kind", DISKS)
-def test_power_loss_at_every_fourth_storage_step_loses_nothing_acknowledged(
+def test_power_loss_at_every_second_storage_step_loses_nothing_acknowledged(
     tmp_path: Path, kind: str, last: Last
 ) -> None:
     """Unmounted, mounted again: all that was acknowledged restores with its digest, and the next save works."""
     with DISKS[kind](tmp_path) as disk:
-        for at in range(1, 1000, 4):
+        for at in instants(1000, 2):
             folder = disk / str(at)
             prepare(folder)
             saved, died = train_until_power_loss(disk, folder, last, at)

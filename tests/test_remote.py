@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -278,3 +279,34 @@ def test_verbose_says_what_the_storage_can_do(caplog: pytest.LogCaptureFixture) 
 
     words = "replace: PUT; create: refused by the server; copy: on the server"
     assert 1 == caplog.messages.count(f"memory://verbose: {words}")
+
+
+def test_a_trainer_writes_to_a_url_that_nobody_has() -> None:
+    """Where nothing can be staged: never to an alias or another checkpoint, and dead half-way nothing counts."""
+    filesystem = fsspec.filesystem("memory")
+    urls: list[str] = []
+
+    def save(url: str) -> None:
+        urls.append(url)
+        filesystem.pipe(f"{url}/part", b"half")
+        if len(urls) == 3:
+            raise KeyboardInterrupt
+        filesystem.pipe(f"{url}/rest", b"whole")
+
+    policy = Policy(EverySteps(1), [], name="{step}", last="copy")
+    manager = CheckpointManager("memory://written", policy, save=save)
+    for step in (1, 2):
+        manager.observe({}, step=step, epoch=0)
+    with pytest.raises(KeyboardInterrupt):
+        manager.observe({}, step=3, epoch=0)
+    manager.close()
+    assert [f"memory://written/step={step}.ckpt" for step in (1, 2, 3)] == urls
+    assert b"whole" == filesystem.cat("memory://written/last.ckpt/rest")
+
+    with CheckpointManager("memory://written", policy, save=save) as after:
+        found = after.locate()
+        assert found is not None
+        assert (2, "memory://written/step=2.ckpt") == (found[0].step, found[1])
+        after.observe({}, step=3, epoch=0)
+        assert ["step=3-v1.ckpt"] == [record.name for record in after.records]
+    assert b"half" == filesystem.cat("memory://written/step=3.ckpt/part")

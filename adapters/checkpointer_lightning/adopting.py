@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Save
+from checkpointer_lightning.places import name_in
 
 __all__ = ["adopt"]
 
@@ -29,12 +30,17 @@ def adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any],
 
 
 def _is_in(directory: str, path: str) -> bool:
-    return os.path.isfile(path) and os.path.realpath(path).startswith(os.path.realpath(directory) + os.sep)
+    if name_in(directory, path).startswith(".."):
+        return False
+    filesystem, name = url_to_fs(path)
+    return bool(filesystem.isfile(name))
 
 
 def _progress_of(path: str) -> tuple[int, int]:
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        filesystem, name = url_to_fs(path)
+        with filesystem.open(name, "rb") as stream:
+            state = torch.load(stream, map_location="meta", weights_only=True)
         return int(state["global_step"]), int(state["epoch"])
     except Exception:  # Whatever is in a file that somebody else wrote must not end the training.
         return -1, -1

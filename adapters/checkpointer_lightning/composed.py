@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from checkpointer import CheckpointManager, HMACKey, KeepBest, Policy
+from fsspec.core import url_to_fs
+
+from checkpointer import HMACKey, KeepBest, Policy
+from checkpointer.mirror import Where
 from checkpointer.ports import Listener
-from checkpointer.retention import KeepAll
+from checkpointer.retention import KeepAll, Limit, Rule
 from checkpointer_lightning import siblings
 from checkpointer_lightning.managed import Managed, Moment
-from checkpointer_lightning.writing import Pen
+from checkpointer_lightning.places import is_local
 
 __all__ = ["Composed"]
 
@@ -24,11 +27,16 @@ class Composed(Managed):
     end of the training the state is saved if a rule keeps it.
 
     Args:
-        directory: A local folder; None takes the logger's, or ``checkpoints`` in the Trainer's root.
+        directory: A folder or an fsspec URL; None takes the logger's, or ``checkpoints`` in the Trainer's root.
         policy: When to save, what to keep and how to name.
         listeners: Told when a checkpoint is durable or gone, on rank 0.
         tolerate_failures: How many saves in a row may fail with a warning.
+        storage_options: What fsspec needs besides a URL, such as credentials; never logged or stored. The Trainer does
+            not have them: ``ckpt_path="last"`` goes by a copy on this machine, and for a URL it asks the environment.
         trust: A key that signs each record.
+        mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches.
+        mirror_keep: Rules and limits for what lives there; None takes the policy's.
+        mirror_options: As ``storage_options``, for the mirror.
         verbose: Log each decision.
 
     Example:
@@ -44,7 +52,11 @@ class Composed(Managed):
         *,
         listeners: Iterable[Listener] = (),
         tolerate_failures: int = 0,
+        storage_options: Mapping[str, Any] | None = None,
         trust: HMACKey | None = None,
+        mirror: Where | None = None,
+        mirror_keep: Iterable[Rule | Limit] | None = None,
+        mirror_options: Mapping[str, Any] | None = None,
         verbose: bool = False,
     ) -> None:
         best = next((rule for rule in policy.keep if isinstance(rule, KeepBest)), None)
@@ -56,18 +68,36 @@ class Composed(Managed):
             monitor=monitor,
             mode=best.metric.mode if best else "min",
             save_top_k=-1 if everything else best.k if best else 1,
-            save_last="link" if policy.last == "link" else bool(policy.last),
+            save_last="link" if policy.last == "link" and is_local(str(directory or "")) else bool(policy.last),
             save_weights_only=policy.contents == "weights",
             verbose=verbose,
         )
         self.policy = policy
-        self._options: Mapping[str, Any] = {
+        self._options = {
             "listeners": tuple(listeners),
             "tolerate_failures": tolerate_failures,
+            "storage_options": storage_options,
             "trust": trust,
+            "mirror": mirror,
+            "mirror_keep": None if mirror_keep is None else tuple(mirror_keep),
+            "mirror_options": mirror_options,
             "verbose": verbose,
         }
+        if storage_options:
+            self._fs = self._open_filesystem()
         siblings.introduce(self)
+
+    def _open_filesystem(self) -> Any:
+        """Return the filesystem that Lightning's own methods look at the directory with."""
+        options = {name: value for name, value in (self._options["storage_options"] or {}).items() if name != "retry"}
+        return url_to_fs(self._folder, **options)[0]
+
+    def _enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Lightning would look at the directory without the options.
+        if self._options["storage_options"] and self.dirpath:
+            self._fs = self._open_filesystem()
+        else:
+            super()._enter(trainer, pl_module, stage)
 
     @property
     def _base_key(self) -> str:
@@ -75,9 +105,6 @@ class Composed(Managed):
 
     def _make_policy(self) -> Policy:
         return self.policy
-
-    def _make_manager(self, policy: Policy, pen: Pen, label: str) -> CheckpointManager:
-        return CheckpointManager(self._folder, policy, save=pen, label=label, clock=self._clock, **self._options)
 
     def _reports(self, moment: Moment, trainer: Any) -> bool:
         return True

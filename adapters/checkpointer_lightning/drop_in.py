@@ -13,6 +13,7 @@ import attrs
 from checkpointer import Attach, Decision, DuringEpochs, EveryEpochs, Policy, Save
 from checkpointer.naming import fixed_parts
 from checkpointer_lightning import siblings
+from checkpointer_lightning.identity import Identity
 from checkpointer_lightning.managed import Managed, Moment
 from checkpointer_lightning.showing import Account
 
@@ -63,14 +64,14 @@ class DropIn(Managed):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         # Lightning 2.4 does not know all of them yet.
-        known = inspect.signature(super(Managed, self).__init__).parameters
+        known = inspect.signature(super(Identity, self).__init__).parameters
         super().__init__(**{name: value for name, value in given.items() if name in known})
         self.save_on_exception = save_on_exception
         siblings.introduce(self)
 
     @property
     def _base_key(self) -> str:
-        return str(super(Managed, self).state_key)
+        return str(super(Identity, self).state_key)
 
     def _make_policy(self) -> Policy:
         policy = Policy.from_flags(

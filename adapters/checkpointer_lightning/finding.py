@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Final
 
-from checkpointer import CheckpointManager, Naming, Record, Restored
-from checkpointer.owner import new_owner
-from checkpointer.restoring import load_first_valid, verify
+from checkpointer import CheckpointManager, Policy
+from checkpointer.owner import new_owner, release
 from checkpointer.storage import open_storage
+from checkpointer_lightning.places import is_local
 
-__all__ = ["newest_valid"]
+__all__ = ["LOOKING", "forget_copy", "newest_valid"]
+
+LOOKING: Final = ("storage_options", "trust", "mirror", "mirror_keep", "mirror_options")
+"""Options of a manager that matter when it only looks."""
+_COPIES: Final = "checkpointer-resume-"
 
 
-def newest_valid(directory: str, naming: Naming, label: str) -> str | None:
-    """Return the path of the newest whole checkpoint that can resume a run; None if there is no record at all.
+def newest_valid(directory: str, policy: Policy, label: str, options: Mapping[str, Any]) -> str | None:
+    """Return where the newest whole checkpoint is that can resume a run; None if there is no record at all.
 
-    The alias is returned if it names that one: it is what people know.
+    With a mirror, what only that has is fetched first. The alias is returned if it names the one that was found: it
+    is what people know. Behind ``storage_options``, which a Trainer does not have, a copy on this machine is returned.
 
     Raises:
         NoValidCheckpointError: If there are checkpoints, and none is whole: nothing starts over silently.
     """
-    if not os.path.isdir(directory):
+    if is_local(directory) and not os.path.isdir(directory) and options.get("mirror") is None:
         return None
-    looking = CheckpointManager(directory, label=label)
-    records = [record for record in reversed(looking.manifest.live) if record.contents == "full"]
-    storage = open_storage(directory, new_owner())
-
-    def check(record: Record) -> Restored:
-        verify(storage, record)
-        return Restored(record=record, state=None)
-
-    found = load_first_valid(records, check, lambda record: None)
+    with contextlib.closing(CheckpointManager(directory, policy, label=label, **options)) as looking:
+        found = looking.locate()
+        alias = looking.policy.name.last_file
     if found is None:
         return None
-    path, alias = (os.path.join(directory, name) for name in (found.record.name, naming.last_file))
+    record, path = found
+    if not is_local(directory):
+        return _copy_here(directory, record.name, options) if options.get("storage_options") else path
+    path, alias = (os.path.join(directory, name) for name in (record.name, alias))
     return alias if os.path.exists(alias) and os.path.samefile(alias, path) else path
+
+
+def _copy_here(directory: str, name: str, options: Mapping[str, Any]) -> str:
+    owner = new_owner()
+    try:
+        storage = open_storage(directory, owner, options["storage_options"])
+        path = os.path.join(tempfile.mkdtemp(prefix=_COPIES), os.path.basename(name))
+        with storage.open(name) as source, open(path, "xb") as target:
+            shutil.copyfileobj(source, target, 4 << 20)
+    finally:
+        release(owner)
+    return path
+
+
+def forget_copy(path: str | None) -> None:
+    """Remove what `newest_valid` has copied, once it is loaded."""
+    folder = os.path.dirname(path or "")
+    if os.path.basename(folder).startswith(_COPIES) and os.path.dirname(folder) == tempfile.gettempdir():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 try:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
-    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+    from lightning.pytorch.strategies import Strategy
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 except ModuleNotFoundError as error:
     if error.name not in ("lightning", "lightning.pytorch"):
@@ -19,7 +20,14 @@ from checkpointer_lightning.packages import Package
 
 __all__ = ["CheckpointCallback", "ModelCheckpoint"]
 
-_PACKAGE = Package(root="lightning", trainer=Trainer, async_io=AsyncCheckpointIO, info=rank_zero_info)
+_PACKAGE = Package(
+    root="lightning",
+    trainer=Trainer,
+    strategy=Strategy,
+    torch_io=TorchCheckpointIO,
+    async_io=AsyncCheckpointIO,
+    info=rank_zero_info,
+)
 
 
 class CheckpointCallback(Composed, Theirs):

@@ -5,7 +5,8 @@ from __future__ import annotations
 try:
     from pytorch_lightning import Trainer
     from pytorch_lightning.callbacks import ModelCheckpoint as Theirs
-    from pytorch_lightning.plugins.io import AsyncCheckpointIO
+    from pytorch_lightning.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+    from pytorch_lightning.strategies import Strategy
     from pytorch_lightning.utilities.rank_zero import rank_zero_info
 except ModuleNotFoundError as error:
     if error.name not in ("pytorch_lightning",):
@@ -19,7 +20,14 @@ from checkpointer_lightning.packages import Package
 
 __all__ = ["CheckpointCallback", "ModelCheckpoint"]
 
-_PACKAGE = Package(root="pytorch_lightning", trainer=Trainer, async_io=AsyncCheckpointIO, info=rank_zero_info)
+_PACKAGE = Package(
+    root="pytorch_lightning",
+    trainer=Trainer,
+    strategy=Strategy,
+    torch_io=TorchCheckpointIO,
+    async_io=AsyncCheckpointIO,
+    info=rank_zero_info,
+)
 
 
 class CheckpointCallback(Composed, Theirs):

@@ -21,6 +21,10 @@ class Package:
     """Import name of the package."""
     trainer: type
     """Its Trainer."""
+    strategy: type
+    """Base of its strategies."""
+    torch_io: type
+    """Its plugin that writes with ``torch.save``."""
     async_io: type
     """Its plugin that writes in the background."""
     info: Callable[[str], None]
@@ -38,8 +42,8 @@ class Package:
     def refuse_caller(self, name: str) -> None:
         """Refuse the other twin's code as the caller of our caller.
 
-        A Trainer meets a callback's state key first: only there can the right import be named, before the Trainer
-        fails with a message about something else.
+        A Trainer first asks whether a callback is one of its own, and that asks a stranger for its ``__class__``: only
+        there can the right import be named, before the Trainer fails with a message about something else.
         """
         self.refuse(str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0], name)
 
@@ -48,3 +52,24 @@ class Package:
         if not isinstance(trainer, self.trainer):
             for kind in type(trainer).__mro__:
                 self.refuse(kind.__module__.partition(".")[0], name)
+
+    def saves_plainly(self, trainer: Any) -> bool:
+        """Return whether ``Trainer.save_checkpoint`` is Lightning's own: a dump, and the strategy's writing of it."""
+        return _is_plain(trainer, "save_checkpoint", self.trainer)
+
+    def writes_plainly(self, trainer: Any) -> bool:
+        """Return whether the state is written by rank 0 with ``torch.save``, by nobody's plugin or strategy."""
+        plugin = trainer.strategy.checkpoint_io
+        if isinstance(plugin, self.async_io):
+            plugin = plugin.checkpoint_io  # type: ignore[attr-defined]
+        return (
+            self.saves_plainly(trainer)
+            and _is_plain(trainer.strategy, "save_checkpoint", self.strategy)
+            and type(plugin) is self.torch_io
+            and _is_plain(plugin, "save_checkpoint", self.torch_io)
+        )
+
+
+def _is_plain(thing: Any, method: str, base: type) -> bool:
+    """Return whether a method is the base's: not overridden, and not put over it by a test or a tool."""
+    return method not in vars(thing) and getattr(type(thing), method, None) is getattr(base, method)

@@ -10,7 +10,7 @@ import attrs
 
 from checkpointer import Policy
 
-__all__ = ["apart", "guess_place", "introduce", "label", "place"]
+__all__ = ["apart", "guess_place", "introduce", "label", "newest", "place"]
 
 _LIVING: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
 """Every callback there is, in the order they were made."""
@@ -34,6 +34,11 @@ def place(callback: Any, key: str, callbacks: Iterable[Any]) -> int:
             break
         before += getattr(other, "_base_key", None) == key
     return before
+
+
+def newest(callbacks: Iterable[Any], kind: type) -> Any:
+    """Return the last callback of that kind in a Trainer, or None."""
+    return next((callback for callback in reversed([*callbacks]) if isinstance(callback, kind)), None)
 
 
 def label(number: int) -> str:

@@ -1,76 +1,82 @@
-"""Saving through the Trainer: rank 0 decides and commits, every rank writes, nobody waits for what never comes."""
+"""Saving through the Trainer: rank 0 decides and commits, every rank takes part, nobody waits for what never comes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import attrs
 
-from checkpointer import CheckpointManager, Decision, Save
-from checkpointer.errors import SaveError
+from checkpointer.ports import Ranks
+from checkpointer.ranks import Team
+from checkpointer_lightning.packages import Package
 
-__all__ = ["Pen", "on_rank_zero"]
-
-T = TypeVar("T")
-
-
-def on_rank_zero(trainer: Any, act: Callable[[], T]) -> T:
-    """Run ``act`` on rank 0 and return its answer on every rank; its error is raised on every rank."""
-    answer, error = None, None
-    if trainer.is_global_zero:
-        try:
-            answer = act()
-        except Exception as caught:  # The others would wait for ever: they have to hear of it first.
-            error = caught
-    answer, failure = trainer.strategy.broadcast((answer, f"{error!r}" if error else ""))
-    if error is not None:
-        raise error
-    if failure:
-        msg = f"rank 0 failed: {failure}"
-        raise SaveError(msg)
-    return cast(T, answer)
+__all__ = ["Pen"]
 
 
 @attrs.define
 class Pen:
-    """Lets the Trainer write where rank 0's manager says; ``Trainer.save_checkpoint`` needs every rank."""
+    """Takes the Trainer's state, or lets the Trainer write it, on every rank at once.
+
+    Where writing is Lightning's own ``torch.save``, the state streams through the manager, to wherever its directory
+    is. What a plugin or a strategy writes in a way of its own, a folder of shards for example, it writes itself: to
+    a staged path, or to a URL that nobody has yet.
+    """
 
     trainer: Any
+    package: Package
+    dump: Callable[[], dict[str, Any]]
+    """Returns the state, on every rank."""
     weights_only: bool
-    async_io: type
-    """Writes that return before the file is there are made to wait: a commit needs the file."""
-    _told: bool = False
+    team: Team
+    _state: dict[str, Any] | None = None
 
-    def __call__(self, path: str) -> None:
-        """Write to the staged ``path``: what the manager calls, on rank 0."""
-        self._told = True
-        self._write(self.trainer.strategy.broadcast(path))
+    @classmethod
+    def of(
+        cls, trainer: Any, package: Package, ranks: Ranks, dump: Callable[[], dict[str, Any]], *, weights_only: bool
+    ) -> Pen:
+        """Return the pen of a Trainer's ranks."""
+        acts: dict[str, Callable[..., None]] = {}
+        pen = cls(trainer, package, dump, weights_only, Team(ranks, acts))
+        acts.update(take=pen._take, write=pen._write)
+        return pen
 
-    def commit(self, manager: CheckpointManager | None, decision: Save) -> Decision:
-        """Carry out the decision on all ranks; ``manager`` is rank 0's."""
+    @property
+    def how(self) -> dict[str, Callable[..., Any]]:
+        """Arguments of a manager: how it comes by a checkpoint."""
+        return {"state": self.capture} if self.package.writes_plainly(self.trainer) else {"save": self.write}
 
-        def act() -> Decision:
-            assert manager is not None, "rank 0 has one"
-            self._told = False
-            try:
-                return manager.commit(decision)
-            finally:
-                if not self._told:  # The manager gave up before it came to write.
-                    self.trainer.strategy.broadcast("")
+    def capture(self) -> dict[str, Any]:
+        """Return the state: what the manager calls on rank 0."""
+        self.team.call("take")
+        state, self._state = self._state, None
+        assert state is not None, "it was taken"
+        return state
 
-        if not self.trainer.is_global_zero and (path := self.trainer.strategy.broadcast("")):
-            self._write(path)
-        return on_rank_zero(self.trainer, act)
+    def write(self, path: str) -> None:
+        """Write to ``path``: what the manager calls on rank 0."""
+        self.team.call("write", path)
+
+    def _take(self) -> None:
+        state = self.dump()
+        self._state = state if self.team.ranks.rank == 0 else None
 
     def _write(self, path: str) -> None:
-        with _in_foreground(self.trainer.strategy, self.async_io):
-            self.trainer.save_checkpoint(path, self.weights_only)
+        with _in_foreground(self.trainer.strategy, self.package.async_io):
+            if not self.package.saves_plainly(self.trainer):
+                self.trainer.save_checkpoint(path, self.weights_only)
+                return
+            # What `Trainer.save_checkpoint` does, with a dump that callbacks share; and without its barrier, at which
+            # the others would wait for a rank 0 that has met a full disk.
+            state = self.dump()
+            with self.trainer.profiler.profile("save_checkpoint"):
+                self.trainer.strategy.save_checkpoint(state, path)
 
 
 @contextlib.contextmanager
 def _in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
+    """Make a plugin wait that returns before the file is there: a commit needs the file."""
     plugin = strategy.checkpoint_io
     if not isinstance(plugin, async_io):
         yield

@@ -76,6 +76,11 @@ class Connection:
     def __str__(self) -> str:
         return without_password(self._url)
 
+    @property
+    def url(self) -> str:
+        """The folder's URL as it was given, password included."""
+        return self._url.rstrip("/")
+
     def _connect(self) -> None:
         self._folders: set[str] = set()
         try:

@@ -104,6 +104,12 @@ class FsspecStorage:
         """See `Storage.upload`."""
         return RemoteUpload(self._connection, self._placing, path)
 
+    # SupportsURLs
+
+    def url(self, path: str) -> str:
+        """See `SupportsURLs.url`."""
+        return f"{self._connection.url}/{path}"
+
     # SupportsCopy
 
     def copy(self, source: str, path: str) -> None:

@@ -1,0 +1,153 @@
+"""How far the loop is: what was due last, and below which step, epoch and time nothing is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from checkpointer.errors import MetricError, ObservationError
+from checkpointer.policy import Skip
+from checkpointer.records import Observation, Progress, as_metrics
+from checkpointer.triggers import ALWAYS, Horizon, Trigger, horizon_of
+
+__all__ = ["Pacing"]
+
+
+@attrs.define
+class Pacing:
+    """What a manager remembers of the loop between two reports. It reads no clock: times are arguments.
+
+    Example:
+        >>> from checkpointer import EverySteps, Progress
+        >>> from checkpointer.pacing import Pacing
+        >>> pacing = Pacing(when=EverySteps(10))
+        >>> pacing.go_on(Progress(step=20), 0.0)
+        >>> pacing.is_quiet({}, 29, 0, False, float), pacing.is_quiet({}, 30, 0, False, float)
+        (True, False)
+    """
+
+    when: Trigger
+    since: Progress = attrs.field(factory=Progress)
+    """The last due observation, saved or declined."""
+    owed: bool = False
+    """Whether a due point still waits for a metric."""
+    last_step: int = -1
+    """The newest step that was reported; -1 before the first."""
+    horizon: Horizon = ALWAYS
+    """Below which nothing is due."""
+    quiet: Skip = attrs.field(factory=lambda: Skip(reason="nothing was worked out yet"))
+    """The decision on what lies below the horizon."""
+    _step: float = -math.inf
+    _epochs: float | None = None
+    _time: float | None = None
+    _report: tuple[Any, int, int, bool | None] | None = None
+    _epoch_ended: tuple[int, int] | None = None
+
+    # The hot path
+
+    def is_quiet(
+        self, metrics: Mapping[str, Any], step: int, epoch: int, epoch_end: bool | None, time: Callable[[], float]
+    ) -> bool:
+        """Return whether nothing is due at this report, and then remember it: a few comparisons."""
+        if (
+            self.last_step < step < self._step
+            and (self._epochs is None or (epoch_end is not None and epoch + epoch_end < self._epochs))
+            and (self._time is None or time() < self._time)
+        ):
+            self.last_step = step
+            self._report = (metrics, step, epoch, epoch_end)
+            return True
+        return False
+
+    def wake(self) -> None:
+        """Let no report be quiet until the next `look_ahead`: there is something to say. Safe from any thread."""
+        self._step = -math.inf
+
+    def look_ahead(self, time: float) -> None:
+        """Work out below which step, epoch and time nothing is due."""
+        horizon = horizon_of(self.when, self.since)
+        if self.owed or self.since.time > time:
+            horizon = ALWAYS
+        self.horizon = horizon
+        self._epochs = None if horizon.epochs == math.inf else horizon.epochs
+        self._time = None if horizon.time == math.inf else horizon.time
+        self.quiet = Skip(reason=_not_due(self.when, horizon))
+        self._step = horizon.step
+
+    # What was reported
+
+    def observation(self, metrics: Any, step: Any, epoch: Any, *, epoch_end: bool | None, time: float) -> Observation:
+        """Return a report as an observation.
+
+        Raises:
+            ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
+            MetricError: If a metric is not one number.
+        """
+        ended = True if epoch_end is None else bool(epoch_end)
+        now = Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=ended, time=time)
+        if epoch_end is None:
+            self._check_epoch(now)
+            self._epoch_ended = (now.epoch, now.step)
+        self._report = (now.metrics, now.step, now.epoch, ended)
+        return now
+
+    def _check_epoch(self, now: Observation) -> None:
+        if self._epochs is None or self._epoch_ended is None:
+            return
+        before, at_step = self._epoch_ended
+        if before == now.epoch and at_step != now.step:
+            msg = (
+                f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
+                "epoch_end=True at the end of an epoch and epoch_end=False within it"
+            )
+            raise ObservationError(msg)
+
+    def last_report(self, step: int | None, epoch: int | None, time: float) -> Observation | None:
+        """Return what was reported last, as it is for a rescue; None if there is nothing to go by."""
+        if self._report is None and step is None:
+            return None
+        metrics, seen_step, seen_epoch, ended = self._report or ({}, 0, 0, False)
+        at = seen_step if step is None else step
+        return Observation(
+            metrics=_usable(metrics) if at == seen_step else {},
+            step=at,
+            epoch=seen_epoch if epoch is None else epoch,
+            epoch_end=bool(ended) if at == seen_step else False,
+            time=time,
+        )
+
+    def advance(self, step: int) -> None:
+        """Remember a step that was looked at."""
+        self.last_step = max(self.last_step, step)
+
+    # What was due
+
+    def answered(self, progress: Progress, time: float, *, waiting: bool = False) -> None:
+        """Count the due point as answered; ``waiting`` leaves it open for the next report that has the metric."""
+        self.since, self.owed = progress, waiting
+        self.look_ahead(time)
+
+    def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: bool = False) -> None:
+        """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
+        self.since, self.owed = progress, owed
+        self.last_step = step if step is not None else progress.step or -1
+        self._report = self._epoch_ended = None
+        self.look_ahead(time)
+
+
+def _usable(metrics: Any) -> Mapping[str, float]:
+    """Return the metrics, or none if one is bad: a rescue must not fail for a report nobody has looked at yet."""
+    try:
+        return as_metrics(metrics)
+    except MetricError:
+        return {}
+
+
+def _not_due(when: Trigger, horizon: Horizon) -> str:
+    parts = [f"step {horizon.step:g}"] if math.isfinite(horizon.step) else []
+    parts += [f"{horizon.epochs:g} finished epochs"] if math.isfinite(horizon.epochs) else []
+    parts += ["the next interval ends"] if math.isfinite(horizon.time) else []
+    return f"not due before {' or '.join(parts)} ({when})" if parts else f"not due ({when})"
