@@ -329,7 +329,7 @@ class Directory:
         moved = self.transaction.move(record, new)
         resumed = new if self.manifest.resumed == name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(name).with_record(moved), resumed=resumed)
-        self._pointed.clear()
+        self._aliases.forget()
         self._changed()
         return new
 

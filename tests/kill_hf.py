@@ -135,11 +135,13 @@ def main(folder: str, how: str, every: str, first: str = "1") -> None:
     print(json.dumps(json.loads(report.read_text())), flush=True)
     assert KILLED == forked(lambda: train(base, attached, report, At(3, lambda: os._exit(KILLED))))
     for torn in (False,) if attached else (False, True):
+        # Twice as many points of the one, which is what a kill leaves, as of the other.
+        step = int(every) * (1 + torn)
         count = int(first)
         while (result := kill_and_resume(base, attached, count, torn)) is not None:
             if result:
                 print(json.dumps(result), flush=True)
-            count += int(every)
+            count += step
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def __getattr__(name: str) -> Any:
     for package in ("transformers", "accelerate"):
         spec = find_spec(package)
         if spec is None or spec.origin is None:  # A folder of that name is no package.
-            msg = f"{__name__}.{name} needs {package}, which is not installed: pip install 'torch-checkpointer[transformers]'"
+            hint = "pip install 'torch-checkpointer[transformers]'"
+            msg = f"{__name__}.{name} needs {package}, which is not installed: {hint}"
             raise ImportError(msg)
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 

@@ -24,7 +24,8 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
     From then on a checkpoint is written beside its place and gets there in one rename. A signal on any rank makes all
     ranks save at the same step and stop; once ``train`` has cleaned up the signal is raised again, on every rank, so
     that what it did before it does still. An exception in a training of one process makes a rescue, unless it struck
-    while weights and optimizer were changing; it goes on unchanged. The end of the training is saved if a rule keeps it.
+    while weights and optimizer were changing; it goes on unchanged. The end of the training is saved if a rule keeps
+    it.
 
     Args:
         trainer: The Trainer.
@@ -139,9 +140,8 @@ class _Hold:
     @contextlib.contextmanager
     def _handling(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
-                "train() does not run in the main thread: signals cannot be rescued on", CheckpointerWarning, stacklevel=4
-            )
+            msg = "train() does not run in the main thread: no signal can be caught"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
             yield
             return
         for number in self._signals:

@@ -195,9 +195,7 @@ class CheckpointCallback(Base):
         if due or not quiet or control.should_save or training.is_saved(state):
             self._report(training, state, control, epoch_end=is_whole, due=due)
 
-    def _report(
-        self, training: Training, state: Any, control: Any, *, epoch_end: bool = False, due: str = ""
-    ) -> None:
+    def _report(self, training: Training, state: Any, control: Any, *, epoch_end: bool = False, due: str = "") -> None:
         due = due or (ASKED if control.should_save else "")
         decision = training.report(state, epoch_end=epoch_end, due=due)
         control.should_save = isinstance(decision, Save)

@@ -105,6 +105,7 @@ class Training:
 
     def open(self, state: Any, again: Mapping[str, Any]) -> None:
         """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
+
         def open_it() -> _Told:
             self._storage = open_storage(self.folder, self._owner)
             self.manager = manager = CheckpointManager(
@@ -148,7 +149,7 @@ class Training:
     def is_quiet(self, state: Any, epochs: int) -> bool:
         """Return whether neither the step nor the count of whole epochs can be due; alike on every rank."""
         horizon = self._horizon
-        return state.global_step < horizon.step and epochs < horizon.epochs
+        return bool(state.global_step < horizon.step and epochs < horizon.epochs)
 
     def is_saved(self, state: Any) -> bool:
         """Return whether the step is saved, and takes what is measured now."""
@@ -156,7 +157,7 @@ class Training:
 
     def epochs(self, state: Any) -> int:
         """Return how many epochs have ended, as far as the Trainer has said so."""
-        return epoch_of(state) + (self._ended_step == state.global_step)
+        return epoch_of(state) + bool(self._ended_step == state.global_step)
 
     def is_waiting(self) -> bool:
         """Return whether a report without metrics is in vain: what is due waits for one."""
@@ -326,8 +327,8 @@ class Training:
         """Say that the Trainer has written something that no rule asked for."""
         msg = (
             f"checkpoint-{state.global_step} was written because another callback set should_save after this one, and "
-            "the policy did not ask for it: it is neither ranked nor removed, and if it was there before, its record no "
-            "longer fits it. Put CheckpointCallback behind that callback, or attach(trainer)"
+            "the policy did not ask for it: it is neither ranked nor removed, and if it was there before, its record "
+            "fits it no longer. Put CheckpointCallback behind that callback, or attach(trainer)"
         )
         warnings.warn(msg, CheckpointerWarning, stacklevel=3)
 

@@ -354,7 +354,10 @@ class LocalUpload:
         none is renamed over it.
         """
         name = hashlib.sha256(os.fsencode(self._target)).hexdigest()[:32]
-        claim, own = self._staged.parent.parent / f"{_CLAIM}{name}", self._staged.with_name(f"{self._staged.name}-claim")
+        claim, own = (
+            self._staged.parent.parent / f"{_CLAIM}{name}",
+            self._staged.with_name(f"{self._staged.name}-claim"),
+        )
         (own / self._staged.parent.name).mkdir(parents=True)
         try:
             os.rename(own, claim)
