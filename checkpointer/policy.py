@@ -67,7 +67,8 @@ class Policy:
         contents: ``"weights"`` for checkpoints that cannot resume a run.
         rescue: Save when an exception leaves the manager's ``with`` block, under the last observation's step. The
             state is that of the moment: if the exception struck within a step, so is the state. Where a resume must
-            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary.
+            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary, as
+            ``checkpointer_torch.Loop`` does for signals.
 
     Raises:
         PolicyError: If an argument is none of these, or ``best`` is asked for without a `KeepBest`.
