@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,7 @@ help:
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make docs        build the documentation into docs/_build, offline"
+	@echo "make hosts       install the frameworks whose adapters some tests use"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 servers: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers]'
 	PYTHON="$(BIN)/python" .ci/install-servers
+
+hosts: venv
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts]'
 
 demo: venv
 	"$(BIN)/python" examples/digits_loop.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,11 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """Yield a folder in memory where there is one: hundreds of trainings need not wait for a disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 class NeedsLightning(pytest.Module):
     """A test module that is not even imported."""
 
     def collect(self) -> list[pytest.Item]:
-        """Skip the module."""
+        """Skip the module, or fail it where ``CHECKPOINTER_REQUIRE`` names it."""
+        if "lightning" in os.environ.get("CHECKPOINTER_REQUIRE", "").split(","):
+            pytest.fail("lightning is in CHECKPOINTER_REQUIRE, and is not installed", pytrace=False)
         pytest.skip("needs Lightning: pip install 'torch-checkpointer[lightning]'", allow_module_level=True)
 
 
