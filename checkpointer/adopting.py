@@ -87,9 +87,9 @@ def find_foreign(catalog: Catalog, steps: Mapping[str, int] | None = None) -> Ad
         found.append(item)
     found.sort(key=lambda item: (item.step, item.name))
     for item in [item for item in found if item.name.rpartition("/")[2].startswith("last")]:
-        steps = {record.step: record.name for record in catalog.records}
-        steps |= {other.step: other.name for other in found if other is not item}
-        twin = steps.get(item.step)
+        there = {record.step: record.name for record in catalog.records}
+        there |= {other.step: other.name for other in found if other is not item}
+        twin = there.get(item.step)
         if twin is not None:
             refused[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
             found.remove(item)
