@@ -38,6 +38,7 @@ from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, S
 from checkpointer.records import SCHEMA, Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
+from checkpointer.showing import manifest_html
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
@@ -146,7 +147,7 @@ class CheckpointManager:
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
-        _log.log(self._level, "%s: %s", storage, self.policy)
+        _log.info("%s: %s", storage, self.policy)
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
@@ -679,6 +680,9 @@ class CheckpointManager:
     def __repr__(self) -> str:
         where = str(self._directory.storage)
         return f"<CheckpointManager {where!r}: {len(self.records)} checkpoints; {self.policy}>"
+
+    def _repr_html_(self) -> str:
+        return manifest_html(self.policy, self.manifest, str(self._directory.storage))
 
     # Helpers
 
