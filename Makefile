@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-performance bench-ranks docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +20,7 @@ help:
 	@echo "make hosts       install the frameworks whose adapters some tests use"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
+	@echo "make bench-performance  one table of what saving and restoring 1 GB cost, beside others; takes ten minutes"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
 	@echo "make format      let ruff format and fix"
 
@@ -81,6 +82,9 @@ bench: venv
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
+
+bench-performance: venv
+	"$(BIN)/python" benchmarks/performance.py
 
 bench-ranks: venv
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py

@@ -92,6 +92,7 @@ class Peers:
     def _dcp(self) -> None:
         import torch.distributed as dist
         import torch.distributed.checkpoint as dcp
+        import torch.distributed.checkpoint.state_dict_saver
 
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
@@ -101,7 +102,7 @@ class Peers:
         futures: list[Any] = []
 
         def begin(state: State, path: str) -> None:
-            answer = dcp.async_save(state, checkpoint_id=path, async_stager=stager)
+            answer = dcp.state_dict_saver.async_save(state, checkpoint_id=path, async_stager=stager)
             futures.append(getattr(answer, "upload_completion", answer))
 
         self.background["DCP async_save"] = begin, lambda: futures.pop().result()
@@ -116,7 +117,7 @@ class Peers:
             plugins[-1].save_checkpoint(state, path)
 
         self.background["Lightning AsyncCheckpointIO"] = begin, lambda: plugins.pop().teardown()
-        self.blocking["Lightning (no fsync)"] = lambda state, path: TorchCheckpointIO().save_checkpoint(state, path)  # type: ignore[arg-type]
+        self.blocking["Lightning (no fsync)"] = lambda state, path: TorchCheckpointIO().save_checkpoint(state, path)
 
     def _orbax(self) -> None:
         import logging
@@ -286,7 +287,7 @@ def durable(state: State, peers: Peers, repeats: int) -> list[Row]:
             def write() -> None:
                 with open(target, "wb", buffering=0) as stream:
                     for tensor in state.values():
-                        view = memoryview(tensor.numpy()).cast("B")
+                        view = memoryview(tensor.numpy().data).cast("B")
                         while len(view):
                             view = view[stream.write(view) :]
                     os.fsync(stream.fileno())
@@ -386,7 +387,7 @@ def _lightning_bytes(where: str, losses: list[float]) -> int:
         callbacks=[callback], log_every_n_steps=1,
     )  # fmt: skip
     before = _written()
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(1, 1)))
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1, 1))))
     return _written() - before
 
 
@@ -571,42 +572,29 @@ def memory(megabytes: int, peers: Peers) -> list[Row]:
     return rows
 
 
-def many(counts: tuple[int, ...]) -> list[Row]:
+def with_many(count: int) -> Row:
     """What a quiet step, a save and opening cost with so many checkpoints on record."""
-    from checkpointer.testing import MemoryStorage
-
-    rows: list[Row] = []
-    for count in counts:
-        storage = MemoryStorage()
+    policy = Policy(EverySteps(1), [KeepAll()])
+    with folder() as path:
+        records = Path(path, ".checkpointer", "records")
+        records.mkdir(parents=True)
         for name, record in records_of(count):
-            storage.write(f".checkpointer/records/{name}.json", record)
-            storage.write(name, b"")
-        with folder() as path:
-            records = Path(path, ".checkpointer", "records")
-            records.mkdir(parents=True)
-            for name, record in records_of(count):
-                (records / f"{name}.json").write_bytes(record)
-                Path(path, name).touch()
-            policies = {"all": Policy(EverySteps(1), [KeepAll()]), "quiet": Policy(EverySteps(10**9), [KeepAll()])}
-            with CheckpointManager(path, policies["all"], state=dict, run="bench"):
-                pass  # Writes the index.
-            opened = timed(lambda: CheckpointManager(path, policies["all"], run="bench"))
-            with CheckpointManager(path, policies["all"], state=dict, run="bench") as manager:
-                saves = [
-                    timed(lambda n=n: manager.observe({"loss": 1.0}, count + n, 0, epoch_end=False))  # type: ignore[misc]
-                    for n in range(1, 8)
-                ]
-            reader = CheckpointManager(path, policies["quiet"], state=dict, run="bench")
-            reader.observe({}, count + 10, 0, epoch_end=False)
-            quiet = timed(
-                lambda: [reader.observe({}, n, 0, epoch_end=False) for n in range(count + 11, count + 10_011)]
-            )
-            reader.close()
-        words = f"quiet step {quiet / 10_000 * 1e6:.2f} us, save {statistics.median(saves[1:]) * 1e3:.2f} ms"
-        rows.append(
-            (f"{count} checkpoints", "torch-checkpointer", words, "", f"open {opened * 1e3:.0f} ms", "flat per step")
-        )
-    return rows
+            (records / f"{name}.json").write_bytes(record)
+            Path(path, name).touch()
+        CheckpointManager(path, policy, state=dict, run="bench").close()  # Writes the index.
+        opened = timed(lambda: CheckpointManager(path, policy, run="bench"))
+        with CheckpointManager(path, policy, state=dict, run="bench") as manager:
+
+            def save(n: int) -> float:
+                return timed(lambda: manager.observe({"loss": 1.0}, count + n, 0, epoch_end=False))
+
+            saved = statistics.median([save(n) for n in range(1, 9)][1:])
+        with CheckpointManager(path, Policy(EverySteps(10**9), [KeepAll()]), state=dict, run="bench") as manager:
+            steps = range(count + 11, count + 10_011)
+            manager.observe({}, count + 10, 0, epoch_end=False)
+            quiet = timed(lambda: [manager.observe({}, n, 0, epoch_end=False) for n in steps])
+    words = f"step {quiet / 10_000 * 1e6:.2f} us, save {saved * 1e3:.1f} ms"
+    return f"with {count} checkpoints", "torch-checkpointer", words, "", f"open {opened:.2f} s", "flat per step"
 
 
 def main() -> None:
@@ -629,9 +617,11 @@ def main() -> None:
         lambda: throughput(state, peers, arguments.repeats, os.cpu_count() or 1),
         lambda: restoring(state, arguments.repeats),
         lambda: memory(min(512, arguments.megabytes), peers),
-        lambda: many(tuple(arguments.checkpoints)),
+        lambda: [with_many(count) for count in arguments.checkpoints],
     ):
-        rows += measure()
+        rows += (new := measure())
+        for row in new:
+            print(" | ".join(row), file=sys.stderr)
         print(f"{len(rows)} rows, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     show(rows, HEAD)
     for missing in peers.missing:

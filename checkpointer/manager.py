@@ -495,7 +495,8 @@ class CheckpointManager:
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
             map_location: Where tensors go, as for ``torch.load``.
             contents: ``"any"`` also takes checkpoints that hold only weights.
-            verify: ``"full"`` compares every byte's digest with the record; ``"size"`` only looks at the size.
+            verify: ``"full"`` compares every byte's digest with the record; ``"size"`` only looks at the size, and is
+                refused under ``trust=``.
             mmap: Map a local file into memory instead of reading it: many times faster, and the tensors live on its
                 pages. For files that nobody changes in place while the tensors are used; on a network mount, nor
                 deletes. Elsewhere, and for formats that cannot be mapped, it changes nothing.
@@ -514,6 +515,9 @@ class CheckpointManager:
         """
         if verify not in ("full", "size"):
             msg = f"verify is {verify!r}; expected 'full' or 'size'"
+            raise PolicyError(msg)
+        if verify == "size" and self._directory.transaction.trust is not None:
+            msg = "verify='size' would believe payloads that nobody has signed; leave it out, or open without trust="
             raise PolicyError(msg)
 
         def load_here(record: Record) -> Restored:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy, Save
+from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepLast, Policy, Save
 from checkpointer.errors import CorruptError, PolicyError
 from checkpointer.testing import MemoryStorage
 
@@ -74,6 +74,12 @@ def test_other_values_of_verify_are_refused(tmp_path: Path) -> None:
     """``verify=False`` must not silently be something else."""
     with pytest.raises(PolicyError, match="expected 'full' or 'size'"):
         save(tmp_path).restore(verify=False)  # type: ignore[arg-type]
+
+
+def test_with_a_key_the_size_alone_is_not_enough(tmp_path: Path) -> None:
+    """A signature says nothing of bytes that nobody has looked at."""
+    with pytest.raises(PolicyError, match="nobody has signed"):
+        save(tmp_path, trust=HMACKey(b"0123456789abcdef")).restore(verify="size")
 
 
 def test_where_nothing_can_be_mapped_it_is_read() -> None:
