@@ -19,8 +19,8 @@ from checkpointer_lightning.writing import Pen
 
 __all__ = ["Managed", "Moment"]
 
-Moment = Literal["batch", "validation", "epoch", "end"]
-"""What has just come to its end: a training batch, a validation, an epoch, the training."""
+Moment = Literal["batch", "validation", "epoch", "end", "asked"]
+"""What has just come to its end: a training batch, a validation, an epoch, the training; or somebody asks."""
 
 
 class Managed(Saving):
@@ -140,11 +140,14 @@ class Managed(Saving):
         if not trainer.global_step:  # Nothing was trained yet.
             return
         # Every rank looks, for a metric may be computed by all of them together.
-        metrics = self._metrics(moment, trainer, training)
+        metrics = self._metrics(trainer, training, self._monitor_candidates(trainer))
         if not self._reports(moment, trainer):
             return
         step, epoch = trainer.global_step, trainer.current_epoch
         ends = self._ends_epoch(moment, trainer)
+        now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
+        if self._due(moment) or not training.horizon.covers(now):
+            metrics = self._ask(moment, trainer, metrics)
         if moment == "epoch":
             training.epoch = step, epoch, ends
         elif moment == "end" and training.epoch[0] == step:
@@ -160,17 +163,20 @@ class Managed(Saving):
         training.horizon = answer.horizon
         desk = desk_of(trainer)
         desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
+        training.moment = moment
         try:
             self._follow(trainer, answer.decision, answer.account)
         finally:
+            training.moment = ""
             if self is siblings.newest(trainer.callbacks, Managed):
                 desk.clear()
 
-    def _metrics(self, moment: Moment, trainer: Any, training: Training) -> dict[str, Any]:
-        """Return what was measured at this step."""
-        return self._of_this_step(trainer, training, self._monitor_candidates(trainer))
+    def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics to decide by, now that something may be due."""
+        return metrics
 
-    def _of_this_step(self, trainer: Any, training: Training, candidates: dict[str, Any]) -> dict[str, Any]:
+    def _metrics(self, trainer: Any, training: Training, candidates: dict[str, Any]) -> dict[str, Any]:
+        """Return what was measured at this step."""
         fresh = training.measured.at(trainer.global_step, trainer.callback_metrics)
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}

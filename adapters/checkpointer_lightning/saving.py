@@ -43,6 +43,8 @@ class Training:
     measured: Measured = attrs.field(factory=Measured)
     epoch: tuple[int, int, bool] = (-1, -1, False)
     """The last report of an epoch: its step, its index, and whether it really ended."""
+    moment: str = ""
+    """What is being reported."""
 
     @property
     def managing(self) -> CheckpointManager:
@@ -106,6 +108,12 @@ class Saving(Resuming):
                 logger.after_save_checkpoint(weakref.proxy(self))
         self._retired(trainer, done)
         return done
+
+    @property
+    def _at_batch(self) -> bool:
+        """Whether what is saved now is saved at the end of a batch."""
+        training = self._training
+        return training is not None and training.moment == "batch"
 
     def _dump(self, trainer: Any) -> dict[str, Any]:
         """Return the state to save; every callback of this moment gets the same one."""
