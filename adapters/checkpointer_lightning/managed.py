@@ -12,8 +12,9 @@ from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.finding import forget_copy
-from checkpointer_lightning.rescuing import rescue
+from checkpointer_lightning.rescuing import rescue, rescue_together
 from checkpointer_lightning.saving import Answer, Saving, Training
+from checkpointer_lightning.signalling import signals_of
 from checkpointer_lightning.talking import close_ranks, open_ranks
 from checkpointer_lightning.writing import Pen
 
@@ -71,8 +72,10 @@ class Managed(Saving):
             close_ranks(ranks)
             raise
         forget_copy(self._found)
-        training.manager = manager
+        training.manager, training.rescues = manager, policy.rescue
         self._training = training
+        if ranks.size > 1:
+            signals_of(trainer).listen(trainer)
         self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -82,6 +85,7 @@ class Managed(Saving):
 
     def _close(self, trainer: Any) -> None:
         desk_of(trainer).clear()
+        signals_of(trainer).leave()
         training = self._training
         if training is None:
             return
@@ -96,17 +100,33 @@ class Managed(Saving):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report a batch; costs a comparison unless something is due."""
-        if self._training is None or not self._reports("batch", trainer):
+        training = self._training
+        if training is None:
             return
-        now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
-        if not self._is_quiet(trainer, self._training, now):
-            self._report("batch", trainer)
+        if training.ranks.size > 1:
+            self._end_batch_together(trainer, training)
+        elif self._reports("batch", trainer):
+            now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
+            if not training.horizon.covers(now):
+                self._report("batch", trainer)
 
-    def _is_quiet(self, trainer: Any, training: Training, now: Progress) -> bool:
-        quiet = training.horizon.covers(now)
-        if math.isinf(training.horizon.time) or training.ranks.size == 1:
-            return quiet
-        return bool(training.ranks.broadcast(quiet))
+    def _end_batch_together(self, trainer: Any, training: Training) -> None:
+        """Do the same on all ranks: steps and epochs they all know, of a time or a signal they have to be told."""
+        signals, horizon = signals_of(trainer), training.horizon
+        reports = self._reports("batch", trainer)
+        late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
+        stops = signals.noted
+        if training.agreement(late or stops):
+            late, stops = map(bool, training.ranks.highest(float(late), float(stops)))
+        else:
+            late = stops = False
+        known = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=-math.inf)
+        if reports and (late or not horizon.covers(known)):
+            self._report("batch", trainer)
+        if stops or signals.agreed:
+            if training.rescues and trainer.global_step:
+                rescue_together(self, training, trainer, "SIGTERM")
+            signals.stop(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
@@ -128,7 +148,8 @@ class Managed(Saving):
         if self._training is None:
             return
         try:
-            rescue(self, self._training, trainer, exception)
+            if not signals_of(trainer).agreed:  # Then it is saved already.
+                rescue(self, self._training, trainer, exception)
         finally:
             self._close(trainer)
 
