@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers demo test test-quick check wheel-test bench bench-storage bench-ranks format clean
+.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,8 @@ help:
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
+	@echo "make docs        build the documentation into docs/_build, offline"
+	@echo "make hosts       install the frameworks whose adapters some tests use"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
@@ -33,6 +35,9 @@ servers: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers]'
 	PYTHON="$(BIN)/python" .ci/install-servers
 
+hosts: venv
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts]'
+
 demo: venv
 	"$(BIN)/python" examples/digits_loop.py
 
@@ -48,11 +53,13 @@ check: venv
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
 	"$(BIN)/python" -m pytest --doctest-modules checkpointer
-	@if grep -q '^```python' README.md; then "$(BIN)/python" -m pytest README.md; fi
+	"$(BIN)/python" -m pytest README.md docs
 	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
 	@set -e; for example in $(EXAMPLES); do \
 		case $$example in *lightning*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
-			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; esac; \
+			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; \
+		*transformers*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
+			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \
 		(cd "$$folder" && "$(BIN)/python" "$(CURDIR)/$$example"); \
@@ -78,9 +85,14 @@ bench-storage: servers
 bench-ranks: venv
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
 
+docs: venv
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	"$(BIN)/python" -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
 format: venv
 	"$(BIN)/ruff" check --fix
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -128,11 +128,11 @@ class RankedManager:
 
     def _open_format(self, format: str | Format | FolderFormat) -> Format | FolderFormat:
         if format != "dcp":
-            return open_format(format)
+            return open_format(format, self._where[1])
         from checkpointer.formats.dcp_folder import DcpFormat
 
         template = None if self._state is None else lambda: self._taken
-        return DcpFormat(getattr(self._ranks, "group", None), template)
+        return DcpFormat(getattr(self._ranks, "group", None), template, self._where[1])
 
     # What all ranks are called for
 
@@ -275,7 +275,7 @@ class RankedManager:
         owner = new_owner()
         try:
             storage = open_storage(directory, owner, storage_options)
-            return restoring.load(storage, record, open_format(record.format), **options)
+            return restoring.load(storage, record, open_format(record.format, storage_options), **options)
         except (CheckpointerError, OSError):
             return None
         finally:

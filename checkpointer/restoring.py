@@ -24,7 +24,7 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import FolderFormat, Format, Storage, SupportsPaths
+from checkpointer.ports import FolderFormat, Format, Storage, SupportsPaths, SupportsURLs
 from checkpointer.records import Record
 
 __all__ = ["Restored", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
@@ -141,8 +141,8 @@ def load(
     """
     if set(_listed(storage, record)) != {record.name}:
         verify(storage, record)
-        if isinstance(payload, FolderFormat) and isinstance(storage, SupportsPaths):
-            path = storage.local_path(record.name)
+        path = _address(storage, record.name)
+        if isinstance(payload, FolderFormat) and path:
             state = payload.read_folder(path, weights_only=weights_only, map_location=map_location)
             return Restored(record=record, state=state)
         msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
@@ -160,6 +160,13 @@ def load(
                 msg = f"{record.name} has other bytes than were written: {verified.error}"
                 raise CorruptError(msg)
     return Restored(record=record, state=state)
+
+
+def _address(storage: Storage, name: str) -> str:
+    """Return the path or URL by which others than the storage read a payload; empty if there is none."""
+    if isinstance(storage, SupportsPaths):
+        return storage.local_path(name)
+    return storage.url(name) if isinstance(storage, SupportsURLs) else ""
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class Writer:
         write = self._write_path(state)
         if write is not None:
             if not isinstance(self.directory.storage, SupportsPaths):
-                return self._write_by_url(draft)
+                return self._write_by_url(draft, write)
             return transaction.commit_path(
                 draft,
                 write,
@@ -116,17 +116,15 @@ class Writer:
         is_folder = set(storage.list(name)) != {name}
         return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
 
-    def _write_by_url(self, draft: Record) -> Record:
-        """Let a trainer write to a name that nobody has: never over an alias, or over another checkpoint."""
-        storage, save = self.directory.storage, self.save
-        if save is None:
-            msg = f"format={self.format.name!r} writes a folder, which needs a local directory; {storage} has no paths"
-            raise SaveError(msg)
+    def _write_by_url(self, draft: Record, write: Callable[[str], None]) -> Record:
+        """Let what writes to a path write to a name that nobody has: never over an alias or another checkpoint."""
+        storage = self.directory.storage
         if not isinstance(storage, SupportsURLs):
-            msg = f"save= needs a directory with paths or URLs, and {storage} has neither; use state="
+            what = "save=" if self.save is not None else f"format={self.format.name!r}"
+            msg = f"{what} needs a directory with paths or URLs, and {storage} has neither"
             raise SaveError(msg)
         name = self.directory.free_name(draft)
-        return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), lambda: save(storage.url(name)))
+        return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), lambda: write(storage.url(name)))
 
     def _last_size(self) -> int | None:
         """Return the size (bytes) of the last checkpoint with the same contents: the next one has about as many."""

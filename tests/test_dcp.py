@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -85,6 +86,23 @@ def test_a_manager_saves_and_restores_folders(tmp_path: Path) -> None:
         assert restored is not None
         assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
         assert 3 == restored.state["step"]
+
+
+def test_folders_at_a_url(request: pytest.FixtureRequest) -> None:
+    """Where there is no path, torch's fsspec writer writes to a name that nobody has; a restore reads it there."""
+    url = f"memory://{request.node.name}"
+    state = {"w": torch.zeros(3)}
+    with CheckpointManager(url, POLICY, state=lambda: state, format="dcp") as manager:
+        for step in (1, 2, 3):
+            state["w"] = torch.full((3,), float(step))
+            manager.observe({}, step, 0, epoch_end=False)
+    with CheckpointManager(url, format="dcp") as manager:
+        assert [2, 3] == [record.step for record in manager.records]
+        restored = manager.restore()
+        assert restored is not None
+        assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
+    paths = fsspec.filesystem("memory").find(f"/{request.node.name}")
+    assert not [path for path in paths if "step=1.dcp" in path]
 
 
 @pytest.mark.parametrize("where", ["metadata", "value"])

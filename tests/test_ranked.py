@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from servers.fixtures import Serve
 from together import DiedError, together
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -227,6 +228,28 @@ def test_a_folder_of_shards_is_read_by_torch_and_by_one_process(trained: tuple[P
         load(state, checkpoint_id=directory / "epoch=0-step=6.dcp")
     assert weights[0] == state["model"]["0.weight"].flatten().tolist()
     assert str(directory).encode() not in (directory / "epoch=0-step=6.dcp" / ".metadata").read_bytes()
+
+
+def train_at_url(rank: int, url: str, options: dict[str, Any], steps: int) -> Any:
+    training = Training(seed=rank + 7)
+    with RankedManager(url, POLICY, state=training.state_dict, format="dcp", storage_options=options) as manager:
+        restored = manager.restore()
+        if restored is not None:
+            training.load(restored.state)
+        started = training.step
+        while training.step < steps:
+            training.learn()
+            manager.observe({}, training.step, 0, epoch_end=False)
+        return started, training.whole()
+
+
+def test_shards_in_a_bucket(serve: Serve) -> None:
+    """Each rank writes its own to S3, and another number of ranks reads them there."""
+    server = serve("s3")
+    url = f"{server.url}/shards"
+    first, second = together(2, train_at_url, url, dict(server.storage_options), 6)
+    assert first == second
+    assert [(6, first[1])] == together(1, train_at_url, url, dict(server.storage_options), 6)
 
 
 def damage_and_restore(rank: int, directory: Path) -> Any:

@@ -38,10 +38,15 @@ class Identity(Base):
     def _make_policy(self) -> Policy:
         raise NotImplementedError
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The class, which the Trainer of the other package asks for: to it this is a stranger, whatever it is."""
+        self._package.refuse_caller(type(self).__name__)
+        return type(self)
+
     @property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint: distinct among the callbacks of a Trainer, whatever they are."""
-        self._package.refuse_caller(type(self).__name__)
         key = self._base_key
         number = siblings.guess_place(self, key) if self._place is None else self._place
         return f"{key}#{number + 1}" if number else key

@@ -42,8 +42,8 @@ class Package:
     def refuse_caller(self, name: str) -> None:
         """Refuse the other twin's code as the caller of our caller.
 
-        A Trainer meets a callback's state key first: only there can the right import be named, before the Trainer
-        fails with a message about something else.
+        A Trainer first asks whether a callback is one of its own, and that asks a stranger for its ``__class__``: only
+        there can the right import be named, before the Trainer fails with a message about something else.
         """
         self.refuse(str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0], name)
 

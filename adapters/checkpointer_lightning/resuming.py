@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from checkpointer import CheckpointManager, Policy
+from checkpointer.naming import fixed_parts
 from checkpointer_lightning import siblings
 from checkpointer_lightning.adopting import adopt
 from checkpointer_lightning.finding import LOOKING, forget_copy, newest_valid
@@ -77,5 +78,8 @@ class Resuming(Identity):
         """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
         if not (self._goes_on or self._theirs) or trainer.ckpt_path in (None, "", self._found):
             return ""
+        template = policy.name.template
+        if template is not None and fixed_parts(template, policy.name.join) == template:
+            return ""  # The name means the newest, or the best: what it names is replaced, as in Lightning.
         name = name_in(self._folder, trainer.ckpt_path)
         return name if name in manager.manifest.by_name and name not in policy.aliases else ""

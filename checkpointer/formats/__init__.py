@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 from checkpointer.errors import PolicyError
 from checkpointer.ports import FolderFormat, Format
@@ -11,16 +12,25 @@ __all__ = ["open_format"]
 
 
 @overload
-def open_format(format: Literal["torch", "safetensors"] | Format) -> Format: ...
+def open_format(
+    format: Literal["torch", "safetensors"] | Format, storage_options: Mapping[str, Any] | None = None
+) -> Format: ...
 @overload
-def open_format(format: Literal["dcp"] | FolderFormat) -> FolderFormat: ...
+def open_format(
+    format: Literal["dcp"] | FolderFormat, storage_options: Mapping[str, Any] | None = None
+) -> FolderFormat: ...
 @overload
-def open_format(format: str | Format | FolderFormat) -> Format | FolderFormat: ...
-def open_format(format: str | Format | FolderFormat) -> Format | FolderFormat:
+def open_format(
+    format: str | Format | FolderFormat, storage_options: Mapping[str, Any] | None = None
+) -> Format | FolderFormat: ...
+def open_format(
+    format: str | Format | FolderFormat, storage_options: Mapping[str, Any] | None = None
+) -> Format | FolderFormat:
     """Return the format of that name, or the user's own.
 
     Args:
         format: ``"torch"``, ``"safetensors"``, ``"dcp"``, or a `checkpointer.ports.Format` or ``FolderFormat``.
+        storage_options: What the format needs besides the URL where it reads and writes a folder by itself.
 
     Raises:
         PolicyError: If the name is not known.
@@ -39,6 +49,6 @@ def open_format(format: str | Format | FolderFormat) -> Format | FolderFormat:
     if format == "dcp":
         from checkpointer.formats.dcp_folder import DcpFormat
 
-        return DcpFormat()
+        return DcpFormat(storage_options=storage_options)
     msg = f"the payload format {format!r} is not known (known: torch, safetensors, dcp); pass a Format of your own"
     raise PolicyError(msg)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -37,6 +38,9 @@ from checkpointer.naming import check_name
 __all__ = ["DcpFormat"]
 
 METADATA: Final = ".metadata"
+
+_STORAGE_ONLY: Final = ("retry",)
+"""Options that are the storage's own, not fsspec's."""
 
 MAX_LIST: Final = 1_000_000
 MAX_TOLD: Final = 10
@@ -65,6 +69,7 @@ class DcpFormat:
     Args:
         group: The process group whose ranks write and read together; None for this process alone.
         template: Returns the state to load into, sharded as the training wants it now; None makes whole tensors.
+        storage_options: What fsspec needs besides a URL.
 
     Example:
         >>> import tempfile, torch
@@ -77,9 +82,15 @@ class DcpFormat:
     name = "dcp"
     extension = ".dcp"
 
-    def __init__(self, group: Any = None, template: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        group: Any = None,
+        template: Callable[[], Any] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._group = group
         self._template = template
+        self._options = {key: value for key, value in (storage_options or {}).items() if key not in _STORAGE_ONLY}
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`.
@@ -90,7 +101,7 @@ class DcpFormat:
         if not isinstance(state, dict):
             msg = f"the state is a {type(state).__name__}; the dcp format writes a dict of names, so return one"
             raise SaveError(msg)
-        writer = _Writer(path)
+        writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
         with _as_they_are(SaveError):
             save(state, storage_writer=writer, **self._who)
 
@@ -100,7 +111,8 @@ class DcpFormat:
         Raises:
             RestoreError: If the template lacks what the folder has, or the other way round.
         """
-        reader = _Reader(path, weights_only=weights_only)
+        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
+        reader.weights_only = weights_only
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
         # Whatever fails on one rank has to fail within DCP's own steps, which tell the others.
         planner = _Planner(weights_only=weights_only)
@@ -120,25 +132,41 @@ class DcpFormat:
         return TorchFormat().refused(tree_map(lambda leaf: None if isinstance(leaf, torch.Tensor) else leaf, state))
 
 
-class _Writer(FileSystemWriter):
-    """Writes a folder that can be moved: where it was staged is not told."""
+class _Movable:
+    """A writer whose folder can be moved: where it was staged is not told."""
+
+    save_id: str
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
 
-class _Reader(FileSystemReader):
-    """Reads a folder without running what its metadata might hold, and nothing outside of it."""
+class _Writer(_Movable, FileSystemWriter):
+    """Writes to a path."""
 
-    def __init__(self, path: str, *, weights_only: bool) -> None:
-        super().__init__(path)
-        self._weights_only = weights_only
-        self.error: RestoreError | None = None
-        """What is wrong with the folder: DCP passes on no more than its text."""
+
+class _UrlWriter(_Movable, FsspecWriter):
+    """Writes to a URL."""
+
+
+class _Safe:
+    """A reader that runs nothing its folder's metadata might hold, and reads nothing outside of the folder."""
+
+    weights_only = True
+    error: RestoreError | None = None
+    """What is wrong with the folder: DCP passes on no more than its text."""
+    fs: Any
+    path: str
+    load_id: str
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
-            metadata = _read_metadata(os.fspath(self.path), weights_only=self._weights_only)
+            with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
+                metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
+        except FileNotFoundError as error:
+            msg = f"{self.path} has no {METADATA}, so it is no folder that torch.distributed.checkpoint wrote"
+            self.error = CorruptError(msg)
+            raise self.error from error
         except RestoreError as error:
             self.error = error
             raise
@@ -146,14 +174,18 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def _read_metadata(folder: str, *, weights_only: bool) -> Metadata:
+class _Reader(_Safe, FileSystemReader):  # type: ignore[misc]
+    """Reads a path."""
+
+
+class _UrlReader(_Safe, FsspecReader):  # type: ignore[misc]
+    """Reads a URL."""
+
+
+def _read_metadata(stream: BinaryIO, folder: str, *, weights_only: bool) -> Metadata:
     try:
-        with open(os.path.join(folder, METADATA), "rb") as stream:
-            metadata = (_MetadataUnpickler if weights_only else pickle.Unpickler)(stream).load()
+        metadata = (_MetadataUnpickler if weights_only else pickle.Unpickler)(stream).load()
         _check_folder(metadata)
-    except FileNotFoundError as error:
-        msg = f"{folder} has no {METADATA}, so it is no folder that torch.distributed.checkpoint wrote"
-        raise CorruptError(msg) from error
     except (OSError, MemoryError, RestoreError):
         raise
     except NamingError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_lightning import CheckpointCallback
-from tiny import BATCHES, Model, files, fit, quiet, step_of
+from tiny import BATCHES, Model, files, fit, is_at_least, quiet, step_of
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepAll, KeepBest, KeepLast, Policy, Record
 
@@ -127,6 +127,7 @@ def test_going_back_to_an_older_checkpoint_abandons_what_came_after(tmp_path: Pa
     assert str(tmp_path / "epoch=3.ckpt") == callback.best_model_path
 
 
+@pytest.mark.skipif(not is_at_least("2.5"), reason="Lightning 2.4 trains a batch twice if it was saved after it")
 def test_a_step_that_was_saved_is_not_due_anew_after_a_resume(tmp_path: Path) -> None:
     """The file holds the state as it is once it is saved, so the first step after a resume owes nothing."""
     policy = Policy(EverySteps(4), [KeepAll()], name="{step}")

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
+from packaging.version import Version
 from torch.utils.data import DataLoader
 
 quiet = pytest.mark.filterwarnings(
@@ -20,6 +22,9 @@ quiet = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "error::checkpointer.CheckpointerWarning",
 )
+
+# Two weights are not worth the waiting of threads for each other.
+torch.set_num_threads(1)
 
 BATCHES = 4
 """Training batches, and so steps, in an epoch."""
@@ -111,3 +116,38 @@ def together(*work: Callable[[], None]) -> None:
         process.join(120)
         if process.is_alive():
             process.kill()
+
+
+def held(directory: str | Path) -> dict[str, Any]:
+    """Return step, epoch and weights of each checkpoint in a directory."""
+    found = {}
+    for name in files(directory):
+        state = torch.load(Path(directory, name), weights_only=True)
+        found[name] = state["global_step"], state["epoch"], [value.tolist() for value in state["state_dict"].values()]
+    return found
+
+
+def seen(callback: Any, directory: Path) -> dict[str, Any]:
+    """Return what users and loggers see of a callback, with paths relative to its directory."""
+
+    def short(path: str) -> str:
+        return path.replace(str(directory), "DIR")
+
+    def number(value: Any) -> str | None:
+        return None if value is None else repr(float(value))
+
+    return {
+        "best_model_path": short(callback.best_model_path),
+        "best_model_score": number(callback.best_model_score),
+        "best_k_models": {short(path): number(score) for path, score in callback.best_k_models.items()},
+        "kth_best_model_path": short(callback.kth_best_model_path),
+        "kth_value": number(callback.kth_value),
+        "last_model_path": short(callback.last_model_path),
+        "current_score": number(callback.current_score),
+        "state_key": callback.state_key,
+    }
+
+
+def is_at_least(version: str) -> bool:
+    """Return whether the installed Lightning is that new: older ones behave otherwise in places."""
+    return Version(lightning.__version__) >= Version(version)

@@ -1,0 +1,21 @@
+"""The ``checkpointer`` command. It computes nothing: what it shows, the modules beside it return to anybody."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and leave with its exit code: 0 fine, 1 something bad was found, 2 it could not be done."""
+    try:
+        from checkpointer.cli.app import run
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
+            raise
+        text = "checkpointer: the command line needs packages more: pip install 'torch-checkpointer[cli]'\n"
+        sys.stderr.write(text)
+        sys.exit(2)
+    sys.exit(run(argv))

@@ -1,0 +1,129 @@
+"""``checkpointer ls``: what there is, and why."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from checkpointer.cli import options, output
+from checkpointer.inspecting import Catalog
+from checkpointer.policy import Policy, explain
+from checkpointer.records import Record
+from checkpointer.selecting import Condition, metric_names, select
+from checkpointer.wording import age_text, number_text, size_text
+
+_DIGITS = 4
+"""Of a metric."""
+
+
+def ls_command(
+    directory: options.Directory,
+    policy: options.PolicyFile = None,
+    sort: Annotated[str, typer.Option("--sort", "-s", help="A field (step, size, time, ...) or a metric.")] = "serial",
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", "-w", metavar="CONDITION", help="Such as 'val_loss<0.1'; may be given again."),
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", "-m", help="To show; may be given again.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Show at most so many.")] = None,
+    run: options.Run = None,
+    storage_options: options.StorageOptions = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
+
+    With a policy, why is what keeps each one; without, what it was saved for.
+    """
+    catalog = options.look(directory, storage_options, key_env, key_file)
+    chosen = None if policy is None else options.read_policy(policy)
+    records = [record for record in catalog.records if run in (None, record.run)]
+    if run is not None:
+        catalog.manifest(run)  # Raises if there is no such run.
+    found = select(records, map(Condition.parse, where or ()), sort=sort, reverse=reverse)[:limit]
+    reasons = why(catalog, chosen)
+    if as_json:
+        output.print_json([as_data(catalog, record, reasons) for record in found])
+    else:
+        _print(catalog, found, reasons, metric or _metrics(found, chosen))
+    output.leave_if(output.say_damaged(catalog))
+
+
+def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
+    """Return why each checkpoint is there: what keeps it under a policy, else what it was saved for."""
+    reasons: dict[str, str] = {}
+    for run, label in catalog.runs:
+        manifest = catalog.manifest(run, label)
+        kept = {} if policy is None else explain(policy, manifest)
+        for record in manifest.own:
+            if not manifest.counts(record):
+                reasons[record.name] = "abandoned: the run went back to an earlier step"
+            elif policy is None:
+                reasons[record.name] = ("pinned; " if record.pinned else "") + record.reason
+            else:
+                reasons[record.name] = "; ".join(kept.get(record.name, ("no rule keeps it",)))
+    return reasons
+
+
+def as_data(catalog: Catalog, record: Record, reasons: dict[str, str]) -> dict[str, Any]:
+    """Return a record as JSON shows it."""
+    more = {"path": catalog.location(record.name), "aliases": catalog.aliases_of(record), "why": reasons[record.name]}
+    return record.to_dict() | more
+
+
+def _metrics(records: list[Record], policy: Policy | None) -> list[str]:
+    """Return the metrics there are, what the policy ranks by first."""
+    ranked = sorted(policy.known_metrics) if policy else []
+    names = metric_names(records)
+    return [name for name in ranked if name in names] + [name for name in names if name not in ranked]
+
+
+def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], metrics: list[str]) -> None:
+    count = len(records) if len(records) == len(catalog.records) else f"{len(records)} of {len(catalog.records)}"
+    total = size_text(sum(record.size for record in records))
+    output.print_line(f"{catalog.place}: {count} checkpoints, {total}")
+    several = len(catalog.runs) > 1
+    now = time.time()
+    columns = {
+        "step": [str(record.step) for record in records],
+        "epoch": [str(record.epoch) for record in records],
+        **{name: [_metric(record, name) for record in records] for name in metrics},
+        **({"run": [record.run for record in records]} if several else {}),
+        "size": [size_text(record.size) for record in records],
+        "age": [age_text(now - record.time) for record in records],
+    }
+    console = output.out()
+    longest = max((len(record.name) for record in records), default=0)
+    columns = _fitting(columns, metrics, console.width - longest)
+    table = output.plain_table(*columns, "name", right=tuple(columns))
+    for number, record in enumerate(records):
+        cells = [output.cell(values[number]) for values in columns.values()]
+        table.add_row(*cells, _name(catalog, record, reasons[record.name]))
+    console.print(table)
+
+
+def _metric(record: Record, name: str) -> str:
+    return number_text(record.metrics[name], _DIGITS) if name in record.metrics else ""
+
+
+def _fitting(columns: dict[str, list[str]], metrics: list[str], width: int) -> dict[str, list[str]]:
+    """Leave out the last metrics, all but one, until the rest fits beside the names."""
+    columns = dict(columns)
+    for name in reversed(metrics[1:]):
+        if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) <= width:
+            break
+        del columns[name]
+    return columns
+
+
+def _name(catalog: Catalog, record: Record, reason: str) -> Text:
+    text = output.cell(record.name, "bold" if record.kind == "regular" else "bold red")
+    text.append("\n")
+    for alias in catalog.aliases_of(record):
+        text.append_text(output.cell(f"<- {alias}  ", "green"))
+    return text.append_text(output.cell(reason, "dim"))

@@ -1,0 +1,139 @@
+"""The arguments and options that several commands have, and how a directory is opened from them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import enum
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from checkpointer.errors import PolicyError, StorageError
+from checkpointer.index import HOME
+from checkpointer.inspecting import Catalog, look_at
+from checkpointer.owner import new_owner, release
+from checkpointer.policy import Policy
+from checkpointer.ports import Storage, SupportsPaths
+from checkpointer.storage import open_storage
+from checkpointer.trust import HMACKey
+
+Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
+StorageOptions = Annotated[
+    str | None,
+    typer.Option(
+        "--storage-options",
+        metavar="JSON",
+        help="What fsspec needs besides the URL, as JSON or @FILE; its configuration and environment count too.",
+    ),
+]
+KeyEnv = Annotated[
+    str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with the key of signed records.")
+]
+KeyFile = Annotated[str | None, typer.Option("--key-file", metavar="FILE", help="File with the key.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+PolicyFile = Annotated[
+    str | None, typer.Option("--policy", "-p", metavar="FILE", help="A policy as YAML, as Policy.to_yaml writes it.")
+]
+Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
+
+
+class Mode(str, enum.Enum):
+    """Which value of a metric is best."""
+
+    MIN = "min"
+    MAX = "max"
+
+
+def open_place(directory: str, storage_options: str | None = None, owner: str = "") -> Storage:
+    """Return the storage; raise unless a local directory is there: looking must not make it."""
+    storage = open_storage(directory, owner, parse_options(storage_options))
+    if isinstance(storage, SupportsPaths) and not os.path.isdir(path := storage.local_path("").rstrip("/")):
+        msg = f"there is no directory {path}{_similar(Path(path))}"
+        raise StorageError(msg)
+    return storage
+
+
+def _similar(path: Path) -> str:
+    """Return a hint: the closest folder beside the one that is not there."""
+    parent = path
+    while not parent.parent.is_dir():
+        parent = parent.parent
+    folders = [entry.name for entry in parent.parent.iterdir() if entry.is_dir()]
+    close = difflib.get_close_matches(parent.name, folders, n=1)
+    return f" (did you mean {parent.parent / close[0]}?)" if close else ""
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """Return storage options; what is in them is told to nobody."""
+    if text is None:
+        return {}
+    if text.startswith("@"):
+        text = Path(text[1:]).read_text(encoding="utf-8")
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if isinstance(options, dict):
+        return options
+    # Not what was given: it holds credentials.
+    msg = '--storage-options is no JSON object; write \'{"key": "value"}\', or @FILE with such text in it'
+    raise PolicyError(msg)
+
+
+def key_of(key_env: str | None, key_file: str | None) -> HMACKey | None:
+    """Return the key, if one is asked for."""
+    if key_env is not None and key_file is not None:
+        msg = "both --key-env and --key-file are given; pass one"
+        raise PolicyError(msg)
+    if key_env is not None:
+        return HMACKey.from_env(key_env)
+    return None if key_file is None else HMACKey.from_file(key_file)
+
+
+def read_policy(path: str) -> Policy:
+    """Read a policy file; what is wrong with it names the file."""
+    try:
+        return Policy.from_yaml(Path(path))
+    except PolicyError as error:
+        msg = f"{path}: {error}"
+        raise PolicyError(msg) from error
+
+
+def look(
+    directory: str, storage_options: str | None = None, key_env: str | None = None, key_file: str | None = None
+) -> Catalog:
+    """Look at a directory; raise if there is nothing to see.
+
+    Raises:
+        StorageError: If there is no such directory, or no record in it.
+    """
+    catalog = look_at(open_place(directory, storage_options), key_of(key_env, key_file))
+    if catalog.records or catalog.damaged or catalog.unfinished:
+        return catalog
+    files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+    if files:
+        msg = (
+            f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
+            "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote"
+        )
+    else:
+        msg = f"{catalog.place} holds no checkpoint"
+    raise StorageError(msg)
+
+
+@contextlib.contextmanager
+def writing(directory: str, storage_options: str | None = None, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
+    """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""
+    owner = new_owner()
+    try:
+        if new:
+            yield open_storage(directory, owner, parse_options(storage_options)), owner
+        else:
+            yield open_place(directory, storage_options, owner), owner
+    finally:
+        release(owner)

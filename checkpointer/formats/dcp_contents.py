@@ -1,0 +1,63 @@
+"""Looks into a DCP folder through its metadata, by the reader that knows no classes but DCP's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from checkpointer.errors import RestoreError
+from checkpointer.formats.dcp_folder import _as_they_are, _Reader
+from checkpointer.formats.tensors import TensorInfo
+
+__all__ = ["DcpContents"]
+
+
+class DcpContents:
+    """An opened DCP folder of this machine, see `Tensors`.
+
+    Raises:
+        CorruptError: If it is none.
+        UnsafePayloadError: If its metadata names anything but DCP's own classes.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.metadata = metadata = _Reader(path).read_metadata()
+        self.tensors: dict[str, TensorInfo] = {}
+        self.others: dict[str, Any] = {}
+        self.calls: tuple[str, ...] = ()
+        for name, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata):
+                dtype = str(stored.properties.dtype).removeprefix("torch.")
+                self.tensors[name] = TensorInfo(name=name, dtype=dtype, shape=tuple(stored.size))
+            else:
+                self.others[name] = "<pickled value>"
+
+    def problems(self) -> Iterator[str]:
+        """Yield which files end before what the metadata says lies in them."""
+        for where, info in (self.metadata.storage_data or {}).items():
+            path = os.path.join(self._path, info.relative_path)
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            if info.offset + info.length > size:
+                yield f"{where.fqn} ends at byte {info.offset + info.length} of {info.relative_path}, which has {size}"
+
+    def read(self, name: str) -> Any:
+        """See `Tensors.read`: puts the shards together."""
+        info = self.tensors[name]
+        state = {name: torch.empty(info.shape, dtype=getattr(torch, info.dtype))}
+        reader = _Reader(self._path)
+        try:
+            with _as_they_are(RestoreError):
+                load(state, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+        except RestoreError as error:
+            raise reader.error or error from None
+        return state[name]
+
+    def close(self) -> None:
+        """See `Tensors.close`."""

@@ -1,0 +1,63 @@
+"""Numbers as people read them: sizes, ages, metrics."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Final
+
+__all__ = ["age_text", "number_text", "one_line", "size_text"]
+
+_UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
+_AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes in decimal units.
+
+    Example:
+        >>> size_text(999), size_text(2_430_000), size_text(-3_000_000_000)
+        ('999 B', '2.4 MB', '-3.0 GB')
+    """
+    if abs(size) < 1000:
+        return f"{size:.0f} B"
+    for unit in _UNITS:
+        size /= 1000
+        if abs(size) < 999.95 or unit == _UNITS[-1]:
+            break
+    return f"{size:.1f} {unit}"
+
+
+def age_text(seconds: float) -> str:
+    """Return how long something took or how old it is.
+
+    Example:
+        >>> age_text(12), age_text(7200), age_text(200_000)
+        ('12 s', '2 h', '2 d')
+    """
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0.0):.0f} s"
+
+
+def number_text(value: float, digits: int = 6) -> str:
+    """Return a metric's value in so many digits at most.
+
+    Example:
+        >>> number_text(0.062312345), number_text(3.0), number_text(float("nan"))
+        ('0.0623123', '3', 'nan')
+    """
+    return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+
+
+def one_line(text: str) -> str:
+    r"""Return text from storage as it may be shown: no control character moves the cursor or colours the screen.
+
+    Example:
+        >>> one_line("a\x1b[31mb")
+        'a?[31mb'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char for char in text)
