@@ -32,7 +32,7 @@ def net(value: float) -> nn.Sequential:
 def value_of(model: nn.Module) -> float:
     """Return the number that all weights are."""
     (value,) = {number for parameter in model.parameters() for number in parameter.detach().flatten().tolist()}
-    return value
+    return float(value)
 
 
 def loaded(source: Any, *args: Any, **options: Any) -> float:
@@ -61,7 +61,7 @@ def test_any_checkpoint_of_ours_can_be_named_in_any_way(ours: Path) -> None:
     assert 2.0 == loaded(ours, "best", policy=POLICY) == loaded(ours / "best.ckpt")
     assert 3.0 == loaded(ours / "last.ckpt")
     assert 9.0 == loaded(ours, part="ema")
-    assert 9.0 == loaded(ours, part="ema", key_map={"module.": "", "n_averaged": "n_averaged"})
+    assert 9.0 == loaded(ours, part="ema", key_map={"module.": "", "n_averaged": None})
 
 
 def test_a_checkpoint_of_ours_is_verified(ours: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_key_map_renames_by_name_by_prefix_or_by_function() -> None:
     state["aux"] = state.pop("old.1.bias")
     assert 7.0 == loaded(state, key_map={"old.": "", "aux": "1.bias"})
     assert 7.0 == loaded(state, key_map=lambda key: "1.bias" if key == "aux" else key.removeprefix("old."))
-    assert 7.0 == loaded({**net(7.0).state_dict(), "junk": torch.ones(1)}, key_map=lambda k: None if k == "junk" else k)
+    assert 7.0 == loaded({**net(7.0).state_dict(), "junk.a": torch.ones(1)}, key_map={"junk.": None})
     with pytest.raises(MismatchError, match=r"key_map makes '0.bias' of 'old.0.bias' and of another"):
         loaded(state, key_map=lambda key: "0.bias")
 
