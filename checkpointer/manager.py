@@ -562,6 +562,22 @@ class CheckpointManager:
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
         self._tell_mirror()
 
+    def make_way(self, name: str, stem: str | None = None) -> str | None:
+        """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
+
+        Args:
+            name: The name that has to be free, on a local disk.
+            stem: What it is to be called; None puts ``earlier-`` before it. Gets a version if it is taken.
+
+        Returns:
+            The new name, or None if nothing had the old one.
+
+        Raises:
+            StorageError: If the storage has no paths.
+        """
+        self._check_open()
+        return self._directory.make_way(name, stem or f"earlier-{name.removesuffix(self.policy.name.suffix)}")
+
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Write the best k as ``{path: score}``, best first, and return it.
 
@@ -578,18 +594,24 @@ class CheckpointManager:
                 stream.write(text)
         return scores
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore."""
-        saving = self._saving is not None and self._saving.kind == "regular"
-        since = self._saving.observation.progress if self._saving and saving else self._pacing.since
-        step = max(self._pacing.last_step, self._saving.observation.step if self._saving else 0, 0)
+    def state_dict(self, saving: Save | None = None) -> dict[str, Any]:
+        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore.
+
+        Args:
+            saving: The decision about the very checkpoint that this goes into: it is taken as carried out. None takes
+                the one that `commit` is at, if it is at one.
+        """
+        saving = saving or self._saving
+        regular = saving is not None and saving.kind == "regular"
+        since = saving.observation.progress if saving and regular else self._pacing.since
+        step = max(self._pacing.last_step, saving.observation.step if saving else 0, 0)
         return {
             "schema": SCHEMA,
             "run": self._directory.manifest.run,
             "line": [list(fork) for fork in self._directory.manifest.line],
             "step": step,
             "since": attrs.asdict(since),
-            "owed": self._pacing.owed and not saving,
+            "owed": self._pacing.owed and not regular,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
