@@ -62,7 +62,9 @@ check: venv
 	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
 	@set -e; for example in $(EXAMPLES); do \
 		case $$example in *lightning*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
-			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; esac; \
+			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; \
+		*transformers*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
+			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \
 		(cd "$$folder" && "$(BIN)/python" "$(CURDIR)/$$example"); \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import uuid
 import warnings
 from collections.abc import Container, Iterable
@@ -303,6 +304,34 @@ class Directory:
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)
         return moved
+
+    def make_way(self, name: str, stem: str) -> str | None:
+        """Rename whatever has the name, with its record if it has one; return its new name, None if nothing is there.
+
+        Raises:
+            StorageError: If the storage has no paths to rename.
+        """
+        record = self.manifest.by_name.get(name)
+        if record is None and not self.storage.list(name):
+            return None
+        if not isinstance(self.storage, SupportsPaths):
+            msg = f"{name} cannot be renamed: {self.storage} has no paths"
+            raise StorageError(msg)
+        self.prepare()
+        new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        while not self.is_free(new):
+            new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        if record is None:
+            os.rename(self.storage.local_path(name), self.storage.local_path(new))
+            # The folder that holds both is synced with the next record.
+            self.manifest = attrs.evolve(self.manifest, foreign=(self.manifest.foreign - {name}) | {new})
+            return new
+        moved = self.transaction.move(record, new)
+        resumed = new if self.manifest.resumed == name else self.manifest.resumed
+        self.manifest = attrs.evolve(self.manifest.without(name).with_record(moved), resumed=resumed)
+        self._aliases.forget()
+        self._changed()
+        return new
 
     # The index, and what is said once
 

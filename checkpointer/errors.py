@@ -19,6 +19,7 @@
     │   ├── NotFoundError  (FileNotFoundError)  no checkpoint of that name, step or path
     │   ├── CorruptError                        payload and record disagree, or the payload cannot be read
     │   ├── UnsafePayloadError                  the payload holds what a safe load refuses to unpickle
+    │   ├── MismatchError  (ValueError)         the state is of other objects than those that are to take it
     │   └── NoValidCheckpointError              there are payloads, but none is valid
     ├── RanksError         (RuntimeError)       the processes of a training cannot act together
     └── ClosedError        (RuntimeError)       the manager was closed
@@ -35,6 +36,7 @@ __all__ = [
     "ClosedError",
     "CorruptError",
     "MetricError",
+    "MismatchError",
     "NameTakenError",
     "NamingError",
     "NoValidCheckpointError",
@@ -119,6 +121,10 @@ class UnsafePayloadError(RestoreError):
 
 class UntrustedError(RecordError, RestoreError):
     """A record's signature is missing or wrong, or its directory is signed and the manager has no key."""
+
+
+class MismatchError(RestoreError, ValueError):
+    """A state does not fit the objects that are to take it; the message lists how they differ, by name."""
 
 
 class NoValidCheckpointError(RestoreError):

@@ -38,6 +38,7 @@ from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, S
 from checkpointer.records import SCHEMA, Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
+from checkpointer.showing import manifest_html
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
@@ -146,11 +147,12 @@ class CheckpointManager:
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
-        _log.log(self._level, "%s: %s", storage, self.policy)
+        _log.info("%s: %s", storage, self.policy)
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
         self._pacing.go_on(self._first_progress(), self._clock.time())
+        self._tell("on_opened", self)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -342,10 +344,12 @@ class CheckpointManager:
         now = decision.observation
         epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
         metrics = {**record.metrics, **now.metrics}
-        self._directory.rewrite(attrs.evolve(record, metrics=metrics, epoch_end=epoch_end))
+        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
+        self._directory.rewrite(record)
         self._directory.point_aliases()
         self._retire()
         self._tell_mirror()
+        self._tell("on_attached", record)
 
     def _tell_mirror(self) -> None:
         if self._mirror is not None:
@@ -357,12 +361,13 @@ class CheckpointManager:
             self._tell("on_retired", record)
         return tuple(record.name for record in retired)
 
-    def _tell(self, event: Literal["on_saved", "on_retired"], record: Record) -> None:
+    def _tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
         for listener in self._listeners:
             try:
-                getattr(listener, event, lambda _: None)(record)
+                getattr(listener, event, lambda _: None)(what)
             except Exception as error:  # A broken tracker must not end the training.
-                msg = f"{type(listener).__name__}.{event} failed on {record.name}: {error!r}; the checkpoint is fine"
+                on = f" on {what.name}" if isinstance(what, Record) else ""
+                msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
@@ -524,6 +529,10 @@ class CheckpointManager:
         """The best checkpoint by the first `KeepBest`; None if none is ranked."""
         return self.policy.best_of(self.manifest.history)
 
+    def location(self, name: str) -> str:
+        """Return the path or URL of the checkpoint of that name, such as ``torch.load`` takes; it need not be there."""
+        return self._directory.location(name)
+
     @property
     def mirror(self) -> MirrorStatus | None:
         """How far the mirror is; None without one. Asks nobody, so it costs nothing."""
@@ -553,6 +562,22 @@ class CheckpointManager:
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
         self._tell_mirror()
 
+    def make_way(self, name: str, stem: str | None = None) -> str | None:
+        """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
+
+        Args:
+            name: The name that has to be free, on a local disk.
+            stem: What it is to be called; None puts ``earlier-`` before it. Gets a version if it is taken.
+
+        Returns:
+            The new name, or None if nothing had the old one.
+
+        Raises:
+            StorageError: If the storage has no paths.
+        """
+        self._check_open()
+        return self._directory.make_way(name, stem or f"earlier-{name.removesuffix(self.policy.name.suffix)}")
+
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Write the best k as ``{path: score}``, best first, and return it.
 
@@ -569,18 +594,24 @@ class CheckpointManager:
                 stream.write(text)
         return scores
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore."""
-        saving = self._saving is not None and self._saving.kind == "regular"
-        since = self._saving.observation.progress if self._saving and saving else self._pacing.since
-        step = max(self._pacing.last_step, self._saving.observation.step if self._saving else 0, 0)
+    def state_dict(self, saving: Save | None = None) -> dict[str, Any]:
+        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore.
+
+        Args:
+            saving: The decision about the very checkpoint that this goes into: it is taken as carried out. None takes
+                the one that `commit` is at, if it is at one.
+        """
+        saving = saving or self._saving
+        regular = saving is not None and saving.kind == "regular"
+        since = saving.observation.progress if saving and regular else self._pacing.since
+        step = max(self._pacing.last_step, saving.observation.step if saving else 0, 0)
         return {
             "schema": SCHEMA,
             "run": self._directory.manifest.run,
             "line": [list(fork) for fork in self._directory.manifest.line],
             "step": step,
             "since": attrs.asdict(since),
-            "owed": self._pacing.owed and not saving,
+            "owed": self._pacing.owed and not regular,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
@@ -649,6 +680,9 @@ class CheckpointManager:
     def __repr__(self) -> str:
         where = str(self._directory.storage)
         return f"<CheckpointManager {where!r}: {len(self.records)} checkpoints; {self.policy}>"
+
+    def _repr_html_(self) -> str:
+        return manifest_html(self.policy, self.manifest, str(self._directory.storage))
 
     # Helpers
 

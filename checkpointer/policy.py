@@ -11,6 +11,7 @@ import attrs
 import yaml
 
 from checkpointer import config
+from checkpointer._html import lines_html
 from checkpointer._validators import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.flags import policy_parts
@@ -66,7 +67,8 @@ class Policy:
         contents: ``"weights"`` for checkpoints that cannot resume a run.
         rescue: Save when an exception leaves the manager's ``with`` block, under the last observation's step. The
             state is that of the moment: if the exception struck within a step, so is the state. Where a resume must
-            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary.
+            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary, as
+            ``checkpointer_torch.Loop`` does for signals.
 
     Raises:
         PolicyError: If an argument is none of these, or ``best`` is asked for without a `KeepBest`.
@@ -127,6 +129,12 @@ class Policy:
         """Metrics that rules name: right in a template before they are first reported."""
         metrics = (rule.metric for rule in self.keep if isinstance(rule, KeepBest))
         return frozenset(metric.key for metric in metrics if isinstance(metric.key, str))
+
+    def _repr_html_(self) -> str:
+        keep = "\n".join(map(str, self.rules)) or "nothing"
+        aliases = ", ".join(f"{name} ({how})" for name, how in self.aliases.items())
+        lines = [("save", str(self.when)), ("keep", keep), ("limits", "\n".join(map(str, self.limits)))]
+        return lines_html("Policy", [*lines, ("names", self.name.template or ""), ("aliases", aliases)])
 
     def best_first(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
@@ -248,6 +256,10 @@ def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
     return Policy(**arguments)
 
 
+def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
+    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
+
+
 @attrs.frozen(kw_only=True)
 class Save:
     """The observation is saved. Truthy."""
@@ -268,6 +280,12 @@ class Save:
     def __bool__(self) -> Literal[True]:
         return True
 
+    def __str__(self) -> str:
+        return _sentence(f"save {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
 
 @attrs.frozen(kw_only=True)
 class Attach:
@@ -285,6 +303,12 @@ class Attach:
     def __bool__(self) -> Literal[False]:
         return False
 
+    def __str__(self) -> str:
+        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
 
 @attrs.frozen(kw_only=True)
 class Skip:
@@ -299,6 +323,12 @@ class Skip:
 
     def __bool__(self) -> Literal[False]:
         return False
+
+    def __str__(self) -> str:
+        return f"skip: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return lines_html("Skip", [("why", self.reason)])
 
 
 Decision = Save | Attach | Skip

@@ -282,8 +282,14 @@ class Listener:
     A listener that raises does not stop training: the error becomes a warning.
     """
 
+    def on_opened(self, manager: Any) -> None:
+        """Called once by the `CheckpointManager` that it was given to, before anything else."""
+
     def on_saved(self, record: Any) -> None:
         """Called after the payload and its record are durable and the aliases point to it."""
+
+    def on_attached(self, record: Any) -> None:
+        """Called after metrics came to a checkpoint that was saved before, and the aliases followed."""
 
     def on_retired(self, record: Any) -> None:
         """Called after the checkpoint was removed."""

@@ -70,8 +70,7 @@ def last_step(directory: Path) -> int:
     link = directory / "last.ckpt"
     if not link.is_symlink():
         return 0
-    _, _, step = torch.load(link, weights_only=True)["progress"]
-    return int(step)
+    return int(torch.load(link, weights_only=True)["loop"]["step"])
 
 
 def kept(directory: Path) -> set[str]:

@@ -185,4 +185,4 @@ def test_a_whole_metric_says_the_direction_itself() -> None:
     metric = Metric("loss", mode="min", ties="newest")
     assert KeepBest(2, "loss", mode="min", ties="newest") == KeepBest(2, metric)
     with pytest.raises(PolicyError, match="mode='max', ties='older'; say these in the Metric alone"):
-        KeepBest(2, metric, mode="max")
+        KeepBest(2, metric, mode="max")  # type: ignore[call-overload]

@@ -28,7 +28,7 @@ class DcpContents:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self.metadata = metadata = _Reader(path, weights_only=True).read_metadata()
+        self.metadata = metadata = _Reader(path).read_metadata()
         self.tensors: dict[str, TensorInfo] = {}
         self.others: dict[str, Any] = {}
         self.calls: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class DcpContents:
         """See `Tensors.read`: puts the shards together."""
         info = self.tensors[name]
         state = {name: torch.empty(info.shape, dtype=getattr(torch, info.dtype))}
-        reader = _Reader(self._path, weights_only=True)
+        reader = _Reader(self._path)
         try:
             with _as_they_are(RestoreError):
                 load(state, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)

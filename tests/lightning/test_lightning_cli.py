@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ pytest.importorskip("jsonargparse", reason="needs jsonargparse[signatures]: Ligh
 
 import lightning.pytorch as pl
 from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from tiny import Model, files, loader, quiet
 
 from checkpointer import (
@@ -26,6 +26,11 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
+
+with warnings.catch_warnings():
+    # Older Lightning says of itself how old it is.
+    warnings.simplefilter("ignore")
+    from lightning.pytorch.cli import LightningCLI
 
 pytestmark = [
     quiet,

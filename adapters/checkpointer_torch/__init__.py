@@ -1,0 +1,10 @@
+"""Checkpoints for a hand-written PyTorch loop: exact resume, signals, saves on demand, and weights to start from."""
+
+from __future__ import annotations
+
+from checkpointer_torch.loop import Loop
+from checkpointer_torch.progress import Progress
+from checkpointer_torch.stopping import StopTraining
+from checkpointer_torch.weights import LoadedWeights, load_weights
+
+__all__ = ["LoadedWeights", "Loop", "Progress", "StopTraining", "load_weights"]

@@ -1,0 +1,399 @@
+"""The loop: what a hand-written training calls to be saved, resumed exactly, and stopped in time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import torch.distributed as dist
+
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
+from checkpointer.errors import ObservationError, RanksError
+from checkpointer.ports import Ranks, Storage
+from checkpointer.ranked import RankedManager
+from checkpointer.ranks import Agreement, OneRank, TorchRanks
+from checkpointer_torch.progress import Progress
+from checkpointer_torch.sources import open_place, own_name, request_file
+from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
+from checkpointer_torch.training import Training
+
+__all__ = ["Loop"]
+
+_log: Final = logging.getLogger("checkpointer.torch")
+_NOTHING: Final[Mapping[str, Any]] = {}
+_END: Final[Any] = object()
+T = TypeVar("T")
+
+
+class Loop:
+    """Wraps a training loop: it is saved by a policy, resumed exactly, and stopped by signals at a step boundary.
+
+    Everything whose state matters is given by name: modules, optimizers, schedulers, scalers, averages, anything with
+    ``state_dict``, loaders, random generators, tensors, dataclasses, dicts and plain values (then ``loop["name"]``).
+    The random states of python, numpy, torch and CUDA are always saved, and so is the place in the data.
+
+    Use it as a context manager. A signal is delayed until the next step boundary, where a rescue is saved; the
+    ``with`` block ends there, and the signal goes on to whoever had it before: by default it ends the process. An
+    exception makes a rescue too, and passes unchanged.
+
+    Args:
+        directory: As for `CheckpointManager`.
+        policy: When to save and what to keep.
+        options: What else `CheckpointManager` takes, such as ``{"trust": key, "mirror": url}``.
+        ranks: The processes of the training; None takes those of ``torch.distributed``, if it is initialised.
+        stop_on: Signals that end the training.
+        save_on: Signals that ask for a save, without an end.
+        grace_s: Seconds between a signal and the kill that follows it, if that is known: a rescue that may be too
+            late says so.
+        **objects: The state of the training.
+
+    Raises:
+        PolicyError: If nothing of an object can be saved.
+        StorageError: If the directory cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from checkpointer import EveryEpochs, KeepLast, Policy
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with Loop(None, Policy(EveryEpochs(1), [KeepLast(1)]), model=model) as loop:
+        ...     start = loop.resume()
+        ...     for epoch in loop.epochs(2):
+        ...         for batch in loop.batches([1.0, 2.0, 3.0]):
+        ...             loss = model(torch.tensor([batch])).sum()
+        ...             decision = loop.step({"loss": loss})
+        ...     loop.progress
+        Progress(epoch=2, step=6, batch=0, source='')
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | Storage | None,
+        policy: Policy,
+        *,
+        options: Mapping[str, Any] = _NOTHING,
+        ranks: Ranks | None = None,
+        stop_on: Iterable[int] = STOP_ON,
+        save_on: Iterable[int] = SAVE_ON,
+        grace_s: float = math.inf,
+        **objects: Any,
+    ) -> None:
+        self._own_ranks = TorchRanks() if ranks is None and _is_distributed() else None
+        self._ranks: Ranks = self._own_ranks or ranks or OneRank()
+        self._is_alone = self._ranks.size == 1
+        self._training = training = Training(objects, self._ranks)
+        self._directory = directory
+        self._stopwatch = _Stopwatch(training)
+        kept = {**options, "weights": training.weights}
+        kept["listeners"] = (*options.get("listeners", ()), self._stopwatch)
+        self._saver: CheckpointManager | RankedManager
+        if self._is_alone:
+            self._saver = CheckpointManager(directory, policy, state=self._stopwatch.take, **kept)
+        else:
+            self._saver = RankedManager(directory, policy, ranks=self._ranks, state=self._stopwatch.take, **kept)
+        file = request_file(directory) if self._ranks.rank == 0 else None
+        self._requests = Requests(stop_on, save_on, file)
+        self._agree = Agreement(self._ranks)
+        self._grace_s = grace_s
+        self._metrics: Mapping[str, Any] = _NOTHING
+        self._is_entered = self._is_feeding = self._is_fed = False
+        self.stopped = ""
+        """Why the training was stopped at a boundary; empty if it was not."""
+        self._stop_signal: int | None = None
+
+    # The training
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training is."""
+        return self._training.progress
+
+    @property
+    def manager(self) -> CheckpointManager:
+        """What decides and saves. Of several processes only rank 0 has one; `best` and `last` are known to all.
+
+        Raises:
+            RanksError: On another rank than 0.
+        """
+        manager = self._saver if isinstance(self._saver, CheckpointManager) else self._saver.manager
+        if manager is None:
+            msg = f"rank {self._ranks.rank} has no manager, rank 0 has; loop.best and loop.last are known to all"
+            raise RanksError(msg)
+        return manager
+
+    @property
+    def best(self) -> Record | None:
+        """The best checkpoint: see `CheckpointManager.best`."""
+        return self._saver.best
+
+    @property
+    def last(self) -> Record | None:
+        """The newest checkpoint: see `CheckpointManager.last`."""
+        return self._saver.last
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a plain value that was given by this name."""
+        return self._training.values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._training.values[name]  # Only what was given is saved: a new name would be lost.
+        self._training.values[name] = value
+
+    def epochs(self, count: int | None = None) -> Iterator[int]:
+        """Yield the index of each epoch that is left. When the body is through, the epoch has ended.
+
+        An epoch that was left off within is yielded again: `batches` then has those left.
+
+        Args:
+            count: How many the training has in all; None goes on until a ``break``.
+        """
+        self._check_entered()
+        while count is None or self._training.epoch < count:
+            self._is_fed = False
+            yield self._training.epoch
+            self._end_epoch()
+
+    def batches(self, loader: Iterable[T], *, limit: int | None = None) -> Iterator[T]:
+        """Yield the batches of this epoch, once per epoch; after a resume those that are left.
+
+        A ``DataLoader`` with an index skips what was used without reading it; a loader with a ``state_dict`` goes on
+        by itself; anything else is read again up to the place. ``set_epoch`` of samplers is called.
+
+        Args:
+            loader: The training's data.
+            limit: Batches that an epoch has at most.
+
+        Raises:
+            ObservationError: If the epoch has had its pass through the data.
+        """
+        self._check_entered()
+        if self._is_fed:
+            msg = f"epoch {self._training.epoch} had its batches already; a validation iterates over its loader itself"
+            raise ObservationError(msg)
+        self._is_fed = True
+        return self._fed(loader, math.inf if limit is None else limit)
+
+    def _fed(self, loader: Iterable[T], limit: float) -> Iterator[T]:
+        training = self._training
+        self._is_feeding = True
+        batches = training.batches(loader)
+        try:
+            while training.given < limit and (batch := next(batches, _END)) is not _END:
+                training.given += 1
+                training.is_within_step = True
+                yield batch
+        finally:
+            self._is_feeding = False
+
+    def step(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
+        """Report that a step is done: the boundary where saves, rescues and stops happen.
+
+        Call it last in the loop's body, after optimizer and scheduler; with accumulated gradients after each update.
+
+        Args:
+            metrics: What was measured at this step.
+
+        Returns:
+            What was decided, with its reason.
+
+        Raises:
+            StopTraining: If a signal asked for the end; the ``with`` block catches it.
+            SaveError: If a checkpoint could not be written.
+        """
+        training = self._training
+        training.step += 1
+        training.used = training.given
+        training.is_within_step = False
+        self._metrics = metrics
+        decision = self._saver.observe(metrics, training.step, training.epoch, epoch_end=False)
+        if not self._is_alone or self._requests.some or time.monotonic() >= self._requests.look_at:
+            self._attend()
+        return decision
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Report what was measured of the state after the last step, such as a validation's loss.
+
+        Within `batches` it is a boundary of its own, so call it last, after `step`. After the last batch it counts for
+        the checkpoint of this step, or for the one that the end of the epoch makes. On several processes all call it.
+        """
+        training = self._training
+        if training.is_within_step:
+            msg = f"report() between two boundaries: call step() first, or pass {', '.join(metrics)} to step()"
+            raise ObservationError(msg)
+        self._metrics = {**self._metrics, **metrics}
+        last = self._saver.last
+        is_saved = last is not None and (last.step, last.kind) == (training.step, "regular")
+        if self._is_feeding or is_saved:
+            # After the last batch nothing is saved anew: a resume would run the rest of the epoch's body again.
+            self._saver.observe(self._metrics, training.step, training.epoch, epoch_end=False)
+
+    def _end_epoch(self) -> None:
+        epoch = self._training.end_epoch()
+        self._is_feeding = False
+        self._saver.observe(self._metrics, self._training.step, epoch, epoch_end=True)
+        self._attend()
+
+    # Going on
+
+    def resume(
+        self, from_: str | int | os.PathLike[str] | None = None, *, strict: bool = True, weights_only: bool = True
+    ) -> Progress:
+        """Go on with the newest valid checkpoint, if there is any, and return where the training is.
+
+        Args:
+            from_: None or ``"last"`` for the newest, ``"best"``, a name, a step; or the path or URL of a checkpoint or
+                directory elsewhere: that starts this directory, and is not looked at once this has checkpoints.
+            strict: Whether every object must be there and fit; False takes what fits, and warns of the rest.
+            weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
+
+        Raises:
+            MismatchError: If the checkpoint is of other objects; it lists them, and nothing was loaded.
+            RestoreError: As for `CheckpointManager.restore`.
+        """
+        which, place = self._sorted_out(from_)
+        restored = self._saver.restore(which, weights_only=weights_only)
+        state, source = (restored.state, restored.record.name) if restored else (None, "")
+        if place is not None and restored is not None:
+            _log.info("resumed from %s, not from %s: this directory has checkpoints", source, place)
+        elif place is not None:
+            found = open_place(place, weights_only=weights_only)
+            state, source = found.state, str(place)
+        if state is None:
+            return self.progress
+        differences = self._training.put(state, source, strict=strict)
+        if differences:
+            msg = f"{source} does not fit, and what did was loaded: {differences}"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        self._metrics = _NOTHING
+        return self.progress
+
+    def _sorted_out(self, from_: Any) -> tuple[str | int | None, str | None]:
+        if not isinstance(from_, os.PathLike) and not (
+            isinstance(from_, str) and ("://" in from_ or os.path.exists(from_))
+        ):
+            return from_, None
+        name = own_name(from_, self._directory)
+        return (name, None) if name else (None, os.fspath(from_))
+
+    # What is asked from outside
+
+    def _attend(self) -> None:
+        requests = self._requests
+        if time.monotonic() >= requests.look_at:
+            requests.look()
+        if self._agree(requests.some):
+            asked = _first(self._ranks.gather(requests.take()))
+            if asked.stop is not None:
+                self._stop(asked, asked.stop)
+            if asked.save:
+                self._rescue(f"asked for by {asked.save}")
+                requests.answered()
+
+    def _stop(self, asked: Asked, number: int) -> None:
+        self._check_grace(asked)
+        saved = self._rescue(_name(number))
+        self._stop_signal = number
+        self.stopped = f"{_name(number)} at step {self._training.step}; {saved}"
+        _log.warning("stopped by %s", self.stopped)
+        raise StopTraining(self.stopped)
+
+    def _check_grace(self, asked: Asked) -> None:
+        left = self._grace_s - (time.monotonic() - asked.time)
+        took = self._stopwatch.took_s
+        if took is not None and left < took and self._ranks.rank == 0:
+            msg = (
+                f"{max(left, 0.0):.1f} s are left of the grace of {self._grace_s:g} s, and the last save took "
+                f"{took:.1f} s: the rescue may be cut off, and then the run goes on from the checkpoint before it"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+
+    def _rescue(self, reason: str) -> str:
+        try:
+            decision = self._saver.rescue(reason)
+        except Exception as error:  # Older checkpoints hold, and whoever asked has to have an answer.
+            msg = f"the save asked for by {reason} failed ({error!r}); older checkpoints are untouched"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+            return msg
+        what = f"saved as {decision.name}" if hasattr(decision, "name") else decision.reason
+        _log.info("%s: %s", reason, what)
+        return what
+
+    # Beginning and end
+
+    def __enter__(self) -> Loop:
+        self._requests.listen()
+        self._is_entered = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        is_stop = isinstance(error, StopTraining)
+        is_wanted = error is None or is_stop
+        try:
+            if is_wanted or (isinstance(error, KeyboardInterrupt) and self._requests.was_immediate):
+                self._close()
+            else:
+                self._saver.__exit__(kind, error, tb)
+        finally:
+            self._is_entered = False
+            self._requests.give_back()
+            if self._own_ranks is not None:
+                self._own_ranks.close()
+        number = self._stop_signal if is_stop else self._requests.unanswered
+        if is_wanted and number is not None:
+            deliver(number)
+        return is_stop
+
+    def _close(self) -> None:
+        late = self._requests.unanswered if self._stop_signal is None else None
+        if late is not None and self._is_alone and not self._training.is_within_step:
+            self._rescue(_name(late))
+        if isinstance(self._saver, CheckpointManager) and math.isfinite(self._grace_s) and self._stop_signal:
+            self._saver.close(timeout=self._grace_s)
+        else:
+            self._saver.close()
+
+    def _check_entered(self) -> None:
+        if not self._is_entered:
+            msg = "the loop was not entered; use it as a context manager: with Loop(...) as loop:"
+            raise ObservationError(msg)
+
+    def __repr__(self) -> str:
+        return f"<Loop at {self.progress}: {self._saver!r}>"
+
+
+class _Stopwatch(Listener):
+    """Knows how long the last save took, from taking the state until it was durable."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._since = 0.0
+        self.took_s: float | None = None
+
+    def take(self) -> Any:
+        self._since = time.monotonic()
+        return self._training.take()
+
+    def on_saved(self, record: Any) -> None:
+        self.took_s = time.monotonic() - self._since
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _first(asked: list[Asked]) -> Asked:
+    """Return what all ranks do of what each was asked: a stop goes first."""
+    for one in asked:
+        if one.stop is not None:
+            return one
+    return next((one for one in asked if one.save), asked[0])
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

@@ -1,0 +1,236 @@
+"""The objects of a training, each as something whose state can be taken, compared and put back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import attrs
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from checkpointer.errors import PolicyError
+from checkpointer_torch.differences import Differences, compared
+from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.names import plain_state, wrapped_state
+from checkpointer_torch.random_state import as_numpy, as_plain
+
+__all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
+
+_LIKE_PARAMETER: Final = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "square_avg",
+    "acc_delta",
+    "sum",
+}
+"""What optimizers keep in the shape of the parameter itself."""
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+
+
+class Part(Protocol):
+    """One object of the training."""
+
+    def take(self) -> Any:
+        """Return its state, without a copy where there need not be one."""
+        ...
+
+    def compare(self, state: Any) -> Differences:
+        """Return how a state differs from what `put` can take; change nothing."""
+        ...
+
+    def put(self, state: Any) -> None:
+        """Take the state over, as far as it fits."""
+        ...
+
+
+@attrs.frozen
+class ModulePart:
+    """A module, under plain names."""
+
+    module: nn.Module
+
+    def take(self) -> Any:
+        """See `Part.take`."""
+        return plain_state(self.module)
+
+    def compare(self, state: Any) -> Differences:
+        """See `Part.compare`."""
+        return compared(plain_state(self.module), state) if isinstance(state, Mapping) else Differences(missing=("*",))
+
+    def put(self, state: Any) -> None:
+        """See `Part.put`."""
+        wrapped = wrapped_state(self.module, state)
+        for key in compared(self.module.state_dict(), wrapped).reshaped:
+            del wrapped[key]
+        self.module.load_state_dict(wrapped, strict=False)
+
+
+@attrs.frozen
+class OptimizerPart:
+    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared."""
+
+    optimizer: torch.optim.Optimizer
+
+    def take(self) -> Any:
+        """See `Part.take`."""
+        return self.optimizer.state_dict()
+
+    def compare(self, state: Any) -> Differences:
+        """See `Part.compare`."""
+        groups = self.optimizer.param_groups
+        here = {f"param_groups[{number}].params": len(group["params"]) for number, group in enumerate(groups)}
+        there = {f"param_groups[{n}].params": len(group["params"]) for n, group in enumerate(state["param_groups"])}
+        counts = compared(here, there)
+        other = {key: there[key] for key in here if here[key] != there.get(key, here[key])}
+        reshaped = {key: f"here {here[key]}, there {count}" for key, count in other.items()}
+        return attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)
+
+    def _compare_shapes(self, state: Any) -> Differences:
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        differences = Differences()
+        for number, parameter in zip(numbers, parameters, strict=True):
+            saved = {key: value for key, value in state["state"].get(number, {}).items() if key in _LIKE_PARAMETER}
+            tensors = {key: value for key, value in saved.items() if isinstance(value, torch.Tensor)}
+            differences += compared(dict.fromkeys(tensors, parameter), tensors).within(f"state[{number}]")
+        return differences
+
+    def put(self, state: Any) -> None:
+        """See `Part.put`."""
+        if not self.compare(state):
+            self.optimizer.load_state_dict(state)
+
+
+@attrs.frozen
+class StatefulPart:
+    """Anything with ``state_dict`` and ``load_state_dict``: which keys it wants is its own affair."""
+
+    stateful: Any
+
+    def take(self) -> Any:
+        """See `Part.take`."""
+        return self.stateful.state_dict()
+
+    def compare(self, state: Any) -> Differences:
+        """See `Part.compare`."""
+        own = self.stateful.state_dict()
+        if not isinstance(own, Mapping) or not isinstance(state, Mapping):
+            return Differences()
+        tensors = {key: value for key, value in own.items() if isinstance(value, torch.Tensor) and key in state}
+        return compared(tensors, {key: state[key] for key in tensors})
+
+    def put(self, state: Any) -> None:
+        """See `Part.put`."""
+        self.stateful.load_state_dict(state)
+
+
+@attrs.frozen
+class TensorPart:
+    """A tensor, filled in place."""
+
+    tensor: torch.Tensor
+
+    def take(self) -> Any:
+        """See `Part.take`."""
+        return self.tensor.detach()
+
+    def compare(self, state: Any) -> Differences:
+        """See `Part.compare`."""
+        return compared({"value": self.tensor}, {"value": state})
+
+    @torch.no_grad()
+    def put(self, state: Any) -> None:
+        """See `Part.put`."""
+        if not self.compare(state):
+            self.tensor.copy_(state)
+
+
+@attrs.frozen
+class PlainPart:
+    """What takes any state of its kind."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+    def take(self) -> Any:
+        """See `Part.take`."""
+        return self.read()
+
+    def compare(self, state: Any) -> Differences:
+        """See `Part.compare`."""
+        return Differences()
+
+    def put(self, state: Any) -> None:
+        """See `Part.put`."""
+        self.write(state)
+
+
+def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
+    """Return what takes and puts the state of ``thing``; of a plain value in ``values``.
+
+    Raises:
+        PolicyError: If nothing is known that could be saved of it.
+    """
+    if isinstance(thing, nn.Module):
+        return ModulePart(thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        return OptimizerPart(thing)
+    if isinstance(thing, DataLoader):
+        return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
+    if is_stateful(thing):
+        return StatefulPart(thing)
+    if isinstance(thing, torch.Tensor):
+        return TensorPart(thing)
+    if isinstance(thing, _PLAIN):
+        values[name] = thing
+        return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
+    part = _drawn(thing) or _fields(thing)
+    if part is not None:
+        return part
+    msg = (
+        f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
+        "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
+    )
+    raise PolicyError(msg)
+
+
+def _drawn(thing: Any) -> Part | None:
+    if isinstance(thing, torch.Generator):
+        return PlainPart(thing.get_state, thing.set_state)
+    if isinstance(thing, random.Random):
+        return PlainPart(thing.getstate, thing.setstate)
+    bits = getattr(thing, "bit_generator", None)
+    if bits is not None:
+        return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
+    return None
+
+
+def _fields(thing: Any) -> Part | None:
+    if isinstance(thing, dict):
+        return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        names = [field.name for field in dataclasses.fields(thing)]
+        return PlainPart(
+            lambda: copy.deepcopy({name: getattr(thing, name) for name in names}),
+            lambda state: _fill(thing, {name: state[name] for name in names if name in state}),
+        )
+    if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
+        return PlainPart(dict, bool)
+    return None
+
+
+def _refill(thing: dict[Any, Any], state: Mapping[Any, Any]) -> None:
+    thing.clear()
+    thing.update(state)
+
+
+def _fill(thing: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(thing, name, value)

@@ -1,0 +1,79 @@
+"""MLflow: checkpoints as artifacts of a run, ``best`` and ``last`` as its tags."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from checkpointer.records import Record
+from checkpointer.trackers.following import Following, Upload
+
+__all__ = ["MLflowTracker"]
+
+
+class MLflowTracker(Following):
+    """Puts committed checkpoints into an MLflow run, once they are durable.
+
+    The tags ``checkpoint.best`` and ``checkpoint.last`` name the best and the newest checkpoint. One at a URL is not
+    uploaded again: a tag ``checkpoint.<name>`` says where it lies. What is retired here is removed there.
+
+    Args:
+        run_id: The run; None takes the active one, and starts one if there is none.
+        upload: Which checkpoints become artifacts.
+        artifact_path: The folder among the run's artifacts.
+        client: An ``mlflow.MlflowClient``; None makes one for the tracking URI in force.
+
+    Raises:
+        ImportError: If mlflow is not installed; the message names the extra.
+
+    Example:
+        >>> tracker = MLflowTracker(upload="best")  # doctest: +SKIP
+        >>> CheckpointManager("runs/a", policy, state=state, listeners=[tracker])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        run_id: str | None = None,
+        *,
+        upload: Upload = "all",
+        artifact_path: str = "checkpoints",
+        client: Any = None,
+    ) -> None:
+        super().__init__()
+        try:
+            import mlflow
+        except ImportError as error:
+            msg = "MLflowTracker needs mlflow: pip install 'torch-checkpointer[mlflow]'"
+            raise ImportError(msg) from error
+        active = mlflow.active_run() if run_id is None else None
+        self._run = run_id or (active or mlflow.start_run()).info.run_id
+        self._client = client or mlflow.MlflowClient()
+        self._upload = upload
+        self._folder = artifact_path
+        self._there: set[str] = set()
+
+    def _put(self, record: Record, where: str, aliases: list[str]) -> None:
+        if record.name in self._there or self._upload == "none" or (self._upload == "best" and "best" not in aliases):
+            return
+        if os.path.exists(where):
+            self._client.log_artifact(self._run, where, self._artifact(record).rpartition("/")[0])
+        else:
+            self._client.set_tag(self._run, f"checkpoint.{record.name}", where)
+        self._there.add(record.name)
+
+    def _artifact(self, record: Record) -> str:
+        return f"{self._folder}/{record.name}"
+
+    def _point(self, alias: str, record: Record) -> None:
+        self._client.set_tag(self._run, f"checkpoint.{alias}", record.name)
+
+    def on_retired(self, record: Record) -> None:
+        """See `Listener.on_retired`."""
+        if record.name not in self._there:
+            return
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        self._there.discard(record.name)
+        get_artifact_repository(self._client.get_run(self._run).info.artifact_uri).delete_artifacts(
+            self._artifact(record)
+        )

@@ -1,0 +1,63 @@
+"""Weights & Biases: checkpoints as artifacts, ``best`` and ``last`` as their aliases and in the run's summary."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from checkpointer.records import Record
+from checkpointer.trackers.following import Following, Upload
+
+__all__ = ["WandbTracker"]
+
+
+class WandbTracker(Following):
+    """Logs committed checkpoints as versions of one W&B artifact, once they are durable; works offline.
+
+    Each version has the record as its metadata, and the aliases that it had when it was logged. An alias that comes
+    to an older version later, because a metric was attached, is told by the run's summary (``checkpoint/best``,
+    ``checkpoint/last``), which is right offline too. Nothing is removed from W&B.
+
+    Args:
+        run: A ``wandb`` run; None takes the active one.
+        upload: Which checkpoints become artifacts.
+        name: The artifact's name; None takes ``checkpoint-`` and the run's id.
+
+    Raises:
+        ImportError: If wandb is not installed; the message names the extra.
+        RuntimeError: If there is no active run.
+    """
+
+    def __init__(self, run: Any = None, *, upload: Upload = "all", name: str | None = None) -> None:
+        super().__init__()
+        try:
+            import wandb
+        except ImportError as error:
+            msg = "WandbTracker needs wandb: pip install 'torch-checkpointer[wandb]'"
+            raise ImportError(msg) from error
+        self._run = run or wandb.run
+        if self._run is None:
+            msg = "there is no active W&B run; call wandb.init() first, or pass run="
+            raise RuntimeError(msg)
+        self._artifact = wandb.Artifact
+        self._upload = upload
+        self._name = name or f"checkpoint-{self._run.id}"
+        self._there: set[str] = set()
+
+    def _put(self, record: Record, where: str, aliases: list[str]) -> None:
+        if record.token in self._there or self._upload == "none" or (self._upload == "best" and "best" not in aliases):
+            return
+        metadata = {key: value for key, value in record.to_dict().items() if key != "line"}
+        artifact = self._artifact(self._name, type="model", metadata=metadata)
+        if os.path.isdir(where):
+            artifact.add_dir(where)
+        elif os.path.exists(where):
+            # A copy: the file may be retired before it is uploaded.
+            artifact.add_file(where, name=os.path.basename(record.name), policy="mutable")
+        else:
+            artifact.add_reference(where, checksum=False)
+        self._run.log_artifact(artifact, aliases=[*aliases, f"step-{record.step}"])
+        self._there.add(record.token)
+
+    def _point(self, alias: str, record: Record) -> None:
+        self._run.summary[f"checkpoint/{alias}"] = record.name
