@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import uuid
 import warnings
 from collections.abc import Container, Iterable
@@ -16,7 +17,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
-from checkpointer.policy import Policy, surplus
+from checkpointer.policy import Policy, own_name, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
@@ -64,7 +65,7 @@ class Directory:
         self._said: set[str] = set()
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
-        self._aliases = Aliases(self.transaction, policy, self.damaged, self.say_once)
+        self._aliases = Aliases(self.transaction, policy, self.damaged)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         if writes:
@@ -83,13 +84,18 @@ class Directory:
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
 
+    def look(self) -> Manifest:
+        """Return the manifest, as it is now."""
+        return self.manifest
+
     @property
     def view(self) -> Manifest:
         """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
-        labelled = [record for record in self.manifest.records if record.label == self.manifest.label]
-        if self.claimed or self.manifest.own or not labelled:
-            return self.manifest
-        return self.manifest.seen_by(labelled[-1].run, labelled[-1].line)
+        manifest = self.manifest  # Once: with background= another thread goes on with it.
+        labelled = [record for record in manifest.records if record.label == manifest.label]
+        if self.claimed or manifest.own or not labelled:
+            return manifest
+        return manifest.seen_by(labelled[-1].run, labelled[-1].line)
 
     def widened(self, elsewhere: Iterable[Record]) -> Manifest:
         """Return the view with what only a mirror holds, under the names it would get here."""
@@ -188,7 +194,9 @@ class Directory:
 
     def note(self, metrics: Iterable[str]) -> None:
         """Remember which metrics were reported."""
-        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(metrics))
+        seen = self.manifest.seen.union(metrics)
+        if seen != self.manifest.seen:
+            self.manifest = attrs.evolve(self.manifest, seen=seen)
 
     def add(self, record: Record) -> None:
         """Take in a record that was committed."""
@@ -262,7 +270,7 @@ class Directory:
         self.manifest = self._aliases.point(self.policy, self.manifest)
 
     def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
-        self.policy = self._aliases.settle(self.manifest, slots=slots, claim=claim)
+        self.policy = self._aliases.settle(self.manifest, self.say_once, slots=slots, claim=claim)
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""
@@ -275,12 +283,7 @@ class Directory:
 
     def own_name(self, record: Record, taken: Container[str] | None = None) -> str:
         """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
-        if taken is None:
-            taken = self.manifest.taken.union(self.policy.aliases)
-        naming = self.policy.name
-        known = self.manifest.seen | self.policy.known_metrics | set(naming.keys)
-        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-        return naming.free_name(stem, taken)
+        return own_name(self.policy, record, self.manifest, taken)
 
     def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""
@@ -303,6 +306,34 @@ class Directory:
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)
         return moved
+
+    def make_way(self, name: str, stem: str) -> str | None:
+        """Rename whatever has the name, with its record if it has one; return its new name, None if nothing is there.
+
+        Raises:
+            StorageError: If the storage has no paths to rename.
+        """
+        record = self.manifest.by_name.get(name)
+        if record is None and not self.storage.list(name):
+            return None
+        if not isinstance(self.storage, SupportsPaths):
+            msg = f"{name} cannot be renamed: {self.storage} has no paths"
+            raise StorageError(msg)
+        self.prepare()
+        new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        while not self.is_free(new):
+            new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        if record is None:
+            os.rename(self.storage.local_path(name), self.storage.local_path(new))
+            # The folder that holds both is synced with the next record.
+            self.manifest = attrs.evolve(self.manifest, foreign=(self.manifest.foreign - {name}) | {new})
+            return new
+        moved = self.transaction.move(record, new)
+        resumed = new if self.manifest.resumed == name else self.manifest.resumed
+        self.manifest = attrs.evolve(self.manifest.without(name).with_record(moved), resumed=resumed)
+        self._aliases.forget()
+        self._changed()
+        return new
 
     # The index, and what is said once
 

@@ -151,7 +151,7 @@ class Naming:
         auto_insert: Write ``name=value`` for a field instead of the value alone.
         join: Stands between parts and before a version.
         equals: Stands between name and value.
-        extension: With its dot; None takes the payload format's own (``.ckpt`` for the torch file).
+        extension: With its dot; empty for none; None takes the payload format's own (``.ckpt`` for the torch file).
         last: Name of the ``last`` alias, without extension.
         best: Name of the ``best`` alias, without extension.
         first_version: Number of the first suffix when a name is taken: ``-v1``.
@@ -192,7 +192,7 @@ class Naming:
             msg = f"the template is {template!r}; expected text such as '{{epoch}}-{{step}}'"
             raise NamingError(msg)
         object.__setattr__(self, "_parts", _parse(template, self.join))
-        if self.extension is not None and not self.extension.startswith("."):
+        if self.extension and not self.extension.startswith("."):
             msg = f"the extension {self.extension!r} has no dot; write it as {'.' + self.extension!r}"
             raise NamingError(msg)
         literal = re.sub(r"\{[^}]*\}", "x", template)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import attrs
 import yaml
 
 from checkpointer import config
+from checkpointer._html import lines_html
 from checkpointer._validators import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.flags import policy_parts
@@ -21,7 +22,19 @@ from checkpointer.records import Contents, Kind, Observation, Progress, Record
 from checkpointer.retention import KeepBest, Limit, Rule, kept_by
 from checkpointer.triggers import Trigger
 
-__all__ = ["Attach", "Decision", "Policy", "Save", "Skip", "after", "decide", "decide_rescue", "explain", "surplus"]
+__all__ = [
+    "Attach",
+    "Decision",
+    "Policy",
+    "Save",
+    "Skip",
+    "after",
+    "decide",
+    "decide_rescue",
+    "explain",
+    "own_name",
+    "surplus",
+]
 
 _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
@@ -128,6 +141,12 @@ class Policy:
         """Metrics that rules name: right in a template before they are first reported."""
         metrics = (rule.metric for rule in self.keep if isinstance(rule, KeepBest))
         return frozenset(metric.key for metric in metrics if isinstance(metric.key, str))
+
+    def _repr_html_(self) -> str:
+        keep = "\n".join(map(str, self.rules)) or "nothing"
+        aliases = ", ".join(f"{name} ({how})" for name, how in self.aliases.items())
+        lines = [("save", str(self.when)), ("keep", keep), ("limits", "\n".join(map(str, self.limits)))]
+        return lines_html("Policy", [*lines, ("names", self.name.template or ""), ("aliases", aliases)])
 
     def best_first(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
@@ -249,6 +268,10 @@ def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
     return Policy(**arguments)
 
 
+def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
+    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
+
+
 @attrs.frozen(kw_only=True)
 class Save:
     """The observation is saved. Truthy."""
@@ -269,6 +292,12 @@ class Save:
     def __bool__(self) -> Literal[True]:
         return True
 
+    def __str__(self) -> str:
+        return _sentence(f"save {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
 
 @attrs.frozen(kw_only=True)
 class Attach:
@@ -286,6 +315,12 @@ class Attach:
     def __bool__(self) -> Literal[False]:
         return False
 
+    def __str__(self) -> str:
+        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
 
 @attrs.frozen(kw_only=True)
 class Skip:
@@ -300,6 +335,12 @@ class Skip:
 
     def __bool__(self) -> Literal[False]:
         return False
+
+    def __str__(self) -> str:
+        return f"skip: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return lines_html("Skip", [("why", self.reason)])
 
 
 Decision = Save | Attach | Skip
@@ -340,10 +381,11 @@ def decide(
     return _save_or_skip(policy, now, manifest, due)
 
 
-def after(decision: Decision, manifest: Manifest) -> Manifest:
+def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:
     """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
 
-    A host that keeps its own account in the very file that is being saved needs it before.
+    A host that keeps its own account in the very file that is being saved needs it before. With the policy, what
+    happens to a slot under ``last`` is foreseen too.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
@@ -353,10 +395,38 @@ def after(decision: Decision, manifest: Manifest) -> Manifest:
         >>> [record.name for record in after(decision, Manifest()).own]
         ['epoch=0-step=10.ckpt']
     """
+    if isinstance(decision, Attach):
+        return _attached(decision, manifest, policy)
     if not isinstance(decision, Save):
         return manifest
     candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
-    return manifest.without(*decision.retire).with_record(candidate)
+    foreseen = manifest.without(*decision.retire).with_record(candidate)
+    if policy is not None and policy.last and decision.kind == "regular" and decision.name != policy.name.last_file:
+        return foreseen.without(policy.name.last_file)  # The alias takes the slot's place.
+    return foreseen
+
+
+def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
+    """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
+    if taken is None:
+        taken = manifest.taken.union(policy.aliases)
+    known = manifest.seen | policy.known_metrics | set(policy.name.keys)
+    stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+    return policy.name.free_name(stem, taken)
+
+
+def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Manifest:
+    saved = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
+    if saved is None:
+        return manifest
+    if policy is not None and saved.name in policy.aliases:
+        moved = attrs.evolve(saved, name=own_name(policy, saved, manifest))
+        manifest, saved = manifest.without(saved.name).with_record(moved), moved
+    now = decision.observation
+    epoch_end = saved.epoch_end or (now.epoch_end and now.epoch == saved.epoch)
+    record = attrs.evolve(saved, metrics={**saved.metrics, **now.metrics}, epoch_end=epoch_end)
+    foreseen = manifest.with_record(record)
+    return foreseen.without(*(decision.retire if policy is None else surplus(policy, foreseen)))
 
 
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:

@@ -13,8 +13,10 @@ from typing import Any, Final, Literal, NoReturn, cast
 
 import attrs
 
+from checkpointer._html import lines_html
 from checkpointer._validators import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
+from checkpointer.wording import number_text, size_text
 
 __all__ = ["SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
 
@@ -193,6 +195,24 @@ class Record:
     def progress(self) -> Progress:
         """The record on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'; '.join(text for _, text in self._words() if text)}"
+
+    def _repr_html_(self) -> str:
+        return lines_html(self.name, [*self._words(), ("run", self.run), ("digest", self.digest)])
+
+    def _words(self) -> list[tuple[str, str]]:
+        rescue = "a rescue" if self.kind == "rescue" else ""
+        weights = "weights only" if self.contents == "weights" else ""
+        metrics = ", ".join(f"{name}={number_text(value)}" for name, value in self.metrics.items())
+        return [
+            ("progress", f"step {self.step}, epoch {self.epoch}"),
+            ("metrics", metrics),
+            ("size", size_text(self.size)),
+            ("kind", ", ".join(text for text in (rescue, weights, "pinned" if self.pinned else "") if text)),
+            ("why", self.reason),
+        ]
 
     def __reduce__(self) -> Any:
         # The read-only metrics cannot be pickled or deep-copied as they are.

@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -356,7 +357,7 @@ class Transaction:
             finish = write and is_dead(entry.owner)
             records.extend(self.finish(entry, write=finish))
             left.extend([] if finish else [entry])
-        return records, left
+        return self._without_moved(records, write=write), left
 
     def finish(self, entry: Entry, *, write: bool) -> list[Record]:
         """Bring an entry that was left half-way to its end; return the committed record it stands for, if any."""
@@ -490,6 +491,28 @@ class Transaction:
         self.put(Entry(record=moved))
         self.storage.delete(record_path(record.name))
         return moved
+
+    def move(self, record: Record, name: str) -> Record:
+        """Rename a checkpoint on a disk, where the trainer must have its name; dead in between, one name holds it.
+
+        For an instant both records are there, with one token between them: `recover` believes the one whose payload is.
+        """
+        assert isinstance(self.storage, SupportsPaths), "the directory has asked"
+        moved = attrs.evolve(record, name=name)
+        self._announce(Entry(record=moved, status="pending", owner=self.owner), is_new=True)
+        os.rename(self.storage.local_path(record.name), self.storage.local_path(name))
+        self.storage.sync(name)
+        self.put(Entry(record=moved))
+        self.storage.delete(record_path(record.name))
+        return moved
+
+    def _without_moved(self, records: list[Record], *, write: bool) -> list[Record]:
+        """Leave out the old name of a checkpoint whose `move` was interrupted after the rename."""
+        names = {name for name, count in Counter(r.token for r in records).items() if count > 1}
+        gone = [r for r in records if r.token in names and size_of(self.storage, r.name, r.size) is None]
+        for record in gone if write else ():
+            self.storage.delete(record_path(record.name))
+        return [record for record in records if record not in gone]
 
     def _copy(self, source: str, path: str) -> None:
         """Copy bytes through this process, where the storage offers nothing better."""

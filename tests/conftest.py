@@ -46,20 +46,28 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-class NeedsLightning(pytest.Module):
+class NeedsHost(pytest.Module):
     """A test module that is not even imported."""
 
     def collect(self) -> list[pytest.Item]:
         """Skip the module, or fail it where ``CHECKPOINTER_REQUIRE`` names it."""
-        if "lightning" in os.environ.get("CHECKPOINTER_REQUIRE", "").split(","):
-            pytest.fail("lightning is in CHECKPOINTER_REQUIRE, and is not installed", pytrace=False)
-        pytest.skip("needs Lightning: pip install 'torch-checkpointer[lightning]'", allow_module_level=True)
+        host = self.path.parent.name
+        if host in os.environ.get("CHECKPOINTER_REQUIRE", "").split(","):
+            pytest.fail(f"{host} is in CHECKPOINTER_REQUIRE, and is not installed", pytrace=False)
+        pytest.skip(f"needs {host}: pip install 'torch-checkpointer[{host}]'", allow_module_level=True)
+
+
+HOSTS = {"lightning": ("lightning",), "transformers": ("transformers", "accelerate")}
+"""What the tests in each folder need."""
+
+
+def is_installed(package: str) -> bool:
+    """Return whether it is; the folder of its tests, which may have that name too, has no file of its own."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    spec = find_spec("lightning")
-    # The folder of these tests, which has that name too, is no package: it has no file of its own.
-    missing = spec is None or spec.origin is None
-    if missing and module_path.parent.name == "lightning":
-        return NeedsLightning.from_parent(parent, path=module_path)
-    return None
+    if all(map(is_installed, HOSTS.get(module_path.parent.name, ()))):
+        return None
+    return NeedsHost.from_parent(parent, path=module_path)

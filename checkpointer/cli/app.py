@@ -16,7 +16,11 @@ from checkpointer.cli.output import say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.storage.drivers import without_password
 
-COMMANDS: Final = ("ls", "show", "best", "last", "verify", "simulate")
+COMMANDS: Final = (
+    *("ls", "show", "best", "last", "diff", "verify"),
+    *("prune", "sweep", "copy", "adopt", "export", "average"),
+    *("simulate", "plot", "report"),
+)
 CANNOT: Final = 2
 """Exit code: it could not be done, and nothing was changed."""
 

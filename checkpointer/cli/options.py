@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import enum
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ import typer
 from checkpointer.errors import PolicyError, StorageError
 from checkpointer.index import HOME
 from checkpointer.inspecting import Catalog, look_at
+from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
 from checkpointer.ports import Storage, SupportsPaths
 from checkpointer.storage import open_storage
@@ -121,3 +124,16 @@ def look(
     else:
         msg = f"{catalog.place} holds no checkpoint"
     raise StorageError(msg)
+
+
+@contextlib.contextmanager
+def writing(directory: str, storage_options: str | None = None, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
+    """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""
+    owner = new_owner()
+    try:
+        if new:
+            yield open_storage(directory, owner, parse_options(storage_options)), owner
+        else:
+            yield open_place(directory, storage_options, owner), owner
+    finally:
+        release(owner)

@@ -7,12 +7,20 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -90,11 +98,26 @@ def leave_if(bad: bool) -> None:
         raise typer.Exit(FOUND_BAD)
 
 
+class Bar:
+    """Shows on a terminal's stderr how many of so many bytes are done."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def expect(self, total: int) -> None:
+        """Say how many bytes there will be."""
+        self._bar.update(self._task, total=total)
+
+    def __call__(self, count: int) -> None:
+        """Say that so many more are done."""
+        self._bar.update(self._task, advance=count)
+
+
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal's stderr how many of so many bytes are done; yields what to tell of more."""
+def progress(what: str, total: int) -> Iterator[Bar]:
+    """Show how many of so many bytes are done, on a terminal; yields what to tell of more."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.update(task, advance=count)
+        yield Bar(bar, bar.add_task(what, total=total))

@@ -16,7 +16,7 @@ from checkpointer.formats.tensors import ITEM_SIZES, TensorInfo
 __all__ = ["TorchContents", "open_legacy", "open_zip"]
 
 MAX_PICKLE_BYTES: Final = 1 << 28
-MAX_ENTRIES: Final = 300_000
+MAX_ENTRIES: Final = 200_000
 MAX_EXPANDED_BYTES: Final = 1 << 30
 """A tensor that repeats its memory is not read if it would take more than this."""
 _LOCAL_HEADER: Final = 30
@@ -290,7 +290,7 @@ def _key(key: Any) -> str:
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
     """Return what a container holds; None for what is none, or holds numbers alone."""
     if isinstance(value, dict):
-        return list(value.items())
+        return list(value.items()) or None
     if isinstance(value, (list, tuple)):
         # A list of ten thousand numbers is one thing.
         return None if all(_is_plain(item) for item in value) else list(enumerate(value))

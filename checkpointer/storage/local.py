@@ -24,6 +24,8 @@ STAGING: Final = ".checkpointer/staging"
 STALE_S: Final = 24 * 3600.0
 """A staging folder of a writer that cannot be asked is swept after this many seconds without a change."""
 
+_CLAIM: Final = "claim-"
+"""What the name of a claim on a name begins with."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _LONG_SUFFIX: Final = 64
 """What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
@@ -109,7 +111,7 @@ class LocalStorage:
         """See `Storage.delete`; folders above that are empty now go too, up to the root."""
         target = self._within(path)
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+            self._delete_folder(target)
         else:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(target)
@@ -122,6 +124,16 @@ class LocalStorage:
             folder = folder.parent
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             _sync_folder(folder)
+
+    def _delete_folder(self, target: Path) -> None:
+        """Take a folder away in one step, so that nobody ever sees half of it, and clear it up afterwards."""
+        staged = self._new_staged()
+        try:
+            os.rename(target, staged)
+        except OSError:  # A mount of its own, or one that renames no folders.
+            shutil.rmtree(target)
+            return
+        shutil.rmtree(staged)  # What will not go stays there, and is tried again by `sweep`.
 
     def upload(self, path: str) -> LocalUpload:
         """See `Storage.upload`."""
@@ -260,11 +272,10 @@ class LocalStorage:
             yield from (folder for folder in staging.iterdir() if folder != self._staging)
 
     def _is_abandoned(self, folder: Path) -> bool:
-        owner = folder.name.rpartition("-")[0]
-        if is_dead(owner):
-            return True
         try:
-            return not is_live(owner) and self._now() - folder.stat().st_mtime > STALE_S
+            if is_dead(_owner_of(folder)):
+                return True
+            return not is_live(_owner_of(folder)) and self._now() - folder.stat().st_mtime > STALE_S
         except FileNotFoundError:
             return False
 
@@ -337,18 +348,28 @@ class LocalUpload:
 
     @contextlib.contextmanager
     def _claim(self) -> Iterator[None]:
-        """Keep other writers from the name between the look and the rename; a dead one's claim is swept after a day."""
+        """Keep other writers from the name between the look and the rename; a dead one's claim is swept.
+
+        The claim holds its owner from the first instant on: a folder with something in it comes by one rename, and
+        none is renamed over it.
+        """
         name = hashlib.sha256(os.fsencode(self._target)).hexdigest()[:32]
-        claim = self._staged.parent.parent / f"claim-{name}"
+        claim, own = (
+            self._staged.parent.parent / f"{_CLAIM}{name}",
+            self._staged.with_name(f"{self._staged.name}-claim"),
+        )
+        (own / self._staged.parent.name).mkdir(parents=True)
         try:
-            claim.mkdir()
-        except FileExistsError as error:
-            raise self._taken() from error
+            os.rename(own, claim)
+        except OSError as error:
+            shutil.rmtree(own, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise self._taken() from error
+            raise
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                claim.rmdir()
+            shutil.rmtree(claim, ignore_errors=True)
 
     def _taken(self) -> NameTakenError:
         msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
@@ -360,6 +381,12 @@ class LocalUpload:
             with contextlib.suppress(OSError):
                 self._stream.close()
         _discard(self._staged)
+
+
+def _owner_of(folder: Path) -> str:
+    """Return the owner of a staging folder, whose name says it, or of a claim, which holds such a name."""
+    names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
+    return names[0].rpartition("-")[0] if names else ""
 
 
 def _discard(staged: Path) -> None:

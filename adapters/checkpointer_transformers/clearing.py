@@ -1,0 +1,116 @@
+"""Before a training: what the Trainer would resume from and must not is moved aside, and never deleted."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from checkpointer import CheckpointerWarning, CheckpointManager, Record
+from checkpointer.digests import size_of
+from checkpointer.errors import CorruptError
+from checkpointer.index import HOME, record_path
+from checkpointer.owner import new_owner, release
+from checkpointer.ports import Storage
+from checkpointer.restoring import verify
+from checkpointer.storage import open_storage
+from checkpointer_transformers.claims import Claim
+from checkpointer_transformers.whole import checkpoints_of, problem_of, step_of
+
+__all__ = ["Found", "clear", "look"]
+
+_ASIDE: Final = f"{HOME}/aside"
+"""Where the records of what was moved aside lie."""
+
+
+@attrs.frozen(kw_only=True)
+class Found:
+    """A name that the Trainer takes for a checkpoint's."""
+
+    name: str
+    record: Record | None
+    """None if the callback has not committed it."""
+    problem: str | None
+    """Why nothing must be resumed from it; None if it is whole."""
+
+
+def look(storage: Storage, folder: Path, records: Mapping[str, Record], claim: Claim) -> Iterator[Found]:
+    """Return what there is, newest first; the newest whole one is compared with its digest, older ones by size."""
+    names = {*checkpoints_of(folder), *(name for name in records if step_of(name) is not None)}
+    is_newest = True
+    for name in sorted(names, key=lambda name: step_of(name) or 0, reverse=True):
+        record = records.get(name)
+        if record is not None:
+            problem = _differs(storage, record, thoroughly=is_newest)
+        elif name == claim.writing:
+            problem = "it was being written when the training died"
+        else:
+            problem = problem_of(folder / name)
+        is_newest = is_newest and problem is not None
+        yield Found(name=name, record=record, problem=problem)
+
+
+def _differs(storage: Storage, record: Record, *, thoroughly: bool) -> str | None:
+    if not thoroughly and size_of(storage, record.name, record.size) == record.size:
+        return None
+    try:
+        verify(storage, record)
+    except CorruptError as error:
+        return str(error)
+    return None
+
+
+def clear(folder: Path, options: Mapping[str, Any]) -> None:
+    """Move aside what is not whole, and say so; nothing else changes, and nothing if somebody trains here now."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    owner = new_owner()
+    storage = open_storage(folder, owner)
+    try:
+        claim = Claim.of(storage)
+        if claim.is_live:
+            return
+        for found in list(look(storage, folder, _settled(folder, options), claim)):
+            if found.problem is not None:
+                _move_aside(storage, folder, found)
+    finally:
+        release(owner)
+
+
+def _settled(folder: Path, options: Mapping[str, Any]) -> Mapping[str, Record]:
+    """Return the records, after what a dead process left half-way is finished."""
+    if not (folder / HOME).is_dir():
+        return {}
+
+    def save(path: str) -> None:
+        raise AssertionError(path)
+
+    with CheckpointManager(folder, save=save, trust=options.get("trust")) as manager:
+        return manager.manifest.by_name
+
+
+def _move_aside(storage: Storage, folder: Path, found: Found) -> None:
+    words = f"{folder / found.name} is no whole checkpoint: {found.problem}"
+    if (folder / found.name).exists():
+        name = _free(folder, f"incomplete-{found.name}" if found.record is None else f"damaged-{found.name}")
+        os.rename(folder / found.name, folder / name)
+        words += f". It is {name} now, so that nothing resumes from it; delete it if you do not need it"
+    if found.record is not None:
+        path = folder / record_path(found.name)
+        (folder / _ASIDE).mkdir(exist_ok=True)
+        aside = _free(folder / _ASIDE, path.name)
+        os.replace(path, folder / _ASIDE / aside)
+        words += f". Its record is {_ASIDE}/{aside} now"
+    warnings.warn(words, CheckpointerWarning, stacklevel=2)
+
+
+def _free(folder: Path, stem: str) -> str:
+    name, version = stem, 0
+    while os.path.lexists(folder / name):
+        version += 1
+        name = f"{stem}-v{version}"
+    return name

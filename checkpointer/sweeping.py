@@ -1,0 +1,63 @@
+"""Clears away what dead writers left unfinished, and nothing else."""
+
+from __future__ import annotations
+
+import attrs
+
+from checkpointer.errors import UntrustedError
+from checkpointer.inspecting import look_at
+from checkpointer.owner import is_dead
+from checkpointer.ports import Storage, SupportsSweep
+from checkpointer.transaction import Transaction
+from checkpointer.trust import HMACKey
+
+__all__ = ["Swept", "sweep"]
+
+
+@attrs.frozen(kw_only=True)
+class Swept:
+    """What was cleared away."""
+
+    staged: int
+    """Unfinished writes that were removed."""
+    finished: tuple[str, ...]
+    """Checkpoints whose write or removal was brought to its end."""
+    left: tuple[str, ...]
+    """Those that stay half-way, since their writer lives or is on another machine."""
+
+
+def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
+    """Remove what writers that are provably dead left unfinished, and finish what they had begun.
+
+    Args:
+        storage: The directory.
+        owner: Id of this writer.
+        trust: The key of signed records.
+
+    Raises:
+        UntrustedError: If records are signed, and there is no key.
+
+    Example:
+        >>> from checkpointer.testing import MemoryStorage
+        >>> sweep(MemoryStorage(), "me")
+        Swept(staged=0, finished=(), left=())
+    """
+    before = look_at(storage, trust)
+    if before.signed and trust is None:
+        msg = f"the checkpoints in {storage} are signed; pass their key, so that what is finished can be signed too"
+        raise UntrustedError(msg)
+    transaction = Transaction(storage, owner, trust)
+    staged = 0
+    if isinstance(storage, SupportsSweep):
+        storage.prepare()
+        staged = transaction.sweep()
+    left = []
+    for entry in before.unfinished:
+        if is_dead(entry.owner):
+            transaction.finish(entry, write=True)
+        else:
+            left.append(entry.record.name)
+    if isinstance(storage, SupportsSweep):
+        storage.close()
+    finished = tuple(entry.record.name for entry in before.unfinished if entry.record.name not in left)
+    return Swept(staged=staged, finished=finished, left=tuple(left))

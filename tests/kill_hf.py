@@ -1,0 +1,148 @@
+"""Kills a Trainer at every change that its sixth step's save makes on the disk, and lets another one resume.
+
+One process imports everything; each training is a fork of it. Prints a line of JSON per kill: of every n-th.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from hf_tiny import At, make_trainer, weights_of
+from transformers import TrainerCallback
+
+from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+
+POLICY = Policy(EverySteps(3), [KeepLast(1)], last="link")
+KILLED = 9
+CALLS = {"open", "mkdir", "write", "close", "rename", "replace", "unlink", "rmdir", "symlink", "link", "__exit__"}
+CALLS |= {"serialize_file", "write_record", "write_end_of_file", "remove", "flush", "writelines"}
+"""C functions that may change what is on the disk."""
+
+
+class KillAt(TrainerCallback):
+    """Ends the process when the files have changed for the n-th time since the save was begun."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.directory, self.left, self.seen = directory, count, snapshot(directory)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            self.seen = snapshot(self.directory)
+            sys.setprofile(self.look)
+        if state.global_step == 6:
+            sys.setprofile(None)
+
+    def look(self, frame: Any, event: str, function: Any) -> None:
+        if event != "c_return" or getattr(function, "__name__", "") not in CALLS:
+            return
+        now = snapshot(self.directory)
+        if now != self.seen:
+            self.seen, self.left = now, self.left - 1
+            if not self.left:
+                os._exit(KILLED)
+
+
+def snapshot(directory: Path) -> dict[str, int]:
+    """Return the size of each file; a folder or link counts too."""
+    found = {}
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            found[path] = os.lstat(path).st_size
+    return found
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run ``work`` in a fork, and return its exit status."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def train(directory: Path, attached: bool, report: Path, *killing: TrainerCallback) -> None:
+    """Train to the end, resuming if there is anything, and report how it went."""
+    warnings.simplefilter("ignore")
+    trainer = make_trainer(directory, POLICY, attached=attached, max_steps=9, callbacks=killing)
+    begins: list[int] = []
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begins.append(state.global_step)
+
+    trainer.add_callback(Begins())
+    trainer.train(resume_from_checkpoint=bool(list(directory.glob("checkpoint-*"))))
+    weights = b"".join(tensor.numpy().tobytes() for tensor in weights_of(trainer).values())
+    kept = sorted(record.name for record in CheckpointManager(directory).records)
+    result = {"begin": begins[0], "weights": xxhash.xxh3_128_hexdigest(weights), "kept": kept}
+    report.write_text(json.dumps(result))
+
+
+def tear(directory: Path) -> bool:
+    """Cut in half what was written last and is not on record, as a kill within the writer's own code would."""
+    torn = directory / "checkpoint-6"
+    if not torn.is_dir() or (directory / ".checkpointer/records/checkpoint-6.json").exists():
+        return False
+    newest = max(torn.iterdir(), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None or not newest.stat().st_size:
+        return False
+    os.truncate(newest, newest.stat().st_size // 2)
+    return True
+
+
+def kill_and_resume(base: Path, attached: bool, count: int, torn: bool) -> dict[str, Any] | None:
+    """Return how the resume went; None if the save was over before the kill, or there was nothing to tear."""
+    directory = base.with_name(f"{base.name}-{count}-{torn}")
+    shutil.copytree(base, directory, symlinks=True)
+    report = directory.with_suffix(".json")
+    status = forked(lambda: train(directory, attached, report, KillAt(directory, count)))
+    if status == 0:
+        return None
+    assert status == KILLED, status
+    if torn and not tear(directory):
+        return {}
+    acknowledged = sorted(record.name for record in CheckpointManager(directory).records)
+    left = sorted(path.name for path in directory.iterdir())
+    status = forked(lambda: train(directory, attached, report))
+    result = json.loads(report.read_text()) if status == 0 else {}
+    aside = sorted(path.name for path in directory.iterdir() if path.name.startswith("incomplete-"))
+    shutil.rmtree(directory)
+    return {**result, "count": count, "torn": torn, "status": status, "had": acknowledged, "left": left, "aside": aside}
+
+
+def main(folder: str, how: str, every: str, first: str = "1") -> None:
+    base, attached = Path(folder, how), how != "plain"
+    report = base.with_suffix(".json")
+    unbroken = Path(folder, f"{how}-unbroken")
+    assert 0 == forked(lambda: train(unbroken, attached, report))
+    print(json.dumps(json.loads(report.read_text())), flush=True)
+    assert KILLED == forked(lambda: train(base, attached, report, At(3, lambda: os._exit(KILLED))))
+    for torn in (False,) if attached else (False, True):
+        # Twice as many points of the one, which is what a kill leaves, as of the other.
+        step = int(every) * (1 + torn)
+        count = int(first)
+        while (result := kill_and_resume(base, attached, count, torn)) is not None:
+            if result:
+                print(json.dumps(result), flush=True)
+            count += step
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
