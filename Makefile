@@ -57,7 +57,7 @@ check: venv
 	"$(BIN)/ruff" check
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
-	"$(BIN)/python" -m pytest --doctest-modules checkpointer
+	"$(BIN)/python" -m pytest --doctest-modules checkpointer adapters/checkpointer_torch
 	"$(BIN)/python" -m pytest README.md docs
 	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
 	@set -e; for example in $(EXAMPLES); do \
@@ -83,6 +83,7 @@ wheel-test: venv
 
 bench: venv
 	"$(BIN)/python" benchmarks/run.py
+	"$(BIN)/python" benchmarks/loop.py
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
