@@ -160,9 +160,11 @@ class Saving(Resuming):
         return {**state, "step": max(state["step"], training.pen.trainer.global_step)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_training", "_last_trainer")}
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}
 
 
+_OF_A_TRAINING: Final = ("_training", "_last_trainer", "log", "log_dict")
+"""Names of what a copy does not take along. The Trainer lends a callback the methods with which its module logs."""
 _SHOWN: Final = (
     "best_model_path",
     "best_model_score",
