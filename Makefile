@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
+	@echo "make bench-transformers  measure a Trainer's step with the callback; needs make hosts"
 	@echo "make format      let ruff format and fix"
 
 venv: $(STAMP)
@@ -84,6 +85,9 @@ bench-storage: servers
 
 bench-ranks: venv
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
+
+bench-transformers: venv
+	"$(BIN)/python" benchmarks/transformers_overhead.py
 
 docs: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
