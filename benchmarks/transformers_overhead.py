@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import itertools
+
 import torch
 import transformers
 from checkpointer_transformers import CheckpointCallback, attach
@@ -110,7 +112,7 @@ def measure(callback: TrainerCallback, *, attached: bool) -> tuple[float, float]
         trainer.add_callback(Watch())
         # The policies here save nothing but the end, which is not measured.
         trainer.train()
-        whole = statistics.median(after - before for before, after in zip(spans, spans[1:], strict=False))
+        whole = statistics.median(after - before for before, after in itertools.pairwise(spans))
         events = make(folder, callback, attached=attached)
         events.state.stateful_callbacks = {}
         events.callback_handler.on_train_begin(events.args, events.state, events.control)
