@@ -74,7 +74,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all(went: dict[str, Any]) -> None:
     assert ("regular" if step % 3 == 0 else "rescue") == kind
     assert [step] * 2 == [rank["begin"] for rank in went["after the signal"]["ranks"]]
     assert f"checkpoint-{step}" in went["signal"]["rank 1"]
-    assert same(went, "unbroken", "after the signal")
+    # An evaluation that was due at that very step is left out, and the random numbers that it draws with it.
+    assert step % 3 == 0 or same(went, "unbroken", "after the signal")
 
 
 def test_an_exception_on_one_rank_is_seen_as_itself_and_soon(went: dict[str, Any]) -> None:
