@@ -20,7 +20,7 @@ import attrs
 from directories import records_of
 from table import show
 
-from checkpointer import EverySteps, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.digests import digest_of
 from checkpointer.records import Entry
 from checkpointer.storage import LocalStorage
@@ -76,6 +76,8 @@ def many(folder: Path, count: int) -> Path:
         record = attrs.evolve(Entry.from_json(data, name).record, size=found[0], digest=found[1])
         (records / f"{name}.json").write_bytes(Entry(record=record).to_json())
         _share(payload, folder / "many" / name)
+    with CheckpointManager(folder / "many", Policy(EverySteps(1), [KeepLast(1)]), state=dict):
+        pass  # As whoever wrote them, it leaves an index.
     return folder / "many"
 
 
