@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-ranks bench-lightning docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
