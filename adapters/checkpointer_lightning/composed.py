@@ -116,4 +116,4 @@ class Composed(Managed):
         return moment == "epoch" and bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
     def _due(self, moment: Moment) -> str:
-        return "the training ends" if moment == "end" else ""
+        return {"end": "the training ends", "asked": "asked for"}.get(moment, "")
