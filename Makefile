@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-ranks docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +13,7 @@ help:
 	@echo "make demo        train a small net, kept and resumed by a manager"
 	@echo "make test        every test"
 	@echo "make test-quick  every test but those that kill processes"
+	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6, and with loggers"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
@@ -21,6 +22,7 @@ help:
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
+	@echo "make bench-lightning  measure saves in Lightning beside its own class"
 	@echo "make format      let ruff format and fix"
 
 venv: $(STAMP)
@@ -47,12 +49,15 @@ test: venv
 test-quick: venv
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS) -m 'not slow'
 
+test-lightning-versions:
+	PYTHON="$(PYTHON)" .ci/test-lightning-versions $(LIGHTNING)
+
 check: venv
 	"$(BIN)/ruff" format --check
 	"$(BIN)/ruff" check
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
-	"$(BIN)/python" -m pytest --doctest-modules checkpointer
+	"$(BIN)/python" -m pytest --doctest-modules checkpointer adapters/checkpointer_torch
 	"$(BIN)/python" -m pytest README.md docs
 	@# In an empty folder, so that an example neither finds what an earlier one left nor leaves anything here.
 	@set -e; for example in $(EXAMPLES); do \
@@ -78,9 +83,13 @@ wheel-test: venv
 
 bench: venv
 	"$(BIN)/python" benchmarks/run.py
+	"$(BIN)/python" benchmarks/loop.py
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
+
+bench-lightning: hosts
+	PYTHONPATH=tests "$(BIN)/python" benchmarks/beside_lightning.py
 
 bench-ranks: venv
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
@@ -95,4 +104,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lightning-* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -25,13 +25,11 @@ class Aliases:
     """The policy with the alias names that were asked for."""
     damaged: Collection[str]
     """Paths of record files that cannot be read or believed."""
-    say_once: Callable[[str, str], None]
-    """Warns with a text, unless something was said under the key before."""
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
     """Token of the checkpoint that each alias was pointed to."""
 
-    def settle(self, manifest: Manifest, *, slots: bool, claim: bool) -> Policy:
-        """Return the policy with alias names that are free; with ``claim`` keep them, and say where they differ.
+    def settle(self, manifest: Manifest, say: Callable[[str, str], None], *, slots: bool, claim: bool) -> Policy:
+        """Return the policy with alias names that are free; with ``claim`` keep them, and ``say`` where they differ.
 
         ``slots``: a checkpoint of another run under the alias counts as well.
         """
@@ -45,7 +43,7 @@ class Aliases:
             if claim:
                 self.transaction.claim(name, manifest.label)
             if claim and name != stem + naming.suffix:
-                self.say_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
+                say(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
 
     def point(self, policy: Policy, manifest: Manifest) -> Manifest:

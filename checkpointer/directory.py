@@ -17,7 +17,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
-from checkpointer.policy import Policy, surplus
+from checkpointer.policy import Policy, own_name, surplus
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
@@ -65,7 +65,7 @@ class Directory:
         self._said: set[str] = set()
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
-        self._aliases = Aliases(self.transaction, policy, self.damaged, self.say_once)
+        self._aliases = Aliases(self.transaction, policy, self.damaged)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         if writes:
@@ -84,13 +84,18 @@ class Directory:
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
 
+    def look(self) -> Manifest:
+        """Return the manifest, as it is now."""
+        return self.manifest
+
     @property
     def view(self) -> Manifest:
         """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
-        labelled = [record for record in self.manifest.records if record.label == self.manifest.label]
-        if self.claimed or self.manifest.own or not labelled:
-            return self.manifest
-        return self.manifest.seen_by(labelled[-1].run, labelled[-1].line)
+        manifest = self.manifest  # Once: with background= another thread goes on with it.
+        labelled = [record for record in manifest.records if record.label == manifest.label]
+        if self.claimed or manifest.own or not labelled:
+            return manifest
+        return manifest.seen_by(labelled[-1].run, labelled[-1].line)
 
     def widened(self, elsewhere: Iterable[Record]) -> Manifest:
         """Return the view with what only a mirror holds, under the names it would get here."""
@@ -189,7 +194,9 @@ class Directory:
 
     def note(self, metrics: Iterable[str]) -> None:
         """Remember which metrics were reported."""
-        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(metrics))
+        seen = self.manifest.seen.union(metrics)
+        if seen != self.manifest.seen:
+            self.manifest = attrs.evolve(self.manifest, seen=seen)
 
     def add(self, record: Record) -> None:
         """Take in a record that was committed."""
@@ -263,7 +270,7 @@ class Directory:
         self.manifest = self._aliases.point(self.policy, self.manifest)
 
     def _settle_aliases(self, *, slots: bool, claim: bool) -> None:
-        self.policy = self._aliases.settle(self.manifest, slots=slots, claim=claim)
+        self.policy = self._aliases.settle(self.manifest, self.say_once, slots=slots, claim=claim)
 
     def _free_slot(self) -> None:
         """Move a checkpoint that must stay out from under the alias, which is about to be written again."""
@@ -276,12 +283,7 @@ class Directory:
 
     def own_name(self, record: Record, taken: Container[str] | None = None) -> str:
         """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
-        if taken is None:
-            taken = self.manifest.taken.union(self.policy.aliases)
-        naming = self.policy.name
-        known = self.manifest.seen | self.policy.known_metrics | set(naming.keys)
-        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-        return naming.free_name(stem, taken)
+        return own_name(self.policy, record, self.manifest, taken)
 
     def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""

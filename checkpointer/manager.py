@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import yaml
 
 from checkpointer import restoring
 from checkpointer._validators import as_index
+from checkpointer.background import Background, BackgroundStatus, Busy, Job, Outcome, as_busy
 from checkpointer.clock import SystemClock
 from checkpointer.directory import Directory
 from checkpointer.errors import (
@@ -38,7 +40,9 @@ from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, S
 from checkpointer.records import SCHEMA, Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.retention import Limit, Rule
+from checkpointer.saving import Saver
 from checkpointer.showing import manifest_html
+from checkpointer.snapshot import Snapshot, Snapshots
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
@@ -70,6 +74,9 @@ class CheckpointManager:
             which `restore` fetches what is not here. One that is down holds nothing up.
         mirror_keep: Rules and limits for what lives there; None takes the policy's.
         mirror_options: As ``storage_options``, for the mirror.
+        background: True copies the state and returns; one thread writes it while the loop goes on. If a save is due
+            while another is still running, ``"wait"`` (or True) waits for that one, and ``"skip"`` drops an older
+            one that has not begun. Listeners are called on that thread.
         clock: Where the time comes from.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
@@ -110,11 +117,16 @@ class CheckpointManager:
         mirror: Where | None = None,
         mirror_keep: Iterable[Rule | Limit] | None = None,
         mirror_options: Mapping[str, Any] | None = None,
+        background: bool | Busy = False,
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
         if save is not None and (state is not None or weights is not None):
             msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
+            raise PolicyError(msg)
+        busy = as_busy(background)
+        if busy is not None and save is not None:
+            msg = "background= needs state=: what save= writes is read from the live objects while they change"
             raise PolicyError(msg)
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
@@ -124,7 +136,6 @@ class CheckpointManager:
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
         self._capture = weights if policy.contents == "weights" and weights is not None else state
         self._save = save
-        self._listeners = tuple(listeners)
         self._tolerated = as_index(tolerate_failures, "tolerate_failures", PolicyError)
         self._clock = clock or SystemClock()
         self._level = logging.INFO if verbose else logging.DEBUG
@@ -132,6 +143,7 @@ class CheckpointManager:
         self._saving: Save | None = None
         self._failures = 0
         self._saved_steps: set[int] = set()
+        self._reported: frozenset[str] = frozenset()
         self._pacing = Pacing(policy.when)
         self._owner = owner = new_owner()
         self._release = weakref.finalize(self, release, owner)
@@ -143,7 +155,12 @@ class CheckpointManager:
         self._directory = Directory(
             storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
         )
-        self._writer = Writer(self._directory, self._format, save)
+        writer = Writer(self._directory, self._format, save)
+        self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
+        self._background = self._snapshots = None
+        if busy is not None:
+            self._background = Background(busy, self._directory.look, self._pacing.wake)
+            self._snapshots = Snapshots(copies=1 if busy == "wait" else 2)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
@@ -152,7 +169,7 @@ class CheckpointManager:
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
         self._pacing.go_on(self._first_progress(), self._clock.time())
-        self._tell("on_opened", self)
+        self._saver.tell("on_opened", self)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -182,7 +199,8 @@ class CheckpointManager:
         Raises:
             ObservationError: For a step that went back, or an epoch that ends twice while ``epoch_end`` is None.
             MetricError: If a metric is not one number.
-            SaveError: If the checkpoint could not be written; older ones are untouched.
+            SaveError: If the checkpoint could not be written; older ones are untouched. With ``background=`` also if
+                an earlier one could not: then this report was not looked at, and may be made again.
         """
         if self._pacing.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
             return self._pacing.quiet
@@ -209,8 +227,9 @@ class CheckpointManager:
         the trigger says, such as the end of the training: what is kept, and whether at all, is still the rules' to say.
         """
         self._check_open()
+        self._hear()
         now = self._pacing.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
-        self._directory.note(now.metrics)
+        self._reported |= now.metrics.keys()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             self._attach(decision)
@@ -224,10 +243,20 @@ class CheckpointManager:
 
     def after(self, decision: Decision) -> Manifest:
         """Return the records as they will be once the decision is carried out."""
-        return after(decision, self._directory.manifest)
+        return after(decision, self._outlook())
+
+    def _outlook(self) -> Manifest:
+        """Return the records as they will be once every save that is under way is done."""
+        if self._background is None:
+            self._directory.note(self._reported)
+            return self._directory.manifest
+        manifest = self._background.outlook(self.policy)
+        seen = manifest.seen | self._reported
+        return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
 
     def _decide(self, now: Observation, why: str = "") -> Decision:
-        if now.step < self._pacing.last_step and self._directory.manifest.at_step(now.step) is None:
+        manifest = self._outlook()
+        if now.step < self._pacing.last_step and manifest.at_step(now.step) is None:
             if now.step in self._saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
             msg = (
@@ -237,17 +266,17 @@ class CheckpointManager:
             raise ObservationError(msg)
         self._pacing.advance(now.step)
         owed = self._pacing.owed or why
-        decision = decide(self.policy, now, self._directory.manifest, since=self._pacing.since, owed=owed)
+        decision = decide(self.policy, now, manifest, since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
-            self._warn_of_absent(now)
+            self._warn_of_absent(now, manifest.seen)
         return decision
 
-    def _warn_of_absent(self, now: Observation) -> None:
+    def _warn_of_absent(self, now: Observation, seen: frozenset[str]) -> None:
         # Within the first epoch a metric of its end cannot be there yet; after it, the name is probably wrong.
         if not now.metrics or (now.epoch == 0 and not now.epoch_end):
             return
-        have = ", ".join(sorted(self._directory.manifest.seen))
-        for name in sorted(self.policy.known_metrics - self._directory.manifest.seen - {"epoch", "step"}):
+        have = ", ".join(sorted(seen))
+        for name in sorted(self.policy.known_metrics - seen - {"epoch", "step"}):
             msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
             self._directory.say_once(f"absent {name}", msg)
 
@@ -270,37 +299,70 @@ class CheckpointManager:
         self._check_open()
         if not isinstance(decision, Save):
             return decision
-        # A host's state that holds ours is taken as if it were saved: wherever it is read, it has been.
-        self._saving = decision
-        try:
-            return self._carry_out(decision, path)
-        finally:
-            self._saving = None
+        if self._background is not None and path is None and not self._background.is_here:
+            return self._hand_over(decision, self._background)
+        self._settle()
+        self._hear()
+        return self._save_here(decision, path)
 
-    def _carry_out(self, decision: Save, path: str | os.PathLike[str] | None) -> Decision:
-        state = self._take_state() if path is None and self._save is None else None
+    def _save_here(self, decision: Save, path: str | os.PathLike[str] | None = None) -> Decision:
+        with self._as_if_done(decision):
+            state = self._take_state() if path is None and self._save is None else None
+            try:
+                self._directory.note(self._reported)
+                record = self._saver.write(decision, state, path)
+            except AliasInUseError:
+                raise
+            except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
+                self._answer(decision)
+                return self._failed(decision, error)
+            self._failures = 0
+            self._answer(decision, is_saved=True)
+            return attrs.evolve(decision, name=record.name, retire=self._saver.finish(record))
+
+    def _hand_over(self, decision: Save, background: Background) -> Decision:
+        """Copy the state and have it written: the decision is carried out, or the loop will hear why not."""
+        assert self._snapshots is not None, "they come with the background"
+        self._saved_steps.difference_update(background.make_room(decision.observation.step))
+        self._hear()
+        with self._as_if_done(decision):
+            state = self._take_state()
         try:
+            # Here, once: it may move a slot, which decisions have to see.
             self._directory.begin()
-            decision = decision if path is not None else self._with_free_name(decision)
-            record = self._writer.write(decision, state, path)
+            snapshot = self._snapshots.take(state)
+            background.submit(
+                Job(decision, functools.partial(self._write_behind, snapshot, self._reported), snapshot.release)
+            )
         except AliasInUseError:
             raise
-        except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
+        except Exception as error:
+            self._answer(decision)
             return self._failed(decision, error)
-        return attrs.evolve(decision, name=record.name, retire=self._committed(record))
-
-    def _with_free_name(self, decision: Save) -> Save:
-        """Return the decision under a name that nobody has taken since the directory was listed."""
-        while not (decision.replaces or decision.name in self.policy.aliases or self._directory.is_free(decision.name)):
-            manifest = self._directory.manifest
-            again: Decision
-            if decision.kind == "rescue":
-                again = decide_rescue(self.policy, decision.observation, manifest, decision.reason)
-            else:
-                again = decide(self.policy, decision.observation, manifest, since=self._pacing.since, owed=True)
-            assert isinstance(again, Save), "the same observation is due again"
-            decision = attrs.evolve(decision, name=again.name, replaces=again.replaces)
+        self._answer(decision, is_saved=True)
         return decision
+
+    def _write_behind(self, snapshot: Snapshot, reported: frozenset[str], job: Job) -> None:
+        """Write a snapshot, on the writer thread."""
+        assert isinstance(job.decision, Save), "only a save has a snapshot"
+        try:
+            self._directory.note(reported)
+            record = self._saver.write(job.decision, snapshot.wait(), None)
+            job.is_saved = True
+        finally:
+            snapshot.release()
+        self._saver.finish(record)
+
+    def _attach(self, decision: Attach) -> None:
+        if self._background is None or self._background.is_here:
+            self._saver.attach(decision)
+            return
+        self._directory.begin()
+        try:
+            self._background.submit(Job(decision, lambda job: self._saver.attach(decision), lambda: None))
+        except RuntimeError:  # No thread can be started.
+            self._settle()
+            self._saver.attach(decision)
 
     def _take_state(self) -> Any:
         if self._capture is None:
@@ -308,73 +370,90 @@ class CheckpointManager:
             raise SaveError(msg)
         return self._capture()
 
-    def _failed(self, decision: Save, error: Exception) -> Skip:
-        self._failures += 1
+    @contextlib.contextmanager
+    def _as_if_done(self, decision: Save) -> Iterator[None]:
+        """A host's state that holds ours is taken as if it were saved: wherever it is read, it has been."""
+        self._saving = decision
+        try:
+            yield
+        finally:
+            self._saving = None
+
+    def _answer(self, decision: Save, *, is_saved: bool = False) -> None:
+        """Count a due point as answered, whether or not the write succeeds: the next one is another."""
         if decision.kind == "regular":
+            if is_saved:
+                self._saved_steps.add(decision.observation.step)
             self._pacing.answered(decision.observation.progress, self._clock.time())
+
+    def _failed(self, decision: Save, error: BaseException) -> Skip:
+        """Raise what a failed save raises, or warn of it if that is tolerated."""
+        self._failures += 1
         msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
-        if self._failures > self._tolerated:
+        if self._failures > self._tolerated or not isinstance(error, Exception):
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
         tolerated = f"{msg}; failure {self._failures} of {self._tolerated} tolerated"
-        warnings.warn(tolerated, CheckpointerWarning, stacklevel=3)
+        warnings.warn(tolerated, CheckpointerWarning, stacklevel=4)
         return Skip(reason=msg, due=True)
 
-    def _committed(self, record: Record) -> tuple[str, ...]:
-        self._failures = 0
-        self._directory.add(record)
-        retired: tuple[str, ...] = ()
-        if record.kind == "regular":
-            self._saved_steps.add(record.step)
-            self._pacing.answered(record.progress, self._clock.time())
-            self._directory.point_aliases()
-            retired = self._retire()
-        self._tell_mirror()
-        self._tell("on_saved", record)
-        return retired
+    # What is under way in the background
 
-    def _attach(self, decision: Attach) -> None:
-        self._directory.begin()
-        record = self._directory.manifest.by_name.get(decision.name) or self._directory.manifest.at_step(
-            decision.observation.step
-        )
-        assert record is not None, "the step is saved"
-        if record.name in self.policy.aliases:
-            # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
-            record = self._directory.move_slot(record)
-        now = decision.observation
-        epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
-        metrics = {**record.metrics, **now.metrics}
-        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
-        self._directory.rewrite(record)
-        self._directory.point_aliases()
-        self._retire()
-        self._tell_mirror()
-        self._tell("on_attached", record)
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until what is being saved in the background is durable. Without ``background=`` nothing ever is.
 
-    def _tell_mirror(self) -> None:
-        if self._mirror is not None:
-            self._mirror.tell(self._directory.manifest)
+        Ctrl-C ends the wait, not the save.
 
-    def _retire(self) -> tuple[str, ...]:
-        retired = self._directory.retire()
-        for record in retired:
-            self._tell("on_retired", record)
-        return tuple(record.name for record in retired)
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
 
-    def _tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
-        for listener in self._listeners:
-            try:
-                getattr(listener, event, lambda _: None)(what)
-            except Exception as error:  # A broken tracker must not end the training.
-                on = f" on {what.name}" if isinstance(what, Record) else ""
-                msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+        Returns:
+            Whether all of it is.
+
+        Raises:
+            SaveError: If a checkpoint could not be written; older ones are untouched.
+        """
+        done = self._background is None or self._background.wait(timeout)
+        self._hear()
+        return done
+
+    def _settle(self) -> None:
+        """Have nothing under way, so that the directory can be changed from here; failures are heard of later."""
+        if self._background is not None:
+            self._background.wait()
+
+    def _hear(self) -> None:
+        """Take in how the saves in the background ended; raise for one that failed, if that is not tolerated."""
+        if self._background is None or self._background.is_here:
+            return
+        self._pacing.calm()
+        try:
+            while (outcome := self._background.hear()) is not None:
+                self._take_in(outcome)
+        except BaseException:
+            self._pacing.wake()  # There may be more to hear.
+            raise
+
+    def _take_in(self, outcome: Outcome) -> None:
+        error, decision = outcome.error, outcome.decision
+        if error is None:
+            self._failures = 0 if isinstance(decision, Save) else self._failures
+            return
+        if isinstance(decision, Save) and not outcome.is_saved:
+            self._saved_steps.discard(decision.observation.step)
+            if isinstance(error, AliasInUseError):
+                raise error
+            self._failed(decision, error)
+            return
+        what = "is saved, but what comes after it was not done" if outcome.is_saved else "did not get its new metrics"
+        msg = f"{decision.name} {what} ({type(error).__name__}: {error})"
+        raise SaveError(msg) from error
 
     def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
         """Save now, outside the policy: own name, never over anything, never ranked.
 
         Counts as newest when restoring; the first regular save after it retires it. If the step is saved already
-        nothing is written.
+        nothing is written. Whatever ``background=`` says, it is durable on return: what is being written is finished
+        first, and its failure is no reason not to rescue.
 
         Args:
             reason: Why, for the record.
@@ -385,13 +464,14 @@ class CheckpointManager:
             SaveError: If it could not be written.
         """
         self._check_open()
+        self._settle()
         now = self._pacing.last_report(step, epoch, self._clock.time())
         if now is None:
             return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
         saved = self._directory.manifest.at_step(now.step)
         if saved is not None and saved.contents == "full":
             return Skip(reason=f"step {now.step} is saved already as {saved.name}")
-        return self.commit(decide_rescue(self.policy, now, self._directory.manifest, reason))
+        return self._save_here(decide_rescue(self.policy, now, self._directory.manifest, reason))
 
     # Restoring
 
@@ -476,6 +556,7 @@ class CheckpointManager:
         strangers: Storage | None = None,
     ) -> Restored | None:
         self._check_open()
+        self._settle()
         found = self._mirror.look() if self._mirror is not None else Fetcher()
         view = self._directory.widened(found.records.values())
         chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
@@ -494,7 +575,7 @@ class CheckpointManager:
             restored = load(chosen[0])
         self._directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
         self._pacing.go_on(restored.record.progress, self._clock.time())
-        self._tell_mirror()
+        self._saver.tell_mirror()
         return restored
 
     def _format_of(self, record: Record) -> Format | FolderFormat:
@@ -538,6 +619,11 @@ class CheckpointManager:
         """How far the mirror is; None without one. Asks nobody, so it costs nothing."""
         return self._mirror.status if self._mirror is not None else None
 
+    @property
+    def background(self) -> BackgroundStatus | None:
+        """What is being written, and how long the loop has waited for it; None without ``background=``."""
+        return self._background.status if self._background is not None else None
+
     # Managing
 
     def pin(self, name: str) -> None:
@@ -550,6 +636,7 @@ class CheckpointManager:
 
     def _set_pinned(self, name: str, *, pinned: bool) -> None:
         self._check_open()
+        self._settle()
         own = {record.name: record for record in self.manifest.own}
         if name not in own:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
@@ -560,7 +647,7 @@ class CheckpointManager:
             self._directory.prepare()
             record = self._directory.move_slot(record)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
-        self._tell_mirror()
+        self._saver.tell_mirror()
 
     def make_way(self, name: str, stem: str | None = None) -> str | None:
         """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
@@ -576,6 +663,7 @@ class CheckpointManager:
             StorageError: If the storage has no paths.
         """
         self._check_open()
+        self._settle()
         return self._directory.make_way(name, stem or f"earlier-{name.removesuffix(self.policy.name.suffix)}")
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
@@ -584,6 +672,7 @@ class CheckpointManager:
         Args:
             path: The file; None writes ``best_k_models.yaml`` in the directory.
         """
+        self._settle()
         by_name = self.policy.scores(self.manifest.history)
         scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
@@ -633,6 +722,7 @@ class CheckpointManager:
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error
+        self._settle()
         if self._mirror is not None:
             found = self._mirror.look()
             self._directory.widened(found.records.values())
@@ -645,14 +735,23 @@ class CheckpointManager:
         self._pacing.go_on(since, self._clock.time(), step=step, owed=owed)
 
     def close(self, *, timeout: float = 600.0) -> None:
-        """Finish: write the index, give the aliases free, wait for the mirror. A second call does nothing.
+        """Finish: wait for the writer, write the index, give the aliases free, wait for the mirror.
+
+        A second call does nothing. Ctrl-C ends the wait for the writer, and leaves the manager open.
 
         Args:
             timeout: Seconds to wait for the mirror at most, with its progress logged at INFO; a warning then names
                 what it has not got, and the next process goes on with it.
+
+        Raises:
+            SaveError: If a checkpoint could not be written in the background; the manager is closed nevertheless.
         """
-        if self._closed:
-            return
+        if not self._closed:
+            self._close(timeout)
+            self._hear()
+
+    def _close(self, timeout: float = 600.0) -> None:
+        self._settle()
         self._directory.close()
         self._closed = True
         self._release()
@@ -668,7 +767,17 @@ class CheckpointManager:
             if error is not None and self.policy.rescue and not self._closed and (self._capture or self._save):
                 self._rescue_quietly(error)
         finally:
-            self.close()
+            if error is None:
+                self.close()
+            elif not self._closed:
+                self._close()
+                self._hear_quietly()
+
+    def _hear_quietly(self) -> None:
+        try:
+            self._hear()
+        except SaveError as failure:  # The error that ended the training is the one to be seen.
+            warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         try:

@@ -41,6 +41,7 @@ class Pacing:
     quiet: Skip = attrs.field(factory=lambda: Skip(reason="nothing was worked out yet"))
     """The decision on what lies below the horizon."""
     _step: float = -math.inf
+    _is_awake: bool = False
     _epochs: float | None = None
     _time: float | None = None
     _report: tuple[Any, int, int, bool | None] | None = None
@@ -63,8 +64,20 @@ class Pacing:
         return False
 
     def wake(self) -> None:
-        """Let no report be quiet until the next `look_ahead`: there is something to say. Safe from any thread."""
+        """Let no report be quiet until `calm`: there is something to say. Safe to call from any thread."""
+        self._is_awake = True
         self._step = -math.inf
+
+    def calm(self) -> None:
+        """Let reports be quiet again. What there is to say is asked for after this: so nothing is missed."""
+        if self._is_awake:
+            self._is_awake = False
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self._step = self.horizon.step
+        if self._is_awake:  # Looked at last, for another thread may have called `wake` meanwhile.
+            self._step = -math.inf
 
     def look_ahead(self, time: float) -> None:
         """Work out below which step, epoch and time nothing is due."""
@@ -75,7 +88,7 @@ class Pacing:
         self._epochs = None if horizon.epochs == math.inf else horizon.epochs
         self._time = None if horizon.time == math.inf else horizon.time
         self.quiet = Skip(reason=_not_due(self.when, horizon))
-        self._step = horizon.step
+        self._sleep()
 
     # What was reported
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,19 @@ from checkpointer.records import Contents, Kind, Observation, Progress, Record
 from checkpointer.retention import KeepBest, Limit, Rule, kept_by
 from checkpointer.triggers import Trigger
 
-__all__ = ["Attach", "Decision", "Policy", "Save", "Skip", "after", "decide", "decide_rescue", "explain", "surplus"]
+__all__ = [
+    "Attach",
+    "Decision",
+    "Policy",
+    "Save",
+    "Skip",
+    "after",
+    "decide",
+    "decide_rescue",
+    "explain",
+    "own_name",
+    "surplus",
+]
 
 _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
@@ -369,10 +381,11 @@ def decide(
     return _save_or_skip(policy, now, manifest, due)
 
 
-def after(decision: Decision, manifest: Manifest) -> Manifest:
+def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:
     """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
 
-    A host that keeps its own account in the very file that is being saved needs it before.
+    A host that keeps its own account in the very file that is being saved needs it before. With the policy, what
+    happens to a slot under ``last`` is foreseen too.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
@@ -382,10 +395,38 @@ def after(decision: Decision, manifest: Manifest) -> Manifest:
         >>> [record.name for record in after(decision, Manifest()).own]
         ['epoch=0-step=10.ckpt']
     """
+    if isinstance(decision, Attach):
+        return _attached(decision, manifest, policy)
     if not isinstance(decision, Save):
         return manifest
     candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
-    return manifest.without(*decision.retire).with_record(candidate)
+    foreseen = manifest.without(*decision.retire).with_record(candidate)
+    if policy is not None and policy.last and decision.kind == "regular" and decision.name != policy.name.last_file:
+        return foreseen.without(policy.name.last_file)  # The alias takes the slot's place.
+    return foreseen
+
+
+def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
+    """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
+    if taken is None:
+        taken = manifest.taken.union(policy.aliases)
+    known = manifest.seen | policy.known_metrics | set(policy.name.keys)
+    stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+    return policy.name.free_name(stem, taken)
+
+
+def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Manifest:
+    saved = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
+    if saved is None:
+        return manifest
+    if policy is not None and saved.name in policy.aliases:
+        moved = attrs.evolve(saved, name=own_name(policy, saved, manifest))
+        manifest, saved = manifest.without(saved.name).with_record(moved), moved
+    now = decision.observation
+    epoch_end = saved.epoch_end or (now.epoch_end and now.epoch == saved.epoch)
+    record = attrs.evolve(saved, metrics={**saved.metrics, **now.metrics}, epoch_end=epoch_end)
+    foreseen = manifest.with_record(record)
+    return foreseen.without(*(decision.retire if policy is None else surplus(policy, foreseen)))
 
 
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:

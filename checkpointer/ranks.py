@@ -132,13 +132,36 @@ class TorchRanks:
 
     def meet(self, timeout_s: float) -> bool:
         """See `Ranks.meet`."""
-        import torch.distributed as dist
-
+        # Not monitored_barrier: only rank 0 has its timeout there, the others wait as long as the group does.
+        give_up = time.monotonic() + timeout_s
         try:
-            dist.monitored_barrier(self.group, timeout=timedelta(seconds=timeout_s))
+            if self._rank:
+                self._pass(give_up, to=0)
+                self._pass(give_up, from_=0)
+                return True
+            for rank in range(1, self._size):
+                self._pass(give_up, from_=rank)
+            for rank in range(1, self._size):
+                self._pass(give_up, to=rank)
         except Exception:  # Late, or dead: gloo has an error for each, and a plain RuntimeError for most.
             return False
         return True
+
+    def _pass(self, give_up: float, *, to: int | None = None, from_: int | None = None) -> None:
+        """Send a word to a rank, or get one, before the time is up (seconds of `time.monotonic`)."""
+        import torch
+        import torch.distributed as dist
+
+        word = torch.zeros(1, device="cpu")
+        if to is not None:
+            work = dist.isend(word, dist.get_global_rank(self.group, to), self.group)
+        else:
+            assert from_ is not None, "one of the two"
+            work = dist.irecv(word, dist.get_global_rank(self.group, from_), self.group)
+        left = max(give_up - time.monotonic(), 0.001)
+        if work is None or not work.wait(timedelta(seconds=left)):
+            msg = f"rank {to if from_ is None else from_} has not come in time"
+            raise RanksError(msg)
 
     def close(self) -> None:
         """Give the group back. Talks to nobody; a second call does nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
@@ -44,8 +44,8 @@ class KeepBest:
 
     Args:
         k: How many, at least 1.
-        metric: A metric's name, or a named function of the metrics that returns a score.
-        mode: ``"min"`` or ``"max"``.
+        metric: A metric's name, a named function of the metrics that returns a score, or a whole `Metric`.
+        mode: ``"min"`` or ``"max"``; left out with a `Metric`, which says it.
         ties: Which of two equals stays, ``"older"`` or ``"newest"``. ``"incumbent"``: a new one takes no place from its
             equal, but of the equals that are kept the older goes first when a better one comes.
         after_step: Records up to and including this step are not ranked (warm-up).
@@ -58,8 +58,12 @@ class KeepBest:
 
     k: int = attrs.field(validator=whole_number(1))
     metric: Metric
-    after_step: int = attrs.field(validator=whole_number(0))
+    after_step: int = attrs.field(default=0, validator=whole_number(0))
 
+    @overload
+    def __init__(self, k: int, metric: Metric, *, after_step: int = 0) -> None: ...
+
+    @overload
     def __init__(
         self,
         k: int,
@@ -68,8 +72,23 @@ class KeepBest:
         mode: Literal["min", "max"],
         ties: Ties = "older",
         after_step: int = 0,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        k: int,
+        metric: str | Score | Metric,
+        *,
+        mode: Literal["min", "max"] | None = None,
+        ties: Ties = "older",
+        after_step: int = 0,
     ) -> None:
-        self.__attrs_init__(k, Metric(metric, mode=mode, ties=ties), after_step)
+        if not isinstance(metric, Metric):
+            metric = Metric(metric, mode=mode, ties=ties)  # type: ignore[arg-type]  # None is refused there
+        elif mode is not None or ties != "older":
+            msg = f"KeepBest has the metric {metric} and mode={mode!r}, ties={ties!r}; say these in the Metric alone"
+            raise PolicyError(msg)
+        self.__attrs_init__(k, metric, after_step)
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""

@@ -12,7 +12,8 @@ import pytest
 from plain_format import PlainFormat
 from sampling import instants
 
-from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy
+from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy, Record
+from checkpointer.errors import SaveError
 from checkpointer.index import read_bounded
 from checkpointer.ports import Format, Storage
 from checkpointer.storage import LocalStorage
@@ -34,12 +35,32 @@ class Run:
     """A little training whose state is its step, on a storage that may die."""
 
     def __init__(
-        self, storage: Storage, policy: Policy, trust: HMACKey | None = None, format: Format | None = None
+        self,
+        storage: Storage,
+        policy: Policy,
+        trust: HMACKey | None = None,
+        format: Format | None = None,
+        *,
+        background: bool = False,
     ) -> None:
         self.step = 0
+        self.saved: list[int] = []
+        """Steps that the listeners were told of."""
         self.manager = CheckpointManager(
-            storage, policy, state=lambda: {"step": self.step}, format=format or PlainFormat(), trust=trust
+            storage,
+            policy,
+            state=lambda: {"step": self.step},
+            format=format or PlainFormat(),
+            trust=trust,
+            listeners=[self],  # type: ignore[list-item]
+            background=background,
         )
+
+    def on_saved(self, record: Record) -> None:
+        self.saved.append(record.step)
+
+    def on_retired(self, record: Record) -> None:
+        pass
 
     def observe(self, loss: float) -> Any:
         self.step += 1
@@ -53,18 +74,22 @@ def run_until_crash(
     *,
     format: Format | None = None,
     losses: Sequence[float] = LOSSES,
+    background: bool = False,
 ) -> int:
     """Train until the storage dies, and return the last step that was acknowledged."""
     acknowledged = 0
     run = None
     try:
-        run = Run(storage, policy, trust, format)
+        run = Run(storage, policy, trust, format, background=background)
         for loss in losses:
-            if run.observe(loss):
+            if run.observe(loss) and not background:
                 acknowledged = run.step
         run.manager.close()
-    except Crash:
-        pass
+    except (Crash, SaveError):
+        assert storage.is_dead
+    if background and run is not None:
+        # There it is acknowledged when it is durable; the thread is as dead as its storage.
+        acknowledged = max(run.saved, default=0)
     if run is not None:
         die(run.manager._owner)
     else:
@@ -127,6 +152,23 @@ def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When, t
         inner = make()
         acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, trust)
         check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}", trust)
+
+
+@pytest.mark.parametrize("when", ["before", "halfway", "after"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_dying_at_any_operation_in_the_background_loses_nothing(name: str, when: When) -> None:
+    """Every n, whether the loop or the writer thread dies of it: what listeners were told of is there."""
+    policy = POLICIES[name]
+
+    def make() -> MemoryStorage:
+        storage = MemoryStorage()
+        storage.write("foreign.txt", b"mine")
+        return storage
+
+    for n in range(1, count_operations(make, policy) + 1):
+        inner = make()
+        acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, background=True)
+        check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}")
 
 
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])

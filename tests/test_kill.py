@@ -18,9 +18,9 @@ from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
 KILLS = 200
 
 
-def run_and_kill(directory: Path, last: str, delay: float) -> tuple[int, int]:
+def run_and_kill(directory: Path, last: str, delay: float, *more: str) -> tuple[int, int]:
     """Train until killed after ``delay`` seconds; return what was restored and the last acknowledged step."""
-    command = [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(directory), last]
+    command = [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(directory), last, *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -39,15 +39,19 @@ def run_and_kill(directory: Path, last: str, delay: float) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", ["link", "copy"])
-def test_killed_at_random_instants_nothing_acknowledged_is_lost(tmp_path: Path, last: str) -> None:
-    """Half of 200 kills each with a linked and a copied last; the foreign file is as it was."""
+@pytest.mark.parametrize(
+    ("last", "kills", "more"), [("link", KILLS // 2, ()), ("copy", KILLS // 2, ()), ("copy", 30, ("background",))]
+)
+def test_killed_at_random_instants_nothing_acknowledged_is_lost(
+    tmp_path: Path, last: str, kills: int, more: tuple[str, ...]
+) -> None:
+    """Half of 200 kills each with a linked and a copied last, some with a writer thread; foreign files stay."""
     dice = random.Random(20)
     foreign = tmp_path / "theirs.bin"
     foreign.write_bytes(b"mine")
     acknowledged = 0
-    for _ in range(KILLS // 2):
-        restored, newest = run_and_kill(tmp_path, last, dice.uniform(0.0, 0.15))
+    for _ in range(kills):
+        restored, newest = run_and_kill(tmp_path, last, dice.uniform(0.0, 0.15), *more)
         # One save may have become durable without its line being read.
         assert restored in (acknowledged, acknowledged + 1)
         acknowledged = newest

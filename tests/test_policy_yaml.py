@@ -152,7 +152,10 @@ KEEP = "keep: [KeepAll]\n"
         (WHEN + "keep: [KeepLast: 3]\n", r"in 'keep\[0\]\.KeepLast': expected a mapping, found 3"),
         (WHEN + "keep: [KeepLast]\n", r"in 'keep\[0\]\.KeepLast': 'n' is missing"),
         (WHEN + "keep: [KeepBest: {k: 1, metric: [a], mode: min}]\n", r"in 'keep\[0\]\.KeepBest': metric is \['a'\]"),
-        (WHEN + "keep: [KeepBest: {k: 1, metric: a}]\n", r"in 'keep\[0\]\.KeepBest': 'mode' is missing"),
+        (
+            WHEN + "keep: [KeepBest: {k: 1, metric: a}]\n",
+            r"KeepBest': Metric.mode is None; expected 'min' or 'max'",
+        ),
         (WHEN + "keep: [EverySteps: {n: 1}]\n", r"Policy\.keep has EverySteps"),
         ("when: {KeepAll: {}}\n" + KEEP, r"Policy\.when is KeepAll"),
         ("when: {EverySteps: {n: x}}\n" + KEEP, r"in 'when\.EverySteps': EverySteps\.n is 'x'"),

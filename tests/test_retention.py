@@ -178,3 +178,11 @@ def test_keep_every_seconds_goes_on_after_the_clock_was_set_back() -> None:
     kept = KeepEvery(seconds=100).keep(records)
     assert ["s1", "s3", "s4", "s6"] == list(kept)
     assert kept == KeepEvery(seconds=100).keep([r for r in records if r.name in kept])
+
+
+def test_a_whole_metric_says_the_direction_itself() -> None:
+    """As a config file writes it; said twice it could be said in two ways."""
+    metric = Metric("loss", mode="min", ties="newest")
+    assert KeepBest(2, "loss", mode="min", ties="newest") == KeepBest(2, metric)
+    with pytest.raises(PolicyError, match="mode='max', ties='older'; say these in the Metric alone"):
+        KeepBest(2, metric, mode="max")  # type: ignore[call-overload]

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "checkpointer"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "checkpointer"])
 
 PATIENCE_S = 120.0
 

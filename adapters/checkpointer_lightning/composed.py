@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -28,7 +29,7 @@ class Composed(Managed):
 
     Args:
         directory: A folder or an fsspec URL; None takes the logger's, or ``checkpoints`` in the Trainer's root.
-        policy: When to save, what to keep and how to name.
+        policy: When to save, what to keep and how to name; or a file that `Policy.to_yaml` wrote, or such text itself.
         listeners: Told when a checkpoint is durable or gone, on rank 0.
         tolerate_failures: How many saves in a row may fail with a warning.
         storage_options: What fsspec needs besides a URL, such as credentials; never logged or stored. The Trainer does
@@ -48,7 +49,7 @@ class Composed(Managed):
     def __init__(
         self,
         directory: str | os.PathLike[str] | None,
-        policy: Policy,
+        policy: Policy | str | Path,
         *,
         listeners: Iterable[Listener] = (),
         tolerate_failures: int = 0,
@@ -59,6 +60,7 @@ class Composed(Managed):
         mirror_options: Mapping[str, Any] | None = None,
         verbose: bool = False,
     ) -> None:
+        policy = policy if isinstance(policy, Policy) else Policy.from_yaml(policy)
         best = next((rule for rule in policy.keep if isinstance(rule, KeepBest)), None)
         everything = any(isinstance(rule, KeepAll) for rule in policy.keep)
         monitor = best.metric.name if best else None
@@ -114,4 +116,4 @@ class Composed(Managed):
         return moment == "epoch" and bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
     def _due(self, moment: Moment) -> str:
-        return "the training ends" if moment == "end" else ""
+        return {"end": "the training ends", "asked": "asked for"}.get(moment, "")

@@ -12,15 +12,16 @@ from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.finding import forget_copy
-from checkpointer_lightning.rescuing import rescue
+from checkpointer_lightning.rescuing import rescue, rescue_together
 from checkpointer_lightning.saving import Answer, Saving, Training
+from checkpointer_lightning.signalling import signals_of
 from checkpointer_lightning.talking import close_ranks, open_ranks
 from checkpointer_lightning.writing import Pen
 
 __all__ = ["Managed", "Moment"]
 
-Moment = Literal["batch", "validation", "epoch", "end"]
-"""What has just come to its end: a training batch, a validation, an epoch, the training."""
+Moment = Literal["batch", "validation", "epoch", "end", "asked"]
+"""What has just come to its end: a training batch, a validation, an epoch, the training; or somebody asks."""
 
 
 class Managed(Saving):
@@ -71,8 +72,10 @@ class Managed(Saving):
             close_ranks(ranks)
             raise
         forget_copy(self._found)
-        training.manager = manager
+        training.manager, training.rescues = manager, policy.rescue
         self._training = training
+        if ranks.size > 1:
+            signals_of(trainer).listen(trainer)
         self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -82,6 +85,7 @@ class Managed(Saving):
 
     def _close(self, trainer: Any) -> None:
         desk_of(trainer).clear()
+        signals_of(trainer).leave()
         training = self._training
         if training is None:
             return
@@ -96,17 +100,33 @@ class Managed(Saving):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report a batch; costs a comparison unless something is due."""
-        if self._training is None or not self._reports("batch", trainer):
+        training = self._training
+        if training is None:
             return
-        now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
-        if not self._is_quiet(trainer, self._training, now):
-            self._report("batch", trainer)
+        if training.ranks.size > 1:
+            self._end_batch_together(trainer, training)
+        elif self._reports("batch", trainer):
+            now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
+            if not training.horizon.covers(now):
+                self._report("batch", trainer)
 
-    def _is_quiet(self, trainer: Any, training: Training, now: Progress) -> bool:
-        quiet = training.horizon.covers(now)
-        if math.isinf(training.horizon.time) or training.ranks.size == 1:
-            return quiet
-        return bool(training.ranks.broadcast(quiet))
+    def _end_batch_together(self, trainer: Any, training: Training) -> None:
+        """Do the same on all ranks: steps and epochs they all know, of a time or a signal they have to be told."""
+        signals, horizon = signals_of(trainer), training.horizon
+        reports = self._reports("batch", trainer)
+        late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
+        stops = signals.noted
+        if training.agreement(late or stops):
+            late, stops = map(bool, training.ranks.highest(float(late), float(stops)))
+        else:
+            late = stops = False
+        known = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=-math.inf)
+        if reports and (late or not horizon.covers(known)):
+            self._report("batch", trainer)
+        if stops or signals.agreed:
+            if training.rescues and trainer.global_step:
+                rescue_together(self, training, trainer, "SIGTERM")
+            signals.stop(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
@@ -128,7 +148,8 @@ class Managed(Saving):
         if self._training is None:
             return
         try:
-            rescue(self, self._training, trainer, exception)
+            if not signals_of(trainer).agreed:  # Then it is saved already.
+                rescue(self, self._training, trainer, exception)
         finally:
             self._close(trainer)
 
@@ -140,11 +161,14 @@ class Managed(Saving):
         if not trainer.global_step:  # Nothing was trained yet.
             return
         # Every rank looks, for a metric may be computed by all of them together.
-        metrics = self._metrics(moment, trainer, training)
+        metrics = self._metrics(trainer, training, self._monitor_candidates(trainer))
         if not self._reports(moment, trainer):
             return
         step, epoch = trainer.global_step, trainer.current_epoch
         ends = self._ends_epoch(moment, trainer)
+        now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
+        if self._due(moment) or not training.horizon.covers(now):
+            metrics = self._ask(moment, trainer, metrics)
         if moment == "epoch":
             training.epoch = step, epoch, ends
         elif moment == "end" and training.epoch[0] == step:
@@ -160,17 +184,20 @@ class Managed(Saving):
         training.horizon = answer.horizon
         desk = desk_of(trainer)
         desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
+        training.moment = moment
         try:
             self._follow(trainer, answer.decision, answer.account)
         finally:
+            training.moment = ""
             if self is siblings.newest(trainer.callbacks, Managed):
                 desk.clear()
 
-    def _metrics(self, moment: Moment, trainer: Any, training: Training) -> dict[str, Any]:
-        """Return what was measured at this step."""
-        return self._of_this_step(trainer, training, self._monitor_candidates(trainer))
+    def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics to decide by, now that something may be due."""
+        return metrics
 
-    def _of_this_step(self, trainer: Any, training: Training, candidates: dict[str, Any]) -> dict[str, Any]:
+    def _metrics(self, trainer: Any, training: Training, candidates: dict[str, Any]) -> dict[str, Any]:
+        """Return what was measured at this step."""
         fresh = training.measured.at(trainer.global_step, trainer.callback_metrics)
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}

@@ -11,6 +11,7 @@ import attrs
 
 from checkpointer import Attach, CheckpointManager, Decision, Save
 from checkpointer.ports import Ranks
+from checkpointer.ranks import Agreement
 from checkpointer.triggers import Horizon
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.identity import Identity
@@ -41,8 +42,25 @@ class Training:
     """Rank 0's."""
     horizon: Horizon
     measured: Measured = attrs.field(factory=Measured)
+    _agreement: Agreement | None = None
     epoch: tuple[int, int, bool] = (-1, -1, False)
     """The last report of an epoch: its step, its index, and whether it really ended."""
+    moment: str = ""
+    """What is being reported."""
+    rescues: bool = False
+    """Whether the policy saves when something ends the training."""
+
+    @property
+    def agreement(self) -> Agreement:
+        """How the ranks hear of what has happened on one of them."""
+        if self._agreement is None:
+            self._agreement = Agreement(self.ranks)
+        return self._agreement
+
+    def lead(self, act: Callable[[CheckpointManager], Decision]) -> Decision:
+        """Let rank 0's manager act, with the other ranks at its call; return on all what it returns."""
+        done: Decision = self.pen.team.work(lambda: act(self.managing))
+        return done
 
     @property
     def managing(self) -> CheckpointManager:
@@ -107,6 +125,12 @@ class Saving(Resuming):
         self._retired(trainer, done)
         return done
 
+    @property
+    def _at_batch(self) -> bool:
+        """Whether what is saved now is saved at the end of a batch."""
+        training = self._training
+        return training is not None and training.moment == "batch"
+
     def _dump(self, trainer: Any) -> dict[str, Any]:
         """Return the state to save; every callback of this moment gets the same one."""
         saving = [callback for callback in trainer.callbacks if isinstance(callback, Identity)]
@@ -136,9 +160,11 @@ class Saving(Resuming):
         return {**state, "step": max(state["step"], training.pen.trainer.global_step)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_training", "_last_trainer")}
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}
 
 
+_OF_A_TRAINING: Final = ("_training", "_last_trainer", "log", "log_dict")
+"""Names of what a copy does not take along. The Trainer lends a callback the methods with which its module logs."""
 _SHOWN: Final = (
     "best_model_path",
     "best_model_score",

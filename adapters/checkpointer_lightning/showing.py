@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
+from checkpointer_lightning.topk import competing
 
 __all__ = ["Account", "account_of"]
 
@@ -47,7 +48,7 @@ class Account:
 def account_of(policy: Policy, manifest: Manifest, directory: str, top_k: int) -> Account:
     """Return the account of the records; ``top_k`` as Lightning has it, -1 for all."""
     slot = policy.name.last_file if policy.last else None
-    history = [record for record in manifest.history if record.name != slot]
+    history = [record for record in competing(manifest.history) if record.name != slot]
     ranked = policy.best_first(history)
     top = ranked if top_k < 0 else policy.top(history)
     in_order = sorted(top, key=lambda record: record.serial)

@@ -60,6 +60,7 @@ class Feed:
             return dict(self._left_off)
         return {
             "loader": take_loader(self._loader),
+            "generators": _own_generators(self._loader),
             "began": self._began,
             "within": self._within,
             "warm": _is_warm(self._loader),
@@ -78,6 +79,8 @@ def _gone_on(loader: Any, state: Mapping[str, Any], used: int) -> Iterator[Any]:
     if is_stateful(loader):
         put_loader(loader, state["loader"])
         batches = iter(loader)
+        # torchdata sees to this pass alone: the next one would be shuffled from another state.
+        _put_generators(loader, state["generators"])
     else:
         began = state["began"] or {}
         if began:
@@ -103,9 +106,13 @@ def put_loader(loader: Any, state: Any) -> None:
     """Put a loader into the state that `take_loader` returned."""
     if is_stateful(loader):
         loader.load_state_dict(state)
-        return
-    for generator, of_generator in zip(_generators(loader), state, strict=False):
-        generator.set_state(of_generator)
+    else:
+        _put_generators(loader, state)
+
+
+def _put_generators(loader: Any, states: Any) -> None:
+    for generator, state in zip(_generators(loader), states, strict=False):
+        generator.set_state(state)
 
 
 def _own_generators(loader: Any) -> list[torch.Tensor]:

@@ -263,7 +263,7 @@ class Loop:
             _log.info("resumed from %s, not from %s: this directory has checkpoints", source, place)
         elif place is not None:
             found = open_place(place, weights_only=weights_only)
-            state, source = found.state, str(place)
+            state, source = found.state, found.where
         if state is None:
             return self.progress
         differences = self._training.put(state, source, strict=strict)

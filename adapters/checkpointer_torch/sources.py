@@ -18,7 +18,6 @@ from checkpointer.owner import new_owner, release
 from checkpointer.ports import Storage
 from checkpointer.restoring import verify
 from checkpointer.storage import LocalStorage, open_storage
-from checkpointer.writing import FOLDER
 
 __all__ = ["Found", "open_place", "own_name", "request_file"]
 
@@ -86,8 +85,8 @@ class _Opener:
         options = {"trust": self.trust, "storage_options": self.storage_options}
         manager = CheckpointManager(directory, self.policy, **options)  # type: ignore[arg-type]
         record = _record_of(manager, which)
-        if record is not None and record.format == FOLDER:
-            storage = self._storage(directory)
+        storage = self._storage(directory)
+        if record is not None and _is_trainers_folder(storage, record):
             verify(storage, record)
             where = f"{directory}/{record.name}"
             return Found(self._read_folder(storage, f"{record.name}/", where), where)
@@ -204,6 +203,10 @@ def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | 
     if which == "best":
         return manager.best
     return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)
+
+
+def _is_trainers_folder(storage: Storage, record: Record) -> bool:
+    return record.format != "dcp" and set(storage.list(record.name)) - {record.name} != set()
 
 
 def _beside(storage: Storage, path: str) -> Iterator[str]:

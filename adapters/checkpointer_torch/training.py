@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -160,7 +161,8 @@ class Training:
                 part.put(states[name])
             except Exception as error:
                 for earlier, before in done:
-                    earlier.put(before)
+                    with contextlib.suppress(Exception):  # It may be the very one that refuses.
+                        earlier.put(before)
                 msg = f"{name} refuses its state ({type(error).__name__}: {error}); nothing was loaded"
                 raise MismatchError(msg) from error
 

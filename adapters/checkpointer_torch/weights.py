@@ -21,7 +21,7 @@ from checkpointer_torch.sources import open_place
 
 __all__ = ["KeyMap", "LoadedWeights", "load_weights"]
 
-KeyMap = Mapping[str, str] | Callable[[str], str | None]
+KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
 _USUAL: Final = ("model", "state_dict", "model_state_dict", "module", "weights")
 """Where weights usually lie in a larger state; of two that fit alike the first counts."""
 
@@ -168,7 +168,8 @@ def _renamed(key: str, key_map: KeyMap | None) -> str | None:
     if not prefixes:
         return key
     longest = max(prefixes, key=len)
-    return key_map[longest] + key.removeprefix(longest)
+    instead = key_map[longest]
+    return None if instead is None else instead + key.removeprefix(longest)
 
 
 def _without_prefix(weights: OrderedDict[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:

@@ -19,7 +19,7 @@ from checkpointer.storage.drivers import without_password
 COMMANDS: Final = (
     *("ls", "show", "best", "last", "diff", "verify"),
     *("prune", "sweep", "copy", "adopt", "export", "average"),
-    *("simulate",),
+    *("simulate", "plot", "report"),
 )
 CANNOT: Final = 2
 """Exit code: it could not be done, and nothing was changed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from checkpointer.cli import options, output
 from checkpointer.errors import ObservationError
@@ -114,7 +115,7 @@ def _print(timeline: Timeline, *, everything: bool) -> None:
         value = moment.observation.metrics.get(ranked)
         cells = [number_text(value) if value is not None else ""] if ranked else []
         numbers = [str(moment.num_kept), size_text(moment.bytes), f"{moment.lost_steps}"]
-        table.add_row(str(moment.observation.step), *cells, *numbers, output.cell(_what(moment)))
+        table.add_row(str(moment.observation.step), *cells, *numbers, Text("\n").join(map(output.cell, _what(moment))))
     output.out().print(table)
     for line in _summary(timeline):
         output.print_line(line)
@@ -124,14 +125,16 @@ def _happened(moment: Moment) -> bool:
     return not isinstance(moment.decision, Skip) or moment.decision.due
 
 
-def _what(moment: Moment) -> str:
+def _what(moment: Moment) -> list[str]:
+    """Return what happened, a line for each checkpoint that came or went."""
     decision = moment.decision
-    gone = f"; - {', '.join(moment.retired)}" if moment.retired else ""
     if isinstance(decision, Save):
-        return f"+ {decision.name}{gone}"
-    if isinstance(decision, Attach):
-        return f"ranked {decision.name}{gone}"
-    return decision.reason if decision.due else ""
+        first = f"+ {decision.name}"
+    elif isinstance(decision, Attach):
+        first = f"ranked {decision.name}"
+    else:
+        first = decision.reason if decision.due else ""
+    return [first, *(f"- {name}" for name in moment.retired)]
 
 
 def _summary(timeline: Timeline) -> list[str]:

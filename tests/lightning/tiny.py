@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,26 @@ def files(directory: str | Path) -> list[str]:
 def step_of(path: str | Path) -> int:
     """Return the step that a checkpoint holds."""
     return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def together(*work: Callable[[], None]) -> None:
+    """Run one process per rank, as torchrun does: Lightning calls exception hooks in no process that it has forked."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(work)), "NODE_RANK": "0"}
+
+    def run(rank: int) -> None:
+        os.environ.update(shared, LOCAL_RANK=str(rank))
+        work[rank]()
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(len(work))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
 
 
 def held(directory: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 import xxhash
@@ -85,10 +86,10 @@ class Small:
         return float(torch.rand(1))
 
     def train(
-        self, directory: Path | None, *, tick: Callable[[str, int], None] = lambda *_: None, **options: Any
+        self, directory: Path | None, *, tick: Tick = lambda *_: None, policy: Policy = POLICY, **options: Any
     ) -> str:
         """Train to the end, and return a digest of all that can be seen of it."""
-        with Loop(directory, POLICY, **self.objects, **options) as loop:
+        with Loop(directory, policy, **self.objects, **options) as loop:
             loop.resume()
             for _ in loop.epochs(EPOCHS):
                 for batch in loop.batches(self.loader):
@@ -113,20 +114,36 @@ class Small:
         return xxhash.xxh3_128_hexdigest(b"".join(tensor.numpy().tobytes() for tensor in seen) + numbers.encode())
 
 
+@attrs.frozen
+class At:
+    """A tick that does something at one point of the training."""
+
+    where: str
+    step: int
+    numbers: tuple[int, ...] = (signal.SIGKILL,)
+
+    def __call__(self, where: str, step: int) -> None:
+        if (where, step) == (self.where, self.step):
+            for number in self.numbers:
+                # The workers too, as when the power fails.
+                os.killpg(0, number) if number == signal.SIGKILL else os.kill(os.getpid(), number)
+
+
 def die_at(where: str, step: int) -> Tick:
-    """Return a tick that kills this process and its workers there, as a power failure does."""
-
-    def tick(here: str, at: int) -> None:
-        if (here, at) == (where, step):
-            os.killpg(0, signal.SIGKILL)
-
-    return tick
+    """Return a tick that kills this process and its workers."""
+    return At(where, step)
 
 
-def run(directory: Path, kill: tuple[str, int] | None, kind: dict[str, Any]) -> tuple[int, str]:
+def say_at(where: str, step: int, *numbers: int) -> Tick:
+    """Return a tick that sends this process signals there."""
+
+    return At(where, step, numbers)
+
+
+def run(directory: Path, tick: Tick | None, kind: dict[str, Any]) -> tuple[int, str]:
     """Train in a process of its own; return its exit code and its digest."""
     receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=_life, args=(directory, kill, kind, sender))
+    process = processes.Process(target=_life, args=(directory, tick, kind, sender))
     process.start()
     sender.close()
     process.join(PATIENCE_S)
@@ -135,7 +152,8 @@ def run(directory: Path, kill: tuple[str, int] | None, kind: dict[str, Any]) -> 
     return process.exitcode, digest
 
 
-def _life(directory: Path, kill: tuple[str, int] | None, kind: dict[str, Any], sender: Any) -> None:
+def _life(directory: Path, tick: Tick | None, kind: dict[str, Any], sender: Any) -> None:
     os.setpgid(0, 0)
     torch.set_num_threads(1)
-    sender.send(Small(**kind).train(directory, **({"tick": die_at(*kill)} if kill else {})))
+    small = Small(**kind)
+    sender.send(small.train(directory, tick=tick) if tick else small.train(directory))

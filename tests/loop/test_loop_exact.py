@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import BATCHES, EPOCHS, run
+from small import BATCHES, EPOCHS, die_at, run
 
 STEPS = BATCHES * EPOCHS
 PLACES = ("before", "within", "after", "end")
@@ -34,7 +34,7 @@ def test_killed_in_any_step_and_resumed_it_ends_with_the_same_bits(
 ) -> None:
     """Twenty points: before, within and after each step, and after a validation; dropout and shuffling included."""
     place = "end" if step % BATCHES == 0 else PLACES[step % 3]
-    assert (-signal.SIGKILL, "") == run(tmp_path, (place, step), {})
+    assert (-signal.SIGKILL, "") == run(tmp_path, die_at(place, step), {})
     assert (0, unbroken["seeded"]) == run(tmp_path, None, {})
 
 
@@ -42,6 +42,6 @@ def test_killed_in_any_step_and_resumed_it_ends_with_the_same_bits(
 @pytest.mark.parametrize("name", ["drawn", "workers", "persistent"])
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, unbroken: dict[str, str], name: str) -> None:
     """A shuffle drawn from the global generator, and workers that read ahead, are found again too."""
-    for kill in [("within", 2), ("after", 5), ("end", 7), ("before", 9), ("after", 13), ("within", 20)]:
-        assert (-signal.SIGKILL, "") == run(tmp_path, kill, KINDS[name])
+    for place, step in [("within", 2), ("after", 5), ("end", 7), ("before", 9), ("within", 20)]:
+        assert (-signal.SIGKILL, "") == run(tmp_path, die_at(place, step), KINDS[name])
     assert (0, unbroken[name]) == run(tmp_path, None, KINDS[name])

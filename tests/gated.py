@@ -1,0 +1,79 @@
+"""A storage whose payloads wait at a gate: a save is in flight for exactly as long as a test wants it to be."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from checkpointer import CheckpointManager
+from checkpointer.ports import Upload
+from checkpointer.testing import MemoryStorage
+
+PATIENCE_S = 60.0
+"""Only a test that fails waits so long."""
+
+
+class GatedStorage(MemoryStorage):
+    """Open at first; while it is shut, a payload stays unpublished. ``broken`` fails every payload with that error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        """Released once for each payload that has come to the gate."""
+        self.broken: BaseException | None = None
+
+    def upload(self, path: str) -> Any:
+        upload = super().upload(path)
+        return upload if path.startswith(".checkpointer") else _GatedUpload(upload, self)
+
+    def shut(self) -> None:
+        self.gate.clear()
+
+    def open_gate(self) -> None:
+        self.gate.set()
+
+    def await_arrival(self) -> None:
+        assert self.arrived.acquire(timeout=PATIENCE_S), "no payload came"
+
+
+class _GatedUpload:
+    def __init__(self, inner: Upload, storage: GatedStorage) -> None:
+        self._inner = inner
+        self._storage = storage
+
+    def write(self, data: Any) -> int:
+        return self._inner.write(data)
+
+    def finish(self) -> None:
+        self._storage.arrived.release()
+        if threading.current_thread() is not threading.main_thread():  # Which would wait for itself.
+            assert self._storage.gate.wait(PATIENCE_S), "nobody opened the gate"
+        if self._storage.broken is not None:
+            raise self._storage.broken
+        self._inner.finish()
+
+    def publish(self, *, replace: bool) -> None:
+        self._inner.publish(replace=replace)
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+
+class _Opening(threading.Condition):
+    """Opens a gate when somebody waits for news."""
+
+    def __init__(self, storage: GatedStorage) -> None:
+        super().__init__()
+        self._storage = storage
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._storage.open_gate()
+        return super().wait(timeout)
+
+
+def open_when_waited_for(manager: CheckpointManager, storage: GatedStorage) -> None:
+    """Let the gate open at the moment the loop waits for the writer, and no earlier."""
+    assert manager._background is not None
+    manager._background._news = _Opening(storage)

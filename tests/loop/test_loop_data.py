@@ -1,0 +1,149 @@
+"""Which batch comes next, and what is read to find it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpointer_torch import Loop
+from small import Points
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+
+from checkpointer import EverySteps, KeepLast, Policy
+
+EVERY = Policy(EverySteps(1), [KeepLast(1)])
+COUNT = 10
+
+
+class Stream(IterableDataset[int]):
+    """Data without an index."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(COUNT):
+            self.read += 1
+            yield number
+
+
+def seeded(kind: str) -> Any:
+    """Return a loader of this kind."""
+    data = Points(COUNT)
+    generator = torch.Generator().manual_seed(5)
+    if kind == "plain":
+        return DataLoader(data, 2, shuffle=True, generator=generator)
+    if kind == "batches":
+        sampler = RandomSampler(data, generator=generator)
+        return DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    if kind == "single":
+        return DataLoader(data, batch_size=None, sampler=RandomSampler(data, generator=generator))
+    if kind == "distributed":
+        return DataLoader(data, 2, sampler=DistributedSampler(data, num_replicas=1, rank=0, seed=3))
+    if kind == "stream":
+        return DataLoader(Stream(), 2)
+    if kind == "list":
+        return [[0, 1], [2, 3], [4, 5]]
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
+    workers = 2 if kind == "stateful with workers" else 0
+    return torchdata.StatefulDataLoader(data, 2, shuffle=True, generator=generator, num_workers=workers)
+
+
+def flat(batch: Any) -> Any:
+    """Return something that can be compared."""
+    return [flat(item) for item in batch] if isinstance(batch, (list, tuple)) else torch.as_tensor(batch).tolist()
+
+
+def passes(directory: Path | None, loader: Any, *, stop_at: int | None = None) -> list[Any]:
+    """Return what two epochs give; ``stop_at`` leaves off after so many steps."""
+    given = []
+    with Loop(directory, EVERY, loader=loader) if isinstance(loader, DataLoader) else Loop(directory, EVERY) as loop:
+        loop.resume()
+        for epoch in loop.epochs(2):
+            for batch in loop.batches(loader):
+                given.append((epoch, flat(batch)))
+                loop.step()
+                if loop.progress.step == stop_at:
+                    return given
+    return given
+
+
+KINDS = ["plain", "batches", "single", "distributed", "stream", "list", "stateful", "stateful with workers"]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # What torchdata says of torch.
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_off_anywhere_the_very_next_batch_comes(tmp_path: Path, kind: str) -> None:
+    """Within an epoch, at its end, in the next: no batch twice, none left out, in the order of an unbroken run."""
+    unbroken = passes(None, seeded(kind))
+    stops = [len(unbroken) // 4, len(unbroken) // 2, len(unbroken) // 2 + 1, len(unbroken) - 1]
+    given: list[Any] = []
+    for stop in stops:
+        given += passes(tmp_path, seeded(kind), stop_at=stop)
+    assert unbroken == given + passes(tmp_path, seeded(kind))
+
+
+def test_what_has_an_index_is_not_read_again(tmp_path: Path) -> None:
+    """A skipped batch costs its indices only; a stream has to be read up to the place."""
+    first, second = seeded("plain"), seeded("plain")
+    passes(tmp_path / "plain", first, stop_at=3)
+    passes(tmp_path / "plain", second, stop_at=5)
+    assert (6, 4) == (len(first.dataset.read), len(second.dataset.read))
+    assert set(range(COUNT)) == {*first.dataset.read, *second.dataset.read}
+    stream = seeded("stream")
+    passes(tmp_path / "stream", seeded("stream"), stop_at=3)
+    passes(tmp_path / "stream", stream, stop_at=5)
+    assert COUNT == stream.dataset.read
+
+
+def test_the_loader_is_left_as_it_was(tmp_path: Path) -> None:
+    """Skipping borrows its sampler for a moment."""
+    loader = seeded("plain")
+    sampler = loader.batch_sampler
+    passes(tmp_path, seeded("plain"), stop_at=3)
+    passes(tmp_path, loader)
+    assert sampler is loader.batch_sampler
+    assert 5 == len(loader)
+
+
+def test_a_shuffle_of_another_loader_goes_on(tmp_path: Path) -> None:
+    """A validation with a generator of its own, given by name."""
+    orders = []
+    for whole in (True, False):
+        directory = tmp_path / str(whole)
+        order = []
+        for _ in range(1 if whole else 2):
+            validation = seeded("plain")
+            with Loop(directory, EVERY, validation=validation) as loop:
+                loop.resume()
+                for _ in loop.epochs(2):
+                    for _ in loop.batches(range(2)):
+                        loop.step()
+                    order.append([flat(batch[1]) for batch in validation])
+                    loop.report({})
+                    if not whole:
+                        continue
+        orders.append(order[:2])
+    assert orders[0][0] != orders[0][1]
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("limit", [3, 4])
+def test_an_epoch_may_have_a_limit(tmp_path: Path, limit: int) -> None:
+    """It holds across a resume too."""
+    for stop in (2, None):
+        given = []
+        with Loop(tmp_path, EVERY) as loop:
+            loop.resume()
+            for epoch in loop.epochs(2):
+                for number in loop.batches(range(10), limit=limit):
+                    given.append((epoch, number))
+                    loop.step()
+                    if loop.progress.step == stop:
+                        break
+                if stop:
+                    break
+    assert [(0, number) for number in range(2, limit)] + [(1, number) for number in range(limit)] == given

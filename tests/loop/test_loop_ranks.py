@@ -1,0 +1,165 @@
+"""Several processes: they stop at one step, save what is each one's own, and an error on one is seen as itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from checkpointer_torch import Loop
+from together import together
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer.errors import RanksError
+
+pytestmark = pytest.mark.slow
+
+POLICY = Policy(EverySteps(4), [KeepLast(1)], last="link")
+STEPS = 24
+
+
+class Parallel:
+    """A DDP training, whose ranks draw numbers of their own."""
+
+    def __init__(self, rank: int, *, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.model = nn.parallel.DistributedDataParallel(net)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        data = TensorDataset(torch.arange(96.0).view(24, 4) / 96)
+        self.loader = DataLoader(data, 2, sampler=DistributedSampler(data, shuffle=True, seed=1))
+        torch.manual_seed(100 + rank)
+        random.seed(rank)
+
+    def learn(self, batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = (self.model(batch + random.random()) - 1.0).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+    def digest(self) -> str:
+        """Return the weights, and what this rank would draw next."""
+        seen = [*self.model.state_dict().values(), torch.get_rng_state()]
+        drawn = repr(random.getstate()).encode()
+        return xxhash.xxh3_128_hexdigest(b"".join(tensor.numpy().tobytes() for tensor in seen) + drawn)
+
+
+def train(rank: int, directory: Path, signal_at: int | None = None, on: int = 1) -> Any:
+    """Train; a signal comes to one rank at one step. Return where it stopped, and the digest."""
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    parallel = Parallel(rank)
+    with Loop(directory, POLICY, model=parallel.model, optimizer=parallel.optimizer) as loop:
+        loop.resume()
+        for _ in loop.epochs(4):
+            for (batch,) in loop.batches(parallel.loader):
+                loss = parallel.learn(batch)
+                if loop.progress.step + 1 == signal_at and rank == on:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                loop.step({"loss": loss})
+    return loop.progress.step, loop.stopped, heard, parallel.digest()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_they_go_on_exactly(tmp_path: Path) -> None:
+    """Also within an epoch: each rank's dropout and place in the data are its own, and come back."""
+    unbroken = [digest for _, _, _, digest in together(2, train, tmp_path / "unbroken")]
+    assert unbroken[0] != unbroken[1], "the ranks draw other numbers"
+    for signal_at, on in ((3, 1), (10, 0)):
+        stops = together(2, train, tmp_path / "run", signal_at, on)
+        steps = {step for step, *_ in stops}
+        assert 1 == len(steps), "all at one step"
+        assert signal_at <= steps.pop() <= signal_at + 4
+        assert [[signal.SIGTERM], [signal.SIGTERM]] == [heard for _, _, heard, _ in stops]
+        assert all(stopped.startswith("SIGTERM at step") for _, stopped, _, _ in stops)
+    assert unbroken == [digest for _, _, _, digest in together(2, train, tmp_path / "run")]
+
+
+def fail(rank: int, directory: Path | None) -> Any:
+    """Fail on rank 1 in step 6; with a directory in our loop. Return what each rank saw, and when."""
+    parallel = Parallel(rank)
+    since = 0.0
+
+    def step(number: int, batch: torch.Tensor) -> None:
+        nonlocal since
+        since = time.monotonic()
+        if number == 6 and rank == 1:
+            raise ZeroDivisionError("mine")
+        parallel.learn(batch)
+
+    try:
+        if directory is None:
+            for number in range(STEPS):
+                step(number, torch.ones(2, 4))
+        else:
+            with Loop(directory, POLICY, model=parallel.model, optimizer=parallel.optimizer) as loop:
+                for _ in loop.epochs(1):
+                    for number in loop.batches(range(STEPS)):
+                        step(number, torch.ones(2, 4))
+                        loop.step()
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - since
+    return "nothing", "", 0.0
+
+
+def test_an_exception_on_one_rank_is_seen_as_itself_and_soon(tmp_path: Path) -> None:
+    """Within 2 s of what it takes without us: the others may be waiting in a collective, and are not waited for."""
+    without = together(2, fail, None)
+    ours = together(2, fail, tmp_path)
+    assert ("ZeroDivisionError", "mine") == without[1][:2] == ours[1][:2]
+    assert ours[1][2] < without[1][2] + 2.0
+    assert ["step=4"] == [f"step={record.step}" for record in CheckpointManager(tmp_path).records]
+
+
+def look(rank: int, directory: Path) -> Any:
+    """Resume on another number of ranks."""
+    parallel = Parallel(rank)
+    with Loop(directory, POLICY, model=parallel.model, optimizer=parallel.optimizer) as loop:
+        with pytest.warns(CheckpointerWarning, match="saved by 2 processes, resumed by 3: each goes on after"):
+            loop.resume()
+        last = loop.last
+        try:
+            said = repr(loop.manager)
+        except RanksError as error:
+            said = str(error)
+        return loop.progress.step, loop.progress.batch, last.step if last else None, said
+
+
+def test_another_number_of_ranks_goes_on_and_says_that_it_is_not_exact(tmp_path: Path) -> None:
+    """The weights come back; each rank's share of the epoch is another."""
+    (step, *_), _ = together(2, train, tmp_path, 4)
+    looks = together(3, look, tmp_path)
+    assert {(step, (step % 6) * 2 // 3)} == {(at, batch) for at, batch, _, _ in looks}
+    assert {step} == {last for _, _, last, _ in looks}
+    assert "rank 1 has no manager, rank 0 has" in looks[1][3]
+
+
+def request(rank: int, directory: Path) -> Any:
+    """Ask for a save on rank 1, by a signal, and report a validation."""
+    parallel = Parallel(rank)
+    with Loop(directory, Policy(EverySteps(1000), [KeepLast(1)]), model=parallel.model) as loop:
+        for _ in loop.epochs(1):
+            for number in loop.batches(range(STEPS)):
+                time.sleep(0.01)
+                if number == 3 and rank == 1:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                loop.step()
+                loop.report({"val": float(number)})
+    return loop.progress.step, loop.last.name if loop.last else ""
+
+
+def test_a_save_asked_of_one_rank_is_made_by_all(tmp_path: Path) -> None:
+    """Taking the state is a matter of every rank; none is held up for good."""
+    (step, name), other = together(2, request, tmp_path)
+    assert (STEPS, name) == (step, name) == other
+    assert name.startswith("rescue-step=")
+    assert 2 == len(torch.load(tmp_path / name, weights_only=True)["loop"]["ranks"])
+    assert "0.weight" in torch.load(tmp_path / name, weights_only=True)["model"]

@@ -1,0 +1,361 @@
+"""What is saved of each kind of object, and what fits where."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpointer_torch import Loop
+from checkpointer_torch.names import plain_state, wrapped_state
+from checkpointer_torch.random_state import put_random_state, take_random_state
+from small import POLICY, Small, make_net
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
+from checkpointer.errors import MismatchError, NotFoundError, ObservationError, PolicyError
+
+EVERY = Policy(EverySteps(1), [KeepAll()])
+
+
+@dataclasses.dataclass
+class Counters:
+    """What a training counts."""
+
+    seen: int = 0
+    best: float = 1.0
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+def one_step(directory: Path, **objects: Any) -> None:
+    """Save these objects once."""
+    with Loop(directory, EVERY, **objects) as loop:
+        for _ in loop.epochs(1):
+            for _ in loop.batches([0]):
+                loop.step()
+
+
+def resumed(directory: Path, *, strict: bool = True, **objects: Any) -> Loop:
+    """Return a loop that has gone on with them."""
+    with Loop(directory, EVERY, **objects) as loop:
+        loop.resume(strict=strict)
+    return loop
+
+
+def payload(directory: Path) -> Any:
+    """Return the newest payload, as anybody reads it."""
+    name = CheckpointManager(directory).records[-1].name
+    return torch.load(directory / name, weights_only=True)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """Wrap, without compiling: that happens at the first call."""
+    return torch.compile(module)  # type: ignore[return-value]
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """Wrap for several devices."""
+    return nn.DataParallel(module)
+
+
+def compiled_within(module: nn.Module) -> nn.Module:
+    """Wrap a part only."""
+    module[0] = torch.compile(module[0])  # type: ignore[operator, index]
+    return module
+
+
+WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
+    lambda module: module,
+    compiled,
+    parallel,
+    compiled_within,
+    lambda module: compiled(parallel(module)),
+]
+
+
+@pytest.mark.parametrize("saved", WRAPPERS)
+@pytest.mark.parametrize("loaded", WRAPPERS)
+def test_wrapped_modules_have_plain_names_in_the_file_and_load_into_either(
+    saved: Callable[[nn.Module], nn.Module], loaded: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Whether a run was compiled or parallel is nobody's business later; versions of layers come along."""
+    plain, source, target = make_net(), make_net(), make_net()
+    state = plain_state(saved(source))
+    assert list(plain.state_dict()) == list(state)
+    assert plain.state_dict()._metadata == state._metadata  # type: ignore[attr-defined]
+    wrapped = loaded(target)
+    assert ([], []) == tuple(wrapped.load_state_dict(wrapped_state(wrapped, state)))
+    assert torch.equal(source.state_dict()["4.weight"], plain_state(wrapped)["4.weight"])
+
+
+def test_a_name_that_only_looks_like_a_wrapper_stays() -> None:
+    """A module may call a part of its own ``module``."""
+    model = nn.ModuleDict({"module": nn.Linear(1, 1)})
+    assert ["module.weight", "module.bias"] == list(plain_state(model))
+
+
+def test_every_kind_of_object_comes_back(tmp_path: Path) -> None:
+    """In a file that a safe load reads without this library."""
+
+    def make(number: int) -> dict[str, Any]:
+        model = nn.Linear(2, 2)
+        return {
+            "model": model,
+            "ema": AveragedModel(model),
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1 * number, momentum=0.9),
+            "scaler": torch.amp.GradScaler("cpu", init_scale=2.0**number),
+            "drawn": torch.Generator().manual_seed(number),
+            "dice": random.Random(number),
+            "bits": np.random.default_rng(number),
+            "philox": np.random.Generator(np.random.Philox(number)),
+            "tensor": torch.full((3,), float(number)),
+            "counters": Counters(seen=number, names=["a"] * number),
+            "extra": {"k": [number]},
+            "seen": number,
+        }
+
+    first, second = make(1), make(2)
+    one_step(tmp_path, **first)
+    assert {*first, "loop"} == set(payload(tmp_path))
+    loop = resumed(tmp_path, **second)
+    assert torch.equal(first["model"].weight, second["model"].weight)
+    assert torch.equal(first["ema"].module.weight, second["ema"].module.weight)
+    assert (0.1, 2.0) == (second["optimizer"].param_groups[0]["lr"], second["scaler"].get_scale())
+    assert torch.equal(torch.rand(2, generator=first["drawn"]), torch.rand(2, generator=second["drawn"]))
+    assert first["dice"].random() == second["dice"].random()
+    assert [first[name].random() for name in ("bits", "philox")] == [
+        second[name].random() for name in ("bits", "philox")
+    ]
+    assert torch.equal(torch.ones(3), second["tensor"])
+    assert Counters(seen=1, names=["a"]) == second["counters"]
+    assert ({"k": [1]}, 1) == (second["extra"], loop["seen"])
+
+
+def test_a_plain_value_is_held_by_the_loop(tmp_path: Path) -> None:
+    """It cannot be changed in place; a name that was not given would not be saved, and is an error."""
+    with Loop(tmp_path, EVERY, seen=0) as loop:
+        for _ in loop.epochs(1):
+            for _ in loop.batches(range(3)):
+                loop["seen"] += 32
+                loop.step()
+        with pytest.raises(KeyError, match="other"):
+            loop["other"] = 1
+    assert 96 == resumed(tmp_path, seen=0)["seen"]
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    """Those of python with its half-drawn pair, of numpy with its, and of torch."""
+
+    def draw() -> tuple[Any, ...]:
+        return random.gauss(0, 1), float(np.random.normal()), torch.rand(2).tolist(), random.random()
+
+    draw()
+    state = take_random_state()
+    drawn = draw()
+    put_random_state(state)
+    assert drawn == draw()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_cuda_device_goes_on_where_it_was() -> None:
+    """Dropout on a GPU draws from its own generator."""
+    devices = range(torch.cuda.device_count())
+    for device in devices:
+        torch.rand(1, device=f"cuda:{device}")
+    state = take_random_state()
+    drawn = [torch.rand(3, device=f"cuda:{device}").cpu() for device in devices]
+    put_random_state(state)
+    again = [torch.rand(3, device=f"cuda:{device}").cpu() for device in devices]
+    assert all(map(torch.equal, drawn, again))
+
+
+def test_a_checkpoint_of_other_objects_is_one_error_that_names_all_and_nothing_is_loaded(tmp_path: Path) -> None:
+    """Missing, unexpected and reshaped, of the objects and of their keys."""
+    saved = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    one_step(tmp_path, model=saved, optimizer=torch.optim.Adam(saved.parameters()), old=1)
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "new": torch.ones(1)}
+    wanted = (
+        r"step=1.ckpt does not fit this training, and nothing was loaded: missing: new, model.2.weight, model.2.bias; "
+        r"unexpected: old, model.1.bias; of another shape: model.0.weight \(here \[2, 4\], there \[2, 3\]\), "
+        r"optimizer.param_groups\[0\].params \(here 5, there 4\)"
+    )
+    with pytest.raises(MismatchError, match=wanted):
+        resumed(tmp_path, **parts)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.warns(CheckpointerWarning, match="does not fit, and what did was loaded"):
+        resumed(tmp_path, strict=False, **parts)
+    assert torch.equal(saved.state_dict()["1.weight"], model.state_dict()["1.weight"])
+    assert torch.equal(before["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_an_optimizer_of_other_shapes_is_seen_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Its state has numbers for names, so that only shapes tell."""
+
+    def make(width: int) -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(width))
+        weight.grad = torch.ones(width)
+        optimizer = torch.optim.Adam([weight])
+        optimizer.step()
+        return optimizer
+
+    one_step(tmp_path, optimizer=make(3))
+    with pytest.raises(MismatchError, match=r"optimizer.state\[0\].exp_avg \(here \[4\], there \[3\]\)"):
+        resumed(tmp_path, optimizer=make(4))
+
+
+def test_what_refuses_its_state_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    """Nothing is half loaded, whoever says no."""
+
+    class Refusing:
+        def state_dict(self) -> dict[str, Any]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("wanted")
+
+    one_step(tmp_path, counters={"n": 5}, model=nn.Linear(1, 1), odd=Refusing())
+    counters, model = {"n": 1}, nn.Linear(1, 1)
+    before = model.weight.clone()
+    with pytest.raises(MismatchError, match=r"odd refuses its state \(KeyError: 'wanted'\); nothing was loaded"):
+        resumed(tmp_path, counters=counters, model=model, odd=Refusing())
+    assert {"n": 1} == counters
+    assert torch.equal(before, model.weight)
+
+
+def test_what_a_safe_load_refuses_is_named_when_it_is_saved(tmp_path: Path) -> None:
+    """Not at the resume, when it is too late."""
+    with pytest.warns(CheckpointerWarning, match=r"state\['extra'\]\['where'\] is a pathlib"):
+        one_step(tmp_path, extra={"where": Path()})
+
+
+@pytest.mark.parametrize(("thing", "match"), [(object(), "thing is a object, and nothing"), ([1], "thing is a list")])
+def test_what_cannot_be_saved_is_an_error_at_once(thing: Any, match: str) -> None:
+    """Silence would be noticed at the resume."""
+    with pytest.raises(PolicyError, match=match):
+        Loop(None, EVERY, thing=thing)
+
+
+def test_the_loops_own_name_is_taken() -> None:
+    """Else one would overwrite the other in the file."""
+    with pytest.raises(PolicyError, match="an object is called 'loop'"):
+        Loop(None, EVERY, loop=1)
+
+
+def test_a_resume_is_a_restore(tmp_path: Path) -> None:
+    """The run goes on, and what lies beyond the step is abandoned."""
+    small = Small()
+    small.train(tmp_path, policy=EVERY)
+    with Loop(tmp_path, EVERY, **small.objects) as loop:
+        start = loop.resume(5)
+        assert (0, 5, 5, "epoch=0-step=5.ckpt") == (start.epoch, start.step, start.batch, start.source)
+        assert [1, 2, 3, 4, 5] == [record.step for record in loop.manager.records]
+        for _ in loop.epochs(1):
+            for batch in loop.batches(small.loader):
+                loop.step({"loss": small.learn(batch)})
+    steps = {record.name: record.step for record in loop.manager.records}
+    assert [1, 2, 3, 4, 5, 6, 7] == list(steps.values())
+    assert "epoch=0-step=6-v1.ckpt" in steps
+
+
+def test_another_directory_starts_this_one_once(tmp_path: Path) -> None:
+    """The same command line goes on after a preemption, and does not begin with the old weights again."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    Small().train(old, policy=POLICY)
+    best = next(record.name for record in CheckpointManager(old).records if "val" in record.metrics)
+    for place in (old, old / best, str(old / "last.ckpt")):
+        with Loop(tmp_path / "look", EVERY, **Small().objects) as loop:
+            assert (loop.resume(place).step, Path(loop.progress.source).parent) in [(21, old), (7, old)]
+    for steps in (22, 23):
+        small = Small()
+        with Loop(new, EVERY, **small.objects) as loop:
+            source = loop.resume(old).source
+            assert ("step=22" in source) == (steps == 23)
+            for epoch in loop.epochs():
+                for batch in loop.batches(small.loader, limit=steps - 21 if epoch == 3 else None):
+                    loop.step({"loss": small.learn(batch)})
+                if epoch == 3:
+                    break
+        assert steps == loop.progress.step
+    with Loop(old, POLICY, **Small().objects) as loop:
+        assert best == loop.resume(old / best).source
+    with Loop(new, EVERY) as loop, pytest.raises(NotFoundError, match=r"no checkpoint 'nothing/there.ckpt'"):
+        loop.resume("nothing/there.ckpt")
+
+
+def test_what_no_loop_has_saved_is_not_resumed(tmp_path: Path) -> None:
+    """It does not say how far the training was; its weights can be had otherwise."""
+    with CheckpointManager(tmp_path, EVERY, state=lambda: {"w": 1}) as manager:
+        manager.observe({}, 1, 0)
+    with Loop(tmp_path, EVERY) as loop, pytest.raises(MismatchError, match=r"was not saved by a Loop.* load_weights"):
+        loop.resume()
+
+
+def test_weights_alone_lie_under_their_plain_names(tmp_path: Path) -> None:
+    """As anybody expects of a file of weights, in either format; they are for others to load."""
+    policy = Policy(EverySteps(1), [KeepLast(1)], contents="weights")
+    model = nn.Linear(2, 1)
+    for format, read in (("torch", torch.load), ("safetensors", __import__("safetensors.torch").torch.load_file)):
+        with pytest.warns(CheckpointerWarning, match="cannot resume"):
+            loop = Loop(tmp_path / format, policy, options={"format": format}, model=model, seen=1)
+        with loop:
+            for _ in loop.epochs(1):
+                for _ in loop.batches([0]):
+                    loop.step()
+        assert loop.last is not None
+        assert ["bias", "weight"] == sorted(read(tmp_path / format / loop.last.name))
+
+
+def test_the_loop_has_to_be_entered() -> None:
+    """Without the block neither signals nor exceptions would be rescued, nor the directory closed."""
+    loop = Loop(None, EVERY)
+    with pytest.raises(ObservationError, match="with Loop"):
+        next(loop.epochs(1))
+
+
+def test_an_epoch_has_one_pass_and_reports_follow_steps() -> None:
+    """A second one would move the place in the data."""
+    with Loop(None, EVERY) as loop:
+        for _ in loop.epochs(1):
+            for _ in loop.batches([0, 1]):
+                with pytest.raises(ObservationError, match=r"call step\(\) first, or pass val to step"):
+                    loop.report({"val": 1.0})
+                loop.step()
+            with pytest.raises(ObservationError, match="had its batches already"):
+                loop.batches([0])
+
+
+def test_accumulated_gradients_count_their_batches(tmp_path: Path) -> None:
+    """The place is that after the last whole update."""
+    with Loop(tmp_path, EVERY) as loop:
+        for _ in loop.epochs(1):
+            for number in loop.batches(range(8)):
+                if number % 3 == 2:
+                    loop.step()
+                if number == 7:
+                    assert (2, 6) == (loop.progress.step, loop.progress.batch)
+                    break
+            break
+    with Loop(tmp_path, EVERY) as loop:
+        loop.resume()
+        assert [6, 7] == [number for _ in loop.epochs(1) for number in loop.batches(range(8))]
+
+
+def test_a_validation_within_the_epoch_is_ranked_at_its_step(tmp_path: Path) -> None:
+    """A save that waited for the metric is made when it comes; one that is there is ranked anew."""
+    with Loop(tmp_path, Policy(EverySteps(2), POLICY.keep[:1], name="{step}-{val}")) as loop:
+        for _ in loop.epochs(1):
+            for number in loop.batches(range(4)):
+                loop.step({"loss": 1.0})
+                if number % 2:
+                    loop.report({"val": 3.0 - number})
+    assert ["step=4-val=0.0.ckpt"] == [record.name for record in loop.manager.records]
+    assert {"loss": 1.0, "val": 0.0} == dict(loop.manager.records[0].metrics)
