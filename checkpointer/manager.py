@@ -700,7 +700,7 @@ class CheckpointManager:
             "line": [list(fork) for fork in self._directory.manifest.line],
             "step": step,
             "since": attrs.asdict(since),
-            "owed": self._pacing.owed and not regular,
+            "owed": "" if regular else self._pacing.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
@@ -718,7 +718,7 @@ class CheckpointManager:
             run, step = str(state["run"]), as_index(state["step"], "step", RecordError)
             line = tuple((int(fork), int(at)) for fork, at in state["line"])
             since = Progress(**state["since"])
-            owed = bool(state["owed"])
+            owed = str(state["owed"])
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error
