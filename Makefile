@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-ranks docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-ranks docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +20,7 @@ help:
 	@echo "make docs        build the documentation into docs/_build, offline"
 	@echo "make hosts       install the frameworks whose adapters some tests use"
 	@echo "make bench       measure beside the raw operations"
+	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
 	@echo "make bench-lightning  measure saves in Lightning beside its own class"
@@ -84,6 +85,9 @@ wheel-test: venv
 bench: venv
 	"$(BIN)/python" benchmarks/run.py
 	"$(BIN)/python" benchmarks/loop.py
+
+bench-cli: venv
+	"$(BIN)/python" benchmarks/cli.py
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py

@@ -32,9 +32,9 @@ class Said:
         return json.loads(self.out)
 
 
-def command(*argv: object) -> Said:
-    """Run one command."""
-    os.environ["COLUMNS"] = "160"
+def command(*argv: object, columns: int = 160) -> Said:
+    """Run one command, on a terminal so wide."""
+    os.environ["COLUMNS"] = str(columns)
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([*map(str, argv)])

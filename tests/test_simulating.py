@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,24 @@ def test_a_history_of_no_records_is_empty() -> None:
     """And plays to nothing."""
     timeline = simulate(Policy(EverySteps(1), [KeepAll()]), history_of([]))
     assert ((), None, 0) == (timeline.moments, timeline.most_lost, timeline.peak_bytes)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_what_simulate_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the metrics of the digits run, in 80 columns."""
+    recorded = re.search(
+        r"```console\n\$ checkpointer (simulate .*?)\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert recorded is not None
+    monkeypatch.chdir(ROOT)
+    said = command(*recorded[1].split(), columns=80)
+    assert recorded[2].splitlines() == [line.rstrip() for line in said.out.splitlines()]
+    assert max(map(len, recorded[2].splitlines())) <= 80
+
+
+def test_the_policy_files_of_the_examples_can_be_read() -> None:
+    """And are what the example trains with."""
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        assert Policy.from_yaml(path)

@@ -8,6 +8,7 @@ import attrs
 import typer
 
 from checkpointer.cli import options, output
+from checkpointer.cli.tables import Table
 from checkpointer.diffing import Change, diff, diff_values
 from checkpointer.formats.contents import open_contents
 from checkpointer.wording import number_text
@@ -60,18 +61,17 @@ def changes_as_data(changes: list[Change]) -> list[dict[str, Any]]:
 
 
 def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
-    table = output.plain_table(
-        "tensor", "shape", "norm", "relative", "max", "cosine", right=("norm", "relative", "max", "cosine")
-    )
+    numbers = ("norm", "relative", "max", "cosine")
+    table = Table("tensor", "shape", *numbers, right=numbers, folded=0)
     for change in filter(bool, changes):
-        table.add_row(output.cell(change.name), _shape(change), *_numbers(change))
-    if table.row_count:
-        output.out().print(table)
+        table.add(change.name, _shape(change), *_numbers(change))
+    if len(table):
+        table.print()
     if values:
-        table = output.plain_table("value", "before", "after")
+        table = Table("value", "before", "after")
         for name, (one, two) in values.items():
-            table.add_row(output.cell(name), output.cell(str(one)), output.cell(str(two)))
-        output.out().print(table)
+            table.add(name, str(one), str(two))
+        table.print()
     count = sum(map(bool, changes))
     output.print_line(f"{count} of {len(changes)} tensors differ, and {len(values)} values")
 

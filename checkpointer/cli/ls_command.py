@@ -6,9 +6,9 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from checkpointer.cli import options, output
+from checkpointer.cli.tables import Table, width
 from checkpointer.inspecting import Catalog
 from checkpointer.policy import Policy, explain
 from checkpointer.records import Record
@@ -97,14 +97,26 @@ def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], met
         "size": [size_text(record.size) for record in records],
         "age": [age_text(now - record.time) for record in records],
     }
-    console = output.out()
     longest = max((len(record.name) for record in records), default=0)
-    columns = _fitting(columns, metrics, console.width - longest)
-    table = output.plain_table(*columns, "name", right=tuple(columns))
+    columns = _fitting(columns, metrics, width() - longest)
+    names = _aliases_by_name(catalog)
+    table = Table(*columns, "name", right=tuple(columns))
     for number, record in enumerate(records):
-        cells = [output.cell(values[number]) for values in columns.values()]
-        table.add_row(*cells, _name(catalog, record, reasons[record.name]))
-    console.print(table)
+        cells = [values[number] for values in columns.values()]
+        table.add(*cells, _lines(record, names.get(record.name, []), reasons[record.name]))
+    table.print()
+
+
+def _aliases_by_name(catalog: Catalog) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for alias, name in catalog.aliases.items():
+        names.setdefault(name, []).append(alias)
+    return names
+
+
+def _lines(record: Record, aliases: list[str], reason: str) -> list[tuple[str, str]]:
+    name = (record.name, "bold" if record.kind == "regular" else "red")
+    return [name, *((f"<- {alias}", "green") for alias in aliases), (reason, "dim")]
 
 
 def _metric(record: Record, name: str) -> str:
@@ -119,11 +131,3 @@ def _fitting(columns: dict[str, list[str]], metrics: list[str], width: int) -> d
             break
         del columns[name]
     return columns
-
-
-def _name(catalog: Catalog, record: Record, reason: str) -> Text:
-    text = output.cell(record.name, "bold" if record.kind == "regular" else "bold red")
-    text.append("\n")
-    for alias in catalog.aliases_of(record):
-        text.append_text(output.cell(f"<- {alias}  ", "green"))
-    return text.append_text(output.cell(reason, "dim"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import attrs
 import typer
 
 from checkpointer.errors import PolicyError, StorageError
@@ -113,6 +114,8 @@ def look(
         StorageError: If there is no such directory, or no record in it.
     """
     catalog = look_at(open_place(directory, storage_options), key_of(key_env, key_file))
+    if isinstance(catalog.storage, SupportsPaths):
+        catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
     if catalog.records or catalog.damaged or catalog.unfinished:
         return catalog
     files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,24 +21,14 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
+from checkpointer.cli.tables import width
 from checkpointer.inspecting import Catalog
 from checkpointer.wording import one_line
 
-_WIDE = 200
-"""Columns of output that goes to a file or another program."""
-
 FOUND_BAD = 1
 """Exit code: it was done, and something bad was found."""
-
-
-def out() -> Console:
-    """Return what prints results; where nobody said how wide it is, names are not folded to fit a terminal's 80."""
-    console = Console(highlight=False)
-    known = console.is_terminal or "COLUMNS" in os.environ
-    return console if known else Console(highlight=False, width=_WIDE)
 
 
 def say(text: str) -> None:
@@ -66,20 +56,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def plain_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Return a table without lines; nothing in it is cut off."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False, show_edge=False)
-    for column in columns:
-        is_right = column in right
-        table.add_column(
-            cell(column, "bold"), justify="right" if is_right else "left", no_wrap=is_right, overflow="fold"
-        )
-    return table
-
-
-def cell(text: str, style: str = "") -> Text:
-    """Return text from storage as a cell."""
-    return Text(one_line(text), style=style)
+def print_text(text: str) -> None:
+    """Print a sentence of a result, folded to the terminal's width."""
+    for line in textwrap.wrap(one_line(text), width(), break_on_hyphens=False):
+        sys.stdout.write(line + "\n")
 
 
 def say_damaged(catalog: Catalog) -> bool:

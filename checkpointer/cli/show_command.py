@@ -9,6 +9,7 @@ import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.ls_command import why
+from checkpointer.cli.tables import Table
 from checkpointer.errors import CheckpointerError
 from checkpointer.formats.contents import open_contents
 from checkpointer.formats.tensors import Tensors
@@ -69,8 +70,7 @@ def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | 
 
 
 def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
-    table = output.plain_table("", "")
-    table.show_header = False
+    table = Table("", "")
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.time))
     rows = {
         "name": record.name,
@@ -88,26 +88,26 @@ def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
     }
     for key, value in rows.items():
         if value:
-            table.add_row(output.cell(key, "bold"), output.cell(value))
-    output.out().print(table)
+            table.add([(key, "bold")], value)
+    table.print()
 
 
 def _print_contents(contents: Tensors, match: str) -> None:
     tensors = [info for info in contents.tensors.values() if match in info.name]
-    table = output.plain_table("tensor", "dtype", "shape", "bytes", right=("bytes",))
+    table = Table("tensor", "dtype", "shape", "bytes", right=("bytes",), folded=0)
     for info in tensors:
         shape = " x ".join(map(str, info.shape)) or "-"
-        table.add_row(output.cell(info.name), info.dtype, shape, size_text(info.bytes))
-    output.out().print()
-    output.out().print(table)
+        table.add(info.name, info.dtype, shape, size_text(info.bytes))
+    output.print_line("")
+    table.print()
     total = size_text(sum(info.bytes for info in tensors))
     output.print_line(f"{len(tensors)} tensors, {sum(info.numel for info in tensors)} elements, {total}")
     others = {key: value for key, value in contents.others.items() if match in key}
     if others:
-        table = output.plain_table("value", "")
+        table = Table("value", "")
         for key, value in others.items():
-            table.add_row(output.cell(key), output.cell(str(value)))
-        output.out().print()
-        output.out().print(table)
+            table.add(key, str(value))
+        output.print_line("")
+        table.print()
     if contents.calls:
         output.say(f"unpickling it would call {', '.join(contents.calls)}; nothing was unpickled")

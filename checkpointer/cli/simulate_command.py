@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from checkpointer.cli import options, output
+from checkpointer.cli.tables import Table
 from checkpointer.errors import ObservationError
 from checkpointer.histories import History, history_of, read_history
 from checkpointer.policy import Attach, Save, Skip
@@ -106,17 +106,17 @@ def as_data(timeline: Timeline) -> dict[str, Any]:
 
 
 def _print(timeline: Timeline, *, everything: bool) -> None:
-    output.out().print(output.cell(str(timeline.policy)))
+    output.print_text(str(timeline.policy))
     shown = [moment for moment in timeline.moments if everything or _happened(moment)]
     ranked = timeline.policy.ranking.name if timeline.policy.ranking else ""
     columns = ("step", *([ranked] if ranked else []), "kept", "on disk", "at risk")
-    table = output.plain_table(*columns, "what", right=columns)
+    table = Table(*columns, "what", right=columns)
     for moment in shown:
         value = moment.observation.metrics.get(ranked)
         cells = [number_text(value) if value is not None else ""] if ranked else []
         numbers = [str(moment.num_kept), size_text(moment.bytes), f"{moment.lost_steps}"]
-        table.add_row(str(moment.observation.step), *cells, *numbers, Text("\n").join(map(output.cell, _what(moment))))
-    output.out().print(table)
+        table.add(str(moment.observation.step), *cells, *numbers, [(line, "") for line in _what(moment)])
+    table.print()
     for line in _summary(timeline):
         output.print_line(line)
 
