@@ -9,6 +9,7 @@ import tempfile
 from importlib import metadata, resources
 from pathlib import Path
 
+import checkpointer_torch
 import torch
 
 import checkpointer
@@ -20,7 +21,8 @@ LOSSES = {10: 0.5, 20: 0.1, 30: 0.3}
 
 def main() -> None:
     assert checkpointer.__version__ == metadata.version("torch-checkpointer")
-    assert resources.files(checkpointer).joinpath("py.typed").is_file(), "the wheel has no py.typed"
+    for package in (checkpointer, checkpointer_torch):
+        assert resources.files(package).joinpath("py.typed").is_file(), "the wheel has no py.typed"
     with tempfile.TemporaryDirectory() as folder:
         saved = save(folder)
         restore(folder, saved)

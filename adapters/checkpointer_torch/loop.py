@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
-from checkpointer.errors import ObservationError, RanksError
+from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
@@ -55,7 +55,7 @@ class Loop:
         **objects: The state of the training.
 
     Raises:
-        PolicyError: If nothing of an object can be saved.
+        PolicyError: If nothing of an object can be saved, or for a format of sharded state.
         StorageError: If the directory cannot be used.
 
     Example:
@@ -84,6 +84,9 @@ class Loop:
         grace_s: float = math.inf,
         **objects: Any,
     ) -> None:
+        if options.get("format") == "dcp":
+            msg = "a Loop saves state that all ranks have alike; for sharded models call RankedManager(format='dcp')"
+            raise PolicyError(msg)
         self._own_ranks = TorchRanks() if ranks is None and _is_distributed() else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._is_alone = self._ranks.size == 1

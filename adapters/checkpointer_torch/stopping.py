@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
@@ -25,6 +26,10 @@ STOP_ON: Final = _known("SIGTERM", "SIGUSR1", "SIGINT")
 SAVE_ON: Final = _known("SIGUSR2")
 LOOK_EVERY_S: Final = 1.0
 """The file that asks for a save is looked for no more often than this (seconds)."""
+WORKER_WAITS_S: Final = 0.5
+"""A forked process that gets a signal waits so long (seconds) to see whether the training got it too."""
+_STOPPING, _OVER = 0, 1
+"""What the forked processes see: that the training is being stopped, and that it has ended."""
 
 
 class StopTraining(BaseException):
@@ -73,6 +78,8 @@ class Requests:
         self._saving: int | None = None
         self._since = 0.0
         self._interrupts = 0
+        self._pid = os.getpid()
+        self._shared = mmap.mmap(-1, 2)
         self._to_pass_on: list[int] = []
         self._seen_file: tuple[int, int] | None = None
         self._file_asks = False
@@ -97,22 +104,42 @@ class Requests:
 
     def give_back(self) -> None:
         """Let the signals go where they went before."""
+        self._shared[_OVER] = 1
         earlier, self._earlier = self._earlier, {}
         for number, handler in earlier.items():
             if signal.getsignal(number) == self._on_signal:  # Else somebody has taken it over from us.
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            self._in_worker(number)
+            return
         if number in self._save_on:
             self._saving = number
             self._to_pass_on.append(number)
         elif self._stop is None:
             self._stop, self._since = number, self._clock()
+            self._shared[_STOPPING] = 1
         self.some = True
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts > 1:
             self.was_immediate = True
             self._call_earlier(number, frame)
+
+    def _in_worker(self, number: int) -> None:
+        """Answer in a process that was forked from ours, such as a loader's worker, and so has our handlers.
+
+        Whoever signals the whole group stops the training: its workers serve it up to the boundary. A signal that is
+        meant for the worker alone does what it does by default, or nobody could end it.
+        """
+        if number in self._save_on:
+            return
+        give_up = time.monotonic() + WORKER_WAITS_S
+        while not self._shared[_STOPPING] and not self._shared[_OVER] and time.monotonic() < give_up:
+            time.sleep(0.01)
+        if self._shared[_OVER] or not self._shared[_STOPPING]:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _call_earlier(self, number: int, frame: FrameType | None) -> None:
         earlier = self._earlier.get(number)

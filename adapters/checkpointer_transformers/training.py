@@ -83,6 +83,8 @@ class Training:
         self.manager: CheckpointManager | None = None
         self.ended = False
         """Whether the end of the training was seen."""
+        self.failing = False
+        """Whether a save is under way, or has failed."""
         self.write: Callable[[str], None] | None = None
         """Lets the Trainer write to a staged path, while it wants to."""
         self._options = options

@@ -64,7 +64,14 @@ class Small:
         self.data = Points(BATCHES * 4 - 1)
         generator = torch.Generator().manual_seed(4) if seeded else None
         self.loader = DataLoader(
-            self.data, 4, shuffle=True, generator=generator, num_workers=workers, persistent_workers=persistent
+            self.data,
+            4,
+            shuffle=True,
+            generator=generator,
+            num_workers=workers,
+            persistent_workers=persistent,
+            # As ever on Linux; a child of a fork server would start another one.
+            multiprocessing_context="fork" if workers else None,
         )
 
     @property
@@ -121,12 +128,14 @@ class At:
     where: str
     step: int
     numbers: tuple[int, ...] = (signal.SIGKILL,)
+    group: bool = False
 
     def __call__(self, where: str, step: int) -> None:
         if (where, step) == (self.where, self.step):
             for number in self.numbers:
                 # The workers too, as when the power fails.
-                os.killpg(0, number) if number == signal.SIGKILL else os.kill(os.getpid(), number)
+                alone = number != signal.SIGKILL and not self.group
+                os.kill(os.getpid(), number) if alone else os.killpg(0, number)
 
 
 def die_at(where: str, step: int) -> Tick:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -14,7 +16,7 @@ import pytest
 import torch
 from checkpointer_torch import Loop
 from checkpointer_torch.stopping import Requests
-from small import POLICY, Small, run, say_at
+from small import POLICY, At, Small, run, say_at
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
 
@@ -62,6 +64,40 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, unbroken: str) -> None:
     assert (1, "") == run(tmp_path, say_at("within", 5, signal.SIGINT, signal.SIGINT), {})
     assert ["epoch=0-step=3.ckpt"] == names(tmp_path)
     assert (0, unbroken) == run(tmp_path, None, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_signal_to_the_whole_group_leaves_the_workers_serving_up_to_the_boundary(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    """As a terminal and SLURM send it: a worker that died would end the training within the step."""
+    kind = {"workers": 2}
+    assert (code, "") == run(tmp_path, At("before", 5, (number,), group=True), kind)
+    assert "rescue-step=5.ckpt" in names(tmp_path)
+
+
+def wait_for_ever() -> None:
+    """Be a process of the user's own."""
+    time.sleep(1000)
+
+
+@pytest.mark.slow
+def test_a_forked_process_can_be_ended(tmp_path: Path) -> None:
+    """It has inherited our handlers, and the signal is meant for it alone."""
+    fork = multiprocessing.get_context("fork")
+    with Loop(tmp_path, RARELY) as loop:
+        within, after = (fork.Process(target=wait_for_ever, daemon=True) for _ in range(2))
+        for process in (within, after):
+            process.start()
+        time.sleep(0.1)
+        within.terminate()
+        within.join(60.0)
+        assert -signal.SIGTERM == within.exitcode
+        assert "" == loop.stopped
+    after.terminate()
+    after.join(60.0)
+    assert -signal.SIGTERM == after.exitcode
 
 
 def test_an_earlier_handler_gets_the_signal_after_the_rescue_and_its_place_back(tmp_path: Path) -> None:

@@ -250,6 +250,26 @@ def test_the_loops_own_name_is_taken() -> None:
         Loop(None, EVERY, loop=1)
 
 
+def test_sharded_state_is_refused() -> None:
+    """Its names and its reading are another matter: what a loop would make of it could not be resumed."""
+    with pytest.raises(PolicyError, match="for sharded models call RankedManager"):
+        Loop(None, EVERY, options={"format": "dcp"}, model=nn.Linear(1, 1))
+
+
+def test_written_in_the_background_a_rescue_is_there_and_exact(tmp_path: Path) -> None:
+    """The state is that of the boundary, whatever the training does while it is written."""
+    unbroken = Small().train(None)
+
+    def stop(where: str, step: int) -> None:
+        if (where, step) == ("after", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Small().train(tmp_path, tick=stop, options={"background": True})
+    assert "rescue-step=5.ckpt" in [record.name for record in CheckpointManager(tmp_path).records]
+    assert unbroken == Small().train(tmp_path, options={"background": True})
+
+
 def test_a_resume_is_a_restore(tmp_path: Path) -> None:
     """The run goes on, and what lies beyond the step is abandoned."""
     small = Small()
