@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-ranks bench-lightning docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
+	@echo "make bench-transformers  measure a Trainer's step with the callback; needs make hosts"
 	@echo "make bench-lightning  measure saves in Lightning beside its own class"
 	@echo "make format      let ruff format and fix"
 
@@ -97,6 +98,9 @@ bench-lightning: hosts
 
 bench-ranks: venv
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
+
+bench-transformers: venv
+	"$(BIN)/python" benchmarks/transformers_overhead.py
 
 docs: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'

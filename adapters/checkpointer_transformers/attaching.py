@@ -90,9 +90,10 @@ class _Hold:
             finally:
                 del trainer._get_output_dir
 
-        training.write = write_to
+        training.write, training.failing = write_to, True
         try:
             yield
+            training.failing = False
         finally:
             training.write = None
 
@@ -184,6 +185,6 @@ def _obstacle(training: Training) -> str:
     if training.ranks.size > 1:
         # The others may be waiting elsewhere: the exception has to be seen instead.
         return "one rank alone cannot save"
-    if training.write is not None:
+    if training.failing:
         return "it was a save that failed"
     return "the weights were changing" if training.phase == "stepping" else ""

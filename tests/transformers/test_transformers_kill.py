@@ -29,7 +29,7 @@ def kills(folder: Path, how: str, every: int) -> tuple[dict[str, Any], list[dict
     return unbroken, killed
 
 
-@pytest.mark.parametrize(("how", "every", "least"), [("plain", 1, 20), ("attached", 2, 10)])
+@pytest.mark.parametrize(("how", "every", "least"), [("plain", 1, 40), ("attached", 2, 24)])
 def test_killed_at_any_change_on_disk_it_resumes_to_the_same_weights(
     tmp_path: Path, how: str, every: int, least: int
 ) -> None:
@@ -38,7 +38,7 @@ def test_killed_at_any_change_on_disk_it_resumes_to_the_same_weights(
     Attached, at every second change.
     """
     unbroken, killed = kills(tmp_path, how, every)
-    assert least <= len(killed)
+    assert least // EVERY <= len(killed)
     for kill in killed:
         assert 0 == kill["status"], kill
         newest = max(int(name.removeprefix("checkpoint-")) for name in kill["had"])

@@ -395,3 +395,18 @@ def test_aliases_are_no_checkpoints_to_the_trainer(tmp_path: Path) -> None:
     assert str(tmp_path / "checkpoint-10") == get_last_checkpoint(str(tmp_path))
     assert 5 == state_of(tmp_path / "best")["global_step"]
     assert 10 == state_of(tmp_path / "last")["global_step"]
+
+
+def test_a_checkpoint_of_another_model_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    """Of other shapes; the Trainer says so before the callback has changed anything."""
+    policy = Policy(EverySteps(5), [KeepLast(1)])
+    make_trainer(tmp_path, policy).train()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    wider = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_trainer(tmp_path, policy, model=wider, max_steps=15).train(resume_from_checkpoint=True)
+    assert ["checkpoint-10"] == folders(tmp_path)
+    trainer = make_trainer(tmp_path, policy, max_steps=15)
+    trainer.train(resume_from_checkpoint=True)
+    assert ["checkpoint-15"] == folders(tmp_path)
