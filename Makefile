@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-ranks docs format clean bench-transformers bench-performance bench-lightning
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ help:
 	@echo "make demo        train a small net, kept and resumed by a manager"
 	@echo "make test        every test"
 	@echo "make test-quick  every test but those that kill processes"
-	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6, and with loggers"
+	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
