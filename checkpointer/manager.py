@@ -181,7 +181,9 @@ class CheckpointManager:
 
     # The hot path
 
-    def observe(self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None) -> Decision:
+    def observe(
+        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
+    ) -> Decision:
         """Report what happened, and save if that is due.
 
         Cheap when nothing is due: two comparisons, and the metrics are not looked at. Observing again at a step that
@@ -192,6 +194,8 @@ class CheckpointManager:
             step: Finished optimizer steps.
             epoch: 0-based index of the epoch in progress or just ended.
             epoch_end: Whether this report ends the epoch; None means that each report does.
+            due: Why it is due whatever the trigger says, such as the end of the training: what is kept, and whether
+                it is saved at all, is still the rules' to say.
 
         Returns:
             `Save` (truthy), `Attach` or `Skip` (falsy), each with its ``reason``.
@@ -202,9 +206,9 @@ class CheckpointManager:
             SaveError: If the checkpoint could not be written; older ones are untouched. With ``background=`` also if
                 an earlier one could not: then this report was not looked at, and may be made again.
         """
-        if self._pacing.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
+        if not due and self._pacing.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
             return self._pacing.quiet
-        decision = self.decide(metrics, step, epoch, epoch_end=epoch_end)
+        decision = self.decide(metrics, step, epoch, epoch_end=epoch_end, due=due)
         return self.commit(decision) if isinstance(decision, Save) else decision
 
     @property
@@ -223,8 +227,7 @@ class CheckpointManager:
     ) -> Decision:
         """Decide without writing a payload, for trainers that own the moment: then `commit` what they wrote.
 
-        An `Attach` is carried out at once. Arguments and errors as for `observe`; ``due`` says why it is due whatever
-        the trigger says, such as the end of the training: what is kept, and whether at all, is still the rules' to say.
+        An `Attach` is carried out at once. Arguments and errors as for `observe`.
         """
         self._check_open()
         self._hear()
@@ -700,7 +703,7 @@ class CheckpointManager:
             "line": [list(fork) for fork in self._directory.manifest.line],
             "step": step,
             "since": attrs.asdict(since),
-            "owed": self._pacing.owed and not regular,
+            "owed": "" if regular else self._pacing.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
@@ -718,7 +721,7 @@ class CheckpointManager:
             run, step = str(state["run"]), as_index(state["step"], "step", RecordError)
             line = tuple((int(fork), int(at)) for fork, at in state["line"])
             since = Progress(**state["since"])
-            owed = bool(state["owed"])
+            owed = str(state["owed"])
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
             raise RecordError(msg) from error

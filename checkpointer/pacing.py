@@ -32,8 +32,8 @@ class Pacing:
     when: Trigger
     since: Progress = attrs.field(factory=Progress)
     """The last due observation, saved or declined."""
-    owed: bool = False
-    """Whether a due point still waits for a metric."""
+    owed: str = ""
+    """Why a point was due that still waits for a metric; empty if none does."""
     last_step: int = -1
     """The newest step that was reported; -1 before the first."""
     horizon: Horizon = ALWAYS
@@ -138,12 +138,12 @@ class Pacing:
 
     # What was due
 
-    def answered(self, progress: Progress, time: float, *, waiting: bool = False) -> None:
+    def answered(self, progress: Progress, time: float, *, waiting: str = "") -> None:
         """Count the due point as answered; ``waiting`` leaves it open for the next report that has the metric."""
         self.since, self.owed = progress, waiting
         self.look_ahead(time)
 
-    def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: bool = False) -> None:
+    def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: str = "") -> None:
         """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
         self.since, self.owed = progress, owed
         self.last_step = step if step is not None else progress.step or -1

@@ -330,7 +330,7 @@ class Skip:
     """Why not, in words."""
     due: bool = False
     """Whether the observation was due; a declined one counts for the triggers."""
-    waiting: bool = False
+    waiting: str = ""
     """Whether the due point is still open: the next observation that has the metric takes it."""
 
     def __bool__(self) -> Literal[False]:
@@ -347,7 +347,7 @@ Decision = Save | Attach | Skip
 
 
 def decide(
-    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: bool | str = False
+    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: str = ""
 ) -> Decision:
     """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
 
@@ -356,7 +356,7 @@ def decide(
         now: The observation.
         manifest: The records, as the run sees them.
         since: The last due observation; None takes the newest record's.
-        owed: Whether an earlier due point still waits for a metric; or why it is due whatever the trigger says.
+        owed: Why it is due whatever the trigger says: an earlier due point that still waits for a metric, or the end.
 
     Raises:
         NamingError: If the template asks for something that is neither reported nor known.
@@ -377,7 +377,7 @@ def decide(
     due = policy.when.due(now.progress, since)
     if due is None and not owed:
         return Skip(reason=f"not due: {policy.when}")
-    due = due or (owed if isinstance(owed, str) else "a due point was waiting for a metric")
+    due = due or owed
     return _save_or_skip(policy, now, manifest, due)
 
 
@@ -439,7 +439,7 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
     if not kept and not policy.last:
         if absent:
             have = ", ".join(sorted(now.metrics)) or "none"
-            return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=True)
+            return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
         return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
     retire = surplus(policy, extended)
     why = f"{due}; kept by {', '.join(kept) or 'last'}"

@@ -192,16 +192,18 @@ class RankedManager:
 
     # The hot path
 
-    def observe(self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None) -> Decision:
+    def observe(
+        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
+    ) -> Decision:
         """Report what happened, on every rank alike, and save if that is due: see `CheckpointManager.observe`.
 
         Rank 0's metrics count. Costs no communication unless something can be due; under a time trigger the ranks
         talk every few steps, see `checkpointer.ranks.Agreement`.
         """
         before, self._seen = self._seen, (step, epoch)
-        if before[0] < step and self._is_quiet(step, epoch, epoch_end):
+        if not due and before[0] < step and self._is_quiet(step, epoch, epoch_end):
             return self._quiet
-        return self._ask(lambda manager: manager.observe(metrics, step, epoch, epoch_end=epoch_end))
+        return self._ask(lambda manager: manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due))
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._told.horizon

@@ -42,7 +42,7 @@ class Saver:
             if decision.kind == "rescue":
                 again = decide_rescue(directory.policy, decision.observation, directory.manifest, decision.reason)
             else:
-                again = decide(directory.policy, decision.observation, directory.manifest, owed=True)
+                again = decide(directory.policy, decision.observation, directory.manifest, owed=decision.reason)
             assert isinstance(again, Save), "the same observation is due again"
             decision = attrs.evolve(decision, name=again.name, replaces=again.replaces)
         return decision

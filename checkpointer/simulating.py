@@ -124,7 +124,7 @@ class _Play:
         self.manifest = Manifest(run="simulated")
         self._since = Progress(time=history.observations[0].time if history.observations else 0.0)
         self._begun = self._since.time
-        self._owed = False
+        self._owed = ""
         self._serial = 0
         self.born: dict[str, Record] = {}
         self.retired: dict[str, int] = {}
@@ -168,7 +168,7 @@ class _Play:
 
     def _save(self, decision: Save) -> None:
         now = decision.observation
-        self._since, self._owed = now.progress, False
+        self._since, self._owed = now.progress, ""
         replaced = self.manifest.by_name.get(decision.name)
         if replaced is not None:
             self.retired[replaced.token] = now.step

@@ -57,7 +57,11 @@ class NeedsHost(pytest.Module):
         pytest.skip(f"needs {host}: pip install 'torch-checkpointer[{host}]'", allow_module_level=True)
 
 
-HOSTS = {"lightning": ("lightning",), "transformers": ("transformers", "accelerate")}
+HOSTS = {
+    "hosts": ("lightning", "transformers", "accelerate"),
+    "lightning": ("lightning",),
+    "transformers": ("transformers", "accelerate"),
+}
 """What the tests in each folder need."""
 
 

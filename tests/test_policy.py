@@ -52,7 +52,7 @@ def test_a_due_observation_that_a_rule_keeps_is_saved_with_the_reason() -> None:
 def test_what_is_not_due_is_skipped() -> None:
     """Without a crossing nothing is even ranked."""
     decision = skipped(decide(Policy(EverySteps(10), [KeepLast(1)]), observation(9), manifest()))
-    assert ("not due: every 10 steps", False, False) == (decision.reason, decision.due, decision.waiting)
+    assert ("not due: every 10 steps", False, "") == (decision.reason, decision.due, decision.waiting)
     assert not decision
 
 
@@ -124,7 +124,7 @@ def test_no_rules_keep_nothing() -> None:
 def test_a_ranked_save_waits_for_its_metric() -> None:
     """If only ranked rules would keep it, the save waits, and says what it has."""
     decision = skipped(decide(Policy(EACH, [BEST]), observation(acc=0.5), manifest()))
-    assert (True, True) == (decision.due, decision.waiting)
+    assert (True, "step 10 reached a multiple of 1") == (decision.due, decision.waiting)
     assert "waiting for loss (reported: acc)" in decision.reason
 
 
@@ -133,9 +133,9 @@ def test_the_next_observation_with_the_metric_takes_the_open_point() -> None:
     policy = Policy(EverySteps(100), [BEST], name="{step}-{loss:.1f}")
     now = observation(101, loss=0.5)
     assert not decide(policy, now, manifest(), since=Progress(step=100))
-    decision = saved(decide(policy, now, manifest(), since=Progress(step=100), owed=True))
+    decision = saved(decide(policy, now, manifest(), since=Progress(step=100), owed="step 100 was due"))
     assert "step=101-loss=0.5.ckpt" == decision.name
-    assert "a due point was waiting for a metric" in decision.reason
+    assert decision.reason.startswith("step 100 was due; kept by")
 
 
 @pytest.mark.parametrize("rule", [KeepLast(1), KeepAll(), KeepEvery(steps=5)])
@@ -156,7 +156,7 @@ def test_warm_up_is_declined_without_waiting() -> None:
     """Before after_step no metric can help, so nothing is owed."""
     policy = Policy(EACH, [KeepBest(1, "loss", mode="min", after_step=10)])
     decision = skipped(decide(policy, observation(10), manifest()))
-    assert (True, False) == (decision.due, decision.waiting)
+    assert (True, "") == (decision.due, decision.waiting)
     assert decide(policy, observation(11, loss=5.0), manifest([record(step=1, metrics={"loss": 0.0})]))
 
 

@@ -105,6 +105,7 @@ class Loop:
         self._agree = Agreement(self._ranks)
         self._grace_s = grace_s
         self._metrics: Mapping[str, Any] = _NOTHING
+        self._start = 0
         self._is_entered = self._is_feeding = self._is_fed = False
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
@@ -274,6 +275,7 @@ class Loop:
             msg = f"{source} does not fit, and what did was loaded: {differences}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         self._metrics = _NOTHING
+        self._start = self._training.step
         return self.progress
 
     def _sorted_out(self, from_: Any) -> tuple[str | int | None, str | None]:
@@ -338,6 +340,8 @@ class Loop:
         is_stop = isinstance(error, StopTraining)
         is_wanted = error is None or is_stop
         try:
+            if error is None:
+                self._end()
             if is_wanted or (isinstance(error, KeyboardInterrupt) and self._requests.was_immediate):
                 self._close()
             else:
@@ -351,6 +355,15 @@ class Loop:
         if is_wanted and number is not None:
             deliver(number)
         return is_stop
+
+    def _end(self) -> None:
+        """The training has ended, be it by a break: its state is saved if a rule keeps it."""
+        training = self._training
+        if training.step == self._start or training.is_within_step:
+            return
+        ended = not training.used
+        epoch = training.epoch - ended
+        self._saver.observe(self._metrics, training.step, epoch, epoch_end=ended, due="the training ends")
 
     def _close(self) -> None:
         late = self._requests.unanswered if self._stop_signal is None else None

@@ -319,7 +319,7 @@ class Training:
         self._horizon = told.horizon
         decision = told.decision
         self._saved_step = state.global_step if told.saved else -1
-        self._waiting = isinstance(decision, Skip) and decision.waiting
+        self._waiting = isinstance(decision, Skip) and bool(decision.waiting)
         self.pending = decision if isinstance(decision, Save) else self.pending
         if told.best is not None:
             told.best.show(state, self.output_dir)
@@ -338,7 +338,7 @@ class Training:
 def _from_start(again: Mapping[str, Any], clock: Clock) -> Mapping[str, Any]:
     """Return the state of a run that begins anew."""
     since = attrs.asdict(Progress(time=clock.time()))
-    return {**again, "step": 0, "since": since, "owed": False} if again else {}
+    return {**again, "step": 0, "since": since, "owed": ""} if again else {}
 
 
 def _needs_metric(rule: object) -> bool:

@@ -147,3 +147,23 @@ def test_an_epoch_may_have_a_limit(tmp_path: Path, limit: int) -> None:
                 if stop:
                     break
     assert [(0, number) for number in range(2, limit)] + [(1, number) for number in range(limit)] == given
+
+
+@pytest.mark.parametrize("steps", [5, 6], ids=["a break", "all of it"])
+def test_the_end_of_the_training_is_saved_if_a_rule_keeps_it(tmp_path: Path, steps: int) -> None:
+    """As the other hosts do; once, and not again by a run that has nothing left to do."""
+    policy = Policy(EverySteps(4), [KeepLast(1)])
+
+    def train() -> Loop:
+        with Loop(tmp_path, policy) as loop:
+            loop.resume()
+            for _ in loop.epochs(2):
+                for _ in loop.batches(range(3)):
+                    loop.step()
+                    if loop.progress.step == steps:
+                        return loop
+        return loop
+
+    ended = train() if steps == 5 else (train(), train())[1]
+    (record,) = ended.manager.records
+    assert (steps, "the training ends; kept by the last 1") == (record.step, record.reason)

@@ -18,7 +18,7 @@ from checkpointer_torch import Loop
 from checkpointer_torch.stopping import Requests
 from small import POLICY, At, Small, run, say_at
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
 
 RARELY = Policy(EverySteps(1000), [KeepLast(1)])
 
@@ -288,7 +288,8 @@ def test_a_signal_after_the_last_boundary_is_rescued_and_delivered_at_the_end(tm
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(names(tmp_path)))
     try:
-        with Loop(tmp_path, RARELY) as loop:
+        # A rule that does not keep the end of the training.
+        with Loop(tmp_path, Policy(EverySteps(100), [KeepEvery(steps=100)])) as loop:
             for _ in loop.epochs(1):
                 for _ in loop.batches(range(2)):
                     loop.step()
