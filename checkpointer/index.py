@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -36,6 +37,8 @@ RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
 _JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
+_REPLACED: Final = 5
+"""A small file that is replaced under this many readings in a row is an error."""
 
 
 def record_path(name: str) -> str:
@@ -135,7 +138,17 @@ def _believed(data: object, where: str, trust: HMACKey | None) -> Entry:
 
 
 def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """Read a small file, or as much of a large one as shows that it is too large."""
+    """Read a small file, or as much of a large one as shows that it is too large.
+
+    One that is replaced while it is read is read anew: a record is, whenever a metric is attached.
+    """
+    for _ in range(_REPLACED - 1):
+        try:
+            with storage.open(path) as stream:
+                return stream.read(limit + 1)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
     with storage.open(path) as stream:
         return stream.read(limit + 1)
 
