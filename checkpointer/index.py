@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -16,6 +15,7 @@ from checkpointer.naming import MAX_PART_BYTES
 from checkpointer.ports import Stat, Storage
 from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records import parse_json as parse_json
+from checkpointer.rereading import read_whole
 from checkpointer.trust import HMACKey, check_signature
 
 __all__ = [
@@ -37,8 +37,6 @@ RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
 _JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
-_REPLACED: Final = 5
-"""A small file that is replaced under this many readings in a row is an error."""
 
 
 def record_path(name: str) -> str:
@@ -138,19 +136,8 @@ def _believed(data: object, where: str, trust: HMACKey | None) -> Entry:
 
 
 def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """Read a small file, or as much of a large one as shows that it is too large.
-
-    One that is replaced while it is read is read anew: a record is, whenever a metric is attached.
-    """
-    for _ in range(_REPLACED - 1):
-        try:
-            with storage.open(path) as stream:
-                return stream.read(limit + 1)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-    with storage.open(path) as stream:
-        return stream.read(limit + 1)
+    """Read a small file, or as much of a large one as shows that it is too large."""
+    return read_whole(lambda: storage.open(path), limit + 1)
 
 
 def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
