@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-ranks docs format clean bench-transformers
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ help:
 	@echo "make demo        train a small net, kept and resumed by a manager"
 	@echo "make test        every test"
 	@echo "make test-quick  every test but those that kill processes"
-	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6, and with loggers"
+	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
+	@echo "make bench-performance  one table of what saving and restoring 1 GB cost, beside others; takes ten minutes"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
 	@echo "make bench-transformers  measure a Trainer's step with the callback; needs make hosts"
 	@echo "make bench-lightning  measure saves in Lightning beside its own class"
@@ -92,6 +93,9 @@ bench-cli: venv
 
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
+
+bench-performance: venv
+	"$(BIN)/python" benchmarks/performance.py
 
 bench-lightning: hosts
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/beside_lightning.py

@@ -18,7 +18,7 @@ from checkpointer.formats.contents import open_contents
 from checkpointer.formats.tensors import Tensors
 from checkpointer.index import HOME
 from checkpointer.inspecting import Catalog
-from checkpointer.ports import Storage, SupportsPaths
+from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records import Contents, Record
 from checkpointer.transaction import Transaction
 
@@ -293,6 +293,8 @@ def adopt(
         >>> record.step, dict(record.metrics)
         (7, {'val_loss': 0.5})
     """
+    if isinstance(transaction.storage, SupportsSweep):
+        transaction.storage.prepare()
     run = run or uuid.uuid4().hex[:12]
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())

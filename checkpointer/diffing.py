@@ -94,24 +94,34 @@ def _change(name: str, before: Tensors, after: Tensors) -> Change:
 
 def _measure(before: Any, after: Any) -> dict[str, float]:
     a, b = _flat(before), _flat(after)
-    squares = [0.0, 0.0, 0.0, 0.0]
-    largest = 0.0
+    change = length = other = product = largest = 0.0
     for start in range(0, a.numel(), _CHUNK):
-        x, y = a[start : start + _CHUNK].double(), b[start : start + _CHUNK].double()
-        # What is NaN or infinite in both did not change.
-        same = (x == y) | (x.isnan() & y.isnan())
-        delta = (y - x).masked_fill(same, 0.0)
-        for number, value in enumerate((delta.dot(delta), x.dot(x), y.dot(y), x.dot(y))):
-            squares[number] += value.item()
-        biggest = delta.abs().max().item()
+        x, y = a[start : start + _CHUNK], b[start : start + _CHUNK]
+        x, y, is_same = x.double(), y.double(), x.dtype == y.dtype and x.equal(y)
+        squares = x.dot(x).item()
+        length += squares
+        if is_same:
+            other, product = other + squares, product + squares
+            continue
+        other, product = other + y.dot(y).item(), product + x.dot(y).item()
+        delta = _difference(x, y)
+        change += delta.dot(delta).item()
+        biggest = delta.abs_().max().item()
         largest = biggest if math.isnan(biggest) or biggest > largest else largest
-    change, length, other, product = squares
     return {
         "norm": math.sqrt(change),
         "relative": math.sqrt(change / length) if length else (math.inf if change else 0.0),
         "max": largest,
         "cosine": product / math.sqrt(length * other) if length and other else (0.0 if change else 1.0),
     }
+
+
+def _difference(x: Any, y: Any) -> Any:
+    delta = y - x
+    if not delta.sum().isfinite():
+        # What is NaN or infinite in both did not change.
+        delta.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
+    return delta
 
 
 def _flat(tensor: Any) -> Any:

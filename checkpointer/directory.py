@@ -222,8 +222,10 @@ class Directory:
         unwanted = [self.manifest.by_name[name] for name in names if name not in spare]
         retired = [r for r in self.transaction.retire(unwanted) if r.name in self.manifest.by_name]
         # Payloads that would not go keep their names: a new checkpoint must not be taken for them.
-        foreign = self.manifest.foreign.union(self.transaction.unfinished)
-        self.manifest = attrs.evolve(self.manifest.without(*(r.name for r in retired)), foreign=foreign)
+        self.manifest = self.manifest.without(*(r.name for r in retired))
+        if not self.manifest.foreign.issuperset(self.transaction.unfinished):
+            foreign = self.manifest.foreign.union(self.transaction.unfinished)
+            self.manifest = attrs.evolve(self.manifest, foreign=foreign)
         for _ in retired:
             self._changed()
         return retired
@@ -288,7 +290,7 @@ class Directory:
     def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""
         name = record.name
-        is_taken = name in self.manifest.taken or name in self.policy.aliases
+        is_taken = name in self.manifest.by_name or name in self.manifest.foreign or name in self.policy.aliases
         while is_taken or not self.is_free(name):
             name, is_taken = self.own_name(record), False
         return name

@@ -15,6 +15,7 @@ from checkpointer.naming import MAX_PART_BYTES
 from checkpointer.ports import Stat, Storage
 from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records import parse_json as parse_json
+from checkpointer.rereading import read_whole
 from checkpointer.trust import HMACKey, check_signature
 
 __all__ = [
@@ -136,8 +137,7 @@ def _believed(data: object, where: str, trust: HMACKey | None) -> Entry:
 
 def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
     """Read a small file, or as much of a large one as shows that it is too large."""
-    with storage.open(path) as stream:
-        return stream.read(limit + 1)
+    return read_whole(lambda: storage.open(path), limit + 1)
 
 
 def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:

@@ -485,6 +485,8 @@ class CheckpointManager:
         weights_only: bool = True,
         map_location: Any = "cpu",
         contents: Literal["full", "any"] = "full",
+        verify: restoring.Verify = "full",
+        mmap: bool = False,
     ) -> Restored | None:
         """Verify and load a checkpoint, and go on with its run from there.
 
@@ -496,6 +498,11 @@ class CheckpointManager:
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
             map_location: Where tensors go, as for ``torch.load``.
             contents: ``"any"`` also takes checkpoints that hold only weights.
+            verify: ``"full"`` compares every byte's digest with the record; ``"size"`` only looks at the size, and is
+                refused under ``trust=``.
+            mmap: Map a local file into memory instead of reading it: many times faster, and the tensors live on its
+                pages. For files that nobody changes in place while the tensors are used; on a network mount, nor
+                deletes. Elsewhere, and for formats that cannot be mapped, it changes nothing.
 
         Returns:
             What was restored, or None if there is no checkpoint at all.
@@ -509,11 +516,25 @@ class CheckpointManager:
             RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a storage that
                 is not on this machine does not answer.
         """
+        if verify not in ("full", "size"):
+            msg = f"verify is {verify!r}; expected 'full' or 'size'"
+            raise PolicyError(msg)
+        if verify == "size" and self._directory.transaction.trust is not None:
+            msg = "verify='size' would believe payloads that nobody has signed; leave it out, or open without trust="
+            raise PolicyError(msg)
 
         def load_here(record: Record) -> Restored:
             payload = self._format_of(record)
             storage = self._directory.storage
-            return restoring.load(storage, record, payload, weights_only=weights_only, map_location=map_location)
+            return restoring.load(
+                storage,
+                record,
+                payload,
+                weights_only=weights_only,
+                map_location=map_location,
+                verify=verify,
+                mmap=mmap,
+            )
 
         return self._go_to(which, contents, load_here, strangers=self._directory.storage)
 

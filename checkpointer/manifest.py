@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import attrs
 
@@ -12,8 +13,18 @@ from checkpointer.records import Line, Record
 __all__ = ["Manifest"]
 
 
+class _Sorted(tuple[Record, ...]):
+    """Records that are in commit order already."""
+
+    __slots__ = ()
+
+
+def _order(record: Record) -> tuple[int, float, str]:
+    return record.serial, record.time, record.token
+
+
 def _by_serial(records: Iterable[Record]) -> tuple[Record, ...]:
-    return tuple(sorted(records, key=lambda record: (record.serial, record.time, record.token)))
+    return records if isinstance(records, _Sorted) else _Sorted(sorted(records, key=_order))
 
 
 @attrs.frozen(kw_only=True)
@@ -102,12 +113,32 @@ class Manifest:
 
     def with_record(self, record: Record) -> Manifest:
         """Return the manifest after ``record`` was committed, in place of any other of that name."""
-        others = (other for other in self.records if other.name != record.name)
-        return attrs.evolve(self, records=(*others, record), foreign=self.foreign - {record.name})
+        foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
+        if record.name in self.by_name or (self.records and _order(record) < _order(self.records[-1])):
+            others = (other for other in self.records if other.name != record.name)
+            return attrs.evolve(self, records=(*others, record), foreign=foreign)
+        extended = attrs.evolve(self, records=_Sorted((*self.records, record)), foreign=foreign)
+        self._hand_on(extended, record)
+        return extended
+
+    def _hand_on(self, extended: Manifest, record: Record) -> None:
+        """Spare the manifest with one record more to work out anew what is known of all the others."""
+        own, live, history, by_step = self.own, self.live, self.history, self._by_step
+        if record.run == self.run and record.label == self.label:
+            own = (*own, record)
+            if self.counts(record):
+                live = (*live, record)
+                if record.kind == "regular":
+                    history, by_step = (*history, record), {**by_step, record.step: record}
+        known: dict[str, Any] = {"own": own, "live": live, "history": history, "_by_step": by_step}
+        for name, value in {**known, "by_name": {**self.by_name, record.name: record}}.items():
+            object.__setattr__(extended, name, value)
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""
-        return attrs.evolve(self, records=tuple(r for r in self.records if r.name not in names))
+        if not any(name in self.by_name for name in names):
+            return self
+        return attrs.evolve(self, records=_Sorted(r for r in self.records if r.name not in names))
 
     def seen_by(self, run: str, line: Line) -> Manifest:
         """Return the same records as another run, or another line of it, sees them."""

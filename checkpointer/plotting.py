@@ -165,6 +165,8 @@ def _legend(axes: Any, story: Story) -> None:
 
 
 def _lives(axes: Any, story: Story) -> None:
+    from matplotlib.collections import PolyCollection
+
     axes.set_ylabel("lives of checkpoints", color=INK)
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -172,17 +174,19 @@ def _lives(axes: Any, story: Story) -> None:
     height = 0.62 if count <= 200 else 1.0
     left, right = _limits(story)
     least = (right - left) * 0.006
+    bars = []
     for number, scene in enumerate(story.scenes):
-        width = max(scene.end - scene.step, least)
         # One that lives on has no end: its bar runs out of the picture.
-        width = right - scene.step if scene.fate == "kept" else width
-        axes.barh(-number, width, left=scene.step, height=height, color=_color(scene), linewidth=0)
+        end = right if scene.fate == "kept" else max(scene.end, scene.step + least)
+        low, high = -number - height / 2, -number + height / 2
+        bars.append([(scene.step, low), (end, low), (end, high), (scene.step, high)])
         if scene.is_best:
             axes.scatter(
                 [scene.step], [-number], marker="*", s=110, color=BEST, edgecolors=INK, linewidths=0.6, zorder=5
             )
         if count <= _NAMED or (scene.fate == "kept" and count <= 4 * _NAMED):
             _name(axes, scene, -number, (left, right))
+    axes.add_collection(PolyCollection(bars, facecolors=[_color(scene) for scene in story.scenes], linewidths=0))
     axes.set_ylim(-max(count, _LEAST) + 0.3, 0.7)
 
 

@@ -409,7 +409,7 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
 def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
     """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
     if taken is None:
-        taken = manifest.taken.union(policy.aliases)
+        taken = _Taken(manifest, policy.aliases)
     known = manifest.seen | policy.known_metrics | set(policy.name.keys)
     stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
     return policy.name.free_name(stem, taken)
@@ -441,7 +441,7 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
             have = ", ".join(sorted(now.metrics)) or "none"
             return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
         return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
-    retire = surplus(policy, extended)
+    retire = _surplus(policy, extended, reasons)
     why = f"{due}; kept by {', '.join(kept) or 'last'}"
     if policy.last == "copy" and not kept and not absent:
         name = policy.name.last_file
@@ -458,7 +458,7 @@ def _named(
     if not policy.name.version_counter:
         replaceable |= {record.name for record in manifest.live if not record.pinned}
     replaceable -= {*policy.aliases, manifest.resumed}
-    name = policy.name.free_name(stem, manifest.taken.union(policy.aliases), replaceable=replaceable)
+    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
     replaces = name in manifest.by_name
     if replaces:
         # What is replaced takes no place among the k or the last n.
@@ -514,14 +514,30 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
 
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
     """Return the names of this run that nothing keeps, oldest first. Sees the whole history each time."""
-    reasons = explain(policy, manifest)
+    return _surplus(policy, manifest, explain(policy, manifest))
+
+
+def _surplus(policy: Policy, manifest: Manifest, reasons: Container[str]) -> tuple[str, ...]:
     slot = policy.name.last_file if policy.last else None
     return tuple(r.name for r in manifest.live if r.name not in reasons and r.name != slot)
+
+
+@attrs.frozen
+class _Taken:
+    """The names in use, without a set of them all."""
+
+    manifest: Manifest
+    aliases: Container[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
 
 
 def _ranked_history(policy: Policy, manifest: Manifest) -> list[Record]:
     """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
     slot = policy.name.last_file if policy.last else None
+    if slot not in manifest.by_name:
+        return list(manifest.history)
     return [record for record in manifest.history if record.name != slot]
 
 

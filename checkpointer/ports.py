@@ -19,6 +19,7 @@ __all__ = [
     "SupportsCopy",
     "SupportsFreeSpace",
     "SupportsLinks",
+    "SupportsMapping",
     "SupportsPaths",
     "SupportsSweep",
     "SupportsURLs",
@@ -205,6 +206,15 @@ class Format(Protocol):
 
     def refused(self, state: Any) -> Mapping[str, str]:
         """Return what a safe `read` will refuse: the key's path, such as ``state['rng'][0]``, and the type."""
+        ...
+
+
+@runtime_checkable
+class SupportsMapping(Protocol):
+    """A format whose payloads can be mapped into memory instead of being read."""
+
+    def read_mapped(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """Read the state of the file at ``path`` like `Format.read`, its tensors on the file's own pages."""
         ...
 
 

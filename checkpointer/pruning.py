@@ -12,6 +12,7 @@ from checkpointer.inspecting import Catalog
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy, explain
+from checkpointer.ports import SupportsSweep
 from checkpointer.records import Record
 from checkpointer.retention import KeepBest, KeepLast, Rule
 from checkpointer.transaction import Transaction
@@ -117,6 +118,8 @@ def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple
             "than what is kept; nothing was removed. Mend or remove them first"
         )
         raise RestoreError(msg)
+    if isinstance(transaction.storage, SupportsSweep):
+        transaction.storage.prepare()
     return tuple(transaction.retire(pruning.records))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import attrs
 
@@ -24,10 +26,15 @@ from checkpointer.errors import (
 from checkpointer.index import HOME, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
-from checkpointer.ports import FolderFormat, Format, Storage, SupportsPaths, SupportsURLs
+from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
 from checkpointer.records import Record
 
-__all__ = ["Restored", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
+__all__ = ["Restored", "Verify", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
+
+Verify = Literal["full", "size"]
+"""How a payload is held against its record before it is loaded."""
+
+_CHUNK = 4 << 20
 
 
 @attrs.frozen(kw_only=True)
@@ -110,6 +117,10 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
 def verify(storage: Storage, record: Record) -> None:
     """Compare a payload with its record; raise `CorruptError` that says how they differ."""
     _listed(storage, record)
+    _verify_digest(storage, record)
+
+
+def _verify_digest(storage: Storage, record: Record) -> None:
     _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
 
 
@@ -133,14 +144,23 @@ def _compare(record: Record, found: tuple[int, str] | None) -> None:
 
 
 def load(
-    storage: Storage, record: Record, payload: Format | FolderFormat, *, weights_only: bool, map_location: Any
+    storage: Storage,
+    record: Record,
+    payload: Format | FolderFormat,
+    *,
+    weights_only: bool,
+    map_location: Any,
+    verify: Verify = "full",
+    mmap: bool = False,
 ) -> Restored:
     """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between.
 
-    Of a folder that is not so: its files are verified, and then opened again by what reads them.
+    Of a folder, and of a file that is mapped, that is not so: they are verified, and then opened again by what reads
+    them.
     """
     if set(_listed(storage, record)) != {record.name}:
-        verify(storage, record)
+        if verify == "full":
+            _verify_digest(storage, record)
         path = _address(storage, record.name)
         if isinstance(payload, FolderFormat) and path:
             state = payload.read_folder(path, weights_only=weights_only, map_location=map_location)
@@ -150,16 +170,42 @@ def load(
     if isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
-    with storage.open(record.name) as stream:
+    options = {"weights_only": weights_only, "map_location": map_location}
+    if mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping):
+        if verify == "full":
+            _verify_digest(storage, record)
+        return Restored(record=record, state=payload.read_mapped(storage.local_path(record.name), **options))
+    if verify == "size":
+        with storage.open(record.name) as stream:
+            return Restored(record=record, state=payload.read(stream, **options))
+    return Restored(record=record, state=_load_verified(storage, record, payload, options))
+
+
+def _load_verified(storage: Storage, record: Record, payload: Format, options: Mapping[str, Any]) -> Any:
+    with storage.open(record.name) as remote, _nearby(remote, storage, record) as stream:
         verified = VerifiedReader(stream, algorithm_of(record.digest))
         _compare(record, (verified.size, verified.digest))
         try:
-            state = payload.read(io.BufferedReader(verified), weights_only=weights_only, map_location=map_location)
+            return payload.read(io.BufferedReader(verified), **options)
         finally:
             if verified.error is not None:
                 msg = f"{record.name} has other bytes than were written: {verified.error}"
                 raise CorruptError(msg)
-    return Restored(record=record, state=state)
+
+
+@contextlib.contextmanager
+def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[BinaryIO]:
+    """Bring what lies elsewhere here once, for it is read twice; where there is room for it."""
+    if not isinstance(storage, SupportsURLs) or isinstance(storage, SupportsPaths):
+        yield stream
+        return
+    if shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy, _CHUNK)
+        copy.seek(0)
+        yield copy
 
 
 def _address(storage: Storage, name: str) -> str:

@@ -225,7 +225,7 @@ class KeepAll:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return {record.name: str(self) for record in history}
+        return dict.fromkeys((record.name for record in history), str(self))
 
     def __str__(self) -> str:
         return "everything"
@@ -277,12 +277,16 @@ def kept_by(
     """Return the names that live, each with the reasons of every rule that keeps it."""
     reasons: dict[str, tuple[str, ...]] = {}
     for rule in rules:
-        for name, reason in rule.keep(history).items():
+        kept = rule.keep(history)
+        if not reasons:
+            reasons = {name: (reason,) for name, reason in kept.items()}
+            continue
+        for name, reason in kept.items():
             reasons[name] = (*reasons.get(name, ()), reason)
     for limit in limits:
-        kept = [record for record in history if record.name in reasons]
-        dropped = limit.drop(kept, ranking)
-        for record in kept:
+        left = [record for record in history if record.name in reasons]
+        dropped = limit.drop(left, ranking)
+        for record in left:
             # Whatever a limit says: a pinned checkpoint is never retired.
             if record.name in dropped and not record.pinned:
                 del reasons[record.name]

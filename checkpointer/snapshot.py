@@ -174,6 +174,8 @@ class _Copying:
 
     def finish(self) -> list[Any]:
         """Let the current streams wait for the copies, not this thread; return the events that say when they end."""
+        if not self._used:
+            return []
         import torch
 
         events = []

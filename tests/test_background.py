@@ -609,6 +609,12 @@ def test_a_script_sees_and_leaves_the_same_in_the_background(name: str, script: 
 # Real processes
 
 
+def test_a_state_without_tensors_does_not_bring_torch_in(tmp_path: Path) -> None:
+    """The first save would wait for seconds of imports."""
+    done = run("gate.set(); manager.close(); print('torch' in sys.modules)", str(tmp_path))
+    assert ("False\n", "") == (done.stdout, done.stderr)
+
+
 _LATE = """
 import os, signal, sys, threading
 from plain_format import PlainFormat

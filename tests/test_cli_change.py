@@ -196,6 +196,7 @@ def test_copy_brings_records_payloads_and_aliases(tmp_path: Path) -> None:
     assert (ours.records, dict(ours.aliases)) == (theirs.records, dict(theirs.aliases))
     assert (tmp_path / "copy" / "last.ckpt").is_symlink()
     assert 0 == command("verify", tmp_path / "copy", "--deep").code
+    assert not (tmp_path / "copy" / ".checkpointer" / "staging").exists()  # Nothing is left of the copying.
     with CheckpointManager(tmp_path / "copy", ALL_LINKED, state=dict) as manager:
         restored = manager.restore()
         assert restored is not None

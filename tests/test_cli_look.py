@@ -213,6 +213,15 @@ def test_verify_finds_a_flipped_byte_a_cut_file_and_one_that_is_gone(run: Path) 
     assert [True, False, False] == [item["ok"] for item in quick]
 
 
+def test_a_payload_that_is_a_link_now_is_not_what_was_written(run: Path) -> None:
+    """As for a restore: whoever can put a link there decides what is loaded, and when."""
+    path = run / "epoch=1-step=20.ckpt"
+    path.rename(run.parent / "elsewhere")
+    path.symlink_to(run.parent / "elsewhere")
+    said = command("verify", run)
+    assert (1, True) == (said.code, "BAD   epoch=1-step=20.ckpt" in said.out)
+
+
 def test_deep_finds_what_the_digest_cannot(tmp_path: Path) -> None:
     """A payload that was already wrong when its digest was taken: a tensor's bytes are missing."""
     path = tmp_path / "whole"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import attrs
 import pytest
@@ -468,3 +469,39 @@ def test_what_others_have_swept_is_not_taken_for_published(faulty: type[FaultyFi
     with pytest.raises(FileNotFoundError):
         upload.publish(replace=True)
     assert OLD == storage.open("a").read()
+
+
+class Replaced(MemoryStorage):
+    """Its records are replaced under the first readings of each."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def open(self, path: str) -> BinaryIO:
+        if path.startswith(".checkpointer/records/") and self.left:
+            self.left -= 1
+            raise OSError(errno.ESTALE, "the file was replaced while it was read", path)
+        return super().open(path)
+
+
+@pytest.mark.parametrize("times", [0, 3])
+def test_a_record_that_is_replaced_while_it_is_read_is_read_anew(times: int) -> None:
+    """Another manager attaches metrics, just then."""
+    storage = Replaced(0)
+    with CheckpointManager(storage, POLICY, state=dict) as manager:
+        manager.observe({"loss": 0.5}, 1, 0)
+    storage.left = times
+    storage.delete(".checkpointer/index.json")
+    assert [1] == [record.step for record in CheckpointManager(storage).records]
+
+
+def test_a_record_that_never_stands_still_is_an_error() -> None:
+    """Nobody rewrites one so often."""
+    storage = Replaced(0)
+    with CheckpointManager(storage, POLICY, state=dict) as manager:
+        manager.observe({"loss": 0.5}, 1, 0)
+    storage.left = 1000
+    storage.delete(".checkpointer/index.json")
+    with pytest.raises(OSError, match="replaced while it was read"):
+        CheckpointManager(storage)

@@ -19,7 +19,7 @@ from checkpointer.index import HOME
 from checkpointer.inspecting import Catalog, look_at
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
-from checkpointer.ports import Storage, SupportsPaths
+from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.trust import HMACKey
 
@@ -134,9 +134,10 @@ def writing(directory: str, storage_options: str | None = None, *, new: bool = F
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""
     owner = new_owner()
     try:
-        if new:
-            yield open_storage(directory, owner, parse_options(storage_options)), owner
-        else:
-            yield open_place(directory, storage_options, owner), owner
+        opened = open_storage(directory, owner, parse_options(storage_options)) if new else None
+        storage = opened or open_place(directory, storage_options, owner)
+        yield storage, owner
+        if isinstance(storage, SupportsSweep):
+            storage.close()
     finally:
         release(owner)

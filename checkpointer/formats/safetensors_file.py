@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError
@@ -14,6 +14,7 @@ __all__ = ["SafetensorsFormat"]
 
 try:
     from safetensors.torch import load as _load
+    from safetensors.torch import load_file as _load_file
 except ImportError as error:
     msg = "format='safetensors' needs a package more: pip install 'torch-checkpointer[safetensors]'"
     raise ImportError(msg) from error
@@ -82,8 +83,15 @@ class SafetensorsFormat:
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         """See `Format.read`; nothing in a safetensors file can run code."""
+        return self._load(lambda: _load(stream.read()), map_location)
+
+    def read_mapped(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """See `SupportsMapping.read_mapped`."""
+        return self._load(lambda: _load_file(path), map_location)
+
+    def _load(self, load: Callable[[], dict[str, torch.Tensor]], map_location: Any) -> Any:
         try:
-            tensors = _load(stream.read())
+            tensors = load()
         except (OSError, MemoryError):
             raise
         except Exception as error:  # SafetensorError, and KeyError for a dtype that this version does not know.

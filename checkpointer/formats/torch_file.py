@@ -50,11 +50,23 @@ class TorchFormat:
             UnsafePayloadError: If ``weights_only`` refuses something in it.
             CorruptError: If it is no torch file.
         """
+        start = stream.tell()
+        return self._load(stream, stream, start, map_location=map_location, weights_only=weights_only)
+
+    def read_mapped(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        """See `SupportsMapping.read_mapped`; only zip files can be mapped, others are read. Errors as for `read`."""
+        with open(path, "rb") as stream:
+            mapped = stream.read(4) == b"PK\x03\x04"
+            stream.seek(0)
+            source = path if mapped else stream
+            return self._load(source, stream, 0, mmap=mapped, map_location=map_location, weights_only=weights_only)
+
+    def _load(self, source: Any, stream: BinaryIO, start: int, *, weights_only: bool, **options: Any) -> Any:
+        """Load from ``source``; ``stream`` has the same bytes, to find out from what went wrong."""
         import torch
 
-        start = stream.tell()
         try:
-            return torch.load(stream, map_location=map_location, weights_only=weights_only)
+            return torch.load(source, weights_only=weights_only, **options)
         except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except pickle.UnpicklingError as error:

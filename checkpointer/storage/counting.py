@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Final, cast
 
-from checkpointer.ports import Stat, Storage, SupportsPaths, Upload
+from checkpointer.ports import Stat, Storage, SupportsLinks, SupportsPaths, Upload
 
 __all__ = ["CountingStorage"]
 
@@ -30,8 +30,9 @@ class CountingStorage:
     """
 
     def __new__(cls, storage: Storage, on_bytes: Callable[[int], object]) -> CountingStorage:
-        """Return one that has paths if the other has."""
-        return object.__new__(_WithPaths if cls is CountingStorage and isinstance(storage, SupportsPaths) else cls)
+        """Return one that has paths and links if the other has: whoever verifies asks for them."""
+        paths, links = isinstance(storage, SupportsPaths), isinstance(storage, SupportsLinks)
+        return object.__new__(_KINDS[paths, links])
 
     def __init__(self, storage: Storage, on_bytes: Callable[[int], object]) -> None:
         self._storage = storage
@@ -71,6 +72,26 @@ class _WithPaths(CountingStorage):
 
     def sync(self, path: str) -> None:
         cast(SupportsPaths, self._storage).sync(path)
+
+
+class _WithLinks(CountingStorage):
+    def symlink(self, target: str, path: str) -> None:
+        cast(SupportsLinks, self._storage).symlink(target, path)
+
+    def hardlink(self, target: str, path: str) -> None:
+        cast(SupportsLinks, self._storage).hardlink(target, path)
+
+
+class _WithBoth(_WithPaths, _WithLinks):
+    pass
+
+
+_KINDS: Final[dict[tuple[bool, bool], type[CountingStorage]]] = {
+    (False, False): CountingStorage,
+    (True, False): _WithPaths,
+    (False, True): _WithLinks,
+    (True, True): _WithBoth,
+}
 
 
 class _Counted(io.RawIOBase):

@@ -16,6 +16,7 @@ import attrs
 
 from checkpointer.errors import NameTakenError
 from checkpointer.owner import is_dead
+from checkpointer.rereading import read_whole
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_native_errors, copy, is_refusal, modified_s, rename
 from checkpointer.storage.retrying import is_transient
@@ -261,8 +262,7 @@ class Placing:
 
     def _holds(self, path: str, data: bytes) -> bool:
         try:
-            with self._to.open(path) as stream:
-                return stream.read(len(data) + 1) == data
+            return read_whole(lambda: self._to.open(path), len(data) + 1) == data
         except FileNotFoundError:
             return False
 

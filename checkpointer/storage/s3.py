@@ -19,6 +19,7 @@ import fsspec.asyn
 from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records import parse_json
+from checkpointer.rereading import read_whole
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
 from checkpointer.storage.placing import STAGING, Placing
@@ -202,8 +203,8 @@ class S3Storage(FsspecStorage):
 
 def _read_marker(connection: S3Connection, path: str) -> tuple[str, str]:
     """Return for which path an upload was begun and its id, which is empty if it is not known."""
-    with contextlib.suppress(RecordError, FileNotFoundError), connection.open(path) as stream:
-        marker = parse_json(stream.read(_MAX_MARKER), path, _MAX_MARKER)
+    with contextlib.suppress(RecordError, FileNotFoundError):
+        marker = parse_json(read_whole(lambda: connection.open(path), _MAX_MARKER), path, _MAX_MARKER)
         if isinstance(marker, dict) and all(isinstance(marker.get(k), str) for k in ("path", "upload")):
             return marker["path"], marker["upload"]
     return "", ""

@@ -22,10 +22,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def needs(name: str) -> None:
-    """Skip without the package: with what they bring along they are too heavy for CI."""
+    """Skip without the package."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip(name, reason=f"needs {name}, which make test-lightning-versions installs and CI does not")
+        pytest.importorskip(name, reason=f"needs {name}, which make hosts installs")
 
 
 @pytest.mark.parametrize("log_model", ["all", True])

@@ -371,13 +371,30 @@ def test_best_and_last_are_found(tmp_path: Path, which: str) -> None:
     assert found[0] == found[1]
 
 
-def test_stock_lightning_goes_on_with_what_is_written_here(tmp_path: Path) -> None:
-    """The way back is open: ranking and all."""
+@pytest.mark.parametrize("how", ["last", "path"])
+def test_stock_lightning_goes_on_with_what_is_written_here(tmp_path: Path, how: str) -> None:
+    """The way back is open: ranking and all, by word and by path."""
     arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "val_loss", "save_top_k": 2, "save_last": True}
-    fit(Ours(**arguments), max_epochs=2)
+    first = Ours(**arguments)
+    fit(first, max_epochs=2)
+    assert [4, 8] == [step_of(path) for path in first.best_k_models]
     callback = Theirs(**arguments)
-    fit(callback, max_epochs=4, resume="last")
+    training = fit(callback, max_epochs=4, resume="last" if how == "last" else first.best_model_path)
     assert [8, 16] == [step_of(path) for path in callback.best_k_models]
+    assert 16 == training.global_step
+
+
+def test_a_run_that_lightning_started_goes_on_from_its_last(tmp_path: Path) -> None:
+    """``ckpt_path="last"`` finds Lightning's file first and this class's own from then on; the ranking is one."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "val_loss", "save_top_k": 2, "save_last": True}
+    fit(Theirs(**arguments), max_epochs=2)
+    for epochs in (4, 5):
+        callback = Ours(**arguments)
+        with pytest.warns(UserWarning, match=r"last.ckpt is not this run's; the alias is last-v1.ckpt instead"):
+            training = fit(callback, max_epochs=epochs, resume="last")
+        assert [8, 16] == [step_of(path) for path in callback.best_k_models]
+        assert 4 * epochs == training.global_step == step_of(callback.last_model_path)
+    assert Path(str(training.ckpt_path)).name == Path(callback.last_model_path).name
 
 
 @pytest.mark.parametrize(
