@@ -18,6 +18,7 @@ from tiny import BATCHES, Model, files, fit, held, quiet, seen, together
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.errors import SaveError
+from checkpointer.saving import Saver
 
 pytestmark = quiet
 
@@ -31,9 +32,13 @@ BOTH = [
 ]
 
 
+RETIRED, LOOKED = threading.Event(), threading.Event()
+"""The writer has retired what a save retires; the training thread has looked at what is shown then."""
+
+
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the writer thread, and nobody else, wait for the disk: longer than a batch takes."""
+    """Let the writer thread, and nobody else, wait for the disk longer than a batch takes, and linger after a delete."""
     sync = os.fsync
 
     def slowly(descriptor: int) -> None:
@@ -42,6 +47,18 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slowly)
+    retire = Saver._retire
+
+    def lingering(saver: Saver) -> tuple[str, ...]:
+        retired = retire(saver)
+        if threading.current_thread().name == "checkpointer-writer":
+            LOOKED.clear()
+            RETIRED.set()
+            LOOKED.wait(0.3)
+            RETIRED.clear()
+        return retired
+
+    monkeypatch.setattr(Saver, "_retire", lingering)
 
 
 def shown(callback: Any) -> set[str]:
@@ -58,15 +75,20 @@ class Looking(pl.Callback):
         self.missing: list[str] = []
         self.under_way = 0
 
-    def look(self) -> None:
+    def look(self, *, waits: bool = False) -> None:
         training = self.callback._training
         manager = training.manager if training is not None else None
         if manager is not None and manager.background is not None:
-            self.under_way += bool(manager.background.unfinished)
+            is_under_way = bool(manager.background.unfinished)
+            self.under_way += is_under_way
+            if is_under_way and waits:
+                RETIRED.wait(0.3)
         self.missing += [path for path in shown(self.callback) if not os.path.exists(path)]
+        LOOKED.set()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.look()
+        self.look()  # While it is written.
+        self.look(waits=True)  # When the old is gone.
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.look()
@@ -137,8 +159,8 @@ def test_an_exception_waits_for_what_is_under_way_and_rescues(tmp_path: Path) ->
     callback = CheckpointCallback(tmp_path, POLICY, background=True)
     looking, told = Looking(callback), Told()
     with pytest.raises(ZeroDivisionError, match="the training breaks"):
-        fit([callback, looking], model=Model(fails_at=BATCHES), logger=told)
-    assert ["last.ckpt", "rescue-step=4.ckpt", "step=3.ckpt"] == files(tmp_path) or "step=4.ckpt" in files(tmp_path)
+        fit([callback, looking], model=Model(fails_at=BATCHES + 1), logger=told)
+    assert ["last.ckpt", "rescue-step=5.ckpt", "step=4.ckpt"] == files(tmp_path)
     assert [] == looking.missing == told.missing
     assert "step=4.ckpt" in told.steps
 
