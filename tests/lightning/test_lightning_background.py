@@ -38,7 +38,7 @@ RETIRED, LOOKED = threading.Event(), threading.Event()
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the writer thread, and nobody else, wait for the disk longer than a batch takes, and linger after a delete."""
+    """Let the writer thread, and nobody else, wait for the disk longer than a batch, and linger after a delete."""
     sync = os.fsync
 
     def slowly(descriptor: int) -> None:
