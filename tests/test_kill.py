@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from plain_format import PlainFormat
+from sampling import some
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
 
-KILLS = 200
+KILLS = some(200)
 
 
 def run_and_kill(directory: Path, last: str, delay: float, *more: str) -> tuple[int, int]:
@@ -40,7 +41,7 @@ def run_and_kill(directory: Path, last: str, delay: float, *more: str) -> tuple[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("last", "kills", "more"), [("link", KILLS // 2, ()), ("copy", KILLS // 2, ()), ("copy", 30, ("background",))]
+    ("last", "kills", "more"), [("link", KILLS // 2, ()), ("copy", KILLS // 2, ()), ("copy", some(30), ("background",))]
 )
 def test_killed_at_random_instants_nothing_acknowledged_is_lost(
     tmp_path: Path, last: str, kills: int, more: tuple[str, ...]

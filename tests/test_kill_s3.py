@@ -20,6 +20,7 @@ import pytest
 from kill_me_s3 import policy_of
 from plain_format import PlainFormat
 from s3_tools import LARGE, LargeFormat, filesystem, objects, unfinished
+from sampling import some
 from servers import SeaweedFS
 from servers.fixtures import Serve
 from servers.launching import restart, running
@@ -31,7 +32,7 @@ from checkpointer.storage.retrying import Retry
 
 pytestmark = pytest.mark.slow
 
-KILLS = 200
+KILLS = some(200)
 IMPATIENT_S = 0.5
 
 

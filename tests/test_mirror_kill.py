@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from mirror_me import MIRROR_KEEP, POLICY, manager
 from plain_format import PlainFormat
+from sampling import some
 
 from checkpointer import CheckpointManager
 
-KILLS = 30
+KILLS = some(30)
 
 pytestmark = pytest.mark.slow
 

@@ -38,6 +38,8 @@ class Composed(Managed):
         mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches.
         mirror_keep: Rules and limits for what lives there; None takes the policy's.
         mirror_options: As ``storage_options``, for the mirror.
+        background: Copy the state and go on with the training, while a thread writes it. Lightning's
+            ``AsyncCheckpointIO`` asks for the same. Listeners are called on that thread.
         verbose: Log each decision.
 
     Example:
@@ -58,6 +60,7 @@ class Composed(Managed):
         mirror: Where | None = None,
         mirror_keep: Iterable[Rule | Limit] | None = None,
         mirror_options: Mapping[str, Any] | None = None,
+        background: bool = False,
         verbose: bool = False,
     ) -> None:
         policy = policy if isinstance(policy, Policy) else Policy.from_yaml(policy)
@@ -75,6 +78,7 @@ class Composed(Managed):
             verbose=verbose,
         )
         self.policy = policy
+        self._in_background = background
         self._options = {
             "listeners": tuple(listeners),
             "tolerate_failures": tolerate_failures,

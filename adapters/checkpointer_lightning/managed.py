@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from checkpointer import CheckpointManager, Progress
+from checkpointer import CheckpointerWarning, CheckpointManager, Progress, Save
 from checkpointer.ranks import on_rank_zero
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
+from checkpointer_lightning.behind import Behind
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.finding import forget_copy
-from checkpointer_lightning.rescuing import rescue, rescue_together
+from checkpointer_lightning.rescuing import quietly, rescue, rescue_together
 from checkpointer_lightning.saving import Answer, Saving, Training
 from checkpointer_lightning.signalling import signals_of
 from checkpointer_lightning.talking import close_ranks, open_ranks
-from checkpointer_lightning.writing import Pen
+from checkpointer_lightning.writing import Pen, in_foreground
 
 __all__ = ["Managed", "Moment"]
 
@@ -26,6 +28,9 @@ Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 
 class Managed(Saving):
     """Base of both callbacks; a subclass says which policy, and which moments are reported."""
+
+    _in_background: bool = False
+    """Whether writing in the background was asked for."""
 
     # What a subclass says
 
@@ -55,7 +60,10 @@ class Managed(Saving):
         again = self._last_trainer is not None and self._last_trainer() is trainer
         self._last_trainer = weakref.ref(trainer)
         manager: CheckpointManager | None = None
-        options = {**self._options, **pen.how}
+        how = pen.how(background=self._in_background)
+        behind = Behind() if how.get("background") else None
+        listeners = (*self._options.get("listeners", ()), *((behind,) if behind is not None else ()))
+        options = {**self._options, **how, "listeners": listeners}
 
         def open_it() -> Horizon:
             nonlocal manager
@@ -72,10 +80,10 @@ class Managed(Saving):
             close_ranks(ranks)
             raise
         forget_copy(self._found)
-        training.manager, training.rescues = manager, policy.rescue
+        training.manager, training.rescues, training.behind = manager, policy.rescue, behind
+        training.signals = signals_of(trainer)
+        training.signals.listen(trainer, talks=ranks.size > 1)
         self._training = training
-        if ranks.size > 1:
-            signals_of(trainer).listen(trainer)
         self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -109,24 +117,41 @@ class Managed(Saving):
             now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
             if not training.horizon.covers(now):
                 self._report("batch", trainer)
+        if training.ranks.size == 1:
+            if training.behind is not None and training.behind.has_news(training.manager):
+                self._catch_up(trainer)
+            if training.signals.requeue and self is siblings.newest(trainer.callbacks, Managed):
+                self._requeue(trainer, training)
 
     def _end_batch_together(self, trainer: Any, training: Training) -> None:
         """Do the same on all ranks: steps and epochs they all know, of a time or a signal they have to be told."""
-        signals, horizon = signals_of(trainer), training.horizon
+        signals, horizon, behind = training.signals, training.horizon, training.behind
         reports = self._reports("batch", trainer)
         late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
+        news = behind is not None and behind.has_news(training.manager)
         stops = signals.noted
-        if training.agreement(late or stops):
-            late, stops = map(bool, training.ranks.highest(float(late), float(stops)))
+        requeues = signals.requeue and self is siblings.newest(trainer.callbacks, Managed)
+        if training.agreement(late or stops or news or requeues):
+            flags = training.ranks.highest(float(late), float(stops), float(news), float(requeues))
+            late, stops, news, requeues = map(bool, flags)
         else:
-            late = stops = False
+            late = stops = news = requeues = False
         known = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=-math.inf)
         if reports and (late or not horizon.covers(known)):
             self._report("batch", trainer)
+        if news:
+            self._catch_up(trainer)
+        if requeues:
+            self._requeue(trainer, training)
         if stops or signals.agreed:
-            if training.rescues and trainer.global_step:
+            if training.rescues and trainer.global_step and not signals.requeued:
                 rescue_together(self, training, trainer, "SIGTERM")
             signals.stop(trainer)
+
+    def _requeue(self, trainer: Any, training: Training) -> None:
+        """Let Lightning save for SLURM and ask for the job to be run again, as it does within its signal handler."""
+        with in_foreground(trainer.strategy, self._package.async_io):
+            training.signals.hand_on()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
@@ -139,19 +164,37 @@ class Managed(Saving):
             self._report("epoch", trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Report the end of the training."""
-        if self._training is not None and self._due("end"):
+        """Report the end of the training, and wait for what is being written."""
+        training = self._training
+        if training is None:
+            return
+        self._catch_up(trainer, waits=True)
+        if self._due("end"):
             self._report("end", trainer)
+            self._catch_up(trainer, waits=True)
+        if training.signals.awaits_requeue and self is siblings.newest(trainer.callbacks, Managed):
+            (asked,) = training.ranks.highest(float(training.signals.requeue))
+            if asked:
+                self._requeue(trainer, training)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save what there is, if the policy rescues; never in a way that could hide the exception."""
         if self._training is None:
             return
+        signals = self._training.signals
         try:
-            if not signals_of(trainer).agreed:  # Then it is saved already.
+            # After an agreed SIGTERM it is saved already; a job that SLURM runs again goes on from Lightning's file.
+            stopped = type(exception).__name__ == "SIGTERMException"
+            if not signals.agreed and not (stopped and signals.requeued):
                 rescue(self, self._training, trainer, exception)
+            if signals.requeue:
+                signals.requeue = False
+                warnings.warn(_NO_REQUEUE, CheckpointerWarning, stacklevel=2)
+            with quietly():
+                self._catch_up(trainer, waits=True, is_alone=True)
         finally:
-            self._close(trainer)
+            with quietly():
+                self._close(trainer)
 
     # Reporting
 
@@ -164,6 +207,7 @@ class Managed(Saving):
         metrics = self._metrics(trainer, training, self._monitor_candidates(trainer))
         if not self._reports(moment, trainer):
             return
+        self._catch_up(trainer)
         step, epoch = trainer.global_step, trainer.current_epoch
         ends = self._ends_epoch(moment, trainer)
         now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
@@ -178,7 +222,9 @@ class Managed(Saving):
         def decide() -> Answer:
             manager = training.managing
             decision = manager.decide(metrics, step, epoch, epoch_end=ends, due=self._due(moment))
-            return Answer(decision, manager.horizon, self._account(training, decision))
+            # What is attached in the background is not there yet.
+            shown = decision if training.behind is None or isinstance(decision, Save) else None
+            return Answer(decision, manager.horizon, self._account(training, shown))
 
         answer = on_rank_zero(training.ranks, decide)
         training.horizon = answer.horizon
@@ -202,3 +248,9 @@ class Managed(Saving):
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}
         return {name: value for name, value in candidates.items() if name in fresh or name in added}
+
+
+_NO_REQUEUE: Final = (
+    "SLURM asked for the job to be run again, and an exception ended the training before the end of the batch: "
+    "Lightning's checkpoint for that was not saved, and the job not requeued"
+)

@@ -7,14 +7,16 @@ within a second, and nobody does if one is missing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, Final
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Save
 from checkpointer_lightning.saving import Saving, Training
 
-__all__ = ["rescue", "rescue_together"]
+__all__ = ["quietly", "rescue", "rescue_together"]
 
 DEADLINE_S: Final = 1.0
 """Seconds that a rank with an exception waits for the others to have one too."""
@@ -53,6 +55,15 @@ def rescue_together(callback: Saving, training: Training, trainer: Any, why: str
         if trainer.is_global_zero:
             _warn(f"no rescue checkpoint could be written: {failure!r}")
         return None
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Turn a failure into a warning: what ended the training is to be seen."""
+    try:
+        yield
+    except Exception as failure:
+        _warn(str(failure))
 
 
 def _needs_all(callback: Saving, trainer: Any) -> bool:

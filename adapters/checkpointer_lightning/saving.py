@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
 
-from checkpointer import Attach, CheckpointManager, Decision, Save
+from checkpointer import Attach, CheckpointManager, Decision, Save, Skip
 from checkpointer.ports import Ranks
-from checkpointer.ranks import Agreement
+from checkpointer.ranks import Agreement, on_rank_zero
 from checkpointer.triggers import Horizon
+from checkpointer_lightning.behind import Behind, News
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.identity import Identity
 from checkpointer_lightning.measuring import Measured
 from checkpointer_lightning.resuming import Resuming
 from checkpointer_lightning.showing import Account, account_of
+from checkpointer_lightning.signalling import Signals
 from checkpointer_lightning.writing import Pen
 
 __all__ = ["Answer", "Saving", "Training"]
@@ -49,6 +52,10 @@ class Training:
     """What is being reported."""
     rescues: bool = False
     """Whether the policy saves when something ends the training."""
+    behind: Behind | None = None
+    """What is under way, where the manager writes in the background."""
+    signals: Signals = attrs.field(factory=Signals)
+    """What the processes have been told."""
 
     @property
     def agreement(self) -> Agreement:
@@ -74,28 +81,40 @@ class Saving(Resuming):
 
     _training: Training | None = None
     _pending: Save | None = None
+    _before: Mapping[str, Any] = {}
+    """What was shown before the save that is being made."""
     _last_trainer: weakref.ref[Any] | None = None
 
     def _follow(self, trainer: Any, decision: Decision, account: Account) -> None:
+        training = self._training
+        behind = training.behind if training is not None else None
         if isinstance(decision, Attach):
             self._show(account)
-            self._retired(trainer, decision)
+            if behind is not None:
+                behind.is_busy = True
+            else:
+                self._retired(trainer, decision.retire)
         if not isinstance(decision, Save):
             return
+        if behind is not None:
+            self._catch_up(trainer, waits=True)
         # Before the save, for what is shown is part of the state that is saved.
-        before = dict(self.__dict__)
+        self._before = {name: self.__dict__[name] for name in _SHOWN}
         self._show(account)
         self._pending = decision
         try:
             self._save_checkpoint(trainer, os.path.join(self._folder, decision.name))
         except BaseException:
-            self.__dict__.update({name: before[name] for name in _SHOWN})
+            self.__dict__.update(self._before)
             raise
         finally:
-            self._pending = None
+            self._pending, self._before = None, {}
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
-        """Carry out what was decided. A subclass may wrap it: once it returns, the file is there, whole."""
+        """Carry out what was decided. A subclass may wrap it: once it returns, the file is there, whole.
+
+        In the background it is there later, and what is shown until then is what is there.
+        """
         decision = self._pending
         if decision is None or self._training is None:
             super()._save_checkpoint(trainer, filepath)
@@ -114,16 +133,74 @@ class Saving(Resuming):
         answer: Answer = training.pen.team.work(lead)
         done: Decision = answer.decision
         training.horizon = answer.horizon
+        self.__dict__.update(self._before)
         self._show(answer.account)
         if not isinstance(done, Save):
             return done
         self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = os.path.join(self._folder, done.name)
+        if training.behind is not None:
+            training.behind.is_busy = True
+        else:
+            self._tell(trainer, done.name)
+            self._retired(trainer, done.retire)
+        return done
+
+    def _tell(self, trainer: Any, name: str) -> None:
+        """Say that a checkpoint is there."""
+        self._last_checkpoint_saved = os.path.join(self._folder, name)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(weakref.proxy(self))
-        self._retired(trainer, done)
-        return done
+
+    def _catch_up(self, trainer: Any, *, waits: bool = False, is_alone: bool = False) -> None:
+        """Show and tell what has come to its end in the background, on all ranks.
+
+        Args:
+            trainer: Whose training it is.
+            waits: Whether to wait until nothing is under way.
+            is_alone: Whether the other ranks are not to be called: rank 0 does it for itself.
+
+        Raises:
+            SaveError: If what was under way has failed.
+        """
+        training = self._training
+        behind = training.behind if training is not None else None
+        if training is None or behind is None or not behind.is_busy:
+            return
+
+        def look() -> News:
+            manager = training.managing
+            if waits:
+                behind.wait(manager, trainer.global_step)
+            is_idle = manager.wait(0)
+            saved, retired = behind.take()
+            return News(saved, retired, is_idle, self._account(training, None))
+
+        if is_alone and training.ranks.rank:
+            return
+        news = look() if is_alone else on_rank_zero(training.ranks, look)
+        behind.is_busy = not news.is_idle
+        self._show(news.account)
+        for name in news.saved:
+            self._tell(trainer, name)
+        self._retired(trainer, news.retired)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is to be kept; what is under way is in it as if it were done, for the state is read later."""
+        training = self._training
+        if training is None or training.behind is None or training.manager is None or self._pending is not None:
+            return super().state_dict()
+        with self._foreseeing(training):
+            return super().state_dict()
+
+    @contextlib.contextmanager
+    def _foreseeing(self, training: Training) -> Iterator[None]:
+        before = {name: self.__dict__[name] for name in _SHOWN}
+        self._show(self._account(training, _NOTHING))
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     @property
     def _at_batch(self) -> bool:
@@ -136,17 +213,21 @@ class Saving(Resuming):
         saving = [callback for callback in trainer.callbacks if isinstance(callback, Identity)]
         return desk_of(trainer).dump(trainer, saving, weights_only=self.save_weights_only)
 
-    def _retired(self, trainer: Any, decision: Save | Attach) -> None:
-        for name in decision.retire:
+    def _retired(self, trainer: Any, names: Iterable[str]) -> None:
+        for name in names:
             self._remove_checkpoint(trainer, os.path.join(self._folder, name))
 
     def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
         """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""
 
     def _account(self, training: Training, decision: Decision | None) -> Account:
+        """Return what there is; or, with a decision, what there will be once it is carried out."""
         manager = training.managing
         manifest = manager.manifest if decision is None else manager.after(decision)
-        return account_of(manager.policy, manifest, self._folder, self.save_top_k)
+        going: set[str] = set()
+        if decision is None and training.behind is not None:
+            going = {record.name for record in manifest.history} - manager.after(_NOTHING).by_name.keys()
+        return account_of(manager.policy, manifest, self._folder, self.save_top_k, going)
 
     def _show(self, account: Account) -> None:
         account.show(self)
@@ -163,6 +244,7 @@ class Saving(Resuming):
         return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}
 
 
+_NOTHING: Final = Skip(reason="nothing is decided")
 _OF_A_TRAINING: Final = ("_training", "_last_trainer", "log", "log_dict")
 """Names of what a copy does not take along. The Trainer lends a callback the methods with which its module logs."""
 _SHOWN: Final = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from typing import Any
 
 import attrs
@@ -29,9 +30,13 @@ class Account:
     """Score of the newest of the best k."""
     worst: float
     """What is worse than any score."""
+    going: frozenset[str] = frozenset()
+    """Paths that are there, and will be gone once what is being written is there."""
 
     def show(self, callback: Any) -> None:
         """Set the attributes that Lightning's callback has. What the records do not know stays as it was."""
+        if self.going:
+            self._forget_going(callback)
         if self.best_path:
             callback.best_model_path = self.best_path
         if self.last_path:
@@ -44,11 +49,24 @@ class Account:
         callback.kth_best_model_path = self.kth_path
         callback.kth_value = _tensor(self.best.get(self.kth_path, self.worst))
 
+    def _forget_going(self, callback: Any) -> None:
+        kept = {path: score for path, score in callback.best_k_models.items() if path not in self.going}
+        callback.best_k_models = kept
+        if callback.best_model_path in self.going:
+            callback.best_model_path, callback.best_model_score = "", None
+        if callback.kth_best_model_path in self.going:
+            callback.kth_best_model_path = ""
 
-def account_of(policy: Policy, manifest: Manifest, directory: str, top_k: int) -> Account:
-    """Return the account of the records; ``top_k`` as Lightning has it, -1 for all."""
+
+def account_of(
+    policy: Policy, manifest: Manifest, directory: str, top_k: int, going: Collection[str] = frozenset()
+) -> Account:
+    """Return the account of the records; ``top_k`` as Lightning has it, -1 for all.
+
+    Names in ``going`` are left out: they are about to be retired.
+    """
     slot = policy.name.last_file if policy.last else None
-    history = [record for record in competing(manifest.history) if record.name != slot]
+    history = [record for record in competing(manifest.history) if record.name != slot and record.name not in going]
     ranked = policy.best_first(history)
     top = ranked if top_k < 0 else policy.top(history)
     in_order = sorted(top, key=lambda record: record.serial)
@@ -62,6 +80,7 @@ def account_of(policy: Policy, manifest: Manifest, directory: str, top_k: int) -
         last_path=os.path.join(directory, slot) if slot and manifest.history else "",
         current=list(best.values())[-1] if best else None,
         worst=_worst(policy),
+        going=frozenset(os.path.join(directory, name) for name in going),
     )
 
 

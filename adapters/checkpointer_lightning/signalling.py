@@ -1,13 +1,18 @@
-"""SIGTERM with several ranks: whoever gets it takes a note, all agree at the end of a batch, then Lightning stops them.
+"""Signals that Lightning acts on within their handlers: here a handler only takes a note, and the batch ends first.
 
-Lightning's own handler talks to the other ranks from within the handler, which mixes with whatever collective the
-training is in, and lets one rank stop at a batch where another goes on. Here it only takes a note.
+SIGTERM with several ranks: whoever gets it takes a note, all agree at the end of a batch, then Lightning stops them.
+Its own handler talks to the other ranks from within the handler, which mixes with whatever collective the training is
+in, and lets one rank stop at a batch where another goes on.
+
+SLURM's signal before it requeues a job: Lightning saves from within the handler, at whatever instruction the training
+is, between two parameters of an optimizer's step for example. Here that runs at the end of the batch, on all ranks.
 """
 
 from __future__ import annotations
 
 import signal
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
@@ -17,37 +22,86 @@ __all__ = ["Signals", "signals_of"]
 _SIGNALS: Final[weakref.WeakKeyDictionary[Any, Signals]] = weakref.WeakKeyDictionary()
 
 
-@attrs.define
+@attrs.frozen
+class _Swap:
+    """One handler in a list of Lightning's that was replaced."""
+
+    handlers: list[Any]
+    ours: Callable[..., None]
+    theirs: Callable[..., None]
+
+    def undo(self) -> None:
+        if self.ours in self.handlers:
+            self.handlers[self.handlers.index(self.ours)] = self.theirs
+
+
+@attrs.define(eq=False)
 class Signals:
     """What the processes of one Trainer have been told."""
 
     noted: bool = False
-    """Whether this rank got the signal."""
+    """Whether this rank got SIGTERM."""
     agreed: bool = False
     """Whether all ranks know of it, and are at the same step."""
+    requeue: bool = False
+    """Whether this rank got SLURM's signal, and Lightning has not acted on it yet."""
+    requeued: bool = False
+    """Whether Lightning has saved what the next run of the job goes on from by itself."""
     _trainer: weakref.ref[Any] | None = None
-    _theirs: Any = None
-    _handlers: list[Any] | None = None
+    _swaps: list[_Swap] = attrs.field(factory=list)
+    _hand_on: Callable[[], None] | None = None
 
-    def listen(self, trainer: Any) -> None:
-        """Take a note from now on where Lightning's handler would talk. A second call does nothing."""
-        handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", None)
-        theirs = getattr(trainer._signal_connector, "_sigterm_notifier_fn", None)
-        if isinstance(handlers, list) and theirs in handlers:
-            handlers[handlers.index(theirs)] = self._note
-            self._trainer, self._theirs, self._handlers = weakref.ref(trainer), theirs, handlers
-            self.noted = self.agreed = False
+    def listen(self, trainer: Any, *, talks: bool) -> None:
+        """Take a note from now on where Lightning's handlers would act. A second call does nothing.
+
+        Args:
+            trainer: Whose handlers they are.
+            talks: Whether its handler of SIGTERM would talk to other ranks.
+        """
+        if self._swaps:
+            return
+        self.noted = self.agreed = self.requeue = self.requeued = False
+        self._trainer = weakref.ref(trainer)
+        connector = trainer._signal_connector
+        if talks:
+            self._swap(signal.SIGTERM, getattr(connector, "_sigterm_notifier_fn", None), self._note)
+        environment = trainer._accelerator_connector.cluster_environment
+        asks = getattr(environment, "requeue_signal", None)
+        if asks is not None and getattr(environment, "auto_requeue", False):
+            theirs = getattr(connector, "_slurm_sigusr_handler_fn", None)
+            if self._swap(asks, theirs, self._note_requeue) and theirs is not None:
+                self._hand_on = lambda: theirs(asks, None)
+
+    def _swap(self, signum: int, theirs: Callable[..., None] | None, ours: Callable[..., None]) -> bool:
+        handlers = getattr(signal.getsignal(signum), "signal_handlers", None)
+        if theirs is None or not isinstance(handlers, list) or theirs not in handlers:
+            return False
+        handlers[handlers.index(theirs)] = ours
+        self._swaps.append(_Swap(handlers, ours, theirs))
+        return True
 
     def leave(self) -> None:
-        """Let Lightning's handler be again."""
-        if self._handlers is not None and self._note in self._handlers:
-            self._handlers[self._handlers.index(self._note)] = self._theirs
-        self._theirs = self._handlers = None
+        """Let Lightning's handlers be again."""
+        for swap in self._swaps:
+            swap.undo()
+        self._swaps, self._hand_on = [], None
 
     def stop(self, trainer: Any) -> None:
         """Let every rank raise Lightning's exception at the end of this batch."""
         self.agreed = True
         trainer._signal_connector.received_sigterm = True
+
+    @property
+    def awaits_requeue(self) -> bool:
+        """Whether SLURM's signal is noted where Lightning would act on it: the same on every rank."""
+        return self._hand_on is not None
+
+    def hand_on(self) -> None:
+        """Let Lightning act on SLURM's signal, on every rank."""
+        self.requeue = False
+        if self._hand_on is not None:
+            self._hand_on()
+            self.requeued = True
 
     def _note(self, signum: int, frame: Any) -> None:
         trainer = self._trainer() if self._trainer is not None else None
@@ -55,6 +109,9 @@ class Signals:
         if launcher is not None and not self.noted:
             launcher.kill(signum)
         self.noted = True
+
+    def _note_requeue(self, signum: int, frame: Any) -> None:
+        self.requeue = True
 
 
 def signals_of(trainer: Any) -> Signals:

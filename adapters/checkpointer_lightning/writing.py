@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
+from checkpointer import CheckpointerWarning
 from checkpointer.ports import Ranks
 from checkpointer.ranks import Team
 from checkpointer_lightning.packages import Package
 
-__all__ = ["Pen"]
+__all__ = ["Pen", "in_foreground"]
 
 
 @attrs.define
@@ -44,10 +46,18 @@ class Pen:
         acts.update(take=pen._take, write=pen._write)
         return pen
 
-    @property
-    def how(self) -> dict[str, Callable[..., Any]]:
-        """Arguments of a manager: how it comes by a checkpoint."""
-        return {"state": self.capture} if self.package.writes_plainly(self.trainer) else {"save": self.write}
+    def how(self, *, background: bool) -> dict[str, Any]:
+        """Return a manager's arguments: how it comes by a checkpoint, and whether the training waits for it.
+
+        Args:
+            background: Whether it was asked for. Lightning's plugin asks for it too.
+        """
+        if self.package.writes_plainly(self.trainer):
+            asks = background or isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io)
+            return {"state": self.capture, "background": asks}
+        if background and self.team.ranks.rank == 0:
+            warnings.warn(_NO_BACKGROUND, CheckpointerWarning, stacklevel=2)
+        return {"save": self.write}
 
     def capture(self) -> dict[str, Any]:
         """Return the state: what the manager calls on rank 0."""
@@ -67,7 +77,7 @@ class Pen:
         self._state = state if self.team.ranks.rank == 0 else None
 
     def _write(self, path: str) -> None:
-        with _in_foreground(self.trainer.strategy, self.package.async_io):
+        with in_foreground(self.trainer.strategy, self.package.async_io):
             if not self.package.saves_plainly(self.trainer):
                 self.trainer.save_checkpoint(path, self.weights_only)
                 return
@@ -78,8 +88,14 @@ class Pen:
                 self.trainer.strategy.save_checkpoint(state, path)
 
 
+_NO_BACKGROUND: Final = (
+    "background=True has no effect here: a plugin, strategy or Trainer that saves in a way of its own reads the live "
+    "state, so the training waits for it"
+)
+
+
 @contextlib.contextmanager
-def _in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
+def in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
     """Make a plugin wait that returns before the file is there: a commit needs the file."""
     plugin = strategy.checkpoint_io
     if not isinstance(plugin, async_io):
