@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,6 +23,12 @@ pytest.register_assert_rewrite("checkpointer.testing.contract")
 # A loaded machine is slow now and then: time limits per example would fail tests that are right.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("steady")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts what it puts in the background so, and every process of a test would inherit it.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
