@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from checkpointer.records import Line, Record
+from checkpointer.records import Line, Observation, Record
 
 __all__ = ["Manifest"]
 
@@ -110,6 +110,19 @@ class Manifest:
     @cached_property
     def _by_step(self) -> dict[int, Record]:
         return {record.step: record for record in self.history}
+
+    def draft(self, name: str, now: Observation, **known: Any) -> Record:
+        """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
+        fields = {
+            **{field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")},
+            **{field: getattr(self, field) for field in ("run", "label", "line")},
+            "serial": self.next_serial,
+            "size": 0,
+            "digest": "",
+            "format": "",
+            "token": "",
+        }
+        return Record(name=name, **{**fields, **known})
 
     def with_record(self, record: Record) -> Manifest:
         """Return the manifest after ``record`` was committed, in place of any other of that name."""

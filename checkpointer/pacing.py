@@ -87,7 +87,7 @@ class Pacing:
         self.horizon = horizon
         self._epochs = None if horizon.epochs == math.inf else horizon.epochs
         self._time = None if horizon.time == math.inf else horizon.time
-        self.quiet = Skip(reason=_not_due(self.when, horizon))
+        self.quiet = Skip(reason=f"not due{horizon.words()} ({self.when})")
         self._sleep()
 
     # What was reported
@@ -157,10 +157,3 @@ def _usable(metrics: Any) -> Mapping[str, float]:
         return as_metrics(metrics)
     except MetricError:
         return {}
-
-
-def _not_due(when: Trigger, horizon: Horizon) -> str:
-    parts = [f"step {horizon.step:g}"] if math.isfinite(horizon.step) else []
-    parts += [f"{horizon.epochs:g} finished epochs"] if math.isfinite(horizon.epochs) else []
-    parts += ["the next interval ends"] if math.isfinite(horizon.time) else []
-    return f"not due before {' or '.join(parts)} ({when})" if parts else f"not due ({when})"

@@ -422,10 +422,7 @@ def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Ma
     if policy is not None and saved.name in policy.aliases:
         moved = attrs.evolve(saved, name=own_name(policy, saved, manifest))
         manifest, saved = manifest.without(saved.name).with_record(moved), moved
-    now = decision.observation
-    epoch_end = saved.epoch_end or (now.epoch_end and now.epoch == saved.epoch)
-    record = attrs.evolve(saved, metrics={**saved.metrics, **now.metrics}, epoch_end=epoch_end)
-    foreseen = manifest.with_record(record)
+    foreseen = manifest.with_record(saved.attached(decision.observation))
     return foreseen.without(*(decision.retire if policy is None else surplus(policy, foreseen)))
 
 
@@ -550,18 +547,7 @@ class _Names:
 
 
 def _candidate(now: Observation, manifest: Manifest) -> Record:
-    return Record(
-        name=_CANDIDATE,
-        **{key: getattr(now, key) for key in ("step", "epoch", "epoch_end", "metrics", "time")},
-        size=manifest.history[-1].size if manifest.history else 0,
-        digest="",
-        format="",
-        run=manifest.run,
-        label=manifest.label,
-        line=manifest.line,
-        serial=manifest.next_serial,
-        token="",
-    )
+    return manifest.draft(_CANDIDATE, now, size=manifest.history[-1].size if manifest.history else 0)
 
 
 def _ranking_rules(policy: Policy, now: Observation) -> list[KeepBest]:

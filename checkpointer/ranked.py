@@ -182,7 +182,7 @@ class RankedManager:
     def _heed(self, told: _Told) -> _Told:
         self._told = told
         self._taken = self._loaded = None
-        self._quiet = Skip(reason=f"not due before {_words(told.horizon)}")
+        self._quiet = Skip(reason=f"not due{told.horizon.words()}")
         return told
 
     @property
@@ -367,10 +367,3 @@ class _Called:
 
     def refused(self, state: Any) -> Mapping[str, str]:
         return self.payload.refused(state)
-
-
-def _words(horizon: Horizon) -> str:
-    parts = [f"step {horizon.step:g}"] if math.isfinite(horizon.step) else []
-    parts += [f"{horizon.epochs:g} finished epochs"] if math.isfinite(horizon.epochs) else []
-    parts += ["the next interval ends"] if math.isfinite(horizon.time) else []
-    return " or ".join(parts) or "anything"

@@ -196,6 +196,11 @@ class Record:
         """The record on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
 
+    def attached(self, now: Observation) -> Record:
+        """Return the record with what was measured of its step later."""
+        epoch_end = self.epoch_end or (now.epoch_end and now.epoch == self.epoch)
+        return attrs.evolve(self, metrics={**self.metrics, **now.metrics}, epoch_end=epoch_end)
+
     def __str__(self) -> str:
         return f"{self.name}: {'; '.join(text for _, text in self._words() if text)}"
 

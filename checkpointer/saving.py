@@ -68,10 +68,7 @@ class Saver:
         if record.name in self.directory.policy.aliases:
             # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
             record = self.directory.move_slot(record)
-        now = decision.observation
-        epoch_end = record.epoch_end or (now.epoch_end and now.epoch == record.epoch)
-        metrics = {**record.metrics, **now.metrics}
-        record = attrs.evolve(record, metrics=metrics, epoch_end=epoch_end)
+        record = record.attached(decision.observation)
         self.directory.rewrite(record)
         self.directory.point_aliases()
         self._retire()

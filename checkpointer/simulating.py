@@ -174,19 +174,12 @@ class _Play:
             self.retired[replaced.token] = now.step
         # Not the manifest's own next one: a serial of what is gone must not come again.
         self._serial += 1
-        record = Record(
-            name=decision.name,
-            step=now.step,
-            epoch=now.epoch,
-            epoch_end=now.epoch_end,
-            metrics=now.metrics,
-            time=now.time,
+        record = self.manifest.draft(
+            decision.name,
+            now,
             size=self._sizes.get(now.step, self._size),
-            digest="",
-            format="",
             contents=self._policy.contents,
             reason=decision.reason,
-            run=self.manifest.run,
             serial=self._serial,
             token=str(self._serial),
         )
@@ -194,9 +187,8 @@ class _Play:
         self.manifest = self.manifest.with_record(record)
 
     def _attach(self, decision: Attach) -> None:
-        saved, now = self.manifest.by_name[decision.name], decision.observation
-        epoch_end = saved.epoch_end or (now.epoch_end and now.epoch == saved.epoch)
-        record = attrs.evolve(saved, metrics={**saved.metrics, **now.metrics}, epoch_end=epoch_end)
+        saved = self.manifest.by_name[decision.name]
+        record = saved.attached(decision.observation)
         if saved.name in self._policy.aliases:
             # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
             record = attrs.evolve(record, name=self._own_name(saved))

@@ -54,6 +54,13 @@ class Horizon:
         """Return whether nothing can be due at ``now``."""
         return now.step < self.step and now.epochs < self.epochs and now.time < self.time
 
+    def words(self) -> str:
+        """Return before what nothing is due, to follow "not due"; empty if nothing ever is."""
+        parts = [f"step {self.step:g}"] if math.isfinite(self.step) else []
+        parts += [f"{self.epochs:g} finished epochs"] if math.isfinite(self.epochs) else []
+        parts += ["the next interval ends"] if math.isfinite(self.time) else []
+        return f" before {' or '.join(parts)}" if parts else ""
+
 
 ALWAYS = Horizon(step=-math.inf)
 

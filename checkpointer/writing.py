@@ -78,25 +78,13 @@ class Writer:
         return (lambda path: payload.write_folder(state, path)) if isinstance(payload, FolderFormat) else None
 
     def _draft(self, decision: Save) -> Record:
-        now = decision.observation
-        manifest = self.directory.manifest
-        return Record(
-            name=decision.name,
-            step=now.step,
-            epoch=now.epoch,
-            epoch_end=now.epoch_end,
-            metrics=now.metrics,
-            time=now.time,
-            size=0,
-            digest="",
+        return self.directory.manifest.draft(
+            decision.name,
+            decision.observation,
             format=self.format.name,
             contents=self.directory.policy.contents,
             kind=decision.kind,
             reason=_short(decision.reason),
-            run=manifest.run,
-            label=manifest.label,
-            line=manifest.line,
-            serial=manifest.next_serial,
             token=uuid.uuid4().hex,
         )
 

@@ -106,6 +106,7 @@ class Loop:
         self._grace_s = grace_s
         self._metrics: Mapping[str, Any] = _NOTHING
         self._start = 0
+        self._epoch_ended_at = -1
         self._is_entered = self._is_feeding = self._is_fed = False
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
@@ -239,6 +240,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         epoch = self._training.end_epoch()
+        self._epoch_ended_at = self._training.step
         self._is_feeding = False
         self._saver.observe(self._metrics, self._training.step, epoch, epoch_end=True)
         self._attend()
@@ -342,6 +344,10 @@ class Loop:
         try:
             if error is None:
                 self._end()
+        except BaseException:
+            self._saver.close()
+            raise
+        else:
             if is_wanted or (isinstance(error, KeyboardInterrupt) and self._requests.was_immediate):
                 self._close()
             else:
@@ -361,7 +367,7 @@ class Loop:
         training = self._training
         if training.step == self._start or training.is_within_step:
             return
-        ended = not training.used
+        ended = training.step == self._epoch_ended_at
         epoch = training.epoch - ended
         self._saver.observe(self._metrics, training.step, epoch, epoch_end=ended, due="the training ends")
 

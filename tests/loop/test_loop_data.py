@@ -167,3 +167,41 @@ def test_the_end_of_the_training_is_saved_if_a_rule_keeps_it(tmp_path: Path, ste
     ended = train() if steps == 5 else (train(), train())[1]
     (record,) = ended.manager.records
     assert (steps, "the training ends; kept by the last 1") == (record.step, record.reason)
+
+
+def test_a_loop_without_epochs_or_batches_saves_its_end_too(tmp_path: Path) -> None:
+    """Steps are all that a loop must report."""
+    with Loop(tmp_path, Policy(EverySteps(4), [KeepLast(1)])) as loop:
+        for _ in range(3):
+            loop.step()
+    (record,) = loop.manager.records
+    assert (3, 0, False) == (record.step, record.epoch, record.epoch_end)
+
+
+def test_an_end_that_cannot_be_saved_still_closes_the_manager(tmp_path: Path) -> None:
+    """So that the next one in this process gets the aliases."""
+
+    class Broken:
+        is_bad = False
+
+        def state_dict(self) -> dict[str, int]:
+            if self.is_bad:
+                raise ValueError("no state today")
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    broken = Broken()
+    policy = Policy(EverySteps(4), [KeepLast(1)], last="link")
+
+    def train(*, breaks: bool) -> Loop:
+        with Loop(tmp_path, policy, broken=broken) as loop:
+            loop.step()
+            broken.is_bad = breaks
+        return loop
+
+    with pytest.raises(ValueError, match="no state today"):
+        train(breaks=True)
+    broken.is_bad = False
+    assert train(breaks=False).last is not None
