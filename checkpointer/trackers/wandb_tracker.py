@@ -35,10 +35,11 @@ class WandbTracker(Following):
         except ImportError as error:
             msg = "WandbTracker needs wandb: pip install 'torch-checkpointer[wandb]'"
             raise ImportError(msg) from error
-        self._run = run or wandb.run
-        if self._run is None:
+        active: Any = run or wandb.run
+        if active is None:
             msg = "there is no active W&B run; call wandb.init() first, or pass run="
             raise RuntimeError(msg)
+        self._run = active
         self._artifact = wandb.Artifact
         self._upload = upload
         self._name = name or f"checkpoint-{self._run.id}"
