@@ -14,6 +14,7 @@ from commands import POLICY, command, train
 from factories import history as records_of
 from factories import manifest, record
 from matplotlib import image
+from servers.fixtures import lacks
 
 from checkpointer import EverySteps, KeepBest, KeepLast, Metric, Policy
 from checkpointer.histories import read_history
@@ -99,9 +100,10 @@ def test_the_page_holds_all_it_needs_and_nothing_that_a_name_smuggles_in() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     """It is drawn, says more under the pointer, sorts at a click, filters, and turns dark; the network is not asked."""
+    if CHROMIUM is None:
+        lacks("chromium", "there is none; run as root: .ci/install-servers")
     evil = "<img src=https://example.org/x onerror=document.title='owned'>.ckpt"
     path = tmp_path / "report.html"
     report(tried(), path)
