@@ -173,8 +173,8 @@ def _target(storage: Storage, alias: str, listing: index.Listing, records: Seque
     if isinstance(storage, SupportsPaths):
         return _local_target(storage, alias, records)
     there = listing.files.get(alias)
-    if there is None or not there.version:
-        return ""
+    if there is None or not there.version or there.modified_s is not None:
+        return ""  # A time says nothing of whose copy this is.
     # A copy that the server made has the tag of its original.
     same = [record.name for record in records if _is_same(listing.files.get(record.name), there)]
     return same[-1] if same else ""

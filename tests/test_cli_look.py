@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from commands import POLICY, command, snapshot, train
@@ -16,8 +17,10 @@ from factories import record
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, KeepLast, Policy
 from checkpointer.digests import digest_of
+from checkpointer.errors import NotFoundError
 from checkpointer.index import record_path
 from checkpointer.inspecting import look_at
+from checkpointer.ports import Stat
 from checkpointer.records import Entry
 from checkpointer.storage import LocalStorage, open_storage
 from checkpointer.testing import MemoryStorage
@@ -347,6 +350,27 @@ def test_a_hard_linked_alias_is_recognised_by_its_file(tmp_path: Path) -> None:
     folder = train(tmp_path / "run", 0.9, 0.2, 0.5)
     catalog = look_at(open_storage(folder, ""))
     assert {"last.ckpt": "epoch=2-step=30.ckpt", "best.ckpt": "epoch=1-step=20.ckpt"} == catalog.aliases
+
+
+class Seconds(MemoryStorage):
+    """Tells versions by whole seconds, and everything happened in the same one, as over SFTP."""
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """See `Storage.list`."""
+        return {path: Stat(stat.size, "1.000000", modified_s=1.0) for path, stat in super().list(prefix).items()}
+
+
+def test_a_copy_is_not_guessed_to_be_of_what_was_written_in_the_same_second() -> None:
+    """Of three files of one size and time it could be any: then it is said that it cannot be told."""
+    storage = Seconds()
+    with CheckpointManager(storage, attrs.evolve(POLICY, last="copy"), state=lambda: {"w": 1}) as manager:
+        for step, loss in ((1, 0.9), (2, 0.2), (3, 0.5)):
+            manager.observe({"loss": loss}, step=step, epoch=0, epoch_end=False)
+    catalog = look_at(storage)
+    assert {"last.ckpt": "", "best.ckpt": ""} == catalog.aliases
+    assert 3 == catalog.find("last").step
+    with pytest.raises(NotFoundError, match="best is an alias, and which checkpoint it stands for cannot be told"):
+        catalog.find("best")
 
 
 # As a process

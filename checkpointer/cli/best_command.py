@@ -70,6 +70,8 @@ def best_first(
         ranked = [r for r in manifest.live if any(alias.startswith("best") for alias in catalog.aliases_of(r))]
     if not ranked:
         have = ", ".join(metric_names(manifest.history)) or "none"
-        msg = f"which is best? {catalog.place} has no best alias; pass --by METRIC --mode min or max (metrics: {have})"
+        unknown = any(alias.startswith("best") for alias, target in catalog.aliases.items() if not target)
+        why = "does not tell what its best alias is a copy of" if unknown else "has no best alias"
+        msg = f"which is best? {catalog.place} {why}; pass --by METRIC --mode min or max (metrics: {have})"
         raise NotFoundError(msg)
     return ranked

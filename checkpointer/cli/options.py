@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import attrs
 import typer
@@ -21,6 +21,7 @@ from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
+from checkpointer.storage.retrying import Retry
 from checkpointer.trust import HMACKey
 
 Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
@@ -42,6 +43,9 @@ PolicyFile = Annotated[
 ]
 Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
 
+PATIENCE_S: Final = 30.0
+"""Seconds that a server may be away: a training waits for it, somebody at a terminal has a typo in the host's name."""
+
 
 class Mode(str, enum.Enum):
     """Which value of a metric is best."""
@@ -52,11 +56,15 @@ class Mode(str, enum.Enum):
 
 def open_place(directory: str, storage_options: str | None = None, owner: str = "") -> Storage:
     """Return the storage; raise unless a local directory is there: looking must not make it."""
-    storage = open_storage(directory, owner, parse_options(storage_options))
+    storage = _open(directory, owner, storage_options)
     if isinstance(storage, SupportsPaths) and not os.path.isdir(path := storage.local_path("").rstrip("/")):
         msg = f"there is no directory {path}{_similar(Path(path))}"
         raise StorageError(msg)
     return storage
+
+
+def _open(directory: str, owner: str, storage_options: str | None) -> Storage:
+    return open_storage(directory, owner, {"retry": Retry(PATIENCE_S), **parse_options(storage_options)})
 
 
 def _similar(path: Path) -> str:
@@ -134,7 +142,7 @@ def writing(directory: str, storage_options: str | None = None, *, new: bool = F
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""
     owner = new_owner()
     try:
-        opened = open_storage(directory, owner, parse_options(storage_options)) if new else None
+        opened = _open(directory, owner, storage_options) if new else None
         storage = opened or open_place(directory, storage_options, owner)
         yield storage, owner
         if isinstance(storage, SupportsSweep):
