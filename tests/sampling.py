@@ -1,6 +1,6 @@
 """How many of the instants at which a test could strike are tried: all, or every n-th if ``CHECKPOINTER_EVERY`` says n.
 
-CI tries every sixth: which ones changes from day to day, and the report's head says how to try the same again.
+CI tries every tenth: which ones changes from day to day, and the report's head says how to try the same again.
 """
 
 from __future__ import annotations

@@ -255,7 +255,33 @@ def test_a_session_that_is_cut_between_payloads_is_opened_anew(
         training.check(manager)
 
 
+@pytest.mark.parametrize(("name", "options"), [("sftp", {}), ("ssh", {"keepalive_interval": 1})])
+def test_a_server_that_says_nothing_any_more_is_an_error_and_not_waited_for_for_ever(
+    serve: Serve, name: str, options: dict[str, Any]
+) -> None:
+    """Connections stay open, and nothing passes: paramiko and asyncssh would wait without end by themselves."""
+    with behind_proxy(serve(name), size=SMALL, options=options, retry=Retry(deadline_s=3.0)) as training:
+        manager = training.open()
+        assert training.save(manager)
+        training.proxy.plan = Stall()
+        with pytest.raises(SaveError, match=r"step=2\S*.ckpt was not saved"):
+            training.save(manager)
+        training.proxy.plan = Pass()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointerWarning)
+            training.check(manager)
+
+
 # What is wrong from the start
+
+
+def test_a_webhdfs_server_that_never_answers_is_an_error() -> None:
+    """``requests`` would wait without end by itself."""
+    pytest.importorskip("requests")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"webhdfs://127.0.0.1:{silent.getsockname()[1]}/runs"
+        with pytest.raises(StorageError, match="cannot use webhdfs"):
+            CheckpointManager(url, POLICY, state=dict, storage_options={"retry": Retry(deadline_s=1.0)})
 
 
 def told(error: BaseException) -> str:

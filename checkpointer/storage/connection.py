@@ -15,11 +15,14 @@ from fsspec.core import url_to_fs
 
 from checkpointer.errors import StorageError
 from checkpointer.storage.drivers import (
+    SILENCE_S,
     as_native_errors,
     as_os_errors,
+    bound_silence,
     disconnect,
     escaped,
     unescaped,
+    with_silence_bounded,
     without_password,
 )
 from checkpointer.storage.listing import files_below, is_link
@@ -84,7 +87,9 @@ class Connection:
     def _connect(self) -> None:
         self._folders: set[str] = set()
         try:
-            self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **self._options)
+            options = with_silence_bounded(self._url, self._options)
+            self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **options)
+            bound_silence(self.fs, min(SILENCE_S, self.retry.deadline_s or SILENCE_S))
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(self.protocol)
             package = f"pip install 'torch-checkpointer[{extra}]'" if extra else "see fsspec's list of filesystems"

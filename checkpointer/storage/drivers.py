@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import fsspec
+
 from checkpointer.ports import Stat
 
 __all__ = [
+    "SILENCE_S",
     "as_native_errors",
     "as_os_errors",
+    "bound_silence",
     "copy",
     "disconnect",
     "escaped",
@@ -22,6 +27,7 @@ __all__ = [
     "rename",
     "stat_of",
     "unescaped",
+    "with_silence_bounded",
     "without_password",
 ]
 
@@ -82,6 +88,28 @@ def copy(fs: Any, source: str, target: str) -> None:
         fs.copy(source, target)
     else:
         fs.cp_file(source, target)
+
+
+SILENCE_S: Final = 60.0
+"""Seconds that a request may go unanswered, for drivers that would wait for ever."""
+
+
+def with_silence_bounded(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a driver, so that it notices a server that is gone without a word."""
+    kind = fsspec.get_filesystem_class(url.partition("://")[0])
+    # asyncssh asks now and then whether the server is there, and gives up after the third time.
+    asks = {"keepalive_interval": SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
+    return {**asks, **options}
+
+
+def bound_silence(fs: Any, seconds: float) -> None:
+    """Let a request fail that is not answered for so long, where the session is paramiko's or one of ``requests``."""
+    get_channel = getattr(getattr(fs, "ftp", None), "get_channel", None)
+    if get_channel is not None:
+        get_channel().settimeout(seconds)
+    session: Any = getattr(fs, "session", None)
+    if type(session).__module__.startswith("requests."):
+        session.request = functools.partial(session.request, timeout=seconds)
 
 
 def disconnect(fs: Any) -> None:

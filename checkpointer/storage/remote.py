@@ -239,17 +239,27 @@ class StagedStream:
 
     def _begin(self) -> Any:
         self._staged = self._placing.new_staged()
-        stream = self._connection.fs.open(self._connection.full(self._staged), "wb")
-        # paramiko's: do not wait for the answer to each block.
-        if hasattr(stream, "set_pipelined"):
-            stream.set_pipelined(True)
-        return stream
+        return self._connection.fs.open(self._connection.full(self._staged), "wb")
 
     def write(self, data: Any) -> None:
         """Send all of ``data``."""
         with self._errors():
-            self._stream.write(data)
+            if hasattr(self._stream, "set_pipelined"):
+                self._write_ahead(data)
+            else:
+                self._stream.write(data)
         self._size += len(data)
+
+    def _write_ahead(self, data: Any) -> None:
+        """Let paramiko send all blocks before it waits for the answers, but leave none of these unread.
+
+        Whatever is asked of the session next would take them in and forget them; then this would wait for ever.
+        """
+        view = memoryview(data)
+        self._stream.set_pipelined(True)
+        self._stream.write(view[:-1])
+        self._stream.set_pipelined(False)
+        self._stream.write(view[-1:])
 
     def finish(self) -> None:
         """Make sure that all of it has arrived."""

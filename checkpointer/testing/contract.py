@@ -362,6 +362,24 @@ class StorageContract:
         assert payload == _read(storage, "a"), "the bytes differ"
         assert {"a": len(payload)} == _sizes(storage)
 
+    def test_an_upload_goes_on_while_other_requests_are_made(self) -> None:
+        """As a copy does, which reads in turn with it: no answer is taken for another's, and none is waited for."""
+        storage = self.make_storage()
+        data = bytes(range(256)) * 4096
+        storage.write("other", data)
+        upload = storage.upload("a")
+        for _ in range(8):
+            upload.write(data)
+            assert {"other": len(data)} == _sizes(storage)
+            with storage.open("other") as stream:
+                assert data == stream.read()
+        upload.finish()
+        upload.publish(replace=False)
+
+        with storage.open("a") as stream:
+            assert all(data == stream.read(len(data)) for _ in range(8))
+            assert b"" == stream.read(1)
+
     def test_write_takes_any_bytes_like_and_returns_its_length_in_bytes(self) -> None:
         """All of it at once; eight bytes per float64, not one."""
         storage = self.make_storage()

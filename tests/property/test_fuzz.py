@@ -18,6 +18,7 @@ import attrs
 import pytest
 from factories import record
 from plain_format import PlainFormat
+from sampling import instants
 
 from checkpointer import CheckpointerError, CheckpointManager, EverySteps, HMACKey, KeepLast, Policy
 from checkpointer.clock import SystemClock
@@ -244,8 +245,8 @@ SHARES: Final[dict[Callable[[random.Random], None], float]] = {
 }
 
 
-def run(read: Callable[[random.Random], None], count: int, after_each: Callable[[str], None]) -> None:
-    """Read so many files of one kind; none may take longer than the bound."""
+def run(read: Callable[[random.Random], None], numbers: range, after_each: Callable[[str], None]) -> None:
+    """Read these files of one kind; none may take longer than the bound."""
 
     def give_up(*_: object) -> None:
         msg = f"one file took more than {SECONDS_PER_FILE} s"
@@ -253,7 +254,7 @@ def run(read: Callable[[random.Random], None], count: int, after_each: Callable[
 
     before = signal.signal(signal.SIGALRM, give_up)
     try:
-        for number in range(count):
+        for number in numbers:
             seed = f"{SEED}-{read.__name__}-{number}"
             signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_FILE)
             try:
@@ -283,7 +284,7 @@ def test_two_thousand_fuzzed_files(read: Callable[[random.Random], None]) -> Non
 
     tracemalloc.start()
     try:
-        run(read, round(2000 * SHARES[read]), check)
+        run(read, range(round(2000 * SHARES[read])), check)
     finally:
         tracemalloc.stop()
 
@@ -294,5 +295,5 @@ def test_two_thousand_fuzzed_files(read: Callable[[random.Random], None]) -> Non
 def test_a_hundred_thousand_fuzzed_files(read: Callable[[random.Random], None]) -> None:
     """All of them; the process's largest size is looked at, since tracing would take longer than reading."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(read, round(100_000 * SHARES[read]), lambda _: None)
+    run(read, instants(round(100_000 * SHARES[read])), lambda _: None)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 4 * BYTES_PER_FILE

