@@ -69,6 +69,16 @@ class Manifest:
         return tuple(record for record in self.own if self.counts(record))
 
     @cached_property
+    def pinned(self) -> tuple[Record, ...]:
+        """Those of the `history` that are never retired."""
+        return tuple(record for record in self.history if record.pinned)
+
+    @cached_property
+    def rescues(self) -> tuple[Record, ...]:
+        """Those of the `live` that are none of the `history`."""
+        return tuple(record for record in self.live if record.kind == "rescue")
+
+    @cached_property
     def abandoned(self) -> tuple[Record, ...]:
         """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
         return tuple(record for record in self.own if not self.counts(record))
@@ -102,6 +112,11 @@ class Manifest:
         """Return whether the record lies on the current line."""
         shared = len(record.line)
         return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+
+    def live_among(self, names: Iterable[str]) -> tuple[Record, ...]:
+        """Return the `live` records that have one of these names, in commit order."""
+        named = (self.by_name[name] for name in names)
+        return _by_serial(r for r in named if r.run == self.run and r.label == self.label and self.counts(r))
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""
@@ -137,13 +152,18 @@ class Manifest:
     def _hand_on(self, extended: Manifest, record: Record) -> None:
         """Spare the manifest with one record more to work out anew what is known of all the others."""
         own, live, history, by_step = self.own, self.live, self.history, self._by_step
+        pinned, rescues = self.pinned, self.rescues
         if record.run == self.run and record.label == self.label:
             own = (*own, record)
             if self.counts(record):
                 live = (*live, record)
                 if record.kind == "regular":
                     history, by_step = (*history, record), {**by_step, record.step: record}
+                    pinned = (*pinned, record) if record.pinned else pinned
+                else:
+                    rescues = (*rescues, record)
         known: dict[str, Any] = {"own": own, "live": live, "history": history, "_by_step": by_step}
+        known |= {"pinned": pinned, "rescues": rescues}
         for name, value in {**known, "by_name": {**self.by_name, record.name: record}}.items():
             object.__setattr__(extended, name, value)
 

@@ -19,7 +19,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.naming import Naming
 from checkpointer.ranking import Metric
 from checkpointer.records import Contents, Kind, Observation, Progress, Record
-from checkpointer.retention import KeepBest, Limit, Rule, kept_by
+from checkpointer.retention import KeepBest, Limit, Reasons, Rule, kept_by
 from checkpointer.triggers import Trigger
 
 __all__ = [
@@ -155,7 +155,7 @@ class Policy:
 
     def best_of(self, records: Iterable[Record]) -> Record | None:
         """Return the best of these records, or None if none is ranked."""
-        return next(iter(self.best_first(records)), None)
+        return self._best_rule.best(records) if self._best_rule else None
 
     def top(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that the first `KeepBest` keeps, best first; ``records`` are oldest first."""
@@ -429,9 +429,9 @@ def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Ma
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
     candidate = _candidate(now, manifest)
     extended = manifest.with_record(candidate)
-    reasons = explain(policy, extended)
+    reasons = _reasons(policy, extended)
     # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
-    kept = tuple(why for why in reasons.get(_CANDIDATE, ()) if why is not _NEWEST)
+    kept = tuple(why for why in reasons.of(_CANDIDATE) if why is not _NEWEST)
     absent = _absent(policy, now)
     if not kept and not policy.last:
         if absent:
@@ -492,31 +492,36 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         >>> explain(Policy(EverySteps(10), [KeepLast(1)]), Manifest())
         {}
     """
+    return _reasons(policy, manifest).to_dict()
+
+
+def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
     history = _ranked_history(policy, manifest)
-    pinned = [record for record in history if record.pinned]
+    slot = policy.name.last_file if policy.last else None
+    pinned = {record.name: "pinned" for record in manifest.pinned if record.name != slot}
     newest = manifest.history[-1] if manifest.history else None
     # Named among the rules, so that a limit counts it and takes it for the newest.
     named = {newest.name: _NEWEST} if policy.last and newest else {}
-    rules: Sequence[Rule] = (*policy.rules, _Names({record.name: "pinned" for record in pinned}), _Names(named))
+    rules: Sequence[Rule] = (*policy.rules, _Names(pinned), _Names(named))
     reasons = kept_by(rules, policy.limits, history, policy._best_rule)
-    if newest and newest.name in named:
-        reasons.setdefault(newest.name, (_NEWEST,))
-    if manifest.resumed in manifest.by_name:
-        reasons[manifest.resumed] = (*reasons.get(manifest.resumed, ()), "resumed from")
-    for record in manifest.live:
-        if record.kind == "rescue" and (newest is None or record.serial > newest.serial or record.pinned):
-            reasons[record.name] = ("pinned",) if record.pinned else (record.reason,)
-    return reasons
+    always = {name: why for name, why in named.items() if not reasons.of(name)}
+    resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
+    rescues = {
+        record.name: "pinned" if record.pinned else record.reason
+        for record in manifest.rescues
+        if newest is None or record.serial > newest.serial or record.pinned
+    }
+    return attrs.evolve(reasons, always=(always, resumed, rescues))
 
 
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
     """Return the names of this run that nothing keeps, oldest first. Sees the whole history each time."""
-    return _surplus(policy, manifest, explain(policy, manifest))
+    return _surplus(policy, manifest, _reasons(policy, manifest))
 
 
-def _surplus(policy: Policy, manifest: Manifest, reasons: Container[str]) -> tuple[str, ...]:
+def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str, ...]:
     slot = policy.name.last_file if policy.last else None
-    return tuple(r.name for r in manifest.live if r.name not in reasons and r.name != slot)
+    return tuple(r.name for r in manifest.live_among(reasons.missing(manifest.by_name.keys())) if r.name != slot)
 
 
 @attrs.frozen
@@ -530,11 +535,11 @@ class _Taken:
         return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
 
 
-def _ranked_history(policy: Policy, manifest: Manifest) -> list[Record]:
+def _ranked_history(policy: Policy, manifest: Manifest) -> Sequence[Record]:
     """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
     slot = policy.name.last_file if policy.last else None
     if slot not in manifest.by_name:
-        return list(manifest.history)
+        return manifest.history
     return [record for record in manifest.history if record.name != slot]
 
 

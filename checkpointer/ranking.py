@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -80,7 +81,7 @@ class Metric:
         if isinstance(self.key, str):
             if self.key in record.metrics:
                 return record.metrics[self.key]
-            return {"step": float(record.step), "epoch": float(record.epoch)}.get(self.key)
+            return float(getattr(record, self.key)) if self.key in ("step", "epoch") else None
         try:
             score = self.key(record.metrics)
         except KeyError:
@@ -115,7 +116,17 @@ class Metric:
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        return sorted((record for record in records if self.value(record) is not None), key=self.sort_key)
+        return sorted(self._having(records), key=self.sort_key)
+
+    def best(self, k: int, records: Iterable[Record]) -> list[Record]:
+        """Return the first ``k`` of `ranked`, without sorting them all."""
+        return heapq.nsmallest(k, self._having(records), key=self.sort_key)
+
+    def _having(self, records: Iterable[Record]) -> list[Record]:
+        if isinstance(self.key, str) and self.key not in ("step", "epoch"):
+            # What `value` asks, without a call for each of many.
+            return [record for record in records if self.key in record.metrics]
+        return [record for record in records if self.value(record) is not None]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from datetime import timedelta
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
@@ -13,7 +13,7 @@ from checkpointer.errors import PolicyError
 from checkpointer.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records import Record
 
-__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule", "kept_by"]
+__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Reasons", "Rule", "kept_by"]
 
 
 @runtime_checkable
@@ -97,7 +97,7 @@ class KeepBest:
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
         if self.metric.ties != "incumbent":
-            return self.ranked(history)[: self.k]
+            return self.metric.best(self.k, self.eligible(history))
         places: list[Record] = []
         for record in self.eligible(history):
             if self.metric.value(record) is None:
@@ -114,9 +114,13 @@ class KeepBest:
         """Return the records this rule ranks, best first."""
         return self.metric.ranked(self.eligible(records))
 
-    def eligible(self, history: Iterable[Record]) -> list[Record]:
+    def best(self, records: Iterable[Record]) -> Record | None:
+        """Return the record this rule ranks first, or None if it ranks none."""
+        return next(iter(self.metric.best(1, self.eligible(records))), None)
+
+    def eligible(self, history: Iterable[Record]) -> Iterable[Record]:
         """Return the records this rule may rank."""
-        return [record for record in history if record.step > self.after_step or not self.after_step]
+        return [record for record in history if record.step > self.after_step] if self.after_step else history
 
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
@@ -225,7 +229,7 @@ class KeepAll:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return dict.fromkeys((record.name for record in history), str(self))
+        return dict.fromkeys([record.name for record in history], str(self))
 
     def __str__(self) -> str:
         return "everything"
@@ -271,23 +275,44 @@ class Budget:
         return f"at most {self.bytes} bytes"
 
 
+@attrs.frozen
+class Reasons:
+    """Why checkpoints live: asked by rule and not by checkpoint, for of many thousands hardly one is of interest."""
+
+    by_rule: tuple[Mapping[str, str], ...]
+    """What each rule keeps, by name."""
+    dropped: frozenset[str] = frozenset()
+    """Names that a limit takes away from the rules."""
+    always: tuple[Mapping[str, str], ...] = ()
+    """What lives whatever a limit says."""
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """Return every reason for one of them; empty if there is none."""
+        rules = () if name in self.dropped else self.by_rule
+        return tuple(kept[name] for kept in (*rules, *self.always) if name in kept)
+
+    def missing(self, names: KeysView[str]) -> set[str]:
+        """Return the names that nothing keeps."""
+        left: Set[str] = names
+        for kept in (*self.by_rule, *self.always):
+            left = left - kept.keys()
+        return {*left, *(name for name in self.dropped if name in names and not self.of(name))}
+
+    def to_dict(self) -> dict[str, tuple[str, ...]]:
+        """Return the reasons of each that has one."""
+        names = dict.fromkeys(name for kept in (*self.by_rule, *self.always) for name in kept)
+        return {name: why for name in names if (why := self.of(name))}
+
+
 def kept_by(
     rules: Sequence[Rule], limits: Sequence[Limit], history: Sequence[Record], ranking: Ranking | None
-) -> dict[str, tuple[str, ...]]:
-    """Return the names that live, each with the reasons of every rule that keeps it."""
-    reasons: dict[str, tuple[str, ...]] = {}
-    for rule in rules:
-        kept = rule.keep(history)
-        if not reasons:
-            reasons = {name: (reason,) for name, reason in kept.items()}
-            continue
-        for name, reason in kept.items():
-            reasons[name] = (*reasons.get(name, ()), reason)
+) -> Reasons:
+    """Return what lives by the rules, as far as the limits let it."""
+    reasons = Reasons(tuple(rule.keep(history) for rule in rules))
     for limit in limits:
-        left = [record for record in history if record.name in reasons]
+        left = [record for record in history if reasons.of(record.name)]
         dropped = limit.drop(left, ranking)
-        for record in left:
-            # Whatever a limit says: a pinned checkpoint is never retired.
-            if record.name in dropped and not record.pinned:
-                del reasons[record.name]
+        # Whatever a limit says: a pinned checkpoint is never retired.
+        gone = (record.name for record in left if record.name in dropped and not record.pinned)
+        reasons = attrs.evolve(reasons, dropped=reasons.dropped.union(gone))
     return reasons

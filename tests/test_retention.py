@@ -92,9 +92,9 @@ def test_reasons_are_words_with_the_rank() -> None:
 
 def test_a_list_of_rules_is_their_union() -> None:
     """A record lives while any rule keeps it, and has the reason of each."""
-    kept = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(1, 3, 2), LOSS)
+    kept = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(1, 3, 2), LOSS).to_dict()
     assert {"s1": ("#1 of the best 1 by loss (min)",), "s3": ("the last 1",)} == kept
-    both = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(3, 1), LOSS)
+    both = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(3, 1), LOSS).to_dict()
     assert {"s2": ("#1 of the best 1 by loss (min)", "the last 1")} == both
 
 
@@ -132,7 +132,7 @@ def test_a_budget_spares_the_pinned_but_counts_them() -> None:
 def test_a_budget_spares_the_best_that_the_rule_ranks() -> None:
     """A better value from the warm-up is not the best, and cannot take its protection."""
     rule = KeepBest(1, "loss", mode="min", after_step=1)
-    kept = kept_by([rule, KeepAll()], [Budget(bytes=20)], history(0, 1, 2, 3), rule)
+    kept = kept_by([rule, KeepAll()], [Budget(bytes=20)], history(0, 1, 2, 3), rule).to_dict()
     assert {"s2", "s4"} == kept.keys()
 
 
@@ -147,7 +147,7 @@ class DropAll:
 def test_no_limit_drops_a_pinned_record() -> None:
     """A pinned checkpoint lives whatever a user's own limit says."""
     records = [record(step=1, pinned=True), record(step=2)]
-    assert {"s1": ("everything",)} == kept_by([KeepAll()], [DropAll()], records, None)
+    assert {"s1": ("everything",)} == kept_by([KeepAll()], [DropAll()], records, None).to_dict()
 
 
 @pytest.mark.parametrize(
