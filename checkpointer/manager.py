@@ -15,7 +15,7 @@ from typing import Any, Literal
 import attrs
 import yaml
 
-from checkpointer import restoring
+from checkpointer import restoring, resuming
 from checkpointer._validators import as_index
 from checkpointer.background import Background, BackgroundStatus, Busy, Job, Outcome, as_busy
 from checkpointer.clock import SystemClock
@@ -27,18 +27,18 @@ from checkpointer.errors import (
     NotFoundError,
     ObservationError,
     PolicyError,
-    RecordError,
     SaveError,
 )
 from checkpointer.formats import open_format
 from checkpointer.manifest import Manifest
-from checkpointer.mirror import Fetcher, MirrorStatus, Where, open_mirror
+from checkpointer.mirror import MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.pacing import Pacing
 from checkpointer.policy import Attach, Decision, Policy, Save, Skip, after, decide, decide_rescue
 from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, SupportsCapabilities
-from checkpointer.records import SCHEMA, Observation, Progress, Record
+from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
+from checkpointer.resuming import Account
 from checkpointer.retention import Limit, Rule
 from checkpointer.saving import Saver
 from checkpointer.showing import manifest_html
@@ -581,25 +581,10 @@ class CheckpointManager:
     ) -> Restored | None:
         self._check_open()
         self._settle()
-        found = self._mirror.look() if self._mirror is not None else Fetcher()
-        view = self._directory.widened(found.records.values())
-        chosen = found.choose(which, self.policy, view, contents, damaged=self._directory.damaged)
-
-        def load(record: Record) -> Restored:
-            with restoring.holding_on_to(record, self._directory.storage):
-                return found.load(record, self._directory, load_here)
-
-        if which is None or which in ("last", "best") or which in self.policy.aliases:
-            bad = (*map(str, self._directory.damaged.values()), *found.problems)
-            restored = restoring.load_first_valid(chosen, load, self._directory.set_aside, bad)
-            if restored is None:
-                restoring.check_empty(which, self.policy, view, strangers)
-                return None
-        else:
-            restored = load(chosen[0])
-        self._directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
-        self._pacing.go_on(restored.record.progress, self._clock.time())
-        self._saver.tell_mirror()
+        restored = resuming.go_to(which, self._directory, self._mirror, contents, load_here, strangers)
+        if restored is not None:
+            self._pacing.go_on(restored.record.progress, self._clock.time())
+            self._saver.tell_mirror()
         return restored
 
     def _format_of(self, record: Record) -> Format | FolderFormat:
@@ -716,16 +701,13 @@ class CheckpointManager:
         """
         saving = saving or self._saving
         regular = saving is not None and saving.kind == "regular"
-        since = saving.observation.progress if saving and regular else self._pacing.since
-        step = max(self._pacing.last_step, saving.observation.step if saving else 0, 0)
-        return {
-            "schema": SCHEMA,
-            "run": self._directory.manifest.run,
-            "line": [list(fork) for fork in self._directory.manifest.line],
-            "step": step,
-            "since": attrs.asdict(since),
-            "owed": "" if regular else self._pacing.owed,
-        }
+        return Account(
+            run=self._directory.manifest.run,
+            line=self._directory.manifest.line,
+            step=max(self._pacing.last_step, saving.observation.step if saving else 0, 0),
+            since=saving.observation.progress if saving and regular else self._pacing.since,
+            owed="" if regular else self._pacing.owed,
+        ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
         """Go on with the run that `state_dict` describes, from the step it was taken at.
@@ -738,25 +720,10 @@ class CheckpointManager:
             RecordError: If it is not what `state_dict` returned.
         """
         self._check_open()
-        try:
-            run, step = str(state["run"]), as_index(state["step"], "step", RecordError)
-            line = tuple((int(fork), int(at)) for fork, at in state["line"])
-            since = Progress(**state["since"])
-            owed = str(state["owed"])
-        except (KeyError, TypeError, ValueError) as error:
-            msg = f"the manager's saved state is {dict(state)!r:.200}; expected what state_dict() returned ({error!r})"
-            raise RecordError(msg) from error
+        account = Account.from_dict(state)
         self._settle()
-        if self._mirror is not None:
-            found = self._mirror.look()
-            self._directory.widened(found.records.values())
-            for problem in found.problems:
-                self._directory.say_once(problem, f"went on without {problem}")
-        self._directory.resume_run(run, line, step, source)
-        saved = self._directory.manifest.at_step(step)
-        # The state may lie in what somebody else saved, before this step was saved here or its epoch's end attached.
-        since = since.later(saved.progress) if saved else since
-        self._pacing.go_on(since, self._clock.time(), step=step, owed=owed)
+        since = resuming.go_on(account, self._directory, self._mirror, source)
+        self._pacing.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
 
     def close(self, *, timeout: float = 600.0) -> None:
         """Finish: wait for the writer, write the index, give the aliases free, wait for the mirror.
