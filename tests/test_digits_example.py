@@ -96,8 +96,10 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_unbroken_one(
     dice = random.Random(seed)
     directory = tmp_path / "run"
     reached = [0]
-    for _ in range(some(stops) + 1):
-        code = stop_after(start(directory), how, directory, dice.randint(1, 20), dice.uniform(0.0, 0.1))
+    changes = [dice.randint(1, 20) for _ in range(some(stops))]
+    # The last one is not before the first checkpoint.
+    for change in (*changes, 25):
+        code = stop_after(start(directory), how, directory, change, dice.uniform(0.0, 0.1))
         assert 0 != code, "the run came to its end before it could be stopped"
         reached.append(last_step(directory))
     lines = finish(start(directory))
