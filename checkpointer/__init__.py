@@ -1,10 +1,11 @@
 """A checkpoint manager that knows nothing about the training loop, and loses nothing when it is killed."""
 
+from checkpointer.deciding import Attach, Decision, Save, Skip, decide, explain
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.manager import CheckpointManager
 from checkpointer.manifest import Manifest
 from checkpointer.naming import Naming
-from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, explain
+from checkpointer.policy import Policy
 from checkpointer.ports import Listener
 from checkpointer.ranked import RankedManager
 from checkpointer.ranking import Metric

@@ -14,9 +14,10 @@ from typing import Any, Final, Literal
 
 import attrs
 
+from checkpointer.deciding import Attach, Save, after
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.manifest import Manifest
-from checkpointer.policy import Attach, Policy, Save, after
+from checkpointer.policy import Policy
 
 __all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy"]
 

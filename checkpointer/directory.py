@@ -14,10 +14,11 @@ import attrs
 from checkpointer import index
 from checkpointer.aliases import Aliases
 from checkpointer.clock import SystemClock
+from checkpointer.deciding import own_name, surplus
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
-from checkpointer.policy import Policy, own_name, surplus
+from checkpointer.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction

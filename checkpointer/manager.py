@@ -1,4 +1,4 @@
-"""The checkpoint manager: the one object with state and effects. Everything it decides is decided in `policy`."""
+"""The checkpoint manager: the one object with state and effects. Everything it decides is decided in `deciding`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from checkpointer import restoring, resuming
 from checkpointer._validators import as_index
 from checkpointer.background import Background, BackgroundStatus, Busy, Job, Outcome, as_busy
 from checkpointer.clock import SystemClock
+from checkpointer.deciding import Attach, Decision, Save, Skip, after, decide, decide_rescue
 from checkpointer.directory import Directory
 from checkpointer.errors import (
     AliasInUseError,
@@ -34,7 +35,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.mirror import MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.pacing import Pacing
-from checkpointer.policy import Attach, Decision, Policy, Save, Skip, after, decide, decide_rescue
+from checkpointer.policy import Policy
 from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, SupportsCapabilities
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored

@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
+from checkpointer.deciding import Skip
 from checkpointer.errors import MetricError, ObservationError
-from checkpointer.policy import Skip
 from checkpointer.records import Observation, Progress, as_metrics
 from checkpointer.triggers import ALWAYS, Horizon, Trigger, horizon_of
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import attrs
 
+from checkpointer.deciding import explain
 from checkpointer.errors import AliasInUseError, RestoreError
 from checkpointer.index import HOME, parse_json, read_bounded
 from checkpointer.inspecting import Catalog
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
-from checkpointer.policy import Policy, explain
+from checkpointer.policy import Policy
 from checkpointer.ports import SupportsSweep
 from checkpointer.records import Record
 from checkpointer.retention import KeepBest, KeepLast, Rule

@@ -13,11 +13,12 @@ import attrs
 
 from checkpointer import restoring
 from checkpointer.clock import SystemClock
+from checkpointer.deciding import Decision, Skip
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
 from checkpointer.owner import new_owner, release
-from checkpointer.policy import Decision, Policy, Skip
+from checkpointer.policy import Policy
 from checkpointer.ports import Clock, FolderFormat, Format, Ranks, Storage
 from checkpointer.ranks import Agreement, OneRank, Team, TorchRanks
 from checkpointer.records import Record

@@ -11,7 +11,8 @@ from checkpointer import restoring
 from checkpointer._validators import as_index
 from checkpointer.directory import Directory
 from checkpointer.errors import RecordError
-from checkpointer.mirror import Fetcher, Mirror
+from checkpointer.fetching import Fetcher
+from checkpointer.mirror import Mirror
 from checkpointer.ports import Storage
 from checkpointer.records import SCHEMA, Line, Progress, Record
 from checkpointer.restoring import Restored

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import attrs
 
+from checkpointer.deciding import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.directory import Directory
 from checkpointer.errors import CheckpointerWarning
 from checkpointer.mirror import Mirror
-from checkpointer.policy import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import Listener
 from checkpointer.records import Record
 from checkpointer.writing import Writer

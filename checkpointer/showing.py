@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from checkpointer._html import table_html
+from checkpointer.deciding import explain
 from checkpointer.manifest import Manifest
-from checkpointer.policy import Policy, explain
+from checkpointer.policy import Policy
 from checkpointer.wording import number_text, size_text
 
 __all__ = ["manifest_html"]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
+from checkpointer.deciding import Attach, Decision, Save, Skip, decide, surplus
 from checkpointer.errors import ObservationError
 from checkpointer.histories import History
 from checkpointer.manifest import Manifest
-from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, surplus
+from checkpointer.policy import Policy
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.triggers import AnyOf, DuringEpochs, EveryEpochs, EverySeconds, Trigger
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import attrs
 
+from checkpointer.deciding import explain
 from checkpointer.histories import History
 from checkpointer.manifest import Manifest
-from checkpointer.policy import Policy, explain
+from checkpointer.policy import Policy
 from checkpointer.ranking import Metric
 from checkpointer.records import Record
 from checkpointer.selecting import metric_names

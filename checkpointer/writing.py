@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer.deciding import Save
 from checkpointer.directory import Directory
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.index import HOME
-from checkpointer.policy import Save
 from checkpointer.ports import FolderFormat, Format, SupportsFreeSpace, SupportsPaths, SupportsURLs
 from checkpointer.records import Record, check_readable
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from factories import history, manifest, observation
 
+from checkpointer.deciding import Save, decide
 from checkpointer.errors import PolicyError
 from checkpointer.naming import Naming
-from checkpointer.policy import Policy, Save, decide
+from checkpointer.policy import Policy
 from checkpointer.retention import KeepAll, KeepBest, KeepLast
 from checkpointer.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from factories import history, manifest, observation, record
 
+from checkpointer.deciding import Attach, Decision, Save, Skip, decide, decide_rescue, explain, surplus
 from checkpointer.errors import NamingError, PolicyError
 from checkpointer.naming import Naming
-from checkpointer.policy import Attach, Decision, Policy, Save, Skip, decide, decide_rescue, explain, surplus
+from checkpointer.policy import Policy
 from checkpointer.records import Progress
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.triggers import AnyOf, EverySteps

@@ -27,9 +27,9 @@ from checkpointer import (
     Observation,
     Policy,
 )
+from checkpointer.deciding import Save
 from checkpointer.errors import ObservationError
 from checkpointer.histories import History, history_of, read_history
-from checkpointer.policy import Save
 from checkpointer.simulating import simulate
 from checkpointer.testing import FakeClock
 

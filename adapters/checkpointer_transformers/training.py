@@ -13,8 +13,8 @@ import attrs
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Progress, Save
 from checkpointer.clock import SystemClock
+from checkpointer.deciding import Skip, decide_rescue
 from checkpointer.owner import new_owner, release
-from checkpointer.policy import Skip, decide_rescue
 from checkpointer.ports import Clock, Ranks, Storage, SupportsSweep
 from checkpointer.ranks import Agreement, Team
 from checkpointer.storage import open_storage

@@ -45,6 +45,10 @@ def copy_command(
             on_bytes=bar,
         )
     _say(done, str(storage), as_json=as_json)
+    for alias, name in catalog.aliases.items():
+        if not name:
+            why = f"{catalog.place} does not tell what it is a copy of"
+            output.say(f"{alias} was not copied: {why}; the next save makes it anew")
     output.leave_if(output.say_damaged(catalog))
 
 

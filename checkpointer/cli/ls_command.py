@@ -9,8 +9,9 @@ import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table, width
+from checkpointer.deciding import explain
 from checkpointer.inspecting import Catalog
-from checkpointer.policy import Policy, explain
+from checkpointer.policy import Policy
 from checkpointer.records import Record
 from checkpointer.selecting import Condition, metric_names, select
 from checkpointer.wording import age_text, number_text, size_text

@@ -11,9 +11,9 @@ import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table
+from checkpointer.deciding import Attach, Save, Skip
 from checkpointer.errors import ObservationError
 from checkpointer.histories import History, history_of, read_history
-from checkpointer.policy import Attach, Save, Skip
 from checkpointer.simulating import Moment, Timeline, simulate
 from checkpointer.wording import age_text, number_text, size_text
 

@@ -87,8 +87,9 @@ class Connection:
     def _connect(self) -> None:
         self._folders: set[str] = set()
         try:
-            options = with_silence_bounded(self._url, self._options)
+            options = with_silence_bounded(self.protocol, self._options)
             self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **options)
+            # Without a deadline there is one attempt, and that has its time.
             bound_silence(self.fs, min(SILENCE_S, self.retry.deadline_s or SILENCE_S))
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(self.protocol)

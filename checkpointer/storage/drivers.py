@@ -94,9 +94,9 @@ SILENCE_S: Final = 60.0
 """Seconds that a request may go unanswered, for drivers that would wait for ever."""
 
 
-def with_silence_bounded(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def with_silence_bounded(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a driver, so that it notices a server that is gone without a word."""
-    kind = fsspec.get_filesystem_class(url.partition("://")[0])
+    kind = fsspec.get_filesystem_class(protocol)
     # asyncssh asks now and then whether the server is there, and gives up after the third time.
     asks = {"keepalive_interval": SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
     return {**asks, **options}

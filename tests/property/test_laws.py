@@ -12,9 +12,10 @@ from factories import RUN, manifest, observation, record
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from checkpointer.deciding import Attach, Save, decide, explain, surplus
 from checkpointer.errors import RecordError
 from checkpointer.naming import Naming
-from checkpointer.policy import Attach, Policy, Save, decide, explain, surplus
+from checkpointer.policy import Policy
 from checkpointer.ranking import Metric
 from checkpointer.records import Entry, Progress, Record
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast

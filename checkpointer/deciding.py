@@ -1,0 +1,332 @@
+"""What becomes of one observation under a policy: pure functions of the policy, the observation and the records."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Literal
+
+import attrs
+
+from checkpointer._html import lines_html
+from checkpointer.manifest import Manifest
+from checkpointer.policy import Policy
+from checkpointer.records import Kind, Observation, Progress, Record
+from checkpointer.retention import KeepBest, Reasons, Rule, kept_by
+
+__all__ = [
+    "Attach",
+    "Decision",
+    "Save",
+    "Skip",
+    "after",
+    "decide",
+    "decide_rescue",
+    "explain",
+    "own_name",
+    "surplus",
+]
+
+_CANDIDATE = "\0candidate"
+"""Name of the record that is being decided on, until it has one: no file can be called so."""
+
+
+def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
+    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
+
+
+@attrs.frozen(kw_only=True)
+class Save:
+    """The observation is saved. Truthy."""
+
+    name: str
+    """File name relative to the directory."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps once this one is committed."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """What is saved: the commit needs nothing else."""
+    kind: Kind = "regular"
+    """``"rescue"`` if an exception or a signal asked for it."""
+    replaces: bool = False
+    """Whether a checkpoint of this run has that name and is replaced."""
+
+    def __bool__(self) -> Literal[True]:
+        return True
+
+    def __str__(self) -> str:
+        return _sentence(f"save {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Attach:
+    """The step is saved already: its record gets the new metrics and a new rank. Falsy, as nothing is written."""
+
+    name: str
+    """File name of the checkpoint that gets the metrics."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps after the new ranking."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """Where the new metrics come from."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __str__(self) -> str:
+        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Skip:
+    """Nothing is saved. Falsy."""
+
+    reason: str
+    """Why not, in words."""
+    due: bool = False
+    """Whether the observation was due; a declined one counts for the triggers."""
+    waiting: str = ""
+    """Whether the due point is still open: the next observation that has the metric takes it."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __str__(self) -> str:
+        return f"skip: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return lines_html("Skip", [("why", self.reason)])
+
+
+Decision = Save | Attach | Skip
+
+
+def decide(
+    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: str = ""
+) -> Decision:
+    """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
+
+    Args:
+        policy: The policy.
+        now: The observation.
+        manifest: The records, as the run sees them.
+        since: The last due observation; None takes the newest record's.
+        owed: Why it is due whatever the trigger says: an earlier due point that still waits for a metric, or the end.
+
+    Raises:
+        NamingError: If the template asks for something that is neither reported nor known.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> policy = Policy(EverySteps(10), [KeepLast(1)])
+        >>> decide(policy, Observation(metrics={}, step=10, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=10.ckpt'
+        >>> decide(policy, Observation(metrics={}, step=11, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=11.ckpt'
+    """
+    saved = manifest.at_step(now.step)
+    if saved is not None:
+        return _attach(policy, now, manifest, saved)
+    if since is None:
+        since = manifest.newest.progress if manifest.newest else Progress()
+    due = policy.when.due(now.progress, since)
+    if due is None and not owed:
+        return Skip(reason=f"not due: {policy.when}")
+    due = due or owed
+    return _save_or_skip(policy, now, manifest, due)
+
+
+def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:
+    """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
+
+    A host that keeps its own account in the very file that is being saved needs it before. With the policy, what
+    happens to a slot under ``last`` is foreseen too.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> from checkpointer.deciding import after
+        >>> now = Observation(metrics={}, step=10, epoch=0, time=0.0)
+        >>> decision = decide(Policy(EverySteps(10), [KeepLast(1)]), now, Manifest())
+        >>> [record.name for record in after(decision, Manifest()).own]
+        ['epoch=0-step=10.ckpt']
+    """
+    if isinstance(decision, Attach):
+        return _attached(decision, manifest, policy)
+    if not isinstance(decision, Save):
+        return manifest
+    candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
+    foreseen = manifest.without(*decision.retire).with_record(candidate)
+    if policy is not None and policy.last and decision.kind == "regular" and decision.name != policy.name.last_file:
+        return foreseen.without(policy.name.last_file)  # The alias takes the slot's place.
+    return foreseen
+
+
+def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
+    """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
+    if taken is None:
+        taken = _Taken(manifest, policy.aliases)
+    known = manifest.seen | policy.known_metrics | set(policy.name.keys)
+    stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+    return policy.name.free_name(stem, taken)
+
+
+def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Manifest:
+    saved = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
+    if saved is None:
+        return manifest
+    if policy is not None and saved.name in policy.aliases:
+        moved = attrs.evolve(saved, name=own_name(policy, saved, manifest))
+        manifest, saved = manifest.without(saved.name).with_record(moved), moved
+    foreseen = manifest.with_record(saved.attached(decision.observation))
+    return foreseen.without(*(decision.retire if policy is None else surplus(policy, foreseen)))
+
+
+def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
+    candidate = _candidate(now, manifest)
+    extended = manifest.with_record(candidate)
+    reasons = _reasons(policy, extended)
+    # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
+    kept = tuple(why for why in reasons.of(_CANDIDATE) if why is not _NEWEST)
+    absent = _absent(policy, now)
+    if not kept and not policy.last:
+        if absent:
+            have = ", ".join(sorted(now.metrics)) or "none"
+            return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
+        return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
+    retire = _surplus(policy, extended, reasons)
+    why = f"{due}; kept by {', '.join(kept) or 'last'}"
+    if policy.last == "copy" and not kept and not absent:
+        name = policy.name.last_file
+        return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
+    return _named(policy, now, manifest, candidate, retire, why)
+
+
+def _named(
+    policy: Policy, now: Observation, manifest: Manifest, candidate: Record, retire: tuple[str, ...], why: str
+) -> Save:
+    known = manifest.seen | policy.known_metrics
+    stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
+    replaceable = set(retire)
+    if not policy.name.version_counter:
+        replaceable |= {record.name for record in manifest.live if not record.pinned}
+    replaceable -= {*policy.aliases, manifest.resumed}
+    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
+    replaces = name in manifest.by_name
+    if replaces:
+        # What is replaced takes no place among the k or the last n.
+        retire = surplus(policy, manifest.without(name).with_record(candidate))
+    return Save(name=name, retire=retire, reason=why, observation=now, replaces=replaces)
+
+
+def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record) -> Attach | Skip:
+    news = {key: value for key, value in now.metrics.items() if repr(saved.metrics.get(key)) != repr(value)}
+    ends = now.epoch_end and now.epoch == saved.epoch and not saved.epoch_end
+    if not news and not ends:
+        return Skip(reason=f"step {now.step} is saved already as {saved.name}")
+    attached = manifest.with_record(attrs.evolve(saved, metrics={**saved.metrics, **news}))
+    what = ", ".join(sorted(news)) or "the end of its epoch"
+    why = f"step {now.step} is saved already as {saved.name}; attached {what}"
+    return Attach(name=saved.name, retire=surplus(policy, attached), reason=why, observation=now)
+
+
+def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
+    """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
+    stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
+    name = policy.name.free_name(stem, manifest.taken.union(policy.aliases))
+    return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+
+
+_NEWEST = "the newest, which last names"
+
+
+def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """Return why each checkpoint of the run lives, by name; what is not in it is `surplus`.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy, explain
+        >>> explain(Policy(EverySteps(10), [KeepLast(1)]), Manifest())
+        {}
+    """
+    return _reasons(policy, manifest).to_dict()
+
+
+def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
+    history = _ranked_history(policy, manifest)
+    slot = policy.name.last_file if policy.last else None
+    pinned = {record.name: "pinned" for record in manifest.pinned if record.name != slot}
+    newest = manifest.history[-1] if manifest.history else None
+    # Named among the rules, so that a limit counts it and takes it for the newest.
+    named = {newest.name: _NEWEST} if policy.last and newest else {}
+    rules: Sequence[Rule] = (*policy.rules, _Names(pinned), _Names(named))
+    reasons = kept_by(rules, policy.limits, history, policy.best_rule)
+    always = {name: why for name, why in named.items() if not reasons.of(name)}
+    resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
+    rescues = {
+        record.name: "pinned" if record.pinned else record.reason
+        for record in manifest.rescues
+        if newest is None or record.serial > newest.serial or record.pinned
+    }
+    return attrs.evolve(reasons, always=(always, resumed, rescues))
+
+
+def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
+    """Return the names of this run that nothing keeps, oldest first. Sees the whole history each time."""
+    return _surplus(policy, manifest, _reasons(policy, manifest))
+
+
+def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str, ...]:
+    slot = policy.name.last_file if policy.last else None
+    return tuple(r.name for r in manifest.live_among(reasons.missing(manifest.by_name.keys())) if r.name != slot)
+
+
+@attrs.frozen
+class _Taken:
+    """The names in use, without a set of them all."""
+
+    manifest: Manifest
+    aliases: Container[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
+
+
+def _ranked_history(policy: Policy, manifest: Manifest) -> Sequence[Record]:
+    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
+    slot = policy.name.last_file if policy.last else None
+    if slot not in manifest.by_name:
+        return manifest.history
+    return [record for record in manifest.history if record.name != slot]
+
+
+@attrs.frozen
+class _Names:
+    names: dict[str, str]
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return self.names
+
+
+def _candidate(now: Observation, manifest: Manifest) -> Record:
+    return manifest.draft(_CANDIDATE, now, size=manifest.history[-1].size if manifest.history else 0)
+
+
+def _ranking_rules(policy: Policy, now: Observation) -> list[KeepBest]:
+    return [r for r in policy.keep if isinstance(r, KeepBest) and (now.step > r.after_step or not r.after_step)]
+
+
+def _absent(policy: Policy, now: Observation) -> list[str]:
+    rules = _ranking_rules(policy, now)
+    return list(dict.fromkeys(rule.metric.name for rule in rules if rule.metric.value(now) is None))
+
+
+def _declined(policy: Policy, now: Observation) -> str:
+    rules = _ranking_rules(policy, now)
+    ranked = [f"{rule.metric.name}={rule.metric.value(now):.6g} is not in {rule}" for rule in rules]
+    return "; ".join(ranked) or f"no rule keeps it: {' and '.join(map(str, policy.rules)) or 'none given'}"
