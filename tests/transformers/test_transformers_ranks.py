@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ pytestmark = pytest.mark.slow
 PATIENCE_S = 600.0
 """A run that takes this long (seconds) hangs."""
 SCRIPT = Path(__file__).parents[1] / "ranks_hf.py"
+
+
+OLD = version("transformers").startswith("4.")
+"""Does not evaluate at the end; and resumes on no two CPU processes, with or without us, for it loads to ``cpu:0``."""
 
 
 def trainings(folder: Path, how: str) -> dict[str, Any]:
@@ -41,18 +46,27 @@ def same(went: dict[str, Any], *names: str) -> bool:
     return 1 == len({rank["weights"] for name in names for rank in went[name]["ranks"]})
 
 
+def is_resumed(went: dict[str, Any], name: str) -> bool:
+    """Return whether the Trainer itself can resume two processes; where it cannot, see that it says so."""
+    if OLD:
+        assert all("tagged with cpu:0" in rank["error"] for rank in went[name]["ranks"])
+    return not OLD
+
+
 def test_a_checkpoint_counts_once_every_rank_has_written(went: dict[str, Any]) -> None:
     """Rank 1's random state comes late, and is in each checkpoint that is on record; a death before it undoes all."""
     for name in ("unbroken", "slow"):
         assert ["checkpoint-10", "checkpoint-9"] == sorted(went[name]["records"]) == went[name]["rank 1"]
         assert ["best", "checkpoint-10", "checkpoint-9", "last"] == went[name]["folders"]
         for rank in went[name]["ranks"]:
-            assert (0, 10, 10) == (rank["status"], rank["step"], rank["best"][0])
+            assert (0, 10, 9 if OLD else 10) == (rank["status"], rank["step"], rank["best"][0])
     assert {"checkpoint-3": ["regular", 3]} == went["dies"]["records"]
     assert ("checkpoint-6" in went["dies"]["folders"]) is not went["attached"]
     assert ("incomplete-checkpoint-6" in went["resumes"]["folders"]) is not went["attached"]
-    assert [3, 3] == [rank["begin"] for rank in went["resumes"]["ranks"]]
-    assert same(went, "unbroken", "slow", "resumes")
+    assert same(went, "unbroken", "slow")
+    if is_resumed(went, "resumes"):
+        assert [3, 3] == [rank["begin"] for rank in went["resumes"]["ranks"]]
+        assert same(went, "unbroken", "resumes")
 
 
 def test_rank_0_s_clock_counts_for_all(went: dict[str, Any]) -> None:
@@ -72,10 +86,11 @@ def test_a_signal_to_one_rank_saves_and_stops_all(went: dict[str, Any]) -> None:
     step, kind = max((step, kind) for kind, step in went["signal"]["records"].values())
     assert 4 < step < 10
     assert ("regular" if step % 3 == 0 else "rescue") == kind
-    assert [step] * 2 == [rank["begin"] for rank in went["after the signal"]["ranks"]]
     assert f"checkpoint-{step}" in went["signal"]["rank 1"]
-    # An evaluation that was due at that very step is left out, and the random numbers that it draws with it.
-    assert step % 3 == 0 or same(went, "unbroken", "after the signal")
+    if is_resumed(went, "after the signal"):
+        assert [step] * 2 == [rank["begin"] for rank in went["after the signal"]["ranks"]]
+        # An evaluation that was due at that very step is left out, and the random numbers that it draws with it.
+        assert step % 3 == 0 or same(went, "unbroken", "after the signal")
 
 
 def test_an_exception_on_one_rank_is_seen_as_itself_and_soon(went: dict[str, Any]) -> None:
