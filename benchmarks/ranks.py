@@ -1,26 +1,39 @@
-"""What several processes pay for agreeing: a training of 5 ms steps with and without a time trigger.
+"""What several processes pay: for agreeing, in a training of 5 ms steps, and for a save of shards.
 
-Run it with ``make bench-ranks``. Blocks of steps with and without are interleaved in the same processes; a step sleeps
-and then reduces a gradient, as DDP does. The overhead is the median over pairs of blocks.
+Run it with ``make bench-ranks``. Blocks of steps with and without a trigger are interleaved in the same processes; a
+step sleeps and then reduces a gradient, as DDP does. The overhead is the median over pairs of blocks. Saves of sharded
+state are interleaved too; what counts is how long the loop of the slowest rank is blocked.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from table import Row, show
 from together import together
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from checkpointer import EverySeconds, EverySteps, KeepLast, Policy, RankedManager
 
 STEP_S = 0.005
 BLOCK = 100
 PAIRS = 9
+
+SHARDS_MB = 256
+"""MB of shards on each rank."""
+TENSORS = 16
+SAVES = 5
 
 
 def overheads(rank: int) -> dict[str, tuple[float, float]]:
@@ -57,6 +70,58 @@ def overheads(rank: int) -> dict[str, tuple[float, float]]:
     return found
 
 
+def blocked(rank: int, folder: str) -> dict[str, float]:
+    """Return how long each way to save shards blocks the loop of the slowest rank: seconds, the median of several."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    size = SHARDS_MB * 1_000_000 // 4 // TENSORS
+    state = {f"w{i}": DTensor.from_local(torch.rand(size), mesh, [Shard(0)], run_check=False) for i in range(TENSORS)}
+    buffers = [torch.empty(size) for _ in range(TENSORS)]
+    policy = Policy(EverySteps(1), [KeepLast(1)])
+    how: Any = {"state": lambda: state, "format": "dcp"}
+    behind = RankedManager(f"{folder}/behind", policy, background=True, **how)
+    in_loop = RankedManager(f"{folder}/in-loop", policy, **how)
+    group = dist.new_group(backend="gloo")
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    futures: list[Any] = []
+
+    def copy(_: int) -> None:
+        for buffer, tensor in zip(buffers, state.values(), strict=True):
+            buffer.copy_(tensor.to_local())
+
+    def save_by_dcp(step: int) -> None:
+        answer = async_save(state, checkpoint_id=f"{folder}/dcp-{step}", process_group=group, async_stager=stager)
+        futures.append(getattr(answer, "upload_completion", answer))
+
+    def finish() -> None:
+        behind.wait()
+        while futures:
+            futures.pop().result()
+        dist.barrier()
+        if rank == 0:
+            for left in Path(folder).glob("dcp-*"):
+                shutil.rmtree(left)
+
+    ways: dict[str, Callable[[int], Any]] = {
+        "a copy into warm buffers": copy,
+        "torch-checkpointer, background": lambda step: behind.observe({}, step, 0, epoch_end=False),
+        "DCP async_save": save_by_dcp,
+        "torch-checkpointer, in the loop": lambda step: in_loop.observe({}, step, 0, epoch_end=False),
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for step in range(1, SAVES + 2):
+        for name, save in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            save(step)
+            all_took: list[float] = [0.0] * dist.get_world_size()
+            dist.all_gather_object(all_took, time.perf_counter() - start)
+            finish()
+            took[name].append(max(all_took))
+    behind.close()
+    in_loop.close()
+    return {name: statistics.median(times[1:]) for name, times in took.items()}  # The first one warms.
+
+
 def main() -> None:
     rows: list[Row] = []
     for size in (2, 4):
@@ -71,6 +136,12 @@ def main() -> None:
                     f"{more / without:+.2%}{goal}",
                 )
             )
+        with tempfile.TemporaryDirectory() as folder:
+            (copy, copied), *others = together(size, blocked, folder)[0].items()
+        what = f"{size} ranks, loop blocked by {SHARDS_MB} MB of shards each"
+        rows += [
+            (f"{what}: {name}", f"{s:.3f} s", copy, f"{copied:.3f} s", f"{s / copied:.2f} x") for name, s in others
+        ]
     show(rows)
 
 

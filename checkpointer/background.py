@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import attrs
 
@@ -19,7 +19,7 @@ from checkpointer.errors import PolicyError, SaveError
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 
-__all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy"]
+__all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy", "finish_at_exit"]
 
 Busy = Literal["wait", "skip"]
 """What a save does that is due while another is still running."""
@@ -97,7 +97,7 @@ class Background:
         self._waited_s = 0.0
         self._num_skipped = 0
         self._start_over()
-        _live.add(self)
+        finish_at_exit(self)
 
     def _start_over(self) -> None:
         """Begin with nothing to do, as in a forked child: the jobs are its parent's, and so is the thread."""
@@ -261,12 +261,25 @@ class Background:
             return None
 
 
-_live: weakref.WeakSet[Background] = weakref.WeakSet()
+class _Unfinished(Protocol):
+    """What the program must not end without."""
+
+    def wait(self) -> object:
+        """Wait until all is done."""
+        ...
+
+
+_live: weakref.WeakSet[_Unfinished] = weakref.WeakSet()
+
+
+def finish_at_exit(unfinished: _Unfinished) -> None:
+    """Have the interpreter wait for it, if it is still there at the end of the main thread."""
+    _live.add(unfinished)
 
 
 def _finish_all() -> None:
-    for background in list(_live):
-        background.wait()
+    for unfinished in list(_live):
+        unfinished.wait()
 
 
 def _at_exit(call: Callable[[], Any]) -> None:

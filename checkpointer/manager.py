@@ -36,14 +36,24 @@ from checkpointer.mirror import MirrorStatus, Where, open_mirror
 from checkpointer.owner import new_owner, release
 from checkpointer.pacing import Pacing
 from checkpointer.policy import Policy
-from checkpointer.ports import Clock, FolderFormat, Format, Listener, Storage, SupportsCapabilities
+from checkpointer.ports import (
+    Clock,
+    FolderFormat,
+    Format,
+    Listener,
+    Snapshotting,
+    Storage,
+    SupportsCapabilities,
+    SupportsSnapshots,
+    Taken,
+)
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
 from checkpointer.resuming import Account
 from checkpointer.retention import Limit, Rule
 from checkpointer.saving import Saver
 from checkpointer.showing import manifest_html
-from checkpointer.snapshot import Snapshot, Snapshots
+from checkpointer.snapshot import Snapshots
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
@@ -158,10 +168,12 @@ class CheckpointManager:
         )
         writer = Writer(self._directory, self._format, save)
         self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
-        self._background = self._snapshots = None
+        self._background = None
         if busy is not None:
             self._background = Background(busy, self._directory.look, self._pacing.wake)
-            self._snapshots = Snapshots(copies=1 if busy == "wait" else 2)
+            copies = 1 if busy == "wait" else 2
+            own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
+            self._snapshots: Snapshotting = own(copies)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
@@ -326,11 +338,11 @@ class CheckpointManager:
 
     def _hand_over(self, decision: Save, background: Background) -> Decision:
         """Copy the state and have it written: the decision is carried out, or the loop will hear why not."""
-        assert self._snapshots is not None, "they come with the background"
         self._saved_steps.difference_update(background.make_room(decision.observation.step))
         self._hear()
         with self._as_if_done(decision):
             state = self._take_state()
+        snapshot: Taken | None = None
         try:
             # Here, once: it may move a slot, which decisions have to see.
             self._directory.begin()
@@ -341,12 +353,14 @@ class CheckpointManager:
         except AliasInUseError:
             raise
         except Exception as error:
+            if snapshot is not None:
+                snapshot.release()
             self._answer(decision)
             return self._failed(decision, error)
         self._answer(decision, is_saved=True)
         return decision
 
-    def _write_behind(self, snapshot: Snapshot, reported: frozenset[str], job: Job) -> None:
+    def _write_behind(self, snapshot: Taken, reported: frozenset[str], job: Job) -> None:
         """Write a snapshot, on the writer thread."""
         assert isinstance(job.decision, Save), "only a save has a snapshot"
         try:

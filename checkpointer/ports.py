@@ -12,17 +12,22 @@ __all__ = [
     "FolderFormat",
     "Format",
     "Listener",
+    "Mailbox",
     "Ranks",
+    "Snapshotting",
     "Stat",
     "Storage",
     "SupportsCapabilities",
     "SupportsCopy",
     "SupportsFreeSpace",
     "SupportsLinks",
+    "SupportsMailbox",
     "SupportsMapping",
     "SupportsPaths",
+    "SupportsSnapshots",
     "SupportsSweep",
     "SupportsURLs",
+    "Taken",
     "Upload",
     "Writable",
 ]
@@ -245,6 +250,35 @@ class FolderFormat(Protocol):
         ...
 
 
+class Taken(Protocol):
+    """A copy of a state on its way to a payload, which nothing changes any more."""
+
+    def wait(self) -> Any:
+        """Return what a format writes, once all of it is there. For the thread that writes it."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the copy, written or not. Twice does nothing."""
+        ...
+
+
+class Snapshotting(Protocol):
+    """Copies states for a save in the background."""
+
+    def take(self, state: Any) -> Taken:
+        """Copy a state: what is done to it from now on is not in the copy. Raise `SaveError` if that cannot be."""
+        ...
+
+
+@runtime_checkable
+class SupportsSnapshots(Protocol):
+    """A format whose states are more than this process has: it copies them itself."""
+
+    def snapshots(self, copies: int) -> Snapshotting:
+        """Return what copies them, at most ``copies`` at a time."""
+        ...
+
+
 class Clock(Protocol):
     """The time."""
 
@@ -283,6 +317,36 @@ class Ranks(Protocol):
 
         For when something went wrong, and nobody knows whether the others will ever come.
         """
+        ...
+
+
+class Mailbox(Protocol):
+    """Where rank 0 leaves word for a thread of each other rank: beside whatever the ranks do in their loops."""
+
+    @property
+    def group(self) -> Any:
+        """A process group (``torch.distributed``) that only those threads use."""
+        ...
+
+    def post(self, number: int, word: str) -> None:
+        """Leave a word under a number that has none yet, for all ranks to read from now on."""
+        ...
+
+    def look(self, number: int) -> str | None:
+        """Return the word under a number, or None if there is none yet. Waits for nobody."""
+        ...
+
+    def close(self) -> None:
+        """Give the group back. Talks to nobody; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class SupportsMailbox(Protocol):
+    """Ranks whose threads can work together too."""
+
+    def mailbox(self) -> Mailbox:
+        """Return a new one: a collective."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import attrs
 
 from checkpointer import restoring
+from checkpointer.background import as_busy
+from checkpointer.behind import Behind, NumberedCopies, NumberedCopy
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Decision, Skip
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError
@@ -19,7 +22,7 @@ from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
-from checkpointer.ports import Clock, FolderFormat, Format, Ranks, Storage
+from checkpointer.ports import Clock, FolderFormat, Format, Mailbox, Ranks, Snapshotting, Storage, SupportsMailbox
 from checkpointer.ranks import Agreement, OneRank, Team, TorchRanks
 from checkpointer.records import Record
 from checkpointer.restoring import Restored
@@ -42,6 +45,7 @@ class _Told:
     rescues: bool
     decision: Decision
     record: Record | None = None
+    is_done: bool = True
 
 
 _NOTHING = Skip(reason="nothing was asked")
@@ -100,11 +104,18 @@ class RankedManager:
         self._state = state
         self._clock = clock or SystemClock()
         self._agreement = Agreement(self._ranks)
-        self._team = Team(self._ranks, {"take": self._take, "write": self._write, "read": self._read})
+        acts: dict[str, Callable[..., None]] = {
+            "take": self._take,
+            "write": self._write,
+            "read": self._read,
+            "copy": self._copy,
+        }
+        self._team = Team(self._ranks, acts)
         self._payload = self._open_format(format)
-        if isinstance(self._payload, FolderFormat) and options.get("background"):
-            msg = "background= is not there for a format that all ranks write; leave it out"
-            raise PolicyError(msg)
+        busy = as_busy(options.get("background"))
+        self._behind: Behind | None = None
+        if busy is not None and isinstance(self._payload, FolderFormat):
+            self._behind = self._open_behind(format, copies=1 if busy == "wait" else 2)
         self._taken: Any = None
         self._loaded: Any = None
         self._manager: CheckpointManager | None = None
@@ -116,9 +127,7 @@ class RankedManager:
                 directory,
                 policy,
                 state=self._take_all if state is not None else None,
-                format=_Called(self._payload, self._write_all, self._read_all)
-                if isinstance(self._payload, FolderFormat)
-                else self._payload,
+                format=self._called(),
                 storage_options=storage_options,
                 clock=self._clock,
                 **options,
@@ -130,10 +139,24 @@ class RankedManager:
     def _open_format(self, format: str | Format | FolderFormat) -> Format | FolderFormat:
         if format != "dcp":
             return open_format(format, self._where[1])
-        from checkpointer.formats.dcp_folder import DcpFormat
-
         template = None if self._state is None else lambda: self._taken
-        return DcpFormat(getattr(self._ranks, "group", None), template, self._where[1])
+        return _dcp(getattr(self._ranks, "group", None), template, self._where[1])
+
+    def _open_behind(self, format: str | Format | FolderFormat, copies: int) -> Behind:
+        if format != "dcp":
+            msg = "background= with a folder that all ranks write is there for format='dcp'; leave it out"
+            raise PolicyError(msg)
+        mailbox: Mailbox | None = None
+        if self._ranks.size > 1:
+            if not isinstance(self._ranks, SupportsMailbox):
+                msg = (
+                    f"background= with format='dcp' needs ranks whose threads can work together, as TorchRanks do, and "
+                    f"{type(self._ranks).__name__} has no mailbox(); leave background= out"
+                )
+                raise PolicyError(msg)
+            mailbox = self._ranks.mailbox()
+        group = None if mailbox is None else mailbox.group
+        return Behind(self._ranks.rank, mailbox, _dcp(group, None, self._where[1]), copies)
 
     # What all ranks are called for
 
@@ -151,6 +174,10 @@ class RankedManager:
         assert isinstance(self._payload, FolderFormat), "it is called for a folder"
         self._loaded = self._payload.read_folder(path, **options)
 
+    def _copy(self, number: int) -> None:
+        assert self._behind is not None, "it is called for a save in the background"
+        self._behind.copy(number, self._taken)
+
     def _take_all(self) -> Any:
         self._team.call("take")
         return self._taken
@@ -165,10 +192,16 @@ class RankedManager:
         return self._loaded
 
     def _called(self) -> Format | FolderFormat:
-        payload = self._payload
-        return _Called(payload, self._write_all, self._read_all) if isinstance(payload, FolderFormat) else payload
+        """Return the format of rank 0's manager."""
+        payload, behind = self._payload, self._behind
+        if not isinstance(payload, FolderFormat):
+            return payload
+        if behind is None:
+            return _Called(payload, self._write_all, self._read_all)
+        copies = NumberedCopies(behind, lambda number: self._team.call("copy", number))
+        return _CalledBehind(payload, self._write_all, self._read_all, behind, copies)
 
-    def _tell(self, decision: Decision | None = None, record: Record | None = None) -> _Told:
+    def _tell(self, decision: Decision | None = None, record: Record | None = None, *, is_done: bool = True) -> _Told:
         """Return what all ranks have to know, on rank 0."""
         manager = self._own_manager
         return _Told(
@@ -178,6 +211,7 @@ class RankedManager:
             manager.policy.rescue,
             _NOTHING if decision is None else decision,
             record,
+            is_done,
         )
 
     def _heed(self, told: _Told) -> _Told:
@@ -303,15 +337,23 @@ class RankedManager:
 
     # Managing
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait on all ranks until what is being saved in the background is durable: see `CheckpointManager.wait`."""
+        self._check_open()
+        return self._heed(self._team.work(lambda: self._tell(is_done=self._own_manager.wait(timeout)))).is_done
+
     def close(self) -> None:
         """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        if self._manager is not None:
-            self._manager.close()
-        if self._own_ranks is not None:
-            self._own_ranks.close()
+        with contextlib.ExitStack() as closing:
+            if self._own_ranks is not None:
+                closing.callback(self._own_ranks.close)
+            if self._behind is not None:
+                closing.callback(self._behind.close)
+            if self._manager is not None:
+                closing.callback(self._manager.close)
 
     def __enter__(self) -> RankedManager:
         return self
@@ -368,3 +410,30 @@ class _Called:
 
     def refused(self, state: Any) -> Mapping[str, str]:
         return self.payload.refused(state)
+
+
+@attrs.frozen
+class _CalledBehind(_Called):
+    """Rank 0's format where states are written behind the training: the other ranks are called to copy theirs."""
+
+    behind: Behind
+    copies: NumberedCopies
+
+    def snapshots(self, copies: int) -> Snapshotting:
+        return self.copies
+
+    def write_folder(self, state: Any, path: str) -> None:
+        if isinstance(state, NumberedCopy):
+            self.behind.write(state.number, path)
+        else:
+            self.write(path)
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        here = self.behind.state(state.number) if isinstance(state, NumberedCopy) else state
+        return self.payload.refused(here)
+
+
+def _dcp(group: Any, template: Callable[[], Any] | None, storage_options: Mapping[str, Any] | None) -> FolderFormat:
+    from checkpointer.formats.dcp_folder import DcpFormat
+
+    return DcpFormat(group, template, storage_options)

@@ -15,7 +15,7 @@ import attrs
 from checkpointer.errors import ClosedError, RanksError
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "OneRank", "Team", "TorchRanks", "on_every_rank", "on_rank_zero"]
+__all__ = ["Agreement", "OneRank", "Team", "TorchMailbox", "TorchRanks", "on_every_rank", "on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,7 @@ class TorchRanks:
         members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         self._rank, self._size = dist.get_rank(group), len(members)
         self._first = members[0]
+        self._timeout_s = timeout_s
         self._group = dist.new_group(members, timeout=timedelta(seconds=timeout_s), backend="gloo")
 
     @property
@@ -163,6 +164,10 @@ class TorchRanks:
             msg = f"rank {to if from_ is None else from_} has not come in time"
             raise RanksError(msg)
 
+    def mailbox(self) -> TorchMailbox:
+        """See `SupportsMailbox.mailbox`."""
+        return TorchMailbox(TorchRanks(self.group, timeout_s=self._timeout_s))
+
     def close(self) -> None:
         """Give the group back. Talks to nobody; a second call does nothing."""
         import torch.distributed as dist
@@ -170,6 +175,43 @@ class TorchRanks:
         group, self._group = self._group, None
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
+
+
+class TorchMailbox:
+    """Words in the store through which the processes have found each other.
+
+    Args:
+        ranks: Ranks that nothing else uses.
+    """
+
+    def __init__(self, ranks: TorchRanks) -> None:
+        from torch.distributed import distributed_c10d
+
+        self._ranks = ranks
+        # Not a store that is waited in: it has one connection, and whoever waits in it keeps all others waiting.
+        self._store = distributed_c10d._get_process_group_store(ranks.group)
+
+    @property
+    def group(self) -> Any:
+        """See `Mailbox.group`."""
+        return self._ranks.group
+
+    def post(self, number: int, word: str) -> None:
+        """See `Mailbox.post`."""
+        self._store.set(_key(number), word)
+
+    def look(self, number: int) -> str | None:
+        """See `Mailbox.look`."""
+        key = _key(number)
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def close(self) -> None:
+        """See `Mailbox.close`."""
+        self._ranks.close()
+
+
+def _key(number: int) -> str:
+    return f"checkpointer/{number}"
 
 
 def on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
