@@ -209,6 +209,10 @@ class Background:
                 self._wait_a_little(deadline)
         return True
 
+    def finish(self) -> None:
+        """Wait until every job is done, at the end of the program."""
+        self.wait()
+
     def _wait_a_little(self, deadline: float | None) -> None:
         if self._thread is None or not self._thread.is_alive():
             self._lose()
@@ -264,8 +268,8 @@ class Background:
 class _Unfinished(Protocol):
     """What the program must not end without."""
 
-    def wait(self) -> object:
-        """Wait until all is done."""
+    def finish(self) -> object:
+        """Wait until all is done: nothing else is going to come."""
         ...
 
 
@@ -279,7 +283,7 @@ def finish_at_exit(unfinished: _Unfinished) -> None:
 
 def _finish_all() -> None:
     for unfinished in list(_live):
-        unfinished.wait()
+        unfinished.finish()
 
 
 def _at_exit(call: Callable[[], Any]) -> None:

@@ -328,12 +328,16 @@ class Mailbox(Protocol):
         """A process group (``torch.distributed``) that only those threads use."""
         ...
 
-    def post(self, number: int, word: str) -> None:
-        """Leave a word under a number that has none yet, for all ranks to read from now on."""
+    def post(self, key: str, word: str) -> None:
+        """Leave a word under a key, in the place of what was there, for all ranks to read from now on."""
         ...
 
-    def look(self, number: int) -> str | None:
-        """Return the word under a number, or None if there is none yet. Waits for nobody."""
+    def look(self, key: str) -> str | None:
+        """Return the word under a key, or None if there is none yet. Waits for nobody."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `Ranks.gather`: a collective of those threads."""
         ...
 
     def close(self) -> None:

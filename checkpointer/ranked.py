@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -17,7 +17,7 @@ from checkpointer.background import as_busy
 from checkpointer.behind import Behind, NumberedCopies, NumberedCopy
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Decision, Skip
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
 from checkpointer.owner import new_owner, release
@@ -28,6 +28,9 @@ from checkpointer.records import Record
 from checkpointer.restoring import Restored
 from checkpointer.storage import open_storage
 from checkpointer.triggers import Horizon
+
+if TYPE_CHECKING:
+    from checkpointer.formats.dcp_folder import DcpFormat
 
 __all__ = ["RankedManager"]
 
@@ -156,7 +159,8 @@ class RankedManager:
                 raise PolicyError(msg)
             mailbox = self._ranks.mailbox()
         group = None if mailbox is None else mailbox.group
-        return Behind(self._ranks.rank, mailbox, _dcp(group, None, self._where[1]), copies)
+        payload = _dcp(group, None, self._where[1])
+        return Behind(self._ranks.rank, mailbox, payload, payload.snapshots(copies), copies)
 
     # What all ranks are called for
 
@@ -363,7 +367,13 @@ class RankedManager:
             if error is not None and not self._closed and self._state is not None and self._told.rescues:
                 self._rescue_quietly(error)
         finally:
-            self.close()
+            try:
+                self.close()
+            except SaveError as failure:
+                if error is None:
+                    raise
+                # The error that ended the training is the one to be seen.
+                warnings.warn(str(failure), CheckpointerWarning, stacklevel=2)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""
@@ -433,7 +443,7 @@ class _CalledBehind(_Called):
         return self.payload.refused(here)
 
 
-def _dcp(group: Any, template: Callable[[], Any] | None, storage_options: Mapping[str, Any] | None) -> FolderFormat:
+def _dcp(group: Any, template: Callable[[], Any] | None, storage_options: Mapping[str, Any] | None) -> DcpFormat:
     from checkpointer.formats.dcp_folder import DcpFormat
 
     return DcpFormat(group, template, storage_options)

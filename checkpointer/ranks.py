@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pickle
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -15,7 +16,7 @@ import attrs
 from checkpointer.errors import ClosedError, RanksError
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "OneRank", "Team", "TorchMailbox", "TorchRanks", "on_every_rank", "on_rank_zero"]
+__all__ = ["Agreement", "OneRank", "Team", "TorchMailbox", "TorchRanks", "on_every_rank", "on_rank_zero", "portable"]
 
 T = TypeVar("T")
 
@@ -85,7 +86,11 @@ class TorchRanks:
         self._rank, self._size = dist.get_rank(group), len(members)
         self._first = members[0]
         self._timeout_s = timeout_s
-        self._group = dist.new_group(members, timeout=timedelta(seconds=timeout_s), backend="gloo")
+        # Two groups that are made at once, apart from each other, must not get one name: they would meet in the store.
+        apart = self._size < dist.get_world_size()
+        self._group = dist.new_group(
+            members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=apart
+        )
 
     @property
     def rank(self) -> int:
@@ -185,33 +190,34 @@ class TorchMailbox:
     """
 
     def __init__(self, ranks: TorchRanks) -> None:
-        from torch.distributed import distributed_c10d
+        from torch.distributed import distributed_c10d as c10d
 
         self._ranks = ranks
-        # Not a store that is waited in: it has one connection, and whoever waits in it keeps all others waiting.
-        self._store = distributed_c10d._get_process_group_store(ranks.group)
+        # What an earlier training has left in the store is not for this one, though its groups had the same names.
+        token = ranks.broadcast(uuid.uuid4().hex)
+        # Nobody waits in it: it has one connection, and whoever waits there keeps all others waiting.
+        self._store = c10d.PrefixStore(token, c10d._get_process_group_store(ranks.group))
 
     @property
     def group(self) -> Any:
         """See `Mailbox.group`."""
         return self._ranks.group
 
-    def post(self, number: int, word: str) -> None:
+    def post(self, key: str, word: str) -> None:
         """See `Mailbox.post`."""
-        self._store.set(_key(number), word)
+        self._store.set(key, word)
 
-    def look(self, number: int) -> str | None:
+    def look(self, key: str) -> str | None:
         """See `Mailbox.look`."""
-        key = _key(number)
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `Mailbox.gather`."""
+        return self._ranks.gather(value)
 
     def close(self) -> None:
         """See `Mailbox.close`."""
         self._ranks.close()
-
-
-def _key(number: int) -> str:
-    return f"checkpointer/{number}"
 
 
 def on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -297,15 +303,18 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _portable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
-    """Return an outcome that reaches the other ranks: an error that cannot be sent as it is goes as text."""
+    """Return an outcome that reaches the other ranks."""
     result, error = outcome
-    if error is None:
-        return outcome
+    return outcome if error is None else (result, portable(error))
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error that can be sent to other ranks: itself, or what it says."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return result, RanksError(f"{type(error).__name__}: {error}")
-    return result, error
+        return RanksError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @attrs.define

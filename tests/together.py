@@ -34,11 +34,12 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for _, ours in pipes:
             ours.close()
         results = [_result(receiver) for receiver, _ in pipes]
-        for process in processes:
+        for rank, process in enumerate(processes):
             process.join(PATIENCE_S)
             if process.is_alive():
                 process.kill()
                 process.join()
+                results[rank] = DiedError("did not end")
     return results
 
 

@@ -10,15 +10,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, cast
 
+import attrs
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
@@ -34,6 +35,9 @@ from checkpointer.errors import (
 )
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.naming import check_name
+from checkpointer.ports import Snapshotting, Taken
+from checkpointer.ranks import portable
+from checkpointer.snapshot import Snapshots
 
 __all__ = ["DcpFormat"]
 
@@ -91,19 +95,30 @@ class DcpFormat:
         self._group = group
         self._template = template
         self._options = {key: value for key, value in (storage_options or {}).items() if key not in _STORAGE_ONLY}
+        if group is None:
+            # That it is alone it was told. Not around each call: filters are not a thread's own.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is no dict.
+            SaveError: If the state is no dict, or the process group is gone.
         """
-        if not isinstance(state, dict):
-            msg = f"the state is a {type(state).__name__}; the dcp format writes a dict of names, so return one"
-            raise SaveError(msg)
         writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
+        plain: dict[str, Any] = {}
+        error: Exception | None = None
+        try:
+            plain = _plain(state)
+        except Exception as failure:  # Within DCP's own steps, which tell the other ranks.
+            error = failure
         with _as_they_are(SaveError):
-            save(state, storage_writer=writer, **self._who)
+            save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
+            self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
+
+    def snapshots(self, copies: int) -> Snapshotting:
+        """See `SupportsSnapshots.snapshots`: whatever has a ``state_dict`` is asked for it in the loop."""
+        return _PlainSnapshots(Snapshots(copies))
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """See `FolderFormat.read_folder`; with a template ``map_location`` counts for nothing.
@@ -118,34 +133,91 @@ class DcpFormat:
         planner = _Planner(weights_only=weights_only)
         try:
             with _as_they_are(RestoreError):
-                load(state, storage_reader=reader, planner=planner, **self._who)
+                load(state, storage_reader=reader, planner=planner, **self._who(RestoreError))
         except RestoreError as error:
             raise reader.error or error from None
         return _moved(state, map_location) if self._template is None else state
 
-    @property
-    def _who(self) -> dict[str, Any]:
-        return {"no_dist": True} if self._group is None else {"process_group": self._group}
+    def _who(self, kind: type[CheckpointerError]) -> dict[str, Any]:
+        if self._group is None:
+            return {"no_dist": True}
+        if not torch.distributed.is_initialized():
+            # DCP would go on, each rank as if it were alone, and all into the same files.
+            msg = "the process groups were destroyed; close() the manager before destroy_process_group()"
+            raise kind(msg)
+        return {"process_group": self._group}
 
     def refused(self, state: Any) -> Mapping[str, str]:
         """See `Format.refused`."""
         return TorchFormat().refused(tree_map(lambda leaf: None if isinstance(leaf, torch.Tensor) else leaf, state))
 
 
-class _Movable:
-    """A writer whose folder can be moved: where it was staged is not told."""
+def _plain(state: Any) -> dict[str, Any]:
+    """Return the state with what has a ``state_dict`` in its place."""
+    if not isinstance(state, dict):
+        msg = f"the state is a {type(state).__name__}; the dcp format writes a dict of names, so return one"
+        raise SaveError(msg)
+    return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+
+
+@attrs.frozen
+class _PlainSnapshots:
+    snapshots: Snapshots
+
+    def take(self, state: Any) -> Taken:
+        return self.snapshots.take(_plain(state))
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Raises what went wrong before within DCP's own steps, so that it is an error on all ranks."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self._error = error
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        with _portably():
+            if self._error is not None:
+                raise self._error
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> SavePlan:
+        with _portably():
+            return super().create_local_plan()
+
+
+class _Portable:
+    """A writer whose folder can be moved: where it was staged is not told. Its errors reach the other ranks."""
 
     save_id: str
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
+    def set_up_storage_writer(self, *args: Any, **kwargs: Any) -> Any:
+        with _portably():
+            return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
 
-class _Writer(_Movable, FileSystemWriter):
+    def prepare_local_plan(self, plan: SavePlan) -> Any:
+        with _portably():
+            return super().prepare_local_plan(plan)  # type: ignore[misc]
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with _portably():
+            return super().write_data(*args, **kwargs)  # type: ignore[misc]
+
+    def finish(self, *args: Any, **kwargs: Any) -> Any:
+        with _portably():
+            return super().finish(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Writer(_Portable, FileSystemWriter):
     """Writes to a path."""
 
 
-class _UrlWriter(_Movable, FsspecWriter):
+class _UrlWriter(_Portable, FsspecWriter):
     """Writes to a URL."""
 
 
@@ -285,12 +357,19 @@ def _moved(state: Any, map_location: Any) -> Any:
 def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
     """Raise what a rank has raised instead of DCP's bundle; what is none of ours becomes a ``kind``."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            yield
+        yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
             raise cause from None
         msg = f"rank {rank}: {type(cause).__name__}: {cause}"
         raise kind(msg) from cause
+
+
+@contextlib.contextmanager
+def _portably() -> Iterator[None]:
+    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
+    try:
+        yield
+    except Exception as error:
+        raise portable(error) from error
