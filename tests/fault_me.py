@@ -15,11 +15,8 @@ from checkpointer import CheckpointManager, EverySteps, KeepBest, Naming, Policy
 from checkpointer.errors import SaveError
 from checkpointer.ports import Storage
 from checkpointer.restoring import verify
-from checkpointer.storage import bypassing
 
 FOREIGN = "theirs.bin"
-BLOCK = "FAULT_ME_BLOCK"
-"""From how many bytes on the training writes past the page cache."""
 KEPT = 2
 SAVES = 4
 WARM = 2
@@ -117,7 +114,6 @@ def main() -> None:
     log = sys.argv[3] if len(sys.argv) > 3 else None
     warnings.showwarning = lambda message, *_, **__: say("warned", str(message).replace("\n", " "))
     warnings.simplefilter("always")
-    bypassing.BLOCK = int(os.environ.get(BLOCK, bypassing.BLOCK))  # type: ignore[misc]
     run = Run(directory, policy_of(last))  # type: ignore[arg-type]
     for step in range(1, WARM + SAVES + 1):
         if step == WARM + 1:

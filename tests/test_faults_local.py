@@ -45,7 +45,7 @@ from checkpointer.errors import (
 from checkpointer.owner import new_owner
 from checkpointer.ports import Stat, Upload
 from checkpointer.restoring import verify
-from checkpointer.storage import LocalStorage, bypassing
+from checkpointer.storage import LocalStorage
 from checkpointer.testing import MemoryStorage
 
 pytestmark = pytest.mark.slow
@@ -240,19 +240,14 @@ def names_full_disk(error: BaseException | None) -> bool:
 FILESYSTEMS: dict[str, mounts.Mount] = {
     "tmpfs": partial(mounts.tmpfs, size=4 * mounts.MIB),
     "ext4": partial(mounts.ext4, size=8 * mounts.MIB),
-    "ext4, past the page cache": partial(mounts.ext4, size=8 * mounts.MIB),
 }
 
 
 @pytest.mark.filterwarnings("ignore::checkpointer.CheckpointerWarning")
 @pytest.mark.parametrize("last", ["link", "copy"])
 @pytest.mark.parametrize("kind", FILESYSTEMS)
-def test_disk_that_fills_up_at_any_byte_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: Last
-) -> None:
+def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str, last: Last) -> None:
     """So many bytes are left, for every number of pages that a save may need: staging, records, alias, index."""
-    if kind.endswith("past the page cache"):
-        monkeypatch.setattr(bypassing, "BLOCK", 4096)
     failures = 0
     with FILESYSTEMS[kind](tmp_path) as disk:
         for left in instants(40 * 4096, 4096 if kind == "tmpfs" else 1024):

@@ -20,11 +20,11 @@ import attrs
 import logdisk
 import mounts
 import pytest
-from fault_me import BLOCK, FOREIGN, Run, check_survivor, policy_of
+from fault_me import FOREIGN, Run, check_survivor, policy_of
 from sampling import instants
 
 from checkpointer.owner import new_owner
-from checkpointer.storage import LocalStorage, bypassing
+from checkpointer.storage import LocalStorage
 from checkpointer.testing import Crash, CrashingStorage, die
 
 pytestmark = pytest.mark.slow
@@ -133,13 +133,10 @@ def test_power_loss_takes_what_was_not_synced(tmp_path: Path, kind: str) -> None
 # Every prefix of what was written to the disk
 
 
-def train(
-    folder: Path, last: Last, *, fsync: bool, log: Path | None = None, block: int = bypassing.BLOCK
-) -> list[tuple[int, int]]:
+def train(folder: Path, last: Last, *, fsync: bool, log: Path | None = None) -> list[tuple[int, int]]:
     """Save in another process; return each acknowledged step and how long the disk's log was by then.
 
-    Without ``fsync`` strace tells the process that its files are durable, and does nothing. Payloads of ``block`` bytes
-    and more are written past the page cache.
+    Without ``fsync`` strace tells the process that its files are durable, and does nothing.
     """
     script = Path(__file__).with_name("fault_me.py")
     command = [sys.executable, str(script), str(folder), last, *([str(log)] if log else [])]
@@ -147,8 +144,7 @@ def train(
         mounts.need("strace")
         lie = ["-e", "trace=fsync", "-e", "inject=fsync:retval=0"]
         command = ["strace", "-f", "-qq", "-o", os.devnull, *lie, *command]
-    environment = {**os.environ, BLOCK: str(block)}
-    done = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=120)
     assert 0 == done.returncode, done.stderr
     words = [line.split() for line in done.stdout.splitlines()]
     return [(int(word[1]), int(word[2])) for word in words if word[0] == "saved"]
@@ -194,7 +190,7 @@ def logging_disk(base: Path, disk: Path) -> Iterator[tuple[Path, Path]]:
         server.wait(timeout=30)
 
 
-def record(base: Path, kind: str, last: Last, *, fsync: bool, block: int = bypassing.BLOCK) -> Recording:
+def record(base: Path, kind: str, last: Last, *, fsync: bool) -> Recording:
     """Train on a disk that logs its writes."""
     mounts.need(f"mkfs.{kind}")
     disk = mounts.image(base / "disk.img", kind, SIZES[kind])
@@ -202,7 +198,7 @@ def record(base: Path, kind: str, last: Last, *, fsync: bool, block: int = bypas
     mounts.sh("cp", "--sparse=always", disk, fresh)
     with logging_disk(base, disk) as (target, log):
         prepare(target / "run")
-        saved = train(target / "run", last, fsync=fsync, log=log, block=block)
+        saved = train(target / "run", last, fsync=fsync, log=log)
     return Recording(base=fresh, log=log, saved=saved)
 
 
@@ -237,10 +233,10 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.parametrize(("last", "block"), [("link", bypassing.BLOCK), ("copy", 4096)])
-def test_after_any_write_to_an_ext4_disk_all_acknowledged_restores(memory: Path, last: Last, block: int) -> None:
-    """Every prefix of the block writes of six saves, mounted and restored from; through the page cache, and past it."""
-    recording = record(memory, "ext4", last, fsync=True, block=block)
+@pytest.mark.parametrize("last", ["link", "copy"])
+def test_after_any_write_to_an_ext4_disk_all_acknowledged_restores(memory: Path, last: Last) -> None:
+    """Every prefix of the block writes of six saves, mounted and restored from."""
+    recording = record(memory, "ext4", last, fsync=True)
     assert [1, 2, 3, 4, 5, 6] == [step for step, _ in recording.saved]
     count, lost = check_prefixes(memory, recording, last)
     assert [] == lost
@@ -248,8 +244,8 @@ def test_after_any_write_to_an_ext4_disk_all_acknowledged_restores(memory: Path,
 
 
 def test_after_any_write_to_an_xfs_disk_all_acknowledged_restores(memory: Path) -> None:
-    """Every prefix of the block writes of six saves, mounted and restored from; they go past the page cache."""
-    recording = record(memory, "xfs", "link", fsync=True, block=4096)
+    """Every prefix of the block writes of six saves, mounted and restored from."""
+    recording = record(memory, "xfs", "link", fsync=True)
     count, lost = check_prefixes(memory, recording, "link")
     assert [] == lost
     assert count > 50

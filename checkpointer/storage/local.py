@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Stat
-from checkpointer.storage.bypassing import open_payload
 
 __all__ = ["LocalStorage"]
 
@@ -140,7 +139,7 @@ class LocalStorage:
         """See `Storage.upload`."""
         target = self._within(path)
         staged = self._new_staged()
-        return LocalUpload(staged, target, open_payload(staged))
+        return LocalUpload(staged, target, open(staged, "wb", buffering=1 << 20))
 
     def _within(self, path: str) -> Path:
         """Return the full path of something to change, if it really lies in the directory.
