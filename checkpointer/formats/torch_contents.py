@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
@@ -171,7 +172,7 @@ def open_zip(stream: BinaryIO) -> TorchContents:
                 msg = f"its data.pkl has {pickles[0].file_size} bytes; at most {MAX_PICKLE_BYTES} are read"
                 raise CorruptError(msg)
             root = pickles[0].filename.removesuffix("data.pkl")
-            data = archive.read(pickles[0])
+            data = _read(stream, pickles[0])
         ranges = {m.filename.removeprefix(f"{root}data/"): _range(stream, m) for m in members if _is_data(m, root)}
     except (OSError, MemoryError, CorruptError):
         raise
@@ -179,6 +180,17 @@ def open_zip(stream: BinaryIO) -> TorchContents:
         msg = f"it cannot be read as a zip file ({type(error).__name__}: {error})"
         raise CorruptError(msg) from error
     return TorchContents(stream, read_pickle(io.BytesIO(data)), ranges)
+
+
+def _read(stream: BinaryIO, member: zipfile.ZipInfo) -> bytes:
+    """Return a member's bytes; torch writes no checksum where ``set_crc32_options(False)`` says so."""
+    where = _range(stream, member)
+    stream.seek(where.start)
+    data = stream.read(where.size)
+    if len(data) != where.size or (member.CRC and zlib.crc32(data) != member.CRC):
+        msg = f"its {member.filename} is not what was written"
+        raise CorruptError(msg)
+    return data
 
 
 def _is_data(member: zipfile.ZipInfo, root: str) -> bool:
