@@ -447,7 +447,7 @@ def throughput(state: State, peers: Peers, repeats: int, threads: int) -> list[R
 
         def our_side() -> float | None:
             ours.save()
-            took = while_waiting(ours.manager._settle)
+            took = while_waiting(ours.manager._carrier.settle)
             ours.manager.wait()
             return took
 

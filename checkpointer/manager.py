@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -17,12 +16,12 @@ import yaml
 
 from checkpointer import restoring, resuming
 from checkpointer._validators import as_index
-from checkpointer.background import Background, BackgroundStatus, Busy, Job, Outcome, as_busy
+from checkpointer.background import Background, BackgroundStatus, Busy, as_busy
+from checkpointer.carrying import Carrier, Life
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Attach, Decision, Save, Skip, after, decide, decide_rescue
 from checkpointer.directory import Directory
 from checkpointer.errors import (
-    AliasInUseError,
     CheckpointerWarning,
     ClosedError,
     NotFoundError,
@@ -45,7 +44,6 @@ from checkpointer.ports import (
     Storage,
     SupportsCapabilities,
     SupportsSnapshots,
-    Taken,
 )
 from checkpointer.records import Observation, Progress, Record
 from checkpointer.restoring import Restored
@@ -145,35 +143,34 @@ class CheckpointManager:
         self._open_format = functools.partial(open_format, storage_options=storage_options)
         self._format = self._open_format(format)
         policy = _with_extension(policy or Policy(AtSteps(), []), self._format.extension)
-        self._capture = weights if policy.contents == "weights" and weights is not None else state
-        self._save = save
-        self._tolerated = as_index(tolerate_failures, "tolerate_failures", PolicyError)
+        capture = weights if policy.contents == "weights" and weights is not None else state
+        tolerated = as_index(tolerate_failures, "tolerate_failures", PolicyError)
         self._clock = clock or SystemClock()
         self._level = logging.INFO if verbose else logging.DEBUG
         self._closed = False
-        self._saving: Save | None = None
-        self._failures = 0
-        self._saved_steps: set[int] = set()
-        self._reported: frozenset[str] = frozenset()
         self._pacing = Pacing(policy.when)
         self._owner = owner = new_owner()
-        self._release = weakref.finalize(self, release, owner)
-        writes = self._capture is not None or save is not None
+        life = Life()
+        self._release = weakref.finalize(life, release, owner)
+        self._writes = writes = capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
         self._mirror = open_mirror(mirror, mirror_keep, mirror_options, policy, storage, trust=trust, copies=writes)
         if self._mirror is not None:
-            weakref.finalize(self, self._mirror.stop)
+            weakref.finalize(life, self._mirror.stop)
         self._directory = Directory(
             storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
         )
         writer = Writer(self._directory, self._format, save)
         self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
         self._background = None
+        snapshots: Snapshotting | None = None
         if busy is not None:
             self._background = Background(busy, self._directory.look, self._pacing.wake)
-            copies = 1 if busy == "wait" else 2
             own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
-            self._snapshots: Snapshotting = own(copies)
+            snapshots = own(1 if busy == "wait" else 2)
+        self._carrier = Carrier(
+            self._saver, self._pacing, self._clock, capture, tolerated, self._background, snapshots, life
+        )
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             self._directory.say_once("weights", msg)
@@ -243,12 +240,12 @@ class CheckpointManager:
         An `Attach` is carried out at once. Arguments and errors as for `observe`.
         """
         self._check_open()
-        self._hear()
+        self._carrier.hear()
         now = self._pacing.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
-        self._reported |= now.metrics.keys()
+        self._carrier.reported |= now.metrics.keys()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
-            self._attach(decision)
+            self._carrier.attach(decision)
         if isinstance(decision, Skip) and decision.due:
             self._pacing.answered(now.progress, self._clock.time(), waiting=decision.waiting)
         elif not isinstance(decision, Save) and self.policy.when.due(now.progress, self._pacing.since):
@@ -259,21 +256,12 @@ class CheckpointManager:
 
     def after(self, decision: Decision) -> Manifest:
         """Return the records as they will be once the decision is carried out."""
-        return after(decision, self._outlook())
-
-    def _outlook(self) -> Manifest:
-        """Return the records as they will be once every save that is under way is done."""
-        if self._background is None:
-            self._directory.note(self._reported)
-            return self._directory.manifest
-        manifest = self._background.outlook(self.policy)
-        seen = manifest.seen | self._reported
-        return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
+        return after(decision, self._carrier.outlook())
 
     def _decide(self, now: Observation, why: str = "") -> Decision:
-        manifest = self._outlook()
+        manifest = self._carrier.outlook()
         if now.step < self._pacing.last_step and manifest.at_step(now.step) is None:
-            if now.step in self._saved_steps:
+            if now.step in self._carrier.saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
             msg = (
                 f"the step went back from {self._pacing.last_step} to {now.step}; after loading an older state call "
@@ -315,104 +303,7 @@ class CheckpointManager:
         self._check_open()
         if not isinstance(decision, Save):
             return decision
-        if self._background is not None and path is None and not self._background.is_here:
-            return self._hand_over(decision, self._background)
-        self._settle()
-        self._hear()
-        return self._save_here(decision, path)
-
-    def _save_here(self, decision: Save, path: str | os.PathLike[str] | None = None) -> Decision:
-        with self._as_if_done(decision):
-            state = self._take_state() if path is None and self._save is None else None
-            try:
-                self._directory.note(self._reported)
-                record = self._saver.write(decision, state, path)
-            except AliasInUseError:
-                raise
-            except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
-                self._answer(decision)
-                return self._failed(decision, error)
-            self._failures = 0
-            self._answer(decision, is_saved=True)
-            return attrs.evolve(decision, name=record.name, retire=self._saver.finish(record))
-
-    def _hand_over(self, decision: Save, background: Background) -> Decision:
-        """Copy the state and have it written: the decision is carried out, or the loop will hear why not."""
-        self._saved_steps.difference_update(background.make_room(decision.observation.step))
-        self._hear()
-        with self._as_if_done(decision):
-            state = self._take_state()
-        snapshot: Taken | None = None
-        try:
-            # Here, once: it may move a slot, which decisions have to see.
-            self._directory.begin()
-            snapshot = self._snapshots.take(state)
-            background.submit(
-                Job(decision, functools.partial(self._write_behind, snapshot, self._reported), snapshot.release)
-            )
-        except AliasInUseError:
-            raise
-        except Exception as error:
-            if snapshot is not None:
-                snapshot.release()
-            self._answer(decision)
-            return self._failed(decision, error)
-        self._answer(decision, is_saved=True)
-        return decision
-
-    def _write_behind(self, snapshot: Taken, reported: frozenset[str], job: Job) -> None:
-        """Write a snapshot, on the writer thread."""
-        assert isinstance(job.decision, Save), "only a save has a snapshot"
-        try:
-            self._directory.note(reported)
-            record = self._saver.write(job.decision, snapshot.wait(), None)
-            job.is_saved = True
-        finally:
-            snapshot.release()
-        self._saver.finish(record)
-
-    def _attach(self, decision: Attach) -> None:
-        if self._background is None or self._background.is_here:
-            self._saver.attach(decision)
-            return
-        self._directory.begin()
-        try:
-            self._background.submit(Job(decision, lambda job: self._saver.attach(decision), lambda: None))
-        except RuntimeError:  # No thread can be started.
-            self._settle()
-            self._saver.attach(decision)
-
-    def _take_state(self) -> Any:
-        if self._capture is None:
-            msg = "nothing to save: pass state= (or save=) to CheckpointManager, or a path to commit()"
-            raise SaveError(msg)
-        return self._capture()
-
-    @contextlib.contextmanager
-    def _as_if_done(self, decision: Save) -> Iterator[None]:
-        """A host's state that holds ours is taken as if it were saved: wherever it is read, it has been."""
-        self._saving = decision
-        try:
-            yield
-        finally:
-            self._saving = None
-
-    def _answer(self, decision: Save, *, is_saved: bool = False) -> None:
-        """Count a due point as answered, whether or not the write succeeds: the next one is another."""
-        if decision.kind == "regular":
-            if is_saved:
-                self._saved_steps.add(decision.observation.step)
-            self._pacing.answered(decision.observation.progress, self._clock.time())
-
-    def _failed(self, decision: Save, error: BaseException) -> Skip:
-        """Raise what a failed save raises, or warn of it if that is tolerated."""
-        self._failures += 1
-        msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
-        if self._failures > self._tolerated or not isinstance(error, Exception):
-            raise error if isinstance(error, SaveError) else SaveError(msg) from error
-        tolerated = f"{msg}; failure {self._failures} of {self._tolerated} tolerated"
-        warnings.warn(tolerated, CheckpointerWarning, stacklevel=4)
-        return Skip(reason=msg, due=True)
+        return self._carrier.carry(decision, path)
 
     # What is under way in the background
 
@@ -431,40 +322,8 @@ class CheckpointManager:
             SaveError: If a checkpoint could not be written; older ones are untouched.
         """
         done = self._background is None or self._background.wait(timeout)
-        self._hear()
+        self._carrier.hear()
         return done
-
-    def _settle(self) -> None:
-        """Have nothing under way, so that the directory can be changed from here; failures are heard of later."""
-        if self._background is not None:
-            self._background.wait()
-
-    def _hear(self) -> None:
-        """Take in how the saves in the background ended; raise for one that failed, if that is not tolerated."""
-        if self._background is None or self._background.is_here:
-            return
-        self._pacing.calm()
-        try:
-            while (outcome := self._background.hear()) is not None:
-                self._take_in(outcome)
-        except BaseException:
-            self._pacing.wake()  # There may be more to hear.
-            raise
-
-    def _take_in(self, outcome: Outcome) -> None:
-        error, decision = outcome.error, outcome.decision
-        if error is None:
-            self._failures = 0 if isinstance(decision, Save) else self._failures
-            return
-        if isinstance(decision, Save) and not outcome.is_saved:
-            self._saved_steps.discard(decision.observation.step)
-            if isinstance(error, AliasInUseError):
-                raise error
-            self._failed(decision, error)
-            return
-        what = "is saved, but what comes after it was not done" if outcome.is_saved else "did not get its new metrics"
-        msg = f"{decision.name} {what} ({type(error).__name__}: {error})"
-        raise SaveError(msg) from error
 
     def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
         """Save now, outside the policy: own name, never over anything, never ranked.
@@ -482,14 +341,14 @@ class CheckpointManager:
             SaveError: If it could not be written.
         """
         self._check_open()
-        self._settle()
+        self._carrier.settle()
         now = self._pacing.last_report(step, epoch, self._clock.time())
         if now is None:
             return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
         saved = self._directory.manifest.at_step(now.step)
         if saved is not None and saved.contents == "full":
             return Skip(reason=f"step {now.step} is saved already as {saved.name}")
-        return self._save_here(decide_rescue(self.policy, now, self._directory.manifest, reason))
+        return self._carrier.carry_here(decide_rescue(self.policy, now, self._directory.manifest, reason))
 
     # Restoring
 
@@ -595,7 +454,7 @@ class CheckpointManager:
         strangers: Storage | None = None,
     ) -> Restored | None:
         self._check_open()
-        self._settle()
+        self._carrier.settle()
         restored = resuming.go_to(which, self._directory, self._mirror, contents, load_here, strangers)
         if restored is not None:
             self._pacing.go_on(restored.record.progress, self._clock.time())
@@ -660,7 +519,7 @@ class CheckpointManager:
 
     def _set_pinned(self, name: str, *, pinned: bool) -> None:
         self._check_open()
-        self._settle()
+        self._carrier.settle()
         own = {record.name: record for record in self.manifest.own}
         if name not in own:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
@@ -687,7 +546,7 @@ class CheckpointManager:
             StorageError: If the storage has no paths.
         """
         self._check_open()
-        self._settle()
+        self._carrier.settle()
         return self._directory.make_way(name, stem or f"earlier-{name.removesuffix(self.policy.name.suffix)}")
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
@@ -696,7 +555,7 @@ class CheckpointManager:
         Args:
             path: The file; None writes ``best_k_models.yaml`` in the directory.
         """
-        self._settle()
+        self._carrier.settle()
         by_name = self.policy.scores(self.manifest.history)
         scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
@@ -714,7 +573,7 @@ class CheckpointManager:
             saving: The decision about the very checkpoint that this goes into: it is taken as carried out. None takes
                 the one that `commit` is at, if it is at one.
         """
-        saving = saving or self._saving
+        saving = saving or self._carrier.saving
         regular = saving is not None and saving.kind == "regular"
         return Account(
             run=self._directory.manifest.run,
@@ -736,7 +595,7 @@ class CheckpointManager:
         """
         self._check_open()
         account = Account.from_dict(state)
-        self._settle()
+        self._carrier.settle()
         since = resuming.go_on(account, self._directory, self._mirror, source)
         self._pacing.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
 
@@ -754,10 +613,10 @@ class CheckpointManager:
         """
         if not self._closed:
             self._close(timeout)
-            self._hear()
+            self._carrier.hear()
 
     def _close(self, timeout: float = 600.0) -> None:
-        self._settle()
+        self._carrier.settle()
         self._directory.close()
         self._closed = True
         self._release()
@@ -770,7 +629,7 @@ class CheckpointManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            if error is not None and self.policy.rescue and not self._closed and (self._capture or self._save):
+            if error is not None and self.policy.rescue and not self._closed and self._writes:
                 self._rescue_quietly(error)
         finally:
             if error is None:
@@ -781,7 +640,7 @@ class CheckpointManager:
 
     def _hear_quietly(self) -> None:
         try:
-            self._hear()
+            self._carrier.hear()
         except SaveError as failure:  # The error that ended the training is the one to be seen.
             warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 

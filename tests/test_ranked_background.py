@@ -169,7 +169,7 @@ def fail_on_one(rank: int, directory: Path) -> Any:
             # It may be made again.
             said.append(bool(manager.observe({}, step, 0, epoch_end=False)))
         if step % 3 == 0 and manager.manager is not None:
-            manager.manager._settle()
+            manager.manager._carrier.settle()
     manager.close()
     return said
 
