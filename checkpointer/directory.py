@@ -72,14 +72,12 @@ class Directory:
         if writes:
             self.prepare()
         records, self._left = self.transaction.recover(listing, write=writes)
-        cleared = self.transaction.cleared
-        foreign = {name for name in listing.foreign if cleared.isdisjoint([name, *index.folders_of(name)])}
         half_way = {entry.record.name for entry in self._left} - {record.name for record in records}
         self.manifest = Manifest(
             records=records,
             run=run or uuid.uuid4().hex[:12],
             label=label,
-            foreign=frozenset(foreign | half_way),
+            foreign=listing.foreign | half_way,
             seen=frozenset(metric for record in records for metric in record.metrics),
         )
         if self.manifest.own:

@@ -23,7 +23,6 @@ __all__ = [
     "INDEX",
     "RECORDS",
     "Listing",
-    "folders_of",
     "json_name",
     "load",
     "read_bounded",
@@ -43,11 +42,6 @@ MAX_INDEX_BYTES: Final = 1 << 30
 def record_path(name: str) -> str:
     """Return where the record of the payload ``name`` lies."""
     return f"{RECORDS}/{json_name(name)}"
-
-
-def folders_of(path: str) -> list[str]:
-    """Return the folders that a path lies in, outermost first."""
-    return [path[:i] for i, char in enumerate(path) if char == "/"]
 
 
 def json_name(name: str) -> str:
@@ -83,7 +77,7 @@ class Listing:
         for path in self.files:
             if path.startswith(f"{HOME}/") or path in known:
                 continue
-            folders = folders_of(path)
+            folders = [path[:i] for i, char in enumerate(path) if char == "/"]
             if not known.intersection(folders):
                 names.update(folders, [path])
         # What stands beside an unreadable record is somebody's checkpoint: its name stays taken. (That of a name too

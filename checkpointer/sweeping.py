@@ -6,6 +6,7 @@ import attrs
 
 from checkpointer.errors import UntrustedError
 from checkpointer.inspecting import look_at
+from checkpointer.owner import is_dead
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
@@ -52,7 +53,7 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
         staged = transaction.sweep()
     left = []
     for entry in before.unfinished:
-        if transaction.is_over(entry):
+        if is_dead(entry.owner):
             transaction.finish(entry, write=True)
         else:
             left.append(entry.record.name)

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -63,9 +62,6 @@ from checkpointer.trust import HMACKey, check_signature, signed
 __all__ = ["Transaction"]
 
 _CHUNK = 4 << 20
-STALE_S = 24 * 3600.0
-"""Seconds after which a save of shards, whose writer nobody here can ask, is taken for abandoned."""
-_SHARD = re.compile(r"\.metadata(\.tmp)?|__[0-9]+_[0-9]+\.distcp")
 
 
 @attrs.define
@@ -80,8 +76,6 @@ class Transaction:
     """Tells when a payload takes long."""
     unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
     """Retired checkpoints whose payload could not be deleted yet."""
-    cleared: set[str] = attrs.field(factory=set, init=False)
-    """Names under which there is nothing any more of what a dead writer left."""
 
     @property
     def _algorithm(self) -> str:
@@ -145,20 +139,15 @@ class Transaction:
         """Let a trainer write a file or folder to its final name, which nobody has, where nothing can be staged.
 
         A record announces the name, so that of two writers only one goes on; it is committed when all is there. Dead
-        in between, no payload is what the record says: it counts for nothing. What was written is not touched, but for
-        the shards of a DCP folder: nobody else calls a file so, under a name that this record alone has announced.
+        in between, no payload is what the record says: it counts for nothing, and what was written is not touched.
         """
         nothing = FolderDigest(self._algorithm)
         draft = attrs.evolve(draft, size=nothing.size, digest=nothing.digest)
         self._really_there(draft, None, over_alias=False)
-        pending = Entry(record=draft, status="pending", owner=self.owner)
-        self._announce(pending, is_new=True)  # 3
+        self._announce(Entry(record=draft, status="pending", owner=self.owner), is_new=True)  # 3
         try:
             write()  # 1, 2, 4
             size, digest = _measure(self.storage, draft.name, self._algorithm)
-            if not self._is_announced(pending):
-                msg = f"{draft.name} took more than a day, and another writer has taken it for abandoned"
-                raise SaveError(msg)
         except Exception:
             self.storage.delete(draft.name)
             self.storage.delete(record_path(draft.name))
@@ -365,18 +354,10 @@ class Transaction:
             if entry.status == "committed":
                 records.append(entry.record)
                 continue
-            finish = write and self.is_over(entry)
+            finish = write and is_dead(entry.owner)
             records.extend(self.finish(entry, write=finish))
             left.extend([] if finish else [entry])
         return self._without_moved(records, write=write), left
-
-    def is_over(self, entry: Entry) -> bool:
-        """Return whether nobody is going to finish what was left half-way: its writer is dead, or a day has gone by."""
-        if is_dead(entry.owner):
-            return True
-        # Whose size is not known yet was begun at the record's time; what is copied there may be of any age.
-        is_new = entry.record.size == 0 and self._is_of_shards(entry)
-        return is_new and not is_live(entry.owner) and self.clock.time() > entry.record.time + STALE_S
 
     def finish(self, entry: Entry, *, write: bool) -> list[Record]:
         """Bring an entry that was left half-way to its end; return the committed record it stands for, if any."""
@@ -395,23 +376,8 @@ class Transaction:
         if write and truth is not None:
             self.put(Entry(record=truth))
         elif write:
-            if self._is_of_shards(entry):
-                self._clear_shards(entry.record.name)
             self.storage.delete(record_path(entry.record.name))
         return truth
-
-    def _is_of_shards(self, entry: Entry) -> bool:
-        """Return whether this is a DCP folder that was being written under its final name, file by file."""
-        is_first = entry.status == "pending" and entry.previous is None
-        return is_first and entry.record.format == "dcp" and not isinstance(self.storage, SupportsPaths)
-
-    def _clear_shards(self, name: str) -> None:
-        files = self.storage.list(name)
-        shards = [path for path in files if _SHARD.fullmatch(path.removeprefix(f"{name}/"))]
-        for path in shards:
-            self.storage.delete(path)
-        if len(shards) == len(files):
-            self.cleared.add(name)
 
     def _payload_is(self, record: Record) -> bool:
         if size_of(self.storage, record.name, record.size) != record.size:

@@ -9,19 +9,13 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from factories import record
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy, transaction
-from checkpointer.digests import digest_of
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import CorruptError, RestoreError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
-from checkpointer.index import load
-from checkpointer.owner import new_owner
 from checkpointer.records import Record
-from checkpointer.testing import FakeClock, MemoryStorage, die
-from checkpointer.transaction import Transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
@@ -109,90 +103,6 @@ def test_folders_at_a_url(request: pytest.FixtureRequest) -> None:
         assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
     paths = fsspec.filesystem("memory").find(f"/{request.node.name}")
     assert not [path for path in paths if "step=1.dcp" in path]
-
-
-class _KilledError(BaseException):
-    """Ends a save as a kill does: nothing catches it to clear up."""
-
-
-@pytest.mark.parametrize("theirs", [None, "notes.txt"])
-def test_shards_of_a_save_that_was_killed_at_a_url_are_cleared(
-    monkeypatch: pytest.MonkeyPatch, theirs: str | None
-) -> None:
-    """By the next manager, since the record that announced them proves whose they are; a stranger's file stays."""
-    place = f"/killed-beside-{theirs}"
-    files = fsspec.filesystem("memory")
-
-    def killed(*args: Any) -> None:
-        raise _KilledError
-
-    manager = CheckpointManager(f"memory:/{place}", POLICY, state=lambda: {"w": torch.ones(2)}, format="dcp")
-    manager.observe({}, 1, 0, epoch_end=False)
-    with monkeypatch.context() as patched:
-        patched.setattr(transaction, "_measure", killed)
-        with pytest.raises(_KilledError):
-            manager.observe({}, 2, 0, epoch_end=False)
-    folder = f"{place}/epoch=0-step=2.dcp"
-    assert files.find(folder), "there are shards, and no record that makes them count"
-    if theirs:
-        files.pipe(f"{folder}/{theirs}", b"mine")
-    die(manager._owner)
-
-    with CheckpointManager(f"memory:/{place}", POLICY, state=lambda: {"w": torch.ones(2)}, format="dcp") as again:
-        assert [f"{folder}/{theirs}"] * bool(theirs) == files.find(folder)
-        restored = again.restore()
-        assert restored is not None
-        assert 1 == restored.step
-        again.observe({}, 2, 0, epoch_end=False)
-        assert f"epoch=0-step=2{'-v1' if theirs else ''}.dcp" == again.records[-1].name
-
-
-@pytest.mark.parametrize(("hours", "cleared"), [(1, False), (25, True)])
-def test_shards_of_a_writer_on_another_host_are_cleared_after_a_day(hours: int, cleared: bool) -> None:
-    """Nobody here can tell whether it lives; and a live one does not commit what was cleared under it."""
-    storage, clock = MemoryStorage(), FakeClock()
-
-    def write() -> None:
-        storage.write("a.dcp/__0_0.distcp", b"shard")
-        clock.advance(hours * 3600.0)
-        here = Transaction(storage, new_owner(), clock=clock)
-        records, left = here.recover(load(storage), write=True)
-        assert ([], 0 if cleared else 1) == (records, len(left))
-        assert cleared == ("a.dcp/__0_0.distcp" not in storage.list())
-        storage.write("a.dcp/.metadata", b"all of it")
-
-    elsewhere = Transaction(storage, "other_host~1~2~3", clock=clock)
-    draft = record(name="a.dcp", format="dcp", size=0, time=clock.time())
-    if cleared:
-        with pytest.raises(SaveError, match="more than a day"):
-            elsewhere.commit_named(draft, write)
-        assert {} == storage.list()
-    else:
-        assert 14 == elsewhere.commit_named(draft, write).size
-
-
-def test_shards_of_a_copy_that_was_killed_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a mirror makes them, where files appear one by one."""
-    source, target, owner = MemoryStorage(), MemoryStorage(), new_owner()
-    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
-        source.write(f"a.dcp/{name}", name.encode())
-    size, digest = digest_of(source, "a.dcp", "xxh3-128") or (0, "")
-    upload = Transaction._upload_file
-
-    def killed(*args: Any) -> None:
-        if "a.dcp/__0_0.distcp" in target.list():
-            raise _KilledError
-        upload(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Transaction, "_upload_file", killed)
-        with pytest.raises(_KilledError):
-            Transaction(target, owner).copy_in(
-                record(name="a.dcp", format="dcp", size=size, digest=digest), source, "a.dcp"
-            )
-    die(owner)
-    assert ([], []) == Transaction(target, new_owner()).recover(load(target), write=True)
-    assert {} == target.list()
 
 
 @pytest.mark.parametrize("where", ["metadata", "value"])
