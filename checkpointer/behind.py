@@ -69,6 +69,7 @@ class Behind:
         self._told: set[int] = set()
         self._thread: threading.Thread | None = None
         self._is_closing = False
+        self._shows_life = False
         self._sign = 0.0, ""
         finish_at_exit(self)
 
@@ -86,10 +87,14 @@ class Behind:
         try:
             if self._rank:
                 self._thread = _start(lambda: self._follow(number, before), daemon=False)
-            elif self._mailbox is not None and (before is None or not before.is_alive()):
-                self._thread = _start(self._show_life, daemon=True)
+            elif self._mailbox is not None:
+                with self._released:
+                    starts, self._shows_life = not self._shows_life, True
+                if starts:
+                    _start(self._show_life, daemon=True)
         except RuntimeError:
             self._thread = before
+            self._shows_life = False
             self._forget(number)
             raise
 
@@ -160,11 +165,13 @@ class Behind:
         """While there are copies, let the others see that rank 0 is there, whatever its writer thread is at."""
         assert self._mailbox is not None, "there are others"
         try:
-            while self._copies:
+            while self._shows_life:
                 self._mailbox.post(ALIVE, str(time.monotonic()))
                 with self._released:
                     self._released.wait_for(lambda: not self._copies, BEAT_S)
+                    self._shows_life = bool(self._copies)
         except Exception as error:
+            self._shows_life = False
             _log.warning("the other ranks cannot be told that rank 0 is at work: %r", error)
 
     # On the writer threads of all

@@ -186,10 +186,18 @@ class Directory:
 
     def _finish_left(self) -> None:
         """Finish what an earlier process of this very run left half-way, on whatever host it ran."""
-        for entry in self._left:
-            ours = (entry.record.run, entry.record.label) == (self.manifest.run, self.manifest.label)
-            if ours and not is_live(entry.owner):
+        there = [self.transaction.refreshed(entry) for entry in self._left]
+        self._left = []
+        for entry in filter(None, there):
+            record = entry.record
+            if entry.status == "committed":
+                known = self.manifest.by_name.get(record.name)
+                if known is None or known.token != record.token:
+                    self.manifest = self.manifest.with_record(record)
+            elif (record.run, record.label) == (self.manifest.run, self.manifest.label) and not is_live(entry.owner):
                 self.transaction.finish(entry, write=True)
+            else:
+                self._left.append(entry)
 
     # Changes
 

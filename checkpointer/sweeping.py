@@ -52,12 +52,16 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
         storage.prepare()
         staged = transaction.sweep()
     left = []
-    for entry in before.unfinished:
+    finished = []
+    for listed in before.unfinished:
+        entry = transaction.refreshed(listed)
+        if entry is None or entry.status == "committed":
+            continue  # Its writer has finished it meanwhile.
         if is_dead(entry.owner):
             transaction.finish(entry, write=True)
+            finished.append(entry.record.name)
         else:
             left.append(entry.record.name)
     if isinstance(storage, SupportsSweep):
         storage.close()
-    finished = tuple(entry.record.name for entry in before.unfinished if entry.record.name not in left)
-    return Swept(staged=staged, finished=finished, left=tuple(left))
+    return Swept(staged=staged, finished=tuple(finished), left=tuple(left))

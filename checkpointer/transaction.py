@@ -141,8 +141,9 @@ class Transaction:
         A record announces the name, so that of two writers only one goes on; it is committed when all is there. Dead
         in between, no payload is what the record says: it counts for nothing, and what was written is not touched.
         """
-        nothing = FolderDigest(self._algorithm)
-        draft = attrs.evolve(draft, size=nothing.size, digest=nothing.digest)
+        # Until it is committed, whatever is there is not what the record says: no bytes have this digest.
+        zeros = "0" * len(FolderDigest(self._algorithm).digest.partition(":")[2])
+        draft = attrs.evolve(draft, size=0, digest=f"{self._algorithm}:{zeros}")
         self._really_there(draft, None, over_alias=False)
         self._announce(Entry(record=draft, status="pending", owner=self.owner), is_new=True)  # 3
         try:
@@ -350,7 +351,11 @@ class Transaction:
         """
         records: list[Record] = []
         left: list[Entry] = []
-        for entry in listing.entries.values():
+        for listed in listing.entries.values():
+            is_left = listed.status != "committed" and write and is_dead(listed.owner)
+            entry = self.refreshed(listed) if is_left else listed
+            if entry is None:
+                continue
             if entry.status == "committed":
                 records.append(entry.record)
                 continue
@@ -359,8 +364,18 @@ class Transaction:
             left.extend([] if finish else [entry])
         return self._without_moved(records, write=write), left
 
+    def refreshed(self, entry: Entry) -> Entry | None:
+        """Return an entry as its record is now, None if there is none that can be read: others go on meanwhile."""
+        try:
+            return self._entry(entry.record.name)
+        except RecordError:
+            return None
+
     def finish(self, entry: Entry, *, write: bool) -> list[Record]:
-        """Bring an entry that was left half-way to its end; return the committed record it stands for, if any."""
+        """Bring an entry that was left half-way to its end; return the committed record it stands for, if any.
+
+        To ``write``, it has to be `refreshed`.
+        """
         if entry.status == "pending":
             settled = self.settle(entry, write=write)
             return [settled] if settled else []

@@ -9,13 +9,28 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from factories import record
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer import (
+    CheckpointerWarning,
+    CheckpointManager,
+    EverySteps,
+    KeepAll,
+    KeepLast,
+    Policy,
+    sweeping,
+    transaction,
+)
 from checkpointer.errors import CorruptError, RestoreError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.index import load
+from checkpointer.inspecting import look_at
+from checkpointer.owner import new_owner
 from checkpointer.records import Record
+from checkpointer.testing import MemoryStorage, die
+from checkpointer.transaction import Transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
@@ -103,6 +118,77 @@ def test_folders_at_a_url(request: pytest.FixtureRequest) -> None:
         assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
     paths = fsspec.filesystem("memory").find(f"/{request.node.name}")
     assert not [path for path in paths if "step=1.dcp" in path]
+
+
+@pytest.mark.parametrize("goes_on", ["run", "restore"])
+def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
+    monkeypatch: pytest.MonkeyPatch, goes_on: str
+) -> None:
+    """The next job opens the directory while the last one still writes, and saves after that one has ended."""
+    url = f"memory://meanwhile-{goes_on}"
+    how: dict[str, Any] = {"state": lambda: {"w": torch.ones(2)}, "format": "dcp"}
+    policy = Policy(EverySteps(1), [KeepAll()])
+    before = CheckpointManager(url, policy, **how)
+    before.observe({}, 1, 0, epoch_end=False)
+    run = before.records[-1].run
+    opened: list[CheckpointManager] = []
+    measure = transaction._measure
+
+    def open_another(*args: Any) -> Any:
+        if not opened:
+            opened.append(CheckpointManager(url, policy, run=run if goes_on == "run" else None, **how))
+            if goes_on == "restore":
+                opened[0].restore()
+        return measure(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transaction, "_measure", open_another)
+        assert before.observe({}, 2, 0, epoch_end=False)
+    before.close()
+    opened[0].observe({}, 5, 0, epoch_end=False)
+    assert [1, 2, 5] == [record.step for record in opened[0].records]
+    opened[0].close()
+    with CheckpointManager(url, format="dcp", run=run) as reader:
+        assert [1, 2, 5] == [record.step for record in reader.records]
+
+
+def test_sweep_leaves_what_was_finished_after_it_had_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer may be dead by then, and the checkpoint acknowledged."""
+    storage, owner = MemoryStorage(), new_owner()
+    look = look_at
+    looked: list[Any] = []
+
+    def look_before(*args: Any) -> Any:
+        return looked.pop()
+
+    def write() -> None:
+        storage.write("a.dcp/.metadata", b"all of it")
+        looked.append(look(storage))
+
+    Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), write)
+    die(owner)
+    monkeypatch.setattr(sweeping, "look_at", look_before)
+    assert () == sweeping.sweep(storage, new_owner()).finished
+    assert ["a.dcp"] == [found.name for found in look(storage).records]
+
+
+def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
+    """As some tools make folders on object stores: an empty object, beside the record of a save that was killed."""
+    storage, owner = MemoryStorage(), new_owner()
+
+    def killed() -> None:
+        storage.write("a.dcp", b"")
+        raise _KilledError
+
+    with pytest.raises(_KilledError):
+        Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), killed)
+    die(owner)
+    assert ([], []) == Transaction(storage, new_owner()).recover(load(storage), write=True)
+    assert ["a.dcp"] == [*storage.list()]
+
+
+class _KilledError(BaseException):
+    """Ends a save as a kill does: nothing catches it to clear up."""
 
 
 @pytest.mark.parametrize("where", ["metadata", "value"])

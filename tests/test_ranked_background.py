@@ -346,6 +346,33 @@ def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_pa
     check_shards(tmp_path / "run", [2, 4])
 
 
+def fail_to_read(rank: int, directory: Path) -> Any:
+    how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp"}
+    with RankedManager(directory, POLICY, **how) as manager:
+        manager.observe({}, 3, 0, epoch_end=False)
+        read = FolderModule.FileSystemReader.read_data
+        for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
+
+            def fail(*args: Any, failure: Exception = failure) -> Any:
+                raise failure
+
+            if rank == 1:
+                FolderModule.FileSystemReader.read_data = fail
+            with pytest.raises(Exception, match="no bucket"):
+                manager.restore(3)
+            FolderModule.FileSystemReader.read_data = read
+            torch.distributed.barrier()
+        restored = manager.restore()
+        assert restored is not None
+        return restored.step
+
+
+@pytest.mark.slow
+def test_an_error_of_reading_that_cannot_be_sent_reaches_all_too(tmp_path: Path) -> None:
+    """And the next restore works."""
+    assert [3, 3] == together(2, fail_to_read, tmp_path / "run")
+
+
 def destroy_early(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
     manager = RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)

@@ -231,7 +231,15 @@ class _Safe:
     path: str
     load_id: str
 
+    def read_data(self, *args: Any, **kwargs: Any) -> Any:
+        with _portably():
+            return super().read_data(*args, **kwargs)  # type: ignore[misc]
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with _portably():
+            return self._read_metadata()
+
+    def _read_metadata(self) -> Metadata:
         try:
             with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
                 metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
@@ -295,8 +303,9 @@ class _Planner(DefaultLoadPlanner):
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None, "a load has read it"
-        _check_same(state_dict, metadata)
-        super().set_up_planner(state_dict, metadata, is_coordinator)
+        with _portably():
+            _check_same(state_dict, metadata)
+            super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = TorchFormat().read(cast(BinaryIO, value), weights_only=self._weights_only, map_location="cpu")
