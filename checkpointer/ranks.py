@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import pickle
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -326,7 +328,8 @@ class Agreement:
 
     Args:
         ranks: Who has to agree.
-        share: How much of the training's time talking may cost.
+        share: How much of the training's time talking may cost, as far as the ranks see it themselves; that waking up
+            costs more than they see is why it is so little.
         patience_s: At most so many seconds lie between two talks, as long as a step is shorter than that.
         clock: Seconds, for measuring.
 
@@ -337,7 +340,7 @@ class Agreement:
     """
 
     ranks: Ranks
-    share: float = attrs.field(default=0.01, kw_only=True)
+    share: float = attrs.field(default=0.002, kw_only=True)
     patience_s: float = attrs.field(default=1.0, kw_only=True)
     clock: Callable[[], float] = attrs.field(default=time.perf_counter, kw_only=True)
     talks: int = attrs.field(default=0, init=False)
@@ -345,8 +348,16 @@ class Agreement:
     _left: int = attrs.field(default=1, init=False)
     _every: int = attrs.field(default=1, init=False)
     _flag: bool = attrs.field(default=False, init=False)
-    _cost: float = attrs.field(default=float("inf"), init=False)
+    _own: float = attrs.field(default=math.inf, init=False)
+    """Seconds that the last talk took here."""
+    _costs: deque[float] = attrs.field(factory=lambda: deque(maxlen=16), init=False)
+    """Seconds that each of the last talks took the rank that came to it last: the same on all ranks."""
     _since: float | None = attrs.field(default=None, init=False)
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds that talking costs the training each time; infinite before it is known."""
+        return sum(self._costs) / len(self._costs) if self._costs else math.inf
 
     def __call__(self, flag: bool) -> bool:
         """Return whether ``flag`` was true on any rank since the ranks last talked; False between two talks."""
@@ -360,10 +371,13 @@ class Agreement:
 
     def _talk(self) -> bool:
         before = self.clock()
-        any_flag, every = self.ranks.highest(float(self._flag), float(self._wanted(before)))
+        any_flag, every, least = self.ranks.highest(float(self._flag), float(self._wanted(before)), -self._own)
         after = self.clock()
-        # A rank that comes early waits for the latest, as it would in the step itself: the least is what talking costs.
-        self._cost = min(self._cost, after - before)
+        # A rank that comes early waits for the latest, as it would in the step itself: what it takes the latest, which
+        # waits for nobody, is what talking costs.
+        if math.isfinite(least):
+            self._costs.append(-least)
+        self._own = after - before
         self._since = after
         self._every = self._left = int(every)
         self._flag = False
@@ -375,8 +389,8 @@ class Agreement:
         if self._since is None:
             return 1
         step_s = max((now - self._since) / self._every, 1e-9)
-        if self._cost == float("inf"):
+        if self.cost_s == math.inf:
             return 1
-        affordable = -(-self._cost // (self.share * step_s))
+        affordable = math.ceil(self.cost_s / (self.share * step_s))
         # Not more than twice as seldom as before: a step that was short by chance must not silence all for long.
         return int(max(1, min(affordable, self.patience_s / step_s, 2 * self._every)))
