@@ -19,7 +19,7 @@ from checkpointer.errors import PolicyError, SaveError
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 
-__all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy", "finish_at_exit"]
+__all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy", "copies_of", "finish_at_exit"]
 
 Busy = Literal["wait", "skip"]
 """What a save does that is due while another is still running."""
@@ -77,6 +77,11 @@ def as_busy(background: object) -> Busy | None:
             return "skip"
     msg = f"background is {background!r}; expected False, True, 'wait' or 'skip'"
     raise PolicyError(msg)
+
+
+def copies_of(busy: Busy) -> int:
+    """Return how many copies of a state there are at a time: the one that is being written, and one that waits."""
+    return 1 if busy == "wait" else 2
 
 
 class Background:

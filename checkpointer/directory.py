@@ -186,9 +186,11 @@ class Directory:
 
     def _finish_left(self) -> None:
         """Finish what an earlier process of this very run left half-way, on whatever host it ran."""
-        there = [self.transaction.refreshed(entry) for entry in self._left]
-        self._left = []
-        for entry in filter(None, there):
+        left = []
+        for listed in self._left:
+            entry = self.transaction.refreshed(listed)
+            if entry is None:
+                continue
             record = entry.record
             if entry.status == "committed":
                 known = self.manifest.by_name.get(record.name)
@@ -197,7 +199,8 @@ class Directory:
             elif (record.run, record.label) == (self.manifest.run, self.manifest.label) and not is_live(entry.owner):
                 self.transaction.finish(entry, write=True)
             else:
-                self._left.append(entry)
+                left.append(entry)
+        self._left = left
 
     # Changes
 

@@ -16,7 +16,7 @@ import yaml
 
 from checkpointer import restoring, resuming
 from checkpointer._validators import as_index
-from checkpointer.background import Background, BackgroundStatus, Busy, as_busy
+from checkpointer.background import Background, BackgroundStatus, Busy, as_busy, copies_of
 from checkpointer.carrying import Carrier, Life
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Attach, Decision, Save, Skip, after, decide, decide_rescue
@@ -167,7 +167,7 @@ class CheckpointManager:
         if busy is not None:
             self._background = Background(busy, self._directory.look, self._pacing.wake)
             own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
-            snapshots = own(1 if busy == "wait" else 2)
+            snapshots = own(copies_of(busy))
         self._carrier = Carrier(
             self._saver, self._pacing, self._clock, capture, tolerated, self._background, snapshots, life
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from checkpointer import restoring
-from checkpointer.background import as_busy
+from checkpointer.background import as_busy, copies_of
 from checkpointer.behind import Behind, NumberedCopies, NumberedCopy
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Decision, Skip
@@ -118,7 +118,7 @@ class RankedManager:
         busy = as_busy(options.get("background"))
         self._behind: Behind | None = None
         if busy is not None and isinstance(self._payload, FolderFormat):
-            self._behind = self._open_behind(format, copies=1 if busy == "wait" else 2)
+            self._behind = self._open_behind(format, copies_of(busy))
         self._taken: Any = None
         self._loaded: Any = None
         self._manager: CheckpointManager | None = None
@@ -147,7 +147,10 @@ class RankedManager:
 
     def _open_behind(self, format: str | Format | FolderFormat, copies: int) -> Behind:
         if format != "dcp":
-            msg = "background= with a folder that all ranks write is there for format='dcp'; leave it out"
+            msg = (
+                f"format is a {type(format).__name__} that all ranks write, and background= is there for format='dcp' "
+                "alone: nobody knows in which process group another one talks; leave background= out, or pass 'dcp'"
+            )
             raise PolicyError(msg)
         mailbox: Mailbox | None = None
         if self._ranks.size > 1:
