@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from typing import Literal
 
 import attrs
 
 from checkpointer._html import lines_html
+from checkpointer.ledger import Ledger
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.records import Kind, Observation, Progress, Record
-from checkpointer.retention import KeepBest, Reasons, Rule, kept_by
+from checkpointer.retention import KeepBest, Reasons, kept_by
 
 __all__ = [
     "Attach",
     "Decision",
     "Save",
     "Skip",
+    "Taken",
     "after",
     "decide",
     "decide_rescue",
@@ -171,7 +173,7 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
 def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
     """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
     if taken is None:
-        taken = _Taken(manifest, policy.aliases)
+        taken = Taken(manifest, policy.aliases)
     known = manifest.seen | policy.known_metrics | set(policy.name.keys)
     stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
     return policy.name.free_name(stem, taken)
@@ -213,11 +215,8 @@ def _named(
 ) -> Save:
     known = manifest.seen | policy.known_metrics
     stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
-    replaceable = set(retire)
-    if not policy.name.version_counter:
-        replaceable |= {record.name for record in manifest.live if not record.pinned}
-    replaceable -= {*policy.aliases, manifest.resumed}
-    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
+    replaceable = _Replaceable(manifest, retire, frozenset((*policy.aliases, manifest.resumed)), policy)
+    name = policy.name.free_name(stem, Taken(manifest, policy.aliases), replaceable=replaceable)
     replaces = name in manifest.by_name
     if replaces:
         # What is replaced takes no place among the k or the last n.
@@ -239,7 +238,7 @@ def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record)
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
     """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
     stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
-    name = policy.name.free_name(stem, manifest.taken.union(policy.aliases))
+    name = policy.name.free_name(stem, Taken(manifest, policy.aliases))
     return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
 
 
@@ -259,13 +258,10 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
 
 def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
     history = _ranked_history(policy, manifest)
-    slot = policy.name.last_file if policy.last else None
-    pinned = {record.name: "pinned" for record in manifest.pinned if record.name != slot}
     newest = manifest.history[-1] if manifest.history else None
     # Named among the rules, so that a limit counts it and takes it for the newest.
     named = {newest.name: _NEWEST} if policy.last and newest else {}
-    rules: Sequence[Rule] = (*policy.rules, _Names(pinned), _Names(named))
-    reasons = kept_by(rules, policy.limits, history, policy.best_rule)
+    reasons = kept_by(policy.rules, policy.limits, history, policy.best_rule, named=(_Pinned(history), named))
     always = {name: why for name, why in named.items() if not reasons.of(name)}
     resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
     rescues = {
@@ -277,17 +273,19 @@ def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
 
 
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
-    """Return the names of this run that nothing keeps, oldest first. Sees the whole history each time."""
+    """Return the names of this run that nothing keeps, oldest first. Follows from the whole history."""
     return _surplus(policy, manifest, _reasons(policy, manifest))
 
 
 def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str, ...]:
     slot = policy.name.last_file if policy.last else None
-    return tuple(r.name for r in manifest.live_among(reasons.missing(manifest.by_name.keys())) if r.name != slot)
+    doubtful = {*reasons.unkept, *reasons.dropped, *(record.name for record in manifest.rescues)}
+    names = [name for name in doubtful if name != slot and not reasons.of(name)]
+    return tuple(record.name for record in manifest.live_among(names))
 
 
 @attrs.frozen
-class _Taken:
+class Taken:
     """The names in use, without a set of them all."""
 
     manifest: Manifest
@@ -297,20 +295,44 @@ class _Taken:
         return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
 
 
-def _ranked_history(policy: Policy, manifest: Manifest) -> Sequence[Record]:
-    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
-    slot = policy.name.last_file if policy.last else None
-    if slot not in manifest.by_name:
-        return manifest.history
-    return [record for record in manifest.history if record.name != slot]
-
-
 @attrs.frozen
-class _Names:
-    names: dict[str, str]
+class _Replaceable:
+    """The names that a save may take: of what it retires, and without a version counter of any that may go."""
 
-    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
-        return self.names
+    manifest: Manifest
+    retired: tuple[str, ...]
+    spared: frozenset[str]
+    policy: Policy
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.spared or not isinstance(name, str):
+            return False
+        there = None if self.policy.name.version_counter else self.manifest.live.named(name)
+        return name in self.retired or (there is not None and not there.pinned)
+
+
+def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:
+    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
+    return manifest.history_but(policy.name.last_file) if policy.last else manifest.history
+
+
+@attrs.frozen(eq=False)
+class _Pinned(Mapping[str, str]):
+    """The checkpoints that a person pinned, without going through them all."""
+
+    history: Ledger
+
+    def __getitem__(self, name: str) -> str:
+        record = self.history.named(name)
+        if record is None or not record.pinned:
+            raise KeyError(name)
+        return "pinned"
+
+    def __iter__(self) -> Iterator[str]:
+        return (record.name for record in self.history if record.pinned)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _candidate(now: Observation, manifest: Manifest) -> Record:

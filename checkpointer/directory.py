@@ -93,8 +93,10 @@ class Directory:
     def view(self) -> Manifest:
         """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
         manifest = self.manifest  # Once: with background= another thread goes on with it.
+        if self.claimed or manifest.own:
+            return manifest
         labelled = [record for record in manifest.records if record.label == manifest.label]
-        if self.claimed or manifest.own or not labelled:
+        if not labelled:
             return manifest
         return manifest.seen_by(labelled[-1].run, labelled[-1].line)
 

@@ -133,7 +133,7 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         msg = f"cannot read {storage}: {error}; check the path or URL, the credentials and the network"
         raise StorageError(msg) from error
     found, left = Transaction(storage, "", trust).recover(listing, write=False)
-    records = Manifest(records=found).records
+    records = tuple(Manifest(records=found).records)
     return Catalog(
         place=str(storage),
         storage=storage,

@@ -481,7 +481,7 @@ class CheckpointManager:
     @property
     def records(self) -> tuple[Record, ...]:
         """The run's checkpoints in commit order, rescues included."""
-        return self.manifest.live
+        return tuple(self.manifest.live)
 
     @property
     def last(self) -> Record | None:

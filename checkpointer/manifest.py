@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from checkpointer.records import Line, Observation, Record
+from checkpointer.ledger import BY_STEP, Ledger, commit_order, ledger_of
+from checkpointer.records import Kind, Line, Observation, Record
 
 __all__ = ["Manifest"]
 
 
-class _Sorted(tuple[Record, ...]):
-    """Records that are in commit order already."""
+@attrs.frozen
+class _Own:
+    """Holds of the records that a run wrote under a label."""
 
-    __slots__ = ()
+    run: str
+    label: str
+
+    def __call__(self, record: Record) -> bool:
+        return record.run == self.run and record.label == self.label
 
 
-def _order(record: Record) -> tuple[int, float, str]:
-    return record.serial, record.time, record.token
+@attrs.frozen
+class _OnLine:
+    """Holds of the records that lie on a line."""
+
+    line: Line
+
+    def __call__(self, record: Record) -> bool:
+        shared = len(record.line)
+        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
 
 
-def _by_serial(records: Iterable[Record]) -> tuple[Record, ...]:
-    return records if isinstance(records, _Sorted) else _Sorted(sorted(records, key=_order))
+@attrs.frozen
+class _OfKind:
+    kind: Kind
+
+    def __call__(self, record: Record) -> bool:
+        return record.kind == self.kind
+
+
+@attrs.frozen
+class _Other:
+    """Holds of the records that have another name."""
+
+    name: str
+
+    def __call__(self, record: Record) -> bool:
+        return record.name != self.name
+
+
+@attrs.frozen(eq=False)
+class _ByName(Mapping[str, Record]):
+    """The records of a ledger by name, in commit order."""
+
+    ledger: Ledger
+
+    def __getitem__(self, name: str) -> Record:
+        record = self.ledger.named(name)
+        if record is None:
+            raise KeyError(name)
+        return record
+
+    def __iter__(self) -> Iterator[str]:
+        return (record.name for record in self.ledger)
+
+    def __len__(self) -> int:
+        return len(self.ledger)
 
 
 @attrs.frozen(kw_only=True)
@@ -36,7 +81,7 @@ class Manifest:
     abandoned follows from the records themselves, whatever was retired or interrupted in between.
     """
 
-    records: tuple[Record, ...] = attrs.field(default=(), converter=_by_serial)
+    records: Ledger = attrs.field(factory=Ledger, converter=ledger_of)
     """Committed records of every run and label, in commit order."""
     run: str = ""
     """Id of the run that looks; its own records are the only ones it may retire."""
@@ -53,42 +98,41 @@ class Manifest:
     resumed: str = ""
     """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
 
-    @cached_property
-    def own(self) -> tuple[Record, ...]:
+    @property
+    def own(self) -> Ledger:
         """Records this run wrote under this label, in commit order."""
-        return tuple(r for r in self.records if r.run == self.run and r.label == self.label)
+        return self.records.where(_Own(self.run, self.label))
 
-    @cached_property
-    def history(self) -> tuple[Record, ...]:
-        """Own records that count: neither abandoned nor a rescue."""
-        return tuple(record for record in self.live if record.kind == "regular")
-
-    @cached_property
-    def live(self) -> tuple[Record, ...]:
+    @property
+    def live(self) -> Ledger:
         """Own records on the current line, rescues included."""
-        return tuple(record for record in self.own if self.counts(record))
+        return self.own.where(_OnLine(self.line))
 
-    @cached_property
-    def pinned(self) -> tuple[Record, ...]:
-        """Those of the `history` that are never retired."""
-        return tuple(record for record in self.history if record.pinned)
+    @property
+    def history(self) -> Ledger:
+        """Own records that count: neither abandoned nor a rescue."""
+        return self.live.where(_OfKind("regular"))
 
-    @cached_property
-    def rescues(self) -> tuple[Record, ...]:
+    @property
+    def rescues(self) -> Ledger:
         """Those of the `live` that are none of the `history`."""
-        return tuple(record for record in self.live if record.kind == "rescue")
+        return self.live.where(_OfKind("rescue"))
 
-    @cached_property
+    def history_but(self, name: str) -> Ledger:
+        """Return the `history` without the one of a name."""
+        return self.history.where(_Other(name))
+
+    @property
     def abandoned(self) -> tuple[Record, ...]:
         """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
         return tuple(record for record in self.own if not self.counts(record))
 
-    @cached_property
-    def by_name(self) -> dict[str, Record]:
+    @property
+    def by_name(self) -> Mapping[str, Record]:
         """Every record by its name."""
-        return {record.name: record for record in self.records}
+        return _ByName(self.records)
 
-    @cached_property
+    @property
     def taken(self) -> frozenset[str]:
         """Every name that is in use, by a record of any run or by a foreign file."""
         return self.foreign.union(self.by_name)
@@ -110,21 +154,19 @@ class Manifest:
 
     def counts(self, record: Record) -> bool:
         """Return whether the record lies on the current line."""
-        shared = len(record.line)
-        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+        return _OnLine(self.line)(record)
 
     def live_among(self, names: Iterable[str]) -> tuple[Record, ...]:
         """Return the `live` records that have one of these names, in commit order."""
-        named = (self.by_name[name] for name in names)
-        return _by_serial(r for r in named if r.run == self.run and r.label == self.label and self.counts(r))
+        found = [record for name in names if (record := self.live.named(name)) is not None]
+        return tuple(sorted(found, key=commit_order))
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""
-        return self._by_step.get(step)
-
-    @cached_property
-    def _by_step(self) -> dict[int, Record]:
-        return {record.step: record for record in self.history}
+        by_step = self.history.by(BY_STEP)
+        place = by_step.rank((step + 1,)) - 1
+        found = by_step[place] if place >= 0 else None
+        return found if found is not None and found.step == step else None
 
     def draft(self, name: str, now: Observation, **known: Any) -> Record:
         """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
@@ -142,36 +184,14 @@ class Manifest:
     def with_record(self, record: Record) -> Manifest:
         """Return the manifest after ``record`` was committed, in place of any other of that name."""
         foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
-        if record.name in self.by_name or (self.records and _order(record) < _order(self.records[-1])):
-            others = (other for other in self.records if other.name != record.name)
-            return attrs.evolve(self, records=(*others, record), foreign=foreign)
-        extended = attrs.evolve(self, records=_Sorted((*self.records, record)), foreign=foreign)
-        self._hand_on(extended, record)
-        return extended
-
-    def _hand_on(self, extended: Manifest, record: Record) -> None:
-        """Spare the manifest with one record more to work out anew what is known of all the others."""
-        own, live, history, by_step = self.own, self.live, self.history, self._by_step
-        pinned, rescues = self.pinned, self.rescues
-        if record.run == self.run and record.label == self.label:
-            own = (*own, record)
-            if self.counts(record):
-                live = (*live, record)
-                if record.kind == "regular":
-                    history, by_step = (*history, record), {**by_step, record.step: record}
-                    pinned = (*pinned, record) if record.pinned else pinned
-                else:
-                    rescues = (*rescues, record)
-        known: dict[str, Any] = {"own": own, "live": live, "history": history, "_by_step": by_step}
-        known |= {"pinned": pinned, "rescues": rescues}
-        for name, value in {**known, "by_name": {**self.by_name, record.name: record}}.items():
-            object.__setattr__(extended, name, value)
+        other = self.records.named(record.name)
+        gone = () if other is None else (other,)
+        return attrs.evolve(self, records=self.records.changed(gone=gone, come=[record]), foreign=foreign)
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""
-        if not any(name in self.by_name for name in names):
-            return self
-        return attrs.evolve(self, records=_Sorted(r for r in self.records if r.name not in names))
+        gone = [record for name in names if (record := self.records.named(name)) is not None]
+        return attrs.evolve(self, records=self.records.changed(gone=gone)) if gone else self
 
     def seen_by(self, run: str, line: Line) -> Manifest:
         """Return the same records as another run, or another line of it, sees them."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Final, Literal, Protocol
 
 import attrs
 
 from checkpointer._validators import one_of
 from checkpointer.errors import ObservationError, PolicyError
+from checkpointer.ledger import commit_order, ledger_of
+from checkpointer.ordered import Key
 from checkpointer.records import Observation, Record, as_metrics
 
-__all__ = ["Metric", "Ranking", "Ties"]
+__all__ = ["Metric", "Ranking", "Ties", "is_ranked", "ranked_by", "unranked"]
 
 Score = Callable[[Mapping[str, float]], Any]
 
@@ -27,6 +29,29 @@ class Ranking(Protocol):
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that are ranked, best first."""
         ...
+
+    def sort_key(self, record: Record) -> Key:
+        """Return the key that sorts the best first, and behind the ranked all others, the oldest last."""
+        ...
+
+
+_UNRANKED: Final = 3
+"""Begins the key of a record that has no place in the ranking: behind numbers, diverged ones and NaN."""
+
+
+def unranked(record: Record) -> Key:
+    """Return the sort key of a record that is not ranked."""
+    return _UNRANKED, -record.serial, -record.time, record.token, record.name
+
+
+def is_ranked(key: Key) -> bool:
+    """Return whether the record with this sort key has a place in the ranking."""
+    return bool(key[0] != _UNRANKED)
+
+
+def ranked_by(ranking: Ranking, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the records that are ranked, best first."""
+    return takewhile(lambda record: is_ranked(ranking.sort_key(record)), ledger_of(records).by(ranking))
 
 
 def _check_key(instance: object, field: object, value: Any) -> None:
@@ -91,16 +116,19 @@ class Metric:
             raise ObservationError(msg) from error
         return as_metrics({self.name: score})[self.name]
 
-    def sort_key(self, record: Record) -> tuple[int, float, int]:
-        """Return the key that sorts ranked records best first; the metric must be there."""
+    def sort_key(self, record: Record) -> Key:
+        """Return the key that sorts records best first; see `is_ranked` for those without the metric."""
         value = self.value(record)
-        assert value is not None, f"{record.name} has no {self.name}"
-        age = -record.serial if self.ties == "newest" else record.serial
+        if value is None:
+            return unranked(record)
+        return (*self._merit(value), -record.serial if self.ties == "newest" else record.serial, *commit_order(record))
+
+    def _merit(self, value: float) -> tuple[int, float]:
         if math.isnan(value):
-            return 2, 0.0, age
+            return 2, 0.0
         # -0.0 and 0.0 are one value, so that a tie is a tie.
         signed = (value if self.mode == "min" else -value) + 0.0
-        return (1 if signed == -math.inf else 0), signed, age
+        return (1 if signed == -math.inf else 0), signed
 
     def is_better(self, record: Record, other: Record) -> bool:
         """Return whether a ranked record's value is better than another's, and not only as good."""
@@ -116,17 +144,7 @@ class Metric:
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        return sorted(self._having(records), key=self.sort_key)
-
-    def best(self, k: int, records: Iterable[Record]) -> list[Record]:
-        """Return the first ``k`` of `ranked`, without sorting them all."""
-        return heapq.nsmallest(k, self._having(records), key=self.sort_key)
-
-    def _having(self, records: Iterable[Record]) -> list[Record]:
-        if isinstance(self.key, str) and self.key not in ("step", "epoch"):
-            # What `value` asks, without a call for each of many.
-            return [record for record in records if self.key in record.metrics]
-        return [record for record in records if self.value(record) is not None]
+        return list(ranked_by(self, records))
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"

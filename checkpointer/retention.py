@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from itertools import chain, islice
+from typing import Any, Final, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
 from checkpointer._validators import whole_number
 from checkpointer.errors import PolicyError
-from checkpointer.ranking import Metric, Ranking, Score, Ties
+from checkpointer.ledger import Ledger, commit_order, ledger_of
+from checkpointer.ordered import Key, Ordered
+from checkpointer.ranking import Metric, Ranking, Score, Ties, is_ranked, ranked_by, unranked
 from checkpointer.records import Record
 
-__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Reasons", "Rule", "kept_by"]
+__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Kept", "Limit", "Reasons", "Rule", "kept_by"]
 
 
 @runtime_checkable
@@ -36,6 +39,54 @@ class Limit(Protocol):
     def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """Return the names to drop from ``kept`` (oldest first), each with the reason."""
         ...
+
+
+class Asked(Protocol):
+    """A rule that can be asked about one record of very many, without going through the others."""
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        """Return why a record of the history is kept; None if it is not."""
+        ...
+
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        """Return all that it keeps."""
+        ...
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+        """Return at least those that have lost their place since these joined the history; None if it may be any.
+
+        Each of them is asked about again: one too many costs time, one too few is retired a process later.
+        """
+        ...
+
+
+@attrs.frozen(eq=False)
+class Kept(Mapping[str, str]):
+    """What a rule keeps, by name, with the reasons: worked out for those who are asked for.
+
+    Example:
+        >>> Kept(KeepAll(), Ledger())
+        {}
+    """
+
+    rule: Asked
+    history: Ledger
+
+    def __getitem__(self, name: str) -> str:
+        record = self.history.named(name)
+        why = None if record is None else self.rule.why(record, self.history)
+        if why is None:
+            raise KeyError(name)
+        return why
+
+    def __iter__(self) -> Iterator[str]:
+        return (record.name for record in self.rule.kept(self.history))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 @attrs.frozen(init=False)
@@ -92,39 +143,95 @@ class KeepBest:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return {record.name: f"#{rank} of {self}" for rank, record in enumerate(self.top(history), start=1)}
+        return Kept(self, ledger_of(history))
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        """See `Asked.why`."""
+        if self.metric.ties == "incumbent":
+            places = self.kept(history)
+            return self._words(places.index(record)) if record in places else None
+        key = self.sort_key(record)
+        place = history.by(self).rank(key)
+        return self._words(place) if is_ranked(key) and place < self.k else None
+
+    def _words(self, place: int) -> str:
+        return f"#{place + 1} of {self}"
+
+    def kept(self, history: Ledger) -> list[Record]:
+        """See `Asked.kept`; best first."""
+        if self.metric.ties == "incumbent":
+            return sorted(history.fold(_Incumbents(self)).places, key=self.sort_key)
+        return list(islice(ranked_by(self, history), self.k))
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+        """See `Asked.may_lose`."""
+        if self.metric.ties == "incumbent":
+            lost = history.fold(_Incumbents(self)).lost
+            return lost[-len(joined) :] if len(joined) <= _FEW else None
+        return islice(history.by(self).starting_at(self.k), len(joined))
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
-        if self.metric.ties != "incumbent":
-            return self.metric.best(self.k, self.eligible(history))
-        places: list[Record] = []
-        for record in self.eligible(history):
-            if self.metric.value(record) is None:
-                continue
-            if len(places) == self.k:
-                worst = self.metric.worst(places)
-                if not self.metric.is_better(record, worst):
-                    continue
-                places.remove(worst)
-            places.append(record)
-        return self.ranked(places)
+        return self.kept(ledger_of(history))
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records this rule ranks, best first."""
-        return self.metric.ranked(self.eligible(records))
+        return list(ranked_by(self, records))
 
     def best(self, records: Iterable[Record]) -> Record | None:
         """Return the record this rule ranks first, or None if it ranks none."""
-        return next(iter(self.metric.best(1, self.eligible(records))), None)
+        return next(ranked_by(self, records), None)
 
-    def eligible(self, history: Iterable[Record]) -> Iterable[Record]:
-        """Return the records this rule may rank."""
-        return [record for record in history if record.step > self.after_step] if self.after_step else history
+    def sort_key(self, record: Record) -> Key:
+        """Return the key that sorts the best first, and behind the ranked all others, the oldest last."""
+        return self.metric.sort_key(record) if self.ranks(record) else unranked(record)
+
+    def ranks(self, record: Record) -> bool:
+        """Return whether a record may be ranked, if it has the metric."""
+        return record.step > self.after_step or not self.after_step
 
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
         return f"the best {self.k} by {self.metric}{after}"
+
+
+_FEW: Final = 16
+"""So many are remembered that have lost their place among the best."""
+
+
+@attrs.frozen
+class _Places:
+    """The places among the best, and who had one, the last to lose it last."""
+
+    places: tuple[Record, ...] = ()
+    lost: tuple[Record, ...] = ()
+
+
+@attrs.frozen
+class _Incumbents:
+    """Who holds a place among the best if an equal takes it from nobody: that depends on who came when."""
+
+    rule: KeepBest
+
+    def begin(self) -> _Places:
+        return _Places()
+
+    def take(self, state: _Places, record: Record) -> _Places:
+        rule, metric = self.rule, self.rule.metric
+        if not rule.ranks(record) or metric.value(record) is None:
+            return state
+        places = state.places
+        if len(places) < rule.k:
+            return _Places((*places, record), state.lost)
+        worst = metric.worst(places)
+        if not metric.is_better(record, worst):
+            return state
+        left = tuple(place for place in places if place is not worst)
+        return _Places((*left, record), (*state.lost, worst)[-_FEW:])
+
+    def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
+        # Who never had a place, or lost it to a better one, has made no difference.
+        return None if record in state.places else state
 
 
 @attrs.frozen
@@ -141,7 +248,20 @@ class KeepLast:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return {record.name: str(self) for record in history[-self.n :]}
+        return Kept(self, ledger_of(history))
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        """See `Asked.why`."""
+        first = history[max(len(history) - self.n, 0)]
+        return str(self) if commit_order(record) >= commit_order(first) else None
+
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        """See `Asked.kept`."""
+        return history[-self.n :]
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+        """See `Asked.may_lose`."""
+        return history[-self.n - len(joined) : -self.n]
 
     def __str__(self) -> str:
         return f"the last {self.n}"
@@ -192,29 +312,67 @@ class KeepEvery:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        kept = self._spaced(history) if self.seconds is not None else self._first_per_interval(history)
-        return {record.name: str(self) for record in kept}
+        return Kept(self, ledger_of(history))
 
-    def _first_per_interval(self, history: Sequence[Record]) -> Iterable[Record]:
-        first: dict[int, Record] = {}
-        for record in history:
-            interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
-            if interval:
-                first.setdefault(interval, record)
-        return first.values()
+    def why(self, record: Record, history: Ledger) -> str | None:
+        """See `Asked.why`."""
+        if self.seconds is not None:
+            is_kept = history.fold(_Spaced(self.seconds)).get(commit_order(record)) is not None
+        else:
+            is_kept = self._is_first(record, history)
+        return str(self) if is_kept else None
 
-    def _spaced(self, history: Sequence[Record]) -> list[Record]:
-        assert self.seconds is not None
-        kept: list[Record] = []
-        for record in history:
-            if not kept or not 0 <= record.time - kept[-1].time < self.seconds:
-                kept.append(record)
-        return kept
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        """See `Asked.kept`."""
+        if self.seconds is not None:
+            return history.fold(_Spaced(self.seconds))
+        return [record for record in history if self._is_first(record, history)]
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+        """See `Asked.may_lose`."""
+        if self.seconds is not None:
+            return ()  # What came later has not changed what was kept; if it came between, nothing is known any more.
+        in_turn = history.by(self)
+        keys = (self.sort_key(record) for record in joined)
+        return chain.from_iterable(islice(in_turn.starting_at(in_turn.rank(key) + 1), 1) for key in keys if key)
+
+    def sort_key(self, record: Record) -> Key | None:
+        """Return the key that sorts by interval, and within it the first first."""
+        interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
+        return (interval, *commit_order(record)) if interval else None
+
+    def _is_first(self, record: Record, history: Ledger) -> bool:
+        key = self.sort_key(record)
+        if key is None:
+            return False
+        in_turn = history.by(self)
+        before = in_turn.rank(key) - 1
+        earlier = self.sort_key(in_turn[before]) if before >= 0 else None
+        return earlier is None or earlier[0] != key[0]
 
     def __str__(self) -> str:
         if self.seconds is not None:
             return f"one every {self.seconds:g} s"
         return f"one every {self.steps} steps" if self.steps else f"one every {self.epochs} epochs"
+
+
+@attrs.frozen
+class _Spaced:
+    """Those that are so many seconds apart, each from the one before."""
+
+    seconds: float
+
+    def begin(self) -> Ordered[Record]:
+        return Ordered()
+
+    def take(self, state: Ordered[Record], record: Record) -> Ordered[Record]:
+        if state and 0 <= record.time - state[-1].time < self.seconds:
+            return state
+        return state.put(commit_order(record), record)
+
+    def untake(self, state: Ordered[Record], record: Record, *, is_newest: bool) -> Ordered[Record] | None:
+        without = state.drop(commit_order(record))
+        return without if is_newest or without is state else None
 
 
 @attrs.frozen
@@ -229,7 +387,19 @@ class KeepAll:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return dict.fromkeys([record.name for record in history], str(self))
+        return Kept(self, ledger_of(history))
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        """See `Asked.why`."""
+        return str(self)
+
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        """See `Asked.kept`."""
+        return history
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+        """See `Asked.may_lose`."""
+        return ()
 
     def __str__(self) -> str:
         return "everything"
@@ -256,14 +426,14 @@ class Budget:
 
     def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """See `Limit.drop`."""
-        excess = sum(record.size for record in kept) - self.bytes
-        ranked = [] if ranking is None else ranking.ranked(kept)
-        safe = {kept[-1].name} if kept else set()
-        safe |= {record.name for record in ranked[:1]}
-        names = {record.name for record in ranked}
-        worst_first = [record for record in kept if record.name not in names] + ranked[::-1]
+        ledger = ledger_of(kept)
+        excess = ledger.bytes - self.bytes
         dropped: dict[str, str] = {}
-        for record in worst_first:
+        if excess <= 0:
+            return dropped
+        best = [] if ranking is None else islice(ranked_by(ranking, ledger), 1)
+        safe = {record.name for record in (*best, *ledger[-1:])}
+        for record in ledger if ranking is None else reversed(ledger.by(ranking)):
             if excess <= 0:
                 break
             if not record.pinned and record.name not in safe:
@@ -281,6 +451,8 @@ class Reasons:
 
     by_rule: tuple[Mapping[str, str], ...]
     """What each rule keeps, by name."""
+    unkept: frozenset[str] = frozenset()
+    """Names in the history that no rule keeps."""
     dropped: frozenset[str] = frozenset()
     """Names that a limit takes away from the rules."""
     always: tuple[Mapping[str, str], ...] = ()
@@ -289,14 +461,7 @@ class Reasons:
     def of(self, name: str) -> tuple[str, ...]:
         """Return every reason for one of them; empty if there is none."""
         rules = () if name in self.dropped else self.by_rule
-        return tuple(kept[name] for kept in (*rules, *self.always) if name in kept)
-
-    def missing(self, names: KeysView[str]) -> set[str]:
-        """Return the names that nothing keeps."""
-        left: Set[str] = names
-        for kept in (*self.by_rule, *self.always):
-            left = left - kept.keys()
-        return {*left, *(name for name in self.dropped if name in names and not self.of(name))}
+        return tuple(why for kept in (*rules, *self.always) if (why := kept.get(name)) is not None)
 
     def to_dict(self) -> dict[str, tuple[str, ...]]:
         """Return the reasons of each that has one."""
@@ -305,14 +470,55 @@ class Reasons:
 
 
 def kept_by(
-    rules: Sequence[Rule], limits: Sequence[Limit], history: Sequence[Record], ranking: Ranking | None
+    rules: Sequence[Rule],
+    limits: Sequence[Limit],
+    history: Sequence[Record],
+    ranking: Ranking | None,
+    *,
+    named: Sequence[Mapping[str, str]] = (),
 ) -> Reasons:
-    """Return what lives by the rules, as far as the limits let it."""
-    reasons = Reasons(tuple(rule.keep(history) for rule in rules))
+    """Return what lives by the rules, as far as the limits let it; ``named`` lives as if a rule kept it."""
+    ledger = ledger_of(history)
+    kept = tuple(rule.keep(ledger) for rule in rules)
+    unkept = _unkept(tuple(rules), kept, ledger)
+    unkept = frozenset(name for name in unkept if not any(name in names for names in named))
+    reasons = Reasons((*kept, *named), unkept)
+    if not limits:
+        return reasons
+    if ranking is not None:
+        ledger.by(ranking)  # Here, where it is handed on, and not of what is left, which nobody remembers.
+    left = _without(ledger, unkept)
     for limit in limits:
-        left = [record for record in history if reasons.of(record.name)]
-        dropped = limit.drop(left, ranking)
         # Whatever a limit says: a pinned checkpoint is never retired.
-        gone = (record.name for record in left if record.name in dropped and not record.pinned)
-        reasons = attrs.evolve(reasons, dropped=reasons.dropped.union(gone))
+        going = [(name, left.named(name)) for name in limit.drop(left, ranking)]
+        gone = frozenset(name for name, record in going if record is not None and not record.pinned)
+        reasons = attrs.evolve(reasons, dropped=reasons.dropped | gone)
+        left = _without(left, gone)
     return reasons
+
+
+def _without(history: Ledger, names: Iterable[str]) -> Ledger:
+    return history.changed(gone=[record for name in names if (record := history.named(name)) is not None])
+
+
+def _unkept(rules: tuple[Rule, ...], kept: Sequence[Mapping[str, str]], history: Ledger) -> frozenset[str]:
+    """Return the names that no rule keeps, and remember them: at the next save only few are asked about."""
+    doubtful = _doubtful(rules, kept, history)
+    names = frozenset(record.name for record in doubtful if not any(record.name in one for one in kept))
+    history.settle(rules, names)
+    return names
+
+
+def _doubtful(rules: tuple[Rule, ...], kept: Sequence[Mapping[str, str]], history: Ledger) -> Iterable[Record]:
+    """Return the records that may be kept by no rule: who was kept when it was last looked at is, unless pushed out."""
+    settled = history.settled(rules)
+    if settled is None:
+        return history
+    names, joined = settled
+    doubtful = [record for record in (*map(history.named, names), *joined) if record is not None]
+    for one in kept:
+        pushed_out = one.rule.may_lose(joined, one.history) if isinstance(one, Kept) else None
+        if pushed_out is None:
+            return history
+        doubtful += pushed_out
+    return [record for record in doubtful if history.named(record.name) is not None]

@@ -8,6 +8,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer import KeepBest, Policy, Record
+from checkpointer.ledger import Ledger, ledger_of
 from checkpointer.retention import Rule
 
 __all__ = ["ONLY_LAST", "competing", "with_competitors"]
@@ -16,16 +17,21 @@ ONLY_LAST: Final = "checkpointer/only_last"
 """Metric of a checkpoint that no rule but ``last`` was asked about."""
 
 
-def competing(records: Iterable[Record]) -> list[Record]:
+def competes(record: Record) -> bool:
+    """Return whether rules may look at the record."""
+    return ONLY_LAST not in record.metrics
+
+
+def competing(records: Iterable[Record]) -> Ledger:
     """Return the records that rules may look at."""
-    return [record for record in records if ONLY_LAST not in record.metrics]
+    return ledger_of(records).where(competes)
 
 
 class _Best(KeepBest):
     """Ranks what competes."""
 
-    def eligible(self, history: Iterable[Record]) -> list[Record]:
-        return competing(super().eligible(history))
+    def ranks(self, record: Record) -> bool:
+        return competes(record) and super().ranks(record)
 
 
 @attrs.frozen
