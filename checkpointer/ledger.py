@@ -152,15 +152,16 @@ class Ledger(Sequence[Record]):
                 successor._parts[holds] = (self if part is None else part).changed(gone=gone, come=fitting)
             else:
                 successor._parts[holds] = None
-        successor._settled = self._settled_on(successor, gone, come)
+        successor._settled = self._settled_on(successor, come)
         return successor
 
     # What was found out for a whole set of rules
 
     def settled(self, what: object) -> tuple[frozenset[str], tuple[Record, ...]] | None:
-        """Return the names that `settle` was told of an earlier ledger, and the records that came since.
+        """Return the names that `settle` was told of an earlier ledger, and the records that came or changed since.
 
-        None if it was told of something else, or something changed that makes all of it doubtful.
+        None if it was told of something else, or something changed that makes all of it doubtful. Some of the records
+        may be gone by now.
         """
         settled = self._settled
         return None if settled is None or settled[0] != what else settled[1:]
@@ -169,13 +170,13 @@ class Ledger(Sequence[Record]):
         """Remember which names something was found out of."""
         self._settled = (what, names, ())
 
-    def _settled_on(self, successor: Ledger, gone: tuple[Record, ...], come: tuple[Record, ...]) -> Any:
+    def _settled_on(self, successor: Ledger, come: tuple[Record, ...]) -> Any:
         settled = self._settled
         if settled is None or self._has_lost_a_fold(successor):
             return None
         what, names, joined = settled
         joined = (*joined, *come)
-        return (what, names.difference(record.name for record in gone), joined) if len(joined) <= _MOST_JOINED else None
+        return (what, names, joined) if len(joined) <= _MOST_JOINED else None
 
     def _has_lost_a_fold(self, successor: Ledger) -> bool:
         if self._folds.keys() - successor._folds.keys():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import string
+from bisect import bisect_left
 from collections.abc import Container, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final, Literal
 
 import attrs
@@ -22,6 +24,7 @@ MAX_PART_BYTES: Final = 255
 
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 _HUGE: Final = 1e100
+_FEW_VERSIONS: Final = 100
 _BUILTIN: Final = ("epoch", "step")
 
 
@@ -265,11 +268,22 @@ class Naming:
     def free_name(self, stem: str, taken: Container[str], *, replaceable: Container[str] = ()) -> str:
         """Return the first file name for ``stem`` that is free or may be replaced.
 
-        Looks names up in ``taken`` and asks no storage, however many versions there are.
+        Looks names up in ``taken`` and asks no storage. If the first hundred versions are taken, the next ones are
+        looked for in strides: then it is one that comes after a taken one, and there may be a lower one that is free.
         """
-        name = check_name(stem + self.suffix)
-        version = self.first_version
-        while name in taken and name not in replaceable:
-            name = check_name(f"{stem}{self.join}v{version}{self.suffix}")
-            version += 1
-        return name
+
+        def versioned(version: int) -> str:
+            return check_name(f"{stem}{self.join}v{version}{self.suffix}")
+
+        def is_free(name: str) -> bool:
+            return name not in taken or name in replaceable
+
+        few = range(self.first_version, self.first_version + _FEW_VERSIONS)
+        for name in chain((check_name(stem + self.suffix),), map(versioned, few)):
+            if is_free(name):
+                return name
+        last, stride = few[-1], 1
+        while not is_free(versioned(last + stride)):
+            last, stride = last + stride, stride * 2
+        between = range(last + 1, last + stride)
+        return versioned(last + 1 + bisect_left(between, True, key=lambda version: is_free(versioned(version))))

@@ -201,10 +201,13 @@ _FEW: Final = 16
 
 @attrs.frozen
 class _Places:
-    """The places among the best, and who had one, the last to lose it last."""
+    """The places among the best, in commit order."""
 
     places: tuple[Record, ...] = ()
     lost: tuple[Record, ...] = ()
+    """Who had a place, the last to lose it last."""
+    is_tied: bool = False
+    """Whether somebody without a place is as good as the worst that has one."""
 
 
 @attrs.frozen
@@ -220,18 +223,18 @@ class _Incumbents:
         rule, metric = self.rule, self.rule.metric
         if not rule.ranks(record) or metric.value(record) is None:
             return state
-        places = state.places
-        if len(places) < rule.k:
-            return _Places((*places, record), state.lost)
-        worst = metric.worst(places)
+        if len(state.places) < rule.k:
+            return attrs.evolve(state, places=(*state.places, record))
+        worst = metric.worst(state.places)
         if not metric.is_better(record, worst):
-            return state
-        left = tuple(place for place in places if place is not worst)
-        return _Places((*left, record), (*state.lost, worst)[-_FEW:])
+            return attrs.evolve(state, is_tied=state.is_tied or not metric.is_better(worst, record))
+        places = (*(place for place in state.places if place is not worst), record)
+        # All that have no place were no better than the one that just lost its own.
+        return _Places(places, (*state.lost, worst)[-_FEW:], not metric.is_better(metric.worst(places), worst))
 
     def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
-        # Who never had a place, or lost it to a better one, has made no difference.
-        return None if record in state.places else state
+        # While the places are those of the k best, whatever came when, who has none makes no difference.
+        return None if state.is_tied or record in state.places else state
 
 
 @attrs.frozen

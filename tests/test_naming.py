@@ -180,6 +180,36 @@ def test_versions_count_up_from_the_first_free() -> None:
     assert "a-v1.ckpt" == naming.free_name("a", {"a.ckpt", "a-v2.ckpt"})
 
 
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 102, 103, 150, 5000])
+def test_the_version_after_very_many_is_the_next(count: int) -> None:
+    """All lower ones being taken it is the lowest that is free, however many they are."""
+    taken = {"a.ckpt", *(f"a-v{version}.ckpt" for version in range(1, count + 1))}
+    assert f"a-v{count + 1}.ckpt" == Naming("a").free_name("a", taken)
+    assert f"a-v{count}.ckpt" == Naming("a").free_name("a", taken, replaceable={f"a-v{count}.ckpt"})
+
+
+def test_one_of_very_many_versions_is_found_with_few_questions() -> None:
+    """A save must not ask for a hundred thousand names."""
+    asked: list[object] = []
+
+    class Taken(set[str]):
+        def __contains__(self, name: object) -> bool:
+            asked.append(name)
+            return super().__contains__(name)
+
+    taken = Taken({"a.ckpt", *(f"a-v{version}.ckpt" for version in range(1, 100_001))})
+    assert "a-v100001.ckpt" == Naming("a").free_name("a", taken)
+    assert len(asked) < 200
+
+
+def test_a_version_among_very_many_with_gaps_is_free() -> None:
+    """Whatever gaps there are: it is nobody's, and the one below it is somebody's."""
+    taken = {"a.ckpt", *(f"a-v{version}.ckpt" for version in range(1, 5000) if version % 7 or version < 100)}
+    version = int(Naming("a").free_name("a", taken).removeprefix("a-v").removesuffix(".ckpt"))
+    assert f"a-v{version}.ckpt" not in taken
+    assert f"a-v{version - 1}.ckpt" in taken
+
+
 def test_versions_follow_the_settings() -> None:
     """Join character, first number and extension are the user's."""
     naming = Naming(join="_", first_version=0, extension=".pt")

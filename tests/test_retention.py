@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import attrs
 import pytest
 from factories import history, record
 
 from checkpointer.errors import PolicyError
+from checkpointer.ledger import Ledger
 from checkpointer.ranking import Metric, Ranking
 from checkpointer.records import Record
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast, Rule, kept_by
@@ -186,3 +188,24 @@ def test_a_whole_metric_says_the_direction_itself() -> None:
     assert KeepBest(2, "loss", mode="min", ties="newest") == KeepBest(2, metric)
     with pytest.raises(PolicyError, match="mode='max', ties='older'; say these in the Metric alone"):
         KeepBest(2, metric, mode="max")  # type: ignore[call-overload]
+
+
+def test_who_keeps_a_place_among_equals_follows_from_what_is_there() -> None:
+    """Of three equals the first lost its place to a better one. With it gone, its place would have been the third's."""
+    rule = KeepBest(2, "loss", mode="min", ties="incumbent")
+    one, two, three, better = history(2, 2, 2, 1)
+    ledger = Ledger([one, two, three, better])
+    assert ["s2", "s4"] == sorted(rule.keep(ledger))
+    left = ledger.changed(gone=[one])
+    assert ["s3", "s4"] == sorted(rule.keep(Ledger([two, three, better]))) == sorted(rule.keep(left))
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40, 100])
+def test_whoever_lost_a_place_since_is_found(count: int) -> None:
+    """However many came, each better than all before, since it was last asked what no rule keeps."""
+    rule = KeepBest(1, "loss", mode="min", ties="incumbent")
+    ledger = Ledger(history(1000.0))
+    assert frozenset() == kept_by([rule], [], ledger, None).unkept
+    for better in history(*range(999, 999 - count, -1)):
+        ledger = ledger.changed(come=[attrs.evolve(better, name=f"n{better.serial}", serial=better.serial + 1)])
+    assert {r.name for r in ledger[:-1]} == kept_by([rule], [], ledger, None).unkept
