@@ -16,7 +16,7 @@ from checkpointer.ordered import Key, Ordered
 from checkpointer.ranking import Metric, Ranking, Score, Ties, is_ranked, ranked_by, unranked
 from checkpointer.records import Record
 
-__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Kept", "Limit", "Reasons", "Rule", "kept_by"]
+__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Reasons", "Rule", "kept_by"]
 
 
 @runtime_checkable
