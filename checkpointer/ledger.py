@@ -7,21 +7,22 @@ by, and hands all its orders on to its successor, which costs the logarithm of h
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast, overload
+from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 import attrs
 
 from checkpointer.ordered import Key, Ordered
 from checkpointer.records import Record
 
-__all__ = ["BY_STEP", "Fold", "Ledger", "Order", "commit_order", "ledger_of"]
+__all__ = ["BY_STEP", "Change", "Finding", "Fold", "Ledger", "Order", "commit_order", "ledger_of"]
 
 S = TypeVar("S")
 
-_MOST_JOINED = 64
-"""After so many records that came without being asked about, all are looked at again."""
+_FORGOTTEN_AFTER: Final = 8
+"""What was not asked of so many ledgers in a row is not handed on to the next."""
 
 
 class Order(Protocol):
@@ -70,120 +71,198 @@ BY_STEP = _ByStep()
 """By step, of one step the newest last."""
 
 
+@attrs.frozen
+class Change:
+    """What makes a ledger another one."""
+
+    newest: Record | None = None
+    """The newest of the ledger before."""
+    gone: tuple[Record, ...] = ()
+    come: tuple[Record, ...] = ()
+
+
+class Finding(Protocol[S]):
+    """What can be found out about a ledger: how to work it out, and how to go on from it after a change. Hashable."""
+
+    def of(self, ledger: Ledger) -> S:
+        """Work it out, by going through all records."""
+        ...
+
+    def after(self, found: S, before: Ledger, successor: Ledger) -> S | None:
+        """Return what it is of ``before`` with ``successor.change``; None if it has to be worked out anew."""
+        ...
+
+
+@attrs.frozen
+class _Sorted:
+    order: Order
+
+    def of(self, ledger: Ledger) -> Ordered[Record]:
+        keyed = ((self.order.sort_key(record), record) for record in ledger)
+        return Ordered((key, record) for key, record in keyed if key is not None)
+
+    def after(self, found: Ordered[Record], before: Ledger, successor: Ledger) -> Ordered[Record] | None:
+        for record in successor.change.gone:
+            key = self.order.sort_key(record)
+            without = found if key is None else found.drop(key)
+            if key is not None and without is found:
+                return None  # The key is not what it was: a score that depends on more than the metrics.
+            found = without
+        for record in successor.change.come:
+            key = self.order.sort_key(record)
+            found = found if key is None else found.put(key, record)
+        return found
+
+
+@attrs.frozen
+class _Folded:
+    fold: Fold[Any]
+
+    def of(self, ledger: Ledger) -> Any:
+        state = self.fold.begin()
+        for record in ledger:
+            state = self.fold.take(state, record)
+        return state
+
+    def after(self, found: Any, before: Ledger, successor: Ledger) -> Any:
+        change = successor.change
+        newest = change.newest
+        for record in change.gone:
+            found = self.fold.untake(found, record, is_newest=record == newest and len(change.gone) == 1)
+            if found is None:
+                return None
+        for record in change.come:
+            if newest is not None and commit_order(record) < commit_order(newest):
+                return None
+            found, newest = self.fold.take(found, record), record
+        return found
+
+
+_ALL: Final = "all"
+"""The part that is all of a ledger: one that refers to itself is not freed at once."""
+
+
+@attrs.frozen
+class _Part:
+    holds: Callable[[Record], bool]
+
+    def of(self, ledger: Ledger) -> Ledger | str:
+        part = [record for record in ledger if self.holds(record)]
+        return _ALL if len(part) == len(ledger) else Ledger(part)
+
+    def after(self, found: Ledger | str, before: Ledger, successor: Ledger) -> Ledger | str:
+        change = successor.change
+        come = tuple(record for record in change.come if self.holds(record))
+        if isinstance(found, Ledger):
+            return found.changed(gone=change.gone, come=come)
+        return _ALL if len(come) == len(change.come) else before.changed(gone=change.gone, come=come)
+
+
+@attrs.define
+class _Found:
+    value: Any
+    asked: list[int]
+    """The generation that was last asked for it. All share it: of a ledger that comes to nothing it counts as well."""
+
+
 class Ledger(Sequence[Record]):
-    """Records in commit order, oldest first, and whatever else they were ever asked for by.
+    """Records in commit order, oldest first, and whatever else they were lately asked for.
 
     Example:
         >>> Ledger().changed(come=[])
         Ledger()
     """
 
-    __slots__ = ("_folds", "_orders", "_parts", "_settled", "_tree", "bytes")
+    __slots__ = ("__weakref__", "_before", "_found", "_generation", "_tree", "bytes", "change", "has_lost_a_fold")
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self._tree: Ordered[Record] = Ordered((commit_order(record), record) for record in records)
+        self._begin(Ordered((commit_order(record), record) for record in records))
         self.bytes: int = sum(record.size for record in self._tree)
         """Size of all payloads together."""
-        self._begin()
 
-    def _begin(self) -> None:
-        self._orders: dict[Order, Ordered[Record]] = {}
-        self._folds: dict[Fold[Any], Any] = {}
-        self._parts: dict[Callable[[Record], bool], Ledger | None] = {}
-        # None: it holds of all of them. Not a reference to itself, which only the collector of cycles would free.
-        self._settled: tuple[object, frozenset[str], tuple[Record, ...]] | None = None
+    def _begin(self, tree: Ordered[Record]) -> None:
+        self._tree = tree
+        self._found: dict[Finding[Any], _Found] = {}
+        self._generation = 0
+        self._before: Callable[[], Ledger | None] = _nobody
+        self.change = Change()
+        """What made it out of the ledger before it."""
+        self.has_lost_a_fold = False
+        """Whether something that depends on the whole story could not be handed on to it."""
 
     # What is asked for
 
-    def named(self, name: str) -> Record | None:
+    def named(self, name: object) -> Record | None:
         """Return the record of this name, or None."""
-        return self.by(_BY_NAME).get((name,))
+        return self.by(_BY_NAME).get((name,)) if isinstance(name, str) else None
 
     def by(self, order: Order) -> Ordered[Record]:
         """Return the records in another order."""
-        if order not in self._orders:
-            keyed = ((order.sort_key(record), record) for record in self._tree)
-            self._orders[order] = Ordered((key, record) for key, record in keyed if key is not None)
-        return self._orders[order]
+        return self.find(_Sorted(order))
 
     def fold(self, fold: Fold[S]) -> S:
         """Return what going through all records finds out."""
-        if fold not in self._folds:
-            state = fold.begin()
-            for record in self._tree:
-                state = fold.take(state, record)
-            self._folds[fold] = state
-        return cast(S, self._folds[fold])
+        return cast(S, self.find(_Folded(fold)))
 
     def where(self, holds: Callable[[Record], bool]) -> Ledger:
         """Return the records of which something holds: a function, or a hashable value that can be called."""
-        if holds not in self._parts:
-            found = [record for record in self._tree if holds(record)]
-            self._parts[holds] = None if len(found) == len(self) else Ledger(found)
-        part = self._parts[holds]
-        return self if part is None else part
+        part = self.find(_Part(holds))
+        return part if isinstance(part, Ledger) else self
+
+    def find(self, what: Finding[S]) -> S:
+        """Return what is found out by going through all records, or by going on from the ledger before."""
+        try:
+            found = self._found.get(what)
+        except TypeError:  # A score of one's own that cannot be hashed.
+            return what.of(self)
+        if found is None:
+            # By the ledger before, if it still lives: this one may be what a decision only thinks of.
+            before = self._before()
+            found = None if not before else before._found_after(what, before._worked_out(what), self)
+            found = self._found[what] = found or _Found(what.of(self), [0])
+        found.asked[0] = max(found.asked[0], self._generation)
+        return cast(S, found.value)
+
+    def _worked_out(self, what: Finding[Any]) -> _Found:
+        if what not in self._found:
+            self._found[what] = _Found(what.of(self), [self._generation])
+        return self._found[what]
 
     # What is handed on
 
     def changed(self, *, gone: Iterable[Record] = (), come: Iterable[Record] = ()) -> Ledger:
         """Return the ledger without some of its records, and with others."""
-        gone = tuple(record for record in gone if record in self)
-        come = tuple(come)
-        if not gone and not come:
+        change = Change(self._tree[-1] if len(self) else None, tuple(r for r in gone if r in self), tuple(come))
+        if not change.gone and not change.come:
             return self
+        tree = self._tree
+        for record in change.gone:
+            tree = tree.drop(commit_order(record))
+        for record in change.come:
+            tree = tree.put(commit_order(record), record)
         successor: Ledger = Ledger.__new__(Ledger)
-        successor._begin()
-        successor.bytes = self.bytes - sum(record.size for record in gone) + sum(record.size for record in come)
-        successor._tree = _handed_on(self._tree, commit_order, gone, come)
-        # Of copies: another thread may be asking this one for more.
-        for order, tree in self._orders.copy().items():
-            try:
-                successor._orders[order] = _handed_on(tree, order.sort_key, gone, come)
-            except Exception:  # A score that cannot be worked out says so when it is asked for.
-                continue
-        newest = self._tree[-1] if len(self) else None
-        for fold, state in self._folds.copy().items():
-            state = _folded_on(fold, state, newest, gone, come)
-            if state is not None:
-                successor._folds[fold] = state
-        for holds, part in self._parts.copy().items():
-            fitting = tuple(record for record in come if holds(record))
-            if part is not None or len(fitting) < len(come):
-                successor._parts[holds] = (self if part is None else part).changed(gone=gone, come=fitting)
-            else:
-                successor._parts[holds] = None
-        successor._settled = self._settled_on(successor, come)
+        successor._begin(tree)
+        successor.bytes = self.bytes + sum(r.size for r in change.come) - sum(r.size for r in change.gone)
+        successor._generation = self._generation + 1
+        successor._before = weakref.ref(self)
+        successor.change = change
+        # A copy: another thread may be asking this one for more. What takes in others comes after them.
+        for what, found in self._found.copy().items():
+            after = self._found_after(what, found, successor) if self._is_remembered(found) else None
+            if after is not None:
+                successor._found[what] = after
+            successor.has_lost_a_fold |= _is_a_lost_fold(what, found, after)
         return successor
 
-    # What was found out for a whole set of rules
+    def _is_remembered(self, found: _Found) -> bool:
+        return self._generation - found.asked[0] < _FORGOTTEN_AFTER
 
-    def settled(self, what: object) -> tuple[frozenset[str], tuple[Record, ...]] | None:
-        """Return the names that `settle` was told of an earlier ledger, and the records that came or changed since.
-
-        None if it was told of something else, or something changed that makes all of it doubtful. Some of the records
-        may be gone by now.
-        """
-        settled = self._settled
-        return None if settled is None or settled[0] != what else settled[1:]
-
-    def settle(self, what: object, names: frozenset[str]) -> None:
-        """Remember which names something was found out of."""
-        self._settled = (what, names, ())
-
-    def _settled_on(self, successor: Ledger, come: tuple[Record, ...]) -> Any:
-        settled = self._settled
-        if settled is None or self._has_lost_a_fold(successor):
+    def _found_after(self, what: Finding[Any], found: _Found, successor: Ledger) -> _Found | None:
+        try:
+            value = what.after(found.value, self, successor)
+        except Exception:  # A score that cannot be worked out says so when it is asked for.
             return None
-        what, names, joined = settled
-        joined = (*joined, *come)
-        return (what, names, joined) if len(joined) <= _MOST_JOINED else None
-
-    def _has_lost_a_fold(self, successor: Ledger) -> bool:
-        if self._folds.keys() - successor._folds.keys():
-            return True
-        # What holds of all was found out by this ledger itself.
-        parts = [(part, successor._parts.get(holds)) for holds, part in self._parts.copy().items() if part is not None]
-        return any(after is None or before._has_lost_a_fold(after) for before, after in parts)
+        return None if value is None else _Found(value, found.asked)
 
     # A sequence
 
@@ -220,6 +299,9 @@ class Ledger(Sequence[Record]):
 
     __hash__ = None  # type: ignore[assignment]  # As its records: metrics are mappings.
 
+    def __reduce__(self) -> Any:
+        return Ledger, (tuple(self),)
+
     def __repr__(self) -> str:
         return f"Ledger({list(self) if len(self) else ''})"
 
@@ -229,31 +311,14 @@ def ledger_of(records: Iterable[Record]) -> Ledger:
     return records if isinstance(records, Ledger) else Ledger(records)
 
 
-def _handed_on(
-    tree: Ordered[Record],
-    sort_key: Callable[[Record], Key | None],
-    gone: Iterable[Record],
-    come: Iterable[Record],
-) -> Ordered[Record]:
-    for record in gone:
-        key = sort_key(record)
-        tree = tree if key is None else tree.drop(key)
-    for record in come:
-        key = sort_key(record)
-        tree = tree if key is None else tree.put(key, record)
-    return tree
+def _nobody() -> None:
+    return None
 
 
-def _folded_on(
-    fold: Fold[Any], state: Any, newest: Record | None, gone: tuple[Record, ...], come: tuple[Record, ...]
-) -> Any:
-    """Return what a fold knows of the successor, or None."""
-    for record in gone:
-        state = fold.untake(state, record, is_newest=record == newest and len(gone) == 1)
-        if state is None:
-            return None
-    for record in come:
-        if newest is not None and commit_order(record) < commit_order(newest):
-            return None
-        state, newest = fold.take(state, record), record
-    return state
+def _is_a_lost_fold(what: Finding[Any], found: _Found, after: _Found | None) -> bool:
+    if isinstance(what, _Folded):
+        return after is None
+    if not isinstance(what, _Part) or not isinstance(found.value, Ledger):
+        return False  # What is found out of all records is found out by the ledger itself.
+    part = None if after is None else after.value
+    return not isinstance(part, Ledger) or (part is not found.value and part.has_lost_a_fold)

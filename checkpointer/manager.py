@@ -520,11 +520,11 @@ class CheckpointManager:
     def _set_pinned(self, name: str, *, pinned: bool) -> None:
         self._check_open()
         self._carrier.settle()
-        own = {record.name: record for record in self.manifest.own}
-        if name not in own:
-            msg = f"the run has no checkpoint {name!r} (have: {', '.join(own) or 'none'})"
+        own = self.manifest.own
+        record = own.named(name)
+        if record is None:
+            msg = f"the run has no checkpoint {name!r} (have: {', '.join(r.name for r in own) or 'none'})"
             raise NotFoundError(msg)
-        record = own[name]
         if pinned and name in self.policy.aliases:
             # The alias is written over at the next save; what is pinned needs a name of its own.
             self._directory.prepare()

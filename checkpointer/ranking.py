@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Final, Literal, Protocol
 
@@ -15,7 +15,7 @@ from checkpointer.ledger import commit_order, ledger_of
 from checkpointer.ordered import Key
 from checkpointer.records import Observation, Record, as_metrics
 
-__all__ = ["Metric", "Ranking", "Ties", "is_ranked", "ranked_by", "unranked"]
+__all__ = ["Metric", "Ranking", "Ties", "is_ranked", "merit", "ranked_by", "unranked"]
 
 Score = Callable[[Mapping[str, float]], Any]
 
@@ -47,6 +47,11 @@ def unranked(record: Record) -> Key:
 def is_ranked(key: Key) -> bool:
     """Return whether the record with this sort key has a place in the ranking."""
     return bool(key[0] != _UNRANKED)
+
+
+def merit(key: Key) -> Key:
+    """Return the part of a ranked record's sort key that its equals share: the smaller, the better."""
+    return key[:2]
 
 
 def ranked_by(ranking: Ranking, records: Iterable[Record]) -> Iterator[Record]:
@@ -129,18 +134,6 @@ class Metric:
         # -0.0 and 0.0 are one value, so that a tie is a tie.
         signed = (value if self.mode == "min" else -value) + 0.0
         return (1 if signed == -math.inf else 0), signed
-
-    def is_better(self, record: Record, other: Record) -> bool:
-        """Return whether a ranked record's value is better than another's, and not only as good."""
-        return self.sort_key(record)[:2] < self.sort_key(other)[:2]
-
-    def worst(self, records: Sequence[Record]) -> Record:
-        """Return the worst of ranked records, the first of them if there are equals."""
-        worst = records[0]
-        for record in records[1:]:
-            if self.is_better(worst, record):
-                worst = record
-        return worst
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain, islice
-from typing import Any, Final, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, cast, overload, runtime_checkable
 
 import attrs
 
@@ -13,7 +13,7 @@ from checkpointer._validators import whole_number
 from checkpointer.errors import PolicyError
 from checkpointer.ledger import Ledger, commit_order, ledger_of
 from checkpointer.ordered import Key, Ordered
-from checkpointer.ranking import Metric, Ranking, Score, Ties, is_ranked, ranked_by, unranked
+from checkpointer.ranking import Metric, Ranking, Score, Ties, is_ranked, merit, ranked_by, unranked
 from checkpointer.records import Record
 
 __all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Reasons", "Rule", "kept_by"]
@@ -52,10 +52,11 @@ class Asked(Protocol):
         """Return all that it keeps."""
         ...
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
-        """Return at least those that have lost their place since these joined the history; None if it may be any.
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+        """Return at least those that have lost their place since these joined the history.
 
-        Each of them is asked about again: one too many costs time, one too few is retired a process later.
+        Each of them is asked about again: one too many costs time, one too few is retired a process later. What a fold
+        knows and could not be handed on need not be thought of.
         """
         ...
 
@@ -71,6 +72,11 @@ class Kept(Mapping[str, str]):
 
     rule: Asked
     history: Ledger
+
+    def is_of(self, rule: Rule, history: Ledger) -> bool:
+        """Return whether it is this very rule's answer about this very history, and not one that it passed on."""
+        is_its: bool = self.rule is cast(Any, rule)
+        return is_its and self.history is history
 
     def __getitem__(self, name: str) -> str:
         record = self.history.named(name)
@@ -147,27 +153,26 @@ class KeepBest:
 
     def why(self, record: Record, history: Ledger) -> str | None:
         """See `Asked.why`."""
-        if self.metric.ties == "incumbent":
-            places = self.kept(history)
-            return self._words(places.index(record)) if record in places else None
         key = self.sort_key(record)
-        place = history.by(self).rank(key)
-        return self._words(place) if is_ranked(key) and place < self.k else None
-
-    def _words(self, place: int) -> str:
-        return f"#{place + 1} of {self}"
+        if self.metric.ties == "incumbent":
+            places = history.fold(_Incumbents(self)).places
+            is_kept, place = places.get(key) is not None, places.rank(key)
+        else:
+            place = history.by(self).rank(key)
+            is_kept = is_ranked(key) and place < self.k
+        return f"#{place + 1} of {self}" if is_kept else None
 
     def kept(self, history: Ledger) -> list[Record]:
         """See `Asked.kept`; best first."""
         if self.metric.ties == "incumbent":
-            return sorted(history.fold(_Incumbents(self)).places, key=self.sort_key)
+            return list(history.fold(_Incumbents(self)).places)
         return list(islice(ranked_by(self, history), self.k))
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         if self.metric.ties == "incumbent":
-            lost = history.fold(_Incumbents(self)).lost
-            return lost[-len(joined) :] if len(joined) <= _FEW else None
+            loser = history.fold(_Incumbents(self)).loser
+            return () if loser is None else (loser,)
         return islice(history.by(self).starting_at(self.k), len(joined))
 
     def top(self, history: Iterable[Record]) -> list[Record]:
@@ -195,17 +200,13 @@ class KeepBest:
         return f"the best {self.k} by {self.metric}{after}"
 
 
-_FEW: Final = 16
-"""So many are remembered that have lost their place among the best."""
-
-
 @attrs.frozen
 class _Places:
-    """The places among the best, in commit order."""
+    """The places among the best, best first."""
 
-    places: tuple[Record, ...] = ()
-    lost: tuple[Record, ...] = ()
-    """Who had a place, the last to lose it last."""
+    places: Ordered[Record] = attrs.field(factory=Ordered)
+    loser: Record | None = None
+    """Who was the last to lose a place."""
     is_tied: bool = False
     """Whether somebody without a place is as good as the worst that has one."""
 
@@ -220,21 +221,26 @@ class _Incumbents:
         return _Places()
 
     def take(self, state: _Places, record: Record) -> _Places:
-        rule, metric = self.rule, self.rule.metric
-        if not rule.ranks(record) or metric.value(record) is None:
+        key, places = self.rule.sort_key(record), state.places
+        if not is_ranked(key):
             return state
-        if len(state.places) < rule.k:
-            return attrs.evolve(state, places=(*state.places, record))
-        worst = metric.worst(state.places)
-        if not metric.is_better(record, worst):
-            return attrs.evolve(state, is_tied=state.is_tied or not metric.is_better(worst, record))
-        places = (*(place for place in state.places if place is not worst), record)
+        if len(places) < self.rule.k:
+            return attrs.evolve(state, places=places.put(key, record))
+        worst = self._worst(places)
+        if merit(key) >= worst:
+            return attrs.evolve(state, is_tied=state.is_tied or merit(key) == worst)
+        loser = places[places.rank(worst)]  # Of the worst the oldest.
+        places = places.drop(self.rule.sort_key(loser)).put(key, record)
         # All that have no place were no better than the one that just lost its own.
-        return _Places(places, (*state.lost, worst)[-_FEW:], not metric.is_better(metric.worst(places), worst))
+        return _Places(places, loser, self._worst(places) == worst)
+
+    def _worst(self, places: Ordered[Record]) -> Key:
+        return merit(self.rule.sort_key(places[-1]))
 
     def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
         # While the places are those of the k best, whatever came when, who has none makes no difference.
-        return None if state.is_tied or record in state.places else state
+        has_place = state.places.get(self.rule.sort_key(record)) is not None
+        return None if state.is_tied or has_place else state
 
 
 @attrs.frozen
@@ -262,7 +268,7 @@ class KeepLast:
         """See `Asked.kept`."""
         return history[-self.n :]
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         return history[-self.n - len(joined) : -self.n]
 
@@ -331,10 +337,10 @@ class KeepEvery:
             return history.fold(_Spaced(self.seconds))
         return [record for record in history if self._is_first(record, history)]
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         if self.seconds is not None:
-            return ()  # What came later has not changed what was kept; if it came between, nothing is known any more.
+            return ()  # What came later has not changed what was kept.
         in_turn = history.by(self)
         keys = (self.sort_key(record) for record in joined)
         return chain.from_iterable(islice(in_turn.starting_at(in_turn.rank(key) + 1), 1) for key in keys if key)
@@ -400,7 +406,7 @@ class KeepAll:
         """See `Asked.kept`."""
         return history
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record] | None:
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         return ()
 
@@ -483,7 +489,7 @@ def kept_by(
     """Return what lives by the rules, as far as the limits let it; ``named`` lives as if a rule kept it."""
     ledger = ledger_of(history)
     kept = tuple(rule.keep(ledger) for rule in rules)
-    unkept = _unkept(tuple(rules), kept, ledger)
+    unkept = ledger.find(_Unkept(tuple(rules))) if _are_own(kept, rules, ledger) else _in_none(ledger, kept)
     unkept = frozenset(name for name in unkept if not any(name in names for names in named))
     reasons = Reasons((*kept, *named), unkept)
     if not limits:
@@ -504,24 +510,33 @@ def _without(history: Ledger, names: Iterable[str]) -> Ledger:
     return history.changed(gone=[record for name in names if (record := history.named(name)) is not None])
 
 
-def _unkept(rules: tuple[Rule, ...], kept: Sequence[Mapping[str, str]], history: Ledger) -> frozenset[str]:
-    """Return the names that no rule keeps, and remember them: at the next save only few are asked about."""
-    doubtful = _doubtful(rules, kept, history)
-    names = frozenset(record.name for record in doubtful if not any(record.name in one for one in kept))
-    history.settle(rules, names)
-    return names
+def _in_none(records: Iterable[Record], kept: Sequence[Mapping[str, str]]) -> frozenset[str]:
+    return frozenset(record.name for record in records if not any(record.name in names for names in kept))
 
 
-def _doubtful(rules: tuple[Rule, ...], kept: Sequence[Mapping[str, str]], history: Ledger) -> Iterable[Record]:
-    """Return the records that may be kept by no rule: who was kept when it was last looked at is, unless pushed out."""
-    settled = history.settled(rules)
-    if settled is None:
-        return history
-    names, joined = settled
-    doubtful = [record for record in (*map(history.named, names), *joined) if record is not None]
-    for one in kept:
-        pushed_out = one.rule.may_lose(joined, one.history) if isinstance(one, Kept) else None
-        if pushed_out is None:
-            return history
-        doubtful += pushed_out
-    return [record for record in doubtful if history.named(record.name) is not None]
+def _are_own(kept: Sequence[Mapping[str, str]], rules: Sequence[Rule], history: Ledger) -> TypeGuard[Sequence[Kept]]:
+    """Return whether each rule answers for itself.
+
+    What it has from another rule, or of other records, it may have from yet others the next time.
+    """
+    pairs = zip(rules, kept, strict=True)
+    return all(isinstance(names, Kept) and names.is_of(rule, history) for rule, names in pairs)
+
+
+@attrs.frozen
+class _Unkept:
+    """The names that no rule keeps: who was kept still is, unless somebody who came has pushed it out."""
+
+    rules: tuple[Rule, ...]
+
+    def of(self, ledger: Ledger) -> frozenset[str]:
+        return _in_none(ledger, [rule.keep(ledger) for rule in self.rules])
+
+    def after(self, found: frozenset[str], before: Ledger, successor: Ledger) -> frozenset[str] | None:
+        kept = [rule.keep(successor) for rule in self.rules]
+        if not _are_own(kept, self.rules, successor) or successor.has_lost_a_fold or len(successor.change.come) > 1:
+            return None
+        come = successor.change.come
+        pushed_out = chain.from_iterable(names.rule.may_lose(come, successor) for names in kept)
+        doubtful = found.union(record.name for record in chain(come, pushed_out))
+        return _in_none(filter(None, map(successor.named, doubtful)), kept)

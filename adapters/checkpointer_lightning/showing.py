@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
+from checkpointer.ranking import merit
 from checkpointer_lightning.topk import competing
 
 __all__ = ["Account", "account_of"]
@@ -73,10 +74,12 @@ def account_of(
     best = {os.path.join(directory, record.name): _score(policy, record) for record in in_order}
     newest_first = top if policy.ranking else history[::-1]
     is_full = bool(best) and top_k in (-1, len(best))
+    ranking = policy.ranking
+    worst = max(in_order, key=lambda record: merit(ranking.sort_key(record))) if ranking and is_full else None
     return Account(
         best=best,
         best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",
-        kth_path=os.path.join(directory, policy.ranking.worst(in_order).name) if policy.ranking and is_full else "",
+        kth_path=os.path.join(directory, worst.name) if worst else "",
         last_path=os.path.join(directory, slot) if slot and manifest.history else "",
         current=list(best.values())[-1] if best else None,
         worst=_worst(policy),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 
 from checkpointer import KeepBest, Policy, Record
 from checkpointer.ledger import Ledger, ledger_of
-from checkpointer.retention import Rule
+from checkpointer.retention import Asked, Kept, Rule
 
 __all__ = ["ONLY_LAST", "competing", "with_competitors"]
 
@@ -41,7 +41,23 @@ class _Others:
     rule: Rule
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
-        return self.rule.keep(competing(history))
+        ledger = ledger_of(history)
+        rivals = competing(ledger)
+        kept = self.rule.keep(rivals)
+        return Kept(self, ledger) if isinstance(kept, Kept) and kept.is_of(self.rule, rivals) else kept
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        return self._asked.why(record, competing(history)) if competes(record) else None
+
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        return self._asked.kept(competing(history))
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+        return self._asked.may_lose([record for record in joined if competes(record)], competing(history))
+
+    @property
+    def _asked(self) -> Asked:
+        return cast(Asked, self.rule)
 
     def __str__(self) -> str:
         return str(self.rule)
