@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from checkpointer import EverySteps, KeepBest, KeepEvery, KeepLast, Policy
 from checkpointer.deciding import decide, explain, surplus
+from checkpointer.ledger import Ledger, ledger_of
 from checkpointer.manifest import Manifest
 from checkpointer.ordered import Ordered
-from checkpointer.retention import Budget
+from checkpointer.records import Record
+from checkpointer.retention import Budget, Kept
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 200)), max_size=400), st.sets(st.integers(0, 200)))
@@ -41,6 +44,31 @@ def test_a_sorted_sequence_is_as_a_sorted_list(changes: list[tuple[bool, int]], 
         assert model[place:] == list(tree.starting_at(place))
 
 
+def is_odd(one: Record) -> bool:
+    """Return whether the step is odd."""
+    return bool(one.step % 2)
+
+
+@attrs.frozen
+class OfOddSteps:
+    """Keeps of a part of the history what its rule keeps, and can be asked about one record, as hosts' rules can."""
+
+    rule: Any
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return Kept(self, ledger_of(history))
+
+    def why(self, one: Record, history: Ledger) -> str | None:
+        why: str | None = self.rule.why(one, history.where(is_odd)) if is_odd(one) else None
+        return why
+
+    def kept(self, history: Ledger) -> Any:
+        return self.rule.kept(history.where(is_odd))
+
+    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Any:
+        return self.rule.may_lose([one for one in joined if is_odd(one)], history.where(is_odd))
+
+
 LOSSES = (None, 0.0, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf)
 CHANGES = (*["save"] * 8, *["attach"] * 2, "pin", "rescue", "move", "lose", "late", "other", "fork")
 some_rules: st.SearchStrategy[Any] = st.one_of(
@@ -57,6 +85,7 @@ some_rules: st.SearchStrategy[Any] = st.one_of(
     st.builds(KeepEvery, epochs=st.integers(1, 4)),
     st.builds(KeepEvery, seconds=st.integers(2, 9)),
 )
+some_rules |= st.builds(OfOddSteps, some_rules)
 some_limits: st.SearchStrategy[Any] = st.lists(st.builds(Budget, bytes=st.integers(20, 90)), max_size=1)
 
 
