@@ -215,15 +215,16 @@ class Ledger(Sequence[Record]):
             found = self._found.get(what)
         except TypeError:  # A score of one's own that cannot be hashed.
             return what.of(self)
-        if found is None:
+        before = self._before()
+        if found is None and before:
             # By the ledger before, if it still lives: this one may be what a decision only thinks of.
-            before = self._before()
-            found = None if not before else before._found_after(what, before._worked_out(what), self)
-            found = self._found[what] = found or _Found(what.of(self), [0])
+            before._work_out(what)
+            self._take_over(before)
+        found = self._work_out(what)
         found.asked[0] = max(found.asked[0], self._generation)
         return cast(S, found.value)
 
-    def _worked_out(self, what: Finding[Any]) -> _Found:
+    def _work_out(self, what: Finding[Any]) -> _Found:
         if what not in self._found:
             self._found[what] = _Found(what.of(self), [self._generation])
         return self._found[what]
@@ -246,23 +247,21 @@ class Ledger(Sequence[Record]):
         successor._generation = self._generation + 1
         successor._before = weakref.ref(self)
         successor.change = change
-        # A copy: another thread may be asking this one for more. What takes in others comes after them.
-        for what, found in self._found.copy().items():
-            after = self._found_after(what, found, successor) if self._is_remembered(found) else None
-            if after is not None:
-                successor._found[what] = after
-            successor.has_lost_a_fold |= _is_a_lost_fold(what, found, after)
+        successor._take_over(self)
         return successor
 
-    def _is_remembered(self, found: _Found) -> bool:
-        return self._generation - found.asked[0] < _FORGOTTEN_AFTER
-
-    def _found_after(self, what: Finding[Any], found: _Found, successor: Ledger) -> _Found | None:
-        try:
-            value = what.after(found.value, self, successor)
-        except Exception:  # A score that cannot be worked out says so when it is asked for.
-            return None
-        return None if value is None else _Found(value, found.asked)
+    def _take_over(self, before: Ledger) -> None:
+        """Find out what the ledger before has found out, as far as that follows from it."""
+        # A copy: another thread may be asking that one for more. What is found out by the others comes after them.
+        known = sorted(before._found.copy().items(), key=lambda item: not isinstance(item[0], _BASIC))
+        for what, found in known:
+            if what in self._found:
+                continue
+            is_remembered = before._generation - found.asked[0] < _FORGOTTEN_AFTER
+            value = _after(what, found.value, before, self) if is_remembered else None
+            if value is not None:
+                self._found[what] = _Found(value, found.asked)
+            self.has_lost_a_fold |= _is_a_lost_fold(what, found.value, value)
 
     # A sequence
 
@@ -315,10 +314,19 @@ def _nobody() -> None:
     return None
 
 
-def _is_a_lost_fold(what: Finding[Any], found: _Found, after: _Found | None) -> bool:
+def _after(what: Finding[S], found: S, before: Ledger, successor: Ledger) -> S | None:
+    try:
+        return what.after(found, before, successor)
+    except Exception:  # A score that cannot be worked out says so when it is asked for.
+        return None
+
+
+_BASIC: Final = (_Sorted, _Folded, _Part)
+
+
+def _is_a_lost_fold(what: Finding[Any], found: Any, after: Any) -> bool:
     if isinstance(what, _Folded):
         return after is None
-    if not isinstance(what, _Part) or not isinstance(found.value, Ledger):
+    if not isinstance(what, _Part) or not isinstance(found, Ledger):
         return False  # What is found out of all records is found out by the ledger itself.
-    part = None if after is None else after.value
-    return not isinstance(part, Ledger) or (part is not found.value and part.has_lost_a_fold)
+    return not isinstance(after, Ledger) or (after is not found and after.has_lost_a_fold)
