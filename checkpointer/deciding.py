@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container
 from typing import Literal
 
 import attrs
@@ -12,7 +12,7 @@ from checkpointer.ledger import Ledger
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.records import Kind, Observation, Progress, Record
-from checkpointer.retention import KeepBest, Reasons, kept_by
+from checkpointer.retention import PINNED, KeepBest, Reasons, kept_by
 
 __all__ = [
     "Attach",
@@ -261,7 +261,7 @@ def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
     newest = manifest.history[-1] if manifest.history else None
     # Named among the rules, so that a limit counts it and takes it for the newest.
     named = {newest.name: _NEWEST} if policy.last and newest else {}
-    reasons = kept_by(policy.rules, policy.limits, history, policy.best_rule, named=(_Pinned(history), named))
+    reasons = kept_by((*policy.rules, PINNED), policy.limits, history, policy.best_rule, named=(named,))
     always = {name: why for name, why in named.items() if not reasons.of(name)}
     resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
     rescues = {
@@ -314,25 +314,6 @@ class _Replaceable:
 def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:
     """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
     return manifest.history_but(policy.name.last_file) if policy.last else manifest.history
-
-
-@attrs.frozen(eq=False)
-class _Pinned(Mapping[str, str]):
-    """The checkpoints that a person pinned, without going through them all."""
-
-    history: Ledger
-
-    def __getitem__(self, name: str) -> str:
-        record = self.history.named(name)
-        if record is None or not record.pinned:
-            raise KeyError(name)
-        return "pinned"
-
-    def __iter__(self) -> Iterator[str]:
-        return (record.name for record in self.history if record.pinned)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _candidate(now: Observation, manifest: Manifest) -> Record:

@@ -7,9 +7,10 @@ by, and hands all its orders on to its successor, which costs the logarithm of h
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 import attrs
@@ -26,7 +27,7 @@ _FORGOTTEN_AFTER: Final = 8
 
 
 class Order(Protocol):
-    """What records are sorted by. Two that are equal sort alike; hashable."""
+    """What records are sorted by."""
 
     def sort_key(self, record: Record) -> Key | None:
         """Return the record's key, which no other has; None if it has no place in this order."""
@@ -34,7 +35,7 @@ class Order(Protocol):
 
 
 class Fold(Protocol[S]):
-    """What is found out by going through the records one by one, where no order tells. Hashable."""
+    """What is found out by going through the records one by one, where no order tells. Equal ones find out the same."""
 
     def begin(self) -> S:
         """Return what is known of no records."""
@@ -82,7 +83,10 @@ class Change:
 
 
 class Finding(Protocol[S]):
-    """What can be found out about a ledger: how to work it out, and how to go on from it after a change. Hashable."""
+    """What can be found out about a ledger: how to work it out, and how to go on from it after a change.
+
+    Hashable; of equal ones the one is taken for the other.
+    """
 
     def of(self, ledger: Ledger) -> S:
         """Work it out, by going through all records."""
@@ -95,7 +99,8 @@ class Finding(Protocol[S]):
 
 @attrs.frozen
 class _Sorted:
-    order: Order
+    order: Order = attrs.field(eq=id)
+    """This very one: what derives from a rule may be equal to another and sort otherwise, or not be hashable."""
 
     def of(self, ledger: Ledger) -> Ordered[Record]:
         keyed = ((self.order.sort_key(record), record) for record in ledger)
@@ -173,7 +178,7 @@ class Ledger(Sequence[Record]):
         Ledger()
     """
 
-    __slots__ = ("__weakref__", "_before", "_found", "_generation", "_tree", "bytes", "change", "has_lost_a_fold")
+    __slots__ = ("__weakref__", "_before", "_found", "_generation", "_tree", "bytes", "change")
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._begin(Ordered((commit_order(record), record) for record in records))
@@ -187,8 +192,6 @@ class Ledger(Sequence[Record]):
         self._before: Callable[[], Ledger | None] = _nobody
         self.change = Change()
         """What made it out of the ledger before it."""
-        self.has_lost_a_fold = False
-        """Whether something that depends on the whole story could not be handed on to it."""
 
     # What is asked for
 
@@ -211,15 +214,11 @@ class Ledger(Sequence[Record]):
 
     def find(self, what: Finding[S]) -> S:
         """Return what is found out by going through all records, or by going on from the ledger before."""
-        try:
-            found = self._found.get(what)
-        except TypeError:  # A score of one's own that cannot be hashed.
-            return what.of(self)
         before = self._before()
-        if found is None and before:
+        if what not in self._found and before:
             # By the ledger before, if it still lives: this one may be what a decision only thinks of.
-            before._work_out(what)
-            self._take_over(before)
+            with contextlib.suppress(Exception):  # What is wrong with a score may be mended in this one.
+                self._take_over(what, before._work_out(what), before)
         found = self._work_out(what)
         found.asked[0] = max(found.asked[0], self._generation)
         return cast(S, found.value)
@@ -233,13 +232,16 @@ class Ledger(Sequence[Record]):
 
     def changed(self, *, gone: Iterable[Record] = (), come: Iterable[Record] = ()) -> Ledger:
         """Return the ledger without some of its records, and with others."""
-        change = Change(self._tree[-1] if len(self) else None, tuple(r for r in gone if r in self), tuple(come))
+        come = tuple(come)
+        replaced = (self._tree.get(commit_order(record)) for record in come)
+        old = {commit_order(record): record for record in chain(gone, filter(None, replaced)) if record in self}
+        change = Change(self._tree[-1] if len(self) else None, tuple(old.values()), come)
         if not change.gone and not change.come:
             return self
         tree = self._tree
-        for record in change.gone:
-            tree = tree.drop(commit_order(record))
-        for record in change.come:
+        for key in old:
+            tree = tree.drop(key)
+        for record in come:
             tree = tree.put(commit_order(record), record)
         successor: Ledger = Ledger.__new__(Ledger)
         successor._begin(tree)
@@ -247,21 +249,24 @@ class Ledger(Sequence[Record]):
         successor._generation = self._generation + 1
         successor._before = weakref.ref(self)
         successor.change = change
-        successor._take_over(self)
+        # A copy: another thread may be asking this one for more.
+        for what, found in self._found.copy().items():
+            if self._generation - found.asked[0] < _FORGOTTEN_AFTER:
+                successor._take_over(what, found, self)
         return successor
 
-    def _take_over(self, before: Ledger) -> None:
-        """Find out what the ledger before has found out, as far as that follows from it."""
-        # A copy: another thread may be asking that one for more. What is found out by the others comes after them.
-        known = sorted(before._found.copy().items(), key=lambda item: not isinstance(item[0], _BASIC))
-        for what, found in known:
-            if what in self._found:
-                continue
-            is_remembered = before._generation - found.asked[0] < _FORGOTTEN_AFTER
-            value = _after(what, found.value, before, self) if is_remembered else None
+    def follows(self, before: Ledger) -> bool:
+        """Return whether `change` is what lies between that ledger and this one, or nothing does."""
+        return self is before or self._before() is before
+
+    def _take_over(self, what: Finding[Any], found: _Found, before: Ledger) -> None:
+        """Take over what was found out about the ledger before, if that is possible."""
+        if what in self._found:
+            return
+        with contextlib.suppress(Exception):  # A score that cannot be worked out says so when it is asked for.
+            value = what.after(found.value, before, self)
             if value is not None:
                 self._found[what] = _Found(value, found.asked)
-            self.has_lost_a_fold |= _is_a_lost_fold(what, found.value, value)
 
     # A sequence
 
@@ -312,21 +317,3 @@ def ledger_of(records: Iterable[Record]) -> Ledger:
 
 def _nobody() -> None:
     return None
-
-
-def _after(what: Finding[S], found: S, before: Ledger, successor: Ledger) -> S | None:
-    try:
-        return what.after(found, before, successor)
-    except Exception:  # A score that cannot be worked out says so when it is asked for.
-        return None
-
-
-_BASIC: Final = (_Sorted, _Folded, _Part)
-
-
-def _is_a_lost_fold(what: Finding[Any], found: Any, after: Any) -> bool:
-    if isinstance(what, _Folded):
-        return after is None
-    if not isinstance(what, _Part) or not isinstance(found, Ledger):
-        return False  # What is found out of all records is found out by the ledger itself.
-    return not isinstance(after, Ledger) or (after is not found and after.has_lost_a_fold)

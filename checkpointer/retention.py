@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain, islice
-from typing import Any, Literal, Protocol, TypeGuard, cast, overload, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypeGuard, cast, overload, runtime_checkable
 
 import attrs
 
@@ -52,11 +52,11 @@ class Asked(Protocol):
         """Return all that it keeps."""
         ...
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
-        """Return at least those that have lost their place since these joined the history.
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
+        """Return at least those that were kept before ``history.change`` and are not any more.
 
-        Each of them is asked about again: one too many costs time, one too few is retired a process later. What a fold
-        knows and could not be handed on need not be thought of.
+        Each of them is asked about again: one too many costs time, one too few is retired a process later. Of the
+        records that came themselves nothing need be said.
         """
         ...
 
@@ -168,12 +168,11 @@ class KeepBest:
             return list(history.fold(_Incumbents(self)).places)
         return list(islice(ranked_by(self, history), self.k))
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         if self.metric.ties == "incumbent":
-            loser = history.fold(_Incumbents(self)).loser
-            return () if loser is None else (loser,)
-        return islice(history.by(self).starting_at(self.k), len(joined))
+            return _pushed_out(before.fold(_Incumbents(self)), history.fold(_Incumbents(self)), history)
+        return islice(history.by(self).starting_at(self.k), len(history.change.come))
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
@@ -202,25 +201,33 @@ class KeepBest:
 
 @attrs.frozen
 class _Places:
-    """The places among the best, best first."""
+    """Who is kept by a rule for which it matters who came when."""
 
     places: Ordered[Record] = attrs.field(factory=Ordered)
-    loser: Record | None = None
-    """Who was the last to lose a place."""
+    lost: tuple[Record, ...] = ()
+    """Who lost a place to the one that came last."""
     is_tied: bool = False
     """Whether somebody without a place is as good as the worst that has one."""
+    story: object = attrs.field(factory=object)
+    """The same as long as one is what became of the other, record by record."""
+
+
+def _pushed_out(before: _Places, now: _Places, history: Ledger) -> Iterable[Record]:
+    """Return who may have lost a place by one change: all, if they are not of one story."""
+    return now.lost if now.story is before.story and len(history.change.come) <= 1 else history
 
 
 @attrs.frozen
 class _Incumbents:
-    """Who holds a place among the best if an equal takes it from nobody: that depends on who came when."""
+    """Who holds a place among the best if an equal takes it from nobody: best first."""
 
-    rule: KeepBest
+    rule: KeepBest = attrs.field(eq=id)
 
     def begin(self) -> _Places:
         return _Places()
 
     def take(self, state: _Places, record: Record) -> _Places:
+        state = attrs.evolve(state, lost=())
         key, places = self.rule.sort_key(record), state.places
         if not is_ranked(key):
             return state
@@ -232,7 +239,7 @@ class _Incumbents:
         loser = places[places.rank(worst)]  # Of the worst the oldest.
         places = places.drop(self.rule.sort_key(loser)).put(key, record)
         # All that have no place were no better than the one that just lost its own.
-        return _Places(places, loser, self._worst(places) == worst)
+        return attrs.evolve(state, places=places, lost=(loser,), is_tied=self._worst(places) == worst)
 
     def _worst(self, places: Ordered[Record]) -> Key:
         return merit(self.rule.sort_key(places[-1]))
@@ -268,9 +275,9 @@ class KeepLast:
         """See `Asked.kept`."""
         return history[-self.n :]
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
-        return history[-self.n - len(joined) : -self.n]
+        return history[-self.n - len(history.change.come) : -self.n]
 
     def __str__(self) -> str:
         return f"the last {self.n}"
@@ -326,7 +333,7 @@ class KeepEvery:
     def why(self, record: Record, history: Ledger) -> str | None:
         """See `Asked.why`."""
         if self.seconds is not None:
-            is_kept = history.fold(_Spaced(self.seconds)).get(commit_order(record)) is not None
+            is_kept = history.fold(_Spaced(self.seconds)).places.get(commit_order(record)) is not None
         else:
             is_kept = self._is_first(record, history)
         return str(self) if is_kept else None
@@ -334,15 +341,15 @@ class KeepEvery:
     def kept(self, history: Ledger) -> Iterable[Record]:
         """See `Asked.kept`."""
         if self.seconds is not None:
-            return history.fold(_Spaced(self.seconds))
+            return history.fold(_Spaced(self.seconds)).places
         return [record for record in history if self._is_first(record, history)]
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         if self.seconds is not None:
-            return ()  # What came later has not changed what was kept.
+            return _pushed_out(before.fold(_Spaced(self.seconds)), history.fold(_Spaced(self.seconds)), history)
         in_turn = history.by(self)
-        keys = (self.sort_key(record) for record in joined)
+        keys = (self.sort_key(record) for record in history.change.come)
         return chain.from_iterable(islice(in_turn.starting_at(in_turn.rank(key) + 1), 1) for key in keys if key)
 
     def sort_key(self, record: Record) -> Key | None:
@@ -367,21 +374,22 @@ class KeepEvery:
 
 @attrs.frozen
 class _Spaced:
-    """Those that are so many seconds apart, each from the one before."""
+    """Those that are so many seconds apart, each from the one before: in commit order."""
 
     seconds: float
 
-    def begin(self) -> Ordered[Record]:
-        return Ordered()
+    def begin(self) -> _Places:
+        return _Places()
 
-    def take(self, state: Ordered[Record], record: Record) -> Ordered[Record]:
-        if state and 0 <= record.time - state[-1].time < self.seconds:
+    def take(self, state: _Places, record: Record) -> _Places:
+        places = state.places
+        if places and 0 <= record.time - places[-1].time < self.seconds:
             return state
-        return state.put(commit_order(record), record)
+        return attrs.evolve(state, places=places.put(commit_order(record), record))
 
-    def untake(self, state: Ordered[Record], record: Record, *, is_newest: bool) -> Ordered[Record] | None:
-        without = state.drop(commit_order(record))
-        return without if is_newest or without is state else None
+    def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
+        places = state.places.drop(commit_order(record))
+        return attrs.evolve(state, places=places) if is_newest or places is state.places else None
 
 
 @attrs.frozen
@@ -406,7 +414,7 @@ class KeepAll:
         """See `Asked.kept`."""
         return history
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
         return ()
 
@@ -478,6 +486,27 @@ class Reasons:
         return {name: why for name in names if (why := self.of(name))}
 
 
+@attrs.frozen
+class _Pinned:
+    """Keeps what a person pinned."""
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return Kept(self, ledger_of(history))
+
+    def why(self, record: Record, history: Ledger) -> str | None:
+        return "pinned" if record.pinned else None
+
+    def kept(self, history: Ledger) -> Iterable[Record]:
+        return [record for record in history if record.pinned]
+
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
+        return ()
+
+
+PINNED: Final = _Pinned()
+"""The rule that holds whatever the policy says."""
+
+
 def kept_by(
     rules: Sequence[Rule],
     limits: Sequence[Limit],
@@ -527,16 +556,15 @@ def _are_own(kept: Sequence[Mapping[str, str]], rules: Sequence[Rule], history: 
 class _Unkept:
     """The names that no rule keeps: who was kept still is, unless somebody who came has pushed it out."""
 
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = attrs.field(eq=lambda rules: tuple(map(id, rules)))
 
     def of(self, ledger: Ledger) -> frozenset[str]:
         return _in_none(ledger, [rule.keep(ledger) for rule in self.rules])
 
     def after(self, found: frozenset[str], before: Ledger, successor: Ledger) -> frozenset[str] | None:
         kept = [rule.keep(successor) for rule in self.rules]
-        if not _are_own(kept, self.rules, successor) or successor.has_lost_a_fold or len(successor.change.come) > 1:
+        if not _are_own(kept, self.rules, successor):
             return None
-        come = successor.change.come
-        pushed_out = chain.from_iterable(names.rule.may_lose(come, successor) for names in kept)
-        doubtful = found.union(record.name for record in chain(come, pushed_out))
+        pushed_out = chain.from_iterable(names.rule.may_lose(before, successor) for names in kept)
+        doubtful = found.union(record.name for record in chain(successor.change.come, pushed_out))
         return _in_none(filter(None, map(successor.named, doubtful)), kept)

@@ -13,14 +13,15 @@ from typing import Any
 
 import attrs
 import pytest
-from factories import manifest, record
+from factories import history, manifest, record
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepEvery, KeepLast, Manifest, Policy
 from checkpointer.deciding import surplus
+from checkpointer.errors import ObservationError
 from checkpointer.ledger import Ledger
 from checkpointer.ordered import WIDTH, Ordered
 from checkpointer.records import Record
-from checkpointer.retention import Budget, Rule
+from checkpointer.retention import Budget, Rule, kept_by
 from checkpointer.storage import MemoryStorage
 
 EACH = EverySteps(1)
@@ -66,6 +67,7 @@ MANY: dict[str, list[Rule]] = {
     "ranked": [KeepBest(10**6, "loss", mode="min"), KeepLast(2)],
     "each a half": [KeepEvery(steps=2), KeepLast(10**6)],
     "by time": [KeepEvery(seconds=1), KeepBest(2, "loss", mode="min")],
+    "pinned": [KeepLast(3)],
     "incumbents": [KeepAll(), KeepBest(2, "loss", mode="min", ties="incumbent")],
 }
 
@@ -127,8 +129,9 @@ def calls_of_a_save(keep: list[Any], count: int, *, warm: int = 3) -> int:
 def of_many(keep: list[Any], count: int, *, last: Any = "copy") -> CheckpointManager:
     """Return a manager of that many checkpoints, of which no payload is there."""
     manager = CheckpointManager(MemoryStorage(), Policy(EACH, keep, last=last), state=lambda: {"w": 1}, run="run-a")
+    is_pinned = keep == MANY["pinned"]
     records = [
-        record(f"epoch=0-step={n}.ckpt", step=n, epoch=0, metrics={"loss": n % 7}, size=1000, time=float(n))
+        record(f"epoch=0-step={n}.ckpt", step=n, epoch=0, metrics={"loss": n % 7}, size=1000, time=n, pinned=is_pinned)
         for n in range(1, count + 1)
     ]
     manager._directory.manifest = attrs.evolve(manager.manifest, records=records)
@@ -269,8 +272,9 @@ class _Score:
 
 
 def test_a_score_that_cannot_be_hashed_ranks_all_the_same() -> None:
-    """It is only not remembered by."""
+    """What is remembered is remembered of this very rule."""
     rule = KeepBest(2, _Score(), mode="min")
+    assert _Score() == _Score()
     with pytest.raises(TypeError, match="unhashable"):
         hash(rule)
     with CheckpointManager(None, Policy(EACH, [rule]), state=lambda: {"w": 1}) as manager:
@@ -333,3 +337,63 @@ def findings(seen: Manifest) -> int:
         return len(ledger._found) + sum(map(count, parts))
 
     return count(seen.records)
+
+
+class AfterStep(KeepBest):
+    """Has something of its own that its equality does not know of."""
+
+    first: int = 0
+
+    def ranks(self, record: Record) -> bool:
+        return record.step >= self.first
+
+
+def after_step(first: int) -> AfterStep:
+    """Return a rule that compares equal to the others."""
+    rule = AfterStep(1, "loss", mode="min")
+    object.__setattr__(rule, "first", first)
+    return rule
+
+
+def test_rules_that_only_seem_equal_are_not_taken_for_each_other() -> None:
+    """What derives from a rule of ours may well be equal to another and keep something else."""
+    rules = [after_step(0), after_step(3)]
+    assert rules[0] == rules[1]
+    kept = kept_by(rules, [], history(1, 2, 4, 3), None)
+    assert {"s2", "s3"} == kept.unkept
+
+
+def test_a_ledger_counts_its_bytes_whatever_it_is_told() -> None:
+    """Somebody is told to go twice, or comes in the place of somebody."""
+    one, two = history(1, 2)
+    ledger = Ledger([one, two])
+    assert 10 == ledger.changed(gone=[one, one]).bytes
+    assert 35 == ledger.changed(come=[attrs.evolve(two, size=25)]).bytes
+
+
+def test_a_score_that_fails_is_asked_for_once_or_twice_and_not_by_every_question() -> None:
+    """An order that cannot be handed on is worked out anew, and says so if that fails as well."""
+    asked = 0
+
+    def counting(metrics: Mapping[str, float]) -> float:
+        nonlocal asked
+        asked += 1
+        return 1 / metrics["loss"]
+
+    policy = Policy(EACH, [KeepBest(300, counting, mode="max"), KeepLast(1)])
+    seen = manifest(history(*range(1, 301)))
+    assert () == surplus(policy, seen)
+    asked = 0
+    with pytest.raises(ObservationError, match="division by zero"):
+        surplus(policy, seen.with_record(record(step=301, metrics={"loss": 0.0})))
+    assert asked < 300 * 5
+
+
+def test_a_record_whose_score_fails_is_in_nobodys_way_once_it_is_mended_or_gone() -> None:
+    """What would fail for the ledger before is asked of this one."""
+    policy = Policy(EACH, [KeepBest(1, f1, mode="max"), KeepLast(1)])
+    scores = [0.5, 0.0, 0.4]
+    seen = manifest([record(step=n, metrics={"p": p, "r": p}) for n, p in enumerate(scores, start=1)])
+    assert () == surplus(policy, seen.without("s2"))
+    mended = seen.with_record(record(step=2, metrics={"p": 0.9, "r": 0.9}))
+    assert ("s1",) == surplus(policy, mended)

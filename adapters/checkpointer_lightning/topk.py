@@ -52,8 +52,10 @@ class _Others:
     def kept(self, history: Ledger) -> Iterable[Record]:
         return self._asked.kept(competing(history))
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Iterable[Record]:
-        return self._asked.may_lose([record for record in joined if competes(record)], competing(history))
+    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
+        rivals = competing(history)
+        then = competing(before)
+        return self._asked.may_lose(then, rivals) if rivals.follows(then) else rivals
 
     @property
     def _asked(self) -> Asked:

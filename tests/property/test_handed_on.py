@@ -65,8 +65,9 @@ class OfOddSteps:
     def kept(self, history: Ledger) -> Any:
         return self.rule.kept(history.where(is_odd))
 
-    def may_lose(self, joined: Sequence[Record], history: Ledger) -> Any:
-        return self.rule.may_lose([one for one in joined if is_odd(one)], history.where(is_odd))
+    def may_lose(self, before: Ledger, history: Ledger) -> Any:
+        then, odd = before.where(is_odd), history.where(is_odd)
+        return self.rule.may_lose(then, odd) if odd.follows(then) else odd
 
 
 LOSSES = (None, 0.0, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf)
