@@ -633,6 +633,8 @@ def main() -> None:
         "memory": lambda: memory(min(512, arguments.megabytes), peers),
         "many": lambda: [with_many(count, kept) for count in arguments.checkpoints for kept in MANY_KEPT],
     }
+    if unknown := set(arguments.only or ()) - measures.keys():
+        parser.error(f"no measure {', '.join(sorted(unknown))}; there are {', '.join(measures)}")
     for name in arguments.only or measures:
         measure = measures[name]
         rows += (new := measure())

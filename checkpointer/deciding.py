@@ -11,15 +11,15 @@ from checkpointer._html import lines_html
 from checkpointer.ledger import Ledger
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
+from checkpointer.reasons import PINNED, Reasons, kept_by
 from checkpointer.records import Kind, Observation, Progress, Record
-from checkpointer.retention import PINNED, KeepBest, Reasons, kept_by
+from checkpointer.retention import KeepBest
 
 __all__ = [
     "Attach",
     "Decision",
     "Save",
     "Skip",
-    "Taken",
     "after",
     "decide",
     "decide_rescue",
@@ -173,7 +173,7 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
 def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
     """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
     if taken is None:
-        taken = Taken(manifest, policy.aliases)
+        taken = _Taken(manifest, policy.aliases)
     known = manifest.seen | policy.known_metrics | set(policy.name.keys)
     stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
     return policy.name.free_name(stem, taken)
@@ -216,7 +216,7 @@ def _named(
     known = manifest.seen | policy.known_metrics
     stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
     replaceable = _Replaceable(manifest, retire, frozenset((*policy.aliases, manifest.resumed)), policy)
-    name = policy.name.free_name(stem, Taken(manifest, policy.aliases), replaceable=replaceable)
+    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
     replaces = name in manifest.by_name
     if replaces:
         # What is replaced takes no place among the k or the last n.
@@ -238,7 +238,7 @@ def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record)
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
     """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
     stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
-    name = policy.name.free_name(stem, Taken(manifest, policy.aliases))
+    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases))
     return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
 
 
@@ -285,7 +285,7 @@ def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str,
 
 
 @attrs.frozen
-class Taken:
+class _Taken:
     """The names in use, without a set of them all."""
 
     manifest: Manifest

@@ -87,7 +87,8 @@ class Ordered(Generic[T]):
         """Return the item at a place, 0-based; a negative one counts from the end."""
         place = place + len(self) if place < 0 else place
         if not 0 <= place < len(self):
-            raise IndexError(place)
+            msg = f"no item {place}: there are {len(self)}"
+            raise IndexError(msg)
         return next(self.starting_at(place))
 
     def starting_at(self, place: int) -> Iterator[T]:

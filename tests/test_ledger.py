@@ -20,8 +20,9 @@ from checkpointer.deciding import surplus
 from checkpointer.errors import ObservationError
 from checkpointer.ledger import Ledger
 from checkpointer.ordered import WIDTH, Ordered
+from checkpointer.reasons import kept_by
 from checkpointer.records import Record
-from checkpointer.retention import Budget, Rule, kept_by
+from checkpointer.retention import Budget, Rule
 from checkpointer.storage import MemoryStorage
 
 EACH = EverySteps(1)
@@ -35,7 +36,7 @@ def test_a_place_that_is_not_there_is_an_error(place: int) -> None:
 
 
 def test_a_sorted_sequence_stays_low() -> None:
-    """100 000 items lie at most five nodes deep, and a tenth of them that is left no deeper."""
+    """However many items came, and went again: as deep as the logarithm of those that are there."""
     tree = Ordered[int]()
     for n in range(20_000):
         tree = tree.put((n * 7919 % 20_011,), n)

@@ -14,8 +14,9 @@ from factories import history, record
 from checkpointer.errors import PolicyError
 from checkpointer.ledger import Ledger
 from checkpointer.ranking import Metric, Ranking
+from checkpointer.reasons import kept_by
 from checkpointer.records import Record
-from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast, Rule, kept_by
+from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast, Rule
 
 nan, inf = math.nan, math.inf
 LOSS = Metric("loss", mode="min")
