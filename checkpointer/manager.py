@@ -25,7 +25,6 @@ from checkpointer.errors import (
     CheckpointerWarning,
     ClosedError,
     NotFoundError,
-    ObservationError,
     PolicyError,
     SaveError,
 )
@@ -240,9 +239,8 @@ class CheckpointManager:
         An `Attach` is carried out at once. Arguments and errors as for `observe`.
         """
         self._check_open()
-        self._carrier.hear()
         now = self._pacing.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
-        self._carrier.reported |= now.metrics.keys()
+        self._carrier.hear()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             self._carrier.attach(decision)
@@ -263,12 +261,10 @@ class CheckpointManager:
         if now.step < self._pacing.last_step and manifest.at_step(now.step) is None:
             if now.step in self._carrier.saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
-            msg = (
-                f"the step went back from {self._pacing.last_step} to {now.step}; after loading an older state call "
-                "restore(), for another training make another manager"
-            )
-            raise ObservationError(msg)
-        self._pacing.advance(now.step)
+            self._pacing.refuse(now.step)
+        self._carrier.reported |= now.metrics.keys()
+        if not manifest.seen.issuperset(now.metrics):
+            manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
         owed = self._pacing.owed or why
         decision = decide(self.policy, now, manifest, since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
@@ -338,6 +334,7 @@ class CheckpointManager:
             epoch: 0-based index of the epoch; None takes the last observation's.
 
         Raises:
+            ObservationError: If ``step`` is before the step that the run goes on from.
             SaveError: If it could not be written.
         """
         self._check_open()

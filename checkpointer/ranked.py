@@ -242,10 +242,18 @@ class RankedManager:
         Rank 0's metrics count. Costs no communication unless something can be due; under a time trigger the ranks
         talk every few steps, see `checkpointer.ranks.Agreement`.
         """
-        before, self._seen = self._seen, (step, epoch)
-        if not due and before[0] < step and self._is_quiet(step, epoch, epoch_end):
-            return self._quiet
-        return self._ask(lambda manager: manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due))
+        newest, at = self._seen
+        if newest <= step:
+            self._seen = (step, epoch)
+            if not due and newest < step and self._is_quiet(step, epoch, epoch_end):
+                return self._quiet
+
+        def observe(manager: CheckpointManager) -> Decision:
+            if step < newest:  # The manager does not know the quiet reports, and has to judge an older step by them.
+                manager.observe({}, newest, at, epoch_end=False)
+            return manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due)
+
+        return self._ask(observe)
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._told.horizon
