@@ -56,6 +56,11 @@ class Restored:
         """0-based index of the epoch in progress or just ended when the state was taken."""
         return self.record.epoch
 
+    @property
+    def epochs(self) -> int:
+        """Finished epochs when the state was taken: the index of the epoch to go on with."""
+        return self.record.progress.epochs
+
 
 def choose(
     which: str | int | None,
