@@ -232,6 +232,28 @@ def test_damaged_metadata_is_corrupt(folder: Path) -> None:
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("saved", "here"), [(torch.int64, torch.int8), (torch.float32, torch.int64), (torch.float32, torch.bfloat16)]
+)
+def test_numbers_that_the_state_cannot_hold_are_refused(tmp_path: Path, saved: torch.dtype, here: torch.dtype) -> None:
+    """DCP itself would convert them silently."""
+    folder = str(tmp_path / "folder.dcp")
+    DcpFormat().write_folder({"w": torch.full((2,), 300).to(saved)}, folder)
+    template = {"w": torch.zeros(2, dtype=here)}
+    with pytest.raises(RestoreError, match=rf"w is {saved} in the checkpoint, and {here} here cannot hold it"):
+        DcpFormat(template=lambda: template).read_folder(folder, weights_only=True, map_location="cpu")
+    assert [0, 0] == template["w"].tolist()
+
+
+def test_numbers_that_the_state_can_hold_are_converted(tmp_path: Path) -> None:
+    """Nothing is lost by it."""
+    folder = str(tmp_path / "folder.dcp")
+    DcpFormat().write_folder({"w": torch.full((2,), 1.5, dtype=torch.bfloat16)}, folder)
+    template = {"w": torch.zeros(2, dtype=torch.float64)}
+    DcpFormat(template=lambda: template).read_folder(folder, weights_only=True, map_location="cpu")
+    assert [1.5, 1.5] == template["w"].tolist()
+
+
 def test_a_state_without_names_is_refused(tmp_path: Path) -> None:
     """DCP writes dicts; the message says so."""
     with pytest.raises(SaveError, match="the state is a list"):

@@ -334,7 +334,7 @@ def _check_folder(metadata: Metadata) -> None:
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
-    """Raise unless the template and the folder have the same names and shapes: nothing is left out silently."""
+    """Raise unless the template has the folder's names and shapes, and can hold its numbers."""
     here = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
     flat, _ = flatten_state_dict(here)
     there = metadata.state_dict_metadata
@@ -342,12 +342,14 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
     problems += [f"{name} is not in the state" for name in sorted(there.keys() - flat.keys())]
     for name in sorted(flat.keys() & there.keys()):
         value, stored = flat[name], there[name]
-        if (
-            isinstance(value, torch.Tensor)
-            and isinstance(stored, TensorStorageMetadata)
-            and value.size() != stored.size
-        ):
+        if not isinstance(value, torch.Tensor) or not isinstance(stored, TensorStorageMetadata):
+            continue
+        dtype = stored.properties.dtype
+        if value.size() != stored.size:
             problems.append(f"{name} has the shape {list(stored.size)} in the checkpoint, {list(value.size())} here")
+        elif not _holds(value.dtype, dtype):
+            # DCP would convert it without a word: 300 as an int64 becomes 44 as an int8.
+            problems.append(f"{name} is {dtype} in the checkpoint, and {value.dtype} here cannot hold it")
     if problems:
         more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
         msg = (
@@ -355,6 +357,14 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)
+
+
+def _holds(here: torch.dtype, there: torch.dtype) -> bool:
+    """Return whether each number of one type is a number of the other."""
+    try:
+        return here == there or torch.promote_types(here, there) == here
+    except RuntimeError:  # Eight-bit floats are not promoted.
+        return False
 
 
 def _moved(state: Any, map_location: Any) -> Any:
