@@ -15,14 +15,14 @@ from checkpointer import index
 from checkpointer.aliases import Aliases
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import own_name, surplus
-from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
+from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
 
 __all__ = ["Directory"]
 
@@ -150,16 +150,15 @@ class Directory:
 
     def prepare(self) -> None:
         """Check that the storage can be written to, and sweep it; later calls do nothing."""
-        if self._signed and self.transaction.trust is None:
-            msg = (
-                f"{self._signed} checkpoints in {self.storage} are signed, and what is written without the key would "
-                "not be believed; pass trust= with their key, or open the directory without state= to look at it"
-            )
-            raise UntrustedError(msg)
+        self.check_key()
         if not self._prepared and isinstance(self.storage, SupportsSweep):
             self.storage.prepare()
             self.transaction.sweep()
         self._prepared = True
+
+    def check_key(self) -> None:
+        """Raise `UntrustedError` if the directory is signed, and there is no key to change it with."""
+        refuse_unsigned(self._signed, self.storage, self.transaction.trust)
 
     def begin(self) -> None:
         """Take over what belongs to this run, now that it is about to change something; later calls do nothing."""

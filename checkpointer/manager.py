@@ -560,6 +560,7 @@ class CheckpointManager:
         scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
+            self._directory.check_key()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
             with open(path, "w", encoding="utf-8") as stream:

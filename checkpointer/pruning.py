@@ -17,6 +17,7 @@ from checkpointer.ports import SupportsSweep
 from checkpointer.records import Record
 from checkpointer.retention import KeepBest, KeepLast, Rule
 from checkpointer.transaction import Transaction
+from checkpointer.trust import refuse_unsigned
 
 __all__ = ["Pruning", "plan_pruning", "prune"]
 
@@ -109,9 +110,11 @@ def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple
         What is gone. What would not go is warned of, and its record says that it is to.
 
     Raises:
+        UntrustedError: If the directory has signed records, and the transaction has no key.
         AliasInUseError: If a live manager works in the directory.
         RestoreError: If records are damaged: what they stand for may be what the policy would keep.
     """
+    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
     refuse_if_live(catalog)
     if catalog.damaged:
         msg = (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import attrs
 
-from checkpointer.errors import UntrustedError
 from checkpointer.inspecting import look_at
 from checkpointer.owner import is_dead
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
 
 __all__ = ["Swept", "sweep"]
 
@@ -43,9 +42,7 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
         Swept(staged=0, finished=(), left=())
     """
     before = look_at(storage, trust)
-    if before.signed and trust is None:
-        msg = f"the checkpoints in {storage} are signed; pass their key, so that what is finished can be signed too"
-        raise UntrustedError(msg)
+    refuse_unsigned(before.signed, before.place, trust)
     transaction = Transaction(storage, owner, trust)
     staged = 0
     if isinstance(storage, SupportsSweep):
