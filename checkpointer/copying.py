@@ -19,6 +19,7 @@ from checkpointer.storage.counting import CountingStorage
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey, refuse_unsigned
 from checkpointer.wording import size_text
+from checkpointer.writers import refuse_if_live
 
 __all__ = ["Copying", "copy", "plan_copying"]
 
@@ -116,6 +117,7 @@ def copy(
         StorageError: If both are the same place.
         NotEnoughSpaceError: If the destination has not got the room. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
+        AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
         CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
         UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
 
@@ -135,6 +137,7 @@ def copy(
     transaction = Transaction(storage, owner, trust)
     target = look_at(storage, trust)
     refuse_unsigned(target.signed, target.place, trust)
+    refuse_if_live(storage, target.place)
     plan = plan_copying(source, target, records)
     _check_space(plan, storage)
     on_plan(plan)

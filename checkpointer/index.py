@@ -57,15 +57,15 @@ def json_name(name: str) -> str:
     return f"{folder}{slash}{last}{_JSON}"
 
 
-def directories_below(paths: Iterable[str]) -> list[str]:
-    """Return the folders below a directory that have records of their own, sorted.
+def directories_below(paths: Iterable[str], inside: str = HOME) -> list[str]:
+    """Return the folders below a directory that hold files of their own ``inside``, sorted.
 
     Example:
         >>> directories_below(["a.ckpt", "b/c/.checkpointer/records/d.ckpt.json", "b/c/d.ckpt"])
         ['b/c']
     """
-    home = f"/{HOME}/"
-    return sorted({path[: path.index(home)] for path in paths if home in path and not path.startswith(f"{HOME}/")})
+    there = f"/{inside}/"
+    return sorted({path[: path.index(there)] for path in paths if there in path and not path.startswith(f"{HOME}/")})
 
 
 @attrs.frozen(kw_only=True)

@@ -13,7 +13,7 @@ from checkpointer.inspecting import look_at
 from checkpointer.records import Record
 from checkpointer.transaction import Transaction
 from checkpointer.trust import refuse_unsigned
-from checkpointer.wording import number_text
+from checkpointer.wording import number_text, some_of
 
 
 def adopt_command(
@@ -51,7 +51,11 @@ def adopt_command(
         refuse_unsigned(catalog.signed, catalog.place, key)
         adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch)
         if not adoption.found and not adoption.refused:
-            msg = f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, checkpoint-N"
+            below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
+            msg = (
+                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, "
+                f"checkpoint-N{below}"
+            )
             raise NotFoundError(msg)
         if not dry_run:
             made.extend(adopt(catalog, adoption, Transaction(storage, owner, key), run=run))
