@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError, UntrustedError
+from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
 from checkpointer.index import HOME
 from checkpointer.inspecting import Catalog, look_at
 from checkpointer.mirror import refuse_same
@@ -17,8 +17,9 @@ from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, Suppor
 from checkpointer.records import Record
 from checkpointer.storage.counting import CountingStorage
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
 from checkpointer.wording import size_text
+from checkpointer.writers import refuse_if_live
 
 __all__ = ["Copying", "copy", "plan_copying"]
 
@@ -116,8 +117,9 @@ def copy(
         StorageError: If both are the same place.
         NotEnoughSpaceError: If the destination has not got the room. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
+        AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
         CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
-        UntrustedError: If the records are signed, and there is no key.
+        UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
 
     Example:
         >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
@@ -131,11 +133,11 @@ def copy(
         ()
     """
     refuse_same(source.storage, storage)
-    if source.signed and trust is None:
-        msg = f"the checkpoints in {source.place} are signed; pass their key, so that the copies can be signed too"
-        raise UntrustedError(msg)
+    refuse_unsigned(source.signed, source.place, trust)
     transaction = Transaction(storage, owner, trust)
     target = look_at(storage, trust)
+    refuse_unsigned(target.signed, target.place, trust)
+    refuse_if_live(storage, target.place)
     plan = plan_copying(source, target, records)
     _check_space(plan, storage)
     on_plan(plan)

@@ -15,14 +15,15 @@ from checkpointer import index
 from checkpointer.aliases import Aliases
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import own_name, surplus
-from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
+from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError
 from checkpointer.manifest import Manifest
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
+from checkpointer.writers import clear_ended, mark, unmark, writers_in
 
 __all__ = ["Directory"]
 
@@ -69,6 +70,8 @@ class Directory:
         self._aliases = Aliases(self.transaction, policy, self.damaged)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
+        self._writers = writers_in(storage, listing.files)
+        self.below = index.directories_below(listing.files, index.RECORDS)
         if writes:
             self.prepare()
         records, self._left = self.transaction.recover(listing, write=writes)
@@ -149,17 +152,20 @@ class Directory:
     # Before the first change
 
     def prepare(self) -> None:
-        """Check that the storage can be written to, and sweep it; later calls do nothing."""
-        if self._signed and self.transaction.trust is None:
-            msg = (
-                f"{self._signed} checkpoints in {self.storage} are signed, and what is written without the key would "
-                "not be believed; pass trust= with their key, or open the directory without state= to look at it"
-            )
-            raise UntrustedError(msg)
-        if not self._prepared and isinstance(self.storage, SupportsSweep):
+        """Check that the storage can be written to, sweep it, and leave a mark; later calls do nothing."""
+        self.check_key()
+        if self._prepared:
+            return
+        if isinstance(self.storage, SupportsSweep):
             self.storage.prepare()
             self.transaction.sweep()
+        mark(self.storage, self.transaction.owner)
+        clear_ended(self.storage, self._writers)
         self._prepared = True
+
+    def check_key(self) -> None:
+        """Raise `UntrustedError` if the directory is signed, and there is no key to change it with."""
+        refuse_unsigned(self._signed, self.storage, self.transaction.trust)
 
     def begin(self) -> None:
         """Take over what belongs to this run, now that it is about to change something; later calls do nothing."""
@@ -271,11 +277,13 @@ class Directory:
         self._settle_aliases(slots=True, claim=False)
 
     def close(self) -> None:
-        """Write the index, give the aliases free, remove the staging area."""
+        """Write the index, give the aliases free, remove the mark of this writer and its staging area."""
         if self._prepared:
             with contextlib.suppress(OSError):
                 self._write_index()
                 self.transaction.release(self.policy.aliases)
+            unmark(self.storage, self.transaction.owner)
+            with contextlib.suppress(OSError):
                 if isinstance(self.storage, SupportsSweep):
                     self.storage.close()
 

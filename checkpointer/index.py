@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -23,6 +23,7 @@ __all__ = [
     "INDEX",
     "RECORDS",
     "Listing",
+    "directories_below",
     "json_name",
     "load",
     "read_bounded",
@@ -54,6 +55,17 @@ def json_name(name: str) -> str:
         # A character that is cut in two is left out.
         last = f"{data[:room].decode(errors='ignore')}~{digest}"
     return f"{folder}{slash}{last}{_JSON}"
+
+
+def directories_below(paths: Iterable[str], inside: str = HOME) -> list[str]:
+    """Return the folders below a directory that hold files of their own ``inside``, sorted.
+
+    Example:
+        >>> directories_below(["a.ckpt", "b/c/.checkpointer/records/d.ckpt.json", "b/c/d.ckpt"])
+        ['b/c']
+    """
+    there = f"/{inside}/"
+    return sorted({path[: path.index(there)] for path in paths if there in path and not path.startswith(f"{HOME}/")})
 
 
 @attrs.frozen(kw_only=True)

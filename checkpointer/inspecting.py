@@ -45,6 +45,16 @@ class Catalog:
     """How many records carry a signature."""
 
     @property
+    def has_records(self) -> bool:
+        """Whether there is any record, readable or not."""
+        return bool(self.records or self.damaged or self.unfinished)
+
+    @property
+    def below(self) -> list[str]:
+        """The folders below that have records of their own."""
+        return index.directories_below(self.files)
+
+    @property
     def runs(self) -> tuple[tuple[str, str], ...]:
         """Each run and label, in the order of their newest checkpoints."""
         return tuple(dict.fromkeys((r.run, r.label) for r in reversed(self.records)))[::-1]

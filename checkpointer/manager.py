@@ -54,6 +54,7 @@ from checkpointer.snapshot import Snapshots
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
+from checkpointer.wording import some_of
 from checkpointer.writing import FOLDER, Writer
 
 __all__ = ["CheckpointManager"]
@@ -159,6 +160,7 @@ class CheckpointManager:
         self._directory = Directory(
             storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
         )
+        self._say_what_is_below(storage)
         writer = Writer(self._directory, self._format, save)
         self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
         self._background = None
@@ -179,6 +181,17 @@ class CheckpointManager:
             _log.info("%s: %s", storage, words)
         self._pacing.go_on(self._first_progress(), self._clock.time())
         self._saver.tell("on_opened", self)
+
+    def _say_what_is_below(self, storage: Storage) -> None:
+        below = self._directory.below
+        if not below:
+            return
+        msg = f"{storage}: these directories below have checkpoints of their own: {some_of(below)}"
+        if self._directory.manifest.records:
+            _log.info(msg)
+        else:
+            hint = "This one has none yet; if you meant one of them, name it"
+            warnings.warn(f"{msg}. {hint}", CheckpointerWarning, stacklevel=3)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -557,6 +570,7 @@ class CheckpointManager:
         scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
+            self._directory.check_key()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
             with open(path, "w", encoding="utf-8") as stream:

@@ -18,10 +18,13 @@ from checkpointer._validators import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
 from checkpointer.wording import number_text, size_text
 
-__all__ = ["SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
+__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
 
 SCHEMA: Final = 1
 """Number of the record format; a reader refuses a higher one."""
+
+ADOPTED: Final = "adopted: "
+"""How the reason of a record begins whose payload another program wrote."""
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
@@ -190,6 +193,11 @@ class Record:
     """Unique id of this write."""
     pinned: bool = False
     """A pinned checkpoint is never retired."""
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether another program wrote the payload, and `checkpointer.adopting` the record."""
+        return self.reason.startswith(ADOPTED)
 
     @property
     def progress(self) -> Progress:

@@ -23,11 +23,12 @@ from checkpointer.errors import (
     RestoreError,
     UntrustedError,
 )
-from checkpointer.index import HOME, record_path
+from checkpointer.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
 from checkpointer.records import Record
+from checkpointer.wording import some_of
 
 __all__ = ["Restored", "Verify", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
 
@@ -287,8 +288,15 @@ def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Stor
         raise NotFoundError(msg)
     if storage is None:
         return
-    suffix = policy.name.suffix
-    files = sorted(path for path in storage.list() if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    suffix, there = policy.name.suffix, storage.list()
+    below = [] if manifest.records else directories_below(there, RECORDS)
+    if below:
+        msg = (
+            f"{storage} has no checkpoint of its own, and these directories below have: {some_of(below)}. Training "
+            "does not start over silently: name one of them, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
+    files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
     if files and not manifest.records:
         msg = (
             f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "

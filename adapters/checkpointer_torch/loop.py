@@ -19,6 +19,7 @@ from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
+from checkpointer_torch.adopted import begin_from_adopted
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.sources import open_place, own_name, request_file
 from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
@@ -92,6 +93,7 @@ class Loop:
         self._is_alone = self._ranks.size == 1
         self._training = training = Training(objects, self._ranks)
         self._directory = directory
+        self._options = options
         self._stopwatch = _Stopwatch(training)
         kept = {**options, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), self._stopwatch)
@@ -252,6 +254,9 @@ class Loop:
     ) -> Progress:
         """Go on with the newest valid checkpoint, if there is any, and return where the training is.
 
+        If ``checkpointer adopt`` made its record, another program wrote it: its weights are loaded, step and epoch are
+        those of the record, and a warning says what begins anew.
+
         Args:
             from_: None or ``"last"`` for the newest, ``"best"``, a name, a step; or the path or URL of a checkpoint or
                 directory elsewhere: that starts this directory, and is not looked at once this has checkpoints.
@@ -262,6 +267,12 @@ class Loop:
             MismatchError: If the checkpoint is of other objects; it lists them, and nothing was loaded.
             RestoreError: As for `CheckpointManager.restore`.
         """
+        if from_ in (None, "last") and begin_from_adopted(
+            self._saver, self._training, directory=self._directory, options=self._options, strict=strict
+        ):
+            self._metrics = _NOTHING
+            self._start = self._training.step
+            return self.progress
         which, place = self._sorted_out(from_)
         restored = self._saver.restore(which, weights_only=weights_only)
         state, source = (restored.state, restored.record.name) if restored else (None, "")

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointer import CheckpointerWarning
+from checkpointer import CheckpointerWarning, Record
 from checkpointer.errors import MismatchError, PolicyError
 from checkpointer.ports import Ranks
 from checkpointer_torch.differences import Differences
@@ -55,6 +56,22 @@ class Training:
     def progress(self) -> Progress:
         """Where the training is."""
         return Progress(epoch=self.epoch, step=self.step, batch=self.used, source=self.source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all objects."""
+        return (*self._parts, *self._loaders)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules by name."""
+        return {name: part.module for name, part in self._parts.items() if isinstance(part, ModulePart)}
+
+    def begin_at(self, record: Record) -> None:
+        """Take step and epoch from the record of a checkpoint that no loop wrote."""
+        self.step, self.epoch = record.step, record.epoch + record.epoch_end
+        self.used = self.given = 0
+        self.is_within_step, self.source = False, record.name
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Return what this epoch has left of its batches."""

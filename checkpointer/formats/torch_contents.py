@@ -12,6 +12,7 @@ import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.pickled import Call, Global, Persistent, globals_in, read_pickle
+from checkpointer.formats.scalars import scalar_of
 from checkpointer.formats.tensors import ITEM_SIZES, TensorInfo
 
 __all__ = ["TorchContents", "open_legacy", "open_zip"]
@@ -306,7 +307,7 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, (list, tuple)):
         # A list of ten thousand numbers is one thing.
         return None if all(_is_plain(item) for item in value) else list(enumerate(value))
-    if not isinstance(value, Call) or not isinstance(value.what, Global):
+    if not isinstance(value, Call) or not isinstance(value.what, Global) or scalar_of(value) is not None:
         return None
     kind = (value.what.module, value.what.name)
     if kind in _MAPPINGS:
@@ -382,6 +383,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, Call):
+        number = scalar_of(value)
+        if number is not None:
+            return number
         return f"<object by {value.what if isinstance(value.what, Global) else 'a call'}>"
     if isinstance(value, (list, tuple)) and len(value) <= 8 and all(_is_plain(item) for item in value):
         return [_plain(item) for item in value]
