@@ -10,10 +10,12 @@ from typing import Any, Final, Protocol
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, SaveError
+from checkpointer.pickling import HOW_TO_SAVE_SHARDS, check_whole
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
 from checkpointer_torch.names import plain_state, wrapped_state
@@ -179,6 +181,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         PolicyError: If nothing is known that could be saved of it.
     """
     if isinstance(thing, nn.Module):
+        _check_whole(name, thing)
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
@@ -199,6 +202,21 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
     )
     raise PolicyError(msg)
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        try:
+            check_whole(tensor, f"{name}.{key}")
+        except SaveError as error:
+            raise PolicyError(str(error)) from None
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        msg = (
+            f"{name} is sharded over {count} processes by FullyShardedDataParallel, and a loop would save the shards "
+            f"of one; {HOW_TO_SAVE_SHARDS}"
+        )
+        raise PolicyError(msg)
 
 
 def _drawn(thing: Any) -> Part | None:
