@@ -76,13 +76,20 @@ class ModulePart:
 
 @attrs.frozen
 class OptimizerPart:
-    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared."""
+    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared.
+
+    Only torch's own are known to keep a state in the shape of its parameter; another may project or mask it.
+    """
 
     optimizer: torch.optim.Optimizer
 
     def take(self) -> Any:
-        """See `Part.take`."""
-        return self.optimizer.state_dict()
+        """See `Part.take`. A `ZeroRedundancyOptimizer` gathers its shards on rank 0, which is a collective."""
+        consolidate = getattr(self.optimizer, "consolidate_state_dict", None)
+        if consolidate is None:
+            return self.optimizer.state_dict()
+        consolidate(to=0)
+        return self.optimizer.state_dict() if dist.get_rank(self.optimizer.process_group) == 0 else {}  # type: ignore[attr-defined]
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
@@ -92,9 +99,11 @@ class OptimizerPart:
         counts = compared(here, there)
         other = {key: there[key] for key in here if here[key] != there.get(key, here[key])}
         reshaped = {key: f"here {here[key]}, there {count}" for key, count in other.items()}
-        return attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)
+        return (attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:
+        if not f"{type(self.optimizer).__module__}.".startswith("torch.optim."):
+            return Differences()
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         differences = Differences()
@@ -145,7 +154,7 @@ class TensorPart:
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared({"value": self.tensor}, {"value": state})
+        return compared({"value": self.tensor}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
@@ -194,7 +203,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
-    part = _drawn(thing) or _fields(thing)
+    part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
     msg = (
@@ -227,17 +236,24 @@ def _drawn(thing: Any) -> Part | None:
     bits = getattr(thing, "bit_generator", None)
     if bits is not None:
         return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
+    if type(thing).__module__.startswith("numpy.random") and hasattr(thing, "set_state"):  # A RandomState.
+        return PlainPart(
+            lambda: as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(as_numpy(state))
+        )
     return None
 
 
-def _fields(thing: Any) -> Part | None:
+def _fields(name: str, thing: Any) -> Part | None:
     if isinstance(thing, dict):
         return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        names = [field.name for field in dataclasses.fields(thing)]
+        if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            msg = f"{name} is a frozen dataclass, whose fields a resume cannot set; pass a dict, or unfreeze it"
+            raise PolicyError(msg)
+        fields = [field.name for field in dataclasses.fields(thing)]
         return PlainPart(
-            lambda: copy.deepcopy({name: getattr(thing, name) for name in names}),
-            lambda state: _fill(thing, {name: state[name] for name in names if name in state}),
+            lambda: copy.deepcopy({field: getattr(thing, field) for field in fields}),
+            lambda state: _fill(thing, {field: state[field] for field in fields if field in state}),
         )
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)
