@@ -18,6 +18,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.pacing import Pacing
 from checkpointer.ports import Clock, Snapshotting, Taken
 from checkpointer.saving import Saver
+from checkpointer.storage.access import access_advice
 
 __all__ = ["Carrier", "Life"]
 
@@ -163,6 +164,8 @@ class Carrier:
         """Raise what a failed save raises, or warn of it if that is tolerated."""
         self._failures += 1
         msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
+        if isinstance(error, PermissionError):
+            msg += f"; {access_advice(self.saver.directory.storage, error)}"
         if self._failures > self.tolerated or not isinstance(error, Exception):
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
         tolerated = f"{msg}; failure {self._failures} of {self.tolerated} tolerated"

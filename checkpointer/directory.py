@@ -21,6 +21,7 @@ from checkpointer.owner import is_live
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
+from checkpointer.storage.access import access_advice
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey, refuse_unsigned
 from checkpointer.writers import clear_ended, mark, unmark, writers_in
@@ -395,5 +396,5 @@ def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
     except StorageError:
         raise
     except OSError as error:
-        msg = f"cannot use {storage}: {error}; check the path or URL, the credentials and the network"
+        msg = f"cannot use {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error

@@ -14,6 +14,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records import Entry, Record
 from checkpointer.selecting import name_like
+from checkpointer.storage.access import access_advice
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
 
@@ -140,7 +141,7 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     except StorageError:
         raise
     except OSError as error:
-        msg = f"cannot read {storage}: {error}; check the path or URL, the credentials and the network"
+        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error
     found, left = Transaction(storage, "", trust).recover(listing, write=False)
     records = tuple(Manifest(records=found).records)

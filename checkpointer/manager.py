@@ -212,7 +212,7 @@ class CheckpointManager:
         is saved attaches the new metrics to its record and ranks it anew, without writing the payload again.
 
         Args:
-            metrics: What was measured at this step: numbers, numpy scalars or 0-d tensors by name.
+            metrics: What was measured at this step: numbers, numpy scalars or tensors of one element, by name.
             step: Finished optimizer steps.
             epoch: 0-based index of the epoch in progress or just ended.
             epoch_end: Whether this report ends the epoch; None means that each report does.

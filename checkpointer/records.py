@@ -44,7 +44,7 @@ Line = tuple[tuple[int, int], ...]
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
     """Convert what a loop measured to plain floats.
 
-    Numbers, numpy scalars and 0-d arrays or tensors (of any device) are welcome; anything else raises
+    Numbers, numpy scalars, and arrays or tensors of one element (of any device) are taken; anything else raises
     `MetricError` naming the metric, the value and its type.
     """
     if not isinstance(metrics, Mapping):
@@ -66,7 +66,7 @@ def _as_name(name: object) -> str:
 
 
 def _as_float(name: object, value: Any) -> float:
-    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+    if _is_one_element(value):
         value = value.item()
     if isinstance(value, numbers.Real):
         try:
@@ -75,11 +75,24 @@ def _as_float(name: object, value: Any) -> float:
             return math.inf if value > 0 else -math.inf  # type: ignore[operator]
     shape = getattr(value, "shape", None)
     detail = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+    if getattr(value, "is_meta", False):
+        detail += ", a meta tensor without a value"
     msg = (
         f"metric {name!r} is {value!r} ({detail}); expected one real number "
-        "(a number, numpy scalar or 0-d tensor): reduce it first, for example with .mean()"
+        "(a number, a numpy scalar, or a tensor of one element): reduce it first, for example with .mean()"
     )
     raise MetricError(msg)
+
+
+def _is_one_element(value: Any) -> bool:
+    """Return whether this is an array or tensor whose only element can be read."""
+    shape = getattr(value, "shape", None)
+    return (
+        isinstance(shape, tuple)
+        and math.prod(shape) == 1
+        and callable(getattr(value, "item", None))
+        and not getattr(value, "is_meta", False)
+    )
 
 
 def _frozen(metrics: Mapping[str, float]) -> Mapping[str, float]:

@@ -285,7 +285,8 @@ class Loop:
             return self.progress
         differences = self._training.put(state, source, strict=strict)
         if differences:
-            msg = f"{source} does not fit, and what did was loaded: {differences}"
+            untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
+            msg = f"{source} does not fit, and what did was loaded: {differences}{untaken}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         self._metrics = _NOTHING
         self._start = self._training.step

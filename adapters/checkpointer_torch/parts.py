@@ -10,10 +10,12 @@ from typing import Any, Final, Protocol
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, SaveError
+from checkpointer.pickling import HOW_TO_SAVE_SHARDS, check_whole
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
 from checkpointer_torch.names import plain_state, wrapped_state
@@ -74,13 +76,20 @@ class ModulePart:
 
 @attrs.frozen
 class OptimizerPart:
-    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared."""
+    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared.
+
+    Only torch's own are known to keep a state in the shape of its parameter; another may project or mask it.
+    """
 
     optimizer: torch.optim.Optimizer
 
     def take(self) -> Any:
-        """See `Part.take`."""
-        return self.optimizer.state_dict()
+        """See `Part.take`. A `ZeroRedundancyOptimizer` gathers its shards on rank 0, which is a collective."""
+        consolidate = getattr(self.optimizer, "consolidate_state_dict", None)
+        if consolidate is None:
+            return self.optimizer.state_dict()
+        consolidate(to=0)
+        return self.optimizer.state_dict() if dist.get_rank(self.optimizer.process_group) == 0 else {}  # type: ignore[attr-defined]
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
@@ -90,9 +99,11 @@ class OptimizerPart:
         counts = compared(here, there)
         other = {key: there[key] for key in here if here[key] != there.get(key, here[key])}
         reshaped = {key: f"here {here[key]}, there {count}" for key, count in other.items()}
-        return attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)
+        return (attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:
+        if not f"{type(self.optimizer).__module__}.".startswith("torch.optim."):
+            return Differences()
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         differences = Differences()
@@ -143,7 +154,7 @@ class TensorPart:
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared({"value": self.tensor}, {"value": state})
+        return compared({"value": self.tensor}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
@@ -179,6 +190,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         PolicyError: If nothing is known that could be saved of it.
     """
     if isinstance(thing, nn.Module):
+        _check_whole(name, thing)
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
@@ -191,7 +203,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
-    part = _drawn(thing) or _fields(thing)
+    part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
     msg = (
@@ -199,6 +211,21 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
     )
     raise PolicyError(msg)
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        try:
+            check_whole(tensor, f"{name}.{key}")
+        except SaveError as error:
+            raise PolicyError(str(error)) from None
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        msg = (
+            f"{name} is sharded over {count} processes by FullyShardedDataParallel, and a loop would save the shards "
+            f"of one; {HOW_TO_SAVE_SHARDS}"
+        )
+        raise PolicyError(msg)
 
 
 def _drawn(thing: Any) -> Part | None:
@@ -209,17 +236,24 @@ def _drawn(thing: Any) -> Part | None:
     bits = getattr(thing, "bit_generator", None)
     if bits is not None:
         return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
+    if type(thing).__module__.startswith("numpy.random") and hasattr(thing, "set_state"):  # A RandomState.
+        return PlainPart(
+            lambda: as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(as_numpy(state))
+        )
     return None
 
 
-def _fields(thing: Any) -> Part | None:
+def _fields(name: str, thing: Any) -> Part | None:
     if isinstance(thing, dict):
         return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        names = [field.name for field in dataclasses.fields(thing)]
+        if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            msg = f"{name} is a frozen dataclass, whose fields a resume cannot set; pass a dict, or unfreeze it"
+            raise PolicyError(msg)
+        fields = [field.name for field in dataclasses.fields(thing)]
         return PlainPart(
-            lambda: copy.deepcopy({name: getattr(thing, name) for name in names}),
-            lambda state: _fill(thing, {name: state[name] for name in names if name in state}),
+            lambda: copy.deepcopy({field: getattr(thing, field) for field in fields}),
+            lambda state: _fill(thing, {field: state[field] for field in fields if field in state}),
         )
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)

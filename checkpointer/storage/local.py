@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Stat
+from checkpointer.storage.access import permission_advice
 
 __all__ = ["LocalStorage"]
 
@@ -30,7 +31,8 @@ _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _LONG_SUFFIX: Final = 64
 """What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
 _TRIES: Final = 16
-_NO_LINKS: Final = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL}
+_NOT_ABOUT_LINKS: Final = {*_FULL, errno.ENOENT}
+"""Errors that a rename would raise too. Any other error may be the way a mount refuses links: EPERM, EIO, EACCES..."""
 
 
 class LocalStorage:
@@ -222,6 +224,8 @@ class LocalStorage:
                 _discard(renamed)
         except OSError as error:
             what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
+            if isinstance(error, PermissionError):
+                what = permission_advice(error.filename or self._root)
             msg = f"cannot write to {self._root}: {error.strerror}; {what}"
             raise StorageError(msg) from error
 
@@ -324,17 +328,9 @@ class LocalUpload:
 
     def _publish_new(self) -> None:
         # A link fails if the name is taken, where a rename would silently win over another writer's file.
-        if not self._staged.is_dir():
-            try:
-                os.link(self._staged, self._target)
-            except FileExistsError as error:
-                raise self._taken() from error
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-            else:
-                _discard(self._staged)
-                return
+        if not self._staged.is_dir() and self._link():
+            _discard(self._staged)
+            return
         with self._claim():
             if os.path.lexists(self._target):
                 raise self._taken()
@@ -345,6 +341,21 @@ class LocalUpload:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     raise self._taken() from error
                 raise
+
+    def _link(self) -> bool:
+        """Link the target to the staged file; return whether there are links here."""
+        try:
+            os.link(self._staged, self._target)
+        except OSError as error:
+            # A network mount may lose the reply, send the request again, and report that the link exists.
+            if _is_same_file(self._staged, self._target):
+                return True
+            if isinstance(error, FileExistsError):
+                raise self._taken() from error
+            if error.errno in _NOT_ABOUT_LINKS:
+                raise
+            return False
+        return True
 
     @contextlib.contextmanager
     def _claim(self) -> Iterator[None]:
@@ -387,6 +398,13 @@ def _owner_of(folder: Path) -> str:
     """Return the owner of a staging folder, whose name says it, or of a claim, which holds such a name."""
     names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
     return names[0].rpartition("-")[0] if names else ""
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False
 
 
 def _discard(staged: Path) -> None:
