@@ -124,7 +124,7 @@ def look(
     catalog = look_at(open_place(directory, storage_options), key_of(key_env, key_file))
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    if catalog.records or catalog.damaged or catalog.unfinished:
+    if catalog.records or catalog.missing or catalog.damaged or catalog.unfinished:
         return catalog
     files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
     if files:
