@@ -82,6 +82,17 @@ class Listing:
     """How many record files had to be read, because the index did not know them."""
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes under each name that is not our own: the size of a file, the sum of a folder's."""
+        sizes: dict[str, int] = {}
+        for path, stat in self.files.items():
+            if path.startswith(f"{HOME}/"):
+                continue
+            for name in (path, *(path[:i] for i, char in enumerate(path) if char == "/")):
+                sizes[name] = sizes.get(name, 0) + stat.size
+        return sizes
+
+    @property
     def foreign(self) -> frozenset[str]:
         """Every name in use, folders included, that no record names."""
         known = {entry.record.name for entry in self.entries.values()}

@@ -179,6 +179,8 @@ class CheckpointManager:
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
+        if missing := self._directory.missing_text:
+            warnings.warn(f"{storage}: {missing}", CheckpointerWarning, stacklevel=2)
         self._pacing.go_on(self._first_progress(), self._clock.time())
         self._saver.tell("on_opened", self)
 
@@ -280,6 +282,8 @@ class CheckpointManager:
             manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
         owed = self._pacing.owed or why
         decision = decide(self.policy, now, manifest, since=self._pacing.since, owed=owed)
+        if isinstance(decision, Skip) and decision.due and self._carrier.look_before_declining(now):
+            decision = decide(self.policy, now, self._carrier.outlook(), since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now, manifest.seen)
         return decision
@@ -539,6 +543,9 @@ class CheckpointManager:
             # The alias is written over at the next save; what is pinned needs a name of its own.
             self._directory.prepare()
             record = self._directory.move_slot(record)
+            if record is None:
+                msg = f"{name} is gone, and cannot be pinned"
+                raise NotFoundError(msg)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
         self._saver.tell_mirror()
 

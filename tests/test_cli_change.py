@@ -255,7 +255,8 @@ def test_a_folder_is_copied_and_gone_on_with_where_there_are_only_files(tmp_path
 
 def test_copy_takes_nothing_that_is_damaged(run: Path, tmp_path: Path) -> None:
     """What came before it is there, and nothing half."""
-    (run / "epoch=2-step=30.ckpt").write_bytes(b"x")
+    payload = run / "epoch=2-step=30.ckpt"
+    payload.write_bytes(b"?" + payload.read_bytes()[1:])
     said = command("copy", run, tmp_path / "copy")
     assert (2, True) == (said.code, "has other bytes than its record says" in said.err)
     assert [10, 20] == [item["step"] for item in command("ls", tmp_path / "copy", "--json").data]

@@ -30,7 +30,7 @@ from checkpointer.inspecting import look_at
 from checkpointer.owner import new_owner
 from checkpointer.records import Record
 from checkpointer.testing import MemoryStorage, die
-from checkpointer.transaction import Transaction
+from checkpointer.transaction import Recovered, Transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
@@ -183,7 +183,9 @@ def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
     with pytest.raises(_KilledError):
         Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), killed)
     die(owner)
-    assert ([], []) == Transaction(storage, new_owner()).recover(load(storage), write=True)
+    assert Recovered(records=(), missing=(), left=()) == Transaction(storage, new_owner()).recover(
+        load(storage), write=True
+    )
     assert ["a.dcp"] == [*storage.list()]
 
 

@@ -48,6 +48,7 @@ class LocalStorage:
 
     def __init__(self, root: str | os.PathLike[str], owner: str) -> None:
         self._root = Path(root).expanduser().absolute()
+        self._root_text = str(self._root)
         self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
         if self._root.exists() and not self._root.is_dir():
             msg = f"{self._root} is a file; the manager needs a folder"
@@ -60,17 +61,17 @@ class LocalStorage:
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
-        base = self._root / prefix
+        base = os.path.join(self._root_text, prefix)
         found: dict[str, Stat] = {}
         if f"{prefix}/".startswith(f"{STAGING}/"):
             return found
         try:
-            info = base.lstat()
+            info = os.lstat(base)
         except (FileNotFoundError, NotADirectoryError):
             return found
         if not stat.S_ISDIR(info.st_mode):
             return {prefix: _stat(info)}
-        self._walk(str(base), prefix + "/" if prefix else "", found)
+        self._walk(base, prefix + "/" if prefix else "", found)
         return found
 
     def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
