@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from checkpointer.errors import NameTakenError, SaveError
-from checkpointer.formats.safetensors_contents import TORCH_NAMES
+from checkpointer.formats.safetensors_contents import entry
 from checkpointer.formats.tensors import ITEM_SIZES, TensorInfo
 
 __all__ = ["write_weights"]
 
-_NAMES: Final = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 _ALIGNED: Final = 64
 _LOCAL_HEADER: Final = 30
 _ZIP64_EXTRA: Final = 20
@@ -90,12 +89,11 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
     offset = 0
     for name in order:
         info = tensors[name]
-        if info.dtype not in _NAMES or name == "__metadata__":
-            msg = f"{name} is {info.dtype}; safetensors has no such dtype or name: write a torch file (--format torch)"
+        header[name] = entry(info, offset)
+        if header[name] is None or name == "__metadata__":
+            msg = f"{name} is {info.kind}; safetensors has no such dtype or name: write a torch file (--format torch)"
             raise SaveError(msg)
-        end = offset + info.bytes
-        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
-        offset = end
+        offset += info.bytes
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)
     stream.write(len(data).to_bytes(8, "little") + data)
@@ -104,7 +102,7 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
 
 
 def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
-    flat = read(name).detach().cpu().contiguous().reshape(-1)
+    flat = read(name).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     size = flat.numel() * flat.element_size()
     assert size == info.bytes, f"{name} is not what was told of it"
     if size:
