@@ -143,14 +143,18 @@ class _Opener:
     def _read(self, storage: Storage, path: str, where: str) -> Any:
         try:
             with storage.open(path) as stream:
-                if self.make is None:
-                    payload = format_of(stream, open_format("torch"))
-                    return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
-                return self.make(open_stream(stream, path))
+                if self.make is not None:
+                    return self.make(open_stream(stream, where))
+                return self._read_state(stream, where)
         except FileNotFoundError as error:
             beside = ", ".join(_beside(storage, path)) or "no weights at all"
             msg = f"{where} is not there; beside it: {beside}"
             raise NotFoundError(msg) from error
+
+    def _read_state(self, stream: BinaryIO, where: str) -> Any:
+        payload = format_of(stream, open_format("torch"))
+        try:
+            return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
         except RestoreError as error:
             msg = f"{where}: {error}"
             raise type(error)(msg) from error

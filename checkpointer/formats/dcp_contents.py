@@ -39,7 +39,11 @@ class DcpContents:
                 self.tensors[name] = TensorInfo(name=name, dtype=dtype, shape=tuple(stored.size))
             else:
                 self.others[name] = "<pickled value>"
-        self.parts = parts_in(self._tree(metadata.planner_data)) if metadata.planner_data else flat(self.tensors)
+        self.parts = (
+            parts_in(self._tree(metadata.planner_data))
+            if metadata.planner_data
+            else flat({name: name for name in self.tensors})
+        )
 
     def _tree(self, paths: Any) -> Branch:
         """Return the state as it was before DCP gave each entry one name."""

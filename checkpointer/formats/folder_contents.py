@@ -17,7 +17,7 @@ from checkpointer.ports import Storage
 
 __all__ = ["FolderContents"]
 
-MAX_INDEX_BYTES: Final = 1 << 28
+MAX_JSON_BYTES: Final = 1 << 28
 _TEXT: Final = (".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".csv", ".py", ".jinja", ".log", ".html")
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """A file of one of these that cannot be read is damage; of others it is something else."""
@@ -26,6 +26,11 @@ _MODEL: Final = re.compile(
     r"(?:.*/)?(?:model|pytorch_model|adapter_model|diffusion_pytorch_model)(_\d+)?\.(safetensors|bin)"
 )
 """What Hugging Face and accelerate call the weights of a model; of accelerate's, the number is the model's."""
+
+_HEAD: Final = "lm_head.weight"
+_LANGUAGE_MODELS: Final = ("LMHeadModel", "ForCausalLM")
+_EMBEDDINGS: Final = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
+"""What transformers calls the weights of a language model that are one tensor under two names."""
 
 
 class FolderContents:
@@ -79,10 +84,15 @@ class FolderContents:
             self.parts[key] = attrs.evolve(part, names=_within(inside, part.names), values=_within(inside, part.values))
 
     def _join(self, storage: Storage, name: str) -> None:
-        """Make one set of weights of the shards of each index, and leave those of the same weights twice."""
+        """Make one set of weights of the shards of each index, and leave out those that are there twice."""
         for index in [inside for inside in self.others if inside.endswith(_INDEX)]:
             joined = self._joined(index, _read_index(storage, f"{name}/{index}" if name else index))
             self.parts[index.removesuffix(_INDEX)] = joined
+        for key, part in self.parts.items():
+            config = f"{key.rpartition('/')[0]}/config.json".lstrip("/")
+            if _MODEL.fullmatch(key) and _HEAD not in part.names and config in self.others:
+                tied = _tied(_read_json(storage, f"{name}/{config}" if name else config), part, self.tensors)
+                self.parts[key] = attrs.evolve(part, names={**part.names, **tied})
         for key in [*self.parts]:
             # Hugging Face prefers safetensors to the same weights in a file of pickles.
             if (
@@ -168,11 +178,29 @@ def _is_text(start: bytes) -> bool:
     return all(32 <= byte < 127 or byte in b"\t\n\r" for byte in start)
 
 
-def _read_index(storage: Storage, path: str) -> dict[str, str]:
+def _read_json(storage: Storage, path: str) -> Any:
     try:
         with storage.open(path) as stream:
-            found = json.loads(stream.read(MAX_INDEX_BYTES))["weight_map"]
-        return {str(key): str(name) for key, name in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = f"{path} is no index of shards: {error!r}"
+            return json.loads(stream.read(MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} cannot be read as JSON: {error}"
         raise CorruptError(msg) from error
+
+
+def _read_index(storage: Storage, path: str) -> dict[str, str]:
+    match _read_json(storage, path):
+        case {"weight_map": dict(found)} if all(isinstance(shard, str) for shard in found.values()):
+            return found
+    msg = f"{path} is not an index of shards: it has no weight_map of names to files"
+    raise CorruptError(msg)
+
+
+def _tied(config: Any, part: Part, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Return the name of the head of a language model that is tied to its embedding: the file has only the latter."""
+    match config:
+        case {"tie_word_embeddings": True, "architectures": [str(kind)], "vocab_size": int(size)}:
+            if kind.endswith(_LANGUAGE_MODELS):
+                found = [full for name, full in part.names.items() if name.endswith(_EMBEDDINGS)]
+                if len(found) == 1 and tensors[found[0]].shape[:1] == (size,):
+                    return {_HEAD: found[0]}
+    return {}

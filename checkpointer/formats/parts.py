@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -43,10 +43,9 @@ class Part:
     """As `Branch.versions`."""
 
 
-def flat(names: Iterable[str]) -> dict[str, Part]:
+def flat(names: Mapping[str, str]) -> dict[str, Part]:
     """Return the one part of a payload that holds tensors under these names and nothing else."""
-    found = {name: name for name in names}
-    return {"": Part(names=found)} if found else {}
+    return {"": Part(names=names)} if names else {}
 
 
 def parts_in(tree: Branch, counts: Callable[[str], bool] = lambda name: True) -> dict[str, Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -188,6 +189,11 @@ class Quantised(Stored):
 
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantize")  # That torch will drop them is not news here.
+            return self._make(name, read)
+
+    def _make(self, name: str, read: Read) -> Any:
         import torch
 
         self._integers().check_size(name)

@@ -131,7 +131,8 @@ def state_children(call: Call) -> Iterator[tuple[str, Any, bool]]:
     yield from ((_key(key), child, key not in not_saved) for key, child in buffers if child is not None)
     yield from ((_key(key), child, True) for key, child in modules if child is not None)
     for key, child in call.state.items():
-        if key not in _MODULE and not _is_plain(child):
+        # What begins with an underscore is torch's own: hooks, and the names of buffers.
+        if not str(key).startswith("_") and not _is_plain(child):
             yield _key(key), child, False
 
 

@@ -67,7 +67,9 @@ class SafetensorsContents:
         self._offsets: dict[str, tuple[int, int]] = {}
         for name, told in header.items():
             self.tensors[name], self._offsets[name] = _tensor(name, told)
-        self.parts = flat(self.tensors)
+        # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
+        tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
+        self.parts = flat({name: name for name in self.tensors} | tied)
         self._size = stream.seek(0, 2)
 
     def problems(self) -> list[str]:

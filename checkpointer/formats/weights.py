@@ -133,7 +133,7 @@ def _has_weights(contents: Tensors, part: Part) -> bool:
 def _found(contents: Tensors) -> str:
     """Return the path of the model's weights; raise if there is none, or more than one."""
     candidates = _candidates(contents)
-    usual = [path for path in candidates if not path or path.rpartition(".")[2] in _MODELS]
+    usual = [path for path in candidates if path.rpartition(".")[2] in _MODELS]
     tops = {path.partition(".")[0] for path in candidates}
     if len(candidates) == 1:
         path = next(iter(candidates))
@@ -145,11 +145,13 @@ def _found(contents: Tensors) -> str:
         raise RestoreError(_NOTHING)
     else:
         raise MismatchError(_which(contents, candidates))
-    inside = _inside(contents.parts[path])
-    for top in _MODELS & inside.keys():
-        copies = _copies(contents, inside, top)
-        if copies:
-            raise MismatchError(_which(contents, [_path(path, name) for name in (top, *copies)] + [path]))
+    if not path:
+        # A file of weights alone may hold several modules, each under its name.
+        inside = _inside(contents.parts[path])
+        for top in _MODELS & inside.keys():
+            copies = _copies(contents, inside, top)
+            if copies:
+                raise MismatchError(_which(contents, [top, *copies, path]))
     return path
 
 
@@ -282,15 +284,17 @@ def _fits(wanted: Wanted, there: Mapping[str, Shape]) -> Iterator[tuple[str, boo
     if not needed:
         return
     rarest = max(needed, key=lambda names: max(map(len, names)))
-    for prefix in sorted(_prefixes(rarest, there)):
+    for prefix in _prefixes(rarest, there):
         if all(any(_same(there, f"{prefix}{name}", shape) for name, shape in names.items()) for names in needed):
             own = {f"{prefix}{name}" for names in wanted for name in names}
             yield prefix, all(name in own for name in there if name.startswith(prefix))
 
 
-def _prefixes(names: Iterable[str], there: Iterable[str]) -> set[str]:
-    ends = tuple(names)
-    return {key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}")}
+def _prefixes(names: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Return what stands before one of the names, in the order of the payload."""
+    ends = [*names]
+    found = [key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}")]
+    return [*dict.fromkeys(found)]
 
 
 def _same(there: Mapping[str, Shape], name: str, shape: Shape) -> bool:
@@ -305,7 +309,7 @@ def _closest(contents: Tensors, wanted: Wanted, parts: Mapping[str, Part]) -> li
     found = []
     for path, part in parts.items():
         there = _shapes(contents, part)
-        for prefix in ["", *sorted(_prefixes(some, there) - {""})]:
+        for prefix in dict.fromkeys(["", *_prefixes(some, there)]):
             shaped = sum(_same(there, f"{prefix}{name}", shape) for name, shape in own.items())
             named = sum(f"{prefix}{name}" in there for name in own)
             found.append((shaped, named, path.rpartition(".")[2] in _MODELS, (path, prefix, False)))
