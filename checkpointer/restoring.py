@@ -23,6 +23,7 @@ from checkpointer.errors import (
     RestoreError,
     UntrustedError,
 )
+from checkpointer.formats import format_of
 from checkpointer.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
@@ -180,10 +181,13 @@ def load(
     if mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping):
         if verify == "full":
             _verify_digest(storage, record)
+        with storage.open(record.name) as stream:
+            payload = format_of(stream, payload)
+        assert isinstance(payload, SupportsMapping)  # The formats that are exchanged both are.
         return Restored(record=record, state=payload.read_mapped(storage.local_path(record.name), **options))
     if verify == "size":
         with storage.open(record.name) as stream:
-            return Restored(record=record, state=payload.read(stream, **options))
+            return Restored(record=record, state=format_of(stream, payload).read(stream, **options))
     return Restored(record=record, state=_load_verified(storage, record, payload, options))
 
 
@@ -192,7 +196,8 @@ def _load_verified(storage: Storage, record: Record, payload: Format, options: M
         verified = VerifiedReader(stream, algorithm_of(record.digest))
         _compare(record, (verified.size, verified.digest))
         try:
-            return payload.read(io.BufferedReader(verified), **options)
+            buffered: Any = io.BufferedReader(verified)
+            return format_of(buffered, payload).read(buffered, **options)
         finally:
             if verified.error is not None:
                 msg = f"{record.name} has other bytes than were written: {verified.error}"

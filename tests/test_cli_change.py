@@ -443,7 +443,7 @@ def test_export_never_writes_over_a_file_and_leaves_none_behind(run: Path, tmp_p
     assert "is there already" in command("export", run, 20, tmp_path / "w.pt").err
     assert b"mine" == (tmp_path / "w.pt").read_bytes()
     said = command("export", run, 20, tmp_path / "x.pt", "--only", "modle")
-    assert (2, True) == (said.code, "there is no tensor under 'modle'; the payload's keys are: model" in said.err)
+    assert (2, True) == (said.code, "there is no tensor under 'modle'; the payload has model (" in said.err)
     assert ["policy.yaml"] != os.listdir(tmp_path)
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".x", "x"))]
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from checkpointer.averaging import average, weights_of
+from checkpointer.averaging import average
 from checkpointer.cli import options, output
 from checkpointer.cli.best_command import By, WhichMode, best_first
-from checkpointer.cli.export_command import AsFormat, Only, write
+from checkpointer.cli.export_command import AsFormat, Only, weights_in, write
 from checkpointer.errors import PolicyError
 from checkpointer.formats.contents import open_contents
 from checkpointer.inspecting import Catalog
@@ -62,7 +62,7 @@ def _average(catalog: Catalog, records: list[Record], out: str, format: AsFormat
         for record in records:
             verify(catalog.storage, record)
             contents = stack.enter_context(open_contents(catalog.storage, record.name))
-            sources.append((record.name, weights_of(contents, only)))
+            sources.append((record.name, weights_in(contents, only, record.name)))
         write(average(sources), out, format, [record.name for record in records], as_json=as_json)
     if not as_json:
         for record in records:
