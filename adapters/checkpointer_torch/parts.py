@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import argparse
 import dataclasses
 import random
+import sys
+import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -13,13 +16,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
+from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.names import plain_state, wrapped_state
 from checkpointer_torch.random_state import as_numpy, as_plain
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "described", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
@@ -31,6 +37,8 @@ _LIKE_PARAMETER: Final = {
     "sum",
 }
 """What optimizers keep in the shape of the parameter itself."""
+_OWN_REFERENCES: Final = 2
+"""How many references to a tensor there are while `TensorPart.take` counts them, if the program has none."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -135,10 +143,18 @@ class StatefulPart:
 class TensorPart:
     """A tensor, filled in place."""
 
+    name: str
     tensor: torch.Tensor
 
     def take(self) -> Any:
         """See `Part.take`."""
+        if sys.getrefcount(self.tensor) <= _OWN_REFERENCES:
+            msg = (
+                f"{self.name!r} is saved as the tensor that was given to the Loop, and the program has no reference to "
+                f"that tensor any more: if it has bound the name to another tensor, that one is not saved. "
+                f"Pass {self.name}=lambda: {self.name}, and read loop[{self.name!r}] after resume()"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         return self.tensor.detach()
 
     def compare(self, state: Any) -> Differences:
@@ -187,18 +203,33 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if is_stateful(thing):
         return StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return TensorPart(thing)
+        return TensorPart(name, thing)
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
-    part = _drawn(thing) or _fields(thing)
+    part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
+    if callable(thing) and not isinstance(thing, type):
+        return CarriedPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
-        "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
+        "load_state_dict; pass what has them, a tensor, a dataclass, a dict, a namespace or a plain value. What the "
+        f"program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
     )
     raise PolicyError(msg)
+
+
+def described(thing: Any, name: str, part: Part) -> str:
+    """Return in a few words how an object is saved, for the line that the loop logs at its start."""
+    kind = type(thing).__name__
+    if isinstance(part, TensorPart):
+        return f"{name} ({kind}, as written in place)"
+    if isinstance(part, CarriedPart):
+        return f"{name} (a function's value at each save)"
+    if isinstance(thing, _PLAIN):
+        return f"{name} ({kind}, as loop[{name!r}])"
+    return f"{name} ({kind})"
 
 
 def _drawn(thing: Any) -> Part | None:
@@ -212,14 +243,22 @@ def _drawn(thing: Any) -> Part | None:
     return None
 
 
-def _fields(thing: Any) -> Part | None:
+def _fields(name: str, thing: Any) -> Part | None:
     if isinstance(thing, dict):
-        return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
+        return MutablePart(lambda: thing, lambda state: _refill(thing, state))
+    if isinstance(thing, (argparse.Namespace, types.SimpleNamespace)):
+        return MutablePart(lambda: vars(thing), lambda state: _refill(vars(thing), state))
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            msg = (
+                f"{name} is a frozen {type(thing).__name__}, so that nothing can be put back into it; pass settings as "
+                "config=, and what the training changes in a dataclass that is not frozen"
+            )
+            raise PolicyError(msg)
         names = [field.name for field in dataclasses.fields(thing)]
-        return PlainPart(
-            lambda: copy.deepcopy({name: getattr(thing, name) for name in names}),
-            lambda state: _fill(thing, {name: state[name] for name in names if name in state}),
+        return MutablePart(
+            lambda: {field: getattr(thing, field) for field in names},
+            lambda state: _fill(thing, {field: state[field] for field in names if field in state}),
         )
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)

@@ -19,7 +19,7 @@ from checkpointer.ports import Storage
 from checkpointer.restoring import verify
 from checkpointer.storage import LocalStorage, open_storage
 
-__all__ = ["Found", "open_place", "own_name", "request_file"]
+__all__ = ["Found", "is_place", "open_place", "own_name", "request_file"]
 
 _WHOLE: Final = ("model.safetensors", "pytorch_model.bin")
 """Files of a Hugging Face directory with all weights, in the order in which it prefers them ..."""
@@ -163,6 +163,13 @@ def open_place(
         which=which, policy=policy, trust=trust, storage_options=storage_options, weights_only=weights_only
     )
     return opener.open(os.fspath(place))
+
+
+def is_place(which: Any) -> bool:
+    """Return whether a path or URL is meant, and not a name: a path that is there, a ``Path``, or a URL."""
+    if isinstance(which, os.PathLike):
+        return True
+    return isinstance(which, str) and ("://" in which or os.path.exists(os.path.expanduser(which)))
 
 
 def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:
