@@ -1,4 +1,4 @@
-"""What else a manager takes, checked by whatever passes it on: a name that is wrong is said at once, and where."""
+"""The options of a manager, checked by each class that passes them on: a wrong name is an error at once."""
 
 from __future__ import annotations
 

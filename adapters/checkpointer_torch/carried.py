@@ -1,4 +1,4 @@
-"""What a loop carries from batch to batch: a function returns it at each save, and the loop hands it back."""
+"""Values that a program binds anew: a function returns them at each save, and the loop hands them back."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _plain(value: Any, where: str) -> Any:
         return _plain(value.item(), where)
     msg = (
         f"{where} is a {type(value).__name__}, which is not a setting; expected numbers, text, paths, and lists and "
-        "dicts of them. What the training changes is given to the Loop by its own name"
+        "dicts of them. State that the training changes is given to the Loop by its own name"
     )
     raise PolicyError(msg)
 

@@ -13,16 +13,16 @@ from checkpointer.errors import MismatchError, PolicyError
 __all__ = ["COUNTS", "StateMap", "picked"]
 
 StateMap = Mapping[str, str | Callable[[Any], Any]]
-"""What each object's state is called in the file, or how it is made from what the file holds."""
+"""By object: the key of its state in the file, or a function that makes the state from the file's content."""
 COUNTS: Final = ("epoch", "step")
 """Names of a map that are the loop's own: the next epoch (0-based), and how many steps are finished."""
 _WRAPPERS: Final = ("module.", "_orig_mod.")
-"""What DDP and ``torch.compile`` put before every name of a module."""
+"""Prefixes that DDP and ``torch.compile`` put before every name of a module."""
 
 
 @attrs.frozen(kw_only=True)
 class Picked:
-    """What a map finds in a file."""
+    """The values that a map finds in a file."""
 
     states: Mapping[str, Any]
     """The objects' states by their names in the loop."""
@@ -33,7 +33,7 @@ class Picked:
 
 
 def picked(content: Any, names: StateMap, source: str) -> Picked:
-    """Return what the map finds in a file.
+    """Return the values that the map finds in a file.
 
     Args:
         content: What the file holds.

@@ -16,16 +16,16 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
-from checkpointer.errors import NotFoundError, ObservationError, PolicyError, RanksError
+from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.options import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
-from checkpointer.restoring import Restored
 from checkpointer_torch.foreign import StateMap
+from checkpointer_torch.origin import find_origin
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.silence import why_silent
-from checkpointer_torch.sources import is_place, open_place, own_name, request_file
+from checkpointer_torch.sources import request_file
 from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
 from checkpointer_torch.training import Training
 
@@ -46,9 +46,9 @@ class Loop:
 
     Everything whose state matters is given by name: modules, optimizers, schedulers, scalers, averages, anything with
     ``state_dict``, loaders, random generators, tensors, dicts, dataclasses, namespaces and plain values (then
-    ``loop["name"]``). What the program binds anew is given as a function, ``hidden=lambda: hidden``: it is called at
-    each save, and ``loop["hidden"]`` is what a resume has put back. The random states of python, numpy, torch and CUDA
-    are always saved, and so is the place in the data. `print` of the loop says what it saves.
+    ``loop["name"]``). A value that the program binds anew is given as a function, ``hidden=lambda: hidden``: it is
+    called at each save, and ``loop["hidden"]`` returns the value that a resume has put back. The random states of
+    python, numpy, torch and CUDA are always saved, and so is the place in the data. The ``repr`` lists all of it.
 
     Use it as a context manager. A signal is delayed until the next step boundary, where a rescue is saved; the
     ``with`` block ends there, and the signal goes on to whoever had it before: by default it ends the process. An
@@ -212,13 +212,14 @@ class Loop:
             msg = "end_epoch() within epochs(), which ends the epoch itself when the body is through; leave it out"
             raise ObservationError(msg)
         self._silent_until = math.inf
-        self._metrics = {**self._metrics, **metrics}
-        return self._end_epoch()
+        return self._end_epoch(metrics)
 
     def steps(self, count: int | None = None) -> Iterator[int]:
         """Yield the index of each step that is left, for a training by iterations.
 
-        The body ends with `step`, after which it may `report` a validation. A body without `step` counts as a step too.
+        The body ends with `step`. A body without `step` counts as a step too. A validation that draws random numbers,
+        or changes what is saved, comes before `step`, which is given its metrics; another one may also `report` after
+        it. Leave the loop after `step`: the state within a step is not saved.
 
         Args:
             count: How many the training has in all; None goes on until a ``break``.
@@ -301,19 +302,29 @@ class Loop:
         if training.is_within_step:
             msg = f"report() between two boundaries: call step() first, or pass {', '.join(metrics)} to step()"
             raise ObservationError(msg)
-        self._metrics = {**self._metrics, **metrics}
+        is_unstepped = self._is_in_epochs and self._is_unstepped
+        before = _NOTHING if is_unstepped and not self._is_held else self._metrics
+        self._metrics = {**before, **metrics}
         last = self._saver.last
-        is_saved = last is not None and (last.step, last.kind) == (training.step, "regular")
+        is_saved = last is not None and (last.step, last.kind) == (training.step, "regular") and not is_unstepped
         # After the last batch nothing is saved anew: a resume would run the rest of the epoch's body again.
         self._is_held = self._is_in_epochs and not self._is_feeding and not is_saved
         if not self._is_held:
             self._saver.observe(self._metrics, training.step, training.epoch, epoch_end=False)
 
-    def _end_epoch(self) -> Decision:
+    @property
+    def _is_unstepped(self) -> bool:
+        """Whether the epoch has had no step so far."""
+        return self._training.step == self._epoch_began_at and not self._training.used
+
+    def _end_epoch(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
         training = self._training
-        self._is_held = False
-        if training.step == self._epoch_began_at and not training.used and (training.given or not self._is_fed):
+        if self._is_unstepped and not self._is_held:
+            self._metrics = _NOTHING  # They are of the epoch before.
+        self._metrics = {**self._metrics, **metrics}
+        if self._is_unstepped and (training.given or not self._is_fed):
             training.step += 1  # Else every epoch would be saved as the same step.
+        self._is_held = False
         epoch = training.end_epoch()
         self._epoch_ended_at = self._epoch_began_at = training.step
         self._is_feeding = self._is_fed = False
@@ -333,7 +344,7 @@ class Loop:
         if self._training.step >= self._silent_until:
             self._silent_until = math.inf
             why = why_silent(self._when, decision)
-            if why:
+            if why and self._ranks.rank == 0:
                 warnings.warn(f"step {self._training.step}: {why}", CheckpointerWarning, stacklevel=3)
 
     # Going on
@@ -362,47 +373,21 @@ class Loop:
             NotFoundError: If there is neither a checkpoint nor a path of that name.
             RestoreError: As for `CheckpointManager.restore`.
         """
-        which, place = self._sorted_out(from_)
-        if map and place is None:
-            msg = f"map= names the keys of another program's file, and {from_!r} is not its path"
-            raise PolicyError(msg)
-        restored = self._restored(which, weights_only=weights_only)
-        state, source = (restored.state, restored.record.name) if restored else (None, "")
-        if place is not None and restored is not None:
-            _log.info("resumed from %s, not from %s: this directory has checkpoints", source, place)
-        elif place is not None:
-            found = open_place(place, weights_only=weights_only)
-            state, source = found.state, found.where
-        if state is None:
+        origin = find_origin(self._saver, self._directory, from_, is_mapped=bool(map), weights_only=weights_only)
+        if origin is None:
             return self.progress
-        if map and restored is None:
-            differences = self._training.put_foreign(state, map, source, strict=strict)
+        if map and origin.is_elsewhere:
+            differences = self._training.put_foreign(origin.state, map, origin.source, strict=strict)
         else:
-            differences = self._training.put(state, source, strict=strict)
+            differences = self._training.put(origin.state, origin.source, strict=strict)
         if differences:
-            msg = f"{source} does not fit, and what did was loaded: {differences}"
+            msg = f"{origin.source} does not fit, and what did was loaded: {differences}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         self._metrics = _NOTHING
         self._start = self._epoch_began_at = self._training.step
         if math.isfinite(self._silent_until):
             self._silent_until = self._start + _SILENT_STEPS
         return self.progress
-
-    def _restored(self, which: str | int | None, *, weights_only: bool) -> Restored | None:
-        try:
-            return self._saver.restore(which, weights_only=weights_only)
-        except NotFoundError as error:
-            if not isinstance(which, str) or which in ("last", "best"):
-                raise
-            msg = f"{error}; and there is no file or directory {os.path.abspath(os.path.expanduser(which))}"
-            raise NotFoundError(msg) from error
-
-    def _sorted_out(self, from_: Any) -> tuple[str | int | None, str | None]:
-        """Return which checkpoint of this directory is meant, or else the path or URL of another place."""
-        if not is_place(from_):
-            return from_, None
-        name = own_name(from_, self._directory)
-        return (name, None) if name else (None, os.fspath(from_))
 
     # What is asked from outside
 
@@ -452,8 +437,7 @@ class Loop:
     def __enter__(self) -> Loop:
         self._requests.listen()
         self._is_entered = True
-        if self._ranks.rank == 0:
-            _log.info("saved by this loop: %s", self._training.plan)
+        self._training.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
@@ -483,7 +467,14 @@ class Loop:
     def _end(self) -> None:
         """The training has ended, be it by a break: its state is saved if a rule keeps it."""
         training = self._training
-        if training.step == self._start or training.is_within_step:
+        if training.step == self._start:
+            return
+        if training.is_within_step:
+            if self._saver.last is None or self._saver.last.step < training.step:
+                _log.warning(
+                    "left within step %d, so that the state after step %d is not saved: leave the loop after step()",
+                    *(training.step + 1, training.step),
+                )
             return
         ended = training.step == self._epoch_ended_at
         epoch = training.epoch - ended

@@ -1,4 +1,4 @@
-"""Dicts, namespaces and dataclasses: what the training changes in them is state, what it leaves alone is a setting."""
+"""Dicts, namespaces and dataclasses: values that the training changes are state, the others are settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from checkpointer_torch.differences import Differences
+from checkpointer_torch.held import Held
 
 __all__ = ["MutablePart"]
 
@@ -26,13 +27,20 @@ class MutablePart:
     holds. Every other value is put back.
     """
 
-    def __init__(self, read: Callable[[], dict[str, Any]], write: Callable[[dict[str, Any]], object]) -> None:
-        self._read = read
+    def __init__(
+        self, held: Held, read: Callable[[Any], dict[str, Any]], write: Callable[[Any, dict[str, Any]], None]
+    ) -> None:
+        self.held = held
+        self._of = read
         self._write = write
-        self._given = dict(_flat(read()))
+        self._given = dict(_flat(self._read()))
+
+    def _read(self) -> dict[str, Any]:
+        return self._of(self.held.thing)
 
     def take(self) -> Any:
         """See `Part.take`."""
+        self.held.check()
         return copy.deepcopy(self._read())
 
     def compare(self, state: Any) -> Differences:
@@ -41,7 +49,7 @@ class MutablePart:
 
     def put(self, state: Any) -> None:
         """See `Part.put`."""
-        self._write(copy.deepcopy(state))
+        self._write(self.held.thing, copy.deepcopy(state))
 
     def untouched(self) -> dict[str, list[Keys]]:
         """Return the paths of values that are as they were given, and of those that are gone."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-import sys
 import types
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -16,16 +14,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
 from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.held import Held
 from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.names import plain_state, wrapped_state
 from checkpointer_torch.random_state import as_numpy, as_plain
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "described", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "TensorPart", "described", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
@@ -37,8 +35,6 @@ _LIKE_PARAMETER: Final = {
     "sum",
 }
 """What optimizers keep in the shape of the parameter itself."""
-_OWN_REFERENCES: Final = 2
-"""How many references to a tensor there are while `TensorPart.take` counts them, if the program has none."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -143,29 +139,22 @@ class StatefulPart:
 class TensorPart:
     """A tensor, filled in place."""
 
-    name: str
-    tensor: torch.Tensor
+    held: Held
 
     def take(self) -> Any:
         """See `Part.take`."""
-        if sys.getrefcount(self.tensor) <= _OWN_REFERENCES:
-            msg = (
-                f"{self.name!r} is saved as the tensor that was given to the Loop, and the program has no reference to "
-                f"that tensor any more: if it has bound the name to another tensor, that one is not saved. "
-                f"Pass {self.name}=lambda: {self.name}, and read loop[{self.name!r}] after resume()"
-            )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
-        return self.tensor.detach()
+        self.held.check()
+        return self.held.thing.detach()
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared({"value": self.tensor}, {"value": state})
+        return compared({"value": self.held.thing}, {"value": state})
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
         """See `Part.put`."""
         if not self.compare(state):
-            self.tensor.copy_(state)
+            self.held.thing.copy_(state)
 
 
 @attrs.frozen
@@ -203,7 +192,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if is_stateful(thing):
         return StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return TensorPart(name, thing)
+        return TensorPart(Held(name, thing))
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
@@ -214,8 +203,8 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         return CarriedPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
-        "load_state_dict; pass what has them, a tensor, a dataclass, a dict, a namespace or a plain value. What the "
-        f"program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
+        "load_state_dict; pass what has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
+        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
     )
     raise PolicyError(msg)
 
@@ -245,9 +234,9 @@ def _drawn(thing: Any) -> Part | None:
 
 def _fields(name: str, thing: Any) -> Part | None:
     if isinstance(thing, dict):
-        return MutablePart(lambda: thing, lambda state: _refill(thing, state))
+        return MutablePart(Held(name, thing), lambda thing: thing, _refill)
     if isinstance(thing, (argparse.Namespace, types.SimpleNamespace)):
-        return MutablePart(lambda: vars(thing), lambda state: _refill(vars(thing), state))
+        return MutablePart(Held(name, thing), vars, lambda thing, state: _refill(vars(thing), state))
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             msg = (
@@ -255,11 +244,7 @@ def _fields(name: str, thing: Any) -> Part | None:
                 "config=, and what the training changes in a dataclass that is not frozen"
             )
             raise PolicyError(msg)
-        names = [field.name for field in dataclasses.fields(thing)]
-        return MutablePart(
-            lambda: {field: getattr(thing, field) for field in names},
-            lambda state: _fill(thing, {field: state[field] for field in names if field in state}),
-        )
+        return MutablePart(Held(name, thing), _values, _fill)
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)
     return None
@@ -270,6 +255,11 @@ def _refill(thing: dict[Any, Any], state: Mapping[Any, Any]) -> None:
     thing.update(state)
 
 
-def _fill(thing: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(thing, name, value)
+def _values(thing: Any) -> dict[str, Any]:
+    return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+
+
+def _fill(thing: Any, state: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(thing):
+        if field.name in state:
+            setattr(thing, field.name, state[field.name])

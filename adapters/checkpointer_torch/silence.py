@@ -1,4 +1,4 @@
-"""Why a policy saves nothing in a loop that has no epochs."""
+"""Reasons why a policy saves nothing in a loop that has no epochs."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from checkpointer_torch.differences import Differences
 from checkpointer_torch.feeding import Feed
 from checkpointer_torch.foreign import StateMap, picked
 from checkpointer_torch.mutable import MutablePart
-from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, described, part_of
+from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, TensorPart, described, part_of
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
@@ -65,6 +65,14 @@ class Training:
         self.epoch = self.step = self.used = self.given = 0
         self.is_within_step = False
         self.source = ""
+
+    def begin(self) -> None:
+        """Log what will be saved, and remember which objects the program refers to."""
+        for part in self._parts.values():
+            if isinstance(part, (TensorPart, MutablePart)):
+                part.held.begin()
+        if self._ranks.rank == 0:
+            _log.info("saved by this loop: %s", self.plan)
 
     @property
     def progress(self) -> Progress:

@@ -8,14 +8,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop, read_config
+from checkpointer_torch.training import KEY, Training
+from commands import command
 from torch import nn
 
 from checkpointer import CheckpointerWarning, EverySteps, HMACKey, KeepAll, KeepLast, Policy
 from checkpointer.errors import MismatchError, NotFoundError, PolicyError, UnknownValueError
+from checkpointer.ranks import OneRank
 
 EVERY = Policy(EverySteps(1), [KeepAll()])
 
@@ -90,6 +94,13 @@ def test_settings_are_read_before_the_model_is_built(tmp_path: Path) -> None:
         read_config(tmp_path, options={"trusts": key})
 
 
+def test_settings_are_shown(tmp_path: Path) -> None:
+    """By the command, before the other values."""
+    run(tmp_path, 1, config={"net": {"width": 3}}, seen=0)
+    text = command("show", tmp_path, "1").out
+    assert 0 < text.index("config.net.width") < text.index("seen")
+
+
 def test_a_damaged_checkpoint_gives_no_settings(tmp_path: Path) -> None:
     """Those of the newest valid one are read."""
     run(tmp_path, 2, config={"width": 3})
@@ -98,7 +109,7 @@ def test_a_damaged_checkpoint_gives_no_settings(tmp_path: Path) -> None:
         assert {"width": 3} == read_config(tmp_path)
 
 
-def test_a_setting_that_is_no_plain_data_is_text_or_refused() -> None:
+def test_a_setting_that_is_not_plain_data_is_text_or_refused() -> None:
     """Paths, classes and dtypes are text; a tensor is not a setting."""
     given = {"out": Path("runs"), "net": nn.Linear, "dtype": torch.float16, "rate": np.float64(0.5), "n": np.int64(3)}
     loop = run(None, 0, config=given)
@@ -198,7 +209,7 @@ def vars_of(thing: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["mirror", "background", "tolerate_failures", "format", "label", "trust"])
-def test_an_option_of_the_manager_is_no_object(tmp_path: Path, name: str) -> None:
+def test_an_option_of_the_manager_is_refused_as_an_object(tmp_path: Path, name: str) -> None:
     """It would be saved as state, and do nothing."""
     objects: dict[str, Any] = {name: True}
     with pytest.raises(PolicyError, match=rf"'{name}' is an option of CheckpointManager: pass options={{'{name}': "):
@@ -222,16 +233,15 @@ def test_a_tensor_cannot_be_bound_anew_through_the_loop() -> None:
         loop["X"] = torch.zeros(2)
 
 
-def test_a_tensor_that_the_program_has_bound_anew_is_said(tmp_path: Path) -> None:
-    """At the first save: what is saved is the one that was given. One that is still in use is no such case."""
-    batch = torch.zeros(2)
-    kept = torch.zeros(2)
-    with Loop(tmp_path, EVERY, batch=batch, kept=kept) as loop:
-        batch = torch.ones(2)
-        with pytest.warns(CheckpointerWarning, match="'batch' is saved as the tensor that was given") as caught:
+def test_what_the_program_has_bound_anew_is_said_at_the_save(tmp_path: Path) -> None:
+    """The object that was given is saved. One that is still in use is not reported, nor one that never was in use."""
+    batch, stats, kept = torch.zeros(2), {"n": 0}, torch.zeros(2)
+    with Loop(tmp_path, EVERY, batch=batch, stats=stats, kept=kept, noise=torch.ones(2)) as loop:
+        batch, stats = torch.ones(2), {"n": 1}
+        with pytest.warns(CheckpointerWarning, match="is saved as the object that was given") as caught:
             loop.step()
-    assert 2 == float(batch.sum())
-    assert not any("'kept'" in str(warning.message) for warning in caught)
+    assert {"batch", "stats"} == {str(warning.message).split("'")[1] for warning in caught}
+    assert (2, 1, 0) == (float(batch.sum()), stats["n"], float(kept.sum()))
 
 
 def test_a_function_is_read_at_each_save_and_read_back_by_its_name(tmp_path: Path) -> None:
@@ -253,6 +263,29 @@ def test_a_function_is_read_at_each_save_and_read_back_by_its_name(tmp_path: Pat
     assert (np.float32, [4.0, 4.0], 4, [0.5]) == (array.dtype, array.tolist(), count, values)
     with pytest.warns(CheckpointerWarning, match=r"Read loop\['carried'\] after resume\(\)"):
         train(5, reads=False)
+
+
+@attrs.frozen
+class TwoRanks(OneRank):
+    """One of two processes; the other one's state is what it was handed."""
+
+    rank: int
+    size: int = 2
+    other: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return both."""
+        return [self.other, value] if self.rank else [value, self.other]
+
+
+def test_on_several_processes_each_has_its_own_value() -> None:
+    """What is carried from batch to batch belongs to the batches that a process has."""
+    (own,) = Training({"h": lambda: "of rank 1"}, OneRank()).take()[KEY]["ranks"]
+    state = Training({"h": lambda: "of rank 0"}, TwoRanks(0, other=own)).take()
+    for rank in (0, 1):
+        training = Training({"h": lambda: ""}, TwoRanks(rank))
+        training.put(state, "it", strict=True)
+        assert f"of rank {rank}" == training.value("h")
 
 
 def test_a_function_with_arguments_is_refused_at_once() -> None:

@@ -365,11 +365,30 @@ def test_events_may_end_epochs(tmp_path: Path) -> None:
 
 
 def test_an_epoch_without_a_step_is_a_step(tmp_path: Path) -> None:
-    """Else all epochs would have the same step, and only the first one would be saved."""
-    with Loop(tmp_path, Policy(EveryEpochs(1), [KeepBest(2, "v", mode="min")]), seen=0) as loop:
+    """Else all epochs would have the same step, and only the first one would be saved; each has its own metrics."""
+    with Loop(tmp_path, Policy(EveryEpochs(1), [KeepBest(3, "v", mode="min"), KeepLast(1)]), seen=0) as loop:
         for epoch in loop.epochs(3):
             loop.report({"v": 1.0 - epoch})
-        assert [2, 3] == [record.step for record in loop.manager.records]
+            loop.report({"w": 0.0})
+        loop.end_epoch()
+        seen = [(record.step, dict(record.metrics)) for record in loop.manager.records]
+    assert [(step, {"v": 2.0 - step, "w": 0.0}) for step in (1, 2, 3)] + [(4, {})] == seen
+
+
+def test_a_loop_that_is_left_within_a_step_says_that_it_is_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its state may be half a step further; left after step() it is saved."""
+    for where in ("within", "after"):
+        with Loop(tmp_path / where, Policy(EverySteps(10), [KeepLast(1)]), seen=0) as loop:
+            for step in loop.steps():
+                if step == 3 and where == "within":
+                    break
+                loop.step()
+                if step == 2 and where == "after":
+                    break
+    assert "left within step 4, so that the state after step 3 is not saved" in caplog.text
+    assert 3 == Loop(tmp_path / "after", STEPS, seen=0).last.step  # type: ignore[union-attr]
 
 
 def test_a_body_of_steps_without_a_step_is_a_step(tmp_path: Path) -> None:
