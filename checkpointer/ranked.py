@@ -20,6 +20,7 @@ from checkpointer.deciding import Decision, Skip
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
+from checkpointer.options import check_options
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, FolderFormat, Format, Mailbox, Ranks, Snapshotting, Storage, SupportsMailbox
@@ -74,6 +75,7 @@ class RankedManager:
         **options: What else `CheckpointManager` takes.
 
     Raises:
+        PolicyError: For an option that `CheckpointManager` does not have.
         RanksError: If there is no process group.
 
     Example:
@@ -101,6 +103,7 @@ class RankedManager:
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, type(self).__name__)
         self._own_ranks = TorchRanks() if ranks is None else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._where = directory, storage_options

@@ -115,9 +115,10 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
         return found[-1]
     for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
         raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
-    have = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:]) or "none"
+    newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
+    have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
     refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
-    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}{refused}"
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
     raise NotFoundError(msg)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import argparse
 import dataclasses
 import random
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -16,12 +17,15 @@ from torch.utils.data import DataLoader
 
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.pickling import HOW_TO_SAVE_SHARDS, check_whole
+from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.held import Held
+from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.names import plain_state, wrapped_state
 from checkpointer_torch.random_state import as_numpy, as_plain
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "TensorPart", "described", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
@@ -146,21 +150,22 @@ class StatefulPart:
 class TensorPart:
     """A tensor, filled in place."""
 
-    tensor: torch.Tensor
+    held: Held
 
     def take(self) -> Any:
         """See `Part.take`."""
-        return self.tensor.detach()
+        self.held.check()
+        return self.held.thing.detach()
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared({"value": self.tensor}, {"value": state}).all_or_nothing()
+        return compared({"value": self.held.thing}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
         """See `Part.put`."""
         if not self.compare(state):
-            self.tensor.copy_(state)
+            self.held.thing.copy_(state)
 
 
 @attrs.frozen
@@ -199,16 +204,19 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if is_stateful(thing):
         return StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return TensorPart(thing)
+        return TensorPart(Held(name, thing))
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
     part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
+    if callable(thing) and not isinstance(thing, type):
+        return CarriedPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
-        "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
+        "load_state_dict; pass what has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
+        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
     )
     raise PolicyError(msg)
 
@@ -228,6 +236,18 @@ def _check_whole(name: str, module: nn.Module) -> None:
         raise PolicyError(msg)
 
 
+def described(thing: Any, name: str, part: Part) -> str:
+    """Return in a few words how an object is saved, for the line that the loop logs at its start."""
+    kind = type(thing).__name__
+    if isinstance(part, TensorPart):
+        return f"{name} ({kind}, as written in place)"
+    if isinstance(part, CarriedPart):
+        return f"{name} (a function's value at each save)"
+    if isinstance(thing, _PLAIN):
+        return f"{name} ({kind}, as loop[{name!r}])"
+    return f"{name} ({kind})"
+
+
 def _drawn(thing: Any) -> Part | None:
     if isinstance(thing, torch.Generator):
         return PlainPart(thing.get_state, thing.set_state)
@@ -245,16 +265,17 @@ def _drawn(thing: Any) -> Part | None:
 
 def _fields(name: str, thing: Any) -> Part | None:
     if isinstance(thing, dict):
-        return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
+        return MutablePart(Held(name, thing), lambda thing: thing, _refill)
+    if isinstance(thing, (argparse.Namespace, types.SimpleNamespace)):
+        return MutablePart(Held(name, thing), vars, lambda thing, state: _refill(vars(thing), state))
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            msg = f"{name} is a frozen dataclass, whose fields a resume cannot set; pass a dict, or unfreeze it"
+            msg = (
+                f"{name} is a frozen {type(thing).__name__}, so that nothing can be put back into it; pass settings as "
+                "config=, and what the training changes in a dataclass that is not frozen"
+            )
             raise PolicyError(msg)
-        fields = [field.name for field in dataclasses.fields(thing)]
-        return PlainPart(
-            lambda: copy.deepcopy({field: getattr(thing, field) for field in fields}),
-            lambda state: _fill(thing, {field: state[field] for field in fields if field in state}),
-        )
+        return MutablePart(Held(name, thing), _values, _fill)
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)
     return None
@@ -265,6 +286,11 @@ def _refill(thing: dict[Any, Any], state: Mapping[Any, Any]) -> None:
     thing.update(state)
 
 
-def _fill(thing: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(thing, name, value)
+def _values(thing: Any) -> dict[str, Any]:
+    return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+
+
+def _fill(thing: Any, state: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(thing):
+        if field.name in state:
+            setattr(thing, field.name, state[field.name])

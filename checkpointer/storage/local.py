@@ -28,8 +28,8 @@ STALE_S: Final = 24 * 3600.0
 _CLAIM: Final = "claim-"
 """What the name of a claim on a name begins with."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
-_LONG_SUFFIX: Final = 64
-"""What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
+_KEPT_OF_NAME: Final = 100
+"""A staged path ends with so many bytes of the final name: some trainers choose a format by how a path ends."""
 _TRIES: Final = 16
 _NOT_ABOUT_LINKS: Final = {*_FULL, errno.ENOENT}
 """Errors that a rename would raise too. Any other error may be the way a mount refuses links: EPERM, EIO, EACCES..."""
@@ -201,8 +201,9 @@ class LocalStorage:
     def stage(self, path: str) -> tuple[str, LocalUpload]:
         """See `SupportsPaths.stage`."""
         target = self._within(path)
-        suffix = Path(path).suffix
-        staged = self._new_staged().with_suffix(suffix if len(suffix) < _LONG_SUFFIX else "")
+        staged = self._new_staged()
+        end = os.fsencode(target.name)[-_KEPT_OF_NAME:].decode(errors="ignore")
+        staged = staged.with_name(f"{staged.name}-{end}")
         return str(staged), LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:

@@ -122,7 +122,12 @@ def test_every_kind_of_object_comes_back(tmp_path: Path) -> None:
         }
 
     first, second = make(1), make(2)
-    one_step(tmp_path, **first)
+    with Loop(tmp_path, EVERY, **first) as loop:
+        for _ in loop.steps(1):
+            first["counters"].seen += 4
+            first["counters"].names.append("b")
+            first["extra"]["k"].append(6)
+            loop.step()
     assert {*first, "loop"} == set(payload(tmp_path))
     loop = resumed(tmp_path, **second)
     assert torch.equal(first["model"].weight, second["model"].weight)
@@ -133,8 +138,8 @@ def test_every_kind_of_object_comes_back(tmp_path: Path) -> None:
     for name in ("bits", "philox", "legacy"):
         assert first[name].normal() == second[name].normal(), name
     assert torch.equal(torch.ones(3), second["tensor"])
-    assert Counters(seen=1, names=["a"]) == second["counters"]
-    assert ({"k": [1]}, 1) == (second["extra"], loop["seen"])
+    assert Counters(seen=5, names=["a", "b"]) == second["counters"]
+    assert ({"k": [1, 6]}, 1) == (second["extra"], loop["seen"])
 
 
 def test_a_plain_value_is_held_by_the_loop(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_a_plain_value_is_held_by_the_loop(tmp_path: Path) -> None:
             for _ in loop.batches(range(3)):
                 loop["seen"] += 32
                 loop.step()
-        with pytest.raises(KeyError, match="other"):
+        with pytest.raises(KeyError, match=r"^the loop holds no value 'other' \(have: seen\)"):
             loop["other"] = 1
     assert 96 == resumed(tmp_path, seen=0)["seen"]
 
