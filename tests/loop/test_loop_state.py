@@ -248,17 +248,6 @@ def test_an_optimizer_that_keeps_its_state_in_another_shape_goes_on(tmp_path: Pa
         resumed(tmp_path, optimizer=make(2))
 
 
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    lr: float = 0.1
-
-
-def test_a_frozen_dataclass_is_refused_before_the_training(tmp_path: Path) -> None:
-    """A resume could not set its fields."""
-    with pytest.raises(PolicyError, match="settings is a frozen dataclass, whose fields a resume cannot set"):
-        Loop(tmp_path, EVERY, settings=Fixed())
-
-
 def test_what_refuses_its_state_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     """Nothing is half loaded, whoever says no."""
 
