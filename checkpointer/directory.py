@@ -85,7 +85,7 @@ class Directory:
         self._writers = writers_in(storage, listing.files)
         self.below = index.directories_below(listing.files, index.RECORDS)
         if writes:
-            self.prepare()
+            self._prepare()
         found = self.transaction.recover(listing, write=writes)
         self._left = list(found.left)
         known = (*found.records, *found.missing)
@@ -100,6 +100,9 @@ class Directory:
         self.manifest = manifest.without_payload(*found.missing).on_newest_line(manifest.run)
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
+        if writes:
+            # Last, because on a full disk the aliases' files can be replaced, and this one is new.
+            mark(self.storage, owner)
 
     def look(self) -> Manifest:
         """Return the manifest, as it is now."""
@@ -183,12 +186,15 @@ class Directory:
     def prepare(self) -> None:
         """Check that the storage can be written to, sweep it, and leave a mark; later calls do nothing."""
         self.check_key()
-        if self._prepared:
-            return
+        if not self._prepared:
+            self._prepare()
+            mark(self.storage, self.transaction.owner)
+
+    def _prepare(self) -> None:
+        self.check_key()
         if isinstance(self.storage, SupportsSweep):
             self.storage.prepare()
             self.transaction.sweep()
-        mark(self.storage, self.transaction.owner)
         clear_ended(self.storage, self._writers)
         self._prepared = True
 
