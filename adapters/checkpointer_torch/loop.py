@@ -105,6 +105,7 @@ class Loop:
         self._agree = Agreement(self._ranks)
         self._grace_s = grace_s
         self._metrics: Mapping[str, Any] = _NOTHING
+        self._reported: frozenset[str] = frozenset()
         self._start = 0
         self._epoch_ended_at = -1
         self._is_entered = self._is_feeding = self._is_fed = False
@@ -215,7 +216,7 @@ class Loop:
         training.step += 1
         training.used = training.given
         training.is_within_step = False
-        self._metrics = metrics
+        self._metrics, self._reported = metrics, frozenset()
         decision = self._saver.observe(metrics, training.step, training.epoch, epoch_end=False)
         if not self._is_alone or self._requests.some or time.monotonic() >= self._requests.look_at:
             self._attend()
@@ -226,23 +227,29 @@ class Loop:
 
         Within `batches` it is a boundary of its own, so call it last, after `step`. After the last batch it counts for
         the checkpoint of this step, or for the one that the end of the epoch makes. On several processes all call it.
+
+        With a schedule-free optimizer it ranks a checkpoint only if that is saved between ``optimizer.eval()`` and
+        ``optimizer.train()``: otherwise the checkpoint has other weights than were measured.
         """
         training = self._training
         if training.is_within_step:
             msg = f"report() between two boundaries: call step() first, or pass {', '.join(metrics)} to step()"
             raise ObservationError(msg)
-        self._metrics = {**self._metrics, **metrics}
+        self._metrics, self._reported = {**self._metrics, **metrics}, self._reported | metrics.keys()
         last = self._saver.last
         is_saved = last is not None and (last.step, last.kind) == (training.step, "regular")
         if self._is_feeding or is_saved:
             # After the last batch nothing is saved anew: a resume would run the rest of the epoch's body again.
-            self._saver.observe(self._metrics, training.step, training.epoch, epoch_end=False)
+            self._saver.observe(self._measured(), training.step, training.epoch, epoch_end=False)
+
+    def _measured(self) -> Mapping[str, Any]:
+        return self._training.swapping.told_apart(self._metrics, self._reported, step=self._training.step)
 
     def _end_epoch(self) -> None:
         epoch = self._training.end_epoch()
         self._epoch_ended_at = self._training.step
         self._is_feeding = False
-        self._saver.observe(self._metrics, self._training.step, epoch, epoch_end=True)
+        self._saver.observe(self._measured(), self._training.step, epoch, epoch_end=True)
         self._attend()
 
     # Going on
@@ -277,7 +284,7 @@ class Loop:
             untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
             msg = f"{source} does not fit, and what did was loaded: {differences}{untaken}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
-        self._metrics = _NOTHING
+        self._metrics, self._reported = _NOTHING, frozenset()
         self._start = self._training.step
         return self.progress
 
@@ -370,7 +377,7 @@ class Loop:
             return
         ended = training.step == self._epoch_ended_at
         epoch = training.epoch - ended
-        self._saver.observe(self._metrics, training.step, epoch, epoch_end=ended, due="the training ends")
+        self._saver.observe(self._measured(), training.step, epoch, epoch_end=ended, due="the training ends")
 
     def _close(self) -> None:
         late = self._requests.unanswered if self._stop_signal is None else None

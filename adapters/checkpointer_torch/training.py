@@ -18,6 +18,7 @@ from checkpointer_torch.feeding import Feed
 from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, part_of
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.swapping import Swapping
 
 __all__ = ["KEY", "Training"]
 
@@ -44,6 +45,7 @@ class Training:
         for name, thing in objects.items():
             part = part_of(name, thing, self.values)
             (self._loaders if isinstance(thing, DataLoader) else self._parts)[name] = part
+        self.swapping = Swapping(objects.values())
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
         self._ranks = ranks
         self._feed = Feed()
@@ -81,6 +83,7 @@ class Training:
             "loaders": {name: part.take() for name, part in self._loaders.items()},
         }
         state = {name: part.take() for name, part in self._parts.items()}
+        self.swapping.note(self.step)
         state[KEY] = {
             "schema": SCHEMA,
             "epoch": self.epoch,
@@ -93,6 +96,7 @@ class Training:
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; of several modules each under its name."""
+        self.swapping.note(self.step)
         modules = {name: part for name, part in self._parts.items() if isinstance(part, ModulePart)}
         if len(modules) == 1:
             return dict(next(iter(modules.values())).take())
@@ -127,6 +131,7 @@ class Training:
         self.epoch, self.step, self.used = own["epoch"], own["step"], own["batch"]
         self.given, self.is_within_step, self.source = self.used, False, source
         self._put_own(own["ranks"])
+        self.swapping.note(self.step)
         if not own["exact"]:
             msg = (
                 f"{source} was saved when an exception struck within step {self.step + 1}: what that step had "
