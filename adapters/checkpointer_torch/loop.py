@@ -123,6 +123,7 @@ class Loop:
         self._agree = Agreement(self._ranks)
         self._grace_s = grace_s
         self._metrics: Mapping[str, Any] = _NOTHING
+        self._reported: frozenset[str] = frozenset()
         self._when = policy.when
         self._start = self._epoch_began_at = 0
         self._epoch_ended_at = -1
@@ -286,7 +287,7 @@ class Loop:
         training.step += 1
         training.used = training.given
         training.is_within_step = False
-        self._metrics = metrics
+        self._metrics, self._reported = metrics, frozenset()
         decision = self._saver.observe(metrics, training.step, training.epoch, epoch_end=False)
         if training.step >= self._silent_until or self._is_held:
             self._speak_up(decision)
@@ -299,20 +300,30 @@ class Loop:
 
         It is a boundary of its own, so call it last, after `step`. After an epoch's last batch it counts for the
         checkpoint of this step, or for the one that the end of the epoch makes. On several processes all call it.
+
+        With a schedule-free optimizer it ranks a checkpoint only if that is saved between ``optimizer.eval()`` and
+        ``optimizer.train()``: otherwise the checkpoint has other weights than were measured.
         """
         training = self._training
         if training.is_within_step:
             msg = f"report() between two boundaries: call step() first, or pass {', '.join(metrics)} to step()"
             raise ObservationError(msg)
         is_unstepped = self._is_in_epochs and self._is_unstepped
-        before = _NOTHING if is_unstepped and not self._is_held else self._metrics
-        self._metrics = {**before, **metrics}
+        self._add(metrics, anew=is_unstepped and not self._is_held)
         last = self._saver.last
         is_saved = last is not None and (last.step, last.kind) == (training.step, "regular") and not is_unstepped
         # After the last batch nothing is saved anew: a resume would run the rest of the epoch's body again.
         self._is_held = self._is_in_epochs and not self._is_feeding and not is_saved
         if not self._is_held:
-            self._saver.observe(self._metrics, training.step, training.epoch, epoch_end=False)
+            self._saver.observe(self._measured(), training.step, training.epoch, epoch_end=False)
+
+    def _add(self, metrics: Mapping[str, Any], *, anew: bool) -> None:
+        if anew:  # The metrics are of the epoch before.
+            self._metrics, self._reported = _NOTHING, frozenset()
+        self._metrics, self._reported = {**self._metrics, **metrics}, self._reported | metrics.keys()
+
+    def _measured(self) -> Mapping[str, Any]:
+        return self._training.swapping.told_apart(self._metrics, self._reported, step=self._training.step)
 
     @property
     def _is_unstepped(self) -> bool:
@@ -321,16 +332,14 @@ class Loop:
 
     def _end_epoch(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
         training = self._training
-        if self._is_unstepped and not self._is_held:
-            self._metrics = _NOTHING  # They are of the epoch before.
-        self._metrics = {**self._metrics, **metrics}
+        self._add(metrics, anew=self._is_unstepped and not self._is_held)
         if self._is_unstepped and (training.given or not self._is_fed):
             training.step += 1  # Else every epoch would be saved as the same step.
         self._is_held = False
         epoch = training.end_epoch()
         self._epoch_ended_at = self._epoch_began_at = training.step
         self._is_feeding = self._is_fed = False
-        decision = self._saver.observe(self._metrics, training.step, epoch, epoch_end=True)
+        decision = self._saver.observe(self._measured(), training.step, epoch, epoch_end=True)
         self._attend()
         return decision
 
@@ -400,7 +409,7 @@ class Loop:
         return self._resumed()
 
     def _resumed(self) -> Progress:
-        self._metrics = _NOTHING
+        self._metrics, self._reported = _NOTHING, frozenset()
         self._start = self._epoch_began_at = self._training.step
         if math.isfinite(self._silent_until):
             self._silent_until = self._start + _SILENT_STEPS
@@ -495,7 +504,7 @@ class Loop:
             return
         ended = training.step == self._epoch_ended_at
         epoch = training.epoch - ended
-        decision = self._saver.observe(self._metrics, training.step, epoch, epoch_end=ended, due="the training ends")
+        decision = self._saver.observe(self._measured(), training.step, epoch, epoch_end=ended, due="the training ends")
         if self._saver.last is None and math.isfinite(self._silent_until):
             self._silent_until = training.step
             self._speak_up(decision)

@@ -24,6 +24,7 @@ from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, TensorPart, described, part_of
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.swapping import Swapping
 
 __all__ = ["KEY", "Training"]
 
@@ -60,6 +61,7 @@ class Training:
         self._given = dict(self.values)
         self.plan = ", ".join([*plan, *([CONFIG] if config is not None else []), "random states"])
         """What is saved, in words."""
+        self.swapping = Swapping(objects.values())
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
         self._ranks = ranks
         self._feed = Feed()
@@ -149,6 +151,7 @@ class Training:
         state: dict[str, Any] = {} if self.config is None else {CONFIG: copy.deepcopy(self.config)}
         state |= {name: part.take() for name, part in self._parts.items()}
         mutable = {name: part for name, part in self._parts.items() if isinstance(part, MutablePart)}
+        self.swapping.note(self.step)
         state[KEY] = {
             "schema": SCHEMA,
             "untouched": {name: part.untouched() for name, part in mutable.items()},
@@ -163,6 +166,7 @@ class Training:
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; of several modules each under its name."""
+        self.swapping.note(self.step)
         modules = {name: part for name, part in self._parts.items() if isinstance(part, ModulePart)}
         if len(modules) == 1:
             return dict(next(iter(modules.values())).take())
@@ -201,6 +205,7 @@ class Training:
         self.epoch, self.step, self.used = own["epoch"], own["step"], own["batch"]
         self.given, self.is_within_step, self.source = self.used, False, source
         self._put_own(own["ranks"], states)
+        self.swapping.note(self.step)
         if not own["exact"]:
             msg = (
                 f"{source} was saved when an exception struck within step {self.step + 1}: what that step had "
