@@ -1,6 +1,6 @@
 """Files that other programs wrote: their weights are found, read and exported without unpickling anything.
 
-`foreign/make.py` made the files in ``foreign`` with the programs themselves.
+`foreign/make.py` made the files in ``foreign/files`` with the programs themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from checkpointer.storage import LocalStorage
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs torch-checkpointer[safetensors]")
 
-FOREIGN: Final = Path(__file__).parent / "foreign"
+FOREIGN: Final = Path(__file__).parent / "foreign/files"
 EXPECTED: Final[dict[str, dict[str, list[Any]]]] = json.loads((FOREIGN / "expected.json").read_text())
 FILES: Final = {
     "skorch/params.pt": None,
@@ -107,7 +107,7 @@ def load_lightning(tmp_path: Path) -> tuple[Any, Path]:
     class Kind(enum.Enum):
         BIG = 1
 
-    class Task(pl.LightningModule):  # type: ignore[misc, name-defined]
+    class Task(pl.LightningModule):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -142,7 +142,7 @@ def test_a_lightning_checkpoint_with_objects_beside_the_weights_is_read(tmp_path
     with pytest.raises(MismatchError, match=r"task.ckpt: several .*: state_dict.model, state_dict.ema_model; choose"):
         load_weights(model, path)
     load_weights(model, path, part="state_dict.ema_model")
-    assert torch.equal(task.ema_model[0].weight, model[0].weight)
+    assert same_state(task.ema_model.state_dict(), model.state_dict())
 
 
 POLICY: Final = Policy(EverySteps(5), [KeepAll()], last=None, rescue=False)

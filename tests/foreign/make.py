@@ -1,4 +1,4 @@
-"""Makes the files beside it with the programs that people train with, a few kilobytes each. CI only reads them.
+"""Makes the files in the folder beside it with the programs that people train with. CI only reads them.
 
 Run it anew with ``python tests/foreign/make.py`` where these are installed (Python 3.11, the last five without their
 dependencies): torch 2.13.0, safetensors 0.8.0, skorch 1.4.0, mmengine-lite 0.10.7, opencv-python-headless 5.0.0.93,
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "files"
 
 
 def net() -> nn.Sequential:
@@ -90,7 +90,7 @@ def make_mmengine(folder: Path) -> dict[str, Any]:
     model = Task()
     runner = Runner(
         model,
-        work_dir=str(folder / "work"),
+        work_dir="/tmp/run",  # It is written into the file.
         train_dataloader=DataLoader([torch.randn(4) for _ in range(8)], batch_size=4, collate_fn=lambda x: x),  # type: ignore[arg-type]
         train_cfg={"by_epoch": True, "max_epochs": 1},
         optim_wrapper={"optimizer": torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)},
@@ -98,8 +98,8 @@ def make_mmengine(folder: Path) -> dict[str, Any]:
         log_level="ERROR",
     )
     runner.train()
-    shutil.move(str(folder / "work/epoch_1.pth"), str(folder / "epoch_1.pth"))
-    shutil.rmtree(folder / "work")
+    shutil.move("/tmp/run/epoch_1.pth", str(folder / "epoch_1.pth"))
+    shutil.rmtree("/tmp/run")
     return {"epoch_1.pth": model.state_dict()}
 
 
@@ -149,7 +149,7 @@ def make_ultralytics(folder: Path) -> dict[str, Any]:
         best=folder / "best.pt",
         save_period=-1,
     )
-    BaseTrainer.save_model(trainer)  # type: ignore[arg-type]
+    BaseTrainer.save_model(trainer)
     (folder / "best.pt").unlink()
     return {"last.pt": trainer.ema.ema.half().state_dict()}
 
