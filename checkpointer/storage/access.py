@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -22,7 +23,7 @@ def access_advice(storage: Storage, error: OSError) -> str:
     """
     if not isinstance(storage, SupportsPaths):
         return "check the path or URL, the credentials and the network"
-    if isinstance(error, PermissionError):
+    if error.errno == errno.EACCES:  # EPERM is for what no mode allows, such as a rename on some mounts.
         return permission_advice(error.filename or storage.local_path(""))
     return "check the path and the disk or mount that it is on"
 

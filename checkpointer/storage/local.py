@@ -226,7 +226,7 @@ class LocalStorage:
                 _discard(renamed)
         except OSError as error:
             what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
-            if isinstance(error, PermissionError):
+            if error.errno == errno.EACCES:
                 what = permission_advice(error.filename or self._root)
             msg = f"cannot write to {self._root}: {error.strerror}; {what}"
             raise StorageError(msg) from error
