@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -19,6 +19,7 @@ from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
+from checkpointer_torch.loaders import Calls
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.sources import open_place, own_name, request_file
 from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
@@ -164,7 +165,7 @@ class Loop:
             yield self._training.epoch
             self._end_epoch()
 
-    def batches(self, loader: Iterable[T], *, limit: int | None = None) -> Iterator[T]:
+    def batches(self, loader: Iterable[T] | Callable[[], T], *, limit: int | None = None) -> Iterator[T]:
         """Yield the batches of this epoch, once per epoch; after a resume those that are left.
 
         A ``DataLoader`` with an index skips what was used without reading it; a loader with a ``state_dict`` goes on
@@ -182,14 +183,21 @@ class Loop:
             msg = f"epoch {self._training.epoch} had its batches already; a validation iterates over its loader itself"
             raise ObservationError(msg)
         self._is_fed = True
+        if not isinstance(loader, Iterable):
+            loader = Calls(loader)
         return self._fed(loader, math.inf if limit is None else limit)
 
     def _fed(self, loader: Iterable[T], limit: float) -> Iterator[T]:
         training = self._training
         self._is_feeding = True
-        batches = training.batches(loader)
+        # A pass that has had its limit is not begun: a generator would read a batch.
+        batches = training.batches(loader) if training.used < limit else iter(())
         try:
-            while training.given < limit and (batch := next(batches, _END)) is not _END:
+            while training.given < limit:
+                batch = next(batches, _END)
+                if batch is _END:
+                    training.run_out(loader)
+                    break
                 training.given += 1
                 training.is_within_step = True
                 yield batch

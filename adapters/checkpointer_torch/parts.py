@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import attrs
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from checkpointer.errors import PolicyError
 from checkpointer_torch.differences import Differences, compared
-from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.loaders import is_stateful, put_loader, take_loader, torch_loader
 from checkpointer_torch.names import plain_state, wrapped_state
-from checkpointer_torch.random_state import as_numpy, as_plain
+from checkpointer_torch.random_state import accessors
 
 __all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
 
@@ -182,7 +180,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
-    if isinstance(thing, DataLoader):
+    if torch_loader(thing) is not None:
         return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
     if is_stateful(thing):
         return StatefulPart(thing)
@@ -202,14 +200,8 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
 
 
 def _drawn(thing: Any) -> Part | None:
-    if isinstance(thing, torch.Generator):
-        return PlainPart(thing.get_state, thing.set_state)
-    if isinstance(thing, random.Random):
-        return PlainPart(thing.getstate, thing.setstate)
-    bits = getattr(thing, "bit_generator", None)
-    if bits is not None:
-        return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
-    return None
+    access = accessors(thing)
+    return PlainPart(*access) if access else None
 
 
 def _fields(thing: Any) -> Part | None:

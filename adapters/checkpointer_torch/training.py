@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from torch.utils.data import DataLoader
-
 from checkpointer import CheckpointerWarning
-from checkpointer.errors import MismatchError, PolicyError
+from checkpointer.errors import MismatchError, ObservationError, PolicyError
 from checkpointer.ports import Ranks
 from checkpointer_torch.differences import Differences
 from checkpointer_torch.feeding import Feed
+from checkpointer_torch.finding import Resumed
+from checkpointer_torch.loaders import torch_loader
 from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, part_of
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
@@ -43,7 +43,7 @@ class Training:
         self._loaders: dict[str, Part] = {}
         for name, thing in objects.items():
             part = part_of(name, thing, self.values)
-            (self._loaders if isinstance(thing, DataLoader) else self._parts)[name] = part
+            (self._parts if torch_loader(thing) is None else self._loaders)[name] = part
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
         self._ranks = ranks
         self._feed = Feed()
@@ -60,12 +60,26 @@ class Training:
         """Return what this epoch has left of its batches."""
         for sampler in self._samplers:
             sampler.set_epoch(self.epoch)
-        self.given = self.used
+        self.given = self.used = self._feed.settle(loader, self.used)
         return self._feed.begin(loader, epoch=self.epoch, used=self.used)
+
+    def run_out(self, loader: Any) -> None:
+        """Note that the loader has no more batches for this epoch.
+
+        Raises:
+            ObservationError: If it had none at all.
+        """
+        self._feed.run_out()
+        if not self.given:
+            msg = (
+                f"epoch {self.epoch} has no batches: {type(loader).__name__} gave none. An iterator or generator that "
+                "was used up by an epoch before cannot begin anew; give batches() a loader, or a new one each epoch"
+            )
+            raise ObservationError(msg)
 
     def end_epoch(self) -> int:
         """Go on to the next epoch, and return the one that has ended."""
-        self._feed.end()
+        self._feed.end(self.given)
         self.used = self.given = 0
         self.is_within_step = False
         self.epoch += 1
@@ -126,7 +140,7 @@ class Training:
         self._put_parts({name: state[name] for name in self._parts if name in state})
         self.epoch, self.step, self.used = own["epoch"], own["step"], own["batch"]
         self.given, self.is_within_step, self.source = self.used, False, source
-        self._put_own(own["ranks"])
+        self._put_own(own["ranks"], strict=strict)
         if not own["exact"]:
             msg = (
                 f"{source} was saved when an exception struck within step {self.step + 1}: what that step had "
@@ -166,7 +180,7 @@ class Training:
                 msg = f"{name} refuses its state ({type(error).__name__}: {error}); nothing was loaded"
                 raise MismatchError(msg) from error
 
-    def _put_own(self, ranks: list[Mapping[str, Any]]) -> None:
+    def _put_own(self, ranks: list[Mapping[str, Any]], *, strict: bool) -> None:
         saved, here = len(ranks), self._ranks.size
         rank = self._ranks.rank
         own = ranks[rank % saved]
@@ -182,4 +196,4 @@ class Training:
         for name, part in self._loaders.items():
             if name in own["loaders"]:
                 part.put(own["loaders"][name])
-        self._feed.put(own["feed"])
+        self._feed.put(own["feed"], Resumed(source=self.source, is_strict=strict, is_of_other_ranks=saved != here))
