@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpointer.errors import MismatchError
-from checkpointer_torch.finding import At, Resumed, again, by_index, by_itself, ended, is_warm, started
+from checkpointer_torch.finding import At, Resumed, again, by_index, by_itself, ended, is_warm, num_iters, started
 from checkpointer_torch.loaders import (
     described,
     differing,
@@ -63,22 +63,23 @@ class Feed:
             origin.warn(f"the data is not the data of the epoch before: {text}; the new epoch begins with it")
             self._left_off = {**state, "differs": True}
             return used
-        if set(other) <= {"batch size", "batches"} and is_indexed(loader):
-            there, here = other["batch size"]
+        what = f"{used} batches of this epoch were used of other data: {text}"
+        there, here = other.get("batch size", (1, 1))
+        if set(other) <= {"batch size", "batches", "workers"} and there and here and is_indexed(loader):
             nearest: int = used * there // here
-            way = f"goes on after {nearest} batches of {here}, at the nearest sample"
-        else:
-            nearest = 0
-            way = "begins the epoch anew"
-        origin.refuse(f"the data is not the data that {used} batches were used of: {text}", way)
-        if nearest == 0:
-            self._left_off = {}
-        return nearest
+            origin.refuse(what, f"goes on at the nearest sample, after {nearest} batches")
+            return nearest
+        origin.refuse(what, "begins the epoch anew")
+        self._left_off = {}
+        return 0
 
     def begin(self, loader: Any, *, epoch: int, used: int) -> Iterator[Any]:
         """Return the batches of the epoch: all, or those left after ``used`` if a pass was left off."""
         state, before = self._left_off, self._loader
         now = take_random_state()
+        if state.get("within") and self._origin.random is not None:
+            # The epoch's body may have drawn before it asked for its batches; the run that was left had done so too.
+            put_random_state(self._origin.random)
         try:
             return self._begun(loader, state, epoch=epoch, used=used)
         except MismatchError:
@@ -120,6 +121,7 @@ class Feed:
         began = self._began or state.get("began")
         if not (self._iterator.is_shared and began):
             began = {"random": take_random_state(), "loader": take_generators(loader), "warm": warm}
+            began["iters"] = num_iters(loader, is_warm=warm)
         self._began = began
         if at.used:
             return again(loader, began, at.used, self._origin)
@@ -222,6 +224,11 @@ class _Shared:
 
 
 def _is_over(state: Mapping[str, Any]) -> bool:
+    """Return whether a pass has no more batches; a loader of torchdata may know it before it was asked for one more."""
     own = state.get("loader")
-    # accelerate reads one batch ahead, so that torchdata is at its end before the last batch is given.
-    return bool(state.get("over") or (isinstance(own, Mapping) and own.get("_iterator_finished")))
+    if state.get("over") or not isinstance(own, Mapping):
+        return bool(state.get("over"))
+    # accelerate reads one batch ahead. A worker that has ended is asked again by torchdata, and may begin anew.
+    workers = own.get("_snapshot", {}).get("_worker_snapshots", {}).values()
+    ended = [(worker.get("fetcher_state") or {}).get("fetcher_ended", False) for worker in workers]
+    return bool(own.get("_iterator_finished")) or (bool(ended) and all(ended))

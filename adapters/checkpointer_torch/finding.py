@@ -16,6 +16,7 @@ import torch
 from checkpointer import CheckpointerWarning
 from checkpointer.errors import MismatchError
 from checkpointer_torch.loaders import (
+    forget,
     is_indexed,
     is_of_torchdata,
     keep_epoch,
@@ -25,7 +26,7 @@ from checkpointer_torch.loaders import (
 )
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
-__all__ = ["At", "Resumed", "again", "by_index", "by_itself", "ended", "is_warm", "started"]
+__all__ = ["At", "Resumed", "again", "by_index", "by_itself", "ended", "is_warm", "num_iters", "started"]
 
 _log: Final = logging.getLogger("checkpointer.torch")
 
@@ -43,6 +44,8 @@ class Resumed:
     """Whether a place that cannot be restored is an error."""
     is_of_other_ranks: bool = False
     """Whether the checkpoint is of another number of processes."""
+    random: Mapping[str, Any] | None = None
+    """The random states at the boundary; None for a process that the checkpoint has none of."""
 
     def refuse(self, what: str, otherwise: str) -> None:
         """Raise, or go on with a warning if the resume was not strict.
@@ -75,9 +78,11 @@ def started(loader: Any, began: Mapping[str, Any], epoch: int, origin: Resumed) 
     """Return a pass from its beginning, of a loader whose pass before may have been in another process."""
     inner: Any = torch_loader(loader)
     if is_indexed(loader) and is_of_torchdata(inner) and (inner._initial_iter_for_state_dict or inner.next_iter_state):
-        _forget(inner)  # A pass that was begun for a state_dict() has drawn its random numbers already.
+        forget(inner)  # A pass that was begun for a state_dict() has drawn its random numbers already.
 
     def start(make: Make) -> Any:
+        if is_indexed(loader) and began["iters"] != num_iters(loader):
+            return _made(loader, make, began, 0)[0]
         with _as_warm(loader, began["warm"]):
             return make()
 
@@ -89,13 +94,15 @@ def started(loader: Any, began: Mapping[str, Any], epoch: int, origin: Resumed) 
 
 def by_index(loader: Any, state: Mapping[str, Any], at: At, origin: Resumed) -> Iterator[Any]:
     """Return the batches after those used, which are not read again."""
+    inner: Any = torch_loader(loader)
     began, now = state["began"], take_random_state()
-    _forget(torch_loader(loader))
+    if inner.num_workers and not getattr(inner, "in_order", True):
+        what = f"{type(loader).__name__} has in_order=False, so which batches were used is not known"
+        origin.refuse(what, f"skips the first {at.used} batches of the order")
+    forget(inner)
 
     def start(make: Make) -> Any:
-        with _skipped(torch_loader(loader), at.used) as skipping, _as_warm(loader, began.get("warm", False)):
-            iterator = make()
-        skipping.skip()
+        iterator, skipping = _made(loader, make, began, at.used)
         _check_skipped(skipping, loader, origin)
         put_random_state(now)
         return iterator
@@ -174,19 +181,15 @@ def again(loader: Any, began: Mapping[str, Any], used: int, origin: Resumed) -> 
     return batches
 
 
-def _forget(loader: Any) -> None:
-    """Let a ``DataLoader`` begin its next pass at the beginning."""
-    if getattr(loader, "persistent_workers", False) or is_of_torchdata(loader):
-        loader._iterator = None
-    if is_of_torchdata(loader):
-        loader.next_iter_state = None
-        loader._initial_iter_for_state_dict = False
-
-
 def is_warm(loader: Any) -> bool:
     """Return whether a loader's workers outlive a pass, and are there: then a pass draws no new seed for them."""
     inner: Any = torch_loader(loader)
     return inner is not None and inner.persistent_workers and inner._iterator is not None
+
+
+def num_iters(loader: Any, *, is_warm: bool = False) -> int:
+    """Return how often a ``DataLoader`` calls ``iter`` of its sampler for a pass: twice, if it starts workers."""
+    return 2 if getattr(torch_loader(loader), "num_workers", 0) and not is_warm else 1
 
 
 def _iterated(loader: Any, start: Callable[[Make], Any], epoch: int) -> tuple[Iterator[Any], bool]:
@@ -264,17 +267,21 @@ def _primed(iterator: Any) -> Any:
     return iterator
 
 
-@contextlib.contextmanager
-def _skipped(loader: Any, count: int) -> Iterator[_Skipping]:
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    sampler = getattr(loader, name)
-    skipping = _Skipping(sampler, count)
-    # DataLoader lets nobody change its sampler; and a new loader would not be the user's class.
-    object.__setattr__(loader, name, skipping)
+def _made(loader: Any, make: Make, began: Mapping[str, Any], used: int) -> tuple[Any, _Skipping]:
+    """Return an iterator whose sampler has left out the batches used."""
+    inner: Any = torch_loader(loader)
+    name = "sampler" if inner.batch_sampler is None else "batch_sampler"
+    sampler = getattr(inner, name)
+    skipping = _Skipping(sampler, used, began.get("iters", num_iters(loader)))
+    # DataLoader refuses another sampler; and a new loader would not be the user's class.
+    object.__setattr__(inner, name, skipping)
     try:
-        yield skipping
+        with _as_warm(loader, began.get("warm", False)):
+            iterator = make()
     finally:
-        object.__setattr__(loader, name, sampler)
+        object.__setattr__(inner, name, sampler)
+    skipping.skip()
+    return iterator, skipping
 
 
 def _check_skipped(skipping: _Skipping, loader: Any, origin: Resumed) -> None:
@@ -294,21 +301,27 @@ class _Skipping:
     """A sampler that leaves out its first items, once.
 
     They are drawn when the first one is asked for, or at `skip`: not earlier, since a loader draws the seed of its
-    workers first.
+    workers first. A sampler may draw in ``iter``, so that is called as often as for the pass that is made again.
     """
 
-    def __init__(self, sampler: Any, count: int) -> None:
+    def __init__(self, sampler: Any, count: int, num_iters: int) -> None:
         self._sampler = sampler
         self._count = count
+        self._num_iters = num_iters
         self._items: Iterator[Any] = iter(())
+        self._is_done = False
         self.short = 0
         """Items that were to be left out, and were not there."""
         self.drew = False
         """Whether items after the first one drew from the global random numbers."""
 
     def __iter__(self) -> Iterator[Any]:
-        self._items = iter(self._sampler)
-        return self if self._count else self._items
+        if self._is_done:  # Workers that outlive the pass ask for the next one here.
+            return iter(self._sampler)
+        if self._num_iters:
+            self._num_iters -= 1
+            self._items = iter(self._sampler)
+        return self
 
     def __next__(self) -> Any:
         self.skip()
@@ -316,11 +329,14 @@ class _Skipping:
 
     def skip(self) -> None:
         """Draw what is to be left out."""
-        count, self._count = self._count, 0
-        if not count:
+        if self._is_done:
             return
-        end = object()
-        left = count - (next(self._items, end) is not end)
+        while self._num_iters:
+            iter(self)
+        self._is_done, end = True, object()
+        if not self._count:
+            return
+        left = self._count - (next(self._items, end) is not end)
         first = take_random_state()
         while left and next(self._items, end) is not end:
             left -= 1

@@ -14,6 +14,7 @@ __all__ = [
     "Calls",
     "described",
     "differing",
+    "forget",
     "is_indexed",
     "is_of_torchdata",
     "is_stateful",
@@ -28,9 +29,13 @@ __all__ = [
     "torch_loader",
 ]
 
-_WRAPPED: Final = ("_dataloader", "base_dataloader")
-"""Where Lightning's Fabric and accelerate keep the loader that they wrap."""
-
+_WRAPPED: Final = {
+    "lightning": "_dataloader",
+    "lightning_fabric": "_dataloader",
+    "accelerate": "base_dataloader",
+    "tqdm": "iterable",
+}
+"""Where the loaders of other packages keep the loader that they wrap, batch for batch."""
 _WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
 """Where samplers, and the nodes of ``torchdata.nodes``, keep one another."""
 
@@ -58,9 +63,10 @@ class Calls:
 
 
 def torch_loader(loader: Any) -> DataLoader[Any] | None:
-    """Return the ``DataLoader`` that loads the data, also when Fabric or accelerate wraps it."""
+    """Return the ``DataLoader`` that loads the data, also when Fabric, accelerate or tqdm wraps it."""
     own = getattr(loader, "__dict__", {})
-    for name in _WRAPPED:
+    for kind in type(loader).__mro__:
+        name = _WRAPPED.get(kind.__module__.partition(".")[0])
         if name in own:
             return torch_loader(own[name])
     return loader if isinstance(loader, DataLoader) else None
@@ -105,9 +111,15 @@ def is_indexed(loader: Any) -> bool:
 
 
 def samplers(loader: Any) -> list[Any]:
-    """Return the samplers of a loader and the samplers within those; of ``torchdata.nodes`` also the nodes."""
+    """Return the samplers of a loader and the samplers within those; of ``torchdata.nodes`` also the nodes.
+
+    Of any other iterable they are those of the loaders that it holds.
+    """
     found: list[Any] = []
     to_visit = [_inner(loader)]
+    if torch_loader(loader) is None:
+        found += [one for one in getattr(loader, "__dict__", {}).values() if torch_loader(one) is not None]
+        to_visit += found
     while to_visit:
         holder = to_visit.pop(0)
         for name in _WITHIN:
@@ -120,11 +132,11 @@ def samplers(loader: Any) -> list[Any]:
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Set the epoch of a loader, its samplers and its dataset."""
-    inner = torch_loader(loader)
     if "_num_iter_calls" in getattr(loader, "__dict__", {}):
         loader._num_iter_calls = epoch  # Fabric counts passes, and sets that as the epoch of the samplers.
     done: list[Any] = []
-    for holder in (loader, inner, *samplers(loader), getattr(inner, "dataset", None)):
+    holders = [loader, _inner(loader), *samplers(loader)]
+    for holder in (*holders, *(getattr(holder, "dataset", None) for holder in holders)):
         if hasattr(holder, "set_epoch") and not any(holder is other for other in done):
             holder.set_epoch(epoch)
             done.append(holder)
@@ -166,19 +178,33 @@ def take_loader(loader: Any) -> Any:
     stateful = keeper(loader)
     if stateful is None:
         return take_generators(loader)
-    if is_of_torchdata(stateful) and stateful._iterator is None:
-        # Its state_dict() would begin a pass, which draws from the random numbers of the training.
-        return stateful.next_iter_state or {}
+    inner: Any = torch_loader(loader)
+    if is_of_torchdata(inner) and (inner._iterator is None or inner._iterator._finished):
+        # state_dict() or load_state_dict() would begin a pass, which draws from the random numbers of the training.
+        if inner.next_iter_state is None and is_indexed(loader):
+            return take_generators(loader)
+        if inner._iterator is None:
+            return inner.next_iter_state or {}
     return stateful.state_dict()
 
 
 def put_loader(loader: Any, state: Any) -> None:
     """Put a loader into the state that `take_loader` returned."""
     stateful = keeper(loader)
-    if stateful is None:
+    if stateful is None or isinstance(state, list):
+        forget(torch_loader(loader))
         put_generators(loader, state)
     else:
         stateful.load_state_dict(state)
+
+
+def forget(loader: Any) -> None:
+    """Let a ``DataLoader`` begin its next pass at the beginning."""
+    if getattr(loader, "persistent_workers", False) or is_of_torchdata(loader):
+        loader._iterator = None
+    if is_of_torchdata(loader):
+        loader.next_iter_state = None
+        loader._initial_iter_for_state_dict = False
 
 
 # What a place depends on
@@ -202,6 +228,8 @@ def described(loader: Any) -> dict[str, Any]:
     }
     if is_iterable or not is_indexed(loader):
         facts["num_workers"] = inner.num_workers
+    elif is_of_torchdata(inner):
+        facts["workers"] = inner.num_workers > 0  # With workers it shuffles twice for each pass.
     return facts
 
 

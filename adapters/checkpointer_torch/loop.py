@@ -108,7 +108,7 @@ class Loop:
         self._metrics: Mapping[str, Any] = _NOTHING
         self._start = 0
         self._epoch_ended_at = -1
-        self._is_entered = self._is_feeding = self._is_fed = False
+        self._is_entered = self._is_feeding = self._is_fed = self._has_warned = False
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
         self._stop_signal: int | None = None
@@ -169,14 +169,18 @@ class Loop:
         """Yield the batches of this epoch, once per epoch; after a resume those that are left.
 
         A ``DataLoader`` with an index skips what was used without reading it; a loader with a ``state_dict`` goes on
-        by itself; anything else is read again up to the place. ``set_epoch`` of samplers is called.
+        by itself; anything else is read again up to the place. ``set_epoch`` of the loader, its samplers and its
+        dataset is called.
 
         Args:
-            loader: The training's data.
-            limit: Batches that an epoch has at most.
+            loader: The training's data: a loader, any other iterable, or a function that returns a batch. The
+                function has no place but the random states, or a ``state_dict`` of its own; give it a ``limit``.
+            limit: Batches that an epoch has at most; None goes on until the loader ends.
 
         Raises:
-            ObservationError: If the epoch has had its pass through the data.
+            ObservationError: If the epoch has had its pass through the data, or the loader has no batches.
+            MismatchError: If a place of this loader cannot be restored, or it is not the loader that was left: it has
+                another length, batch size, sampler or number of workers. ``resume(strict=False)`` warns instead.
         """
         self._check_entered()
         if self._is_fed:
@@ -198,8 +202,7 @@ class Loop:
                 if batch is _END:
                     training.run_out(loader)
                     break
-                training.given += 1
-                training.is_within_step = True
+                training.give()
                 yield batch
         finally:
             self._is_feeding = False
@@ -250,8 +253,21 @@ class Loop:
         epoch = self._training.end_epoch()
         self._epoch_ended_at = self._training.step
         self._is_feeding = False
-        self._saver.observe(self._metrics, self._training.step, epoch, epoch_end=True)
+        decision = self._saver.observe(self._metrics, self._training.step, epoch, epoch_end=True)
+        if decision and self._training.left_over:
+            self._warn_of_left_over(epoch)
         self._attend()
+
+    def _warn_of_left_over(self, epoch: int) -> None:
+        if self._has_warned or self._ranks.rank != 0:
+            return
+        self._has_warned = True
+        msg = (
+            f"epoch {epoch} ended {self._training.left_over} batches after its last step(), and a checkpoint does not "
+            "hold the gradients of those: a resume from here loses them. Update with what is left at the end of an "
+            "epoch and call step(), or let an epoch be a multiple of the batches of a step (limit=)"
+        )
+        warnings.warn(msg, CheckpointerWarning, stacklevel=5)
 
     # Going on
 

@@ -17,7 +17,7 @@ from checkpointer_torch.loaders import is_stateful, put_loader, take_loader, tor
 from checkpointer_torch.names import plain_state, wrapped_state
 from checkpointer_torch.random_state import accessors
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "StatefulPart", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
