@@ -279,7 +279,8 @@ class Loop:
         Args:
             from_: None or ``"last"`` for the newest, ``"best"``, a name, a step; or the path or URL of a checkpoint or
                 directory elsewhere: that starts this directory, and is not looked at once this has checkpoints.
-            strict: Whether every object must be there and fit; False takes what fits, and warns of the rest.
+            strict: Whether every object must fit, and the data that `batches` is given; False takes
+                what fits, and warns of the rest.
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
 
         Raises:

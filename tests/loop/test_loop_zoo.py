@@ -246,6 +246,11 @@ def accelerated(loader: Any, **kwargs: Any) -> Any:
     return host.Accelerator(cpu=True, dataloader_config=options).prepare(loader)
 
 
+def stateful_sampler() -> Any:
+    tools = pytest.importorskip("torchdata.stateful_dataloader.sampler", reason="needs torchdata")
+    return tools.StatefulDistributedSampler(Numbers(), num_replicas=1, rank=0, seed=3)
+
+
 SAMPLERS: dict[str, Make] = {
     "sequential": lambda: SequentialSampler(range(ITEMS)),
     "random": lambda: RandomSampler(range(ITEMS)),
@@ -301,6 +306,7 @@ EXACT: dict[str, Make] = {
     "stateful, stateful data in batches": lambda: stateful()(
         Counting(), batch_sampler=batched(RandomSampler(range(ITEMS)))
     ),
+    "stateful, stateful sampler": lambda: stateful()(Numbers(), SIZE, sampler=stateful_sampler()),
     "streaming": lambda: Streaming(StatefulStream(), SIZE),
     "ahead": lambda: Ahead(Quiet(), SIZE, shuffle=True),
     "one by one": lambda: DataLoader(Numbers(), batch_size=None, sampler=RandomSampler(range(ITEMS))),
@@ -666,6 +672,28 @@ def test_data_that_draws_while_it_is_read_again_is_warned_of(in_memory: Path, ki
     (within,) = in_memory.glob("epoch=0-step=3*.ckpt")
     with pytest.warns(CheckpointerWarning, match="3 batches were read again to find the place, and reading them drew"):
         assert unbroken[3:] == train(None, make, NOT_SAVING, source=within)
+
+
+@pytest.mark.parametrize("kind", ["a stream with a state", "a function"])
+def test_a_stream_that_says_where_it_is_is_not_read_again(in_memory: Path, kind: str) -> None:
+    """Eleven batches of twelve were used; one is read."""
+    reads = []
+
+    class Counted(Source):
+        def __next__(self) -> int:
+            reads.append(1)
+            return super().__next__()
+
+    def count() -> int:
+        reads.append(1)
+        return 0
+
+    make: Make = Counted if kind != "a function" else lambda: count
+    train(in_memory, make, SAVING[0], limit=BATCHES)
+    assert 12 == len(reads)
+    (path,) = in_memory.glob("*step=11.ckpt")
+    train(None, make, NOT_SAVING, source=path, limit=BATCHES)
+    assert 13 == len(reads)
 
 
 @pytest.mark.parametrize("make", [lambda: iter(range(3)), list], ids=["used up", "empty"])
