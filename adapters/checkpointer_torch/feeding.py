@@ -88,7 +88,7 @@ class Feed:
             raise
 
     def _begun(self, loader: Any, state: Mapping[str, Any], *, epoch: int, used: int) -> Iterator[Any]:
-        used_before = self._iterator.begin(loader, self._loader, state, self._origin)
+        used_before = self._iterator.begin(loader, self._loader, state, origin=self._origin)
         self._left_off = {}
         self._loader, self._facts = loader, described(loader)
         set_epoch(loader, epoch)
@@ -106,10 +106,10 @@ class Feed:
     def _gone_on(self, loader: Any, state: Mapping[str, Any], at: At) -> Iterator[Any]:
         # A loader that keeps its place, of a checkpoint that has none of that place, is skipped like another.
         if is_indexed(loader) and state["began"]:
-            return by_index(loader, state, at, self._origin)
+            return by_index(loader, state, at, origin=self._origin)
         if keeper(loader) is not None:
             return by_itself(loader, state, at.epoch)
-        return again(loader, state["began"] or {}, at.used, self._origin)
+        return again(loader, state["began"] or {}, at.used, origin=self._origin)
 
     def _anew(self, loader: Any, state: Mapping[str, Any], at: At) -> Iterator[Any]:
         if state.get("within"):  # Its first batch was not used: the pass is made again.
@@ -124,8 +124,8 @@ class Feed:
             began["iters"] = num_iters(loader, is_warm=warm)
         self._began = began
         if at.used:
-            return again(loader, began, at.used, self._origin)
-        batches = started(loader, began, at.epoch, self._origin)
+            return again(loader, began, at.used, origin=self._origin)
+        batches = started(loader, began, at.epoch, origin=self._origin)
         if not state or keeper(loader) is None:
             return batches
         first = list(itertools.islice(batches, 1))
@@ -134,7 +134,7 @@ class Feed:
         # Its state was the end of the epoch before, and it gave no more than that end.
         put_generators(loader, began["loader"])
         put_random_state(began["random"])
-        return started(loader, began, at.epoch, self._origin)
+        return started(loader, began, at.epoch, origin=self._origin)
 
     def _put_end(self, loader: Any, state: Mapping[str, Any]) -> None:
         """Put a loader where it was at the end of a pass."""
@@ -195,7 +195,7 @@ class _Shared:
         self.drawn = 0
         """Batches, in the epochs before this one."""
 
-    def begin(self, loader: Any, before: Any, state: Mapping[str, Any], origin: Resumed) -> int:
+    def begin(self, loader: Any, before: Any, state: Mapping[str, Any], *, origin: Resumed) -> int:
         """Return how many batches the epochs before have drawn of this iterator, if it has to be wound forward."""
         self.is_one = isinstance(loader, Iterator) and not is_stateful(loader)
         if not self.is_one:

@@ -74,7 +74,7 @@ class At:
     """Batches of the epoch that were used."""
 
 
-def started(loader: Any, began: Mapping[str, Any], epoch: int, origin: Resumed) -> Iterator[Any]:
+def started(loader: Any, began: Mapping[str, Any], epoch: int, *, origin: Resumed) -> Iterator[Any]:
     """Return a pass from its beginning, of a loader whose pass before may have been in another process."""
     inner: Any = torch_loader(loader)
     if is_indexed(loader) and is_of_torchdata(inner) and (inner._initial_iter_for_state_dict or inner.next_iter_state):
@@ -82,7 +82,7 @@ def started(loader: Any, began: Mapping[str, Any], epoch: int, origin: Resumed) 
 
     def start(make: Make) -> Any:
         if is_indexed(loader) and began["iters"] != num_iters(loader):
-            return _made(loader, make, began, 0)[0]
+            return _made(loader, make, began, used=0)[0]
         with _as_warm(loader, began["warm"]):
             return make()
 
@@ -92,7 +92,7 @@ def started(loader: Any, began: Mapping[str, Any], epoch: int, origin: Resumed) 
     return batches
 
 
-def by_index(loader: Any, state: Mapping[str, Any], at: At, origin: Resumed) -> Iterator[Any]:
+def by_index(loader: Any, state: Mapping[str, Any], at: At, *, origin: Resumed) -> Iterator[Any]:
     """Return the batches after those used, which are not read again."""
     inner: Any = torch_loader(loader)
     began, now = state["began"], take_random_state()
@@ -102,7 +102,7 @@ def by_index(loader: Any, state: Mapping[str, Any], at: At, origin: Resumed) -> 
     forget(inner)
 
     def start(make: Make) -> Any:
-        iterator, skipping = _made(loader, make, began, at.used)
+        iterator, skipping = _made(loader, make, began, used=at.used)
         _check_skipped(skipping, loader, origin)
         put_random_state(now)
         return iterator
@@ -158,7 +158,7 @@ def ended(loader: Any, state: Any) -> bool:
     return is_taken
 
 
-def again(loader: Any, began: Mapping[str, Any], used: int, origin: Resumed) -> Iterator[Any]:
+def again(loader: Any, began: Mapping[str, Any], used: int, *, origin: Resumed) -> Iterator[Any]:
     """Return the batches after those used, which are read again."""
     now = take_random_state()
     if used:
@@ -267,7 +267,7 @@ def _primed(iterator: Any) -> Any:
     return iterator
 
 
-def _made(loader: Any, make: Make, began: Mapping[str, Any], used: int) -> tuple[Any, _Skipping]:
+def _made(loader: Any, make: Make, began: Mapping[str, Any], *, used: int) -> tuple[Any, _Skipping]:
     """Return an iterator whose sampler has left out the batches used."""
     inner: Any = torch_loader(loader)
     name = "sampler" if inner.batch_sampler is None else "batch_sampler"

@@ -655,7 +655,7 @@ def test_batches_out_of_order_are_refused() -> None:
     loader = DataLoader(Numbers(), SIZE, num_workers=1, in_order=False)
     state = {"began": {"random": take_random_state(), "loader": []}, "generators": []}
     with pytest.raises(MismatchError, match="last: DataLoader has in_order=False, so which batches were used is not"):
-        by_index(loader, state, At(epoch=0, used=2), Resumed(source="last"))
+        by_index(loader, state, At(epoch=0, used=2), origin=Resumed(source="last"))
 
 
 @pytest.mark.parametrize("kind", ["generator", "plain"])
