@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -23,6 +23,7 @@ from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
 from checkpointer_torch.adopted import begin_from_adopted
 from checkpointer_torch.foreign import StateMap
+from checkpointer_torch.loaders import Calls
 from checkpointer_torch.origin import find_origin
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.silence import why_silent
@@ -130,7 +131,7 @@ class Loop:
         self._silent_until: float = _SILENT_STEPS
         """At this step the loop looks whether its policy can save anything; it has no epochs so far."""
         self._is_entered = self._is_feeding = self._is_fed = False
-        self._is_in_epochs = self._is_held = False
+        self._is_in_epochs = self._is_held = self._has_warned = False
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
         self._stop_signal: int | None = None
@@ -236,34 +237,44 @@ class Loop:
             if training.step == before:
                 self.step()
 
-    def batches(self, loader: Iterable[T], *, limit: int | None = None) -> Iterator[T]:
+    def batches(self, loader: Iterable[T] | Callable[[], T], *, limit: int | None = None) -> Iterator[T]:
         """Yield the batches of this epoch, once per epoch; after a resume those that are left.
 
         A ``DataLoader`` with an index skips what was used without reading it; a loader with a ``state_dict`` goes on
-        by itself; anything else is read again up to the place. ``set_epoch`` of samplers is called.
+        by itself; anything else is read again up to the place. ``set_epoch`` of the loader, its samplers and its
+        dataset is called.
 
         Args:
-            loader: The training's data.
-            limit: Batches that an epoch has at most.
+            loader: The training's data: a loader, any other iterable, or a function that returns a batch. The
+                function has no place but the random states, or a ``state_dict`` of its own; give it a ``limit``.
+            limit: Batches that an epoch has at most; None goes on until the loader ends.
 
         Raises:
-            ObservationError: If the epoch has had its pass through the data.
+            ObservationError: If the epoch has had its pass through the data, or the loader has no batches.
+            MismatchError: If a place of this loader cannot be restored, or it is not the loader that was left: it has
+                another length, batch size, sampler or number of workers. ``resume(strict=False)`` warns instead.
         """
         self._check_entered()
         if self._is_fed:
             msg = f"epoch {self._training.epoch} had its batches already; a validation iterates over its loader itself"
             raise ObservationError(msg)
         self._is_fed = True
+        if not isinstance(loader, Iterable):
+            loader = Calls(loader)
         return self._fed(loader, math.inf if limit is None else limit)
 
     def _fed(self, loader: Iterable[T], limit: float) -> Iterator[T]:
         training = self._training
         self._is_feeding = True
-        batches = training.batches(loader)
+        # A pass that has had its limit is not begun: a generator would read a batch.
+        batches = training.batches(loader) if training.used < limit else iter(())
         try:
-            while training.given < limit and (batch := next(batches, _END)) is not _END:
-                training.given += 1
-                training.is_within_step = True
+            while training.given < limit:
+                batch = next(batches, _END)
+                if batch is _END:
+                    training.run_out(loader)
+                    break
+                training.give()
                 yield batch
         finally:
             self._is_feeding = False
@@ -335,11 +346,14 @@ class Loop:
         self._add(metrics, anew=self._is_unstepped and not self._is_held)
         if self._is_unstepped and (training.given or not self._is_fed):
             training.step += 1  # Else every epoch would be saved as the same step.
+            training.used = training.given
         self._is_held = False
         epoch = training.end_epoch()
         self._epoch_ended_at = self._epoch_began_at = training.step
         self._is_feeding = self._is_fed = False
         decision = self._saver.observe(self._measured(), training.step, epoch, epoch_end=True)
+        if decision and training.left_over:
+            self._warn_of_left_over(epoch)
         self._attend()
         return decision
 
@@ -357,6 +371,17 @@ class Loop:
             why = why_silent(self._when, decision)
             if why and self._ranks.rank == 0:
                 warnings.warn(f"step {self._training.step}: {why}", CheckpointerWarning, stacklevel=3)
+
+    def _warn_of_left_over(self, epoch: int) -> None:
+        if self._has_warned or self._ranks.rank != 0:
+            return
+        self._has_warned = True
+        msg = (
+            f"epoch {epoch} ended {self._training.left_over} batches after its last step(), and a checkpoint does not "
+            "hold the gradients of those: a resume from here loses them. Update with what is left at the end of an "
+            "epoch and call step(), or let an epoch be a multiple of the batches of a step (limit=)"
+        )
+        warnings.warn(msg, CheckpointerWarning, stacklevel=5)
 
     # Going on
 
@@ -379,7 +404,8 @@ class Loop:
             map: For a file at ``from_`` that another program has saved: the key of each object's state in it, such as
                 ``{"model": "state_dict", "optimizer": "optimizer", "epoch": "epoch"}``, or a function of what the file
                 holds. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; 0 without them.
-            strict: Whether every object must be there and fit; False takes what fits, and warns of the rest.
+            strict: Whether every object must fit, and the data that `batches` is given; False takes
+                what fits, and warns of the rest.
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
 
         Raises:

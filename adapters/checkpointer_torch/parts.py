@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -13,19 +12,18 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.pickling import HOW_TO_SAVE_SHARDS, check_whole
 from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.differences import Differences, compared
-from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
 from checkpointer_torch.held import Held
+from checkpointer_torch.loaders import is_stateful, put_loader, take_loader, torch_loader
 from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.names import plain_state, wrapped_state
-from checkpointer_torch.random_state import as_numpy, as_plain
+from checkpointer_torch.random_state import accessors
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "TensorPart", "described", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "StatefulPart", "TensorPart", "described", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
@@ -199,7 +197,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
-    if isinstance(thing, DataLoader):
+    if torch_loader(thing) is not None:
         return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
     if is_stateful(thing):
         return StatefulPart(thing)
@@ -249,18 +247,8 @@ def described(thing: Any, name: str, part: Part) -> str:
 
 
 def _drawn(thing: Any) -> Part | None:
-    if isinstance(thing, torch.Generator):
-        return PlainPart(thing.get_state, thing.set_state)
-    if isinstance(thing, random.Random):
-        return PlainPart(thing.getstate, thing.setstate)
-    bits = getattr(thing, "bit_generator", None)
-    if bits is not None:
-        return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
-    if type(thing).__module__.startswith("numpy.random") and hasattr(thing, "set_state"):  # A RandomState.
-        return PlainPart(
-            lambda: as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(as_numpy(state))
-        )
-    return None
+    access = accessors(thing)
+    return PlainPart(*access) if access else None
 
 
 def _fields(name: str, thing: Any) -> Part | None:

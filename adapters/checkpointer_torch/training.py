@@ -10,18 +10,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from checkpointer import CheckpointerWarning, Record
-from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
+from checkpointer.errors import MismatchError, ObservationError, PolicyError, UnknownValueError
 from checkpointer.ports import Ranks
 from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.config import CONFIG, config_differences, plain_config
 from checkpointer_torch.differences import Differences
 from checkpointer_torch.feeding import Feed
+from checkpointer_torch.finding import Resumed
 from checkpointer_torch.foreign import StateMap, picked
+from checkpointer_torch.loaders import is_indexed, samplers, torch_loader
 from checkpointer_torch.mutable import MutablePart
-from checkpointer_torch.parts import ModulePart, OptimizerPart, Part, TensorPart, described, part_of
+from checkpointer_torch.parts import (
+    ModulePart,
+    OptimizerPart,
+    Part,
+    StatefulPart,
+    TensorPart,
+    described,
+    part_of,
+)
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.swapping import Swapping
@@ -55,7 +64,7 @@ class Training:
         plan = []
         for name, thing in objects.items():
             part = part_of(name, thing, self.values)
-            is_own = isinstance(thing, DataLoader) or isinstance(part, CarriedPart)
+            is_own = torch_loader(thing) is not None or isinstance(part, CarriedPart)
             (self._loaders if is_own else self._parts)[name] = part
             plan.append(described(thing, name, part))
         self._given = dict(self.values)
@@ -68,6 +77,8 @@ class Training:
         self.epoch = self.step = self.used = self.given = 0
         self.is_within_step = False
         self.source = ""
+        self._is_accumulating = False
+        self._left_over = (0, 0)
 
     def begin(self) -> None:
         """Log what will be saved, and remember which objects the program refers to."""
@@ -102,16 +113,60 @@ class Training:
         """Return what this epoch has left of its batches."""
         for sampler in self._samplers:
             sampler.set_epoch(self.epoch)
-        self.given = self.used
+        self._check_samplers(loader)
+        self.given = self.used = self._feed.settle(loader, self.used)
         return self._feed.begin(loader, epoch=self.epoch, used=self.used)
+
+    def _check_samplers(self, loader: Any) -> None:
+        """Refuse a sampler that would be wound forward twice: by its own state, and by the loader's place."""
+        if is_indexed(loader):
+            within = samplers(loader)
+            for name, part in self._parts.items():
+                if isinstance(part, StatefulPart) and any(part.stateful is sampler for sampler in within):
+                    msg = (
+                        f"{name} is the sampler of the loader that batches() was given, and has a state of its own, so "
+                        "that a resume would go on from its place twice; give the Loop the loader alone, or use "
+                        "torchdata.StatefulDataLoader"
+                    )
+                    raise ObservationError(msg)
+
+    def give(self) -> None:
+        """Note that a batch is given."""
+        if self.given > self.used:
+            self._is_accumulating = True  # The batch before had no step of its own.
+        self.given += 1
+        self.is_within_step = True
+
+    def run_out(self, loader: Any) -> None:
+        """Note that the loader has no more batches for this epoch.
+
+        Raises:
+            ObservationError: If it had none at all.
+        """
+        self._feed.run_out()
+        if not self.given:
+            msg = (
+                f"epoch {self.epoch} has no batches: {type(loader).__name__} gave none. An iterator or generator that "
+                "was used up by an epoch before cannot begin anew; give batches() a loader, or a new one each epoch"
+            )
+            raise ObservationError(msg)
 
     def end_epoch(self) -> int:
         """Go on to the next epoch, and return the one that has ended."""
-        self._feed.end()
+        self._feed.end(self.given)
+        self._left_over = (self.given - self.used, self.step) if self._is_accumulating else (0, 0)
         self.used = self.given = 0
         self.is_within_step = False
         self.epoch += 1
         return self.epoch - 1
+
+    @property
+    def left_over(self) -> int:
+        """Batches of the epoch that has just ended whose gradients are in no step."""
+        count, step = self._left_over
+        modules = [part.module for part in self._parts.values() if isinstance(part, ModulePart)]
+        has_gradients = any(one.grad is not None for module in modules for one in module.parameters())
+        return count if step == self.step and has_gradients else 0
 
     # Values
 
@@ -160,6 +215,7 @@ class Training:
             "step": self.step,
             "batch": self.used,
             "exact": not self.is_within_step,
+            "left_over": self.left_over,
             "ranks": self._ranks.gather(own),
         }
         return state
@@ -204,8 +260,14 @@ class Training:
         self._compare_config(state.get(CONFIG), source)
         self.epoch, self.step, self.used = own["epoch"], own["step"], own["batch"]
         self.given, self.is_within_step, self.source = self.used, False, source
-        self._put_own(own["ranks"], states)
+        self._put_own(own["ranks"], states, strict=strict)
         self.swapping.note(self.step)
+        if own.get("left_over"):
+            msg = (
+                f"{source} was saved at the end of an epoch, and the gradients of its last {own['left_over']} batches "
+                "are not in it: the next step is without them"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
         if not own["exact"]:
             msg = (
                 f"{source} was saved when an exception struck within step {self.step + 1}: what that step had "
@@ -295,7 +357,7 @@ class Training:
                 msg = f"{name} refuses its state ({type(error).__name__}: {error}); nothing was loaded"
                 raise MismatchError(msg) from error
 
-    def _put_own(self, ranks: list[Mapping[str, Any]], states: Mapping[str, Any]) -> None:
+    def _put_own(self, ranks: list[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
         saved, here = len(ranks), self._ranks.size
         rank = self._ranks.rank
         own = ranks[rank % saved]
@@ -311,4 +373,7 @@ class Training:
         for name, part in self._loaders.items():
             if name in states:
                 part.put(states[name])
-        self._feed.put(own["feed"])
+        random = own["random"] if rank < saved else None
+        is_other = saved != here
+        origin = Resumed(source=self.source, is_strict=strict, is_of_other_ranks=is_other, random=random)
+        self._feed.put(own["feed"], origin)
