@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection
 
@@ -11,6 +12,7 @@ from checkpointer import index
 from checkpointer.errors import CheckpointerWarning
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
+from checkpointer.ports import SupportsLinks
 from checkpointer.transaction import Transaction
 
 __all__ = ["Aliases"]
@@ -53,9 +55,11 @@ class Aliases:
         targets = {policy.name.last_file: last, policy.name.best_file: policy.best_of(history)}
         for alias, how in policy.aliases.items():
             target = targets[alias]
+            if target is None:
+                self._remove_dangling(alias)
             if target is None or target.name == alias or self._pointed.get(alias) == target.token:
                 continue
-            slot = manifest.by_name.get(alias)
+            slot = manifest.by_name.get(alias) or next((r for r in manifest.aside if r.name == alias), None)
             try:
                 self.transaction.alias(alias, how, target, slot=slot)
             except OSError as error:
@@ -66,6 +70,19 @@ class Aliases:
             if slot is not None:
                 manifest = manifest.without(alias)
         return manifest
+
+    def _remove_dangling(self, alias: str) -> None:
+        """Remove a link whose target is gone, when nothing takes its place; a copy is a whole checkpoint and stays."""
+        storage = self.transaction.storage
+        if isinstance(storage, SupportsLinks) and storage.list(alias):
+            try:
+                storage.open(alias).close()
+            except FileNotFoundError:
+                self.forget(alias)
+                with contextlib.suppress(OSError):
+                    storage.delete(alias)
+            except OSError:  # A folder.
+                return
 
     def forget(self, alias: str | None = None) -> None:
         """Count an alias, or all, as pointing nowhere: something else has taken its place, or its owner is another."""

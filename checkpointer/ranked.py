@@ -20,6 +20,7 @@ from checkpointer.deciding import Decision, Skip
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
+from checkpointer.options import check_options
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, FolderFormat, Format, Mailbox, Ranks, Snapshotting, Storage, SupportsMailbox
@@ -74,6 +75,7 @@ class RankedManager:
         **options: What else `CheckpointManager` takes.
 
     Raises:
+        PolicyError: For an option that `CheckpointManager` does not have.
         RanksError: If there is no process group.
 
     Example:
@@ -101,6 +103,7 @@ class RankedManager:
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, type(self).__name__)
         self._own_ranks = TorchRanks() if ranks is None else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._where = directory, storage_options
@@ -242,10 +245,18 @@ class RankedManager:
         Rank 0's metrics count. Costs no communication unless something can be due; under a time trigger the ranks
         talk every few steps, see `checkpointer.ranks.Agreement`.
         """
-        before, self._seen = self._seen, (step, epoch)
-        if not due and before[0] < step and self._is_quiet(step, epoch, epoch_end):
-            return self._quiet
-        return self._ask(lambda manager: manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due))
+        newest, at = self._seen
+        if newest <= step:
+            self._seen = (step, epoch)
+            if not due and newest < step and self._is_quiet(step, epoch, epoch_end):
+                return self._quiet
+
+        def observe(manager: CheckpointManager) -> Decision:
+            if step < newest:  # The manager does not know the quiet reports, and has to judge an older step by them.
+                manager.observe({}, newest, at, epoch_end=False)
+            return manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due)
+
+        return self._ask(observe)
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._told.horizon

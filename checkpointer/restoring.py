@@ -24,11 +24,12 @@ from checkpointer.errors import (
     UntrustedError,
 )
 from checkpointer.formats import format_of
-from checkpointer.index import HOME, record_path
+from checkpointer.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
 from checkpointer.records import Record
+from checkpointer.wording import some_of
 
 __all__ = ["Restored", "Verify", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
 
@@ -56,6 +57,11 @@ class Restored:
     def epoch(self) -> int:
         """0-based index of the epoch in progress or just ended when the state was taken."""
         return self.record.epoch
+
+    @property
+    def epochs(self) -> int:
+        """Finished epochs when the state was taken: the index of the epoch to go on with."""
+        return self.record.progress.epochs
 
 
 def choose(
@@ -109,9 +115,10 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
         return found[-1]
     for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
         raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
-    have = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:]) or "none"
+    newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
+    have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
     refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
-    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}{refused}"
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
     raise NotFoundError(msg)
 
 
@@ -287,8 +294,15 @@ def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Stor
         raise NotFoundError(msg)
     if storage is None:
         return
-    suffix = policy.name.suffix
-    files = sorted(path for path in storage.list() if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    suffix, there = policy.name.suffix, storage.list()
+    below = [] if manifest.records else directories_below(there, RECORDS)
+    if below:
+        msg = (
+            f"{storage} has no checkpoint of its own, and these directories below have: {some_of(below)}. Training "
+            "does not start over silently: name one of them, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
+    files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
     if files and not manifest.records:
         msg = (
             f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "

@@ -22,6 +22,7 @@ from checkpointer.storage import open_storage
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.s3 import S3Storage
 from checkpointer.testing import die
+from checkpointer.writers import mark, unmark
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +121,21 @@ def test_opening_costs_one_listing_and_one_read_of_the_index(server: Server, pro
     opened(state=dict)
     assert opened() <= 5
     assert 1 == proxy.kinds["list"]
+
+
+def test_the_mark_of_a_writer_costs_a_put_and_a_delete(server: Server, proxy: CountingProxy) -> None:
+    """One when it opens the directory, one when it closes it."""
+    url, options = server.fresh(), server.storage_options
+    with CheckpointManager(url, Policy(EverySteps(1), [KeepAll()]), state=dict, storage_options=options) as manager:
+        manager.observe({}, step=1, epoch=0)
+    storage = open_storage(url, new_owner(), options)
+    proxy.start()
+    mark(storage, "me")
+    assert {"PUT": 1} == proxy.kinds
+    proxy.start()
+    unmark(storage, "me")
+    assert 1 == proxy.kinds["DELETE"]
+    assert proxy.kinds.total() <= 3
 
 
 def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Server, proxy: CountingProxy) -> None:

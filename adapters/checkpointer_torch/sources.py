@@ -22,7 +22,7 @@ from checkpointer.ports import Storage, Writable
 from checkpointer.restoring import verify
 from checkpointer.storage import LocalStorage, open_storage
 
-__all__ = ["Found", "open_place", "own_name", "read_place", "request_file"]
+__all__ = ["Found", "is_place", "open_place", "own_name", "read_place", "request_file"]
 
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 T = TypeVar("T")
@@ -201,6 +201,13 @@ def read_place(
     opener = _Opener(which=which, policy=policy, trust=trust, storage_options=storage_options, make=make)
     found = opener.open(os.fspath(place))
     return found.state, found.where
+
+
+def is_place(which: Any) -> bool:
+    """Return whether a path or URL is meant, and not a name: a path that is there, a ``Path``, or a URL."""
+    if isinstance(which, os.PathLike):
+        return True
+    return isinstance(which, str) and ("://" in which or os.path.exists(os.path.expanduser(which)))
 
 
 def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from checkpointer import Policy, Save
 from checkpointer.errors import PolicyError
+from checkpointer.options import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer.ranks import OneRank, TorchRanks, on_rank_zero
 from checkpointer_transformers.clearing import clear
@@ -43,7 +44,8 @@ class CheckpointCallback(Base):
         **options: What else `checkpointer.CheckpointManager` takes, such as ``listeners``, ``trust`` or ``mirror``.
 
     Raises:
-        PolicyError: When the Trainer is made, if its arguments would fight the callback; names each change to make.
+        PolicyError: For an option that `checkpointer.CheckpointManager` does not have. When the Trainer is made, if
+            its arguments would fight the callback; names each change to make.
 
     Example:
         >>> from checkpointer import EverySteps, KeepBest, KeepLast, Policy
@@ -67,6 +69,7 @@ class CheckpointCallback(Base):
             if name in options:
                 msg = f"{name}= is given, but it is the Trainer that writes, and the run is its own; leave it out"
                 raise PolicyError(msg)
+        check_options(options, type(self).__name__)
         self.policy = as_written(policy)
         self.directory = directory
         self._clock = clock

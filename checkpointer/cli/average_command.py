@@ -46,6 +46,7 @@ def average_command(
     if bool(names) == (best is not None):
         msg = "name the checkpoints, or pass --best K with --by METRIC --mode min or max, or a --policy"
         raise PolicyError(msg)
+    options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
     records = [catalog.find(name) for name in names or ()]
     if best is not None:

@@ -47,6 +47,7 @@ def export_command(
     as_json: options.Json = False,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
+    options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
     record = catalog.find(name)
     verify(catalog.storage, record)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 from checkpointer.formats.pickled import Call, Global
+from checkpointer.formats.scalars import scalar_of
 
 __all__ = ["args_of", "as_data", "children_of", "is_container_call", "is_module", "shown", "state_children"]
 
@@ -15,20 +15,6 @@ _SEQUENCES: Final = {("builtins", "set"), ("builtins", "frozenset"), ("builtins"
 _PLAIN: Final = _MAPPINGS | _SEQUENCES | {("builtins", "complex"), ("torch", "device"), ("_codecs", "encode")}
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
 _NUMPY_SCALAR: Final = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
-_NUMPY_CODES: Final = {
-    "f2": "e",
-    "f4": "f",
-    "f8": "d",
-    "b1": "?",
-    "i1": "b",
-    "i2": "h",
-    "i4": "i",
-    "i8": "q",
-    "u1": "B",
-    "u2": "H",
-    "u4": "I",
-    "u8": "Q",
-}
 _ABSENT: Final = object()
 
 
@@ -174,19 +160,8 @@ def _as_data(value: Any, levels: int) -> Any:
 
 def _number(value: Any) -> Any:
     """Return the number that a numpy scalar is."""
-    if _kind_of(value) not in _NUMPY_SCALAR or len(args_of(value)) != 2:
-        return _ABSENT
-    dtype, data = args_of(value)
-    if _kind_of(data) == ("_codecs", "encode"):  # How old protocols write bytes.
-        text = args_of(data)[0] if args_of(data) else None
-        data = text.encode("latin-1", "replace") if isinstance(text, str) else None
-    name = args_of(dtype)[0] if isinstance(dtype, Call) and args_of(dtype) else None
-    state = dtype.state if isinstance(dtype, Call) and isinstance(dtype.state, tuple) else ()
-    code = _NUMPY_CODES.get(name) if isinstance(name, str) else None
-    order = ">" if ">" in state[1:2] else "<"
-    if code is None or not isinstance(data, bytes) or len(data) != struct.calcsize(f"{order}{code}"):
-        return _ABSENT
-    return struct.unpack(f"{order}{code}", data)[0]
+    number = scalar_of(value)
+    return _ABSENT if number is None else number
 
 
 def shown(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import CorruptError, SaveError
 from checkpointer.formats.safetensors_contents import SafetensorsContents, entry
 from checkpointer.formats.tensors import TensorInfo
+from checkpointer.pickling import check_whole, class_name, is_whole_dtensor
 from checkpointer.ports import Writable
 
 __all__ = ["SafetensorsFormat"]
@@ -119,10 +120,15 @@ def _tensors(state: Any) -> list[tuple[str, torch.Tensor]]:
             "weights=model.state_dict with contents='weights', or use format='torch'"
         )
         raise SaveError(msg)
-    tensors = list(state.items())
+    tensors = [(key, _local(value)) for key, value in state.items()]
     for key, value in tensors:
         _check(key, value)
     return sorted(tensors, key=lambda item: -item[1].element_size())
+
+
+def _local(value: Any) -> Any:
+    """Return the memory of a DTensor that is whole in this process; anything else as it is."""
+    return value.to_local() if is_whole_dtensor(value) else value
 
 
 def _check(key: Any, value: Any) -> None:
@@ -138,11 +144,15 @@ def _check(key: Any, value: Any) -> None:
     if key == "__metadata__":
         msg = f"the key {key!r} is reserved in safetensors; rename it, or use format='torch'"
         raise SaveError(msg)
+    check_whole(value, f"state[{key!r}]")
     if value.layout != torch.strided or not _is_held(value.dtype) or entry(_info(key, value), 0) is None:
         msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
         raise SaveError(msg)
     if value.is_meta:
         msg = f"state[{key!r}] is on the meta device and has no values; materialise the model before saving it"
+        raise SaveError(msg)
+    if value.numel() and not value.data_ptr():
+        msg = f"state[{key!r}] is a {class_name(value)}, which has no memory of its own: use format='torch'"
         raise SaveError(msg)
 
 

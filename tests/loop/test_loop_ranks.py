@@ -15,6 +15,7 @@ import xxhash
 from checkpointer_torch import Loop
 from together import together
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
@@ -164,3 +165,29 @@ def test_a_save_asked_of_one_rank_is_made_by_all(tmp_path: Path) -> None:
     assert name.startswith("rescue-step=")
     assert 2 == len(torch.load(tmp_path / name, weights_only=True)["loop"]["ranks"])
     assert "0.weight" in torch.load(tmp_path / name, weights_only=True)["model"]
+
+
+def train_zero(rank: int, directory: Path, until: int) -> Any:
+    """Train with an optimizer whose state is spread over the ranks; return the weights and where it began."""
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, lr=0.01)
+    with Loop(directory, Policy(EverySteps(1), [KeepLast(1)]), model=net, optimizer=optimizer) as loop:
+        start = loop.resume().step
+        for _ in loop.epochs(1):
+            for number in loop.batches(range(until)):
+                net(torch.full((2, 4), float(number))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loop.step()
+            break
+    return start, [parameter.tolist() for parameter in net.parameters()]
+
+
+def test_an_optimizer_in_shards_is_gathered_and_goes_on_exactly(tmp_path: Path) -> None:
+    """Each rank's shard comes to rank 0 before a save."""
+    unbroken = together(2, train_zero, tmp_path / "unbroken", 6)
+    together(2, train_zero, tmp_path / "run", 3)
+    again = together(2, train_zero, tmp_path / "run", 6)
+    assert [3, 3] == [start for start, _ in again]
+    assert [weights for _, weights in unbroken] == [weights for _, weights in again]

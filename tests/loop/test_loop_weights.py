@@ -77,9 +77,10 @@ def test_a_checkpoint_of_ours_is_verified(ours: Path) -> None:
     with pytest.raises(CorruptError, match=r"step=1.ckpt has other bytes"):
         loaded(path)
     path.unlink()
-    for place in (path, ours):
-        with pytest.raises(CorruptError, match=r"step=1.ckpt is gone, though its record is there"):
-            loaded(place, *([] if place == path else ["step=1.ckpt"]))
+    gone = r"step=1.ckpt is gone, though its record is there"
+    for place in ([path], [ours, "step=1.ckpt"]):
+        with pytest.warns(CheckpointerWarning, match="does not count"), pytest.raises(CorruptError, match=gone):
+            loaded(*place)
 
 
 def test_a_signed_directory_needs_its_key(tmp_path: Path) -> None:
@@ -162,8 +163,9 @@ def test_a_folder_that_a_trainer_wrote_is_verified_and_read(tmp_path: Path) -> N
     with CheckpointManager(tmp_path, POLICY, save=save) as manager:
         name = manager.observe({"loss": 1.0}, 1, 0).name  # type: ignore[union-attr]
     assert 8.0 == loaded(tmp_path)
-    (tmp_path / name / "model.safetensors").write_bytes(b"changed")
-    with pytest.raises(CorruptError, match="where its record says"):
+    weights = tmp_path / name / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(CorruptError, match="has other bytes than were written"):
         loaded(tmp_path)
 
 
