@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -47,8 +48,6 @@ class Asked:
     """The signal that asks to stop."""
     save: str = ""
     """Who asks for a save; empty if nobody does."""
-    time: float = 0.0
-    """When the stop was asked for (seconds of `time.monotonic`)."""
 
 
 class Requests:
@@ -71,12 +70,15 @@ class Requests:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stop_on, self._save_on = tuple(stop_on), tuple(save_on)
+        self.signals = (*self._stop_on, *self._save_on)
+        """Numbers of all that it listens to."""
         self._file = file
         self._clock = clock
         self._earlier: dict[int, Any] = {}
         self._stop: int | None = None
         self._saving: int | None = None
-        self._since = 0.0
+        self.since: float | None = None
+        """When the stop was asked for here (seconds of the clock)."""
         self._interrupts = 0
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
@@ -96,7 +98,7 @@ class Requests:
         """Take the signals over. Only the main thread can, and what is ignored stays so."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (*self._stop_on, *self._save_on):
+        for number in self.signals:
             earlier = signal.getsignal(number)
             if earlier is not None and earlier != signal.SIG_IGN:
                 self._earlier[number] = earlier
@@ -118,7 +120,7 @@ class Requests:
             self._saving = number
             self._to_pass_on.append(number)
         elif self._stop is None:
-            self._stop, self._since = number, self._clock()
+            self._stop, self.since = number, self._clock()
             self._shared[_STOPPING] = 1
         self.some = True
         self._interrupts += number == signal.SIGINT
@@ -170,7 +172,7 @@ class Requests:
         saving, by = self._saving, self._file_asks
         asks = ([signal.Signals(saving).name] if saving is not None else []) + (["the file save-now"] if by else [])
         self._saving, self._file_asks, self.some = None, False, False
-        return Asked(stop=self._stop, save=" and ".join(asks), time=self._since)
+        return Asked(stop=self._stop, save=" and ".join(asks))
 
     def answered(self) -> None:
         """The save that was asked for is there, or could not be made: the file goes, an earlier handler is called."""
@@ -191,6 +193,12 @@ class Requests:
 
 def deliver(number: int) -> None:
     """Raise a signal that was delayed: by default it ends the process, with the status that says so."""
+    if signal.getsignal(number) == signal.SIG_DFL:
+        # Python ends its daemons when it exits. The default action does not, and a loader's workers would go on for
+        # seconds, until they see that their parent is gone.
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     signal.raise_signal(number)
