@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "deliver"]
 
 WAIT_S: Final = 0.5
 """Seconds that the death of a worker waits for the signal that may have caused it."""
@@ -54,6 +55,8 @@ class Workers:
 
             signal_handling._set_SIGCHLD_handler()
         earlier = signal.getsignal(signal.SIGCHLD)
+        while isinstance(over := getattr(earlier, "__self__", None), Workers) and over._over[0]:
+            earlier = over._earlier  # A Trainer puts back the handlers that it found: ours, though we have left.
         if callable(earlier):
             self._earlier = earlier
             signal.signal(signal.SIGCHLD, self._on_child)
@@ -76,16 +79,16 @@ class Workers:
         self._over[0] = 1
         covered, self._covered = self._covered, []
         for loader in covered:
-            loader.worker_init_fn = loader.worker_init_fn.then
-        earlier, self._earlier = self._earlier, None
-        if earlier is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
-            signal.signal(signal.SIGCHLD, earlier)
+            if isinstance(loader.worker_init_fn, _Covered):
+                loader.worker_init_fn = loader.worker_init_fn.then
+        if self._earlier is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
+            signal.signal(signal.SIGCHLD, self._earlier)
 
     def _on_child(self, number: int, frame: FrameType | None) -> None:
         try:
             self._earlier(number, frame)
         except RuntimeError:
-            if os.getpid() != self._pid or not self._stops_soon():
+            if self._over[0] or os.getpid() != self._pid or not self._stops_soon():
                 raise
 
     def _stops_soon(self) -> bool:
@@ -120,3 +123,16 @@ class _Covered:
         parent = multiprocessing.parent_process()
         if self.over[0] or parent is None or not parent.is_alive():
             os._exit(0)  # As torch's own handler does, or its SIGCHLD handler raises while the parent exits.
+
+
+def deliver(number: int) -> None:
+    """Raise a signal that was delayed: by default it ends the process, with the status that says so."""
+    if signal.getsignal(number) == signal.SIG_DFL:
+        # Python ends its daemons when it exits. The default action does not, and a loader's workers would go on for
+        # seconds, until they see that their parent is gone.
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.raise_signal(number)

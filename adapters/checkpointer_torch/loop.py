@@ -20,12 +20,12 @@ from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
-from checkpointer.workers import Workers
+from checkpointer.workers import Workers, deliver
 from checkpointer_torch.feeding import put_loader, take_loader
 from checkpointer_torch.progress import Progress
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.sources import open_place, own_name, request_file
-from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
+from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining
 from checkpointer_torch.training import Training
 
 __all__ = ["Loop"]

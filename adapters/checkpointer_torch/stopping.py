@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +14,7 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining", "deliver"]
+__all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
@@ -53,7 +51,8 @@ class Asked:
 class Requests:
     """Listens to signals, and looks for the file.
 
-    A signal is delayed, never swallowed: once it is answered, `deliver` hands it to whoever had it before.
+    A signal is delayed, never swallowed: once it is answered, `checkpointer.workers.deliver` hands it to the handler
+    that had it before.
 
     Args:
         stop_on: Signals that end the training.
@@ -189,16 +188,3 @@ class Requests:
     def unanswered(self) -> int | None:
         """The signal to stop that has come, if any."""
         return self._stop
-
-
-def deliver(number: int) -> None:
-    """Raise a signal that was delayed: by default it ends the process, with the status that says so."""
-    if signal.getsignal(number) == signal.SIG_DFL:
-        # Python ends its daemons when it exits. The default action does not, and a loader's workers would go on for
-        # seconds, until they see that their parent is gone.
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    signal.raise_signal(number)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from checkpointer_torch import Loop
-from small import PATIENCE_S, Points, Small, processes
+from grouped import Wait, in_group
+from small import Points, Small
 from torch.utils.data import DataLoader
 
 from checkpointer import EverySteps, KeepLast, Policy
@@ -35,16 +34,14 @@ class Kind:
 
 
 class Place:
-    """Waits at one place of the training until the signal has been sent to the group."""
+    """Where the training waits for the signal."""
 
-    def __init__(self, kind: Kind | None, pipe: Connection) -> None:
-        self.kind, self.pipe = kind, pipe
+    def __init__(self, wait: Wait, kind: Kind) -> None:
+        self.wait, self.kind = wait, kind
 
     def reach(self, where: str, step: int) -> None:
-        if self.kind is not None and (where, step) == (self.kind.where, self.kind.step):
-            self.kind = None  # The place is passed once.
-            self.pipe.send("here")
-            self.pipe.recv()
+        if (where, step) == (self.kind.where, self.kind.step):
+            self.wait()
 
 
 class Slow:
@@ -61,8 +58,9 @@ class Slow:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def train(directory: Path, kind: Kind, place: Place) -> str:
+def train(wait: Wait, directory: Path, kind: Kind) -> str:
     """Train two epochs of seven steps, each with a validation; return a digest of all that is random."""
+    place = Place(wait, kind)
     small = Small(workers=2, persistent=kind.persistent)
     measured = DataLoader(Points(24), 4, shuffle=True, num_workers=2, multiprocessing_context=kind.start)
     small.loader.multiprocessing_context = kind.start
@@ -87,25 +85,6 @@ def train(directory: Path, kind: Kind, place: Place) -> str:
 
 
 def strike(directory: Path, kind: Kind, number: int | None = signal.SIGTERM) -> tuple[int, str]:
-    """Train, and send the signal to the group from this process; return the exit code and the digest."""
-    ours, theirs = processes.Pipe()
-    process = processes.Process(target=_life, args=(directory, kind, number is not None, theirs))
-    process.start()
-    theirs.close()
-    digest = ""
-    if number is not None:
-        assert "here" == ours.recv()
-        assert process.pid is not None
-        os.killpg(process.pid, number)
-        ours.send("go")
-    process.join(PATIENCE_S)
-    if process.exitcode == 0:
-        digest = ours.recv()
-    assert process.exitcode is not None
-    return process.exitcode, digest
-
-
-def _life(directory: Path, kind: Kind, is_struck: bool, pipe: Connection) -> None:
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    pipe.send(train(directory, kind, Place(kind if is_struck else None, pipe)))
+    """Train, and send the signal to the group when it has come to the place; return the exit code and the digest."""
+    code, digest = in_group(train, directory, kind, number=number)
+    return code, digest or ""

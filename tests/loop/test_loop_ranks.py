@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import xxhash
 from checkpointer_torch import Loop
+from gated import GatedStorage
 from together import together
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -164,3 +166,28 @@ def test_a_save_asked_of_one_rank_is_made_by_all(tmp_path: Path) -> None:
     assert name.startswith("rescue-step=")
     assert 2 == len(torch.load(tmp_path / name, weights_only=True)["loop"]["ranks"])
     assert "0.weight" in torch.load(tmp_path / name, weights_only=True)["model"]
+
+
+def stop_with_a_slow_mirror(rank: int, directory: Path) -> float:
+    """Stop while the mirror takes no upload; return the seconds that it took."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    mirror = GatedStorage()
+    mirror.shut()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mirror .* is behind", CheckpointerWarning)
+        with Loop(directory, POLICY, options={"mirror": mirror}, grace_s=1.0) as loop:
+            for _ in loop.epochs(1):
+                for _ in loop.batches(range(1000)):
+                    if loop.progress.step == 5 and rank == 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if loop.progress.step == 5:
+                        began = time.monotonic()
+                    loop.step()
+    assert loop.stopped, "before the data ended"
+    return time.monotonic() - began
+
+
+def test_no_rank_waits_for_the_mirror_beyond_the_grace(tmp_path: Path) -> None:
+    """One that never answers holds rank 0 for the rest of the grace, and not for ten minutes."""
+    for took_s in together(2, stop_with_a_slow_mirror, tmp_path):
+        assert took_s < 60.0
