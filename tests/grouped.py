@@ -9,22 +9,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-
 PATIENCE_S = 120.0
 
 Wait = Callable[[], None]
 """Waits until the signal has been sent; a second call, and one where none is sent, returns at once."""
 
 
-def in_group(function: Callable[..., Any], *args: Any, number: int | None = signal.SIGTERM) -> tuple[int, Any]:
+def in_group(
+    function: Callable[..., Any], *args: Any, number: int | None = signal.SIGTERM, start: str = "forkserver"
+) -> tuple[int, Any]:
     """Call ``function(wait, *args)``, and signal its group once it waits; return the exit code and what it returned.
 
-    The signal comes from another process than the parent of the workers that the function starts, and the group is
-    not the test's own.
+    The signal comes from another process than the parent of the workers that the function starts, and the group is not
+    the test's own. With ``start="fork"`` what the test has imported is there at once.
     """
-    ours, theirs = _context.Pipe()
-    process = _context.Process(target=_work, args=(theirs, number is not None, function, args))
+    context: Any = multiprocessing.get_context(start)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, number is not None, function, args))
     process.start()
     theirs.close()
     result = None

@@ -128,10 +128,11 @@ class Requests:
             self._call_earlier(number, frame)
 
     def _in_worker(self, number: int) -> None:
-        """Answer in a process that was forked from ours, such as a loader's worker, and so has our handlers.
+        """Answer in a process that was forked from ours and so has our handlers.
 
-        Whoever signals the whole group stops the training: its workers serve it up to the boundary. A signal that is
-        meant for the worker alone does what it does by default, or nobody could end it.
+        A signal to the whole group stops the training, and the process goes on up to the boundary. A signal to this
+        process alone does what it does by default. Workers of a loader have handlers of their own: see
+        `checkpointer.workers`.
         """
         if number in self._save_on:
             return
