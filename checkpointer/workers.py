@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from multiprocessing.sharedctypes import RawArray
 from types import FrameType
@@ -42,7 +43,7 @@ class Workers:
         self._is_stopping = is_stopping
         self._over = RawArray("b", 1)
         self._pid = os.getpid()
-        self._covered: list[Any] = []
+        self._covered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._earlier: Any = None
 
     def listen(self) -> None:
@@ -72,13 +73,12 @@ class Workers:
             has_workers = getattr(each, "num_workers", 0) and hasattr(each, "worker_init_fn")
             if has_workers and not isinstance(each.worker_init_fn, _Covered):
                 each.worker_init_fn = _Covered(self._signals, self._over, each.worker_init_fn)
-                self._covered.append(each)
+                self._covered[id(each)] = each
 
     def leave(self) -> None:
         """The training is over: signals end the workers again, and SIGCHLD goes where it went before."""
         self._over[0] = 1
-        covered, self._covered = self._covered, []
-        for loader in covered:
+        for loader in list(self._covered.values()):
             if isinstance(loader.worker_init_fn, _Covered):
                 loader.worker_init_fn = loader.worker_init_fn.then
         if self._earlier is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:

@@ -195,7 +195,7 @@ class Loop:
         return self._fed(loader, math.inf if limit is None else limit)
 
     def _fed(self, loader: Iterable[T], limit: float) -> Iterator[T]:
-        training = self._training
+        training, requests = self._training, self._requests
         self._is_feeding = True
         self._attend_alone()
         self._workers.cover(loader)
@@ -205,7 +205,8 @@ class Loop:
                 training.given += 1
                 training.is_within_step = True
                 yield batch
-                self._attend_alone()
+                if requests.some:
+                    self._attend_alone()
         finally:
             self._is_feeding = False
 
