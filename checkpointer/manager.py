@@ -646,28 +646,40 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.leave(error)
+
+    def leave(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+        """Finish as a ``with`` block does at its end: `close`, after a rescue if an error ends the training.
+
+        Args:
+            error: What ends the training; None if nothing is wrong.
+            timeout: As for `close`.
+
+        Raises:
+            SaveError: As `close` does, if there is no error: else that one is to be seen.
+        """
         try:
             if error is not None and self.policy.rescue and not self._closed and self._writes:
                 self._rescue_quietly(error)
         finally:
             if error is None:
-                self.close()
+                self.close(timeout=timeout)
             elif not self._closed:
-                self._close()
+                self._close(timeout)
                 self._hear_quietly()
 
     def _hear_quietly(self) -> None:
         try:
             self._carrier.hear()
         except SaveError as failure:  # The error that ended the training is the one to be seen.
-            warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
+            warnings.warn(str(failure), CheckpointerWarning, stacklevel=4)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         try:
             self.rescue(f"{type(error).__name__}: {error}")
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def __repr__(self) -> str:
         where = str(self._directory.storage)

@@ -360,8 +360,12 @@ class RankedManager:
         self._check_open()
         return self._heed(self._team.work(lambda: self._tell(is_done=self._own_manager.wait(timeout)))).is_done
 
-    def close(self) -> None:
-        """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing."""
+    def close(self, *, timeout: float = 600.0) -> None:
+        """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing.
+
+        Args:
+            timeout: Seconds that rank 0 waits for the mirror at most. The other ranks do not wait for it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -371,35 +375,39 @@ class RankedManager:
             if self._behind is not None:
                 closing.callback(self._behind.close)
             if self._manager is not None:
-                closing.callback(self._manager.close)
+                closing.callback(self._manager.close, timeout=timeout)
 
     def __enter__(self) -> RankedManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.leave(error)
+
+    def leave(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+        """Finish as a ``with`` block does at its end: see `CheckpointManager.leave`."""
         try:
             if error is not None and not self._closed and self._state is not None and self._told.rescues:
                 self._rescue_quietly(error)
         finally:
             try:
-                self.close()
+                self.close(timeout=timeout)
             except SaveError as failure:
                 if error is None:
                     raise
                 # The error that ended the training is the one to be seen.
-                warnings.warn(str(failure), CheckpointerWarning, stacklevel=2)
+                warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""
         try:
             if not self._ranks.meet(MEET_S) or 1 != len(set(self._ranks.gather(self._seen))):
                 msg = "no rescue checkpoint: that takes all ranks at the same step, and they did not come"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
                 return
             self.rescue(f"{type(error).__name__}: {error}")
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def __repr__(self) -> str:
         return f"<RankedManager: rank {self._ranks.rank} of {self._ranks.size}, {self._manager or 'led by rank 0'}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import os
@@ -21,14 +22,16 @@ from checkpointer.options import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
 from checkpointer.ranks import Agreement, OneRank, TorchRanks
+from checkpointer.workers import Workers, deliver
 from checkpointer_torch.adopted import begin_from_adopted
 from checkpointer_torch.foreign import StateMap
-from checkpointer_torch.loaders import Calls
+from checkpointer_torch.loaders import Calls, put_loader, take_loader
 from checkpointer_torch.origin import find_origin
 from checkpointer_torch.progress import Progress
+from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.silence import why_silent
 from checkpointer_torch.sources import request_file
-from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining, deliver
+from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining
 from checkpointer_torch.training import Training
 
 __all__ = ["Loop"]
@@ -40,6 +43,8 @@ _SET_BY_LOOP: Final = ("state", "weights", "save")
 """Arguments of `CheckpointManager` that the loop sets itself."""
 _SILENT_STEPS: Final = 1000
 """After so many steps without an epoch the loop looks whether its policy can save anything."""
+CLOSE_S: Final = 600.0
+"""Seconds that the end of a training waits for the mirror at most."""
 T = TypeVar("T")
 
 
@@ -66,7 +71,7 @@ class Loop:
         stop_on: Signals that end the training.
         save_on: Signals that ask for a save, without an end.
         grace_s: Seconds between a signal and the kill that follows it, if that is known: a rescue that may be too
-            late says so.
+            late says so, and after it no rank waits for the mirror any longer.
         **objects: The state of the training.
 
     Raises:
@@ -120,7 +125,10 @@ class Loop:
         else:
             self._saver = RankedManager(directory, policy, ranks=self._ranks, state=self._stopwatch.take, **kept)
         file = request_file(directory) if self._ranks.rank == 0 else None
-        self._requests = Requests(stop_on, save_on, file)
+        self._requests = requests = Requests(stop_on, save_on, file)
+        self._is_fetching = False
+        # An error within a fetch changes nothing: the training is at a boundary.
+        self._workers = Workers(requests.signals, lambda: requests.unanswered is not None and not self._is_fetching)
         self._agree = Agreement(self._ranks)
         self._grace_s = grace_s
         self._metrics: Mapping[str, Any] = _NOTHING
@@ -135,6 +143,7 @@ class Loop:
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
         self._stop_signal: int | None = None
+        self._stopped_since: float | None = None
 
     # The training
 
@@ -264,20 +273,79 @@ class Loop:
         return self._fed(loader, math.inf if limit is None else limit)
 
     def _fed(self, loader: Iterable[T], limit: float) -> Iterator[T]:
-        training = self._training
+        training, requests = self._training, self._requests
         self._is_feeding = True
+        self._attend_alone()
+        self._workers.cover(loader)
         # A pass that has had its limit is not begun: a generator would read a batch.
         batches = training.batches(loader) if training.used < limit else iter(())
         try:
             while training.given < limit:
-                batch = next(batches, _END)
+                batch = self._fetch(batches, self._attend_alone)
                 if batch is _END:
                     training.run_out(loader)
                     break
                 training.give()
                 yield batch
+                if requests.some:
+                    self._attend_alone()
         finally:
             self._is_feeding = False
+
+    def _fetch(self, batches: Iterator[T], attend: Callable[[], object]) -> T:
+        self._is_fetching = self._is_alone
+        try:
+            return next(batches, _END)
+        except Exception:
+            # The signal may have ended the loader's workers; other ranks are not at this place.
+            if self._is_alone:
+                attend()
+            raise
+        finally:
+            self._is_fetching = False
+
+    def validation(self, loader: Iterable[T], *, limit: int | None = None) -> Iterator[T]:
+        """Yield the batches of a validation, which a signal to stop cuts short after any of them.
+
+        The state that is saved then is that after the last step, with the random states that the validation began
+        with, so a resume runs the validation again. Do not use it while the weights are others than the training's
+        (an exponential moving average, a schedule-free optimizer in its evaluation mode): they would be saved.
+        Iterate over the loader itself there, and the signal waits for the next boundary.
+
+        On several processes all of them call this, and all take their batches to the end; their numbers may differ.
+
+        Args:
+            loader: The validation's data.
+            limit: Batches that the validation has at most.
+
+        Raises:
+            StopTraining: If a signal asked for the end; the ``with`` block catches it.
+        """
+        self._check_entered()
+        self._workers.cover(loader)
+        return self._validated(loader, limit)
+
+    def _validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
+        random, own = take_random_state(), take_loader(loader)
+        agreement = Agreement(self._ranks)
+
+        def attend(*, is_done: bool = False) -> bool:
+            stops = self._requests.unanswered is not None and not self._training.is_within_step
+            if not agreement(stops or is_done):
+                return False
+            ranks = self._ranks.gather((stops, is_done))
+            if any(stops for stops, _ in ranks):
+                put_random_state(random)
+                put_loader(loader, own)
+                self._answer()
+            return all(is_done for _, is_done in ranks)
+
+        batches = itertools.islice(loader, limit)
+        while (batch := self._fetch(batches, attend)) is not _END:
+            yield batch
+            attend()
+        while not attend(is_done=True):
+            pass  # Another rank has more batches, and all have to stop at the same place.
 
     def step(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
         """Report that a step is done: the boundary where saves, rescues and stops happen.
@@ -448,23 +516,34 @@ class Loop:
         if time.monotonic() >= requests.look_at:
             requests.look()
         if self._agree(requests.some):
-            asked = _first(self._ranks.gather(requests.take()))
-            if asked.stop is not None:
-                self._stop(asked, asked.stop)
-            if asked.save:
-                self._rescue(f"asked for by {asked.save}")
-                requests.answered()
+            self._answer()
 
-    def _stop(self, asked: Asked, number: int) -> None:
-        self._check_grace(asked)
+    def _attend_alone(self) -> None:
+        """Attend at a boundary that other ranks may not be at."""
+        if self._is_alone and self._requests.some and not self._training.is_within_step:
+            self._attend()
+
+    def _answer(self) -> None:
+        """Do what is asked on any rank; all ranks are here."""
+        asked = _first(self._ranks.gather(self._requests.take()))
+        if asked.stop is not None:
+            self._stop(asked.stop)
+        if asked.save:
+            self._rescue(f"asked for by {asked.save}")
+            self._requests.answered()
+
+    def _stop(self, number: int) -> None:
+        # Clocks of other hosts differ: a rank that got no signal itself counts from now.
+        self._stopped_since = time.monotonic() if self._requests.since is None else self._requests.since
+        self._check_grace(self._stopped_since)
         saved = self._rescue(_name(number))
         self._stop_signal = number
         self.stopped = f"{_name(number)} at step {self._training.step}; {saved}"
         _log.warning("stopped by %s", self.stopped)
         raise StopTraining(self.stopped)
 
-    def _check_grace(self, asked: Asked) -> None:
-        left = self._grace_s - (time.monotonic() - asked.time)
+    def _check_grace(self, since: float) -> None:
+        left = self._grace_s - (time.monotonic() - since)
         took = self._stopwatch.took_s
         if took is not None and left < took and self._ranks.rank == 0:
             msg = (
@@ -488,33 +567,46 @@ class Loop:
 
     def __enter__(self) -> Loop:
         self._requests.listen()
+        self._workers.listen()
         self._is_entered = True
         self._training.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
         is_stop = isinstance(error, StopTraining)
-        is_wanted = error is None or is_stop
+        is_immediate = isinstance(error, KeyboardInterrupt) and self._requests.was_immediate
+        number = self._stop_signal if is_stop else self._requests.unanswered
         try:
-            if error is None:
-                self._end()
-        except BaseException:
-            self._saver.close()
-            raise
-        else:
-            if is_wanted or (isinstance(error, KeyboardInterrupt) and self._requests.was_immediate):
-                self._close()
-            else:
-                self._saver.__exit__(kind, error, tb)
+            self._finish(None if is_stop or is_immediate else error, has_ended=error is None)
         finally:
             self._is_entered = False
             self._requests.give_back()
+            self._workers.leave()
             if self._own_ranks is not None:
                 self._own_ranks.close()
-        number = self._stop_signal if is_stop else self._requests.unanswered
-        if is_wanted and number is not None:
+        if number is not None and not is_immediate:
+            if error is not None and not is_stop:
+                # By default the process ends in `deliver`, and the error would not be seen.
+                _log.error("%s had come, and then the training failed", _name(number), exc_info=error)
             deliver(number)
         return is_stop
+
+    def _finish(self, error: BaseException | None, *, has_ended: bool) -> None:
+        try:
+            if has_ended:
+                self._end()
+            late = self._requests.unanswered if self._stop_signal is None else None
+            if late is not None and error is None and self._is_alone and not self._training.is_within_step:
+                self._rescue(_name(late))
+        except BaseException:
+            self._saver.close(timeout=self._left_s())
+            raise
+        self._saver.leave(error, timeout=self._left_s())
+
+    def _left_s(self) -> float:
+        """Return the seconds that closing may take: what is left of the grace, if a signal has come."""
+        since = self._requests.since if self._stopped_since is None else self._stopped_since
+        return CLOSE_S if since is None else max(0.0, min(CLOSE_S, self._grace_s - (time.monotonic() - since)))
 
     def _end(self) -> None:
         """The training has ended, be it by a break: its state is saved if a rule keeps it."""
@@ -534,15 +626,6 @@ class Loop:
         if self._saver.last is None and math.isfinite(self._silent_until):
             self._silent_until = training.step
             self._speak_up(decision)
-
-    def _close(self) -> None:
-        late = self._requests.unanswered if self._stop_signal is None else None
-        if late is not None and self._is_alone and not self._training.is_within_step:
-            self._rescue(_name(late))
-        if isinstance(self._saver, CheckpointManager) and math.isfinite(self._grace_s) and self._stop_signal:
-            self._saver.close(timeout=self._grace_s)
-        else:
-            self._saver.close()
 
     def _check_entered(self) -> None:
         if not self._is_entered:

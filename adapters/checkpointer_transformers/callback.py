@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from checkpointer import Policy, Save
+from checkpointer import Decision, Policy, Save
 from checkpointer.errors import PolicyError
 from checkpointer.options import check_options
 from checkpointer.ports import Clock, Ranks
@@ -209,7 +209,7 @@ class CheckpointCallback(Base):
         if not signals:
             return False
         self._stopped_by = signals[0]
-        decision = training.report(state)
+        decision: Decision | None = training.pending or training.report(state)
         if not isinstance(decision, Save):
             decision = training.rescue(state, f"signal {signals[0]}")
         training.stopping = control.should_training_stop = True
@@ -226,8 +226,16 @@ class CheckpointCallback(Base):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise."""
+        """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise.
+
+        A signal that came meanwhile stops the training here: the Trainer saves next, before another step.
+        """
         self._measured(state, control, numbers_of(metrics or {}), always=False)
+        training = self._training
+        if training is None or training.phase != "between" or not state.global_step or training.stopping:
+            return
+        if self._at_end is not None and any(training.ranks.highest(float(self._signal))):
+            self._is_stopped(training, state, control)
 
     def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, always: bool) -> None:
         training = self._training
