@@ -29,6 +29,8 @@ class Aliases:
     """Paths of record files that cannot be read or believed."""
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
     """Token of the checkpoint that each alias was pointed to."""
+    _claimed: set[str] = attrs.field(factory=set, init=False)
+    """Names that are this manager's, even if somebody deletes the marks that say so."""
 
     def settle(self, manifest: Manifest, say: Callable[[str, str], None], *, slots: bool, claim: bool) -> Policy:
         """Return the policy with alias names that are free; with ``claim`` keep them, and ``say`` where they differ.
@@ -44,6 +46,7 @@ class Aliases:
             naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
             if claim:
                 self.transaction.claim(name, manifest.label)
+                self._claimed.add(name)
             if claim and name != stem + naming.suffix:
                 say(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
@@ -100,7 +103,9 @@ class Aliases:
             return slots and (record.run, record.label) != (manifest.run, manifest.label)
         if index.record_path(alias) in self.damaged:
             return True
-        return self._is_foreign(alias, manifest.foreign) and not self.transaction.is_marked(alias)
+        if alias in self._claimed or not self._is_foreign(alias, manifest.foreign):
+            return False
+        return not self.transaction.is_marked(alias)
 
     def _is_foreign(self, alias: str, foreign: frozenset[str]) -> bool:
         """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""

@@ -282,7 +282,9 @@ class CheckpointManager:
             manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
         owed = self._pacing.owed or why
         decision = decide(self.policy, now, manifest, since=self._pacing.since, owed=owed)
-        if isinstance(decision, Skip) and decision.due and self._carrier.look_before_declining(now):
+        # A slot is declined by all rules but the alias.
+        declined = decision.due if isinstance(decision, Skip) else decision.name in self.policy.aliases
+        if declined and not isinstance(decision, Attach) and self._carrier.look_before_declining(now):
             decision = decide(self.policy, now, self._carrier.outlook(), since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now, manifest.seen)

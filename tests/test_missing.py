@@ -216,6 +216,18 @@ def test_a_slot_that_is_gone_gets_no_metrics(tmp_path: Path) -> None:
         assert [1, 3] == [record.step for record in manager.records]
 
 
+def test_what_is_worse_than_files_that_are_gone_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    """Under the alias alone the next save would replace the best that exists."""
+    policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="copy")
+    with opened(tmp_path, policy) as manager:
+        save(manager, 0.1)
+        (tmp_path / "epoch=0-step=1.ckpt").unlink()
+        with gone():
+            assert ["epoch=0-step=2.ckpt"] == save(manager, 0.5, start=2)
+        assert ["last.ckpt"] == save(manager, 0.9, start=3)
+    assert ["epoch=0-step=2.ckpt", "last.ckpt"] == payloads(tmp_path)
+
+
 def test_what_is_gone_is_not_pinned(tmp_path: Path) -> None:
     """A slot would have to be copied first."""
     with opened(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="copy")) as manager:
