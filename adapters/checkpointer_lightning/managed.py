@@ -7,7 +7,7 @@ import warnings
 import weakref
 from typing import Any, Final, Literal
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Progress, Save
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progress, Save, Skip
 from checkpointer.ranks import on_rank_zero
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
@@ -209,6 +209,8 @@ class Managed(Saving):
             return
         self._catch_up(trainer)
         step, epoch = trainer.global_step, trainer.current_epoch
+        if moment not in ("validation", "asked"):  # A validation measures anew.
+            metrics = training.measured.as_ranked(step, metrics)
         ends = self._ends_epoch(moment, trainer)
         now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
         if self._due(moment) or not training.horizon.covers(now):
@@ -228,6 +230,8 @@ class Managed(Saving):
 
         answer = on_rank_zero(training.ranks, decide)
         training.horizon = answer.horizon
+        if _is_ranked(answer.decision):
+            training.measured.rank(step, metrics)
         desk = desk_of(trainer)
         desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
         training.moment = moment
@@ -248,6 +252,11 @@ class Managed(Saving):
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}
         return {name: value for name, value in candidates.items() if name in fresh or name in added}
+
+
+def _is_ranked(decision: Decision) -> bool:
+    """Return whether the rules have looked at the step's metrics: a step that waits for one is not ranked yet."""
+    return not isinstance(decision, Skip) or (decision.due and not decision.waiting)
 
 
 _NO_REQUEUE: Final = (

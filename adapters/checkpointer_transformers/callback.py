@@ -218,21 +218,21 @@ class CheckpointCallback(Base):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Take in what was measured at this step."""
-        self._measured(state, control, numbers_of(logs or {}), always=True)
+        self._measured(state, control, numbers_of(logs or {}), anew=False)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise."""
-        self._measured(state, control, numbers_of(metrics or {}), always=False)
+        self._measured(state, control, numbers_of(metrics or {}), anew=True)
 
-    def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, always: bool) -> None:
+    def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, anew: bool) -> None:
         training = self._training
         # Outside a training, or within a step, it says nothing about the state that would be saved.
         if training is None or training.phase != "between" or not state.global_step or not metrics:
             return
-        is_new = training.measured(state.global_step, metrics)
-        if training.pending is not None or training.stopping or not (is_new or always):
+        is_new = training.measured(state.global_step, metrics, anew=anew)
+        if training.pending is not None or training.stopping or (anew and not is_new):
             return
         if training.is_saved(state) or not training.is_quiet(state, training.epochs(state)):
             decision = training.report(state)

@@ -97,6 +97,8 @@ class Training:
         self._storage: Storage | None = None
         self._state: Any = None
         self._closed = False
+        self._held_back = False
+        """Whether the last log had values that were not taken."""
         self._patient = not policy.last and all(_needs_metric(rule) for rule in policy.rules)
 
     # From begin to end
@@ -173,11 +175,21 @@ class Training:
         # Clocks differ: rank 0's counts.
         return self._agreement(flag or (self.ranks.rank == 0 and self._clock.time() >= timed))
 
-    def measured(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """Take in what was measured at this step; return whether there is a name that was not there."""
-        before = self._metrics[1] if self._metrics[0] == step else {}
-        self._metrics = step, {**before, **metrics}
-        return not metrics.keys() <= before.keys()
+    def measured(self, step: int, metrics: Mapping[str, Any], *, anew: bool) -> bool:
+        """Take in what was measured at this step; return whether there is a name that was not there.
+
+        A value that the step was ranked by stays, unless it was measured ``anew``, by an evaluation: what is logged
+        later under the same name, such as the mean of an epoch, is another quantity. Names alone decide what is
+        returned, so it is the same on every rank.
+        """
+        before = self._at(step)
+        is_ranked = self._saved_step == step or self.pending is not None
+        held_back = metrics.keys() & before.keys() if is_ranked and not anew else set()
+        is_new = self._held_back if anew else False
+        self._held_back = bool(held_back)
+        taken = {name: value for name, value in metrics.items() if name not in held_back}
+        self._metrics = step, {**before, **taken}
+        return is_new or not metrics.keys() <= before.keys()
 
     # Deciding
 

@@ -154,6 +154,46 @@ def test_an_evaluation_after_the_save_ranks_it(tmp_path: Path) -> None:
     assert (0.9, 5) == (trainer.state.best_metric, trainer.state.best_global_step)
 
 
+class Means(TrainerCallback):
+    """Logs another loss at the end of each epoch, as people do with its mean; may evaluate once more."""
+
+    def __init__(self, *, evaluates: bool = False) -> None:
+        self.evaluates = evaluates
+        self.trainer: Any = None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.log({"loss": 0.0 if state.global_step == STEPS else 99.0})
+        control.should_evaluate = self.evaluates
+
+
+def test_what_is_logged_of_a_saved_step_later_does_not_rank_it_anew(tmp_path: Path) -> None:
+    """The mean of an epoch under the name of the loss that the step was ranked by."""
+    means = Means()
+    policy = Policy(EverySteps(STEPS), [KeepBest(1, "loss", mode="min")])
+    means.trainer = trainer = make_trainer(tmp_path, policy, callbacks=[means], attached=True)
+    trainer.train()
+    logged: dict[int, float] = {}
+    for log in trainer.state.log_history:
+        logged.setdefault(log["step"], log.get("loss", 0.0))
+    best = min(logged, key=logged.__getitem__)
+    assert {best: logged[best]} == {record.step: record.metrics["loss"] for record in records(tmp_path).values()}
+
+
+def test_another_evaluation_of_a_saved_step_ranks_it_anew(tmp_path: Path) -> None:
+    """What it measures takes the place of what the first has measured."""
+
+    class Rising(dict[int, float]):
+        def __getitem__(self, step: int) -> float:
+            self[step] = 1.0 + self.get(step, 0.0)
+            return self.get(step, 0.0)
+
+    means = Means(evaluates=True)
+    each = Policy(EverySteps(STEPS), [KeepLast(9)])
+    means.trainer = trainer = make_trainer(tmp_path, each, callbacks=[means], scores=Rising({0: 0.0}), attached=True)
+    trainer.train()
+    assert [2.0, 2.0] == [record.metrics["eval_score"] for record in records(tmp_path).values()]
+
+
 def test_a_due_point_waits_for_its_metric(tmp_path: Path) -> None:
     """Due at step 4, evaluated at 5: the checkpoint is that of step 5."""
     make_trainer(tmp_path, Policy(EverySteps(4), [BEST]), scores={5: 0.5, 10: 0.7}).train()
