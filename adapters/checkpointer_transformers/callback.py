@@ -1,7 +1,5 @@
 """The Trainer's callback: its events become observations, and decisions become ``control.should_save``."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable, Mapping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -49,6 +50,12 @@ class Breaks(At):
 
     def fail(self) -> None:
         raise ZeroDivisionError("the training breaks")
+
+
+def test_the_constructor_has_types_and_not_their_names() -> None:
+    """Tools that build parsers ask the signature."""
+    parameters = inspect.signature(CheckpointCallback).parameters.values()
+    assert [] == [part.name for part in parameters if isinstance(part.annotation, str)]
 
 
 # When
