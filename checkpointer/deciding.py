@@ -8,6 +8,7 @@ from typing import Literal
 import attrs
 
 from checkpointer._html import lines_html
+from checkpointer.errors import NamingError
 from checkpointer.ledger import Ledger
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
@@ -236,10 +237,21 @@ def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record)
 
 
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
-    """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
-    stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
-    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases))
+    """Decide on a rescue: never over anything, never ranked, nothing retired for it."""
+    taken = _Taken(manifest, policy.aliases)
+    name = _template_name(policy, now, manifest) if policy.name.rescue == "template" else None
+    if name is None or name in taken:
+        name = policy.name.free_name(f"rescue{policy.name.join}step{policy.name.equals}{now.step}", taken)
     return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+
+
+def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str | None:
+    """Return the file name that the template gives; None if it gives none: a rescue must not fail for its name."""
+    try:
+        known = manifest.seen | policy.known_metrics
+        return policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known) + policy.name.suffix
+    except NamingError:
+        return None
 
 
 _NEWEST = "the newest, which last names"

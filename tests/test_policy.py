@@ -12,7 +12,7 @@ from checkpointer.deciding import Attach, Decision, Save, Skip, decide, decide_r
 from checkpointer.errors import NamingError, PolicyError
 from checkpointer.naming import Naming
 from checkpointer.policy import Policy
-from checkpointer.records import Progress
+from checkpointer.records import Progress, Record
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.triggers import AnyOf, EverySteps
 
@@ -368,6 +368,35 @@ def test_a_rescue_has_a_name_of_its_own_and_retires_nothing() -> None:
         decision.replaces,
     )
     assert "rescue: KeyboardInterrupt" == decision.reason
+
+
+@pytest.mark.parametrize(
+    ("records", "template", "expected"),
+    [
+        ([], "model", "model.ckpt"),
+        ([], "{epoch}-{loss:.1f}", "epoch=0-loss=0.5.ckpt"),
+        ([record(name="model.ckpt", step=1)], "model", "rescue-step=7.ckpt"),
+        ([record(name="model.ckpt", step=1, run="another")], "model", "rescue-step=7.ckpt"),
+        ([], "last", "rescue-step=7.ckpt"),
+        ([], "{unknown}", "rescue-step=7.ckpt"),
+    ],
+)
+def test_a_rescue_may_take_the_name_of_the_template_where_it_is_free(
+    records: list[Record], template: str, expected: str
+) -> None:
+    """And never replaces anything for it, even without a version counter."""
+    naming = Naming(template, rescue="template", version_counter=False)
+    policy = Policy(EACH, [KeepLast(1)], name=naming, last="link")
+    assert expected == decide_rescue(policy, observation(7, loss=0.5), manifest(records), "SIGTERM").name
+
+
+def test_a_regular_save_takes_the_name_of_a_rescue_over() -> None:
+    """It retires the rescue, so that the name needs no version."""
+    policy = Policy(EACH, [KeepLast(1)], name=Naming("model", rescue="template"))
+    seen = manifest([record(name="model.ckpt", step=2, kind="rescue")])
+    decision = decide(policy, observation(3), seen)
+    assert isinstance(decision, Save)
+    assert ("model.ckpt", True) == (decision.name, decision.replaces)
 
 
 def test_the_first_regular_save_retires_the_rescue() -> None:

@@ -13,7 +13,6 @@ from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
 from checkpointer_lightning.behind import Behind
 from checkpointer_lightning.dumping import desk_of
-from checkpointer_lightning.finding import forget_copy
 from checkpointer_lightning.rescuing import quietly, rescue, rescue_together
 from checkpointer_lightning.saving import Answer, Saving, Training
 from checkpointer_lightning.signalling import signals_of
@@ -79,16 +78,18 @@ class Managed(Saving):
                 manager.close()
             close_ranks(ranks)
             raise
-        forget_copy(self._found)
+        self._forget_copies(trainer)
         training.manager, training.rescues, training.behind = manager, policy.rescue, behind
         training.signals = signals_of(trainer)
         training.signals.listen(trainer, talks=ranks.size > 1)
         self._training = training
+        self.__dict__.update(self._shown_before)  # From here on it is the records that count.
         self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See `Callback.teardown`: close the directory."""
         super().teardown(trainer, pl_module, stage)
+        self._forget_copies(trainer)
         self._close(trainer)
 
     def _close(self, trainer: Any) -> None:

@@ -38,7 +38,9 @@ def test_constructors_have_types_and_not_their_names(package: str) -> None:
     """Tools that build parsers ask the signature; the drop-in's has the very types of Lightning's."""
     pytest.importorskip(package)
     module = importlib.import_module(f"checkpointer_lightning.for_{package}")
-    ours, composed = (inspect.signature(kind).parameters for kind in (module.ModelCheckpoint, module.CheckpointCallback))
+    ours, composed = (
+        inspect.signature(kind).parameters for kind in (module.ModelCheckpoint, module.CheckpointCallback)
+    )
     theirs = inspect.signature(module.Theirs).parameters
     assert {name: theirs[name].annotation for name in theirs} == {name: ours[name].annotation for name in theirs}
     assert [] == [name for name, part in (*ours.items(), *composed.items()) if isinstance(part.annotation, str)]

@@ -65,9 +65,11 @@ def test_the_mean_of_an_epoch_does_not_rank_its_last_step_anew(tmp_path: Path, c
     assert ["step=4-train_loss=0.10.ckpt"] == files(tmp_path)
 
 
+@pytest.mark.skipif(not is_at_least("2.5"), reason="Lightning 2.4 trains the last batch of an epoch again")
 def test_the_mean_of_an_epoch_does_not_rank_a_step_anew_after_a_resume(tmp_path: Path) -> None:
     """The training goes on at the end of the epoch whose last step was saved."""
-    arguments = {"dirpath": tmp_path, "monitor": "train_loss", "every_n_train_steps": 2, "filename": "{step}"}
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "train_loss", "every_n_train_steps": 2}
+    arguments["filename"] = "{step}"
     with pytest.raises(ZeroDivisionError):
         fit(Ours(**arguments), model=Ending(FORKED), max_epochs=2)
     fit(Ours(**arguments), model=Forked(FORKED), max_epochs=2, resume=tmp_path / "step=4.ckpt")
