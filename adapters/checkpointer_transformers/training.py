@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
@@ -115,7 +116,8 @@ class Training:
             self.manager = manager = CheckpointManager(
                 self.folder, self.policy, save=self._save, clock=self._clock, **self._options
             )
-            saved = saved_state(state) if state.global_step else _from_start(again, self._clock)
+            step = state.global_step
+            saved = saved_state(state) or self._claimed(step) if step else _from_start(again, self._clock)
             if saved:
                 manager.load_state_dict(saved, source=self._chosen(state.global_step, saved))
             self._claim()
@@ -262,12 +264,18 @@ class Training:
             if (step_of(other) or 0) >= decision.observation.step:
                 self._own_manager.make_way(other)
         if self.write is None:
-            self._claim(name)
+            self._claim(name, self._own_manager.state_dict(decision))
         return attrs.evolve(decision, name=name, replaces=False)
 
-    def _claim(self, writing: str = "") -> None:
+    def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
         assert self._storage is not None, "this is rank 0"
-        Claim(owner=self._owner, writing=writing).put(self._storage)
+        Claim(owner=self._owner, writing=writing, ranks=self.ranks.size, state=dict(state)).put(self._storage)
+
+    def _claimed(self, step: int) -> Mapping[str, Any]:
+        """Return the manager's state that a claim has of the checkpoint of this step; empty if it has none."""
+        assert self._storage is not None, "this is rank 0"
+        claim = Claim.of(self._storage)
+        return claim.state if claim.writing == f"checkpoint-{step}" else {}
 
     # Committing
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
+from checkpointer_transformers.claims import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
 from transformers import TrainerCallback
 
@@ -28,6 +29,7 @@ from checkpointer import (
     Policy,
 )
 from checkpointer.errors import NoValidCheckpointError, PolicyError
+from checkpointer.storage import open_storage
 from checkpointer.testing import FakeClock
 
 pytestmark = quiet
@@ -351,6 +353,48 @@ def test_a_half_written_checkpoint_is_moved_aside_and_never_deleted(tmp_path: Pa
     trainer = make_trainer(tmp_path, Policy(EverySteps(5), [KeepLast(1)]), max_steps=15)
     trainer.train(resume_from_checkpoint=True)
     assert {"checkpoint-5", "checkpoint-10", "checkpoint-15"} <= set(folders(tmp_path))
+
+
+class Dies(TrainerCallback):
+    """Ends the process once the Trainer has written its checkpoint of a step, before the callback hears of it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os._exit(9)
+
+
+def test_a_checkpoint_that_was_whole_when_the_training_died_is_resumed_from(tmp_path: Path) -> None:
+    """Though it has no record; and the run goes on, with the retention of what it had saved before."""
+    policy = Policy(EverySteps(3), [KeepLast(1)])
+    child = os.fork()
+    if not child:
+        trainer = make_trainer(tmp_path, policy)
+        trainer.callback_handler.callbacks.insert(0, Dies(6))
+        trainer.train()
+        os._exit(1)
+    assert 9 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert str(tmp_path / "checkpoint-6") == last_valid_checkpoint(tmp_path)
+    begins: list[int] = []
+    trainer = make_trainer(tmp_path, policy)
+    trainer.add_callback(At(6, lambda: begins.append(trainer.state.global_step)))
+    trainer.train(resume_from_checkpoint=True)
+    assert [6] == begins
+    assert ["checkpoint-10"] == [*records(tmp_path)]
+    assert ["checkpoint-10", "checkpoint-6"] == folders(tmp_path)
+
+
+def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_not_whole(tmp_path: Path) -> None:
+    """The note about what is being written says how many processes there are."""
+    make_trainer(tmp_path, None, save_strategy="steps", save_steps=10).train()
+    folder = tmp_path / "checkpoint-10"
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
+    os.rename(folder / "rng_state.pth", folder / "rng_state_1.pth")
+    assert str(folder) == last_valid_checkpoint(tmp_path)
+    Claim(writing=folder.name, ranks=3).put(open_storage(tmp_path, ""))
+    assert last_valid_checkpoint(tmp_path) is None
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
