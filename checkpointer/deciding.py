@@ -52,7 +52,7 @@ class Save:
     kind: Kind = "regular"
     """``"rescue"`` if an exception or a signal asked for it."""
     replaces: bool = False
-    """Whether a checkpoint of this run has that name and is replaced."""
+    """Whether a checkpoint has that name and is replaced: of this run, or without a version counter of any."""
 
     def __bool__(self) -> Literal[True]:
         return True
@@ -309,7 +309,10 @@ class _Taken:
 
 @attrs.frozen
 class _Replaceable:
-    """The names that a save may take: of what it retires, and without a version counter of any that may go."""
+    """The names that a save may take: of what it retires, and without a version counter of any checkpoint that may go.
+
+    Whose run it is of counts for nothing then, but a manager of another label may be alive and needs its own.
+    """
 
     manifest: Manifest
     retired: tuple[str, ...]
@@ -319,8 +322,9 @@ class _Replaceable:
     def __contains__(self, name: object) -> bool:
         if name in self.spared or not isinstance(name, str):
             return False
-        there = None if self.policy.name.version_counter else self.manifest.live.named(name)
-        return name in self.retired or (there is not None and not there.pinned)
+        there = None if self.policy.name.version_counter else self.manifest.by_name.get(name)
+        may_go = there is not None and there.label == self.manifest.label and not there.pinned
+        return may_go or name in self.retired
 
 
 def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:

@@ -186,13 +186,16 @@ def test_a_name_that_is_retired_for_it_is_written_again() -> None:
     assert ("x.ckpt", True, ()) == (decision.name, decision.replaces, decision.retire)
 
 
-def test_without_version_counter_ones_own_name_is_replaced() -> None:
-    """Ours are replaced; pinned ones, foreign files and other runs never are."""
+def test_without_version_counter_a_checkpoint_of_that_name_is_replaced() -> None:
+    """Of this run or of another; not one that is pinned, resumed from or of another manager, and no foreign file."""
     policy = Policy(EACH, [KeepAll()], name=Naming("x", version_counter=False))
-    assert saved(decide(policy, observation(), manifest([record(name="x.ckpt")]))).replaces
+    for replaced in (record(name="x.ckpt"), record(name="x.ckpt", run="run-b"), record(name="x.ckpt", kind="rescue")):
+        assert saved(decide(policy, observation(), manifest([replaced]))).replaces
     for seen in (
         manifest([record(name="x.ckpt", pinned=True)]),
-        manifest([record(name="x.ckpt", run="run-b")]),
+        manifest([record(name="x.ckpt", run="run-b", pinned=True)]),
+        manifest([record(name="x.ckpt", label="b")]),
+        manifest([record(name="x.ckpt")], resumed="x.ckpt"),
         manifest(foreign=frozenset({"x.ckpt"})),
     ):
         decision = saved(decide(policy, observation(), seen))

@@ -476,6 +476,20 @@ def test_loggers_are_told(tmp_path: Path) -> None:
     assert [(True, "epoch=0-step=4.ckpt"), (True, "epoch=1-step=8.ckpt"), (True, "epoch=3-step=16.ckpt")] == told
 
 
+def test_43_without_a_version_counter_an_earlier_run_s_files_are_overwritten(tmp_path: Path) -> None:
+    """As in Lightning; a file that is not a checkpoint keeps its name."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "filename": "model-{epoch}", "save_top_k": -1}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It is said that the directory is not empty.
+            fit(Ours(**arguments, enable_version_counter=False), max_epochs=2)
+            (tmp_path / "model-epoch=2.ckpt").write_bytes(b"mine")
+            fit(Ours(**arguments, enable_version_counter=False), max_epochs=3)
+    names = ["model-epoch=0.ckpt", "model-epoch=1.ckpt", "model-epoch=2-v1.ckpt", "model-epoch=2.ckpt"]
+    assert names == files(tmp_path)
+    assert b"mine" == (tmp_path / "model-epoch=2.ckpt").read_bytes()
+
+
 # What a new callback knows of a directory that was used
 
 
