@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions check wheel-test bench bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,8 @@ help:
 	@echo "make test        every test"
 	@echo "make test-quick  every test but those that kill processes"
 	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6"
+	@echo "make test-floors  the quick tests with the oldest versions that pyproject.toml allows"
+	@echo "make test-newest  the quick tests with the newest versions that there are"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
 	@echo "make wheel-test  build the wheel and use it in an empty environment"
 	@echo "make servers     install the servers and fault tools that some tests use"
@@ -54,6 +56,12 @@ test-quick: venv
 
 test-lightning-versions:
 	PYTHON="$(PYTHON)" .ci/test-lightning-versions $(LIGHTNING)
+
+test-floors:
+	PYTHON="$(PYTHON)" .ci/test-versions lowest-direct
+
+test-newest:
+	PYTHON="$(PYTHON)" .ci/test-versions highest
 
 check: venv
 	"$(BIN)/ruff" format --check
@@ -116,4 +124,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) .venv-lightning-* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lightning-* .venv-lowest-direct .venv-highest build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,6 +9,7 @@ from typing import Final, Literal
 import attrs
 
 from checkpointer._html import lines_html
+from checkpointer.errors import NamingError
 from checkpointer.ledger import Ledger
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
@@ -56,7 +57,7 @@ class Save:
     kind: Kind = "regular"
     """``"rescue"`` if an exception or a signal asked for it."""
     replaces: bool = False
-    """Whether a checkpoint of this run has that name and is replaced."""
+    """Whether a checkpoint has that name and is replaced: of this run, or without a version counter of any."""
 
     def __bool__(self) -> Literal[True]:
         return True
@@ -241,10 +242,21 @@ def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record)
 
 
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
-    """Decide on a rescue: own name, never over anything, never ranked, nothing retired for it."""
-    stem = f"rescue{policy.name.join}step{policy.name.equals}{now.step}"
-    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases))
+    """Decide on a rescue: never over anything, never ranked, nothing retired for it."""
+    taken = _Taken(manifest, policy.aliases)
+    name = _template_name(policy, now, manifest) if policy.name.rescue == "template" else None
+    if name is None or name in taken:
+        name = policy.name.free_name(f"rescue{policy.name.join}step{policy.name.equals}{now.step}", taken)
     return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+
+
+def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str | None:
+    """Return the file name that the template gives; None if it gives none: a rescue must not fail for its name."""
+    try:
+        known = manifest.seen | policy.known_metrics
+        return policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known) + policy.name.suffix
+    except NamingError:
+        return None
 
 
 _NEWEST = "the newest, which last names"
@@ -333,7 +345,10 @@ class _Taken:
 
 @attrs.frozen
 class _Replaceable:
-    """The names that a save may take: of what it retires, and without a version counter of any that may go."""
+    """The names that a save may take: of what it retires, and without a version counter of any checkpoint that may go.
+
+    Whose run it is of counts for nothing then, but a manager of another label may be alive and needs its own.
+    """
 
     manifest: Manifest
     retired: tuple[str, ...]
@@ -343,8 +358,9 @@ class _Replaceable:
     def __contains__(self, name: object) -> bool:
         if name in self.spared or not isinstance(name, str):
             return False
-        there = None if self.policy.name.version_counter else self.manifest.live.named(name)
-        return name in self.retired or (there is not None and not there.pinned)
+        there = None if self.policy.name.version_counter else self.manifest.by_name.get(name)
+        may_go = there is not None and there.label == self.manifest.label and not there.pinned
+        return may_go or name in self.retired
 
 
 def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:

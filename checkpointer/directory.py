@@ -209,8 +209,9 @@ class Directory:
             return
         others = len(self.manifest.records) - len(self.manifest.own)
         if others and not self.claimed:
+            but = "" if self.policy.name.version_counter else ", unless their names are written again"
             msg = (
-                f"{self.storage} holds {others} checkpoints of other runs; they are left alone. "
+                f"{self.storage} holds {others} checkpoints of other runs; they are left alone{but}. "
                 "To go on with a run call restore() first"
             )
             self.say_once("not empty", msg)

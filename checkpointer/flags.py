@@ -47,6 +47,7 @@ def policy_parts(
             auto_insert=auto_insert_metric_name,
             version_counter=enable_version_counter,
             missing="zero",
+            rescue="template",
         ),
         "last": "link" if save_last == "link" else "copy" if save_last else None,
         "contents": "weights" if save_weights_only else "full",

@@ -161,10 +161,13 @@ class Naming:
         last: Name of the ``last`` alias, without extension.
         best: Name of the ``best`` alias, without extension.
         first_version: Number of the first suffix when a name is taken: ``-v1``.
-        version_counter: If off, a checkpoint of this run that has the same name is replaced (old or new, never
-            neither). Files that are not this run's are never replaced.
+        version_counter: If off, a checkpoint that has the same name is replaced (old or new, never neither), whether
+            this run wrote it or an earlier one. It is not replaced if it is pinned, was resumed from, or belongs to a
+            manager of another label. A file that is not a checkpoint is never replaced.
         missing: ``"error"`` for a field that nobody has reported, or ``"zero"`` as Lightning has it; a metric that is
             only not there yet is left out either way.
+        rescue: ``"own"`` names a rescue ``rescue-step=N``. ``"template"`` names it as a regular checkpoint if that
+            name is free, and else ``rescue-step=N``.
         slashes: ``"replace"`` makes ``val/loss`` in a name ``val_loss``; ``"keep"`` makes folders of it. A slash
             that the template itself has outside a field always makes a folder.
 
@@ -189,6 +192,7 @@ class Naming:
     first_version: int = attrs.field(default=1, validator=whole_number(0), kw_only=True)
     version_counter: bool = attrs.field(default=True, kw_only=True)
     missing: Literal["error", "zero"] = attrs.field(default="error", validator=one_of("error", "zero"), kw_only=True)
+    rescue: Literal["own", "template"] = attrs.field(default="own", validator=one_of("own", "template"), kw_only=True)
     slashes: Literal["replace", "keep"] = attrs.field(
         default="replace", validator=one_of("replace", "keep"), kw_only=True
     )

@@ -171,7 +171,7 @@ class Policy:
         ``save_top_k``: -1 keeps all, 0 none (but ``last``), k the best k by ``monitor``; without ``monitor`` 1 keeps
         the newest. At most one of the three triggers; none means every epoch, 0 turns one off. A template field that
         is missing is 0, as there. Differences: ``last`` is the newest state at every due observation, and an
-        exception's checkpoint has a name of its own.
+        exception's checkpoint gets another name if a file has its name.
 
         Raises:
             PolicyError: For what Lightning refuses too: ``save_top_k < -1``, ``save_top_k >= 2`` without

@@ -314,6 +314,8 @@ class Transaction:
             # An interrupted replacement: what is announced now must carry along what the payload really is.
             there = self.settle(entry, write=True)
         ours = there is None or (there.run, there.label) == (record.run, record.label)
+        # Without a version counter it may be another run's: the very one that was decided on, and no later one.
+        ours = ours or (replaces is not None and there is not None and there.token == replaces.token)
         # A slot of our own may be on record although its save failed: the disk broke when it was as good as committed.
         if there is not None and not (ours and replacing):
             msg = f"{record.name} is the name of a checkpoint that another manager has written; nothing was replaced"

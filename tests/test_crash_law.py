@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from plain_format import PlainFormat
 from sampling import instants
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepLast, Naming, Policy, Record
-from checkpointer.errors import SaveError
+from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.index import read_bounded
 from checkpointer.ports import Format, Storage
 from checkpointer.storage import LocalStorage
@@ -152,6 +153,38 @@ def test_dying_at_any_operation_in_memory_loses_nothing(name: str, when: When, t
         inner = make()
         acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, trust)
         check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}", trust)
+
+
+@pytest.mark.parametrize("when", ["before", "halfway", "after"])
+def test_dying_while_another_run_s_checkpoint_is_written_over_leaves_it_or_the_new_one(when: When) -> None:
+    """Every n: each record that is left names a payload that is whole, and there is one."""
+    policy = POLICIES["one name"]
+    losses = LOSSES[:2]
+
+    def make() -> MemoryStorage:
+        storage = MemoryStorage()
+        run = Run(storage, policy)
+        run.step = 40
+        run.observe(0.1)
+        run.manager.close()
+        return storage
+
+    counting = CrashingStorage(make(), at=0, when="before")
+    with pytest.warns(CheckpointerWarning, match="left alone, unless their names are written again"):
+        run_until_crash(counting, policy, losses=losses)
+    for n in range(1, counting.operations + 1):
+        inner = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointerWarning)
+            acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, losses=losses)
+        manager = CheckpointManager(inner, policy, format=PlainFormat())
+        (left,) = manager.manifest.records
+        restored = manager.restore(left.name)
+        assert restored is not None
+        assert "model.ckpt" == left.name, n
+        assert {"step": left.step} == restored.state, n
+        assert left.step in ({41, 1} if not acknowledged else {acknowledged, acknowledged + 1}), n
+        manager.close()
 
 
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])

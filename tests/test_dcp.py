@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from io import UnsupportedOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 import torch
 from factories import record
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -118,6 +120,36 @@ def test_folders_at_a_url(request: pytest.FixtureRequest) -> None:
         assert [3.0, 3.0, 3.0] == restored.state["w"].tolist()
     paths = fsspec.filesystem("memory").find(f"/{request.node.name}")
     assert not [path for path in paths if "step=1.dcp" in path]
+
+
+def test_nothing_is_synced_at_a_url() -> None:
+    """A stream there has no file number; asking for it makes DCP sync every disk of this machine, or warn."""
+    asked: list[str] = []
+
+    class Stream(MemoryFile):  # type: ignore[misc]
+        def fileno(self) -> int:
+            asked.append("a file number")
+            raise UnsupportedOperation
+
+    class Streams(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "unsynced"
+        store: ClassVar[dict[str, Any]] = {}
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return str(super()._strip_protocol(path.replace("unsynced://", "memory://")))
+
+        def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+            if mode != "wb":
+                return super()._open(path, mode, **kwargs)
+            stream = Stream(self, path)
+            stream.commit()
+            return stream
+
+    fsspec.register_implementation("unsynced", Streams, clobber=True)
+    DcpFormat().write_folder({"w": torch.ones(2)}, "unsynced://run/step=1.dcp")
+    assert [] == asked
+    assert 2 == len(Streams.store)
 
 
 @pytest.mark.parametrize("goes_on", ["run", "restore"])

@@ -15,7 +15,7 @@ from checkpointer.policy import Policy
 from checkpointer.retention import KeepAll, KeepBest, KeepLast
 from checkpointer.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps
 
-ZERO = Naming(missing="zero")
+ZERO = Naming(missing="zero", rescue="template")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,13 @@ ZERO = Naming(missing="zero")
             Policy(
                 EveryEpochs(1),
                 [KeepLast(1)],
-                name=Naming("{epoch}-{val_loss:.2f}", auto_insert=False, version_counter=False, missing="zero"),
+                name=Naming(
+                    "{epoch}-{val_loss:.2f}",
+                    auto_insert=False,
+                    version_counter=False,
+                    missing="zero",
+                    rescue="template",
+                ),
                 contents="weights",
             ),
         ),

@@ -12,7 +12,7 @@ from checkpointer.deciding import Attach, Decision, Save, Skip, decide, decide_r
 from checkpointer.errors import NamingError, PolicyError
 from checkpointer.naming import Naming
 from checkpointer.policy import Policy
-from checkpointer.records import Progress
+from checkpointer.records import Progress, Record
 from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.triggers import AnyOf, EverySteps
 
@@ -186,13 +186,16 @@ def test_a_name_that_is_retired_for_it_is_written_again() -> None:
     assert ("x.ckpt", True, ()) == (decision.name, decision.replaces, decision.retire)
 
 
-def test_without_version_counter_ones_own_name_is_replaced() -> None:
-    """Ours are replaced; pinned ones, foreign files and other runs never are."""
+def test_without_version_counter_a_checkpoint_of_that_name_is_replaced() -> None:
+    """Of this run or of another; not one that is pinned, resumed from or of another manager, and no foreign file."""
     policy = Policy(EACH, [KeepAll()], name=Naming("x", version_counter=False))
-    assert saved(decide(policy, observation(), manifest([record(name="x.ckpt")]))).replaces
+    for replaced in (record(name="x.ckpt"), record(name="x.ckpt", run="run-b"), record(name="x.ckpt", kind="rescue")):
+        assert saved(decide(policy, observation(), manifest([replaced]))).replaces
     for seen in (
         manifest([record(name="x.ckpt", pinned=True)]),
-        manifest([record(name="x.ckpt", run="run-b")]),
+        manifest([record(name="x.ckpt", run="run-b", pinned=True)]),
+        manifest([record(name="x.ckpt", label="b")]),
+        manifest([record(name="x.ckpt")], resumed="x.ckpt"),
         manifest(foreign=frozenset({"x.ckpt"})),
     ):
         decision = saved(decide(policy, observation(), seen))
@@ -368,6 +371,35 @@ def test_a_rescue_has_a_name_of_its_own_and_retires_nothing() -> None:
         decision.replaces,
     )
     assert "rescue: KeyboardInterrupt" == decision.reason
+
+
+@pytest.mark.parametrize(
+    ("records", "template", "expected"),
+    [
+        ([], "model", "model.ckpt"),
+        ([], "{epoch}-{loss:.1f}", "epoch=0-loss=0.5.ckpt"),
+        ([record(name="model.ckpt", step=1)], "model", "rescue-step=7.ckpt"),
+        ([record(name="model.ckpt", step=1, run="another")], "model", "rescue-step=7.ckpt"),
+        ([], "last", "rescue-step=7.ckpt"),
+        ([], "{unknown}", "rescue-step=7.ckpt"),
+    ],
+)
+def test_a_rescue_may_take_the_name_of_the_template_where_it_is_free(
+    records: list[Record], template: str, expected: str
+) -> None:
+    """And never replaces anything for it, even without a version counter."""
+    naming = Naming(template, rescue="template", version_counter=False)
+    policy = Policy(EACH, [KeepLast(1)], name=naming, last="link")
+    assert expected == decide_rescue(policy, observation(7, loss=0.5), manifest(records), "SIGTERM").name
+
+
+def test_a_regular_save_takes_the_name_of_a_rescue_over() -> None:
+    """It retires the rescue, so that the name needs no version."""
+    policy = Policy(EACH, [KeepLast(1)], name=Naming("model", rescue="template"))
+    seen = manifest([record(name="model.ckpt", step=2, kind="rescue")])
+    decision = decide(policy, observation(3), seen)
+    assert isinstance(decision, Save)
+    assert ("model.ckpt", True) == (decision.name, decision.replaces)
 
 
 def test_the_first_regular_save_retires_the_rescue() -> None:

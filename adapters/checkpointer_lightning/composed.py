@@ -1,7 +1,5 @@
 """The whole composed policy in Lightning."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path

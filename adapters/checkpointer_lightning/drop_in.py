@@ -1,7 +1,5 @@
 """Lightning's ``ModelCheckpoint``, argument for argument, with decisions that are a policy's."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from copy import deepcopy

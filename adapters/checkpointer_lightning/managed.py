@@ -7,13 +7,12 @@ import warnings
 import weakref
 from typing import Any, Final, Literal
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Progress, Save
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progress, Save, Skip
 from checkpointer.ranks import on_rank_zero
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
 from checkpointer_lightning.behind import Behind
 from checkpointer_lightning.dumping import desk_of
-from checkpointer_lightning.finding import forget_copy
 from checkpointer_lightning.rescuing import quietly, rescue, rescue_together
 from checkpointer_lightning.saving import Answer, Saving, Training
 from checkpointer_lightning.signalling import signals_of
@@ -85,16 +84,18 @@ class Managed(Saving):
                 manager.close()
             close_ranks(ranks)
             raise
-        forget_copy(self._found)
+        self._forget_copies(trainer)
         training.manager, training.rescues, training.behind = manager, policy.rescue, behind
         training.signals = signals_of(trainer)
         training.signals.listen(trainer, talks=ranks.size > 1)
         self._training = training
+        self.__dict__.update(self._shown_before)  # From here on it is the records that count.
         self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See `Callback.teardown`: close the directory."""
         super().teardown(trainer, pl_module, stage)
+        self._forget_copies(trainer)
         self._close(trainer)
 
     def _close(self, trainer: Any) -> None:
@@ -223,6 +224,8 @@ class Managed(Saving):
             return
         self._catch_up(trainer)
         step, epoch = trainer.global_step, trainer.current_epoch
+        if moment not in ("validation", "asked"):  # A validation measures anew.
+            metrics = training.measured.as_ranked(step, metrics)
         ends = self._ends_epoch(moment, trainer)
         now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
         if self._due(moment) or not training.horizon.covers(now):
@@ -242,6 +245,8 @@ class Managed(Saving):
 
         answer = on_rank_zero(training.ranks, decide)
         training.horizon = answer.horizon
+        if _is_ranked(answer.decision):
+            training.measured.rank(step, metrics)
         desk = desk_of(trainer)
         desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
         training.moment = moment
@@ -262,6 +267,11 @@ class Managed(Saving):
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}
         return {name: value for name, value in candidates.items() if name in fresh or name in added}
+
+
+def _is_ranked(decision: Decision) -> bool:
+    """Return whether the rules have looked at the step's metrics: a step that waits for one is not ranked yet."""
+    return not isinstance(decision, Skip) or (decision.due and not decision.waiting)
 
 
 _NO_REQUEUE: Final = (

@@ -16,6 +16,7 @@ class Measured:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Any, int]] = {}
+        self._ranked: tuple[int, Mapping[str, Any]] = -1, {}
 
     def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of the metrics that were measured at ``step``, the step the training is at."""
@@ -24,6 +25,22 @@ class Measured:
             if seen is None or not _is_same(seen[0], value):
                 self._seen[name] = value, step
         return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
+
+    def rank(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Remember what a step was ranked by."""
+        self._ranked = step, {**self._ranked_at(step), **metrics}
+
+    def as_ranked(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics with the values that the step was ranked by, if it was.
+
+        With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first, and at the end of the epoch the
+        mean of all batches under the same name: another quantity, which says nothing about the step's weights.
+        """
+        ranked = self._ranked_at(step)
+        return {name: ranked.get(name, value) for name, value in metrics.items()}
+
+    def _ranked_at(self, step: int) -> Mapping[str, Any]:
+        return self._ranked[1] if self._ranked[0] == step else {}
 
 
 def _is_same(old: Any, new: Any) -> bool:

@@ -18,7 +18,7 @@ from checkpointer_lightning.behind import Behind, News
 from checkpointer_lightning.dumping import desk_of
 from checkpointer_lightning.identity import Identity
 from checkpointer_lightning.measuring import Measured
-from checkpointer_lightning.resuming import Resuming
+from checkpointer_lightning.resuming import SHOWN, Resuming
 from checkpointer_lightning.showing import Account, account_of
 from checkpointer_lightning.signalling import Signals
 from checkpointer_lightning.writing import Pen
@@ -99,7 +99,7 @@ class Saving(Resuming):
         if behind is not None:
             self._catch_up(trainer, waits=True)
         # Before the save, for what is shown is part of the state that is saved.
-        self._before = {name: self.__dict__[name] for name in _SHOWN}
+        self._before = {name: self.__dict__[name] for name in SHOWN}
         self._show(account)
         self._pending = decision
         try:
@@ -195,7 +195,7 @@ class Saving(Resuming):
 
     @contextlib.contextmanager
     def _foreseeing(self, training: Training) -> Iterator[None]:
-        before = {name: self.__dict__[name] for name in _SHOWN}
+        before = {name: self.__dict__[name] for name in SHOWN}
         self._show(self._account(training, _NOTHING))
         try:
             yield
@@ -247,13 +247,3 @@ class Saving(Resuming):
 _NOTHING: Final = Skip(reason="nothing is decided")
 _OF_A_TRAINING: Final = ("_training", "_last_trainer", "log", "log_dict")
 """Names of what a copy does not take along. The Trainer lends a callback the methods with which its module logs."""
-_SHOWN: Final = (
-    "best_model_path",
-    "best_model_score",
-    "best_k_models",
-    "kth_best_model_path",
-    "kth_value",
-    "last_model_path",
-    "current_score",
-)
-"""Names of what `Account.show` sets."""

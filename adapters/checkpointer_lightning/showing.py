@@ -92,11 +92,16 @@ def _worst(policy: Policy) -> float:
 
 
 def _score(policy: Policy, record: Record) -> float:
-    value = policy.ranking.value(record) if policy.ranking else None
+    ranking = policy.ranking
+    value = ranking.value(record) if ranking else None
     assert value is not None, f"{record.name} is ranked"
-    return _worst(policy) if math.isnan(value) else value
+    if math.isnan(value):
+        return _worst(policy)
+    return int(value) if ranking and ranking.key in ("step", "epoch") else value
 
 
 def _tensor(value: float) -> Tensor:
+    if isinstance(value, int):
+        return torch.tensor(value)
     single = torch.tensor(value, dtype=torch.float32)
     return single if single.item() == value else torch.tensor(value, dtype=torch.float64)

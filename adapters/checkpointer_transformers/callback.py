@@ -1,7 +1,5 @@
 """The Trainer's callback: its events become observations, and decisions become ``control.should_save``."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -221,7 +219,7 @@ class CheckpointCallback(Base):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Take in what was measured at this step."""
-        self._measured(state, control, numbers_of(logs or {}), always=True)
+        self._measured(state, control, numbers_of(logs or {}), anew=False)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
@@ -230,20 +228,20 @@ class CheckpointCallback(Base):
 
         A signal that came meanwhile stops the training here: the Trainer saves next, before another step.
         """
-        self._measured(state, control, numbers_of(metrics or {}), always=False)
+        self._measured(state, control, numbers_of(metrics or {}), anew=True)
         training = self._training
         if training is None or training.phase != "between" or not state.global_step or training.stopping:
             return
         if self._at_end is not None and any(training.ranks.highest(float(self._signal))):
             self._is_stopped(training, state, control)
 
-    def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, always: bool) -> None:
+    def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, anew: bool) -> None:
         training = self._training
         # Outside a training, or within a step, it says nothing about the state that would be saved.
         if training is None or training.phase != "between" or not state.global_step or not metrics:
             return
-        is_new = training.measured(state.global_step, metrics)
-        if training.pending is not None or training.stopping or not (is_new or always):
+        is_new = training.measured(state.global_step, metrics, anew=anew)
+        if training.pending is not None or training.stopping or (anew and not is_new):
             return
         if training.is_saved(state) or not training.is_quiet(state, training.epochs(state)):
             decision = training.report(state)

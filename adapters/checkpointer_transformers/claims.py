@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
@@ -25,6 +26,10 @@ class Claim:
     """Process that trains."""
     writing: str = ""
     """The checkpoint that the Trainer is writing under its final name, and that counts once it has a record."""
+    ranks: int = 1
+    """How many processes write it."""
+    state: Mapping[str, Any] = attrs.field(factory=dict)
+    """The manager's state once it is written; a training that is killed before may not have put it in there."""
 
     @property
     def is_live(self) -> bool:
@@ -42,5 +47,6 @@ class Claim:
             data: Any = parse_json(read_bounded(storage, _PATH), _PATH)
         except (FileNotFoundError, RecordError):
             return cls()
-        known = {key: value for key, value in data.items() if isinstance(value, str)} if isinstance(data, dict) else {}
-        return cls(owner=known.get("owner", ""), writing=known.get("writing", ""))
+        known = data if isinstance(data, dict) else {}
+        kinds = {"owner": str, "writing": str, "ranks": int, "state": dict}
+        return cls(**{key: known[key] for key, kind in kinds.items() if type(known.get(key)) is kind})

@@ -48,10 +48,8 @@ def look(storage: Storage, folder: Path, records: Mapping[str, Record], claim: C
         record = records.get(name)
         if record is not None:
             problem = _differs(storage, record, thoroughly=is_newest)
-        elif name == claim.writing:
-            problem = "it was being written when the training died"
         else:
-            problem = problem_of(folder / name)
+            problem = problem_of(folder / name, ranks=claim.ranks if name == claim.writing else None)
         is_newest = is_newest and problem is not None
         yield Found(name=name, record=record, problem=problem)
 

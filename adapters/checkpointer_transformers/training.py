@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
@@ -97,6 +98,8 @@ class Training:
         self._storage: Storage | None = None
         self._state: Any = None
         self._closed = False
+        self._held_back = False
+        """Whether the last log had values that were not taken."""
         self._patient = not policy.last and all(_needs_metric(rule) for rule in policy.rules)
 
     # From begin to end
@@ -113,7 +116,8 @@ class Training:
             self.manager = manager = CheckpointManager(
                 self.folder, self.policy, save=self._save, clock=self._clock, **self._options
             )
-            saved = saved_state(state) if state.global_step else _from_start(again, self._clock)
+            step = state.global_step
+            saved = saved_state(state) or self._claimed(step) if step else _from_start(again, self._clock)
             if saved:
                 manager.load_state_dict(saved, source=self._chosen(state.global_step, saved))
             self._claim()
@@ -173,11 +177,21 @@ class Training:
         # Clocks differ: rank 0's counts.
         return self._agreement(flag or (self.ranks.rank == 0 and self._clock.time() >= timed))
 
-    def measured(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """Take in what was measured at this step; return whether there is a name that was not there."""
-        before = self._metrics[1] if self._metrics[0] == step else {}
-        self._metrics = step, {**before, **metrics}
-        return not metrics.keys() <= before.keys()
+    def measured(self, step: int, metrics: Mapping[str, Any], *, anew: bool) -> bool:
+        """Take in what was measured at this step; return whether there is a name that was not there.
+
+        A value that the step was ranked by stays, unless it was measured ``anew``, by an evaluation: what is logged
+        later under the same name, such as the mean of an epoch, is another quantity. Names alone decide what is
+        returned, so it is the same on every rank.
+        """
+        before = self._at(step)
+        is_ranked = self._saved_step == step or self.pending is not None
+        held_back = metrics.keys() & before.keys() if is_ranked and not anew else set()
+        is_new = self._held_back if anew else False
+        self._held_back = bool(held_back)
+        taken = {name: value for name, value in metrics.items() if name not in held_back}
+        self._metrics = step, {**before, **taken}
+        return is_new or not metrics.keys() <= before.keys()
 
     # Deciding
 
@@ -250,12 +264,18 @@ class Training:
             if (step_of(other) or 0) >= decision.observation.step:
                 self._own_manager.make_way(other)
         if self.write is None:
-            self._claim(name)
+            self._claim(name, self._own_manager.state_dict(decision))
         return attrs.evolve(decision, name=name, replaces=False)
 
-    def _claim(self, writing: str = "") -> None:
+    def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
         assert self._storage is not None, "this is rank 0"
-        Claim(owner=self._owner, writing=writing).put(self._storage)
+        Claim(owner=self._owner, writing=writing, ranks=self.ranks.size, state=dict(state)).put(self._storage)
+
+    def _claimed(self, step: int) -> Mapping[str, Any]:
+        """Return the manager's state that a claim has of the checkpoint of this step; empty if it has none."""
+        assert self._storage is not None, "this is rank 0"
+        claim = Claim.of(self._storage)
+        return claim.state if claim.writing == f"checkpoint-{step}" else {}
 
     # Committing
 

@@ -39,11 +39,15 @@ def checkpoints_of(folder: Path) -> list[str]:
     return sorted(steps, key=lambda name: steps[name], reverse=True)
 
 
-def problem_of(folder: Path) -> str | None:
+def problem_of(folder: Path, *, ranks: int | None = None) -> str | None:
     """Return why a folder is no whole checkpoint, or None if it looks like one.
 
     Looks at what is there and how the files end: a torn file is found, one whose bytes were changed is not. What the
     Trainer writes before `STATE_FILE` must be there with it.
+
+    Args:
+        folder: The folder.
+        ranks: How many processes wrote it; None if that is not known.
     """
     names = {path.name for path in folder.iterdir()}
     state = _read_json(folder / STATE_FILE)
@@ -51,17 +55,17 @@ def problem_of(folder: Path) -> str | None:
         return f"{STATE_FILE} is missing or torn"
     if state.get("global_step") != step_of(folder.name):
         return f"{STATE_FILE} is of step {state.get('global_step')}"
-    return _missing(folder, names) or next(filter(None, map(_torn, _files(folder))), None)
+    return _missing(folder, names, ranks) or next(filter(None, map(_torn, _files(folder))), None)
 
 
-def _missing(folder: Path, names: set[str]) -> str | None:
+def _missing(folder: Path, names: set[str], ranks: int | None) -> str | None:
     below = {child.name for path in folder.iterdir() if path.is_dir() for child in path.iterdir()}
     if not any(_WEIGHTS.fullmatch(name) for name in names | below):
         return "it has no weights"
     if ("optimizer.pt" in names) != ("scheduler.pt" in names) and not any(_is_sharded(name) for name in names):
         return "one of optimizer.pt and scheduler.pt is missing"
-    ranks = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name)))
-    if ranks and (len(ranks) == 1 or ranks != list(range(len(ranks)))):
+    found = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name)))
+    if found and (len(found) == 1 or found != list(range(ranks or len(found)))):
         return "the random state of some ranks is missing"
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if index in names and (absent := _shards(folder / index) - names):

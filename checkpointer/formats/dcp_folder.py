@@ -228,7 +228,13 @@ class _Writer(_Portable, FileSystemWriter):
 
 
 class _UrlWriter(_Portable, FsspecWriter):
-    """Writes to a URL."""
+    """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
+
+    DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
 class _Safe:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_lightning import CheckpointCallback
-from tiny import BATCHES, Model, files, fit, is_at_least, quiet, step_of
+from tiny import BATCHES, Forked, Model, files, fit, is_at_least, quiet, step_of
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepAll, KeepBest, KeepLast, Policy, Record
 
@@ -47,6 +47,34 @@ def test_an_epoch_whose_last_step_is_saved_already_is_not_made_up_for_later(tmp_
     fit(CheckpointCallback(tmp_path, Policy(AnyOf(EveryEpochs(1), EverySteps(4)), [KeepAll()])), max_epochs=2)
     found = [(record.step, record.epoch_end) for record in records(tmp_path)]
     assert [(4, True), (8, True)] == found
+
+
+def test_a_step_keeps_the_value_that_it_was_ranked_by(tmp_path: Path) -> None:
+    """Over several epochs, though each epoch's last step is reported again with the mean of the epoch."""
+    values = [5.0, 5.0, 5.0, 0.1, 5.0, 0.5, 5.0, 5.0, 3.0, 3.0, 3.0, 4.0]
+    policy = Policy(AnyOf(EveryEpochs(1), EverySteps(2)), [KeepBest(3, "train_loss", mode="min")])
+    fit(CheckpointCallback(tmp_path, policy), model=Forked(values), max_epochs=3)
+    found = {record.step: round(record.metrics["train_loss"], 3) for record in records(tmp_path)}
+    assert {4: 0.1, 6: 0.5, 10: 3.0} == found
+
+
+def test_an_epoch_that_is_due_is_ranked_by_its_mean(tmp_path: Path) -> None:
+    """No step was ranked before: a validation within the epoch's end only passed by."""
+    policy = Policy(EveryEpochs(1), [KeepBest(1, "train_loss", mode="min")])
+    fit(CheckpointCallback(tmp_path, policy), model=Forked([1.0, 2.0, 3.0, 6.0]), max_epochs=1)
+    assert [3.0] == [record.metrics["train_loss"] for record in records(tmp_path)]
+
+
+def test_a_validation_ranks_a_saved_step_anew(tmp_path: Path) -> None:
+    """It measures under the name that the training's batches had."""
+
+    class Same(Forked):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("train_loss", torch.tensor(7.0))
+
+    policy = Policy(EverySteps(4), [KeepBest(1, "train_loss", mode="min")])
+    fit(CheckpointCallback(tmp_path, policy), model=Same([1.0, 2.0, 3.0, 6.0]), max_epochs=1)
+    assert [7.0] == [record.metrics["train_loss"] for record in records(tmp_path)]
 
 
 def test_an_epoch_that_max_steps_cuts_short_has_not_ended(tmp_path: Path) -> None:

@@ -112,13 +112,6 @@ ALLOWED: dict[str, list[Row]] = {
         ("best, under one name, overwritten", "within epochs", "resume", "current_score"),
         ("best 2, steps", "within epochs", "resume", "current_score"),
     ],
-    "without versions this run's files are replaced, and no other's": [
-        ("fixed name, all, overwritten", "*", "rerun", "best_model_path files"),
-        ("best, under one name, overwritten", "each epoch", "rerun", "best_k_models best_model_path files"),
-        ("best, under one name, overwritten", "each epoch", "rerun", "kth_best_model_path"),
-        ("best, under one name, overwritten", "within epochs", "rerun", "best_k_models best_model_path files"),
-        ("best, under one name, overwritten", "within epochs", "rerun", "kth_best_model_path"),
-    ],
 }
 
 

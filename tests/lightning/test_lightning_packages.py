@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,19 @@ def other() -> Any:
     from checkpointer_lightning import for_pytorch_lightning
 
     return for_pytorch_lightning
+
+
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_constructors_have_types_and_not_their_names(package: str) -> None:
+    """Tools that build parsers ask the signature; the drop-in's has the very types of Lightning's."""
+    pytest.importorskip(package)
+    module = importlib.import_module(f"checkpointer_lightning.for_{package}")
+    ours, composed = (
+        inspect.signature(kind).parameters for kind in (module.ModelCheckpoint, module.CheckpointCallback)
+    )
+    theirs = inspect.signature(module.Theirs).parameters
+    assert {name: theirs[name].annotation for name in theirs} == {name: ours[name].annotation for name in theirs}
+    assert [] == [name for name, part in (*ours.items(), *composed.items()) if isinstance(part.annotation, str)]
 
 
 @pytest.mark.parametrize("kind", ["drop-in", "policy"])

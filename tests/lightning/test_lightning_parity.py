@@ -6,6 +6,7 @@ Rows are those of Lightning's behaviours that are right; what is wrong there is 
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 import typing
 import warnings
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_lightning_matrix import ARGUMENTS
-from tiny import Model, files, fit, held, is_at_least, quiet, seen, step_of, trainer
+from tiny import Model, files, fit, held, is_at_least, loader, quiet, seen, step_of, trainer
 
 pytestmark = quiet
 
@@ -475,6 +476,135 @@ def test_loggers_are_told(tmp_path: Path) -> None:
     assert [(True, "epoch=0-step=4.ckpt"), (True, "epoch=1-step=8.ckpt"), (True, "epoch=3-step=16.ckpt")] == told
 
 
+def test_43_without_a_version_counter_an_earlier_run_s_files_are_overwritten(tmp_path: Path) -> None:
+    """As in Lightning; a file that is not a checkpoint keeps its name."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "filename": "model-{epoch}", "save_top_k": -1}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It is said that the directory is not empty.
+            fit(Ours(**arguments, enable_version_counter=False), max_epochs=2)
+            (tmp_path / "model-epoch=2.ckpt").write_bytes(b"mine")
+            fit(Ours(**arguments, enable_version_counter=False), max_epochs=3)
+    names = ["model-epoch=0.ckpt", "model-epoch=1.ckpt", "model-epoch=2-v1.ckpt", "model-epoch=2.ckpt"]
+    assert names == files(tmp_path)
+    assert b"mine" == (tmp_path / "model-epoch=2.ckpt").read_bytes()
+
+
+# What a new callback knows of a directory that was used
+
+
+def best_of(directory: Path, arguments: dict[str, Any], where: str) -> str:
+    """Train into a directory, and return its best checkpoint, as a new Trainer finds it for a fit or a validation."""
+    fit(Ours(dirpath=directory, **arguments), max_epochs=3)
+    again = trainer(Ours(dirpath=directory, **arguments), max_epochs=3)
+    if where == "fit":
+        again.fit(Model(), loader(), loader(1), ckpt_path="best")
+    else:
+        again.validate(Model(), loader(1), ckpt_path="best", verbose=False)
+    return os.path.relpath(str(again.ckpt_path), directory)
+
+
+@pytest.mark.parametrize("where", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("arguments", "best"),
+    [
+        ({"monitor": "val_loss", "save_last": True}, "epoch=1-step=8.ckpt"),
+        ({"monitor": "val_loss", "mode": "max", "save_top_k": 2}, "epoch=0-step=4.ckpt"),
+        ({}, "epoch=2-step=12.ckpt"),
+    ],
+)
+def test_best_of_a_finished_directory_is_found(
+    tmp_path: Path, arguments: dict[str, Any], best: str, where: str
+) -> None:
+    """By a new Trainer and a new callback: the records know it."""
+    assert best == best_of(tmp_path, arguments, where)
+
+
+def test_best_without_a_directory_given_is_where_the_trainer_writes(tmp_path: Path) -> None:
+    """The Trainer's own folder, as for ``"last"``."""
+    fit(Ours(monitor="val_loss"), max_epochs=3, default_root_dir=tmp_path)
+    again = fit(Ours(monitor="val_loss"), max_epochs=4, default_root_dir=tmp_path, resume="best")
+    assert str(tmp_path / "checkpoints/epoch=1-step=8.ckpt") == again.ckpt_path
+
+
+def test_best_that_nobody_saved_is_the_error_that_lightning_raises(tmp_path: Path) -> None:
+    """An empty directory has none, and a callback does not look before a Trainer asks."""
+    callback = Ours(dirpath=tmp_path, monitor="val_loss")
+    assert "" == callback.best_model_path
+    with pytest.raises(ValueError, match="not configured to save the best model"):
+        fit(callback, resume="best")
+
+
+def test_weights_alone_are_enough_for_a_validation(tmp_path: Path) -> None:
+    """Of the newest and of the best, though no training can go on from them."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "val_loss", "save_weights_only": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is said that nothing can go on from them.
+        fit(Ours(**arguments, save_last=True), max_epochs=3)
+    found = []
+    for which in ("last", "best"):
+        again = trainer(Ours(**arguments, save_last=True))
+        again.validate(Model(), loader(1), ckpt_path=which, verbose=False)
+        found.append(Path(str(again.ckpt_path)).name)
+    assert ["last.ckpt", "epoch=1-step=8.ckpt"] == found
+
+
+# What a callback shows, before and after a resume
+
+STATES = ["best_model_path", "best_model_score", "best_k_models", "kth_best_model_path", "kth_value"]
+STATES += ["last_model_path", "current_score", "dirpath", "monitor", "mode", "save_top_k", "save_last", "filename"]
+
+
+@pytest.mark.parametrize("what", ["fit, no epoch left", "fit, one more", "validate"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"monitor": "step", "mode": "max", "save_top_k": 2},
+        {"monitor": "epoch", "mode": "max"},
+        {"monitor": "val_loss", "save_top_k": -1, "save_last": "link"},
+        {"save_top_k": 0, "save_last": True},
+    ],
+)
+def test_attributes_before_and_after_a_resume_are_equal(tmp_path: Path, arguments: dict[str, Any], what: str) -> None:
+    """Types included, and those of the state that goes into the next checkpoint; ours and Lightning's are the same."""
+    first = Ours(dirpath=tmp_path / "ours", **arguments)
+    fit(first, max_epochs=3)
+    before, state = shown(first), first.state_dict()
+    theirs = Theirs(dirpath=tmp_path / "theirs", **arguments)
+    fit(theirs, max_epochs=3)
+    assert before == {name: text.replace("theirs", "ours") for name, text in shown(theirs).items()}
+    again = Ours(dirpath=tmp_path / "ours", **arguments)
+    path = first.last_model_path or first.best_model_path
+    if what == "validate":
+        trainer(again).validate(Model(), loader(1), ckpt_path=path, verbose=False)
+    else:
+        at_start = AtStart(again)
+        fit([again, at_start], max_epochs=3 if what == "fit, no epoch left" else 4, resume=path)
+        if what == "fit, one more":
+            assert before == at_start.seen
+            return
+    assert before == shown(again)
+    for name in ("checkpointer", "best_k_models"):
+        assert repr(state.pop(name)) == repr(again.state_dict()[name])
+    assert state == {name: again.state_dict()[name] for name in state}
+
+
+def shown(callback: Any) -> dict[str, str]:
+    """Return the public attributes of a callback, with their types."""
+    return {name: repr(getattr(callback, name)) for name in STATES}
+
+
+class AtStart(pl.Callback):
+    """Looks at a checkpoint callback before the first batch."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+        self.seen: dict[str, str] = {}
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = self.seen or shown(self.callback)
+
+
 # Exceptions
 
 
@@ -483,10 +613,27 @@ def test_an_exception_is_saved_if_asked_for(tmp_path: Path, arguments: dict[str,
     """And only then."""
     with pytest.raises(ZeroDivisionError, match="the training breaks"):
         fit(Ours(dirpath=tmp_path, **arguments), model=Model(fails_at=6))
-    assert (["epoch=0-step=4.ckpt"] + (["rescue-step=6.ckpt"] if arguments else [])) == files(tmp_path)
+    assert (["epoch=0-step=4.ckpt"] + (["epoch=1-step=6.ckpt"] if arguments else [])) == files(tmp_path)
     with pytest.raises(ZeroDivisionError, match="the training breaks"):
         fit(Ours(dirpath=tmp_path / "saved", **arguments), model=Model(fails_at=4))
     assert ["epoch=0-step=4.ckpt"] == files(tmp_path / "saved")
+
+
+@pytest.mark.skipif(not is_at_least("2.5.3"), reason="older ones have no save_on_exception")
+@pytest.mark.parametrize("filename", ["exception", "{epoch}-{step}-{val_loss:.2f}", None])
+def test_an_exception_is_saved_under_the_name_that_lightning_gives(tmp_path: Path, filename: str | None) -> None:
+    """Where nothing has that name."""
+    arguments: dict[str, Any] = {
+        "filename": filename,
+        "monitor": "val_loss",
+        "every_n_epochs": 5,
+        "save_on_exception": True,
+    }
+    for cls in (Theirs, Ours):
+        with pytest.raises(ZeroDivisionError, match="the training breaks"):
+            fit(cls(dirpath=tmp_path / cls.__module__, **arguments), model=Model(fails_at=4))
+    theirs, ours = (tmp_path / cls.__module__ for cls in (Theirs, Ours))
+    assert files(theirs) == files(ours) != []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -500,4 +647,4 @@ def test_an_interrupt_is_saved_too(tmp_path: Path, error: type[BaseException]) -
 
     with pytest.raises(SystemExit):
         fit(Ours(dirpath=tmp_path, save_on_exception=True), model=Interrupted())
-    assert ["rescue-step=2.ckpt"] == files(tmp_path)
+    assert ["epoch=0-step=2.ckpt"] == files(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from checkpointer_lightning import ModelCheckpoint as Ours
 from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from tiny import BATCHES, Model, files, fit, is_at_least, quiet, step_of
+from tiny import BATCHES, Forked, Model, files, fit, is_at_least, quiet, step_of
 
 from checkpointer import CheckpointManager
 
@@ -49,6 +49,39 @@ class Manual(Model):
 def weights(path: Path) -> Any:
     """Return the weights in a checkpoint."""
     return torch.load(path, weights_only=True)["state_dict"]["layer.weight"].tolist()
+
+
+# One name for a batch's value and for the mean of an epoch
+
+FORKED = [5.0, 5.0, 5.0, 0.1, 5.0, 0.5, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("cls", [Theirs, Ours])
+def test_the_mean_of_an_epoch_does_not_rank_its_last_step_anew(tmp_path: Path, cls: Any) -> None:
+    """A step that was ranked by its own loss keeps that rank: the mean says nothing about its weights."""
+    name = "{step}-{train_loss:.2f}"
+    callback = cls(dirpath=tmp_path, monitor="train_loss", every_n_train_steps=2, save_top_k=1, filename=name)
+    fit(callback, model=Forked(FORKED), max_epochs=2)
+    assert ["step=4-train_loss=0.10.ckpt"] == files(tmp_path)
+
+
+@pytest.mark.skipif(not is_at_least("2.5"), reason="Lightning 2.4 trains the last batch of an epoch again")
+def test_the_mean_of_an_epoch_does_not_rank_a_step_anew_after_a_resume(tmp_path: Path) -> None:
+    """The training goes on at the end of the epoch whose last step was saved."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "train_loss", "every_n_train_steps": 2}
+    arguments["filename"] = "{step}"
+    with pytest.raises(ZeroDivisionError):
+        fit(Ours(**arguments), model=Ending(FORKED), max_epochs=2)
+    fit(Ours(**arguments), model=Forked(FORKED), max_epochs=2, resume=tmp_path / "step=4.ckpt")
+    assert ["step=4.ckpt"] == files(tmp_path)
+
+
+class Ending(Forked):
+    """Breaks before its first epoch ends."""
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            raise ZeroDivisionError
 
 
 # Several optimizers, and a state from before the step

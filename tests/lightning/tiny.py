@@ -64,6 +64,18 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Forked(Model):
+    """Logs a scripted loss as people do: each batch's value, and at the end of an epoch their mean, under one name."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        super().__init__()
+        self.values = list(values)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("train_loss", torch.tensor(self.values[self.global_step]), on_step=True, on_epoch=True)
+        return self.layer(batch).pow(2).mean()
+
+
 def loader(batches: int = BATCHES) -> DataLoader[Any]:
     """Return the same random batches each time."""
     data = torch.randn(2 * batches, 2, generator=torch.Generator().manual_seed(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
+from checkpointer_transformers.claims import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
 from transformers import TrainerCallback
 
@@ -27,6 +29,7 @@ from checkpointer import (
     Policy,
 )
 from checkpointer.errors import NoValidCheckpointError, PolicyError
+from checkpointer.storage import open_storage
 from checkpointer.testing import FakeClock
 
 pytestmark = quiet
@@ -49,6 +52,12 @@ class Breaks(At):
 
     def fail(self) -> None:
         raise ZeroDivisionError("the training breaks")
+
+
+def test_the_constructor_has_types_and_not_their_names() -> None:
+    """Tools that build parsers ask the signature."""
+    parameters = inspect.signature(CheckpointCallback).parameters.values()
+    assert [] == [part.name for part in parameters if isinstance(part.annotation, str)]
 
 
 # When
@@ -152,6 +161,46 @@ def test_an_evaluation_after_the_save_ranks_it(tmp_path: Path) -> None:
     assert {5: 0.9, 10: 0.1} == {record.step: record.metrics["eval_score"] for record in records(tmp_path).values()}
     assert "checkpoint-5" == os.readlink(tmp_path / "best")
     assert (0.9, 5) == (trainer.state.best_metric, trainer.state.best_global_step)
+
+
+class Means(TrainerCallback):
+    """Logs another loss at the end of each epoch, as people do with its mean; may evaluate once more."""
+
+    def __init__(self, *, evaluates: bool = False) -> None:
+        self.evaluates = evaluates
+        self.trainer: Any = None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.log({"loss": 0.0 if state.global_step == STEPS else 99.0})
+        control.should_evaluate = self.evaluates
+
+
+def test_what_is_logged_of_a_saved_step_later_does_not_rank_it_anew(tmp_path: Path) -> None:
+    """The mean of an epoch under the name of the loss that the step was ranked by."""
+    means = Means()
+    policy = Policy(EverySteps(STEPS), [KeepBest(1, "loss", mode="min")])
+    means.trainer = trainer = make_trainer(tmp_path, policy, callbacks=[means], attached=True)
+    trainer.train()
+    logged: dict[int, float] = {}
+    for log in trainer.state.log_history:
+        logged.setdefault(log["step"], log.get("loss", 0.0))
+    best = min(logged, key=logged.__getitem__)
+    assert {best: logged[best]} == {record.step: record.metrics["loss"] for record in records(tmp_path).values()}
+
+
+def test_another_evaluation_of_a_saved_step_ranks_it_anew(tmp_path: Path) -> None:
+    """What it measures takes the place of what the first has measured."""
+
+    class Rising(dict[int, float]):
+        def __getitem__(self, step: int) -> float:
+            self[step] = 1.0 + self.get(step, 0.0)
+            return self.get(step, 0.0)
+
+    means = Means(evaluates=True)
+    each = Policy(EverySteps(STEPS), [KeepLast(9)])
+    means.trainer = trainer = make_trainer(tmp_path, each, callbacks=[means], scores=Rising({0: 0.0}), attached=True)
+    trainer.train()
+    assert [2.0, 2.0] == [record.metrics["eval_score"] for record in records(tmp_path).values()]
 
 
 def test_a_due_point_waits_for_its_metric(tmp_path: Path) -> None:
@@ -304,6 +353,48 @@ def test_a_half_written_checkpoint_is_moved_aside_and_never_deleted(tmp_path: Pa
     trainer = make_trainer(tmp_path, Policy(EverySteps(5), [KeepLast(1)]), max_steps=15)
     trainer.train(resume_from_checkpoint=True)
     assert {"checkpoint-5", "checkpoint-10", "checkpoint-15"} <= set(folders(tmp_path))
+
+
+class Dies(TrainerCallback):
+    """Ends the process once the Trainer has written its checkpoint of a step, before the callback hears of it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os._exit(9)
+
+
+def test_a_checkpoint_that_was_whole_when_the_training_died_is_resumed_from(tmp_path: Path) -> None:
+    """Though it has no record; and the run goes on, with the retention of what it had saved before."""
+    policy = Policy(EverySteps(3), [KeepLast(1)])
+    child = os.fork()
+    if not child:
+        trainer = make_trainer(tmp_path, policy)
+        trainer.callback_handler.callbacks.insert(0, Dies(6))
+        trainer.train()
+        os._exit(1)
+    assert 9 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert str(tmp_path / "checkpoint-6") == last_valid_checkpoint(tmp_path)
+    begins: list[int] = []
+    trainer = make_trainer(tmp_path, policy)
+    trainer.add_callback(At(6, lambda: begins.append(trainer.state.global_step)))
+    trainer.train(resume_from_checkpoint=True)
+    assert [6] == begins
+    assert ["checkpoint-10"] == [*records(tmp_path)]
+    assert ["checkpoint-10", "checkpoint-6"] == folders(tmp_path)
+
+
+def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_not_whole(tmp_path: Path) -> None:
+    """The note about what is being written says how many processes there are."""
+    make_trainer(tmp_path, None, save_strategy="steps", save_steps=10).train()
+    folder = tmp_path / "checkpoint-10"
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
+    os.rename(folder / "rng_state.pth", folder / "rng_state_1.pth")
+    assert str(folder) == last_valid_checkpoint(tmp_path)
+    Claim(writing=folder.name, ranks=3).put(open_storage(tmp_path, ""))
+    assert last_valid_checkpoint(tmp_path) is None
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
