@@ -1,4 +1,7 @@
-"""Runs the Python blocks of the README and of the documentation: ``pytest README.md docs``."""
+"""Runs the Python blocks of the README and of the documentation, each page twice: ``pytest README.md docs``.
+
+The second pass starts in the directory that the first one left, as a second start of a training does.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,18 @@ from typing import Any
 
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+from sybil.sybil import SybilCollection
 
 
-def _enter_empty_folder(namespace: dict[str, Any]) -> None:
+def _begin(namespace: dict[str, Any]) -> None:
+    namespace["has_lightning"] = find_spec("lightning") is not None
+
+
+def _begin_in_an_empty_folder(namespace: dict[str, Any]) -> None:
+    _begin(namespace)
     namespace["_home"] = os.getcwd()
     namespace["_folder"] = tempfile.TemporaryDirectory()
     os.chdir(namespace["_folder"].name)
-    namespace["has_lightning"] = find_spec("lightning") is not None
 
 
 def _leave_folder(namespace: dict[str, Any]) -> None:
@@ -23,9 +31,8 @@ def _leave_folder(namespace: dict[str, Any]) -> None:
     namespace["_folder"].cleanup()
 
 
-pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
-    setup=_enter_empty_folder,
-    teardown=_leave_folder,
-).pytest()
+_PAGES = {"parsers": [PythonCodeBlockParser(), SkipParser()], "patterns": ["README.md", "docs/*.md"]}
+_first = Sybil(**_PAGES, setup=_begin_in_an_empty_folder, teardown=_leave_folder)
+_second = Sybil(**_PAGES, setup=_begin)
+
+pytest_collect_file = SybilCollection((_first, _second)).pytest()

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
 
-from checkpointer.errors import CheckpointerError, CorruptError
-from checkpointer.formats.contents import open_contents
-from checkpointer.formats.tensors import Tensors
-from checkpointer.index import HOME
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
+from checkpointer.foreign import Said, read_file, read_folder
+from checkpointer.index import HOME, record_path
 from checkpointer.inspecting import Catalog
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
-from checkpointer.records import Contents, Record
+from checkpointer.records import ADOPTED, Contents, Record
 from checkpointer.transaction import Transaction
+from checkpointer.trust import refuse_unsigned
+from checkpointer.units import COPIES, Units, find_units, words_of
+from checkpointer.wording import some_of
 
 __all__ = ["Adoption", "Found", "adopt", "find_foreign"]
 
-MAX_STATE_BYTES: Final = 1 << 26
-_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
-_HF_FOLDER: Final = re.compile(r"(?:.*/)?checkpoint-(\d+)")
-_HF_STATE: Final = "trainer_state.json"
-_STEPS: Final = ("global_step", "step", "steps", "num_steps", "iteration", "iter", "n_iter")
-_EPOCHS: Final = ("epoch", "epochs", "current_epoch")
-_BESIDE: Final = (*_STEPS, *_EPOCHS, "seed", "version", "batch_size", "num_epochs", "max_epochs", "total_flos", "time")
-_PAIR: Final = re.compile(r"(?:^|[-/])([A-Za-z][\w. ]*)=(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?=-|$)")
+_NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
+"""Words that say nothing of whether a file is a copy."""
 
 
 @attrs.frozen(kw_only=True)
@@ -46,7 +41,7 @@ class Found:
     format: str = "torch"
     contents: Contents = "full"
     writer: str
-    """Who wrote it: ``Lightning``, ``the HF Trainer`` or ``torch.save``, and from where the step is known."""
+    """Who wrote it: ``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -59,16 +54,24 @@ class Adoption:
     """Files and folders that stay as they are, each with the reason."""
 
 
-def find_foreign(catalog: Catalog, steps: Mapping[str, int] | None = None) -> Adoption:
+def find_foreign(
+    catalog: Catalog, steps: Mapping[str, int] | None = None, *, steps_per_epoch: int | None = None
+) -> Adoption:
     """Look at what no record names, and find step, epoch and scores in it. Nothing is unpickled, and nothing changed.
 
-    Lightning: ``global_step``, ``epoch`` and the scores that its ``ModelCheckpoint`` keeps in the file. The HF Trainer:
-    ``trainer_state.json`` of each ``checkpoint-N``, with what was logged at that step. Anything else: numbers at the
-    top of the saved dict, and ``name=value`` in the file's name. Where only an epoch is known, the step counts epochs.
+    Lightning: ``global_step``, ``epoch``, the scores in the file's name, and those of a ``ModelCheckpoint`` that names
+    this very file. The HF Trainer: ``trainer_state.json`` of each ``checkpoint-N``, with what was logged at that step.
+    Anything else: numbers at the top of the saved dict, and ``name=value`` in the file's name. Several files that
+    belong together are a folder that is adopted as a whole, or are left. What lies in a directory with records of its
+    own is left out.
 
     Args:
         catalog: The directory, from `checkpointer.inspecting.look_at`.
-        steps: Steps by name, for files that do not say theirs.
+        steps: Steps by name, for what does not say its own.
+        steps_per_epoch: Optimizer steps of an epoch, for what says its epoch only: the step is the product of both.
+
+    Raises:
+        NotFoundError: If ``steps`` names what cannot be adopted.
 
     Example:
         >>> from checkpointer.inspecting import look_at
@@ -76,192 +79,134 @@ def find_foreign(catalog: Catalog, steps: Mapping[str, int] | None = None) -> Ad
         >>> find_foreign(look_at(MemoryStorage())).found
         ()
     """
-    found: list[Found] = []
-    refused: dict[str, str] = {}
-    for name in _candidates(catalog):
+    steps = steps or {}
+    taken = {record.name for record in catalog.records} | set(catalog.aliases)
+    units = find_units(catalog.files, taken | {entry.record.name for entry in catalog.unfinished})
+    _check_steps(steps, units)
+    read: list[Said] = []
+    refused = dict(units.left)
+    for name in (*units.folders, *units.files):
         try:
-            item = _read(catalog.storage, name, (steps or {}).get(name))
+            read.append(_read(catalog.storage, name, units))
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
-            continue
-        found.append(item)
-    found.sort(key=lambda item: (item.step, item.name))
-    for item in [item for item in found if item.name.rpartition("/")[2].startswith("last")]:
-        there = {record.step: record.name for record in catalog.records}
-        there |= {other.step: other.name for other in found if other is not item}
-        twin = there.get(item.step)
-        if twin is not None:
-            refused[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
-            found.remove(item)
+    said = [_with_step(item, steps.get(item.name), steps_per_epoch) for item in read]
+    refused |= _parts(read) | _parts(said)
+    refused |= {item.name: _no_step(item) for item in said if item.step is None and item.name not in refused}
+    found = [_found(item) for item in said if item.name not in refused]
+    refused |= _copies(found, catalog.records)
+    found = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
     return Adoption(found=tuple(found), refused=refused)
 
 
-def _candidates(catalog: Catalog) -> Iterator[str]:
-    """Yield what may be a checkpoint and has no record: files by their extension, folders by the HF Trainer's name."""
-    names = {record.name for record in catalog.records} | set(catalog.aliases)
-    names |= {entry.record.name for entry in catalog.unfinished}
-    folders = {match[0] for path in catalog.files if (match := _HF_FOLDER.fullmatch(path.rpartition("/")[0]))}
-    yield from sorted(folders - names)
-    for path in sorted(catalog.files):
-        is_inside = any(path.startswith(f"{folder}/") for folder in (*folders, *names, HOME))
-        if not is_inside and path not in names and path.endswith(_SUFFIXES):
-            yield path
-
-
-def _read(storage: Storage, name: str, step: int | None) -> Found:
-    if isinstance(storage, SupportsPaths) and os.path.islink(storage.local_path(name)):
-        msg = "it is a link to another file; an alias is made when a manager saves"
-        raise CorruptError(msg)
-    if _HF_FOLDER.fullmatch(name):
-        return _hugging_face(storage, name)
-    with open_contents(storage, name) as contents:
-        if "pytorch-lightning_version" in contents.others or "loops" in _tops(contents):
-            return _lightning(name, contents)
-        return _bare(name, contents, step)
-
-
-# Lightning
-
-
-def _lightning(name: str, contents: Tensors) -> Found:
-    step, epoch = contents.others.get("global_step"), contents.others.get("epoch")
-    if not isinstance(step, int) or not isinstance(epoch, int):
-        msg = "Lightning wrote it, but it has no global_step or epoch"
-        raise CorruptError(msg)
-    processed = contents.others.get("loops.fit_loop.epoch_progress.current.processed")
-    return Found(
-        name=name,
-        step=step,
-        epoch=epoch,
-        epoch_end=processed > epoch if isinstance(processed, int) else True,
-        metrics=_lightning_scores(name, contents),
-        contents="full" if any(top.startswith("optim") for top in _tops(contents)) else "weights",
-        writer="Lightning",
-    )
-
-
-def _lightning_scores(name: str, contents: Tensors) -> dict[str, float]:
-    """Return the scores of this very file that its callbacks keep in it, and those that its name says."""
-    scores = _from_name(name)
-    for key, monitor in contents.others.items():
-        callback, _, field = key.rpartition(".")
-        if field != "monitor" or not callback.startswith("callbacks.ModelCheckpoint") or not isinstance(monitor, str):
+def _check_steps(steps: Mapping[str, int], units: Units) -> None:
+    there = (*units.folders, *units.files)
+    for name in steps:
+        if name in units.left:
+            msg = f"{name} is given a step, but cannot be adopted alone: {units.left[name]}"
+            raise NotFoundError(msg)
+        if name in there:
             continue
-        best = [key for key in contents.tensors if key.startswith(f"{callback}.best_k_models.")]
-        mine = [key for key in best if key.endswith(f"/{name.rpartition('/')[2]}")]
-        # What is being saved is the current score, unless the file was saved for another reason.
-        for key in (*mine, *([f"{callback}.current_score"] if not mine else ())):
-            if key in contents.tensors and contents.tensors[key].numel == 1:
-                scores[monitor] = float(contents.read(key))
-    return {key: value for key, value in scores.items() if key not in ("epoch", "step")}
+        whole = next((folder for folder in units.folders if name.startswith(f"{folder}/")), None)
+        if whole:
+            msg = f"{name} is a part of {whole}, which is adopted as a whole or not at all; pass --step {whole}=STEP"
+        else:
+            msg = f"{name} is given a step, but there is nothing of that name to adopt (have: {some_of(there)})"
+        raise NotFoundError(msg)
 
 
-# The Hugging Face Trainer
+def _read(storage: Storage, name: str, units: Units) -> Said:
+    if isinstance(storage, SupportsPaths):
+        path = storage.local_path(name)
+        if os.path.islink(path):
+            msg = "it is a link to another file; an alias is made when a manager saves"
+            raise CorruptError(msg)
+        owner = _directory_above(path, storage.local_path("").rstrip("/"))
+        if owner:
+            msg = f"it is a checkpoint of the directory {owner}, which has a record of it"
+            raise CorruptError(msg)
+    return read_folder(storage, name) if name in units.folders else read_file(storage, name)
 
 
-def _hugging_face(storage: Storage, name: str) -> Found:
-    try:
-        with storage.open(f"{name}/{_HF_STATE}") as stream:
-            state = json.loads(stream.read(MAX_STATE_BYTES))
-        step, epoch = int(state["global_step"]), float(state.get("epoch") or 0)
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        msg = f"its {_HF_STATE} cannot be read ({type(error).__name__}: {error})"
-        raise CorruptError(msg) from error
-    except FileNotFoundError as error:
-        msg = f"it has no {_HF_STATE}, so the HF Trainer did not write it"
-        raise CorruptError(msg) from error
-    logged = [
-        entry for entry in state.get("log_history") or [] if isinstance(entry, dict) and entry.get("step") == step
-    ]
-    metrics = {
-        key: float(value)
-        for entry in logged
-        for key, value in entry.items()
-        if key not in ("step", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    ended = epoch.is_integer() and epoch > 0
-    return Found(
-        name=name,
-        step=step,
-        epoch=max(int(epoch) - ended, 0),
-        epoch_end=ended,
-        metrics=metrics,
-        format="folder",
-        contents="full" if storage.list(f"{name}/optimizer.pt") or storage.list(f"{name}/optimizer.bin") else "weights",
-        writer="the HF Trainer",
-    )
+def _directory_above(path: str, root: str) -> str:
+    """Return the directory above ``root`` that has a record of what lies at ``path``; empty if there is none."""
+    while (above := os.path.dirname(root)) != root:
+        root = above
+        parts = os.path.relpath(path, root).replace(os.sep, "/").split("/")
+        names = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+        if os.path.isdir(f"{root}/{HOME}") and any(os.path.exists(f"{root}/{record_path(name)}") for name in names):
+            return root
+    return ""
 
 
-# Anything else
+def _with_step(said: Said, step: int | None, steps_per_epoch: int | None) -> Said:
+    if step is None and said.step is None and said.epoch is not None and steps_per_epoch is not None:
+        step = said.epoch * steps_per_epoch
+    return said if step is None else attrs.evolve(said, step=step)
 
 
-def _bare(name: str, contents: Tensors, step: int | None) -> Found:
-    if not contents.tensors:
-        msg = "there is no tensor in it, so it is no checkpoint"
-        raise CorruptError(msg)
-    in_name = _from_name(name)
-    numbers = dict(_numbers(contents))
-    epoch = _first(numbers, _EPOCHS)
-    epoch = _first(in_name, _EPOCHS) if epoch is None else epoch
-    known = step if step is not None else _first(numbers, _STEPS)
-    known = _first(in_name, _STEPS) if known is None else known
-    writer = "torch.save"
-    if known is None and epoch is not None:
-        known, writer = epoch + 1, "torch.save; it knows its epoch only, so that steps count epochs"
-    if known is None:
-        msg = "it says no step and no epoch, in it or in its name; pass its step: --step NAME=STEP"
-        raise CorruptError(msg)
-    scores = {key: value for key, value in {**in_name, **numbers}.items() if key not in _BESIDE}
-    is_torch = not name.endswith(".safetensors")
-    return Found(
-        name=name,
-        step=known,
-        epoch=epoch or 0,
-        metrics=scores,
-        format="torch" if is_torch else "safetensors",
-        contents="full" if is_torch and any("optim" in top for top in _tops(contents)) else "weights",
-        writer=writer,
-    )
+def _no_step(said: Said) -> str:
+    how = "pass its step: --step NAME=STEP"
+    if said.epoch is not None:
+        return f"it says its epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
+    if said.writer == "a trainer":
+        return f"it is a folder of files that belong together, and says no step; to adopt it as a whole {how}"
+    return f"it says no step and no epoch, in it or in its name; {how}"
 
 
-def _tops(contents: Tensors) -> set[str]:
-    return {key.partition(".")[0] for key in (*contents.tensors, *contents.others)}
+def _found(said: Said) -> Found:
+    assert said.step is not None, "the others are refused"
+    return Found(**(attrs.asdict(said, recurse=False) | {"epoch": said.epoch or 0}))
 
 
-def _numbers(contents: Tensors) -> Iterator[tuple[str, float]]:
-    """Yield the numbers at the top of a saved dict, tensors of one element included, and those of a dict of metrics."""
-    for key, value in contents.others.items():
-        name = key.removeprefix("metrics.")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and "." not in name:
-            yield name, float(value)
-    # A plain state_dict may have weights that are scalars: it has no numbers beside them.
-    for key, info in contents.tensors.items() if contents.others else ():
-        name = key.removeprefix("metrics.")
-        if not info.shape and "." not in name:
-            yield name, float(contents.read(key))
+def _parts(said: Iterable[Said]) -> dict[str, str]:
+    """Return the files that share a folder and a step: of a pair such as generator and discriminator, or of two runs.
 
-
-def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
-    for name in names:
-        value = numbers.get(name)
-        if value is not None and math.isfinite(value) and value >= 0 and float(value).is_integer():
-            return int(value)
-    return None
-
-
-def _from_name(name: str) -> dict[str, float]:
-    """Return what a file name says as ``name=value``, and ``epoch`` or ``step`` with a number after it.
-
-    The only place where a name is believed: nobody else told these files' steps.
+    As two checkpoints of one run, a policy that keeps one of them would remove half of what belongs together.
     """
-    stem = re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
-    stem = re.sub(r"-v\d+$", "", stem)
-    found = {key: float(value) for key, value in _PAIR.findall(stem)}
-    for word in ("epoch", "step", "iter"):
-        match = re.search(rf"(?:^|[^A-Za-z]){word}[-_]?(\d+)(?:$|[^\d.])", stem)
-        if match and word not in found:
-            found[word] = float(match[1])
-    return found
+    groups: dict[tuple[object, ...], list[Said]] = defaultdict(list)
+    for item in said:
+        if item.writer != "torch.save":
+            continue
+        folder, _, file = item.name.rpartition("/")
+        kind = words_of(item.name) & COPIES
+        if item.step is not None:
+            groups[folder, kind, item.step].append(item)
+        digits = tuple(re.findall(r"\d+", file.rpartition(".")[0]))
+        if digits:
+            groups[folder, kind, digits].append(item)
+    parts = {}
+    for key, group in groups.items():
+        # Equal numbers in two names mean one step only where a file does not say its own.
+        is_one = isinstance(key[2], int) or any(item.step is None for item in group)
+        for number, item in enumerate(group) if is_one and len(group) > 1 else ():
+            parts[item.name] = (
+                f"it is of the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
+                "runs, and prune would remove one without the other; put what belongs together into a folder"
+            )
+    steps = {(item.name.rpartition("/")[0], item.step) for item in said if item.name in parts and item.step is not None}
+    for item in said:
+        if item.writer == "torch.save" and (item.name.rpartition("/")[0], item.step) in steps:
+            parts.setdefault(item.name, "it is of the same step as several files that belong together")
+    return parts
+
+
+def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]:
+    """Return the files that are called last, and are of the same step as another checkpoint."""
+    copies: dict[str, str] = {}
+    there = {record.step: record.name for record in records}
+    last = [item for item in found if _is_called_last(item.name)]
+    there |= {item.step: item.name for item in found if item not in last}
+    for item in last:
+        twin = there.setdefault(item.step, item.name)
+        if twin != item.name:
+            copies[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
+    return copies
+
+
+def _is_called_last(name: str) -> bool:
+    words = words_of(name) - _NEUTRAL
+    return bool(words) and words <= COPIES - {"best"}
 
 
 # Making records
@@ -276,10 +221,13 @@ def adopt(
         catalog: The directory, as it was looked at.
         adoption: What `find_foreign` found.
         transaction: Writes to the same storage.
-        run: Id of the run that they become part of; None makes a new one.
+        run: Id of the run that they become part of; None makes a new one for each folder.
 
     Yields:
         Each record, once it is there.
+
+    Raises:
+        UntrustedError: If the directory has signed records, and the transaction has no key.
 
     Example:
         >>> import io, torch
@@ -293,9 +241,11 @@ def adopt(
         >>> record.step, dict(record.metrics)
         (7, {'val_loss': 0.5})
     """
+    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
     if isinstance(transaction.storage, SupportsSweep):
         transaction.storage.prepare()
-    run = run or uuid.uuid4().hex[:12]
+    # What lies in two folders is of two trainings: as one run, a policy would keep the best of both only.
+    runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
     for number, item in enumerate(adoption.found):
@@ -310,8 +260,8 @@ def adopt(
             digest="",
             format=item.format,
             contents=item.contents,
-            reason=f"adopted: written by {item.writer}",
-            run=run,
+            reason=f"{ADOPTED}written by {item.writer}",
+            run=runs[item.name.rpartition("/")[0]],
             line=line,
             serial=serial + number,
             token=uuid.uuid4().hex,

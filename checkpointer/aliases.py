@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection
 
@@ -11,6 +12,7 @@ from checkpointer import index
 from checkpointer.errors import CheckpointerWarning
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
+from checkpointer.ports import SupportsLinks
 from checkpointer.transaction import Transaction
 
 __all__ = ["Aliases"]
@@ -27,6 +29,8 @@ class Aliases:
     """Paths of record files that cannot be read or believed."""
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
     """Token of the checkpoint that each alias was pointed to."""
+    _claimed: set[str] = attrs.field(factory=set, init=False)
+    """Names that are this manager's, even if somebody deletes the marks that say so."""
 
     def settle(self, manifest: Manifest, say: Callable[[str, str], None], *, slots: bool, claim: bool) -> Policy:
         """Return the policy with alias names that are free; with ``claim`` keep them, and ``say`` where they differ.
@@ -42,6 +46,7 @@ class Aliases:
             naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
             if claim:
                 self.transaction.claim(name, manifest.label)
+                self._claimed.add(name)
             if claim and name != stem + naming.suffix:
                 say(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
@@ -53,9 +58,11 @@ class Aliases:
         targets = {policy.name.last_file: last, policy.name.best_file: policy.best_of(history)}
         for alias, how in policy.aliases.items():
             target = targets[alias]
+            if target is None:
+                self._remove_dangling(alias)
             if target is None or target.name == alias or self._pointed.get(alias) == target.token:
                 continue
-            slot = manifest.by_name.get(alias)
+            slot = manifest.by_name.get(alias) or next((r for r in manifest.aside if r.name == alias), None)
             try:
                 self.transaction.alias(alias, how, target, slot=slot)
             except OSError as error:
@@ -66,6 +73,19 @@ class Aliases:
             if slot is not None:
                 manifest = manifest.without(alias)
         return manifest
+
+    def _remove_dangling(self, alias: str) -> None:
+        """Remove a link whose target is gone, when nothing takes its place; a copy is a whole checkpoint and stays."""
+        storage = self.transaction.storage
+        if isinstance(storage, SupportsLinks) and storage.list(alias):
+            try:
+                storage.open(alias).close()
+            except FileNotFoundError:
+                self.forget(alias)
+                with contextlib.suppress(OSError):
+                    storage.delete(alias)
+            except OSError:  # A folder.
+                return
 
     def forget(self, alias: str | None = None) -> None:
         """Count an alias, or all, as pointing nowhere: something else has taken its place, or its owner is another."""
@@ -83,7 +103,9 @@ class Aliases:
             return slots and (record.run, record.label) != (manifest.run, manifest.label)
         if index.record_path(alias) in self.damaged:
             return True
-        return self._is_foreign(alias, manifest.foreign) and not self.transaction.is_marked(alias)
+        if alias in self._claimed or not self._is_foreign(alias, manifest.foreign):
+            return False
+        return not self.transaction.is_marked(alias)
 
     def _is_foreign(self, alias: str, foreign: frozenset[str]) -> bool:
         """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""

@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 import attrs
 
 from checkpointer.errors import RestoreError
-from checkpointer.formats.tensors import TensorInfo, Tensors
+from checkpointer.formats.weights import Weights, weights_of
 
 __all__ = ["Weights", "average", "weights_of"]
 
-_MODELS: Final = ("model", "state_dict", "model_state_dict", "module", "weights", "net", "network")
-"""The keys under which trainers and people keep the weights of the model."""
-_BESIDE: Final = ("optim", "sched", "rng", "loops", "callbacks", "scaler", "ema", "sampler", "random")
-
-
-@attrs.frozen(kw_only=True)
-class Weights:
-    """Tensors by name, and how to get each."""
-
-    tensors: Mapping[str, TensorInfo]
-    read: Callable[[str], Any]
-    """Returns one by its name."""
-    prefix: str = ""
-    """The part of the payload that they are of; empty for all of it."""
-
-
-def weights_of(contents: Tensors, prefix: str | None = None) -> Weights:
-    """Return the weights of a payload, under the names that the model knows them by.
-
-    Args:
-        contents: The payload, from `checkpointer.formats.contents.open_contents`.
-        prefix: The key they are under, such as ``"model"``; ``""`` takes every tensor. None finds it, if only one key
-            is one that models are usually kept under, or there are no other tensors.
-
-    Raises:
-        RestoreError: If there is no such key, or which one it is cannot be told.
-
-    Example:
-        >>> import io, torch
-        >>> from checkpointer.formats.torch_contents import open_zip
-        >>> stream = io.BytesIO()
-        >>> torch.save({"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(2)}}, stream)
-        >>> weights = weights_of(open_zip(stream))
-        >>> weights.prefix, list(weights.tensors)
-        ('model', ['w'])
-    """
-    tops = dict.fromkeys(name.partition(".")[0] for name in contents.tensors)
-    if prefix is None:
-        prefix = _found(tops)
-    inside = {name: name for name in contents.tensors} if not prefix else _below(contents, prefix)
-    if not inside:
-        have = ", ".join(tops) or "none"
-        msg = f"there is no tensor under {prefix!r}; the payload's keys are: {have}"
-        raise RestoreError(msg)
-    tensors = {name: attrs.evolve(contents.tensors[full], name=name) for name, full in inside.items()}
-    return Weights(tensors=tensors, read=lambda name: contents.read(inside[name]), prefix=prefix)
-
-
-def _below(contents: Tensors, prefix: str) -> dict[str, str]:
-    # A folder's files are told apart by a colon.
-    starts = (f"{prefix}.", f"{prefix}: ")
-    return {name[len(s) :]: name for name in contents.tensors for s in starts if name.startswith(s)}
-
-
-def _found(tops: Iterable[str]) -> str:
-    tops = list(tops)
-    models = [top for top in tops if top in _MODELS]
-    if len(models) == 1:
-        return models[0]
-    files = {top for top in tops if top.endswith(("safetensors: ", "bin: "))}
-    if not models and not files and not any(top.lower().startswith(_BESIDE) for top in tops):
-        return ""
-    msg = (
-        f"which key holds the weights? The payload has: {', '.join(tops) or 'no tensor'}; pass its name, or '' for all"
-    )
-    raise RestoreError(msg)
+_PARAMETRISED: Final = (
+    (re.compile(r"(.+)_g"), r"\1_v", "weight normalisation keeps a weight as length and direction"),
+    (re.compile(r"(.+)_orig"), r"\1_u", "spectral normalisation keeps a weight before it is divided by its norm"),
+    (re.compile(r"(.+)_orig"), r"\1_mask", "pruning keeps a weight before it is masked"),
+)
+"""Names that belong together, and why the means of each are not the mean of the weight."""
+_PARAMETRIZATIONS: Final = "parametrizations."
 
 
 def average(sources: Sequence[tuple[str, Weights]]) -> Weights:
@@ -90,10 +32,12 @@ def average(sources: Sequence[tuple[str, Weights]]) -> Weights:
         sources: Weights, each with a name for messages, at least one.
 
     Raises:
-        RestoreError: If one has other tensors than the first.
+        RestoreError: If one has other tensors than the first; or if a tensor is not made of numbers whose mean means
+            something: it is sparse, quantised, of packed bits, or one of several that make a weight together.
 
     Example:
         >>> import torch
+        >>> from checkpointer.formats.tensors import TensorInfo
         >>> info = TensorInfo(name="w", dtype="float32", shape=(2,))
         >>> ones = Weights(tensors={"w": info}, read=lambda name: torch.ones(2))
         >>> threes = Weights(tensors={"w": info}, read=lambda name: 3 * torch.ones(2))
@@ -103,6 +47,7 @@ def average(sources: Sequence[tuple[str, Weights]]) -> Weights:
     _, first = sources[0]
     for name, other in sources[1:]:
         _check_same(sources[0][0], first, name, other)
+    _check_numbers(sources[0][0], first)
     return attrs.evolve(first, read=lambda name: _mean(name, [weights for _, weights in sources]))
 
 
@@ -117,6 +62,39 @@ def _check_same(name: str, first: Weights, other_name: str, other: Weights) -> N
             raise RestoreError(msg)
 
 
+def _check_numbers(source: str, weights: Weights) -> None:
+    for name, info in weights.tensors.items():
+        why = "" if info.is_numbers else f"is {info.kind}, and torch cannot compute its mean"
+        why = why or _parametrised(name, weights)
+        if why:
+            msg = (
+                f"{name} in {source} {why}; average checkpoints of plain weights, as remove_parametrizations, "
+                "remove_weight_norm, dequantize() or to_dense() make them, or another part of the checkpoint"
+            )
+            raise RestoreError(msg)
+
+
+def _parametrised(name: str, weights: Weights) -> str:
+    """Return why a tensor is not a weight by itself; empty if it is one."""
+    if f".{name}".rpartition(".")[0].find(f".{_PARAMETRIZATIONS}") >= 0:
+        return "is a part of a parametrised weight, and the mean of the parts is not the mean of the weight"
+    for pattern, other, why in _PARAMETRISED:
+        match = pattern.fullmatch(name)
+        partner = weights.tensors.get(match.expand(other)) if match else None
+        if partner is not None and (
+            pattern is not _PARAMETRISED[0][0] or _is_length(weights.tensors[name].shape, partner.shape)
+        ):
+            return f"and {partner.name} make one weight: {why}, so their means are not its mean"
+    return ""
+
+
+def _is_length(length: tuple[int, ...], direction: tuple[int, ...]) -> bool:
+    """Return whether the first is a length for each row of the second, or one for all."""
+    if len(length) != len(direction) or length == direction:
+        return not length
+    return all(one in (1, other) for one, other in zip(length, direction, strict=True))
+
+
 def _mean(name: str, sources: Sequence[Weights]) -> Any:
     import torch
 
@@ -126,5 +104,5 @@ def _mean(name: str, sources: Sequence[Weights]) -> Any:
     dtype = total.dtype
     total = total.to(torch.complex128 if total.is_complex() else torch.float64, copy=True)
     for source in sources[1:]:
-        total += source.read(name)
+        total += source.read(name).to(total.dtype)
     return total.div_(len(sources)).to(dtype)

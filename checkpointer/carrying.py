@@ -17,7 +17,9 @@ from checkpointer.errors import AliasInUseError, CheckpointerWarning, SaveError
 from checkpointer.manifest import Manifest
 from checkpointer.pacing import Pacing
 from checkpointer.ports import Clock, Snapshotting, Taken
+from checkpointer.records import Observation
 from checkpointer.saving import Saver
+from checkpointer.storage.access import access_advice
 
 __all__ = ["Carrier", "Life"]
 
@@ -59,6 +61,15 @@ class Carrier:
         manifest = self.background.outlook(directory.policy)
         seen = manifest.seen | self.reported
         return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
+
+    def look_before_declining(self, now: Observation) -> bool:
+        """Set aside what is gone, if the observation is declined for it; return whether it is.
+
+        Not while a save is under way: the writer thread looks then, before it retires anything.
+        """
+        if self.background is not None and self.background.status.unfinished:
+            return False
+        return self.saver.directory.look_before_declining(now)
 
     # Carrying out
 
@@ -163,6 +174,8 @@ class Carrier:
         """Raise what a failed save raises, or warn of it if that is tolerated."""
         self._failures += 1
         msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
+        if isinstance(error, PermissionError):
+            msg += f"; {access_advice(self.saver.directory.storage, error)}"
         if self._failures > self.tolerated or not isinstance(error, Exception):
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
         tolerated = f"{msg}; failure {self._failures} of {self.tolerated} tolerated"

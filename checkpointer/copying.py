@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError, UntrustedError
+from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
 from checkpointer.index import HOME
 from checkpointer.inspecting import Catalog, look_at
 from checkpointer.mirror import refuse_same
@@ -17,8 +17,9 @@ from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, Suppor
 from checkpointer.records import Record
 from checkpointer.storage.counting import CountingStorage
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
 from checkpointer.wording import size_text
+from checkpointer.writers import refuse_if_live
 
 __all__ = ["Copying", "copy", "plan_copying"]
 
@@ -61,7 +62,8 @@ def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | N
     wanted = tuple(source.records if records is None else records)
     copies = {(record.token, record.digest) for record in target.records}
     missing = tuple(record for record in wanted if (record.token, record.digest) not in copies)
-    taken = target.foreign.union(record.name for record in target.records).union(target.aliases)
+    names = (record.name for record in (*target.records, *_in_the_way(target, wanted)))
+    taken = target.foreign.union(names).union(target.aliases)
     half_way = {entry.record.name for entry in target.unfinished}
     in_the_way = [record.name for record in missing if record.name in taken and record.name not in half_way]
     if in_the_way:
@@ -71,14 +73,29 @@ def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | N
             "Copy to an empty directory"
         )
         raise NameTakenError(msg)
-    names = {record.name for record in wanted}
+    by_name = {record.name: record for record in wanted}
     aliases = tuple(
         (alias, name, "link" if _is_link(source.storage, alias) else "copy")
         for alias, name in source.aliases.items()
-        if name in names
+        if name in by_name and (alias not in taken or _goes_on(target, alias, by_name[name]))
     )
     there = tuple(record for record in wanted if (record.token, record.digest) in copies)
     return Copying(missing=missing, there=there, aliases=aliases)  # type: ignore[arg-type]
+
+
+def _in_the_way(target: Catalog, wanted: Sequence[Record]) -> list[Record]:
+    """Return the records there without a payload that cannot be given theirs: others, or those whose name is used."""
+    copies = {(record.token, record.digest, record.name) for record in wanted}
+    used = {name for path in target.files for name in (path, *(path[:i] for i, char in enumerate(path) if char == "/"))}
+    return [r for r in target.missing if r.name in used or (r.token, r.digest, r.name) not in copies]
+
+
+def _goes_on(target: Catalog, alias: str, record: Record) -> bool:
+    """Return whether an alias there names an older checkpoint of the same run, or this very one."""
+    named = next((other for other in target.records if other.name == target.aliases.get(alias)), None)
+    if named is None or (named.run, named.label) != (record.run, record.label):
+        return False
+    return named.serial <= record.serial
 
 
 def _is_link(storage: Storage, alias: str) -> bool:
@@ -116,8 +133,9 @@ def copy(
         StorageError: If both are the same place.
         NotEnoughSpaceError: If the destination has not got the room. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
+        AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
         CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
-        UntrustedError: If the records are signed, and there is no key.
+        UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
 
     Example:
         >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
@@ -131,11 +149,11 @@ def copy(
         ()
     """
     refuse_same(source.storage, storage)
-    if source.signed and trust is None:
-        msg = f"the checkpoints in {source.place} are signed; pass their key, so that the copies can be signed too"
-        raise UntrustedError(msg)
+    refuse_unsigned(source.signed, source.place, trust)
     transaction = Transaction(storage, owner, trust)
     target = look_at(storage, trust)
+    refuse_unsigned(target.signed, target.place, trust)
+    refuse_if_live(storage, target.place)
     plan = plan_copying(source, target, records)
     _check_space(plan, storage)
     on_plan(plan)
@@ -146,17 +164,19 @@ def copy(
         target = look_at(storage, trust)
         plan = plan_copying(source, target, records)
     counted = CountingStorage(source.storage, on_bytes)
+    without_payload = {record.name: record for record in target.missing}
     for record in plan.missing:
-        transaction.copy_in(record, counted, record.name)
+        transaction.copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
     if _CREATED in source.files and _CREATED not in target.files:
         with source.storage.open(_CREATED) as stream:
             storage.write(_CREATED, stream.read())
     by_name = {record.name: record for record in source.records}
     for alias, name, how in plan.aliases:
-        if target.aliases.get(alias) != name and alias not in target.foreign - target.aliases.keys():
-            transaction.claim(alias, by_name[name].label)
-            transaction.alias(alias, how if isinstance(storage, SupportsLinks) else "copy", by_name[name], slot=None)
-            transaction.release([alias])
+        if target.aliases.get(alias) == name:
+            continue
+        transaction.claim(alias, by_name[name].label)
+        transaction.alias(alias, how if isinstance(storage, SupportsLinks) else "copy", by_name[name], slot=None)
+        transaction.release([alias])
     return plan
 
 

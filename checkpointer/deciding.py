@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Literal
+from collections.abc import Container, Iterable
+from itertools import chain, islice, zip_longest
+from typing import Final, Literal
 
 import attrs
 
@@ -14,7 +15,7 @@ from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.reasons import PINNED, Reasons, kept_by
 from checkpointer.records import Kind, Observation, Progress, Record
-from checkpointer.retention import KeepBest
+from checkpointer.retention import KeepBest, Kept, Rule
 
 __all__ = [
     "Attach",
@@ -26,8 +27,12 @@ __all__ = [
     "decide_rescue",
     "explain",
     "own_name",
+    "relied_on",
     "surplus",
 ]
+
+MAX_RELIED_ON: Final = 32
+"""How many checkpoints are looked at before others are retired."""
 
 _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
@@ -294,6 +299,37 @@ def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str,
     doubtful = {*reasons.unkept, *reasons.dropped, *(record.name for record in manifest.rescues)}
     names = [name for name in doubtful if name != slot and not reasons.of(name)]
     return tuple(record.name for record in manifest.live_among(names))
+
+
+def relied_on(policy: Policy, manifest: Manifest, going: Iterable[Record]) -> tuple[Record, ...]:
+    """Return what has to exist before these records may go: the best of each rule, then what else is kept instead.
+
+    The most important come first. There are at most `MAX_RELIED_ON`: nobody waits for thousands of files to be looked
+    at. Without records that go it is the best of each rule alone.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy
+        >>> relied_on(Policy(EverySteps(10), [KeepLast(1)]), Manifest(), [])
+        ()
+    """
+    going = tuple(going)
+    history = _ranked_history(policy, manifest)
+    bests = (rule.best(history) for rule in policy.rules if isinstance(rule, KeepBest))
+    named = policy.best_of(manifest.history) if policy.last else None  # It may be the slot.
+    ranked = (record for record in going if record.kind == "regular")
+    others = (_instead_of(rule, record, history) for record in ranked for rule in policy.rules)
+    names = {record.name for record in going}
+    candidates = chain((named,), bests, chain.from_iterable(zip_longest(*others)))
+    found = {r.name: r for r in candidates if r is not None and r.name not in names}
+    return tuple(islice(found.values(), MAX_RELIED_ON))
+
+
+def _instead_of(rule: Rule, record: Record, history: Ledger) -> Iterable[Record]:
+    """Return what a rule keeps in a record's place; of a rule of one's own it may be any that it keeps."""
+    kept = rule.keep(history)
+    if isinstance(kept, Kept):
+        return islice(kept.rule.instead_of(record, kept.history), MAX_RELIED_ON)
+    return islice(filter(None, map(history.named, kept)), MAX_RELIED_ON)
 
 
 @attrs.frozen

@@ -8,12 +8,17 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from checkpointer.formats.tensors import TensorInfo, Tensors
+from checkpointer.errors import RestoreError
+from checkpointer.formats.pickled_tensors import MAX_EXPANDED_BYTES
+from checkpointer.formats.tensors import OPAQUE, TensorInfo, Tensors
 
 __all__ = ["Change", "diff", "diff_values"]
 
 _CHUNK: Final = 1 << 20
 """Elements that are compared at once, in double precision."""
+
+_UNKNOWN: Final = dict.fromkeys(("norm", "relative", "max", "cosine"), math.nan)
+"""How far tensors differ that are no numbers to torch, such as packed bits."""
 
 Kind = Literal["same", "changed", "reshaped", "added", "removed"]
 
@@ -27,7 +32,7 @@ class Change:
     before: TensorInfo | None = None
     after: TensorInfo | None = None
     norm: float = 0.0
-    """Euclidean norm of the difference."""
+    """Euclidean norm of the difference; NaN where torch cannot compute with the elements."""
     relative: float = 0.0
     """The same, divided by the norm of what was there before; infinite if that was 0."""
     max: float = 0.0
@@ -87,28 +92,49 @@ def _change(name: str, before: Tensors, after: Tensors) -> Change:
         return Change(name=name, kind="added" if one is None else "removed", before=one, after=other)
     if one.shape != other.shape:
         return Change(name=name, kind="reshaped", before=one, after=other)
-    measured = _measure(before.read(name), after.read(name))
-    is_same = measured["norm"] == 0 and one.dtype == other.dtype
+    is_same, measured = _compared(one, other, before.read(name), after.read(name))
+    is_same = is_same and one.dtype == other.dtype
     return Change(name=name, kind="same" if is_same else "changed", before=one, after=other, **measured)
 
 
-def _measure(before: Any, after: Any) -> dict[str, float]:
-    a, b = _flat(before), _flat(after)
+def _compared(one: TensorInfo, other: TensorInfo, before: Any, after: Any) -> tuple[bool, dict[str, float]]:
+    """Return whether two tensors hold the same, and by how much they differ."""
+    if one.kind != other.kind and not (one.is_numbers and other.is_numbers):
+        return False, _UNKNOWN
+    if one.dtype in OPAQUE:
+        is_same = _bytes(before).equal(_bytes(after))
+        return is_same, {} if is_same else _UNKNOWN
+    return _measure(_flat(_plain(one, before)), _flat(_plain(other, after)))
+
+
+def _plain(info: TensorInfo, tensor: Any) -> Any:
+    """Return the numbers that a sparse or quantised tensor stands for."""
+    if info.layout != "strided":
+        if info.bytes > MAX_EXPANDED_BYTES:
+            msg = f"{info.name} is {info.kind} and would take {info.bytes} bytes when dense; compare it yourself"
+            raise RestoreError(msg)
+        return tensor.to_dense()
+    return tensor if info.is_dense else tensor.dequantize()
+
+
+def _measure(a: Any, b: Any) -> tuple[bool, dict[str, float]]:
     change = length = other = product = largest = 0.0
+    all_same = True
     for start in range(0, a.numel(), _CHUNK):
-        x, y = a[start : start + _CHUNK], b[start : start + _CHUNK]
-        x, y, is_same = x.double(), y.double(), x.dtype == y.dtype and x.equal(y)
+        raw_x, raw_y = a[start : start + _CHUNK], b[start : start + _CHUNK]
+        x, y = raw_x.double(), raw_y.double()
+        delta = _difference(raw_x, raw_y, x, y)
         squares = x.dot(x).item()
         length += squares
-        if is_same:
+        if not delta.any():
             other, product = other + squares, product + squares
             continue
+        all_same = False
         other, product = other + y.dot(y).item(), product + x.dot(y).item()
-        delta = _difference(x, y)
         change += delta.dot(delta).item()
         biggest = delta.abs_().max().item()
         largest = biggest if math.isnan(biggest) or biggest > largest else largest
-    return {
+    return all_same, {
         "norm": math.sqrt(change),
         "relative": math.sqrt(change / length) if length else (math.inf if change else 0.0),
         "max": largest,
@@ -116,17 +142,30 @@ def _measure(before: Any, after: Any) -> dict[str, float]:
     }
 
 
-def _difference(x: Any, y: Any) -> Any:
+def _difference(raw_x: Any, raw_y: Any, x: Any, y: Any) -> Any:
+    """Return ``y - x`` in double precision, 0 only where both are the same."""
+    import torch
+
     delta = y - x
+    if raw_x.dtype == raw_y.dtype and raw_x.dtype in (torch.int64, torch.uint64):
+        # Integers beyond 2 ** 53 are not all doubles. Of one sign, their difference fits their own type.
+        one, two = raw_x.view(torch.int64), raw_y.view(torch.int64)
+        return torch.where((one < 0) == (two < 0), (two - one).double(), delta)
     if not delta.sum().isfinite():
         # What is NaN or infinite in both did not change.
         delta.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
     return delta
 
 
+def _bytes(tensor: Any) -> Any:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def _flat(tensor: Any) -> Any:
     import torch
 
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.to(torch.complex128) if tensor.dtype == torch.complex32 else tensor)
     return tensor.detach().reshape(-1)

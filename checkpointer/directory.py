@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import uuid
@@ -14,20 +15,28 @@ import attrs
 from checkpointer import index
 from checkpointer.aliases import Aliases
 from checkpointer.clock import SystemClock
-from checkpointer.deciding import own_name, surplus
-from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError, UntrustedError
+from checkpointer.deciding import own_name, relied_on, surplus
+from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError
 from checkpointer.manifest import Manifest
+from checkpointer.missing import missing_text
 from checkpointer.owner import is_live
 from checkpointer.policy import Policy
-from checkpointer.ports import Clock, Storage, SupportsPaths, SupportsSweep, SupportsURLs
-from checkpointer.records import SCHEMA, Entry, Line, Record, as_number, check_readable
-from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.ports import Clock, Storage, SupportsLinks, SupportsPaths, SupportsSweep, SupportsURLs
+from checkpointer.records import SCHEMA, Entry, Line, Observation, Record, as_number, check_readable
+from checkpointer.storage.access import access_advice
+from checkpointer.transaction import Transaction, marker_path
+from checkpointer.trust import HMACKey, refuse_unsigned
+from checkpointer.writers import clear_ended, mark, unmark, writers_in
 
 __all__ = ["Directory"]
 
+_log = logging.getLogger("checkpointer")
+
 INDEX_EVERY = 64
 """The index is written anew after this many changes, or a tenth of the records if that is more."""
+
+LOOK_EVERY_S = 60.0
+"""Where a look costs a request, seconds between two that a declined observation makes."""
 
 
 class Directory:
@@ -64,26 +73,36 @@ class Directory:
         self._begun = False
         self._on_line = False
         self._said: set[str] = set()
+        self._is_near = isinstance(storage, SupportsLinks)
+        self._looked_s = -math.inf
+        self._asked: tuple[Policy, Manifest] | None = None
+        self._answer: tuple[str, ...] = ()
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
         self._aliases = Aliases(self.transaction, policy, self.damaged)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
+        self._writers = writers_in(storage, listing.files)
+        self.below = index.directories_below(listing.files, index.RECORDS)
         if writes:
-            self.prepare()
-        records, self._left = self.transaction.recover(listing, write=writes)
-        half_way = {entry.record.name for entry in self._left} - {record.name for record in records}
-        self.manifest = Manifest(
-            records=records,
+            self._prepare()
+        found = self.transaction.recover(listing, write=writes)
+        self._left = list(found.left)
+        known = (*found.records, *found.missing)
+        half_way = {entry.record.name for entry in self._left} - {record.name for record in known}
+        manifest = Manifest(
+            records=found.records,
             run=run or uuid.uuid4().hex[:12],
             label=label,
             foreign=listing.foreign | half_way,
-            seen=frozenset(metric for record in records for metric in record.metrics),
+            seen=frozenset(metric for record in known for metric in record.metrics),
         )
-        if self.manifest.own:
-            self.manifest = self.manifest.seen_by(self.manifest.run, self.manifest.own[-1].line)
+        self.manifest = manifest.without_payload(*found.missing).on_newest_line(manifest.run)
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
+        if writes:
+            # Last, because on a full disk the aliases' files can be replaced, and this one is new.
+            mark(self.storage, owner)
 
     def look(self) -> Manifest:
         """Return the manifest, as it is now."""
@@ -95,14 +114,30 @@ class Directory:
         manifest = self.manifest  # Once: with background= another thread goes on with it.
         if self.claimed or manifest.own:
             return manifest
-        labelled = [record for record in manifest.records if record.label == manifest.label]
-        if not labelled:
-            return manifest
-        return manifest.seen_by(labelled[-1].run, labelled[-1].line)
+        return self._as_next_process()
+
+    def _as_next_process(self) -> Manifest:
+        """Return the manifest as the next process will see it that goes on with the newest run under the label."""
+        # If no payload is there at all, the run is the one whose payloads are gone: a restore says so.
+        manifest = self.manifest
+        for records in (manifest.records, manifest.aside):
+            labelled = [record for record in records if record.label == manifest.label]
+            if labelled:
+                return manifest.on_newest_line(labelled[-1].run)
+        return manifest
+
+    @property
+    def missing_text(self) -> str:
+        """What to say of payloads that were gone at the start; empty if none was."""
+        view = self.view
+        return missing_text(self.policy, view.everywhere, view, view.aside) if view.aside else ""
 
     def widened(self, elsewhere: Iterable[Record]) -> Manifest:
-        """Return the view with what only a mirror holds, under the names it would get here."""
-        here = {record.token for record in self.manifest.records}
+        """Return the view with what does not count here: what only a mirror holds gets the names it would get here.
+
+        What is aside may be on the mirror, or have come back.
+        """
+        here = {record.token for record in (*self.manifest.records, *self.manifest.aside)}
         taken = set(self.manifest.taken.union(self.policy.aliases))
         found = []
         for record in elsewhere:
@@ -149,17 +184,23 @@ class Directory:
     # Before the first change
 
     def prepare(self) -> None:
-        """Check that the storage can be written to, and sweep it; later calls do nothing."""
-        if self._signed and self.transaction.trust is None:
-            msg = (
-                f"{self._signed} checkpoints in {self.storage} are signed, and what is written without the key would "
-                "not be believed; pass trust= with their key, or open the directory without state= to look at it"
-            )
-            raise UntrustedError(msg)
-        if not self._prepared and isinstance(self.storage, SupportsSweep):
+        """Check that the storage can be written to, sweep it, and leave a mark; later calls do nothing."""
+        self.check_key()
+        if not self._prepared:
+            self._prepare()
+            mark(self.storage, self.transaction.owner)
+
+    def _prepare(self) -> None:
+        self.check_key()
+        if isinstance(self.storage, SupportsSweep):
             self.storage.prepare()
             self.transaction.sweep()
+        clear_ended(self.storage, self._writers)
         self._prepared = True
+
+    def check_key(self) -> None:
+        """Raise `UntrustedError` if the directory is signed, and there is no key to change it with."""
+        refuse_unsigned(self._signed, self.storage, self.transaction.trust)
 
     def begin(self) -> None:
         """Take over what belongs to this run, now that it is about to change something; later calls do nothing."""
@@ -231,9 +272,74 @@ class Directory:
         self.transaction.put(Entry(record=record))
         self.add(record)
 
+    def look_before_retiring(self, *, sure: Record | None = None, spare: Container[str] = ()) -> None:
+        """Set aside what is gone, if others are about to be retired for it; ``sure`` was written a moment ago."""
+        names = () if sure is not None and sure.kind != "regular" else self._surplus()
+        going = [self.manifest.by_name[name] for name in names if name not in spare]
+        if going or self._is_near:
+            self._look_instead_of(going, sure)
+        if self._is_near:
+            self._claim_again()
+
+    def look_before_replacing(self, name: str) -> bool:
+        """Set aside what is gone, if the checkpoint of this name is about to go for it; return whether it is."""
+        return self._look_instead_of([self.manifest.by_name[name]])
+
+    def look_before_declining(self, now: Observation) -> bool:
+        """Set aside what is gone, if the observation is declined for it; return whether it is.
+
+        Where a look costs a request, there is one a minute at most: an observation may be declined at every step.
+        """
+        if not self._is_near and now.time < self._looked_s + LOOK_EVERY_S:
+            return False
+        self._looked_s = now.time
+        with contextlib.suppress(OSError):
+            return self._look_instead_of([self.manifest.draft("", now)])
+        return False
+
+    def is_gone(self, record: Record) -> bool:
+        """Return whether a checkpoint was deleted, as far as that costs no request; then it is set aside."""
+        return self._is_near and self.look_for([record])
+
+    def _look_instead_of(self, going: Iterable[Record], sure: Record | None = None) -> bool:
+        """Look at what is kept in the place of others; where that costs a request, only at the best."""
+        looks = [r for r in relied_on(self.policy, self.manifest, going) if sure is None or r.token != sure.token]
+        return self.look_for(looks if self._is_near else looks[:1])
+
+    def look_for(self, records: Iterable[Record]) -> bool:
+        """Set aside all that is gone, if one of these records is; return whether it is."""
+        if all(self._exists(record) for record in records):
+            return False
+        files = self.storage.list()
+        sizes = index.Listing(entries={}, damaged={}, files=files).sizes
+        doubtful = [
+            record
+            for record in self.manifest.records
+            if sizes.get(record.name) != record.size or index.record_path(record.name) not in files
+        ]
+        gone = [r for r in doubtful if not self._exists(r) or not self.transaction.has_record(r.name)]
+        if gone:
+            before, self.manifest = self.manifest, self.manifest.without_payload(*gone)
+            warnings.warn(missing_text(self.policy, before, self.manifest, gone), CheckpointerWarning, stacklevel=5)
+        self._claim_again()
+        return bool(gone)
+
+    def _exists(self, record: Record) -> bool:
+        """Return whether a checkpoint is there; its record is looked for where that costs no request."""
+        if not self.transaction.has_payload(record):
+            return False
+        return not self._is_near or bool(self.storage.list(index.record_path(record.name)))
+
+    def _claim_again(self) -> None:
+        """Claim the aliases anew, if their marks were deleted with all else."""
+        marks = map(marker_path, self.policy.aliases)
+        if self._begun and not all(self.storage.list(mark) for mark in marks):
+            self._aliases.forget()
+            self._settle_aliases(slots=True, claim=True)
+
     def retire(self, *, spare: Container[str] = ()) -> list[Record]:
         """Remove what no rule keeps, and is not to be spared, and return it."""
-        names = surplus(self.policy, self.manifest)
+        names = self._surplus()
         unwanted = [self.manifest.by_name[name] for name in names if name not in spare]
         retired = [r for r in self.transaction.retire(unwanted) if r.name in self.manifest.by_name]
         # Payloads that would not go keep their names: a new checkpoint must not be taken for them.
@@ -245,18 +351,47 @@ class Directory:
             self._changed()
         return retired
 
+    def _surplus(self) -> tuple[str, ...]:
+        """Return what no rule keeps; once for the look and the retirement after it."""
+        asked = (self.policy, self.manifest)
+        if self._asked is None or any(one is not other for one, other in zip(self._asked, asked, strict=True)):
+            self._asked, self._answer = asked, surplus(*asked)
+        return self._answer
+
     def set_aside(self, record: Record) -> None:
         """Count a checkpoint that turned out to be bad no more, without touching it."""
+        if record.name in self.manifest.by_name:
+            self.manifest = self.manifest.without_payload(record)
+        else:
+            self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {record.name})
+
+    def disown(self, record: Record) -> None:
+        """Remove a record whose payload is another's file: the name stays taken."""
+        self.storage.delete(index.record_path(record.name))
         manifest = self.manifest.without(record.name)
         self.manifest = attrs.evolve(manifest, foreign=manifest.foreign | {record.name})
 
     def resume(self, record: Record, *, protect: bool) -> None:
         """Go on from this record; ``protect`` keeps it whatever the rules say. Writes nothing."""
+        if record.name not in self.manifest.by_name:
+            self.manifest = self.manifest.with_record(record)  # Its payload has come back.
+        self._say_what_a_restart_does(record.step, record.serial)
         self._turn_to(attrs.evolve(self.manifest.resumed_at(record), resumed=record.name if protect else ""))
 
     def resume_run(self, run: str, line: Line, step: int, source: str = "") -> None:
         """Go on with a run whose host was at ``step`` of this line; ``source`` is kept. Writes nothing."""
         self._turn_to(attrs.evolve(self.manifest.resumed_from(run, line, step), resumed=source))
+
+    def _say_what_a_restart_does(self, step: int, serial: int) -> None:
+        """Log that until the next save only this process knows where the run went back to."""
+        newest = self._as_next_process().newest
+        if self._prepared and newest is not None and newest.serial > serial:
+            _log.warning(
+                "going on from step %d: until the next save, a restart goes on from %s (step %d) again",
+                step,
+                newest.name,
+                newest.step,
+            )
 
     def see(self, run: str, line: Line) -> None:
         """Be the directory of this run and line from now on, unless it is already. Writes nothing."""
@@ -272,11 +407,13 @@ class Directory:
         self._settle_aliases(slots=True, claim=False)
 
     def close(self) -> None:
-        """Write the index, give the aliases free, remove the staging area."""
+        """Write the index, give the aliases free, remove the mark of this writer and its staging area."""
         if self._prepared:
             with contextlib.suppress(OSError):
                 self._write_index()
                 self.transaction.release(self.policy.aliases)
+            unmark(self.storage, self.transaction.owner)
+            with contextlib.suppress(OSError):
                 if isinstance(self.storage, SupportsSweep):
                     self.storage.close()
 
@@ -310,8 +447,10 @@ class Directory:
             name, is_taken = self.own_name(record), False
         return name
 
-    def move_slot(self, slot: Record) -> Record:
-        """Give a checkpoint that was written under the alias a name of its own."""
+    def move_slot(self, slot: Record) -> Record | None:
+        """Give a checkpoint that was written under the alias a name of its own; None if its payload is gone."""
+        if self.look_for([slot]):
+            return None
         while True:
             name = self.free_name(slot)
             try:
@@ -331,15 +470,16 @@ class Directory:
             StorageError: If the storage has no paths to rename.
         """
         record = self.manifest.by_name.get(name)
+        if record is not None and self.look_for([record]):
+            record = None
         if record is None and not self.storage.list(name):
+            self._rename_missing(name, stem)
             return None
         if not isinstance(self.storage, SupportsPaths):
             msg = f"{name} cannot be renamed: {self.storage} has no paths"
             raise StorageError(msg)
         self.prepare()
-        new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
-        while not self.is_free(new):
-            new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        new = self._unused_name(stem)
         if record is None:
             os.rename(self.storage.local_path(name), self.storage.local_path(new))
             # The folder that holds both is synced with the next record.
@@ -350,6 +490,24 @@ class Directory:
         self.manifest = attrs.evolve(self.manifest.without(name).with_record(moved), resumed=resumed)
         self._aliases.forget()
         self._changed()
+        return new
+
+    def _rename_missing(self, name: str, stem: str) -> None:
+        """Let a record whose payload is gone make way for another payload of its name."""
+        missing = next((record for record in self.manifest.aside if record.name == name), None)
+        if missing is None:
+            return
+        self.prepare()
+        moved = attrs.evolve(missing, name=self._unused_name(stem))
+        self.transaction.put(Entry(record=moved))
+        self.storage.delete(index.record_path(name))
+        manifest = self.manifest.without(name).without_payload(moved)
+        self.manifest = attrs.evolve(manifest, foreign=manifest.foreign - {name})
+
+    def _unused_name(self, stem: str) -> str:
+        new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
+        while not self.is_free(new):
+            new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))
         return new
 
     # The index, and what is said once
@@ -388,5 +546,5 @@ def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
     except StorageError:
         raise
     except OSError as error:
-        msg = f"cannot use {storage}: {error}; check the path or URL, the credentials and the network"
+        msg = f"cannot use {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error

@@ -6,7 +6,8 @@
     ├── PolicyError        (ValueError)         a policy, trigger, rule or flag that cannot mean anything
     ├── NamingError        (ValueError)         a template or name that cannot be used
     ├── ObservationError   (ValueError)         something the loop reported that cannot be used
-    │   └── MetricError    (TypeError)          a metric that is not one number
+    │   ├── MetricError    (TypeError)          a metric that is not one number
+    │   └── UnknownValueError (KeyError)        a loop was asked for a value that it does not hold
     ├── RecordError        (ValueError)         a record, index or host state that cannot be read
     │   ├── SchemaError                         ... because a newer version of this library wrote it
     │   └── UntrustedError (RestoreError)       ... because it is not signed with the manager's key
@@ -50,6 +51,7 @@ __all__ = [
     "SaveError",
     "SchemaError",
     "StorageError",
+    "UnknownValueError",
     "UnsafePayloadError",
     "UntrustedError",
 ]
@@ -73,6 +75,12 @@ class ObservationError(CheckpointerError, ValueError):
 
 class MetricError(ObservationError, TypeError):
     """A metric is not a single real number."""
+
+
+class UnknownValueError(ObservationError, KeyError):
+    """A loop does not hold the value that was read or written by its name."""
+
+    __str__ = Exception.__str__  # A KeyError shows its text in quotes.
 
 
 class RecordError(CheckpointerError, ValueError):

@@ -9,7 +9,6 @@ from typing import Literal
 
 import attrs
 
-from checkpointer import index
 from checkpointer.directory import Directory
 from checkpointer.errors import (
     CheckpointerWarning,
@@ -66,7 +65,8 @@ class Fetcher:
             StorageError: If fetching it failed.
         """
         copy = self.records.get(record.token)
-        if copy is not None and record.token not in {other.token for other in directory.manifest.records}:
+        here = (*directory.manifest.records, *directory.manifest.aside)
+        if copy is not None and record.token not in {other.token for other in here}:
             return load(self._fetch(copy, directory))
         try:
             return load(record)
@@ -105,8 +105,7 @@ class Fetcher:
         if is_ours:
             return fetched
         # What lies there is not what the record says; it stays, but as a file of others.
-        directory.storage.delete(index.record_path(record.name))
-        directory.set_aside(record)
+        directory.disown(record)
         return fetched
 
     def _check_space(self, copy: Record, storage: Storage) -> None:

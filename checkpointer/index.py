@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -23,6 +23,7 @@ __all__ = [
     "INDEX",
     "RECORDS",
     "Listing",
+    "directories_below",
     "json_name",
     "load",
     "read_bounded",
@@ -56,6 +57,17 @@ def json_name(name: str) -> str:
     return f"{folder}{slash}{last}{_JSON}"
 
 
+def directories_below(paths: Iterable[str], inside: str = HOME) -> list[str]:
+    """Return the folders below a directory that hold files of their own ``inside``, sorted.
+
+    Example:
+        >>> directories_below(["a.ckpt", "b/c/.checkpointer/records/d.ckpt.json", "b/c/d.ckpt"])
+        ['b/c']
+    """
+    there = f"/{inside}/"
+    return sorted({path[: path.index(there)] for path in paths if there in path and not path.startswith(f"{HOME}/")})
+
+
 @attrs.frozen(kw_only=True)
 class Listing:
     """What a directory holds."""
@@ -68,6 +80,17 @@ class Listing:
     """Every file of the directory."""
     reads: int = 0
     """How many record files had to be read, because the index did not know them."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes under each name that is not our own: the size of a file, the sum of a folder's."""
+        sizes: dict[str, int] = {}
+        for path, stat in self.files.items():
+            if path.startswith(f"{HOME}/"):
+                continue
+            for name in (path, *(path[:i] for i, char in enumerate(path) if char == "/")):
+                sizes[name] = sizes.get(name, 0) + stat.size
+        return sizes
 
     @property
     def foreign(self) -> frozenset[str]:

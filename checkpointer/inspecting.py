@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from checkpointer import index
-from checkpointer.errors import NotFoundError, RecordError, StorageError
+from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
+from checkpointer.ledger import commit_order
 from checkpointer.manifest import Manifest
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records import Entry, Record
 from checkpointer.selecting import name_like
+from checkpointer.storage.access import access_advice
 from checkpointer.transaction import Transaction
 from checkpointer.trust import HMACKey
 
@@ -30,7 +32,9 @@ class Catalog:
     """The path or URL, without a password."""
     storage: Storage = attrs.field(repr=False)
     records: tuple[Record, ...]
-    """Every committed checkpoint, of all runs, in commit order."""
+    """Every committed checkpoint whose payload is there, of all runs, in commit order."""
+    missing: tuple[Record, ...] = ()
+    """Records whose payload is gone, or has another size: they do not count."""
     aliases: Mapping[str, str]
     """Each alias that is there, and the name of the checkpoint it stands for; empty if that cannot be told."""
     unfinished: tuple[Entry, ...] = ()
@@ -43,6 +47,16 @@ class Catalog:
     """Names in use that no record names."""
     signed: int = 0
     """How many records carry a signature."""
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there is any record, readable or not."""
+        return bool(self.records or self.missing or self.damaged or self.unfinished)
+
+    @property
+    def below(self) -> list[str]:
+        """The folders below that have records of their own."""
+        return index.directories_below(self.files)
 
     @property
     def runs(self) -> tuple[tuple[str, str], ...]:
@@ -58,26 +72,28 @@ class Catalog:
         own = [r for r in self.records if run in (None, r.run) and label in (None, r.label)]
         if not own:
             if run is None and label is None:
-                return Manifest(foreign=self.foreign)
+                return Manifest(foreign=self.foreign, aside=self.missing)
             there = ", ".join(f"{run}{f' ({label})' if label else ''}" for run, label in self.runs) or "none"
             msg = f"{self.place} has no checkpoint of run {run!r} and label {label!r}; there are: {there}"
             raise NotFoundError(msg)
-        newest = own[-1]
         seen = frozenset(metric for record in self.records for metric in record.metrics)
-        return Manifest(
-            records=self.records,
-            run=newest.run,
-            label=newest.label,
-            line=newest.line,
-            foreign=self.foreign,
-            seen=seen,
+        manifest = Manifest(
+            records=self.records, aside=self.missing, label=own[-1].label, foreign=self.foreign, seen=seen
         )
+        return manifest.on_newest_line(own[-1].run)
+
+    @property
+    def with_missing(self) -> Catalog:
+        """The same as if every payload were there: for looking at what is wrong."""
+        records = sorted((*self.records, *self.missing), key=commit_order)
+        return attrs.evolve(self, records=tuple(records), missing=())
 
     def find(self, which: str) -> Record:
         """Return the checkpoint of that name, alias or step; without its extension is fine.
 
         Raises:
             NotFoundError: If there is none; the message has the closest name.
+            CorruptError: If its payload is gone.
             RecordError: If its record is damaged.
         """
         by_name = {record.name: record for record in self.records}
@@ -92,6 +108,9 @@ class Catalog:
                 return at_step[-1]
         if which == "last" and (newest := self.manifest().newest) is not None:
             return newest
+        if any(which in (record.name, record.name.rpartition(".")[0], str(record.step)) for record in self.missing):
+            msg = f"the payload of {which} is gone, or has another size than its record says"
+            raise CorruptError(msg)
         refusal = self.damaged.get(index.record_path(which))
         if refusal is not None:
             raise refusal
@@ -130,16 +149,17 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     except StorageError:
         raise
     except OSError as error:
-        msg = f"cannot read {storage}: {error}; check the path or URL, the credentials and the network"
+        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error
-    found, left = Transaction(storage, "", trust).recover(listing, write=False)
-    records = tuple(Manifest(records=found).records)
+    found = Transaction(storage, "", trust).recover(listing, write=False)
+    records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
         place=str(storage),
         storage=storage,
         records=records,
         aliases=_aliases(storage, listing, records, trust),
-        unfinished=tuple(left),
+        missing=tuple(sorted(found.missing, key=commit_order)),
+        unfinished=found.left,
         damaged=listing.damaged,
         files=listing.files,
         foreign=listing.foreign,

@@ -25,7 +25,6 @@ from checkpointer.errors import (
     CheckpointerWarning,
     ClosedError,
     NotFoundError,
-    ObservationError,
     PolicyError,
     SaveError,
 )
@@ -55,6 +54,7 @@ from checkpointer.snapshot import Snapshots
 from checkpointer.storage import open_storage
 from checkpointer.triggers import AtSteps, Horizon
 from checkpointer.trust import HMACKey
+from checkpointer.wording import some_of
 from checkpointer.writing import FOLDER, Writer
 
 __all__ = ["CheckpointManager"]
@@ -160,6 +160,7 @@ class CheckpointManager:
         self._directory = Directory(
             storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
         )
+        self._say_what_is_below(storage)
         writer = Writer(self._directory, self._format, save)
         self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
         self._background = None
@@ -178,8 +179,21 @@ class CheckpointManager:
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
             _log.info("%s: %s", storage, words)
+        if missing := self._directory.missing_text:
+            warnings.warn(f"{storage}: {missing}", CheckpointerWarning, stacklevel=2)
         self._pacing.go_on(self._first_progress(), self._clock.time())
         self._saver.tell("on_opened", self)
+
+    def _say_what_is_below(self, storage: Storage) -> None:
+        below = self._directory.below
+        if not below:
+            return
+        msg = f"{storage}: these directories below have checkpoints of their own: {some_of(below)}"
+        if self._directory.manifest.records:
+            _log.info(msg)
+        else:
+            hint = "This one has none yet; if you meant one of them, name it"
+            warnings.warn(f"{msg}. {hint}", CheckpointerWarning, stacklevel=3)
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -200,7 +214,7 @@ class CheckpointManager:
         is saved attaches the new metrics to its record and ranks it anew, without writing the payload again.
 
         Args:
-            metrics: What was measured at this step: numbers, numpy scalars or 0-d tensors by name.
+            metrics: What was measured at this step: numbers, numpy scalars or tensors of one element, by name.
             step: Finished optimizer steps.
             epoch: 0-based index of the epoch in progress or just ended.
             epoch_end: Whether this report ends the epoch; None means that each report does.
@@ -240,9 +254,8 @@ class CheckpointManager:
         An `Attach` is carried out at once. Arguments and errors as for `observe`.
         """
         self._check_open()
-        self._carrier.hear()
         now = self._pacing.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
-        self._carrier.reported |= now.metrics.keys()
+        self._carrier.hear()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             self._carrier.attach(decision)
@@ -263,14 +276,16 @@ class CheckpointManager:
         if now.step < self._pacing.last_step and manifest.at_step(now.step) is None:
             if now.step in self._carrier.saved_steps:
                 return Skip(reason=f"step {now.step} was saved, and is retired since")
-            msg = (
-                f"the step went back from {self._pacing.last_step} to {now.step}; after loading an older state call "
-                "restore(), for another training make another manager"
-            )
-            raise ObservationError(msg)
-        self._pacing.advance(now.step)
+            self._pacing.refuse(now.step)
+        self._carrier.reported |= now.metrics.keys()
+        if not manifest.seen.issuperset(now.metrics):
+            manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
         owed = self._pacing.owed or why
         decision = decide(self.policy, now, manifest, since=self._pacing.since, owed=owed)
+        # A slot is declined by all rules but the alias.
+        declined = decision.due if isinstance(decision, Skip) else decision.name in self.policy.aliases
+        if declined and not isinstance(decision, Attach) and self._carrier.look_before_declining(now):
+            decision = decide(self.policy, now, self._carrier.outlook(), since=self._pacing.since, owed=owed)
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now, manifest.seen)
         return decision
@@ -338,6 +353,7 @@ class CheckpointManager:
             epoch: 0-based index of the epoch; None takes the last observation's.
 
         Raises:
+            ObservationError: If ``step`` is before the step that the run goes on from.
             SaveError: If it could not be written.
         """
         self._check_open()
@@ -529,6 +545,9 @@ class CheckpointManager:
             # The alias is written over at the next save; what is pinned needs a name of its own.
             self._directory.prepare()
             record = self._directory.move_slot(record)
+            if record is None:
+                msg = f"{name} is gone, and cannot be pinned"
+                raise NotFoundError(msg)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
         self._saver.tell_mirror()
 
@@ -560,6 +579,7 @@ class CheckpointManager:
         scores = {self._directory.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
+            self._directory.check_key()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
             with open(path, "w", encoding="utf-8") as stream:
@@ -628,28 +648,40 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.leave(error)
+
+    def leave(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+        """Finish as a ``with`` block does at its end: `close`, after a rescue if an error ends the training.
+
+        Args:
+            error: What ends the training; None if nothing is wrong.
+            timeout: As for `close`.
+
+        Raises:
+            SaveError: As `close` does, if there is no error: else that one is to be seen.
+        """
         try:
             if error is not None and self.policy.rescue and not self._closed and self._writes:
                 self._rescue_quietly(error)
         finally:
             if error is None:
-                self.close()
+                self.close(timeout=timeout)
             elif not self._closed:
-                self._close()
+                self._close(timeout)
                 self._hear_quietly()
 
     def _hear_quietly(self) -> None:
         try:
             self._carrier.hear()
         except SaveError as failure:  # The error that ended the training is the one to be seen.
-            warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
+            warnings.warn(str(failure), CheckpointerWarning, stacklevel=4)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         try:
             self.rescue(f"{type(error).__name__}: {error}")
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def __repr__(self) -> str:
         where = str(self._directory.storage)

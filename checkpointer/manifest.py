@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -93,8 +93,10 @@ class Manifest:
     """Names of payloads that no committed record names: never touched, never reused."""
     seen: frozenset[str] = frozenset()
     """Names of metrics reported so far, saved or not."""
+    aside: tuple[Record, ...] = ()
+    """Records that do not count, because their payload is gone or is not what was written. Their names stay taken."""
     elsewhere: tuple[Record, ...] = ()
-    """Records that only a mirror holds: not here, but a fork and the next serial have to pass them."""
+    """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
     resumed: str = ""
     """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
 
@@ -140,12 +142,15 @@ class Manifest:
     @property
     def next_serial(self) -> int:
         """Serial of the next commit."""
-        return 1 + max((record.serial for record in (*self.records[-1:], *self.elsewhere)), default=0)
+        known = (*self.records[-1:], *self.aside, *self.elsewhere)
+        return 1 + max((record.serial for record in known), default=0)
 
     @property
     def everywhere(self) -> Manifest:
-        """The manifest as if what is elsewhere were here."""
-        return attrs.evolve(self, records=(*self.records, *self.elsewhere), elsewhere=())
+        """The manifest as if what is elsewhere or aside were here."""
+        if not self.aside and not self.elsewhere:
+            return self
+        return attrs.evolve(self, records=(*self.records, *self.aside, *self.elsewhere), elsewhere=())
 
     @property
     def newest(self) -> Record | None:
@@ -186,16 +191,32 @@ class Manifest:
         foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
         other = self.records.named(record.name)
         gone = () if other is None else (other,)
-        return attrs.evolve(self, records=self.records.changed(gone=gone, come=[record]), foreign=foreign)
+        records = self.records.changed(gone=gone, come=[record])
+        return attrs.evolve(self, records=records, foreign=foreign, aside=_others(self.aside, [record.name]))
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""
         gone = [record for name in names if (record := self.records.named(name)) is not None]
-        return attrs.evolve(self, records=self.records.changed(gone=gone)) if gone else self
+        aside = _others(self.aside, names)
+        if not gone and aside is self.aside:
+            return self
+        return attrs.evolve(self, records=self.records.changed(gone=gone), aside=aside)
+
+    def without_payload(self, *records: Record) -> Manifest:
+        """Return the manifest after these records turned out not to count."""
+        names = [record.name for record in records]
+        manifest = self.without(*names)
+        aside = sorted((*manifest.aside, *records), key=commit_order)
+        return attrs.evolve(manifest, aside=tuple(aside), foreign=manifest.foreign.union(names))
 
     def seen_by(self, run: str, line: Line) -> Manifest:
         """Return the same records as another run, or another line of it, sees them."""
         return attrs.evolve(self, run=run, line=line)
+
+    def on_newest_line(self, run: str) -> Manifest:
+        """Return the same records as a run sees them that goes on where its newest record is, even if that is aside."""
+        own = self.seen_by(run, ()).everywhere.own
+        return self.seen_by(run, own[-1].line if own else ())
 
     def resumed_at(self, record: Record) -> Manifest:
         """Return the manifest of a run that goes on from ``record``."""
@@ -213,3 +234,9 @@ class Manifest:
             return on_line
         fork = 1 + max((number for other in own for number, _ in other.line), default=0)
         return self.seen_by(run, (*line, (fork, step)))
+
+
+def _others(records: tuple[Record, ...], names: Collection[str]) -> tuple[Record, ...]:
+    """Return the records that have other names: the very same tuple if all have."""
+    left = tuple(record for record in records if record.name not in names)
+    return left if len(left) < len(records) else records

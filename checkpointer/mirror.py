@@ -286,6 +286,10 @@ class Mirror:
                 directory.rewrite(record)
             if todo.missing:
                 self._copy(todo.missing[0], directory)
+            aside = directory.manifest.aside
+            directory.look_before_retiring(spare=todo.kept)
+            if directory.manifest.aside is not aside:
+                continue  # It is copied again.
             directory.point_aliases()
             directory.retire(spare=todo.kept)
             self._there = directory.manifest

@@ -25,6 +25,8 @@ MAX_PART_BYTES: Final = 255
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 _HUGE: Final = 1e100
 _FEW_VERSIONS: Final = 100
+_OWN_EXTENSION: Final = re.compile(r"(?<=[^./])(?:\.[A-Za-z]\w*){1,2}$", re.ASCII)
+"""What a template ends with if it has an extension of its own: one suffix such as ``.pt``, or two."""
 _BUILTIN: Final = ("epoch", "step")
 
 
@@ -154,7 +156,8 @@ class Naming:
         auto_insert: Write ``name=value`` for a field instead of the value alone.
         join: Stands between parts and before a version.
         equals: Stands between name and value.
-        extension: With its dot; empty for none; None takes the payload format's own (``.ckpt`` for the torch file).
+        extension: With its dot; empty for none; None takes what the template ends with (``{epoch}.keras``,
+            ``{epoch}.weights.h5``), or else the payload format's own (``.ckpt`` for the torch file).
         last: Name of the ``last`` alias, without extension.
         best: Name of the ``best`` alias, without extension.
         first_version: Number of the first suffix when a name is taken: ``-v1``.
@@ -175,6 +178,8 @@ class Naming:
         >>> from checkpointer import Naming
         >>> Naming("{epoch:02d}-{val/loss:.3f}").stem({"val/loss": 0.31}, step=400, epoch=3)
         'epoch=03-val_loss=0.310'
+        >>> Naming("{epoch:02d}.weights.h5").last_file
+        'last.weights.h5'
     """
 
     template: str | None = None
@@ -198,6 +203,11 @@ class Naming:
         if not isinstance(template, str) or not template:
             msg = f"the template is {template!r}; expected text such as '{{epoch}}-{{step}}'"
             raise NamingError(msg)
+        own = _OWN_EXTENSION.search(template) if self.extension is None else None
+        if own is not None:
+            template = template[: own.start()]
+            object.__setattr__(self, "template", template)
+            object.__setattr__(self, "extension", own[0])
         object.__setattr__(self, "_parts", _parse(template, self.join))
         if self.extension and not self.extension.startswith("."):
             msg = f"the extension {self.extension!r} has no dot; write it as {'.' + self.extension!r}"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import socket
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
-__all__ = ["is_dead", "is_live", "new_owner", "release"]
+__all__ = ["has_ended", "host_of", "is_dead", "is_live", "machine", "new_owner", "release"]
 
 _live_here: set[str] = set()
+_FIRST_PIDS: Final = 0xEFFFFFFC
+"""Linux gives this number to the pid namespace of the machine itself, in which no container is."""
 
 
 def new_owner() -> str:
@@ -42,6 +47,39 @@ def is_dead(owner: str) -> bool:
     An owner on another host is neither: nobody here can tell.
     """
     return _process(owner) is not None and not is_live(owner)
+
+
+def has_ended(owner: str, machine_of: Callable[[], str]) -> bool:
+    """Return whether the owner is certainly dead, or ran before this machine was last booted.
+
+    Args:
+        owner: The id.
+        machine_of: Returns what `machine` returned to the owner; it is asked only where that matters.
+    """
+    return is_dead(owner) or (is_earlier_boot(owner, _host()) and machine_of() == machine() != "")
+
+
+def is_earlier_boot(owner: str, host: str) -> bool:
+    """Return whether the owner's host has the name of ``host``, and was booted at another time."""
+    name, _, rest = owner.partition("~")[0].rpartition("_")[0].rpartition("_")
+    own_name, _, own_rest = host.rpartition("_")[0].rpartition("_")
+    return bool(rest) and name == own_name and rest != own_rest
+
+
+def machine() -> str:
+    """Return what tells this machine from all others across boots; empty if nothing does, as in a container."""
+    try:
+        if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PIDS:
+            return ""
+        name = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{socket.gethostname()} {name}".encode()).hexdigest()[:16] if name else ""
+
+
+def host_of(owner: str) -> str:
+    """Return the name of the owner's host."""
+    return owner.partition("~")[0].rsplit("_", 2)[0]
 
 
 def _process(owner: str) -> tuple[int, str] | None:

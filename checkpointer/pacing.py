@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
@@ -35,7 +35,9 @@ class Pacing:
     owed: str = ""
     """Why a point was due that still waits for a metric; empty if none does."""
     last_step: int = -1
-    """The newest step that was reported; -1 before the first."""
+    """The newest step that was reported or restored; -1 before the first."""
+    start: int = -1
+    """The step that the run goes on from; -1 for a new run."""
     horizon: Horizon = ALWAYS
     """Below which nothing is due."""
     quiet: Skip = attrs.field(factory=lambda: Skip(reason="nothing was worked out yet"))
@@ -95,16 +97,25 @@ class Pacing:
     def observation(self, metrics: Any, step: Any, epoch: Any, *, epoch_end: bool | None, time: float) -> Observation:
         """Return a report as an observation.
 
+        The step counts as reported even if the metrics are refused, because the state is of that step. A step before
+        the newest one leaves no trace: it is refused, or it brings late metrics for a step that is saved.
+
         Raises:
             ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
             MetricError: If a metric is not one number.
         """
         ended = True if epoch_end is None else bool(epoch_end)
-        now = Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=ended, time=time)
-        if epoch_end is None:
-            self._check_epoch(now)
-            self._epoch_ended = (now.epoch, now.step)
-        self._report = (now.metrics, now.step, now.epoch, ended)
+        place = Observation(step=step, epoch=epoch, epoch_end=ended, time=time)
+        goes_on = place.step >= self.last_step
+        if goes_on:
+            self.last_step = place.step
+            self._report = ({}, place.step, place.epoch, False)
+        now = attrs.evolve(place, metrics=metrics)
+        if goes_on:
+            if epoch_end is None:
+                self._check_epoch(now)
+                self._epoch_ended = (now.epoch, now.step)
+            self._report = (now.metrics, now.step, now.epoch, ended)
         return now
 
     def _check_epoch(self, now: Observation) -> None:
@@ -119,9 +130,19 @@ class Pacing:
             raise ObservationError(msg)
 
     def last_report(self, step: int | None, epoch: int | None, time: float) -> Observation | None:
-        """Return what was reported last, as it is for a rescue; None if there is nothing to go by."""
+        """Return what was reported last, as it is for a rescue; None if nothing was reported.
+
+        Raises:
+            ObservationError: If ``step`` is before the step that the run goes on from.
+        """
         if self._report is None and step is None:
             return None
+        if step is not None and step < self.start:
+            msg = (
+                f"a rescue of step {step} was asked for, and the run goes on from step {self.start}; pass the number "
+                "of optimizer steps that are finished"
+            )
+            raise ObservationError(msg)
         metrics, seen_step, seen_epoch, ended = self._report or ({}, 0, 0, False)
         at = seen_step if step is None else step
         return Observation(
@@ -132,9 +153,19 @@ class Pacing:
             time=time,
         )
 
-    def advance(self, step: int) -> None:
-        """Remember a step that was looked at."""
-        self.last_step = max(self.last_step, step)
+    def refuse(self, step: int) -> NoReturn:
+        """Raise the error for a step that went back."""
+        if self.last_step == self.start:
+            msg = (
+                f"step {step} was reported, but the run goes on from step {self.start}: start the loop after what was "
+                "restored (restored.step, restored.epoch), or use another directory for another training"
+            )
+        else:
+            msg = (
+                f"the step went back from {self.last_step} to {step}; after loading an older state call restore(), "
+                "for another training make another manager"
+            )
+        raise ObservationError(msg)
 
     # What was due
 
@@ -146,7 +177,7 @@ class Pacing:
     def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: str = "") -> None:
         """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
         self.since, self.owed = progress, owed
-        self.last_step = step if step is not None else progress.step or -1
+        self.last_step = self.start = step if step is not None else progress.step or -1
         self._report = self._epoch_ended = None
         self.look_ahead(time)
 

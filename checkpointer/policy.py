@@ -86,24 +86,21 @@ class Policy:
     )
     contents: Contents = attrs.field(default="full", validator=one_of("full", "weights"), kw_only=True)
     rescue: bool = attrs.field(default=True, validator=one_of(True, False), kw_only=True)
+    rules: tuple[Rule, ...] = attrs.field(init=False, repr=False, eq=False)
+    """What keeps."""
+    limits: tuple[Limit, ...] = attrs.field(init=False, repr=False, eq=False)
+    """What takes away."""
 
     def __attrs_post_init__(self) -> None:
+        # Once: each save asks several times, and a Protocol is slow to say what an object is.
+        object.__setattr__(self, "rules", tuple(rule for rule in self.keep if isinstance(rule, Rule)))
+        object.__setattr__(self, "limits", tuple(rule for rule in self.keep if isinstance(rule, Limit)))
         if self.best and self.ranking is None:
             msg = f"Policy.best is {self.best!r}, but no rule ranks; add KeepBest(1, metric, mode=...) to keep"
             raise PolicyError(msg)
         if self.last and self.best and self.name.last == self.name.best:
             msg = f"the last and best aliases are both {self.name.last!r}; name them apart: Naming(best=...)"
             raise PolicyError(msg)
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """What keeps."""
-        return tuple(rule for rule in self.keep if isinstance(rule, Rule))
-
-    @property
-    def limits(self) -> tuple[Limit, ...]:
-        """What takes away."""
-        return tuple(rule for rule in self.keep if isinstance(rule, Limit))
 
     @property
     def ranking(self) -> Metric | None:

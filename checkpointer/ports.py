@@ -145,7 +145,10 @@ class SupportsPaths(Protocol):
         ...
 
     def stage(self, path: str) -> tuple[str, Upload]:
-        """Return an unused absolute path to write a file or folder to, and the upload that publishes it."""
+        """Return an unused absolute path to write a file or folder to, and the upload that publishes it.
+
+        The path ends with the final name, or with the end of a long one: some trainers choose a format by that.
+        """
         ...
 
     def sync(self, path: str) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 
 from checkpointer.deciding import explain
-from checkpointer.errors import AliasInUseError, RestoreError
+from checkpointer.errors import RestoreError
 from checkpointer.index import HOME, parse_json, read_bounded
 from checkpointer.inspecting import Catalog
 from checkpointer.manifest import Manifest
-from checkpointer.owner import is_live
 from checkpointer.policy import Policy
 from checkpointer.ports import SupportsSweep
 from checkpointer.records import Record
 from checkpointer.retention import KeepBest, KeepLast, Rule
 from checkpointer.transaction import Transaction
+from checkpointer.trust import refuse_unsigned
+from checkpointer.writers import refuse_if_live
 
 __all__ = ["Pruning", "plan_pruning", "prune"]
 
@@ -109,10 +110,12 @@ def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple
         What is gone. What would not go is warned of, and its record says that it is to.
 
     Raises:
-        AliasInUseError: If a live manager works in the directory.
+        UntrustedError: If the directory has signed records, and the transaction has no key.
+        AliasInUseError: If a process writes to the directory, or may do so on another machine.
         RestoreError: If records are damaged: what they stand for may be what the policy would keep.
     """
-    refuse_if_live(catalog)
+    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
+    refuse_if_live(transaction.storage, catalog.place, _owners(catalog))
     if catalog.damaged:
         msg = (
             f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and what they were might be better "
@@ -124,14 +127,11 @@ def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple
     return tuple(transaction.retire(pruning.records))
 
 
-def refuse_if_live(catalog: Catalog) -> None:
-    """Raise `AliasInUseError` if a live process of this machine keeps an alias in the directory or writes to it."""
-    owners = [entry.owner for entry in catalog.unfinished]
+def _owners(catalog: Catalog) -> Iterator[str]:
+    """Yield the owners of unfinished writes, and of aliases."""
+    yield from (entry.owner for entry in catalog.unfinished)
     for path in catalog.files:
         if path.startswith(f"{HOME}/aliases/"):
             data = parse_json(read_bounded(catalog.storage, path), path)
-            owners += [data["owner"]] if isinstance(data, dict) and isinstance(data.get("owner"), str) else []
-    for owner in owners:
-        if is_live(owner):
-            msg = f"process {owner.split('~')[1]} is writing to {catalog.place}; nothing was changed. Wait for its end"
-            raise AliasInUseError(msg)
+            if isinstance(data, dict) and isinstance(data.get("owner"), str):
+                yield data["owner"]

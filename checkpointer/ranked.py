@@ -20,6 +20,7 @@ from checkpointer.deciding import Decision, Skip
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager
+from checkpointer.options import check_options
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
 from checkpointer.ports import Clock, FolderFormat, Format, Mailbox, Ranks, Snapshotting, Storage, SupportsMailbox
@@ -74,6 +75,7 @@ class RankedManager:
         **options: What else `CheckpointManager` takes.
 
     Raises:
+        PolicyError: For an option that `CheckpointManager` does not have.
         RanksError: If there is no process group.
 
     Example:
@@ -101,6 +103,7 @@ class RankedManager:
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, type(self).__name__)
         self._own_ranks = TorchRanks() if ranks is None else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._where = directory, storage_options
@@ -242,10 +245,18 @@ class RankedManager:
         Rank 0's metrics count. Costs no communication unless something can be due; under a time trigger the ranks
         talk every few steps, see `checkpointer.ranks.Agreement`.
         """
-        before, self._seen = self._seen, (step, epoch)
-        if not due and before[0] < step and self._is_quiet(step, epoch, epoch_end):
-            return self._quiet
-        return self._ask(lambda manager: manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due))
+        newest, at = self._seen
+        if newest <= step:
+            self._seen = (step, epoch)
+            if not due and newest < step and self._is_quiet(step, epoch, epoch_end):
+                return self._quiet
+
+        def observe(manager: CheckpointManager) -> Decision:
+            if step < newest:  # The manager does not know the quiet reports, and has to judge an older step by them.
+                manager.observe({}, newest, at, epoch_end=False)
+            return manager.observe(metrics, step, epoch, epoch_end=epoch_end, due=due)
+
+        return self._ask(observe)
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._told.horizon
@@ -349,8 +360,12 @@ class RankedManager:
         self._check_open()
         return self._heed(self._team.work(lambda: self._tell(is_done=self._own_manager.wait(timeout)))).is_done
 
-    def close(self) -> None:
-        """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing."""
+    def close(self, *, timeout: float = 600.0) -> None:
+        """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing.
+
+        Args:
+            timeout: Seconds that rank 0 waits for the mirror at most. The other ranks do not wait for it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -360,35 +375,39 @@ class RankedManager:
             if self._behind is not None:
                 closing.callback(self._behind.close)
             if self._manager is not None:
-                closing.callback(self._manager.close)
+                closing.callback(self._manager.close, timeout=timeout)
 
     def __enter__(self) -> RankedManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.leave(error)
+
+    def leave(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+        """Finish as a ``with`` block does at its end: see `CheckpointManager.leave`."""
         try:
             if error is not None and not self._closed and self._state is not None and self._told.rescues:
                 self._rescue_quietly(error)
         finally:
             try:
-                self.close()
+                self.close(timeout=timeout)
             except SaveError as failure:
                 if error is None:
                     raise
                 # The error that ended the training is the one to be seen.
-                warnings.warn(str(failure), CheckpointerWarning, stacklevel=2)
+                warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""
         try:
             if not self._ranks.meet(MEET_S) or 1 != len(set(self._ranks.gather(self._seen))):
                 msg = "no rescue checkpoint: that takes all ranks at the same step, and they did not come"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
                 return
             self.rescue(f"{type(error).__name__}: {error}")
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def __repr__(self) -> str:
         return f"<RankedManager: rank {self._ranks.rank} of {self._ranks.size}, {self._manager or 'led by rank 0'}>"

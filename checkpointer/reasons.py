@@ -56,6 +56,9 @@ class _Pinned:
     def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         return ()
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        return ()
+
 
 PINNED: Final = _Pinned()
 """The rule that holds whatever the policy says."""

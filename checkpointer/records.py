@@ -18,10 +18,13 @@ from checkpointer._validators import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
 from checkpointer.wording import number_text, size_text
 
-__all__ = ["SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
+__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
 
 SCHEMA: Final = 1
 """Number of the record format; a reader refuses a higher one."""
+
+ADOPTED: Final = "adopted: "
+"""How the reason of a record begins whose payload another program wrote."""
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
@@ -41,7 +44,7 @@ Line = tuple[tuple[int, int], ...]
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
     """Convert what a loop measured to plain floats.
 
-    Numbers, numpy scalars and 0-d arrays or tensors (of any device) are welcome; anything else raises
+    Numbers, numpy scalars, and arrays or tensors of one element (of any device) are taken; anything else raises
     `MetricError` naming the metric, the value and its type.
     """
     if not isinstance(metrics, Mapping):
@@ -63,7 +66,7 @@ def _as_name(name: object) -> str:
 
 
 def _as_float(name: object, value: Any) -> float:
-    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+    if _is_one_element(value):
         value = value.item()
     if isinstance(value, numbers.Real):
         try:
@@ -72,11 +75,24 @@ def _as_float(name: object, value: Any) -> float:
             return math.inf if value > 0 else -math.inf  # type: ignore[operator]
     shape = getattr(value, "shape", None)
     detail = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+    if getattr(value, "is_meta", False):
+        detail += ", a meta tensor without a value"
     msg = (
         f"metric {name!r} is {value!r} ({detail}); expected one real number "
-        "(a number, numpy scalar or 0-d tensor): reduce it first, for example with .mean()"
+        "(a number, a numpy scalar, or a tensor of one element): reduce it first, for example with .mean()"
     )
     raise MetricError(msg)
+
+
+def _is_one_element(value: Any) -> bool:
+    """Return whether this is an array or tensor whose only element can be read."""
+    shape = getattr(value, "shape", None)
+    return (
+        isinstance(shape, tuple)
+        and math.prod(shape) == 1
+        and callable(getattr(value, "item", None))
+        and not getattr(value, "is_meta", False)
+    )
 
 
 def _frozen(metrics: Mapping[str, float]) -> Mapping[str, float]:
@@ -190,6 +206,11 @@ class Record:
     """Unique id of this write."""
     pinned: bool = False
     """A pinned checkpoint is never retired."""
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether another program wrote the payload, and `checkpointer.adopting` the record."""
+        return self.reason.startswith(ADOPTED)
 
     @property
     def progress(self) -> Progress:

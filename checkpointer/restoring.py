@@ -23,11 +23,13 @@ from checkpointer.errors import (
     RestoreError,
     UntrustedError,
 )
-from checkpointer.index import HOME, record_path
+from checkpointer.formats import format_of
+from checkpointer.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.manifest import Manifest
 from checkpointer.policy import Policy
 from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
 from checkpointer.records import Record
+from checkpointer.wording import some_of
 
 __all__ = ["Restored", "Verify", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
 
@@ -55,6 +57,11 @@ class Restored:
     def epoch(self) -> int:
         """0-based index of the epoch in progress or just ended when the state was taken."""
         return self.record.epoch
+
+    @property
+    def epochs(self) -> int:
+        """Finished epochs when the state was taken: the index of the epoch to go on with."""
+        return self.record.progress.epochs
 
 
 def choose(
@@ -108,9 +115,10 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
         return found[-1]
     for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
         raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
-    have = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:]) or "none"
+    newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
+    have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
     refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
-    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; the newest are: {have}{refused}"
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
     raise NotFoundError(msg)
 
 
@@ -174,10 +182,13 @@ def load(
     if mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping):
         if verify == "full":
             _verify_digest(storage, record)
+        with storage.open(record.name) as stream:
+            payload = format_of(stream, payload)
+        assert isinstance(payload, SupportsMapping)  # The formats that are exchanged both are.
         return Restored(record=record, state=payload.read_mapped(storage.local_path(record.name), **options))
     if verify == "size":
         with storage.open(record.name) as stream:
-            return Restored(record=record, state=payload.read(stream, **options))
+            return Restored(record=record, state=format_of(stream, payload).read(stream, **options))
     return Restored(record=record, state=_load_verified(storage, record, payload, options))
 
 
@@ -186,7 +197,8 @@ def _load_verified(storage: Storage, record: Record, payload: Format, options: M
         verified = VerifiedReader(stream, algorithm_of(record.digest))
         _compare(record, (verified.size, verified.digest))
         try:
-            return payload.read(io.BufferedReader(verified), **options)
+            buffered: Any = io.BufferedReader(verified)
+            return format_of(buffered, payload).read(buffered, **options)
         finally:
             if verified.error is not None:
                 msg = f"{record.name} has other bytes than were written: {verified.error}"
@@ -282,8 +294,15 @@ def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Stor
         raise NotFoundError(msg)
     if storage is None:
         return
-    suffix = policy.name.suffix
-    files = sorted(path for path in storage.list() if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    suffix, there = policy.name.suffix, storage.list()
+    below = [] if manifest.records else directories_below(there, RECORDS)
+    if below:
+        msg = (
+            f"{storage} has no checkpoint of its own, and these directories below have: {some_of(below)}. Training "
+            "does not start over silently: name one of them, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
+    files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
     if files and not manifest.records:
         msg = (
             f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "

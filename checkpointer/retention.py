@@ -63,6 +63,10 @@ class Asked(Protocol):
         """
         ...
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        """Return what is kept in the place of a record that is not kept, the most important first."""
+        ...
+
 
 @attrs.frozen(eq=False)
 class Kept(Mapping[str, str]):
@@ -177,6 +181,14 @@ class KeepBest:
             return _pushed_out(before.fold(_Incumbents(self)), history.fold(_Incumbents(self)), history)
         return islice(history.by(self).starting_at(self.k), len(history.change.come))
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        """See `Asked.instead_of`."""
+        if not is_ranked(self.sort_key(record)):
+            return ()
+        if self.metric.ties == "incumbent":
+            return history.fold(_Incumbents(self)).places
+        return islice(ranked_by(self, history), self.k)
+
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
         return self.kept(ledger_of(history))
@@ -282,6 +294,10 @@ class KeepLast:
         """See `Asked.may_lose`."""
         return history[-self.n - len(history.change.come) : -self.n]
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        """See `Asked.instead_of`."""
+        return reversed(history[-self.n :])
+
     def __str__(self) -> str:
         return f"the last {self.n}"
 
@@ -355,6 +371,16 @@ class KeepEvery:
         keys = (self.sort_key(record) for record in history.change.come)
         return chain.from_iterable(islice(in_turn.starting_at(in_turn.rank(key) + 1), 1) for key in keys if key)
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        """See `Asked.instead_of`: the one that begins its interval."""
+        if self.seconds is not None:
+            places = history.fold(_Spaced(self.seconds)).places
+            before = places.rank(commit_order(record)) - 1
+            return [places[before]] if before >= 0 else []
+        key = self.sort_key(record)
+        in_turn = history.by(self)
+        return islice(in_turn.starting_at(in_turn.rank(key[:1])), 1) if key else ()
+
     def sort_key(self, record: Record) -> Key | None:
         """Return the key that sorts by interval, and within it the first first."""
         interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
@@ -419,6 +445,10 @@ class KeepAll:
 
     def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
         """See `Asked.may_lose`."""
+        return ()
+
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        """See `Asked.instead_of`."""
         return ()
 
     def __str__(self) -> str:

@@ -37,23 +37,33 @@ class Saver:
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that nobody has taken since the directory was listed."""
         directory = self.directory
+        takes_over = directory.policy.name.version_counter and decision.name not in directory.policy.aliases
+        if decision.replaces and takes_over and directory.look_before_replacing(decision.name):
+            decision = self._again(decision)
         while not (decision.replaces or decision.name in directory.policy.aliases or directory.is_free(decision.name)):
-            again: Decision
-            if decision.kind == "rescue":
-                again = decide_rescue(directory.policy, decision.observation, directory.manifest, decision.reason)
-            else:
-                again = decide(directory.policy, decision.observation, directory.manifest, owed=decision.reason)
-            assert isinstance(again, Save), "the same observation is due again"
-            decision = attrs.evolve(decision, name=again.name, replaces=again.replaces)
+            decision = self._again(decision)
         return decision
+
+    def _again(self, decision: Save) -> Save:
+        """Return the decision as it is now that the records are others."""
+        directory, now = self.directory, decision.observation
+        again: Decision
+        if decision.kind == "rescue":
+            again = decide_rescue(directory.policy, now, directory.manifest, decision.reason)
+        else:
+            again = decide(directory.policy, now, directory.manifest, owed=decision.reason)
+        if not isinstance(again, Save):  # A rule of one's own may think otherwise by now.
+            return attrs.evolve(decision, name=directory.own_name(directory.manifest.draft("", now)), replaces=False)
+        return attrs.evolve(decision, name=again.name, replaces=again.replaces)
 
     def finish(self, record: Record) -> tuple[str, ...]:
         """Do what comes after the commit (steps 6 to 8), and return the names of what was retired."""
         self.directory.add(record)
         retired: tuple[str, ...] = ()
+        is_sure = self._look(record)
         if record.kind == "regular":
             self.directory.point_aliases()
-            retired = self._retire()
+            retired = self._retire() if is_sure else ()
         self.tell_mirror()
         self.tell("on_saved", record)
         return retired
@@ -63,17 +73,31 @@ class Saver:
         self.directory.begin()
         manifest = self.directory.manifest
         record = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
-        if record is None:
-            return
-        if record.name in self.directory.policy.aliases:
+        if record is not None and self.directory.is_gone(record):
+            record = None
+        if record is not None and record.name in self.directory.policy.aliases:
             # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
             record = self.directory.move_slot(record)
+        if record is None:
+            return
         record = record.attached(decision.observation)
         self.directory.rewrite(record)
+        is_sure = self._look()
         self.directory.point_aliases()
-        self._retire()
+        if is_sure:
+            self._retire()
         self.tell_mirror()
         self.tell("on_attached", record)
+
+    def _look(self, sure: Record | None = None) -> bool:
+        """Set aside what is gone; return whether the storage has answered, so that something may be retired."""
+        try:
+            self.directory.look_before_retiring(sure=sure)
+        except OSError as error:
+            msg = f"nothing is retired, because what would be kept could not be looked at ({error}); the next save will"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            return False
+        return True
 
     def tell_mirror(self) -> None:
         """Say what there is to mirror now."""

@@ -11,6 +11,7 @@ import copyreg
 import io
 import pickle
 import sys
+from abc import ABC, abstractmethod
 from collections import ChainMap, Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,6 +19,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import SaveError
+from checkpointer.pickling import Pickler, culprit
 
 __all__ = ["Snapshot", "Snapshots"]
 
@@ -58,6 +60,7 @@ class Snapshots:
 
     Args:
         copies: How many may be alive at a time; as many buffers of each size are kept.
+        takes_shards: Whether a DTensor of which other processes hold a part is copied.
 
     Example:
         >>> import torch
@@ -72,6 +75,7 @@ class Snapshots:
     """
 
     copies: int = 1
+    takes_shards: bool = attrs.field(default=False, kw_only=True)
     _free: dict[_Key, list[Any]] = attrs.field(factory=dict, init=False)
     _streams: dict[Any, Any] = attrs.field(factory=dict, init=False)
 
@@ -79,24 +83,29 @@ class Snapshots:
         """Copy a state: for CPU tensors at once, for CUDA tensors before whatever the current stream does next.
 
         Raises:
-            SaveError: If it cannot be pickled: then `torch.save` could not write it either.
+            SaveError: If a part of it cannot be pickled: then `torch.save` could not write it either.
         """
         copying = _Copying(self._buffer, self._stream)
         try:
-            copy = _round_trip(state, copying)
+            copy = self._round_trip(state, copying)
             events = copying.finish()
         except Exception as error:
             self._give_back(copying.buffers)
             if isinstance(error, MemoryError):
                 raise
-            msg = (
-                f"the state cannot be copied, which a save in the background begins with ({type(error).__name__}: "
-                f"{error}); leave out what cannot be pickled, or pass background=False"
-            )
+            what = culprit(state) or self._uncopied(state, error)
+            msg = f"the state cannot be copied, which a save in the background begins with: {what}"
             raise SaveError(msg) from error
         self._trim(Counter(key for key, _ in copying.buffers))
         sources = list(copying.sources.values()) if events else []
         return Snapshot(copy, copying.buffers, events, sources, self._give_back)
+
+    def _uncopied(self, state: Any, error: Exception) -> str:
+        what = culprit(state, lambda part: self._round_trip(part, _Lending()))
+        return f"{what or f'{type(error).__name__}: {error}'}, or pass background=False"
+
+    def _round_trip(self, state: Any, copying: _Numbering) -> Any:
+        return _round_trip(state, copying, takes_shards=self.takes_shards)
 
     def _buffer(self, key: _Key) -> Any:
         # One operation, for the thread that writes gives buffers back at any time.
@@ -125,17 +134,13 @@ class Snapshots:
         return self._streams[device]
 
 
-class _Copying:
-    """The storages of one state on their way into buffers."""
+class _Numbering(ABC):
+    """The storages of one state, by number."""
 
-    def __init__(self, buffer: Callable[[_Key], Any], stream: Callable[[Any], Any]) -> None:
-        self._buffer = buffer
-        self._stream = stream
-        self._used: dict[Any, Any] = {}
+    def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
         self.sources: dict[int, Any] = {}
         self.copies: list[Any] = []
-        self.buffers: list[tuple[_Key, Any]] = []
 
     def number_of(self, storage: Any) -> int:
         """Return the number of a storage's copy; one that many tensors share is copied once."""
@@ -145,6 +150,28 @@ class _Copying:
             self._numbers[identity] = len(self.copies)
             self.copies.append(self._copy(storage))
         return self._numbers[identity]
+
+    @abstractmethod
+    def _copy(self, storage: Any) -> Any:
+        """Return what takes the place of a storage."""
+
+
+class _Lending(_Numbering):
+    """Copies nothing: to find out whether a state can be taken apart and put together."""
+
+    def _copy(self, storage: Any) -> Any:
+        return storage
+
+
+class _Copying(_Numbering):
+    """The storages of one state on their way into buffers."""
+
+    def __init__(self, buffer: Callable[[_Key], Any], stream: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._buffer = buffer
+        self._stream = stream
+        self._used: dict[Any, Any] = {}
+        self.buffers: list[tuple[_Key, Any]] = []
 
     def _copy(self, storage: Any) -> Any:
         import torch
@@ -185,10 +212,11 @@ class _Copying:
         return events
 
 
-def _round_trip(state: Any, copying: _Copying) -> Any:
+def _round_trip(state: Any, copying: _Numbering, *, takes_shards: bool) -> Any:
     stream = io.BytesIO()
     arrays: list[memoryview] = []
-    pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
+    pickler = Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
+    pickler.takes_shards = takes_shards
     torch = sys.modules.get("torch")
     if torch is not None:
         reducers: dict[type, Any] = {

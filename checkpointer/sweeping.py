@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import attrs
 
-from checkpointer.errors import UntrustedError
 from checkpointer.inspecting import look_at
-from checkpointer.owner import is_dead
+from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.transaction import Transaction
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
+from checkpointer.writers import clear_ended, describe, writers_in
 
 __all__ = ["Swept", "sweep"]
 
@@ -24,15 +24,18 @@ class Swept:
     """Checkpoints whose write or removal was brought to its end."""
     left: tuple[str, ...]
     """Those that stay half-way, since their writer lives or is on another machine."""
+    writers: tuple[str, ...] = ()
+    """Processes that write to the directory, or may do so on another machine."""
 
 
-def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
+def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: bool = False) -> Swept:
     """Remove what writers that are provably dead left unfinished, and finish what they had begun.
 
     Args:
         storage: The directory.
         owner: Id of this writer.
         trust: The key of signed records.
+        force: Take writers on other machines for dead too, because you know that they have ended.
 
     Raises:
         UntrustedError: If records are signed, and there is no key.
@@ -40,12 +43,10 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
     Example:
         >>> from checkpointer.testing import MemoryStorage
         >>> sweep(MemoryStorage(), "me")
-        Swept(staged=0, finished=(), left=())
+        Swept(staged=0, finished=(), left=(), writers=())
     """
     before = look_at(storage, trust)
-    if before.signed and trust is None:
-        msg = f"the checkpoints in {storage} are signed; pass their key, so that what is finished can be signed too"
-        raise UntrustedError(msg)
+    refuse_unsigned(before.signed, before.place, trust)
     transaction = Transaction(storage, owner, trust)
     staged = 0
     if isinstance(storage, SupportsSweep):
@@ -57,11 +58,14 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None) -> Swept:
         entry = transaction.refreshed(listed)
         if entry is None or entry.status == "committed":
             continue  # Its writer has finished it meanwhile.
-        if is_dead(entry.owner):
+        if is_dead(entry.owner) or (force and not is_live(entry.owner)):
             transaction.finish(entry, write=True)
             finished.append(entry.record.name)
         else:
             left.append(entry.record.name)
+    writers = clear_ended(storage, writers_in(storage, before.files), force=force)
     if isinstance(storage, SupportsSweep):
         storage.close()
-    return Swept(staged=staged, finished=tuple(finished), left=tuple(left))
+    return Swept(
+        staged=staged, finished=tuple(finished), left=tuple(left), writers=tuple(describe(other) for other in writers)
+    )

@@ -27,7 +27,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import attrs
@@ -59,9 +59,21 @@ from checkpointer.records import SCHEMA, Entry, Record, parse_json, to_json
 from checkpointer.transfer import Transfer
 from checkpointer.trust import HMACKey, check_signature, signed
 
-__all__ = ["Transaction"]
+__all__ = ["Recovered", "Transaction", "marker_path"]
 
 _CHUNK = 4 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Recovered:
+    """What the record files of a directory stand for."""
+
+    records: tuple[Record, ...]
+    """The checkpoints: committed, and their payload has the size that they say."""
+    missing: tuple[Record, ...]
+    """Committed records whose payload is gone, or has another size."""
+    left: tuple[Entry, ...]
+    """What is half-way."""
 
 
 @attrs.define
@@ -167,7 +179,7 @@ class Transaction:
         if files and set(files) != {path}:
             if isinstance(self.storage, SupportsPaths):
                 return self._stage_folder(record, source, path, replaces)
-            return self._upload_folder(record, source, path)
+            return self._upload_folder(record, source, path, replaces)
         upload = self.storage.upload(record.name)
         try:
             transfer = Transfer(upload, record.name, self.clock, verb="copied", of=("of", record.size))
@@ -196,10 +208,11 @@ class Transaction:
         finally:
             upload.abort()
 
-    def _upload_folder(self, record: Record, source: Storage, path: str) -> Record:
+    def _upload_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
         """Copy a folder to where there are only files: they appear one by one, and count when the record says so."""
-        self._really_there(record, None, over_alias=False)
-        self._announce(Entry(record=record, status="pending", owner=self.owner), is_new=True)  # 3
+        self._really_there(record, replaces, over_alias=False)
+        pending = Entry(record=record, status="pending", previous=replaces, owner=self.owner)
+        self._announce(pending, is_new=replaces is None)  # 3
         digest = FolderDigest(algorithm_of(record.digest))
         published: list[str] = []
         try:
@@ -212,7 +225,10 @@ class Transaction:
         except Exception:
             for name in published:
                 self.storage.delete(name)
-            self.storage.delete(record_path(record.name))
+            if replaces is None:
+                self.storage.delete(record_path(record.name))
+            else:
+                self.put(Entry(record=replaces))
             raise
         self.put(Entry(record=record))  # 5
         return record
@@ -346,10 +362,10 @@ class Transaction:
 
     # Recover
 
-    def recover(self, listing: Listing, *, write: bool) -> tuple[list[Record], list[Entry]]:
-        """Return the committed records, and the entries that were left half-way.
+    def recover(self, listing: Listing, *, write: bool) -> Recovered:
+        """Find out which checkpoints there are.
 
-        With ``write``, those of writers that are provably dead are finished, and not returned.
+        With ``write``, what writers that are provably dead left half-way is finished, and not returned.
         """
         records: list[Record] = []
         left: list[Entry] = []
@@ -364,7 +380,28 @@ class Transaction:
             finish = write and is_dead(entry.owner)
             records.extend(self.finish(entry, write=finish))
             left.extend([] if finish else [entry])
-        return self._without_moved(records, write=write), left
+        records, missing = self._with_payload(self._without_moved(records, write=write), listing.sizes)
+        return Recovered(records=tuple(records), missing=tuple(missing), left=tuple(left))
+
+    def _with_payload(self, listed: Iterable[Record], sizes: Mapping[str, int]) -> tuple[list[Record], list[Record]]:
+        """Return the records whose payload has the size that they say, and those whose payload has not."""
+        there: list[Record] = []
+        missing: list[Record] = []
+        for record in listed:
+            if sizes.get(record.name) == record.size or self.has_payload(record):
+                there.append(record)
+                continue
+            # A live writer may have replaced or retired it since the listing.
+            entry = self.refreshed(Entry(record=record))
+            if entry is not None:
+                now = [entry.record] if entry.status == "committed" else self.finish(entry, write=False)
+                for found in now:
+                    (there if self.has_payload(found) else missing).append(found)
+        return there, missing
+
+    def has_payload(self, record: Record) -> bool:
+        """Return whether there is a payload of the size that the record says; nothing is read."""
+        return size_of(self.storage, record.name, record.size) == record.size
 
     def refreshed(self, entry: Entry) -> Entry | None:
         """Return an entry as its record is now, None if there is none that can be read: others go on meanwhile."""
@@ -397,7 +434,7 @@ class Transaction:
         return truth
 
     def _payload_is(self, record: Record) -> bool:
-        if size_of(self.storage, record.name, record.size) != record.size:
+        if not self.has_payload(record):
             return False
         return digest_of(self.storage, record.name, algorithm_of(record.digest)) == (record.size, record.digest)
 
@@ -422,7 +459,7 @@ class Transaction:
 
     def _remove(self, record: Record) -> None:
         # Of another size, it is not what we wrote: somebody put a file of their own there.
-        if size_of(self.storage, record.name, record.size) == record.size:
+        if self.has_payload(record):
             self.storage.delete(record.name)
         self.storage.delete(record_path(record.name))
         self.unfinished.pop(record.name, None)
@@ -462,10 +499,10 @@ class Transaction:
 
     def _mark(self, alias: str, label: str, owner: str | None = None) -> None:
         marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": self.owner if owner is None else owner}
-        self.storage.write(_marker_path(alias), json.dumps(signed(marker, self.trust)).encode())
+        self.storage.write(marker_path(alias), json.dumps(signed(marker, self.trust)).encode())
 
     def _marker(self, alias: str) -> dict[str, str]:
-        path = _marker_path(alias)
+        path = marker_path(alias)
         try:
             data = parse_json(read_bounded(self.storage, path), path)
             check_signature(data, path, self.trust)
@@ -525,8 +562,9 @@ class Transaction:
 
     def _without_moved(self, records: list[Record], *, write: bool) -> list[Record]:
         """Leave out the old name of a checkpoint whose `move` was interrupted after the rename."""
-        names = {name for name, count in Counter(r.token for r in records).items() if count > 1}
-        gone = [r for r in records if r.token in names and size_of(self.storage, r.name, r.size) is None]
+        twice = {token for token, count in Counter(r.token for r in records).items() if count > 1}
+        there = {r.token: r.name for r in records if r.token in twice and self.has_payload(r)}
+        gone = [r for r in records if r.token in there and size_of(self.storage, r.name, r.size) is None]
         for record in gone if write else ():
             self.storage.delete(record_path(record.name))
         return [record for record in records if record not in gone]
@@ -589,5 +627,6 @@ def _measure(storage: Storage, path: str, algorithm: str) -> tuple[int, str]:
     return found
 
 
-def _marker_path(alias: str) -> str:
+def marker_path(alias: str) -> str:
+    """Return where the mark lies that says whose an alias is."""
     return f"{HOME}/aliases/{json_name(alias)}"

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 from checkpointer.errors import PolicyError, UntrustedError
 
-__all__ = ["HMACKey", "check_signature", "signed"]
+__all__ = ["HMACKey", "check_signature", "refuse_unsigned", "signed"]
 
 MIN_KEY_BYTES: Final = 16
 MAX_KEY_BYTES: Final = 1 << 16
@@ -107,6 +107,16 @@ def _check_length(key: bytes, what: str) -> None:
     if len(key) < MIN_KEY_BYTES:
         msg = f"{what} has {len(key)} bytes, and can be guessed; use at least {MIN_KEY_BYTES} ({_MAKE_ONE})"
         raise PolicyError(msg)
+
+
+def refuse_unsigned(count: int, place: object, trust: HMACKey | None) -> None:
+    """Raise `UntrustedError` if a directory has ``count`` signed records, one or more, and there is no key."""
+    if count and trust is None:
+        msg = (
+            f"{count} checkpoints in {place} are signed; pass their key (in Python pass trust=, on the command line "
+            "--key-env or --key-file). Nothing is changed there without it, because unsigned records may be planted"
+        )
+        raise UntrustedError(msg)
 
 
 def signed(data: Mapping[str, Any], trust: HMACKey | None) -> dict[str, Any]:

@@ -120,8 +120,7 @@ def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:
         if problems:
             raise CorruptError("; ".join(problems))
         calls = contents.calls
-    if record.format == "torch":
-        _check_sums(storage, record.name)
+    _check_sums(storage, record.name)
     return calls
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["age_text", "number_text", "one_line", "size_text"]
+__all__ = ["age_text", "number_text", "one_line", "size_text", "some_of"]
 
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
@@ -61,3 +62,14 @@ def one_line(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char for char in text)
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of many, and how many more there are.
+
+    Example:
+        >>> some_of(["a", "b", "c"], 2), some_of([])
+        ('a, b and 1 more', 'none')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"

@@ -25,6 +25,9 @@ FOLDER: Final = "folder"
 MAX_REASON: Final = 2000
 """Characters of a reason that are kept."""
 
+MAX_PATHS: Final = 3
+"""How many values of one class a warning names."""
+
 
 @attrs.frozen
 class Writer:
@@ -130,12 +133,18 @@ class Writer:
             raise NotEnoughSpaceError(msg)
 
     def _warn_of_refused(self, state: Any) -> None:
-        for key, kind in self.format.refused(state).items():
+        paths: dict[str, list[str]] = {}
+        for path, kind in self.format.refused(state).items():
+            paths.setdefault(kind, []).append(path)
+        for kind, places in paths.items():
+            more = f" and {len(places) - MAX_PATHS} more" if len(places) > MAX_PATHS else ""
+            are = "are" if len(places) > 1 else "is a"
             msg = (
-                f"{key} is a {kind}, which a safe load refuses: restore() will need weights_only=False, or "
-                "torch.serialization.add_safe_globals. Save tensors, numbers, text and containers of them instead"
+                f"{', '.join(places[:MAX_PATHS])}{more} {are} {kind}, which a safe load refuses: restore() will need "
+                "weights_only=False, or torch.serialization.add_safe_globals. Save tensors, numbers, text and "
+                "containers of them instead"
             )
-            self.directory.say_once(f"refused {key}", msg)
+            self.directory.say_once(f"refused {kind}", msg)
 
 
 def _short(reason: str) -> str:

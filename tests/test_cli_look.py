@@ -15,9 +15,9 @@ import torch
 from commands import POLICY, command, snapshot, train
 from factories import record
 
-from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, KeepLast, Policy
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMACKey, KeepAll, KeepLast, Policy
 from checkpointer.digests import digest_of
-from checkpointer.errors import NotFoundError
+from checkpointer.errors import NotFoundError, NoValidCheckpointError
 from checkpointer.index import record_path
 from checkpointer.inspecting import look_at
 from checkpointer.ports import Stat
@@ -401,3 +401,45 @@ def test_a_reader_that_has_enough_is_no_error(run: Path) -> None:
     command = f"{sys.executable} -m checkpointer.cli show {run} last --json | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert ("{0\n", "") == (done.stdout, done.stderr)
+
+
+def test_ls_of_a_directory_of_runs_lists_the_runs(tmp_path: Path) -> None:
+    """Of any depth, on a disk or at a URL; and no hint says to adopt them."""
+    train(tmp_path / "runs" / "digits", 0.9, 0.2)
+    train(tmp_path / "runs" / "old" / "mnist", 0.5)
+    url = f"memory://runs/{tmp_path.name}"
+    for name in ("digits", "old/mnist"):
+        assert 0 == command("copy", tmp_path / "runs" / name, f"{url}/{name}").code
+    for place in (str(tmp_path / "runs"), url):
+        said = command("ls", place, "--json").data
+        assert [("digits", 2, 20), ("old/mnist", 1, 10)] == [
+            (item["directory"], item["checkpoints"], item["step"]) for item in said
+        ]
+        assert [f"{place}/digits", f"{place}/old/mnist"] == [item["path"] for item in said]
+        text = command("ls", place)
+        assert (0, True, True) == (text.code, "directories below: 2" in text.out, "old/mnist" in text.out)
+        one = command("ls", place, "--limit", 1)
+        assert (False, "1 more are not shown" in one.err) == ("old/mnist" in one.out, True)
+        other = command("last", place)
+        assert (2, True) == (other.code, "these directories below have: digits, old/mnist" in other.err)
+        assert "adopt" not in other.err
+
+
+def test_ls_of_a_directory_of_runs_shows_which_one_cannot_be_read(tmp_path: Path) -> None:
+    """The others are listed all the same."""
+    for name in ("a", "b"):
+        train(tmp_path / name, 0.5)
+    path = next((tmp_path / "a" / ".checkpointer" / "records").iterdir())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    (tmp_path / "a" / ".checkpointer" / "index.json").unlink(missing_ok=True)
+    broken, whole = command("ls", tmp_path, "--json").data
+    assert (True, 1, "") == ("99" in broken["error"], whole["checkpoints"], whole["error"])
+
+
+def test_a_manager_says_which_runs_lie_below(tmp_path: Path) -> None:
+    """A directory of runs is mostly a name that was typed too short; restoring from it is an error."""
+    train(tmp_path / "digits", 0.5)
+    with pytest.warns(CheckpointerWarning, match="these directories below have checkpoints of their own: digits"):
+        manager = CheckpointManager(tmp_path)
+    with pytest.raises(NoValidCheckpointError, match="these directories below have: digits"):
+        manager.restore()

@@ -32,7 +32,7 @@ from checkpointer.inspecting import look_at
 from checkpointer.owner import new_owner
 from checkpointer.records import Record
 from checkpointer.testing import MemoryStorage, die
-from checkpointer.transaction import Transaction
+from checkpointer.transaction import Recovered, Transaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
@@ -215,7 +215,9 @@ def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
     with pytest.raises(_KilledError):
         Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), killed)
     die(owner)
-    assert ([], []) == Transaction(storage, new_owner()).recover(load(storage), write=True)
+    assert Recovered(records=(), missing=(), left=()) == Transaction(storage, new_owner()).recover(
+        load(storage), write=True
+    )
     assert ["a.dcp"] == [*storage.list()]
 
 
@@ -262,6 +264,28 @@ def test_damaged_metadata_is_corrupt(folder: Path) -> None:
     (folder / ".metadata").unlink()
     with pytest.raises(CorruptError, match=r"no folder that torch\.distributed\.checkpoint wrote"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"), [(torch.int64, torch.int8), (torch.float32, torch.int64), (torch.float32, torch.bfloat16)]
+)
+def test_numbers_that_the_state_cannot_hold_are_refused(tmp_path: Path, saved: torch.dtype, here: torch.dtype) -> None:
+    """DCP itself would convert them silently."""
+    folder = str(tmp_path / "folder.dcp")
+    DcpFormat().write_folder({"w": torch.full((2,), 300).to(saved)}, folder)
+    template = {"w": torch.zeros(2, dtype=here)}
+    with pytest.raises(RestoreError, match=rf"w is {saved} in the checkpoint, and {here} here cannot hold it"):
+        DcpFormat(template=lambda: template).read_folder(folder, weights_only=True, map_location="cpu")
+    assert [0, 0] == template["w"].tolist()
+
+
+def test_numbers_that_the_state_can_hold_are_converted(tmp_path: Path) -> None:
+    """Nothing is lost by it."""
+    folder = str(tmp_path / "folder.dcp")
+    DcpFormat().write_folder({"w": torch.full((2,), 1.5, dtype=torch.bfloat16)}, folder)
+    template = {"w": torch.zeros(2, dtype=torch.float64)}
+    DcpFormat(template=lambda: template).read_folder(folder, weights_only=True, map_location="cpu")
+    assert [1.5, 1.5] == template["w"].tolist()
 
 
 def test_a_state_without_names_is_refused(tmp_path: Path) -> None:

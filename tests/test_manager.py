@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,25 @@ def test_trainer_owned_writing_gets_a_staged_path(tmp_path: Path) -> None:
     assert ".checkpointer/staging" in paths[0]
     assert 100 == manager.records[0].size
     manager.close()
+
+
+def test_a_trainer_may_choose_a_format_by_the_end_of_its_path(tmp_path: Path) -> None:
+    """The staged path ends with the final name, all its suffixes included, as keras wants it."""
+    seen = []
+
+    def save(path: str) -> None:
+        assert path.endswith((".weights.h5", ".keras")), path
+        seen.append(os.path.basename(path))
+        Path(path).write_text("x")
+
+    for name in ("{epoch}.weights.h5", "{epoch}.keras"):
+        policy = Policy(EverySteps(1), [KeepLast(1)], name=name, last="copy")
+        with CheckpointManager(tmp_path / name[-4:], policy, save=save) as manager:
+            manager.observe({}, step=1, epoch=0)
+            manager.observe({}, step=2, epoch=1)
+    assert ["epoch=0.weights.h5", "epoch=1.weights.h5", "epoch=0.keras", "epoch=1.keras"] == [
+        name.partition("-")[2] for name in seen
+    ]
 
 
 def test_commit_adopts_what_a_trainer_wrote_in_place(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attrs
 import pytest
 
 from checkpointer.errors import NamingError, PolicyError
@@ -240,3 +241,29 @@ def test_aliases_carry_the_extension() -> None:
 def test_keys_are_the_metrics_asked_for() -> None:
     """The built-in counts are not among them."""
     assert ("val/loss", "acc") == Naming("{epoch}-{val/loss:.2f}-{acc}").keys
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{epoch}.keras", "epoch=3.keras"),
+        ("{epoch:02d}.weights.h5", "epoch=03.weights.h5"),
+        ("net/{step}.pth.tar", "net/step=400.pth.tar"),
+        ("v1.5-{epoch}", "v1.5-epoch=3.ckpt"),
+        ("model-v1.5", "model-v1.5.ckpt"),
+        ("{epoch}", "epoch=3.ckpt"),
+    ],
+)
+def test_a_template_may_end_with_its_extension(template: str, expected: str) -> None:
+    """It is not followed by another one, a version goes before it, and the aliases have it too."""
+    naming = Naming(template)
+    stem = naming.stem({}, step=400, epoch=3)
+    assert expected == naming.free_name(stem, ())
+    assert f"{stem}-v1{naming.suffix}" == naming.free_name(stem, {expected})
+    assert naming.last_file == f"last{naming.suffix}"
+    assert naming == attrs.evolve(naming)
+
+
+def test_an_extension_that_is_given_is_the_extension() -> None:
+    """Whatever the template ends with, as Lightning has it."""
+    assert "a.pt.ckpt" == Naming("a.pt", extension=".ckpt").free_name("a.pt", ())

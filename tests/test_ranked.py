@@ -28,9 +28,9 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.errors import RestoreError
+from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.ranked import RankedManager
-from checkpointer.ranks import TorchRanks
+from checkpointer.ranks import OneRank, TorchRanks
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,14 @@ def count(rank: int, directory: Path) -> Any:
         assert manager.last is not None
         shown = manager.best.name, manager.last.name
     return opened, told, len(taken), shown
+
+
+def test_an_option_that_no_manager_has_is_refused_on_every_rank() -> None:
+    """With the closest name that there is."""
+    with pytest.raises(
+        PolicyError, match="RankedManager has no option 'tolerate_failure'; did you mean 'tolerate_fail"
+    ):
+        RankedManager(None, ranks=OneRank(), state=dict, tolerate_failure=3)
 
 
 def test_ranks_talk_only_when_something_is_due_and_know_the_same(tmp_path: Path) -> None:

@@ -11,20 +11,27 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(
-    r"```python\n(.*?)```(?:\s*prints)?\s*```text\n(.*?)```", README.read_text(encoding="utf-8"), re.S
+    r"```python\n(.*?)```(?:\s*prints)?\s*```text\n(.*?)```(?:[^`]*[Rr]un again,[^`]*```text\n(.*?)```)?",
+    README.read_text(encoding="utf-8"),
+    re.S,
 )
 
 
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES)
+@pytest.mark.parametrize(("code", "printed", "again"), EXAMPLES)
 def test_readme_example_prints_what_is_shown(
-    code: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, printed: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each block followed by its output, in an empty directory."""
+    """Each block followed by its output, in an empty directory and then in the one that it left."""
     monkeypatch.chdir(tmp_path)
+    assert printed == _output_of(code)
+    assert (again or printed) == _output_of(code)
+
+
+def _output_of(code: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert printed == out.getvalue()
+    return out.getvalue()
 
 
 def test_readme_links_lead_somewhere() -> None:

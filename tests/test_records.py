@@ -30,13 +30,16 @@ from checkpointer.records import MAX_RECORD_BYTES, SCHEMA, Entry, Progress, Reco
         (torch.tensor(2.5), 2.5),
         (torch.tensor(3), 3.0),
         (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (torch.tensor([0.5]), 0.5),
+        (torch.tensor([[3]]), 3.0),
+        (np.array([1.5]), 1.5),
         (math.inf, math.inf),
         (10**400, math.inf),
         (-(10**400), -math.inf),
     ],
 )
-def test_numbers_and_0d_arrays_become_floats(value: object, expected: float) -> None:
-    """Whatever is one real number becomes a plain float."""
+def test_numbers_and_arrays_of_one_element_become_floats(value: object, expected: float) -> None:
+    """A number becomes a plain float, and so does an array of one element, whatever its shape."""
     got = as_metrics({"m": value})["m"]
     assert expected == got
     assert type(got) is float
@@ -49,7 +52,10 @@ def test_numbers_and_0d_arrays_become_floats(value: object, expected: float) -> 
         (None, "NoneType"),
         (1 + 0j, "complex"),
         ([0.1], "list"),
-        (np.array([0.1]), r"ndarray of shape \(1,\)"),
+        (np.array([0.1, 0.2]), r"ndarray of shape \(2,\)"),
+        (np.array([]), r"ndarray of shape \(0,\)"),
+        (torch.zeros((), device="meta"), r"Tensor of shape \(\), a meta tensor without a value"),
+        (torch.zeros(1, device="meta"), r"Tensor of shape \(1,\), a meta tensor without a value"),
         (torch.zeros(2, 3), r"Tensor of shape \(2, 3\)"),
         (np.complex64(1), "complex"),
         (torch.tensor(1j), "complex"),

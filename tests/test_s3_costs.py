@@ -22,6 +22,7 @@ from checkpointer.storage import open_storage
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.s3 import S3Storage
 from checkpointer.testing import die
+from checkpointer.writers import mark, unmark
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +83,20 @@ def test_a_save_costs_these_requests(
         assert expected == proxy.kinds
 
 
+def test_a_save_that_retires_for_a_better_one_looks_at_it_with_one_request(
+    server: Server, proxy: CountingProxy
+) -> None:
+    """One more than a save that retires for what it has just written, however many are kept."""
+    policy = Policy(EverySteps(1), [KeepBest(3, "loss", mode="min"), KeepLast(1)])
+    with CheckpointManager(
+        server.fresh(), policy, state=dict, format=LargeFormat(10), storage_options=server.storage_options
+    ) as manager:
+        for step, loss in enumerate((0.1, 0.2, 0.3, 0.9, 0.8, 0.7), start=1):
+            proxy.start()
+            manager.observe({"loss": loss}, step=step, epoch=0, epoch_end=False)
+        assert Counter(SMALL_SAVE) + Counter({"list": 1}) == proxy.kinds
+
+
 def test_a_save_costs_no_more_requests_when_there_are_many_checkpoints(server: Server, proxy: CountingProxy) -> None:
     """And they are few."""
     url, options = server.fresh(), server.storage_options
@@ -122,6 +137,21 @@ def test_opening_costs_one_listing_and_one_read_of_the_index(server: Server, pro
     assert 1 == proxy.kinds["list"]
 
 
+def test_the_mark_of_a_writer_costs_a_put_and_a_delete(server: Server, proxy: CountingProxy) -> None:
+    """One when it opens the directory, one when it closes it."""
+    url, options = server.fresh(), server.storage_options
+    with CheckpointManager(url, Policy(EverySteps(1), [KeepAll()]), state=dict, storage_options=options) as manager:
+        manager.observe({}, step=1, epoch=0)
+    storage = open_storage(url, new_owner(), options)
+    proxy.start()
+    mark(storage, "me")
+    assert {"PUT": 1} == proxy.kinds
+    proxy.start()
+    unmark(storage, "me")
+    assert 1 == proxy.kinds["DELETE"]
+    assert proxy.kinds.total() <= 3
+
+
 def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Server, proxy: CountingProxy) -> None:
     """Nothing per record: 10 000 of them, or a tenth of that for `sampling`."""
     count = 10_000 if EVERY == 1 else 1000
@@ -131,14 +161,16 @@ def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Serv
     entries = [Entry(record=record(f"s{step}.ckpt", step=step)) for step in range(1, count + 1)]
     by_path = {index.record_path(entry.record.name): entry for entry in entries}
     root = f"{url}/".removeprefix("s3://")
-    storage._connection.fs.pipe({root + path: entry.to_json() for path, entry in by_path.items()}, batch_size=32)
+    files = {root + path: entry.to_json() for path, entry in by_path.items()}
+    files |= {root + entry.record.name: bytes(entry.record.size) for entry in entries}
+    storage._connection.fs.pipe(files, batch_size=32)
     index.save(storage, index.Listing(entries=by_path, damaged={}, files=storage.list()))
     proxy.start()
     with CheckpointManager(url, storage_options=server.storage_options) as manager:
         assert count == len(manager.manifest.records)
 
-    # The records and the index itself are one object more than a multiple of 1000.
-    assert {"list": count // 1000 + 1, "HEAD": 1, "GET": 1} == proxy.kinds
+    # The records, their payloads and the index itself are one object more than a multiple of 1000.
+    assert {"list": 2 * count // 1000 + 1, "HEAD": 1, "GET": 1} == proxy.kinds
 
 
 def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:

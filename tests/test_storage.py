@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import pytest
 
-from checkpointer import testing
-from checkpointer.errors import NameTakenError, StorageError
+from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy, testing
+from checkpointer.errors import NameTakenError, SaveError, StorageError
+from checkpointer.inspecting import look_at
 from checkpointer.owner import is_dead, is_live, new_owner
 from checkpointer.ports import (
     Storage,
@@ -290,11 +291,11 @@ def test_a_staged_folder_is_durable_with_all_its_entries(local: LocalStorage, ca
     assert ["sync file", "sync file", "sync folder", "sync folder"] == sorted(calls)
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.EIO, errno.EACCES])
 def test_without_hard_links_a_new_name_is_published_and_a_taken_one_refused(
     local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """FAT, some FUSE mounts and some network shares have none."""
+    """FAT, some FUSE mounts and some network shares have no links, and refuse them with different errors."""
 
     def link(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -315,19 +316,36 @@ def test_without_hard_links_a_new_name_is_published_and_a_taken_one_refused(
         local.hardlink("a", "b")
 
 
-def test_a_link_that_fails_for_another_reason_is_no_reason_to_rename(
-    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_taken_for_a_disk_without_links(
+    local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """An I/O error is reported, not worked around."""
+    """The error of a link on a full disk is reported as it is."""
 
     def link(*_: Any) -> None:
-        raise OSError(errno.EIO, "broken disk")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(OSError, match="broken disk"):
+    with pytest.raises(OSError, match=os.strerror(code)):
         put(local, "a", b"1")
 
     assert {} == local.list()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EEXIST])
+def test_a_link_whose_reply_was_lost_is_a_link(local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A network mount that repeats its request gets an error for the link that the first request has made."""
+    make_link = os.link
+
+    def link(source: Any, target: Any) -> None:
+        make_link(source, target)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    put(local, "a", b"1")
+
+    assert ["a"] == list(local.list())
+    assert [] == staged(local)
 
 
 def begin(root: Path, owner: str) -> LocalUpload:
@@ -477,16 +495,35 @@ def read_only() -> Iterator[Path]:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions")
 def test_a_read_only_directory_is_said_by_prepare_and_can_be_read(read_only: Path) -> None:
-    """The message names it and says what to do; restoring from it works."""
+    """The message names its owner and mode, and says what to do; restoring from it works."""
     storage = LocalStorage(read_only, new_owner())
+    advice = rf"{read_only} belongs to .*\(uid {os.geteuid()}\) with mode dr-xr-xr-x.*chown"
     with no_privileges():
-        with pytest.raises(StorageError, match=f"cannot write to {read_only}: Permission denied; choose a directory"):
+        with pytest.raises(StorageError, match=f"cannot write to {read_only}: Permission denied; {advice}"):
             storage.prepare()
         assert 0 == storage.sweep()
         storage.close()
         assert ["a"] == list(storage.list())
         with storage.open("a") as stream:
             assert b"1" == stream.read()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions")
+def test_a_closed_directory_is_said_with_its_owner_and_mode(read_only: Path) -> None:
+    """Nothing is said of credentials or a network, whoever asks; a save that is refused says it too."""
+    (read_only / "closed").mkdir()
+    manager = CheckpointManager(read_only / "closed", Policy(EverySteps(1), [KeepLast(1)]), state=dict)
+    (read_only / "closed").chmod(0o000)
+    advice = rf"{read_only}/closed belongs to .*\(uid {os.geteuid()}\) with mode d---------.*chown"
+    with no_privileges():
+        with pytest.raises(StorageError, match=f"cannot use .*; {advice}"):
+            CheckpointManager(read_only / "closed")
+        with pytest.raises(StorageError, match=f"cannot read .*; {advice}"):
+            look_at(LocalStorage(read_only / "closed", new_owner()))
+        with pytest.raises(SaveError, match=f"was not saved .*; {advice}"):
+            manager.observe({}, step=1, epoch=0)
+    (read_only / "closed").chmod(0o755)
+    manager.close()
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from checkpointer.owner import new_owner, release
 from checkpointer.records import Entry, to_json
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.memory import MemoryStorage
-from checkpointer.transaction import Transaction
+from checkpointer.transaction import Recovered, Transaction
 from checkpointer.trust import check_signature, signed
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -377,8 +377,8 @@ def test_interrupted_saves_are_settled_by_sha256() -> None:
     there = record("a.ckpt", size=found[0], digest=found[1])
     transaction.put(Entry(record=there, status="pending", owner=owner))
     release(owner)
-    records, left = Transaction(storage, new_owner(), KEY).recover(load(storage, KEY), write=True)
-    assert ([there], []) == (records, left)
+    found_out = Transaction(storage, new_owner(), KEY).recover(load(storage, KEY), write=True)
+    assert Recovered(records=(there,), missing=(), left=()) == found_out
     assert ["committed"] == [entry.status for entry in load(storage, KEY).entries.values()]
 
 

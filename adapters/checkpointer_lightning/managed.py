@@ -47,6 +47,12 @@ class Managed(Saving):
 
     # From start to end
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """See `Callback.setup`: the loaders of a training are not made yet."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            signals_of(trainer).cover(trainer)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the directory, and go on with the run that was restored."""
         if trainer.fast_dev_run:
@@ -94,7 +100,7 @@ class Managed(Saving):
 
     def _close(self, trainer: Any) -> None:
         desk_of(trainer).clear()
-        signals_of(trainer).leave()
+        signals_of(trainer).leave(trainer)
         training = self._training
         if training is None:
             return
@@ -145,9 +151,13 @@ class Managed(Saving):
         if requeues:
             self._requeue(trainer, training)
         if stops or signals.agreed:
-            if training.rescues and trainer.global_step and not signals.requeued:
-                rescue_together(self, training, trainer, "SIGTERM")
-            signals.stop(trainer)
+            self._stop(trainer, training)
+
+    def _stop(self, trainer: Any, training: Training) -> None:
+        """Save on all ranks, and let each raise Lightning's exception."""
+        if training.rescues and trainer.global_step and not training.signals.requeued:
+            rescue_together(self, training, trainer, "SIGTERM")
+        training.signals.stop(trainer)
 
     def _requeue(self, trainer: Any, training: Training) -> None:
         """Let Lightning save for SLURM and ask for the job to be run again, as it does within its signal handler."""
@@ -156,8 +166,12 @@ class Managed(Saving):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
-        if self._training is not None and not trainer.sanity_checking:
-            self._report("validation", trainer)
+        training = self._training
+        if training is None or trainer.sanity_checking:
+            return
+        self._report("validation", trainer)
+        if training.ranks.size > 1 and any(training.ranks.highest(float(training.signals.noted))):
+            self._stop(trainer, training)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the end of an epoch."""

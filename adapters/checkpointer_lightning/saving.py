@@ -224,9 +224,9 @@ class Saving(Resuming):
         """Return what there is; or, with a decision, what there will be once it is carried out."""
         manager = training.managing
         manifest = manager.manifest if decision is None else manager.after(decision)
-        going: set[str] = set()
+        going = {record.name for record in manifest.aside}
         if decision is None and training.behind is not None:
-            going = {record.name for record in manifest.history} - manager.after(_NOTHING).by_name.keys()
+            going |= {record.name for record in manifest.history} - manager.after(_NOTHING).by_name.keys()
         return account_of(manager.policy, manifest, self._folder, self.save_top_k, going)
 
     def _show(self, account: Account) -> None:

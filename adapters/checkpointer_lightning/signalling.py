@@ -6,16 +6,21 @@ in, and lets one rank stop at a batch where another goes on.
 
 SLURM's signal before it requeues a job: Lightning saves from within the handler, at whatever instruction the training
 is, between two parameters of an optimizer's step for example. Here that runs at the end of the batch, on all ranks.
+
+Either signal to the whole process group reaches the workers of loaders too: see `checkpointer.workers`.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
+
+from checkpointer.workers import Workers
 
 __all__ = ["Signals", "signals_of"]
 
@@ -50,6 +55,32 @@ class Signals:
     _trainer: weakref.ref[Any] | None = None
     _swaps: list[_Swap] = attrs.field(factory=list)
     _hand_on: Callable[[], None] | None = None
+    _workers: Workers | None = None
+
+    def cover(self, trainer: Any) -> None:
+        """Let the workers of every loader that the Trainer prepares outlive the signals. A second call does nothing."""
+        if self._workers is not None:
+            return
+        trainer = weakref.proxy(trainer)
+        asks = _requeue_signal(trainer)
+        self._workers = workers = Workers(
+            (signal.SIGTERM, *(() if asks is None else (asks,))),
+            lambda: bool(trainer.received_sigterm or self.noted or self.requeue),
+        )
+        workers.listen()
+        connector = sys.modules[type(trainer._data_connector).__module__]
+        add_seeds = getattr(connector, "_auto_add_worker_init_fn", lambda loader, rank: None)
+        process = trainer.strategy.process_dataloader
+
+        def process_and_cover(loader: Any) -> Any:
+            loader = process(loader)
+            # Lightning does so next, but only for a loader that has no function for its workers yet.
+            add_seeds(loader, trainer.global_rank)
+            workers.cover(loader)
+            return loader
+
+        # No hook runs between the making of a loader and the start of its workers.
+        trainer.strategy.process_dataloader = process_and_cover
 
     def listen(self, trainer: Any, *, talks: bool) -> None:
         """Take a note from now on where Lightning's handlers would act. A second call does nothing.
@@ -65,9 +96,8 @@ class Signals:
         connector = trainer._signal_connector
         if talks:
             self._swap(signal.SIGTERM, getattr(connector, "_sigterm_notifier_fn", None), self._note)
-        environment = trainer._accelerator_connector.cluster_environment
-        asks = getattr(environment, "requeue_signal", None)
-        if asks is not None and getattr(environment, "auto_requeue", False):
+        asks = _requeue_signal(trainer)
+        if asks is not None:
             theirs = getattr(connector, "_slurm_sigusr_handler_fn", None)
             if self._swap(asks, theirs, self._note_requeue) and theirs is not None:
                 self._hand_on = lambda: theirs(asks, None)
@@ -80,8 +110,12 @@ class Signals:
         self._swaps.append(_Swap(handlers, ours, theirs))
         return True
 
-    def leave(self) -> None:
+    def leave(self, trainer: Any) -> None:
         """Let Lightning's handlers be again."""
+        if self._workers is not None:
+            del trainer.strategy.process_dataloader
+            self._workers.leave()
+            self._workers = None
         for swap in self._swaps:
             swap.undo()
         self._swaps, self._hand_on = [], None
@@ -112,6 +146,13 @@ class Signals:
 
     def _note_requeue(self, signum: int, frame: Any) -> None:
         self.requeue = True
+
+
+def _requeue_signal(trainer: Any) -> int | None:
+    """Return the signal at which Lightning has SLURM run the job again, if it does."""
+    environment = trainer._accelerator_connector.cluster_environment
+    asks: int | None = getattr(environment, "requeue_signal", None)
+    return asks if getattr(environment, "auto_requeue", False) else None
 
 
 def signals_of(trainer: Any) -> Signals:

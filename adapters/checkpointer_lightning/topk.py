@@ -57,6 +57,9 @@ class _Others:
         then = competing(before)
         return self._asked.may_lose(then, rivals) if rivals.follows(then) else rivals
 
+    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
+        return self._asked.instead_of(record, competing(history))
+
     @property
     def _asked(self) -> Asked:
         return cast(Asked, self.rule)

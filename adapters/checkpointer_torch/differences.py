@@ -24,13 +24,18 @@ class Differences:
     """In the state, and not wanted."""
     reshaped: Mapping[str, str] = attrs.field(factory=dict)
     """There and wanted, with other shapes: both shapes by name."""
+    untaken: tuple[str, ...] = ()
+    """What takes nothing of its state if any of it does not fit."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
 
     def __add__(self, other: Differences) -> Differences:
         return Differences(
-            self.missing + other.missing, self.unexpected + other.unexpected, {**self.reshaped, **other.reshaped}
+            self.missing + other.missing,
+            self.unexpected + other.unexpected,
+            {**self.reshaped, **other.reshaped},
+            self.untaken + other.untaken,
         )
 
     def within(self, name: str) -> Differences:
@@ -39,7 +44,12 @@ class Differences:
             tuple(f"{name}.{key}" for key in self.missing),
             tuple(f"{name}.{key}" for key in self.unexpected),
             {f"{name}.{key}": shapes for key, shapes in self.reshaped.items()},
+            tuple(f"{name}.{key}" if key else name for key in self.untaken),
         )
+
+    def all_or_nothing(self) -> Differences:
+        """Return the same, of what takes nothing of its state if there is a difference."""
+        return attrs.evolve(self, untaken=("",)) if self else self
 
     def __str__(self) -> str:
         reshaped = [f"{key} ({shapes})" for key, shapes in self.reshaped.items()]

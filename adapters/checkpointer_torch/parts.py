@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+import argparse
 import dataclasses
-import random
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, SaveError
+from checkpointer.pickling import HOW_TO_SAVE_SHARDS, check_whole
+from checkpointer_torch.carried import CarriedPart
 from checkpointer_torch.differences import Differences, compared
-from checkpointer_torch.feeding import is_stateful, put_loader, take_loader
+from checkpointer_torch.held import Held
+from checkpointer_torch.loaders import is_stateful, put_loader, take_loader, torch_loader
+from checkpointer_torch.mutable import MutablePart
 from checkpointer_torch.names import plain_state, wrapped_state
-from checkpointer_torch.random_state import as_numpy, as_plain
+from checkpointer_torch.random_state import accessors
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "part_of"]
+__all__ = ["ModulePart", "OptimizerPart", "Part", "StatefulPart", "TensorPart", "described", "part_of"]
 
 _LIKE_PARAMETER: Final = {
     "exp_avg",
@@ -74,13 +78,20 @@ class ModulePart:
 
 @attrs.frozen
 class OptimizerPart:
-    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared."""
+    """An optimizer. Its state has numbers for names, so that the groups and shapes are what can be compared.
+
+    Only torch's own are known to keep a state in the shape of its parameter; another may project or mask it.
+    """
 
     optimizer: torch.optim.Optimizer
 
     def take(self) -> Any:
-        """See `Part.take`."""
-        return self.optimizer.state_dict()
+        """See `Part.take`. A `ZeroRedundancyOptimizer` gathers its shards on rank 0, which is a collective."""
+        consolidate = getattr(self.optimizer, "consolidate_state_dict", None)
+        if consolidate is None:
+            return self.optimizer.state_dict()
+        consolidate(to=0)
+        return self.optimizer.state_dict() if dist.get_rank(self.optimizer.process_group) == 0 else {}  # type: ignore[attr-defined]
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
@@ -90,9 +101,11 @@ class OptimizerPart:
         counts = compared(here, there)
         other = {key: there[key] for key in here if here[key] != there.get(key, here[key])}
         reshaped = {key: f"here {here[key]}, there {count}" for key, count in other.items()}
-        return attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)
+        return (attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:
+        if not f"{type(self.optimizer).__module__}.".startswith("torch.optim."):
+            return Differences()
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         differences = Differences()
@@ -135,21 +148,22 @@ class StatefulPart:
 class TensorPart:
     """A tensor, filled in place."""
 
-    tensor: torch.Tensor
+    held: Held
 
     def take(self) -> Any:
         """See `Part.take`."""
-        return self.tensor.detach()
+        self.held.check()
+        return self.held.thing.detach()
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared({"value": self.tensor}, {"value": state})
+        return compared({"value": self.held.thing}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
         """See `Part.put`."""
         if not self.compare(state):
-            self.tensor.copy_(state)
+            self.held.thing.copy_(state)
 
 
 @attrs.frozen
@@ -179,48 +193,77 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         PolicyError: If nothing is known that could be saved of it.
     """
     if isinstance(thing, nn.Module):
+        _check_whole(name, thing)
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
-    if isinstance(thing, DataLoader):
+    if torch_loader(thing) is not None:
         return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
     if is_stateful(thing):
         return StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return TensorPart(thing)
+        return TensorPart(Held(name, thing))
     if isinstance(thing, _PLAIN):
         values[name] = thing
         return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
-    part = _drawn(thing) or _fields(thing)
+    part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
+    if callable(thing) and not isinstance(thing, type):
+        return CarriedPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
-        "load_state_dict; pass what has them, a tensor, a dataclass, a dict or a plain value"
+        "load_state_dict; pass what has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
+        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
     )
     raise PolicyError(msg)
 
 
-def _drawn(thing: Any) -> Part | None:
-    if isinstance(thing, torch.Generator):
-        return PlainPart(thing.get_state, thing.set_state)
-    if isinstance(thing, random.Random):
-        return PlainPart(thing.getstate, thing.setstate)
-    bits = getattr(thing, "bit_generator", None)
-    if bits is not None:
-        return PlainPart(lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state)))
-    return None
-
-
-def _fields(thing: Any) -> Part | None:
-    if isinstance(thing, dict):
-        return PlainPart(lambda: copy.deepcopy(thing), lambda state: _refill(thing, state))
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        names = [field.name for field in dataclasses.fields(thing)]
-        return PlainPart(
-            lambda: copy.deepcopy({name: getattr(thing, name) for name in names}),
-            lambda state: _fill(thing, {name: state[name] for name in names if name in state}),
+def _check_whole(name: str, module: nn.Module) -> None:
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        try:
+            check_whole(tensor, f"{name}.{key}")
+        except SaveError as error:
+            raise PolicyError(str(error)) from None
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        msg = (
+            f"{name} is sharded over {count} processes by FullyShardedDataParallel, and a loop would save the shards "
+            f"of one; {HOW_TO_SAVE_SHARDS}"
         )
+        raise PolicyError(msg)
+
+
+def described(thing: Any, name: str, part: Part) -> str:
+    """Return in a few words how an object is saved, for the line that the loop logs at its start."""
+    kind = type(thing).__name__
+    if isinstance(part, TensorPart):
+        return f"{name} ({kind}, as written in place)"
+    if isinstance(part, CarriedPart):
+        return f"{name} (a function's value at each save)"
+    if isinstance(thing, _PLAIN):
+        return f"{name} ({kind}, as loop[{name!r}])"
+    return f"{name} ({kind})"
+
+
+def _drawn(thing: Any) -> Part | None:
+    access = accessors(thing)
+    return PlainPart(*access) if access else None
+
+
+def _fields(name: str, thing: Any) -> Part | None:
+    if isinstance(thing, dict):
+        return MutablePart(Held(name, thing), lambda thing: thing, _refill)
+    if isinstance(thing, (argparse.Namespace, types.SimpleNamespace)):
+        return MutablePart(Held(name, thing), vars, lambda thing, state: _refill(vars(thing), state))
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            msg = (
+                f"{name} is a frozen {type(thing).__name__}, so that nothing can be put back into it; pass settings as "
+                "config=, and what the training changes in a dataclass that is not frozen"
+            )
+            raise PolicyError(msg)
+        return MutablePart(Held(name, thing), _values, _fill)
     if hasattr(thing, "set_epoch"):  # A sampler: its epoch is the loop's.
         return PlainPart(dict, bool)
     return None
@@ -231,6 +274,11 @@ def _refill(thing: dict[Any, Any], state: Mapping[Any, Any]) -> None:
     thing.update(state)
 
 
-def _fill(thing: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(thing, name, value)
+def _values(thing: Any) -> dict[str, Any]:
+    return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+
+
+def _fill(thing: Any, state: Mapping[str, Any]) -> None:
+    for field in dataclasses.fields(thing):
+        if field.name in state:
+            setattr(thing, field.name, state[field.name])

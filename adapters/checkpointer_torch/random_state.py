@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from checkpointer import CheckpointerWarning
 
-__all__ = ["as_numpy", "as_plain", "put_random_state", "take_random_state"]
+__all__ = ["accessors", "as_numpy", "as_plain", "put_random_state", "same_random_state", "take_random_state"]
 
 
 def take_random_state() -> dict[str, Any]:
@@ -60,6 +60,13 @@ def put_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(of_device, device)
 
 
+def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether nothing was drawn between two calls of `take_random_state`, other than on CUDA."""
+    (version, numbers, gauss), there = one["python"], other["python"]
+    same = torch.equal(one["torch"], other["torch"]) and torch.equal(numbers, there[1])
+    return same and (version, gauss) == (there[0], there[2]) and one.get("numpy") == other.get("numpy")
+
+
 def as_plain(value: Any) -> Any:
     """Return what numpy keeps of a generator without numpy's own types, which a safe load refuses."""
     if isinstance(value, dict):
@@ -78,3 +85,21 @@ def as_numpy(value: Any) -> Any:
     import numpy as np
 
     return np.array(value["values"], dtype=value["dtype"])
+
+
+def accessors(thing: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """Return what reads and what writes the state of a random generator; None for anything else."""
+    if isinstance(thing, torch.Generator):
+        return thing.get_state, thing.set_state
+    if isinstance(thing, random.Random):
+        return thing.getstate, thing.setstate
+    if "numpy" not in sys.modules:
+        return None
+    import numpy as np
+
+    if isinstance(thing, np.random.RandomState):
+        return lambda: as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(as_numpy(state))
+    if isinstance(thing, np.random.Generator):
+        bits = thing.bit_generator
+        return lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state))
+    return None

@@ -1,31 +1,31 @@
-"""Opens a checkpoint of anybody's, wherever it lies: a managed directory, a file, a Hugging Face directory."""
+"""Opens any checkpoint, wherever it lies: a managed directory, a file, a Hugging Face directory."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import attrs
 
 from checkpointer import CheckpointManager, HMACKey, Policy, Record
-from checkpointer.errors import CorruptError, NotFoundError, RestoreError
-from checkpointer.formats import open_format
-from checkpointer.index import HOME, RECORDS, read_bounded, record_path
+from checkpointer.errors import NotFoundError, RestoreError
+from checkpointer.formats import format_of, open_format
+from checkpointer.formats.contents import open_contents, open_files, open_stream
+from checkpointer.formats.state_contents import StateContents
+from checkpointer.formats.tensors import Tensors
+from checkpointer.formats.weights import weights_of
+from checkpointer.index import HOME, RECORDS, record_path
 from checkpointer.owner import new_owner, release
-from checkpointer.ports import Storage
+from checkpointer.ports import Storage, Writable
 from checkpointer.restoring import verify
 from checkpointer.storage import LocalStorage, open_storage
 
-__all__ = ["Found", "open_place", "own_name", "request_file"]
+__all__ = ["Found", "is_place", "open_place", "own_name", "read_place", "request_file"]
 
-_WHOLE: Final = ("model.safetensors", "pytorch_model.bin")
-"""Files of a Hugging Face directory with all weights, in the order in which it prefers them ..."""
-_INDEXES: Final = tuple(f"{name}.index.json" for name in _WHOLE)
-"""... and those that say in which files they lie."""
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -37,15 +37,43 @@ class Found:
     """The path or URL, for messages."""
 
 
+@attrs.frozen
+class _Reads:
+    """Reads a payload as a format does, and returns what a function makes of its contents."""
+
+    make: Callable[[Tensors], Any]
+    name = "torch"
+    extension = ".ckpt"
+
+    def write(self, state: Any, stream: Writable) -> None:
+        """See `Format.write`: nothing is written."""
+        raise NotImplementedError
+
+    def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
+        """See `Format.read`; nothing is unpickled."""
+        return _Made(self.make(open_stream(stream, "the payload")))
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`."""
+        return {}
+
+
+@attrs.frozen
+class _Made:
+    value: Any
+
+
 @attrs.frozen(kw_only=True)
 class _Opener:
     """How to open and read."""
 
-    which: str | int | None
-    policy: Policy | None
-    trust: HMACKey | None
-    storage_options: Mapping[str, Any] | None
-    weights_only: bool
+    which: str | int | None = None
+    policy: Policy | None = None
+    trust: HMACKey | None = None
+    storage_options: Mapping[str, Any] | None = None
+    weights_only: bool = True
+    make: Callable[[Tensors], Any] | None = None
+    """Returns what is asked for, out of what a payload holds; None: the state, as it was saved."""
 
     def open(self, place: str) -> Found:
         is_folder, parent, name = _split(place)
@@ -60,7 +88,7 @@ class _Opener:
         except OSError as error:
             msg = f"{place} cannot be looked at: {error}"
             raise RestoreError(msg) from error
-        return Found(self.read(storage, name, place), place)
+        return Found(self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
         owner = new_owner()
@@ -79,90 +107,107 @@ class _Opener:
         storage = self._storage(place)
         if storage.list(RECORDS):
             return self._restore(place, self.which)
-        return Found(self._read_folder(storage, "", place), place)
+        names = [path for path in storage.list() if "/" not in path]
+        with open_files(storage, "", names) as contents:
+            if contents.parts:
+                return Found((self.make or _weights)(contents), place)
+        there = ", ".join(sorted(names)[:8]) or "no file"
+        msg = (
+            f"{place} has no weights: neither checkpoints of this library nor a file of weights, such as "
+            f"model.safetensors or pytorch_model.bin; it has {there}"
+        )
+        raise NotFoundError(msg)
 
     def _restore(self, directory: str, which: str | int | None) -> Found:
-        options = {"trust": self.trust, "storage_options": self.storage_options}
-        manager = CheckpointManager(directory, self.policy, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options}
+        if self.make is not None:
+            options["format"] = _Reads(self.make)
+        manager = CheckpointManager(directory, self.policy, **options)
         record = _record_of(manager, which)
         storage = self._storage(directory)
         if record is not None and _is_trainers_folder(storage, record):
             verify(storage, record)
-            where = f"{directory}/{record.name}"
-            return Found(self._read_folder(storage, f"{record.name}/", where), where)
+            with open_contents(storage, record.name) as contents:
+                return Found((self.make or _weights)(contents), f"{directory}/{record.name}")
         restored = manager.restore(which, contents="any", weights_only=self.weights_only)
         if restored is None:
             msg = f"{directory} has no checkpoint"
             raise NotFoundError(msg)
-        return Found(restored.state, f"{directory}/{restored.record.name}")
+        state = restored.state
+        if isinstance(state, _Made):
+            state = state.value
+        elif self.make is not None:
+            state = self.make(StateContents(state))
+        return Found(state, f"{directory}/{restored.record.name}")
 
-    def _read_folder(self, storage: Storage, prefix: str, where: str) -> Any:
-        names = {path.removeprefix(prefix) for path in storage.list(prefix.rstrip("/"))}
-        for name, index in zip(_WHOLE, _INDEXES, strict=True):
-            if name in names:
-                return self.read(storage, prefix + name, f"{where}/{name}")
-            if index in names:
-                return self._read_shards(storage, prefix, index, where)
-        told = ", ".join(sorted(name for name in names if not name.startswith(HOME))[:8]) or "nothing"
-        msg = (
-            f"{where} has no weights: neither checkpoints of this library nor {', '.join((*_WHOLE, *_INDEXES))}; "
-            f"it has {told}"
-        )
-        raise NotFoundError(msg)
-
-    def _read_shards(self, storage: Storage, prefix: str, index: str, where: str) -> dict[str, Any]:
-        try:
-            files = json.loads(read_bounded(storage, prefix + index))["weight_map"]
-            names = {str(key): str(name) for key, name in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            msg = f"{where}/{index} is no index of shards: {error!r}"
-            raise CorruptError(msg) from error
-        state: dict[str, Any] = {}
-        for name in sorted(set(names.values())):
-            if "/" in name or name.startswith("."):
-                msg = f"{where}/{index} names the shard {name!r}, which is not in its directory"
-                raise CorruptError(msg)
-            state.update(self.read(storage, prefix + name, f"{where}/{name}"))
-        absent = [key for key in names if key not in state]
-        if absent:
-            msg = f"{where}/{index} names {absent[0]!r} and {len(absent) - 1} more that no shard has"
-            raise CorruptError(msg)
-        return state
-
-    def read(self, storage: Storage, path: str, where: str) -> Any:
-        payload = open_format("safetensors" if path.endswith(".safetensors") else "torch")
+    def _read(self, storage: Storage, path: str, where: str) -> Any:
         try:
             with storage.open(path) as stream:
-                return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
+                if self.make is not None:
+                    return self.make(open_stream(stream, where))
+                return self._read_state(stream, where)
         except FileNotFoundError as error:
             beside = ", ".join(_beside(storage, path)) or "no weights at all"
             msg = f"{where} is not there; beside it: {beside}"
             raise NotFoundError(msg) from error
+
+    def _read_state(self, stream: BinaryIO, where: str) -> Any:
+        payload = format_of(stream, open_format("torch"))
+        try:
+            return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
         except RestoreError as error:
             msg = f"{where}: {error}"
             raise type(error)(msg) from error
 
 
-def open_place(
-    place: str | os.PathLike[str],
-    which: str | int | None = None,
-    *,
-    policy: Policy | None = None,
-    trust: HMACKey | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    weights_only: bool = True,
-) -> Found:
-    """Read the checkpoint at a path or URL: a file, a managed directory's ``which``, a Hugging Face directory.
+def _weights(contents: Tensors) -> dict[str, Any]:
+    found = weights_of(contents)
+    return {name: found.read(name) for name in found.tensors}
+
+
+def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> Found:
+    """Read the checkpoint at a path or URL: a file, a managed directory's newest, a Hugging Face directory.
 
     What has a record is verified.
 
     Raises:
         RestoreError: If there is none, or it cannot be read; the message says what is there.
     """
-    opener = _Opener(
-        which=which, policy=policy, trust=trust, storage_options=storage_options, weights_only=weights_only
-    )
-    return opener.open(os.fspath(place))
+    return _Opener(weights_only=weights_only).open(os.fspath(place))
+
+
+def read_place(
+    place: str | os.PathLike[str],
+    make: Callable[[Tensors], T],
+    which: str | int | None = None,
+    *,
+    policy: Policy | None = None,
+    trust: HMACKey | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> tuple[T, str]:
+    """Return what a function makes of the checkpoint at a path or URL, and where it is. Nothing is unpickled.
+
+    Args:
+        place: As for `open_place`.
+        make: Takes what the checkpoint holds; what it reads lazily is gone when it returns.
+        which: As for `open_place`.
+        policy: As for `open_place`.
+        trust: As for `open_place`.
+        storage_options: As for `open_place`.
+
+    Raises:
+        RestoreError: As `open_place`.
+    """
+    opener = _Opener(which=which, policy=policy, trust=trust, storage_options=storage_options, make=make)
+    found = opener.open(os.fspath(place))
+    return found.state, found.where
+
+
+def is_place(which: Any) -> bool:
+    """Return whether a path or URL is meant, and not a name: a path that is there, a ``Path``, or a URL."""
+    if isinstance(which, os.PathLike):
+        return True
+    return isinstance(which, str) and ("://" in which or os.path.exists(os.path.expanduser(which)))
 
 
 def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:

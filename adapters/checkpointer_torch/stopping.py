@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining", "deliver"]
+__all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
@@ -47,14 +46,13 @@ class Asked:
     """The signal that asks to stop."""
     save: str = ""
     """Who asks for a save; empty if nobody does."""
-    time: float = 0.0
-    """When the stop was asked for (seconds of `time.monotonic`)."""
 
 
 class Requests:
     """Listens to signals, and looks for the file.
 
-    A signal is delayed, never swallowed: once it is answered, `deliver` hands it to whoever had it before.
+    A signal is delayed, never swallowed: once it is answered, `checkpointer.workers.deliver` hands it to the handler
+    that had it before.
 
     Args:
         stop_on: Signals that end the training.
@@ -71,12 +69,15 @@ class Requests:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stop_on, self._save_on = tuple(stop_on), tuple(save_on)
+        self.signals = (*self._stop_on, *self._save_on)
+        """Numbers of all that it listens to."""
         self._file = file
         self._clock = clock
         self._earlier: dict[int, Any] = {}
         self._stop: int | None = None
         self._saving: int | None = None
-        self._since = 0.0
+        self.since: float | None = None
+        """When the stop was asked for here (seconds of the clock)."""
         self._interrupts = 0
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
@@ -96,7 +97,7 @@ class Requests:
         """Take the signals over. Only the main thread can, and what is ignored stays so."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (*self._stop_on, *self._save_on):
+        for number in self.signals:
             earlier = signal.getsignal(number)
             if earlier is not None and earlier != signal.SIG_IGN:
                 self._earlier[number] = earlier
@@ -118,7 +119,7 @@ class Requests:
             self._saving = number
             self._to_pass_on.append(number)
         elif self._stop is None:
-            self._stop, self._since = number, self._clock()
+            self._stop, self.since = number, self._clock()
             self._shared[_STOPPING] = 1
         self.some = True
         self._interrupts += number == signal.SIGINT
@@ -127,10 +128,11 @@ class Requests:
             self._call_earlier(number, frame)
 
     def _in_worker(self, number: int) -> None:
-        """Answer in a process that was forked from ours, such as a loader's worker, and so has our handlers.
+        """Answer in a process that was forked from ours and so has our handlers.
 
-        Whoever signals the whole group stops the training: its workers serve it up to the boundary. A signal that is
-        meant for the worker alone does what it does by default, or nobody could end it.
+        A signal to the whole group stops the training, and the process goes on up to the boundary. A signal to this
+        process alone does what it does by default. Workers of a loader have handlers of their own: see
+        `checkpointer.workers`.
         """
         if number in self._save_on:
             return
@@ -170,7 +172,7 @@ class Requests:
         saving, by = self._saving, self._file_asks
         asks = ([signal.Signals(saving).name] if saving is not None else []) + (["the file save-now"] if by else [])
         self._saving, self._file_asks, self.some = None, False, False
-        return Asked(stop=self._stop, save=" and ".join(asks), time=self._since)
+        return Asked(stop=self._stop, save=" and ".join(asks))
 
     def answered(self) -> None:
         """The save that was asked for is there, or could not be made: the file goes, an earlier handler is called."""
@@ -187,10 +189,3 @@ class Requests:
     def unanswered(self) -> int | None:
         """The signal to stop that has come, if any."""
         return self._stop
-
-
-def deliver(number: int) -> None:
-    """Raise a signal that was delayed: by default it ends the process, with the status that says so."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    signal.raise_signal(number)

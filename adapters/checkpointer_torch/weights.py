@@ -6,24 +6,25 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
 from checkpointer import CheckpointerWarning, HMACKey, Policy
-from checkpointer.errors import MismatchError
+from checkpointer.errors import MismatchError, RestoreError
+from checkpointer.formats.state_contents import StateContents
+from checkpointer.formats.tensors import Tensors
+from checkpointer.formats.weights import Weights, weights_for
 from checkpointer_torch.differences import Differences, compared
 from checkpointer_torch.names import plain_state
 from checkpointer_torch.parts import ModulePart
-from checkpointer_torch.sources import open_place
+from checkpointer_torch.sources import read_place
 
 __all__ = ["KeyMap", "LoadedWeights", "load_weights"]
 
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
-_USUAL: Final = ("model", "state_dict", "model_state_dict", "module", "weights")
-"""Where weights usually lie in a larger state; of two that fit alike the first counts."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,9 +54,10 @@ def load_weights(
     """Load weights, and nothing else, from any checkpoint into a module.
 
     The source may be a directory or a file of this library, a Lightning checkpoint, a Hugging Face directory
-    (safetensors or ``.bin``, in one file or in shards), a safetensors file, or whatever ``torch.save`` wrote of
-    tensors. Nothing is unpickled but tensors and plain data. A prefix that all names have in common, such as
-    Lightning's ``model.``, is found by itself; so are wrappers around the module.
+    (safetensors or ``.bin``, in one file or in shards, adapters too), a safetensors file, or a file that
+    ``torch.save`` wrote under any version, whole modules included. Nothing is unpickled: tensors are read as bytes, and
+    other objects in the file are left alone. The weights are found by names *and* shapes. A prefix that all names have
+    in common, such as Lightning's ``model.``, is found too; so are wrappers around the module.
 
     Args:
         module: Where the weights go.
@@ -63,7 +65,8 @@ def load_weights(
         which: Of a directory of this library: None or ``"last"``, ``"best"`` (with ``policy``), a name, a step.
         key_map: Names in the checkpoint to names in the module: by name, by prefix (``"encoder."``), or a function;
             a name that becomes None is left out.
-        part: The key under which the weights lie, if the checkpoint holds several.
+        part: Where the weights are, if several sets of them fit: a key such as ``"ema"``, keys joined by dots such as
+            ``"state_dict.encoder"``, or a file of a folder.
         strict: Whether all of the module must be there and fit, and nothing be left over; False warns.
         policy: Says what ``"best"`` means.
         trust: The key that signed the directory.
@@ -73,8 +76,8 @@ def load_weights(
         What was loaded, and what did not fit.
 
     Raises:
-        MismatchError: If it does not fit; nothing was loaded.
-        RestoreError: If there is no such checkpoint, or it cannot be read safely.
+        MismatchError: If it does not fit, or if several sets of weights do, which are named; nothing was loaded.
+        RestoreError: If there is no such checkpoint, or it cannot be read.
 
     Example:
         >>> import torch
@@ -83,78 +86,85 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
+    picks = _Picks(module, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
-        state, where = source, "the state"
+        picked, where = picks.pick(StateContents(source), "the state"), "the state"
     else:
-        found = open_place(source, which, policy=policy, trust=trust, storage_options=storage_options)
-        state, where = found.state, found.where
-    target = ModulePart(module)
-    own = plain_state(module)
-    weights = _chosen(state, part, own, key_map, where)
-    differences = _without_tied(compared(own, weights), own)
-    loaded = tuple(key for key in own if key in weights and key not in differences.reshaped)
-    if not loaded:
-        msg = (
-            f"{where} is of another model: nothing of it fits. It has {_some(weights)}; wanted are {_some(own)}. "
-            "Say with key_map= which name becomes which"
+        picked, where = read_place(
+            source,
+            lambda contents: picks.pick(contents, os.fspath(source)),
+            which,
+            policy=policy,
+            trust=trust,
+            storage_options=storage_options,
         )
-        raise MismatchError(msg)
-    if differences and strict:
-        msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, or strict=False"
-        raise MismatchError(msg)
-    target.put(weights)
+    ModulePart(module).put(picked.state)
+    differences = picked.differences
     if differences:
-        msg = f"{where} does not fit, and {len(loaded)} of {len(own)} names were loaded: {differences}"
+        msg = f"{where} does not fit, and {len(picked.state)} of {picked.count} names were loaded: {differences}"
         warnings.warn(msg, CheckpointerWarning, stacklevel=2)
-    return LoadedWeights(source=where, loaded=loaded, differences=differences)
+    return LoadedWeights(source=where, loaded=tuple(picked.state), differences=differences)
 
 
-def _chosen(state: Any, part: str | None, own: Mapping[str, Any], key_map: KeyMap | None, where: str) -> Any:
-    """Return the weights that fit best, under the module's names where they have them."""
-    parts = _parts(state)
-    if part is not None:
-        if not isinstance(state, Mapping) or part not in state:
-            msg = f"{where} has no part {part!r} (have: {', '.join(map(str, state)) if state else 'nothing'})"
+@attrs.frozen
+class _Picked:
+    """What of a payload goes into the module."""
+
+    state: OrderedDict[str, Any]
+    differences: Differences
+    count: int
+    """How many names the module has."""
+
+
+@attrs.frozen(kw_only=True)
+class _Picks:
+    """Picks a module's weights out of a payload, and reads those alone."""
+
+    module: nn.Module = attrs.field(kw_only=False)
+    part: str | None
+    key_map: KeyMap | None
+    strict: bool
+
+    def pick(self, contents: Tensors, where: str) -> _Picked:
+        own = plain_state(self.module)
+        try:
+            found = weights_for(contents, _wanted(own), self.part, rename=lambda key: _renamed(key, self.key_map))
+        except RestoreError as error:
+            msg = f"{where}: {error}"
+            raise MismatchError(msg) from error
+        there = _outlines(found, own)
+        differences = _without_tied(compared(own, there), own)
+        differences = _without_counters(differences, found)
+        loaded = [key for key in own if key in there and key not in differences.reshaped]
+        if not loaded:
+            msg = (
+                f"{where} is of another model: nothing of it fits. It has {_some(found.tensors)}; wanted are "
+                f"{_some(own)}. Say with key_map= which name becomes which"
+            )
             raise MismatchError(msg)
-        parts = {part: state[part]} if _is_weights(state[part]) else {}
-    if not parts:
-        msg = f"{where} holds no weights: no mapping of names to tensors was found in {_described(state)}"
-        raise MismatchError(msg)
-    named = {key: _without_prefix(_mapped(weights, key_map), own) for key, weights in parts.items()}
-    usual = [*(key for key in _USUAL if key in named), *(key for key in named if key not in _USUAL)]
-    return max((named[key] for key in usual), key=lambda weights: _fitting(own, weights))
-
-
-def _parts(state: Any) -> dict[str, Any]:
-    if _is_weights(state):
-        return {"": state}
-    if not isinstance(state, Mapping):
-        return {}
-    return {str(key): value for key, value in state.items() if _is_weights(value)}
-
-
-def _is_weights(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and any(isinstance(item, torch.Tensor) for item in value.values())
-        and all(isinstance(key, str) for key in value)
-        and not any(isinstance(item, (Mapping, list, tuple)) for item in value.values())
-    )
-
-
-def _mapped(weights: Mapping[str, Any], key_map: KeyMap | None) -> OrderedDict[str, Any]:
-    named: OrderedDict[str, Any] = OrderedDict()
-    for key, value in weights.items():
-        name = _renamed(key, key_map)
-        if name is None:
-            continue
-        if name in named:
-            msg = f"key_map makes {name!r} of {key!r} and of another name"
+        if differences and self.strict:
+            msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
             raise MismatchError(msg)
-        named[name] = value
-    if key_map is None:
-        named._metadata = getattr(weights, "_metadata", {})  # type: ignore[attr-defined]
-    return named
+        state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
+        state._metadata = found.versions  # type: ignore[attr-defined]
+        return _Picked(state, differences, len(own))
+
+
+def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:
+    """Return the tensors that the module has, each with all of its names."""
+    wanted: dict[Any, dict[str, tuple[int, ...] | None]] = {}
+    for key, value in own.items():
+        if isinstance(value, torch.Tensor):
+            shape = None if torch.nn.parameter.is_lazy(value) else tuple(value.shape)
+            wanted.setdefault(_memory(value) or key, {})[key] = shape
+    return list(wanted.values())
+
+
+def _outlines(found: Weights, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tensors without memory in place of those that are there, and the values that the module asks for."""
+    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
+    values = {name: value for name, value in found.values.items() if name in own and value is not None}
+    return there | values
 
 
 def _renamed(key: str, key_map: KeyMap | None) -> str | None:
@@ -172,31 +182,23 @@ def _renamed(key: str, key_map: KeyMap | None) -> str | None:
     return None if instead is None else instead + key.removeprefix(longest)
 
 
-def _without_prefix(weights: OrderedDict[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Take off the prefix under which most of the module's names are found; what lies elsewhere is another's."""
-    names = list(own)
-    told = {names[0], names[len(names) // 2], names[-1]} if names else set()
-    prefixes = {key.removesuffix(name) for key in weights for name in told if key.endswith(f".{name}")}
-    best, most = "", _fitting(own, weights)
-    for prefix in sorted(prefixes):
-        count = sum(prefix + name in weights for name in own)
-        if count > most:
-            best, most = prefix, count
-    if not best:
-        return weights
-    return OrderedDict((key.removeprefix(best), value) for key, value in weights.items() if key.startswith(best))
-
-
-def _fitting(own: Mapping[str, Any], weights: Mapping[str, Any]) -> int:
-    return sum(key in weights for key in own)
-
-
 def _without_tied(differences: Differences, own: Mapping[str, Any]) -> Differences:
     """Drop from what is missing a name whose tensor is also known under one that is there."""
     missing = set(differences.missing)
     there = {_memory(value) for key, value in own.items() if key not in missing} - {None}
     still = tuple(key for key in differences.missing if _memory(own[key]) not in there)
     return attrs.evolve(differences, missing=still)
+
+
+def _without_counters(differences: Differences, found: Weights) -> Differences:
+    """Drop from what is missing the counters that older weights do not have, and that torch itself does without."""
+
+    def is_new(key: str) -> bool:
+        module, _, name = key.rpartition(".")
+        version = found.versions.get(module, {}).get("version")
+        return name == "num_batches_tracked" and (version is None or version < 2)
+
+    return attrs.evolve(differences, missing=tuple(key for key in differences.missing if not is_new(key)))
 
 
 def _memory(value: Any) -> Any:
@@ -208,9 +210,3 @@ def _memory(value: Any) -> Any:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _described(state: Any) -> str:
-    if isinstance(state, Mapping):
-        return f"a mapping with the keys {_some(map(str, state))}"
-    return f"a {type(state).__name__}"

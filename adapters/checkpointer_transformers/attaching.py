@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from checkpointer import CheckpointerWarning, Save
 from checkpointer.errors import PolicyError
+from checkpointer.workers import Workers, deliver
 from checkpointer_transformers.callback import CheckpointCallback
 from checkpointer_transformers.training import ASKED, Training, holder_of
 
 __all__ = ["attach"]
+
+_LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
+"""Names of the Trainer's methods that make loaders."""
 
 
 def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
@@ -126,7 +131,7 @@ class _Hold:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of ``train``."""
         callback = self._callback
-        with self._handling():
+        with self._handling(), self._covering():
             try:
                 result = self._train(*args, **kwargs)
             except BaseException as error:
@@ -135,8 +140,26 @@ class _Hold:
             finally:
                 callback._close()
         if number := callback._stopped_by or callback._signal:
-            signal.raise_signal(number)
+            deliver(number)
         return result
+
+    @contextlib.contextmanager
+    def _covering(self) -> Iterator[None]:
+        """Let the loaders' workers outlive the signals."""
+        workers = Workers(self._signals, lambda: bool(self._callback._signal))
+        workers.listen()
+        own = vars(self._trainer)
+        before = {name: own.get(name) for name in _LOADERS}
+        for name in _LOADERS:
+            own[name] = _covered(getattr(self._trainer, name), workers)
+        try:
+            yield
+        finally:
+            for name, method in before.items():
+                own.pop(name)
+                if method is not None:
+                    own[name] = method
+            workers.leave()
 
     @contextlib.contextmanager
     def _handling(self) -> Iterator[None]:
@@ -179,6 +202,16 @@ class _Hold:
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+
+
+def _covered(make: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def make_and_cover(*args: Any, **kwargs: Any) -> Any:
+        loader = make(*args, **kwargs)
+        workers.cover(loader)
+        return loader
+
+    return make_and_cover
 
 
 def _obstacle(training: Training) -> str:

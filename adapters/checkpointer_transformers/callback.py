@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from checkpointer import Policy, Save
+from checkpointer import Decision, Policy, Save
 from checkpointer.errors import PolicyError
+from checkpointer.options import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer.ranks import OneRank, TorchRanks, on_rank_zero
 from checkpointer_transformers.clearing import clear
@@ -41,7 +42,8 @@ class CheckpointCallback(Base):
         **options: What else `checkpointer.CheckpointManager` takes, such as ``listeners``, ``trust`` or ``mirror``.
 
     Raises:
-        PolicyError: When the Trainer is made, if its arguments would fight the callback; names each change to make.
+        PolicyError: For an option that `checkpointer.CheckpointManager` does not have. When the Trainer is made, if
+            its arguments would fight the callback; names each change to make.
 
     Example:
         >>> from checkpointer import EverySteps, KeepBest, KeepLast, Policy
@@ -65,6 +67,7 @@ class CheckpointCallback(Base):
             if name in options:
                 msg = f"{name}= is given, but it is the Trainer that writes, and the run is its own; leave it out"
                 raise PolicyError(msg)
+        check_options(options, type(self).__name__)
         self.policy = as_written(policy)
         self.directory = directory
         self._clock = clock
@@ -204,7 +207,7 @@ class CheckpointCallback(Base):
         if not signals:
             return False
         self._stopped_by = signals[0]
-        decision = training.report(state)
+        decision: Decision | None = training.pending or training.report(state)
         if not isinstance(decision, Save):
             decision = training.rescue(state, f"signal {signals[0]}")
         training.stopping = control.should_training_stop = True
@@ -221,8 +224,16 @@ class CheckpointCallback(Base):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise."""
+        """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise.
+
+        A signal that came meanwhile stops the training here: the Trainer saves next, before another step.
+        """
         self._measured(state, control, numbers_of(metrics or {}), anew=True)
+        training = self._training
+        if training is None or training.phase != "between" or not state.global_step or training.stopping:
+            return
+        if self._at_end is not None and any(training.ranks.highest(float(self._signal))):
+            self._is_stopped(training, state, control)
 
     def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, anew: bool) -> None:
         training = self._training

@@ -10,18 +10,20 @@ from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Record
+from checkpointer import CheckpointerWarning, Record
 from checkpointer.digests import size_of
 from checkpointer.errors import CorruptError
 from checkpointer.index import HOME, record_path
+from checkpointer.inspecting import Catalog, look_at
 from checkpointer.owner import new_owner, release
 from checkpointer.ports import Storage
 from checkpointer.restoring import verify
 from checkpointer.storage import open_storage
+from checkpointer.sweeping import sweep
 from checkpointer_transformers.claims import Claim
 from checkpointer_transformers.whole import checkpoints_of, problem_of, step_of
 
-__all__ = ["Found", "clear", "look"]
+__all__ = ["Found", "by_name", "clear", "look"]
 
 _ASIDE: Final = f"{HOME}/aside"
 """Where the records of what was moved aside lie."""
@@ -72,23 +74,24 @@ def clear(folder: Path, options: Mapping[str, Any]) -> None:
         claim = Claim.of(storage)
         if claim.is_live:
             return
-        for found in list(look(storage, folder, _settled(folder, options), claim)):
+        for found in list(look(storage, folder, _settled(storage, owner, options), claim)):
             if found.problem is not None:
                 _move_aside(storage, folder, found)
     finally:
         release(owner)
 
 
-def _settled(folder: Path, options: Mapping[str, Any]) -> Mapping[str, Record]:
+def _settled(storage: Storage, owner: str, options: Mapping[str, Any]) -> Mapping[str, Record]:
     """Return the records, after what a dead process left half-way is finished."""
-    if not (folder / HOME).is_dir():
+    if not storage.list(HOME):
         return {}
+    sweep(storage, owner, options.get("trust"))
+    return by_name(look_at(storage, options.get("trust")))
 
-    def save(path: str) -> None:
-        raise AssertionError(path)
 
-    with CheckpointManager(folder, save=save, trust=options.get("trust")) as manager:
-        return manager.manifest.by_name
+def by_name(catalog: Catalog) -> Mapping[str, Record]:
+    """Return the records by their names, those included whose payload is gone."""
+    return {record.name: record for record in catalog.with_missing.records}
 
 
 def _move_aside(storage: Storage, folder: Path, found: Found) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from checkpointer import CheckpointManager, HMACKey
+from checkpointer import HMACKey
 from checkpointer.errors import NoValidCheckpointError
 from checkpointer.index import HOME
+from checkpointer.inspecting import look_at
 from checkpointer.owner import new_owner, release
 from checkpointer.storage import open_storage
 from checkpointer_transformers.claims import Claim
-from checkpointer_transformers.clearing import look
+from checkpointer_transformers.clearing import by_name, look
 
 __all__ = ["last_valid_checkpoint"]
 
@@ -39,7 +40,7 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
     storage = open_storage(folder, owner)
     try:
         with_records = (folder / HOME).is_dir()
-        records = CheckpointManager(folder, trust=trust).manifest.by_name if with_records else {}
+        records = by_name(look_at(storage, trust)) if with_records else {}
         problems = []
         for found in look(storage, folder, records, Claim.of(storage)):
             if found.record is not None and found.record.contents == "weights":

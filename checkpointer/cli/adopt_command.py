@@ -8,11 +8,12 @@ import typer
 
 from checkpointer.adopting import Adoption, adopt, find_foreign
 from checkpointer.cli import options, output
-from checkpointer.errors import NotFoundError, PolicyError, UntrustedError
+from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.inspecting import look_at
 from checkpointer.records import Record
 from checkpointer.transaction import Transaction
-from checkpointer.wording import number_text
+from checkpointer.trust import refuse_unsigned
+from checkpointer.wording import number_text, some_of
 
 
 def adopt_command(
@@ -24,7 +25,15 @@ def adopt_command(
             "--step", metavar="NAME=STEP", help="The step of a file that does not say it; may be given again."
         ),
     ] = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="The run they are of; else a new one.")] = None,
+    steps_per_epoch: Annotated[
+        int | None,
+        typer.Option(
+            "--steps-per-epoch", metavar="N", min=1, help="For files that say their epoch only: step = epoch x N."
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="The run they are of; else a new one for each folder.")
+    ] = None,
     storage_options: options.StorageOptions = None,
     key_env: options.KeyEnv = None,
     key_file: options.KeyFile = None,
@@ -39,12 +48,14 @@ def adopt_command(
     made: list[Record] = []
     with options.writing(directory, storage_options) as (storage, owner):
         catalog = look_at(storage, key)
-        if catalog.signed and key is None:
-            msg = f"the checkpoints in {catalog.place} are signed; pass their key"
-            raise UntrustedError(msg)
-        adoption = find_foreign(catalog, steps)
+        refuse_unsigned(catalog.signed, catalog.place, key)
+        adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch)
         if not adoption.found and not adoption.refused:
-            msg = f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, checkpoint-N"
+            below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
+            msg = (
+                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, "
+                f"checkpoint-N{below}"
+            )
             raise NotFoundError(msg)
         if not dry_run:
             made.extend(adopt(catalog, adoption, Transaction(storage, owner, key), run=run))

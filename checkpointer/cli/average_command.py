@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from checkpointer.averaging import average, weights_of
+from checkpointer.averaging import average
 from checkpointer.cli import options, output
 from checkpointer.cli.best_command import By, WhichMode, best_first
-from checkpointer.cli.export_command import AsFormat, Only, write
+from checkpointer.cli.export_command import AsFormat, Only, weights_in, write
 from checkpointer.errors import PolicyError
 from checkpointer.formats.contents import open_contents
 from checkpointer.inspecting import Catalog
@@ -46,6 +46,7 @@ def average_command(
     if bool(names) == (best is not None):
         msg = "name the checkpoints, or pass --best K with --by METRIC --mode min or max, or a --policy"
         raise PolicyError(msg)
+    options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
     records = [catalog.find(name) for name in names or ()]
     if best is not None:
@@ -61,7 +62,7 @@ def _average(catalog: Catalog, records: list[Record], out: str, format: AsFormat
         for record in records:
             verify(catalog.storage, record)
             contents = stack.enter_context(open_contents(catalog.storage, record.name))
-            sources.append((record.name, weights_of(contents, only)))
+            sources.append((record.name, weights_in(contents, only, record.name)))
         write(average(sources), out, format, [record.name for record in records], as_json=as_json)
     if not as_json:
         for record in records:

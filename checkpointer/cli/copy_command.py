@@ -45,11 +45,14 @@ def copy_command(
             on_bytes=bar,
         )
     _say(done, str(storage), as_json=as_json)
+    made = {alias for alias, *_ in done.aliases}
     for alias, name in catalog.aliases.items():
+        if name and alias not in made and records is None:
+            output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
         if not name:
             why = f"{catalog.place} does not tell what it is a copy of"
             output.say(f"{alias} was not copied: {why}; the next save makes it anew")
-    output.leave_if(output.say_damaged(catalog))
+    output.leave_if(output.say_damaged(catalog) or (records is None and bool(catalog.missing)))
 
 
 def _say(done: Copying, place: str, *, as_json: bool) -> None:

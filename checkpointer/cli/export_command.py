@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from checkpointer.averaging import Weights, weights_of
 from checkpointer.cli import options, output
+from checkpointer.errors import RestoreError
 from checkpointer.formats.contents import open_contents
 from checkpointer.formats.streaming import write_weights
+from checkpointer.formats.tensors import Tensors
+from checkpointer.formats.weights import Weights, weights_of
 from checkpointer.restoring import verify
 from checkpointer.wording import size_text
 
@@ -24,7 +26,11 @@ class Format(str, enum.Enum):
 
 Only = Annotated[
     str | None,
-    typer.Option("--only", metavar="KEY", help="The key that holds the weights, such as model; '' for all tensors."),
+    typer.Option(
+        "--only",
+        metavar="KEY",
+        help="Where the weights are: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
+    ),
 ]
 AsFormat = Annotated[Format | None, typer.Option("--format", help="Else what OUT's extension says.")]
 
@@ -41,11 +47,21 @@ def export_command(
     as_json: options.Json = False,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
+    options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
     record = catalog.find(name)
     verify(catalog.storage, record)
     with open_contents(catalog.storage, record.name) as contents:
-        write(weights_of(contents, only), out, format, [record.name], as_json=as_json)
+        write(weights_in(contents, only, record.name), out, format, [record.name], as_json=as_json)
+
+
+def weights_in(contents: Tensors, only: str | None, name: str) -> Weights:
+    """Return the weights of a checkpoint; an error names it."""
+    try:
+        return weights_of(contents, only)
+    except RestoreError as error:
+        msg = f"{name}: {error}"
+        raise type(error)(msg) from error
 
 
 def write(weights: Weights, out: str, format: Format | None, names: list[str], *, as_json: bool) -> None:
@@ -58,9 +74,12 @@ def write(weights: Weights, out: str, format: Format | None, names: list[str], *
             return weights.read(name)
 
         size = write_weights(out, weights.tensors, read, format=None if format is None else format.value)
+    left_out = [*weights.values]
     if as_json:
         data = {"path": out, "bytes": size, "tensors": len(weights.tensors), "key": weights.prefix, "of": names}
-        output.print_json(data)
+        output.print_json(data | {"left_out": left_out})
         return
+    if left_out:
+        output.say(f"left out, because they are not tensors: {', '.join(left_out)}")
     under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
     output.print_line(f"{out}: {len(weights.tensors)} tensors, {under}, {size_text(size)}")

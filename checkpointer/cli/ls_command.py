@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
+import attrs
 import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table, width
 from checkpointer.deciding import explain
-from checkpointer.inspecting import Catalog
+from checkpointer.errors import CheckpointerError
+from checkpointer.inspecting import Catalog, look_at
 from checkpointer.policy import Policy
 from checkpointer.records import Record
 from checkpointer.selecting import Condition, metric_names, select
-from checkpointer.wording import age_text, number_text, size_text
+from checkpointer.trust import HMACKey
+from checkpointer.wording import age_text, number_text, size_text, some_of
 
+MOST_RUNS = 200
+"""Of a directory of runs so many are looked into, unless more are asked for."""
 _DIGITS = 4
 """Of a metric."""
 
@@ -39,9 +44,17 @@ def ls_command(
 ) -> None:
     """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
 
-    With a policy, why is what keeps each one; without, what it was saved for.
+    With a policy, why is what keeps each one; without, what it was saved for. Of a directory of runs it lists the runs.
     """
-    catalog = options.look(directory, storage_options, key_env, key_file)
+    catalog = options.look_anyway(directory, storage_options, key_env, key_file)
+    below = catalog.below
+    if below and not catalog.has_records:
+        runs = [
+            _run(directory, name, storage_options, options.key_of(key_env, key_file)) for name in below[: _most(limit)]
+        ]
+        _say_runs(catalog, runs, len(below), as_json=as_json)
+        return
+    options.refuse_empty(catalog)
     chosen = None if policy is None else options.read_policy(policy)
     records = [record for record in catalog.records if run in (None, record.run)]
     if run is not None:
@@ -52,7 +65,62 @@ def ls_command(
         output.print_json([as_data(catalog, record, reasons) for record in found])
     else:
         _print(catalog, found, reasons, metric or _metrics(found, chosen))
+    if below:
+        output.say(f"below are directories with records of their own: {some_of(below)}")
     output.leave_if(output.say_damaged(catalog))
+
+
+@attrs.frozen(kw_only=True)
+class _Run:
+    """What a directory below holds."""
+
+    directory: str
+    path: str
+    checkpoints: int = 0
+    step: int | None = None
+    """Of its newest checkpoint."""
+    bytes: int = 0
+    time: float | None = None
+    """Of its newest checkpoint, in seconds since the Unix epoch."""
+    error: str = ""
+    """Why it cannot be looked at."""
+
+
+def _most(limit: int | None) -> int:
+    return MOST_RUNS if limit is None else limit
+
+
+def _run(directory: str, name: str, storage_options: str | None, key: HMACKey | None) -> _Run:
+    place = f"{directory.rstrip('/')}/{name}"
+    try:
+        records = look_at(options.open_place(place, storage_options), key).records
+    except (CheckpointerError, OSError) as error:
+        return _Run(directory=name, path=place, error=str(error))
+    return _Run(
+        directory=name,
+        path=place,
+        checkpoints=len(records),
+        step=records[-1].step if records else None,
+        bytes=sum(record.size for record in records),
+        time=records[-1].time if records else None,
+    )
+
+
+def _say_runs(catalog: Catalog, runs: list[_Run], count: int, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json([attrs.asdict(run) for run in runs])
+    else:
+        output.print_line(f"{catalog.place}: no checkpoint of its own; directories below: {count}")
+        now, columns = time.time(), ("checkpoints", "step", "size", "age")
+        table = Table(*columns, "name", right=columns)
+        for run in runs:
+            age = "" if run.time is None else age_text(now - run.time)
+            step = "" if run.step is None else str(run.step)
+            name = [(run.directory, "bold"), *([(run.error, "red")] if run.error else [])]
+            table.add(str(run.checkpoints), step, size_text(run.bytes), age, name)
+        table.print()
+    if len(runs) < count:
+        output.say(f"{count - len(runs)} more are not shown; --limit N shows more")
 
 
 def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:

@@ -22,7 +22,8 @@ from checkpointer.policy import Policy
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.retrying import Retry
-from checkpointer.trust import HMACKey
+from checkpointer.trust import HMACKey, refuse_unsigned
+from checkpointer.wording import some_of
 
 Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
 StorageOptions = Annotated[
@@ -121,13 +122,36 @@ def look(
     Raises:
         StorageError: If there is no such directory, or no record in it.
     """
+    catalog = look_anyway(directory, storage_options, key_env, key_file)
+    refuse_empty(catalog)
+    return catalog
+
+
+def look_anyway(
+    directory: str, storage_options: str | None = None, key_env: str | None = None, key_file: str | None = None
+) -> Catalog:
+    """Look at a directory, with a record in it or without.
+
+    Raises:
+        StorageError: If there is no such directory.
+    """
     catalog = look_at(open_place(directory, storage_options), key_of(key_env, key_file))
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    if catalog.records or catalog.damaged or catalog.unfinished:
-        return catalog
+    return catalog
+
+
+def refuse_empty(catalog: Catalog) -> None:
+    """Raise `StorageError` if a directory has no record, with what to do about what it has."""
+    if catalog.has_records:
+        return
     files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
-    if files:
+    if catalog.below:
+        msg = (
+            f"{catalog.place} has no checkpoint of its own, and these directories below have: "
+            f"{some_of(catalog.below)}. Name one of them; 'checkpointer ls {catalog.place}' lists them all"
+        )
+    elif files:
         msg = (
             f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
             "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote"
@@ -135,6 +159,15 @@ def look(
     else:
         msg = f"{catalog.place} holds no checkpoint"
     raise StorageError(msg)
+
+
+def check_out(path: str, key_env: str | None, key_file: str | None) -> None:
+    """Raise `UntrustedError` if a new file would lie in a directory that is signed, and there is no key."""
+    key = key_of(key_env, key_file)
+    for folder in Path(path).absolute().parents:
+        if key is None and (folder / HOME).is_dir():
+            catalog = look_at(open_place(str(folder)))
+            refuse_unsigned(catalog.signed, folder, key)
 
 
 @contextlib.contextmanager

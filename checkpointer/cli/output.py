@@ -25,6 +25,7 @@ from rich.text import Text
 
 from checkpointer.cli.tables import width
 from checkpointer.inspecting import Catalog
+from checkpointer.missing import few_names
 from checkpointer.wording import one_line
 
 FOUND_BAD = 1
@@ -63,9 +64,13 @@ def print_text(text: str) -> None:
 
 
 def say_damaged(catalog: Catalog) -> bool:
-    """Say which records cannot be read, and what is half-way; return whether something is damaged."""
+    """Say which records cannot be read, have no payload or are half-way; return whether something is damaged."""
     for error in catalog.damaged.values():
         say(f"damaged: {error}")
+    if catalog.missing:
+        count = len(catalog.missing)
+        what = f"{few_names(catalog.missing)} ({count} checkpoint{'s' if count > 1 else ''}, not counted)"
+        say(f"payload gone, or of another size than its record says: {what}; 'checkpointer verify' says more")
     half_way = [entry.record.name for entry in catalog.unfinished]
     if half_way:
         say(f"half-way: {', '.join(half_way)}; a live writer goes on with it, 'checkpointer sweep' ends a dead one's")

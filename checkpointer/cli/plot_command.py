@@ -48,6 +48,7 @@ def plot_command(
 
     Of a directory it shows what is there; of a file of metrics, what --policy would have made of it.
     """
+    options.check_out(out, key_env, key_file)
     story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
     plot(story, out)
     output.print_line(out)

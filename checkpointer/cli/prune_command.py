@@ -40,6 +40,8 @@ def prune_command(
         catalog = look_at(storage, key)
         pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Transaction(storage, owner, key)) if apply else ()
+    if catalog.signed and key is None:
+        output.say(f"{catalog.signed} checkpoints are signed: without the key this believes unsigned records as well")
     names = [record.name for record in gone]
     if as_json:
         data = {"kept": dict(pruning.kept), "going": dict(pruning.going), "bytes": pruning.bytes, "removed": names}

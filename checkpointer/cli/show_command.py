@@ -10,9 +10,10 @@ import typer
 from checkpointer.cli import options, output
 from checkpointer.cli.ls_command import why
 from checkpointer.cli.tables import Table
-from checkpointer.errors import CheckpointerError
+from checkpointer.errors import CheckpointerError, RestoreError
 from checkpointer.formats.contents import open_contents
 from checkpointer.formats.tensors import Tensors
+from checkpointer.formats.weights import weights_of
 from checkpointer.inspecting import Catalog
 from checkpointer.records import Record
 from checkpointer.wording import age_text, number_text, size_text
@@ -66,7 +67,17 @@ def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | 
         if match in info.name
     ]
     others = {key: value for key, value in contents.others.items() if match in key}
-    return data | {"tensors": tensors, "others": others, "calls": contents.calls}
+    weights = {path: len(part.names) for path, part in contents.parts.items()}
+    return data | {"tensors": tensors, "others": others, "calls": contents.calls, "weights": weights}
+
+
+def _where(contents: Tensors) -> str:
+    """Return which weights `export` would take."""
+    try:
+        found = weights_of(contents)
+    except RestoreError as error:
+        return str(error)
+    return f"{len(found.tensors)} tensors, {f'under {found.prefix!r}' if found.prefix else 'all there are'}"
 
 
 def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
@@ -97,11 +108,12 @@ def _print_contents(contents: Tensors, match: str) -> None:
     table = Table("tensor", "dtype", "shape", "bytes", right=("bytes",), folded=0)
     for info in tensors:
         shape = " x ".join(map(str, info.shape)) or "-"
-        table.add(info.name, info.dtype, shape, size_text(info.bytes))
+        table.add(info.name, info.kind, shape, size_text(info.bytes))
     output.print_line("")
     table.print()
     total = size_text(sum(info.bytes for info in tensors))
     output.print_line(f"{len(tensors)} tensors, {sum(info.numel for info in tensors)} elements, {total}")
+    output.print_line(f"weights: {_where(contents)}")
     others = {key: value for key, value in contents.others.items() if match in key}
     if others:
         table = Table("value", "")

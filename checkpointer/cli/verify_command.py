@@ -32,7 +32,7 @@ def verify_command(
         msg = "both --deep and --quick are given; pass one"
         raise PolicyError(msg)
     depth: Depth = "contents" if deep else "sizes" if quick else "digests"
-    catalog = options.look(directory, storage_options, key_env, key_file)
+    catalog = options.look(directory, storage_options, key_env, key_file).with_missing
     records = [catalog.find(name) for name in names] if names else [*catalog.records]
     total = sum(record.size for record in records)
     with output.progress("verifying", total) as advance:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any, BinaryIO, Literal, overload
 
 from checkpointer.errors import PolicyError
+from checkpointer.formats.sniffing import sniff
 from checkpointer.ports import FolderFormat, Format
 
-__all__ = ["open_format"]
+__all__ = ["format_of", "open_format"]
 
 
 @overload
@@ -52,3 +53,21 @@ def open_format(
         return DcpFormat(storage_options=storage_options)
     msg = f"the payload format {format!r} is not known (known: torch, safetensors, dcp); pass a Format of your own"
     raise PolicyError(msg)
+
+
+def format_of(stream: BinaryIO, expected: Format) -> Format:
+    """Return the format to read a file with: what its bytes say, where they say something else than was expected.
+
+    Only ``"torch"`` and ``"safetensors"`` are exchanged: what the bytes of another format look like is its own affair.
+
+    Example:
+        >>> import io, torch
+        >>> stream = io.BytesIO()
+        >>> open_format("safetensors").write({"w": torch.ones(2)}, stream)
+        >>> format_of(stream, open_format("torch")).name
+        'safetensors'
+    """
+    if expected.name not in ("torch", "safetensors"):
+        return expected
+    found = sniff(stream)
+    return expected if found in (None, expected.name) else open_format(found)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from checkpointer.errors import CorruptError, RestoreError
+from checkpointer.formats.folder_contents import FolderContents
 from checkpointer.formats.safetensors_contents import SafetensorsContents
-from checkpointer.formats.tensors import TensorInfo, Tensors
+from checkpointer.formats.sniffing import START, sniff
+from checkpointer.formats.tensors import Tensors
 from checkpointer.formats.torch_contents import open_legacy, open_zip
 from checkpointer.ports import Storage, SupportsPaths
 
-__all__ = ["FolderContents", "open_contents"]
+__all__ = ["open_contents", "open_files", "open_stream"]
 
-_READABLE: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_DCP: Final = ".metadata"
+_DCP = ".metadata"
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def open_contents(storage: Storage, name: str) -> Iterator[Tensors]:
 
     Args:
         storage: Where it is.
-        name: Its path there.
+        name: Its path there; of a folder that is the storage itself, the empty text.
 
     Raises:
         CorruptError: If it is none of these, or damaged.
@@ -48,12 +49,31 @@ def open_contents(storage: Storage, name: str) -> Iterator[Tensors]:
         contents.close()
 
 
+@contextlib.contextmanager
+def open_files(storage: Storage, folder: str, files: Iterable[str]) -> Iterator[Tensors]:
+    """Open some files of a folder as one payload, as `open_contents` opens all of them.
+
+    Args:
+        storage: Where they are.
+        folder: The folder's path there, which is left out of their names.
+        files: Their paths.
+
+    Raises:
+        CorruptError: If one of them is damaged.
+    """
+    contents = FolderContents(storage, folder, files, _open_file)
+    try:
+        yield contents
+    finally:
+        contents.close()
+
+
 def _open(storage: Storage, name: str) -> Tensors:
     files = storage.list(name)
-    if f"{name}/{_DCP}" in files:
+    if (f"{name}/{_DCP}" if name else _DCP) in files:
         return _open_dcp(storage, name)
     if files and name not in files:
-        return FolderContents(storage, name, files)
+        return FolderContents(storage, name, files, _open_file)
     return _open_file(storage, name)
 
 
@@ -72,16 +92,25 @@ def _open_file(storage: Storage, name: str) -> Tensors:
     except (FileNotFoundError, IsADirectoryError) as error:
         msg = f"{name} is gone, though its record is there"
         raise CorruptError(msg) from error
+    return open_stream(stream, name)
+
+
+def open_stream(stream: BinaryIO, name: str) -> Tensors:
+    """Open a file that is a stream already; it is closed with the contents, or with the error.
+
+    Args:
+        stream: Seekable, at its start.
+        name: For messages.
+
+    Raises:
+        CorruptError: If it is neither a torch file nor safetensors, or damaged.
+    """
     try:
-        start = stream.read(4)
+        kind = sniff(stream)
+        start = stream.read(START)
         stream.seek(0)
-        if start.startswith(b"PK"):
-            return open_zip(stream)
-        if start.startswith(b"\x80"):
-            with contextlib.suppress(CorruptError):
-                return open_legacy(stream)
-            # The length of a safetensors header may begin with that byte too.
-            stream.seek(0)
+        if kind == "torch":
+            return open_zip(stream) if start.startswith(b"PK") else open_legacy(stream)
         return SafetensorsContents(stream)
     except CorruptError as error:
         stream.close()
@@ -90,49 +119,3 @@ def _open_file(storage: Storage, name: str) -> Tensors:
     except BaseException:
         stream.close()
         raise
-
-
-class FolderContents:
-    """A folder that a trainer wrote: each file in it that holds tensors, see `Tensors`."""
-
-    def __init__(self, storage: Storage, name: str, files: Iterable[str]) -> None:
-        self._parts: dict[str, Tensors] = {}
-        self._of: dict[str, tuple[str, str]] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self.others: dict[str, Any] = {}
-        try:
-            for path in sorted(files):
-                self._add(storage, path, path[len(name) + 1 :])
-        except BaseException:
-            self.close()
-            raise
-        self.calls = tuple(sorted({call for part in self._parts.values() for call in part.calls}))
-
-    def _add(self, storage: Storage, path: str, inside: str) -> None:
-        if not inside.endswith(_READABLE):
-            self.others[inside] = "<file>"
-            return
-        part = self._parts[inside] = _open_file(storage, path)
-        self._take(inside, part.tensors)
-        self.others |= {f"{inside}: {key}": value for key, value in part.others.items()}
-
-    def _take(self, inside: str, tensors: Mapping[str, TensorInfo]) -> None:
-        for name, info in tensors.items():
-            full = f"{inside}: {name}"
-            self.tensors[full] = TensorInfo(name=full, dtype=info.dtype, shape=info.shape)
-            self._of[full] = (inside, name)
-
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong in each file."""
-        for inside, part in self._parts.items():
-            yield from (f"{inside}: {problem}" for problem in part.problems())
-
-    def read(self, name: str) -> Any:
-        """See `Tensors.read`."""
-        inside, inner = self._of[name]
-        return self._parts[inside].read(inner)
-
-    def close(self) -> None:
-        """See `Tensors.close`."""
-        for part in self._parts.values():
-            part.close()

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from checkpointer.errors import RestoreError
 from checkpointer.formats.dcp_folder import _as_they_are, _Reader
+from checkpointer.formats.parts import Branch, Leaf, flat, parts_in
 from checkpointer.formats.tensors import TensorInfo
 
 __all__ = ["DcpContents"]
@@ -38,6 +39,24 @@ class DcpContents:
                 self.tensors[name] = TensorInfo(name=name, dtype=dtype, shape=tuple(stored.size))
             else:
                 self.others[name] = "<pickled value>"
+        self.parts = (
+            parts_in(self._tree(metadata.planner_data))
+            if metadata.planner_data
+            else flat({name: name for name in self.tensors})
+        )
+
+    def _tree(self, paths: Any) -> Branch:
+        """Return the state as it was before DCP gave each entry one name."""
+        tree = Branch("mapping")
+        for name in (*self.tensors, *self.others):
+            path = paths.get(name) if isinstance(paths, dict) else None
+            *above, last = map(str, path) if isinstance(path, tuple) and path else (name,)
+            branch = tree
+            for key in above:
+                below = branch.children.setdefault(key, Branch("mapping"))
+                branch = below if isinstance(below, Branch) else branch
+            branch.children.setdefault(last, Leaf(name, is_tensor=name in self.tensors))
+        return tree
 
     def problems(self) -> Iterator[str]:
         """Yield which files end before what the metadata says lies in them."""
@@ -58,6 +77,10 @@ class DcpContents:
         except RestoreError as error:
             raise reader.error or error from None
         return state[name]
+
+    def value(self, name: str) -> Any:
+        """See `Tensors.value`: what is pickled stays so."""
+        return None
 
     def close(self) -> None:
         """See `Tensors.close`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import warnings
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from checkpointer.errors import (
     CheckpointerError,
@@ -35,6 +36,7 @@ from checkpointer.errors import (
 )
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.naming import check_name
+from checkpointer.pickling import by_value, check_whole
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.ranks import portable
 from checkpointer.snapshot import Snapshots
@@ -103,13 +105,15 @@ class DcpFormat:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is no dict, or the process group is gone.
+            SaveError: If the state is no dict, the process group is gone, or without one a tensor is a shard.
         """
         writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
         plain: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            plain = _plain(state)
+            plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
+            if self._group is None:
+                _check_whole(plain)
         except Exception as failure:  # Within DCP's own steps, which tell the other ranks.
             error = failure
         with _as_they_are(SaveError):
@@ -118,7 +122,7 @@ class DcpFormat:
 
     def snapshots(self, copies: int) -> Snapshotting:
         """See `SupportsSnapshots.snapshots`: whatever has a ``state_dict`` is asked for it in the loop."""
-        return _PlainSnapshots(Snapshots(copies))
+        return _PlainSnapshots(Snapshots(copies, takes_shards=self._group is not None))
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """See `FolderFormat.read_folder`; with a template ``map_location`` counts for nothing.
@@ -158,6 +162,12 @@ def _plain(state: Any) -> dict[str, Any]:
         msg = f"the state is a {type(state).__name__}; the dcp format writes a dict of names, so return one"
         raise SaveError(msg)
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+
+
+def _check_whole(state: Any) -> None:
+    leaves, _ = tree_flatten_with_path(state)
+    for path, leaf in leaves:
+        check_whole(leaf, f"state{keystr(path)}")
 
 
 @attrs.frozen
@@ -330,7 +340,13 @@ def _whole(metadata: Metadata) -> dict[str, Any]:
 
 
 def _check_folder(metadata: Metadata) -> None:
-    """Raise unless the metadata stays inside its folder, and inside this machine's memory."""
+    """Raise unless the metadata stays inside its folder and this machine's memory, and names all of each tensor."""
+    for name, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            here, all_ = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
+            if here < all_:
+                msg = f"it holds {here} of the {all_} elements of {name}: the shards of other processes are missing"
+                raise CorruptError(msg)
     for info in metadata.storage_data.values():
         check_name(info.relative_path)
     for path in (metadata.planner_data or {}).values():
@@ -340,7 +356,7 @@ def _check_folder(metadata: Metadata) -> None:
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
-    """Raise unless the template and the folder have the same names and shapes: nothing is left out silently."""
+    """Raise unless the template has the folder's names and shapes, and can hold its numbers."""
     here = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
     flat, _ = flatten_state_dict(here)
     there = metadata.state_dict_metadata
@@ -348,12 +364,14 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
     problems += [f"{name} is not in the state" for name in sorted(there.keys() - flat.keys())]
     for name in sorted(flat.keys() & there.keys()):
         value, stored = flat[name], there[name]
-        if (
-            isinstance(value, torch.Tensor)
-            and isinstance(stored, TensorStorageMetadata)
-            and value.size() != stored.size
-        ):
+        if not isinstance(value, torch.Tensor) or not isinstance(stored, TensorStorageMetadata):
+            continue
+        dtype = stored.properties.dtype
+        if value.size() != stored.size:
             problems.append(f"{name} has the shape {list(stored.size)} in the checkpoint, {list(value.size())} here")
+        elif not _holds(value.dtype, dtype):
+            # DCP would convert it without a word: 300 as an int64 becomes 44 as an int8.
+            problems.append(f"{name} is {dtype} in the checkpoint, and {value.dtype} here cannot hold it")
     if problems:
         more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
         msg = (
@@ -361,6 +379,14 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)
+
+
+def _holds(here: torch.dtype, there: torch.dtype) -> bool:
+    """Return whether each number of one type is a number of the other."""
+    try:
+        return here == there or torch.promote_types(here, there) == here
+    except RuntimeError:  # Eight-bit floats are not promoted.
+        return False
 
 
 def _moved(state: Any, map_location: Any) -> Any:

@@ -14,10 +14,12 @@ import attrs
 
 from checkpointer.errors import CorruptError
 
-__all__ = ["Call", "Global", "Persistent", "read_pickle"]
+__all__ = ["Call", "Global", "Persistent", "globals_in", "persistents_in", "read_pickle"]
 
-MAX_OPERATIONS: Final = 20_000_000
+MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""
+_PYTHON_2: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Modules that Python 3 has under another name."""
 
 
 @attrs.frozen
@@ -129,7 +131,7 @@ class _Machine:
 
     def _global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self._stack.append(Global(module, name))
+        self._stack.append(Global(_PYTHON_2.get(module, module), name))
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
@@ -149,7 +151,7 @@ class _Machine:
 
     def _instance(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self._stack.append(Call(Global(module, name), tuple(self._pop_to_mark())))
+        self._stack.append(Call(Global(_PYTHON_2.get(module, module), name), tuple(self._pop_to_mark())))
 
     def _build(self, _: Any) -> None:
         state = self._stack.pop()
@@ -282,17 +284,24 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
 
 def globals_in(value: Any) -> Iterator[Global]:
     """Yield every class and function that would be called, each once."""
+    yield from dict.fromkeys(node for node in _nodes(value) if isinstance(node, Global))
+
+
+def persistents_in(value: Any) -> Iterator[Persistent]:
+    """Yield every reference to something outside of the pickle."""
+    return (node for node in _nodes(value) if isinstance(node, Persistent))
+
+
+def _nodes(value: Any) -> Iterator[Any]:
     seen: set[int] = set()
-    told: set[Global] = set()
     todo = [value]
     while todo:
         node = todo.pop()
         if isinstance(node, Global):
-            if node not in told:
-                told.add(node)
-                yield node
+            yield node
         elif isinstance(node, (dict, list, tuple, Call, Persistent)) and id(node) not in seen:
             seen.add(id(node))
+            yield node
             todo.extend(_inside(node))
 
 

@@ -6,12 +6,12 @@ import json
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
+from checkpointer.formats.parts import flat
+from checkpointer.formats.sniffing import MAX_HEADER_BYTES
 from checkpointer.formats.tensors import ITEM_SIZES, TensorInfo, numel_of
 
-__all__ = ["TORCH_NAMES", "SafetensorsContents"]
+__all__ = ["TORCH_NAMES", "SafetensorsContents", "entry"]
 
-MAX_HEADER_BYTES: Final = 100_000_000
-"""As the format itself has it."""
 TORCH_NAMES: Final = {
     "F64": "float64",
     "F32": "float32",
@@ -29,9 +29,25 @@ TORCH_NAMES: Final = {
     "U8": "uint8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
 }
 """torch's name of each dtype."""
+_NAMES: Final = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
+_PAIRS: Final = "float4_e2m1fn_x2"
+"""torch counts pairs of these elements, and safetensors counts elements."""
+
+
+def entry(info: TensorInfo, offset: int) -> dict[str, Any] | None:
+    """Return what a header says of a tensor whose bytes begin at ``offset``; None if the format cannot hold it."""
+    if info.dtype not in _NAMES or not info.is_dense or (info.dtype == _PAIRS and not info.shape):
+        return None
+    shape = [*info.shape]
+    if info.dtype == _PAIRS:
+        shape[-1] *= 2
+    return {"dtype": _NAMES[info.dtype], "shape": shape, "data_offsets": [offset, offset + info.bytes]}
 
 
 class SafetensorsContents:
@@ -51,6 +67,9 @@ class SafetensorsContents:
         self._offsets: dict[str, tuple[int, int]] = {}
         for name, told in header.items():
             self.tensors[name], self._offsets[name] = _tensor(name, told)
+        # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
+        tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
+        self.parts = flat({name: name for name in self.tensors} | tied)
         self._size = stream.seek(0, 2)
 
     def problems(self) -> list[str]:
@@ -82,7 +101,11 @@ class SafetensorsContents:
                 raise CorruptError(msg)
             view[done : done + len(chunk)] = chunk
             done += len(chunk)
-        return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+    def value(self, name: str) -> Any:
+        """See `Tensors.value`."""
+        return self.others[name]
 
     def close(self) -> None:
         """See `Tensors.close`."""
@@ -110,6 +133,8 @@ def _tensor(name: str, told: Any) -> tuple[TensorInfo, tuple[int, int]]:
     match told:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
             dtype = TORCH_NAMES.get(dtype, dtype)
+            if dtype == _PAIRS and shape and isinstance(shape[-1], int) and shape[-1] % 2 == 0:
+                shape = [*shape[:-1], shape[-1] // 2]
             if all(isinstance(n, int) and n >= 0 for n in shape) and 0 <= start <= end:
                 info = TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
                 if dtype not in ITEM_SIZES or numel_of(info.shape) * ITEM_SIZES[dtype] == end - start:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError
+from checkpointer.formats.safetensors_contents import SafetensorsContents, entry
+from checkpointer.formats.tensors import TensorInfo
+from checkpointer.pickling import check_whole, class_name, is_whole_dtensor
 from checkpointer.ports import Writable
 
 __all__ = ["SafetensorsFormat"]
 
 try:
-    from safetensors.torch import load as _load
     from safetensors.torch import load_file as _load_file
 except ImportError as error:
     msg = "format='safetensors' needs a package more: pip install 'torch-checkpointer[safetensors]'"
@@ -21,18 +25,13 @@ except ImportError as error:
 
 import torch
 
-_DTYPES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_ALWAYS: Final = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    }
+)
+"""What every version of safetensors holds."""
 
 
 class SafetensorsFormat:
@@ -65,11 +64,7 @@ class SafetensorsFormat:
         tensors = _tensors(state)
         for key, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            header[key] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + size],
-            }
+            header[key] = entry(_info(key, tensor), offset)
             offset += size
         data = json.dumps(header).encode()
         data += b" " * (-len(data) % 8)  # The tensors' bytes begin at a multiple of 8.
@@ -77,13 +72,18 @@ class SafetensorsFormat:
         stream.write(data)
         for _, tensor in tensors:
             # One tensor at a time is made contiguous and brought to the CPU: never a second copy of the state.
-            flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
+            flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             if flat.numel():
                 stream.write(_memory(flat))
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         """See `Format.read`; nothing in a safetensors file can run code."""
-        return self._load(lambda: _load(stream.read()), map_location)
+
+        def load() -> dict[str, torch.Tensor]:
+            contents = SafetensorsContents(stream)
+            return {name: contents.read(name) for name in contents.tensors}
+
+        return self._load(load, map_location)
 
     def read_mapped(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """See `SupportsMapping.read_mapped`."""
@@ -94,7 +94,7 @@ class SafetensorsFormat:
             tensors = load()
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # SafetensorError, and KeyError for a dtype that this version does not know.
+        except Exception as error:  # SafetensorError, KeyError for a dtype that a version does not know, CorruptError.
             msg = f"the payload cannot be read as safetensors: {type(error).__name__}: {error}"
             raise CorruptError(msg) from error
         if map_location in (None, "cpu"):
@@ -120,10 +120,15 @@ def _tensors(state: Any) -> list[tuple[str, torch.Tensor]]:
             "weights=model.state_dict with contents='weights', or use format='torch'"
         )
         raise SaveError(msg)
-    tensors = list(state.items())
+    tensors = [(key, _local(value)) for key, value in state.items()]
     for key, value in tensors:
         _check(key, value)
     return sorted(tensors, key=lambda item: -item[1].element_size())
+
+
+def _local(value: Any) -> Any:
+    """Return the memory of a DTensor that is whole in this process; anything else as it is."""
+    return value.to_local() if is_whole_dtensor(value) else value
 
 
 def _check(key: Any, value: Any) -> None:
@@ -139,9 +144,34 @@ def _check(key: Any, value: Any) -> None:
     if key == "__metadata__":
         msg = f"the key {key!r} is reserved in safetensors; rename it, or use format='torch'"
         raise SaveError(msg)
-    if value.dtype not in _DTYPES or value.layout != torch.strided:
+    check_whole(value, f"state[{key!r}]")
+    if value.layout != torch.strided or not _is_held(value.dtype) or entry(_info(key, value), 0) is None:
         msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
         raise SaveError(msg)
     if value.is_meta:
         msg = f"state[{key!r}] is on the meta device and has no values; materialise the model before saving it"
         raise SaveError(msg)
+    if value.numel() and not value.data_ptr():
+        msg = f"state[{key!r}] is a {class_name(value)}, which has no memory of its own: use format='torch'"
+        raise SaveError(msg)
+
+
+def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(name=key, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+@functools.cache
+def _is_held(dtype: torch.dtype) -> bool:
+    """Return whether the installed safetensors reads a dtype: newer versions hold more of them."""
+    if dtype in _ALWAYS:
+        return True
+    tensor = torch.empty(0, dtype=dtype)
+    header = json.dumps({"w": entry(_info("w", tensor), 0)}).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/probe.safetensors"
+        with open(path, "wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+        try:
+            return _load_file(path)["w"].dtype == dtype
+        except Exception:  # SafetensorError or KeyError.
+            return False

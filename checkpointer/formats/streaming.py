@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from checkpointer.errors import NameTakenError, SaveError
-from checkpointer.formats.safetensors_contents import TORCH_NAMES
+from checkpointer.formats.safetensors_contents import entry
 from checkpointer.formats.tensors import ITEM_SIZES, TensorInfo
 
 __all__ = ["write_weights"]
 
-_NAMES: Final = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 _ALIGNED: Final = 64
 _LOCAL_HEADER: Final = 30
 _ZIP64_EXTRA: Final = 20
@@ -41,7 +40,8 @@ def write_weights(
         path: The new file.
         tensors: What to write, in this order; a safetensors file has wide dtypes first, so that each is aligned.
         read: Returns one of them by its name, on the CPU.
-        format: None takes what the extension says: ``.safetensors``, or else a torch file.
+        format: None takes what the extension says: ``.safetensors``, or else a torch file. Only a torch file holds
+            sparse and quantised tensors; all of those are in memory at once.
 
     Returns:
         Bytes written.
@@ -90,12 +90,11 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
     offset = 0
     for name in order:
         info = tensors[name]
-        if info.dtype not in _NAMES or name == "__metadata__":
-            msg = f"{name} is {info.dtype}; safetensors has no such dtype or name: write a torch file (--format torch)"
+        header[name] = entry(info, offset)
+        if header[name] is None or name == "__metadata__":
+            msg = f"{name} is {info.kind}; safetensors has no such dtype or name: write a torch file (--format torch)"
             raise SaveError(msg)
-        end = offset + info.bytes
-        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
-        offset = end
+        offset += info.bytes
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)
     stream.write(len(data).to_bytes(8, "little") + data)
@@ -104,7 +103,7 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
 
 
 def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
-    flat = read(name).detach().cpu().contiguous().reshape(-1)
+    flat = read(name).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     size = flat.numel() * flat.element_size()
     assert size == info.bytes, f"{name} is not what was told of it"
     if size:
@@ -113,15 +112,25 @@ def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
 
 def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.writestr("archive/data.pkl", _pickle(tensors))
+        pickled, storages = _pickle(tensors, read)
+        archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", "little")
         for number, (name, info) in enumerate(tensors.items()):
-            member = zipfile.ZipInfo(f"archive/data/{number}")
-            member.file_size = info.bytes
-            member.extra = _padding(stream.tell(), member)
-            with archive.open(member, "w") as part:
-                _write_tensor(part, name, info, read)
+            if info.is_dense:
+                with archive.open(_member(stream, number, info.bytes), "w") as part:
+                    _write_tensor(part, name, info, read)
+        for number, storage in enumerate(storages, start=len(tensors)):
+            with archive.open(_member(stream, number, storage.nbytes()), "w") as part:
+                if storage.nbytes():
+                    part.write(memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())))
         archive.writestr("archive/version", "3\n")
+
+
+def _member(stream: BinaryIO, number: int, size: int) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(f"archive/data/{number}")
+    member.file_size = size
+    member.extra = _padding(stream.tell(), member)
+    return member
 
 
 def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
@@ -176,12 +185,33 @@ _LEGACY: Final = {
 
 
 class _Pickler(pickle.Pickler):
+    """Pickles what stands for tensors; of real ones, sparse or quantised, it keeps the storages."""
+
+    def __init__(self, stream: BinaryIO, first: int) -> None:
+        super().__init__(stream, protocol=2)
+        self._first = first
+        self.storages: list[Any] = []
+
     def persistent_id(self, value: Any) -> Any:
-        return value.id if isinstance(value, _Storage) else None
+        import torch
+
+        if isinstance(value, _Storage):
+            return value.id
+        if not isinstance(value, torch.storage.TypedStorage):
+            return None
+        kind = getattr(torch, value._pickle_storage_type())  # type: ignore[no-untyped-call]
+        self.storages.append(value._untyped_storage)
+        key = str(self._first + len(self.storages) - 1)
+        return ("storage", kind, key, "cpu", value._size())  # type: ignore[no-untyped-call]
 
 
-def _pickle(tensors: Mapping[str, TensorInfo]) -> bytes:
+def _pickle(tensors: Mapping[str, TensorInfo], read: Read) -> tuple[bytes, list[Any]]:
+    """Return the pickle, and the storages of tensors whose bytes are not simply their elements."""
     buffer = io.BytesIO()
-    state = {name: _Tensor(number, info) for number, (name, info) in enumerate(tensors.items())}
-    _Pickler(buffer, protocol=2).dump(state)
-    return buffer.getvalue()
+    state = {
+        name: _Tensor(number, info) if info.is_dense else read(name).cpu()
+        for number, (name, info) in enumerate(tensors.items())
+    }
+    pickler = _Pickler(buffer, len(tensors))
+    pickler.dump(state)
+    return buffer.getvalue(), pickler.storages

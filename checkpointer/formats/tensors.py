@@ -8,7 +8,9 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-__all__ = ["ITEM_SIZES", "TensorInfo", "Tensors", "numel_of"]
+from checkpointer.formats.parts import Part
+
+__all__ = ["ITEM_SIZES", "OPAQUE", "PACKED", "TensorInfo", "Tensors", "numel_of"]
 
 ITEM_SIZES: Final = {
     "float64": 8,
@@ -38,8 +40,18 @@ ITEM_SIZES: Final = {
     "quint4x2": 1,
     "quint2x4": 1,
     "float4_e2m1fn_x2": 1,
+    "bits8": 1,
+    "bits16": 2,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
 }
 """Bytes of one element, by the name torch gives the dtype."""
+PACKED: Final = {"quint4x2": 2, "quint2x4": 4}
+"""Elements in one byte, for dtypes that torch packs along the last dimension."""
+_QUANTISED: Final = ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")
+OPAQUE: Final = ("float4_e2m1fn_x2", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")
+"""Dtypes that torch stores, and cannot compute with."""
 
 
 def numel_of(shape: tuple[int, ...]) -> int:
@@ -56,6 +68,23 @@ class TensorInfo:
     dtype: str
     """As torch names it, such as ``"float32"``."""
     shape: tuple[int, ...]
+    layout: str = "strided"
+    """As torch names it, such as ``"sparse_coo"``."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its bytes are its elements, one after the other: it is neither sparse nor quantised."""
+        return self.layout == "strided" and self.dtype not in _QUANTISED
+
+    @property
+    def is_numbers(self) -> bool:
+        """Whether torch can compute with its elements as numbers."""
+        return self.is_dense and self.dtype not in OPAQUE
+
+    @property
+    def kind(self) -> str:
+        """What to call it: its dtype, and its layout if that is not the usual one."""
+        return self.dtype if self.layout == "strided" else f"{self.dtype} {self.layout}"
 
     @property
     def numel(self) -> int:
@@ -65,6 +94,9 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Bytes of its elements; tensors that share memory count each."""
+        per_byte = PACKED.get(self.dtype, 1)
+        if per_byte > 1 and self.shape:
+            return numel_of(self.shape[:-1]) * -(-self.shape[-1] // per_byte)
         return self.numel * ITEM_SIZES.get(self.dtype, 1)
 
 
@@ -82,6 +114,11 @@ class Tensors(Protocol):
         ...
 
     @property
+    def parts(self) -> Mapping[str, Part]:
+        """Every set of weights by the dotted path to it, in the order of the payload: see `Part`."""
+        ...
+
+    @property
     def calls(self) -> tuple[str, ...]:
         """What an ordinary unpickler would import and call, beyond what tensors and plain containers need."""
         ...
@@ -96,6 +133,10 @@ class Tensors(Protocol):
         Raises:
             CorruptError: If its bytes are not there.
         """
+        ...
+
+    def value(self, name: str) -> Any:
+        """Return one of ``others`` as plain data; None if it is an object that only unpickling would make."""
         ...
 
     def close(self) -> None:

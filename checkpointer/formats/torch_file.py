@@ -12,7 +12,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO, Final
 
-from checkpointer.errors import CorruptError, UnsafePayloadError
+from checkpointer.errors import CorruptError, SaveError, UnsafePayloadError
+from checkpointer.pickling import ByValue, by_value, check_whole, class_name, culprit
 from checkpointer.ports import Writable
 
 __all__ = ["TorchFormat"]
@@ -20,6 +21,10 @@ __all__ = ["TorchFormat"]
 _CONTAINERS: Final = (dict, list, tuple, set)
 # The containers that a safe load builds whatever they hold.
 _SAFE_CONTAINERS: Final = frozenset({dict, list, tuple, set, OrderedDict, Counter})
+# A pickle gives larger integers four bytes for their length, and a safe load knows no such instruction.
+_MAX_INT: Final = 1 << (255 * 8 - 1)
+# What is refused, where others of the same class are not.
+_DETAILS: Final[Mapping[type, str]] = {int: " of 2040 bits or more", bytes: " without content"}
 
 
 class TorchFormat:
@@ -38,10 +43,23 @@ class TorchFormat:
     extension = ".ckpt"
 
     def write(self, state: Any, stream: Writable) -> None:
-        """See `Format.write`: torch hands each tensor's memory to the stream as it is, without a copy."""
+        """See `Format.write`: torch hands each tensor's memory to the stream as it is, without a copy.
+
+        Raises:
+            SaveError: If a part of the state cannot be pickled, or is a shard; it says which.
+        """
         import torch
 
-        torch.save(state, stream)  # type: ignore[arg-type]
+        try:
+            torch.save(state, stream, pickle_module=ByValue)  # type: ignore[arg-type]
+        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = culprit(state)
+            if not what:
+                raise
+            msg = f"the state cannot be written: {what}"
+            raise SaveError(msg) from error
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         """See `Format.read`. That the disk or the memory gives up says nothing of the payload, and passes unchanged.
@@ -87,6 +105,9 @@ class TorchFormat:
         """See `Format.refused`: asks torch itself about every value that is neither a tensor nor plain data.
 
         A refused key is told as ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
+
+        Raises:
+            SaveError: If a tensor is a shard, whose other parts this process does not have.
         """
         search = _Search()
         search.visit(state, "state")
@@ -105,6 +126,8 @@ class _Search:
             {str, int, float, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device}
         )
         self._visited: set[int] = set()
+        self._open: set[int] = set()
+        """Containers that are being looked into."""
         self._verdicts: dict[Any, bool] = {}
         """By what a verdict holds for: a class, or a numpy class and its dtype."""
 
@@ -115,15 +138,24 @@ class _Search:
         before = len(self.found)
         if isinstance(value, _CONTAINERS):
             if id(value) in self._visited:  # A cycle, or told under another path.
+                if id(value) in self._open and isinstance(value, tuple):
+                    self.found[path] = f"{class_name(value)} that holds itself"
                 return
             self._visited.add(id(value))
+            self._open.add(id(value))
             self._visit_items(value, path)
+            self._open.discard(id(value))
         if type(value) in _SAFE_CONTAINERS or type(value) in self._tensors:
             # torch pickles these with their attributes: OrderedDict._metadata, or a note on a parameter.
             for name, item in getattr(value, "__dict__", {}).items():
                 self.visit(item, f"{path}.{name}")
-        elif len(self.found) == before and self._is_refused(value):
-            self.found[path] = f"{type(value).__module__}.{type(value).__qualname__}"
+        elif len(self.found) == before:
+            self._visit_leaf(value, path)
+
+    def _visit_leaf(self, value: Any, path: str) -> None:
+        check_whole(value, path)
+        if self._is_refused(value):
+            self.found[path] = class_name(value) + _DETAILS.get(type(value), "")
 
     def _visit_items(self, value: Any, path: str) -> None:
         if not isinstance(value, dict):
@@ -139,6 +171,10 @@ class _Search:
 
     def _is_fine(self, value: Any) -> bool:
         kind = type(value)
+        if kind is int:
+            return -_MAX_INT <= value < _MAX_INT  # type: ignore[no-any-return]
+        if kind is bytes:
+            return bool(value)  # Without content its pickle names the class, which is refused.
         return kind in self._plain or (kind in self._tensors and not value.__dict__)
 
     def _is_refused(self, value: Any) -> bool:
@@ -184,7 +220,7 @@ class _Skeleton:
         def reducer_override(self, value: Any) -> Any:
             import torch
 
-            plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+            plain = type(by_value(value)) in (torch.Tensor, torch.nn.Parameter)
             return (complex, ()) if plain else NotImplemented
 
 

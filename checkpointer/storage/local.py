@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Stat
+from checkpointer.storage.access import permission_advice
 
 __all__ = ["LocalStorage"]
 
@@ -27,10 +28,11 @@ STALE_S: Final = 24 * 3600.0
 _CLAIM: Final = "claim-"
 """What the name of a claim on a name begins with."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
-_LONG_SUFFIX: Final = 64
-"""What follows a name's last dot is kept on staged paths if it is shorter: some trainers choose a format by it."""
+_KEPT_OF_NAME: Final = 100
+"""A staged path ends with so many bytes of the final name: some trainers choose a format by how a path ends."""
 _TRIES: Final = 16
-_NO_LINKS: Final = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL}
+_NOT_ABOUT_LINKS: Final = {*_FULL, errno.ENOENT}
+"""Errors that a rename would raise too. Any other error may be the way a mount refuses links: EPERM, EIO, EACCES..."""
 
 
 class LocalStorage:
@@ -46,6 +48,7 @@ class LocalStorage:
 
     def __init__(self, root: str | os.PathLike[str], owner: str) -> None:
         self._root = Path(root).expanduser().absolute()
+        self._root_text = str(self._root)
         self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
         if self._root.exists() and not self._root.is_dir():
             msg = f"{self._root} is a file; the manager needs a folder"
@@ -58,17 +61,17 @@ class LocalStorage:
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
-        base = self._root / prefix
+        base = os.path.join(self._root_text, prefix)
         found: dict[str, Stat] = {}
         if f"{prefix}/".startswith(f"{STAGING}/"):
             return found
         try:
-            info = base.lstat()
+            info = os.lstat(base)
         except (FileNotFoundError, NotADirectoryError):
             return found
         if not stat.S_ISDIR(info.st_mode):
             return {prefix: _stat(info)}
-        self._walk(str(base), prefix + "/" if prefix else "", found)
+        self._walk(base, prefix + "/" if prefix else "", found)
         return found
 
     def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
@@ -198,8 +201,9 @@ class LocalStorage:
     def stage(self, path: str) -> tuple[str, LocalUpload]:
         """See `SupportsPaths.stage`."""
         target = self._within(path)
-        suffix = Path(path).suffix
-        staged = self._new_staged().with_suffix(suffix if len(suffix) < _LONG_SUFFIX else "")
+        staged = self._new_staged()
+        end = os.fsencode(target.name)[-_KEPT_OF_NAME:].decode(errors="ignore")
+        staged = staged.with_name(f"{staged.name}-{end}")
         return str(staged), LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:
@@ -222,6 +226,8 @@ class LocalStorage:
                 _discard(renamed)
         except OSError as error:
             what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
+            if error.errno == errno.EACCES:
+                what = permission_advice(error.filename or self._root)
             msg = f"cannot write to {self._root}: {error.strerror}; {what}"
             raise StorageError(msg) from error
 
@@ -324,17 +330,9 @@ class LocalUpload:
 
     def _publish_new(self) -> None:
         # A link fails if the name is taken, where a rename would silently win over another writer's file.
-        if not self._staged.is_dir():
-            try:
-                os.link(self._staged, self._target)
-            except FileExistsError as error:
-                raise self._taken() from error
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-            else:
-                _discard(self._staged)
-                return
+        if not self._staged.is_dir() and self._link():
+            _discard(self._staged)
+            return
         with self._claim():
             if os.path.lexists(self._target):
                 raise self._taken()
@@ -345,6 +343,21 @@ class LocalUpload:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     raise self._taken() from error
                 raise
+
+    def _link(self) -> bool:
+        """Link the target to the staged file; return whether there are links here."""
+        try:
+            os.link(self._staged, self._target)
+        except OSError as error:
+            # A network mount may lose the reply, send the request again, and report that the link exists.
+            if _is_same_file(self._staged, self._target):
+                return True
+            if isinstance(error, FileExistsError):
+                raise self._taken() from error
+            if error.errno in _NOT_ABOUT_LINKS:
+                raise
+            return False
+        return True
 
     @contextlib.contextmanager
     def _claim(self) -> Iterator[None]:
@@ -387,6 +400,13 @@ def _owner_of(folder: Path) -> str:
     """Return the owner of a staging folder, whose name says it, or of a claim, which holds such a name."""
     names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
     return names[0].rpartition("-")[0] if names else ""
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False
 
 
 def _discard(staged: Path) -> None:

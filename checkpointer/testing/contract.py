@@ -581,11 +581,12 @@ class StorageContract:
             paths.sync("missing")
 
     def test_a_staged_file_is_invisible_until_published(self) -> None:
-        """Its path is absolute, unused, and another one each time."""
+        """Its path is absolute, unused, and another one each time; it ends with the final name."""
         storage = self.make_storage()
         paths = _port(storage, SupportsPaths)
-        (one, upload), (other, unused) = paths.stage("deep/a.ckpt"), paths.stage("deep/a.ckpt")
+        (one, upload), (other, unused) = paths.stage("deep/a.b.ckpt"), paths.stage("deep/a.b.ckpt")
         assert one != other
+        assert one.endswith("a.b.ckpt")
         assert Path(one).is_absolute()
         assert not Path(one).exists()
 
@@ -596,7 +597,7 @@ class StorageContract:
         upload.abort()
         unused.abort()
 
-        assert {"deep/a.ckpt": 7} == _sizes(storage)
+        assert {"deep/a.b.ckpt": 7} == _sizes(storage)
         assert not Path(one).exists()
 
     def test_a_staged_folder_is_published_whole(self) -> None:

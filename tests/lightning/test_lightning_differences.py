@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from checkpointer_lightning import ModelCheckpoint as Ours
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from tiny import BATCHES, Model, files, fit, quiet, step_of
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointerWarning, CheckpointManager
 from checkpointer.testing import FakeClock
 
 ModelCheckpoint: Any = Theirs if os.environ.get("CHECKPOINTER_WITH_THEIRS") else Ours
@@ -396,3 +397,27 @@ def test_66_a_kill_leaves_nothing_half_written_wherever_tmpdir_is(tmp_path: Path
     fit(ModelCheckpoint(dirpath=tmp_path, filename="model", save_last=True), plugins=[Watching()], max_epochs=2)
     assert [] == [path for path in seen if not path.startswith(".checkpointer/staging/")]
     assert 8 == step_of(tmp_path / "model.ckpt")
+
+
+class Removing(pl.Callback):
+    """Removes the whole directory after the second epoch."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Before anything of the third epoch is saved."""
+        if trainer.current_epoch == 2:
+            shutil.rmtree(self.directory)
+
+
+def test_the_best_path_names_no_file_of_a_directory_that_was_removed(tmp_path: Path) -> None:
+    """In Lightning the two best stay the two best, and nothing worse is saved ever after."""
+    directory = tmp_path / "checkpoints"
+    callback = Ours(directory, "{epoch}", monitor="val_loss", save_top_k=2, save_last=True)
+    model = Model([0.1, 0.2, 0.9, 0.8])
+    with pytest.warns(CheckpointerWarning, match="are gone, .* do not count; .*there is no best one now"):
+        fit([callback, Removing(directory)], model=model, max_epochs=4)
+    assert ["epoch=2.ckpt", "epoch=3.ckpt", "last.ckpt"] == files(directory)
+    assert str(directory / "epoch=3.ckpt") == callback.best_model_path
+    assert {str(directory / f"epoch={epoch}.ckpt") for epoch in (2, 3)} == {*callback.best_k_models}

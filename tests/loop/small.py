@@ -128,13 +128,12 @@ class At:
     where: str
     step: int
     numbers: tuple[int, ...] = (signal.SIGKILL,)
-    group: bool = False
 
     def __call__(self, where: str, step: int) -> None:
         if (where, step) == (self.where, self.step):
             for number in self.numbers:
                 # The workers too, as when the power fails.
-                alone = number != signal.SIGKILL and not self.group
+                alone = number != signal.SIGKILL
                 os.kill(os.getpid(), number) if alone else os.killpg(0, number)
 
 

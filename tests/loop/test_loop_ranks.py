@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 import torch
 import xxhash
 from checkpointer_torch import Loop
+from gated import GatedStorage
 from together import together
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
@@ -164,3 +168,108 @@ def test_a_save_asked_of_one_rank_is_made_by_all(tmp_path: Path) -> None:
     assert name.startswith("rescue-step=")
     assert 2 == len(torch.load(tmp_path / name, weights_only=True)["loop"]["ranks"])
     assert "0.weight" in torch.load(tmp_path / name, weights_only=True)["model"]
+
+
+def train_zero(rank: int, directory: Path, until: int) -> Any:
+    """Train with an optimizer whose state is spread over the ranks; return the weights and where it began."""
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, lr=0.01)
+    with Loop(directory, Policy(EverySteps(1), [KeepLast(1)]), model=net, optimizer=optimizer) as loop:
+        start = loop.resume().step
+        for _ in loop.epochs(1):
+            for number in loop.batches(range(6)):
+                net(torch.full((2, 4), float(number))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loop.step()
+                if loop.progress.step == until:
+                    break
+            break
+    return start, [parameter.tolist() for parameter in net.parameters()]
+
+
+def test_an_optimizer_in_shards_is_gathered_and_goes_on_exactly(tmp_path: Path) -> None:
+    """Each rank's shard comes to rank 0 before a save."""
+    unbroken = together(2, train_zero, tmp_path / "unbroken", 6)
+    together(2, train_zero, tmp_path / "run", 3)
+    again = together(2, train_zero, tmp_path / "run", 6)
+    assert [3, 3] == [start for start, _ in again]
+    assert [weights for _, weights in unbroken] == [weights for _, weights in again]
+
+
+def stop_with_a_slow_mirror(rank: int, directory: Path) -> float:
+    """Stop while the mirror takes no upload; return the seconds that it took."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    mirror = GatedStorage()
+    mirror.shut()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mirror .* is behind", CheckpointerWarning)
+        with Loop(directory, POLICY, options={"mirror": mirror}, grace_s=1.0) as loop:
+            for _ in loop.epochs(1):
+                for _ in loop.batches(range(1000)):
+                    if loop.progress.step == 5 and rank == 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if loop.progress.step == 5:
+                        began = time.monotonic()
+                    loop.step()
+    assert loop.stopped, "before the data ended"
+    return time.monotonic() - began
+
+
+def test_no_rank_waits_for_the_mirror_beyond_the_grace(tmp_path: Path) -> None:
+    """One that never answers holds rank 0 for the rest of the grace, and not for ten minutes."""
+    for took_s in together(2, stop_with_a_slow_mirror, tmp_path):
+        assert took_s < 60.0
+
+
+def validate(rank: int, directory: Path) -> Any:
+    """Validate twice, with more batches on one rank; the second time a signal comes to the other one."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    seen = [0, 0]
+    with Loop(directory, POLICY) as loop:
+        for epoch in loop.epochs(2):
+            for _ in loop.batches(range(3)):
+                loop.step()
+            for number in loop.validation(range(400 if rank else 300)):
+                seen[epoch] += 1
+                time.sleep(0.002)
+                if (rank, epoch, number) == (0, 1, 50):
+                    os.kill(os.getpid(), signal.SIGTERM)
+    return loop.progress.step, loop.stopped, seen
+
+
+def test_ranks_with_other_numbers_of_batches_stop_within_a_validation(tmp_path: Path) -> None:
+    """A rank that is done waits for the others: where they stop, all of them are there."""
+    (first, _, short), (second, stopped, long) = together(2, validate, tmp_path)
+    assert 6 == first == second
+    assert stopped.startswith("SIGTERM at step 6; saved as rescue-step=6.ckpt")
+    assert (300, 400) == (short[0], long[0])
+    assert long[1] < 400, "cut short on the rank that got no signal"
+
+
+def learn_with_workers(rank: int, directory: Path) -> Any:
+    """Train with workers until the signal has come to the group of this rank and of its workers."""
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    os.setpgid(0, 0)
+    parallel = Parallel(rank)
+    loader = DataLoader(parallel.loader.dataset, 2, num_workers=2, multiprocessing_context="fork")
+    with Loop(directory, POLICY, model=parallel.model, optimizer=parallel.optimizer) as loop:
+        for _ in loop.epochs(10):
+            for (batch,) in loop.batches(loader):
+                parallel.learn(batch)
+                if loop.progress.step == 5:
+                    # Not from here: torch's workers treat a signal of their parent in another way.
+                    subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
+                    time.sleep(0.1)
+                loop.step()
+    return loop.progress.step, loop.stopped, heard
+
+
+def test_workers_outlive_a_signal_to_the_group_until_the_ranks_have_agreed(tmp_path: Path) -> None:
+    """That may take several steps, and each of them needs its batch."""
+    (step, stopped, heard), other = together(2, learn_with_workers, tmp_path)
+    assert (step, stopped, heard) == other
+    assert [signal.SIGTERM] == heard
+    assert stopped.startswith(f"SIGTERM at step {step}; ")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpointer_torch import Loop
 from checkpointer_torch.stopping import Requests
-from small import POLICY, At, Small, run, say_at
+from small import POLICY, Small, run, say_at
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
 
@@ -64,17 +64,6 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, unbroken: str) -> None:
     assert (1, "") == run(tmp_path, say_at("within", 5, signal.SIGINT, signal.SIGINT), {})
     assert ["epoch=0-step=3.ckpt"] == names(tmp_path)
     assert (0, unbroken) == run(tmp_path, None, {})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)])
-def test_a_signal_to_the_whole_group_leaves_the_workers_serving_up_to_the_boundary(
-    tmp_path: Path, number: int, code: int
-) -> None:
-    """As a terminal and SLURM send it: a worker that died would end the training within the step."""
-    kind = {"workers": 2}
-    assert (code, "") == run(tmp_path, At("before", 5, (number,), group=True), kind)
-    assert "rescue-step=5.ckpt" in names(tmp_path)
 
 
 def wait_for_ever() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMACKey, KeepAll, KeepBest, Policy
-from checkpointer.errors import CorruptError, MismatchError, NotFoundError, UnsafePayloadError, UntrustedError
+from checkpointer.errors import CorruptError, MismatchError, NotFoundError, UntrustedError
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs torch-checkpointer[safetensors]")
 POLICY = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepAll()], last="link", best="link", name="{step}")
@@ -55,12 +55,16 @@ def ours(tmp_path: Path) -> Path:
 
 
 def test_any_checkpoint_of_ours_can_be_named_in_any_way(ours: Path) -> None:
-    """By directory, name, step, file and alias, as path or URL; of two modules the one that fits better."""
-    assert 3.0 == loaded(ours) == loaded(str(ours)) == loaded(f"file://{ours}") == loaded(ours, "last")
-    assert 1.0 == loaded(ours, "step=1.ckpt") == loaded(ours, 1) == loaded(ours / "step=1.ckpt")
-    assert 2.0 == loaded(ours, "best", policy=POLICY) == loaded(ours / "best.ckpt")
-    assert 3.0 == loaded(ours / "last.ckpt")
-    assert 9.0 == loaded(ours, part="ema")
+    """By directory, name, step, file and alias, as path or URL; of two modules that fit, by its part."""
+    model = {"part": "model"}
+    assert 3.0 == loaded(ours, **model) == loaded(str(ours), **model)
+    assert (
+        3.0 == loaded(f"file://{ours}", **model) == loaded(ours, "last", **model) == loaded(ours / "last.ckpt", **model)
+    )
+    assert 1.0 == loaded(ours, "step=1.ckpt", **model) == loaded(ours, 1, **model)
+    assert 1.0 == loaded(ours / "step=1.ckpt", **model)
+    assert 2.0 == loaded(ours, "best", policy=POLICY, **model) == loaded(ours / "best.ckpt", **model)
+    assert 9.0 == loaded(ours, part="ema") == loaded(ours, part="ema.module")
     assert 9.0 == loaded(ours, part="ema", key_map={"module.": "", "n_averaged": None})
 
 
@@ -73,9 +77,10 @@ def test_a_checkpoint_of_ours_is_verified(ours: Path) -> None:
     with pytest.raises(CorruptError, match=r"step=1.ckpt has other bytes"):
         loaded(path)
     path.unlink()
-    for place in (path, ours):
-        with pytest.raises(CorruptError, match=r"step=1.ckpt is gone, though its record is there"):
-            loaded(place, *([] if place == path else ["step=1.ckpt"]))
+    gone = r"step=1.ckpt is gone, though its record is there"
+    for place in ([path], [ours, "step=1.ckpt"]):
+        with pytest.warns(CheckpointerWarning, match="does not count"), pytest.raises(CorruptError, match=gone):
+            loaded(*place)
 
 
 def test_a_signed_directory_needs_its_key(tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_a_signed_directory_needs_its_key(tmp_path: Path) -> None:
 
 
 def test_a_bare_file_is_read_whatever_it_calls_its_weights(tmp_path: Path) -> None:
-    """`torch.save` of a state, or of a larger one; a pickled module is refused, and nothing of it runs."""
+    """`torch.save` of a state, of a larger one, or of a whole module, of which nothing is unpickled."""
     state = net(4.0).state_dict()
     for number, content in enumerate([state, {"model_state_dict": state, "epoch": 3}, {"net": state, "step": 1}]):
         torch.save(content, tmp_path / f"{number}.pt")
@@ -99,11 +104,10 @@ def test_a_bare_file_is_read_whatever_it_calls_its_weights(tmp_path: Path) -> No
     torch.save({"module." + key: value for key, value in state.items()}, tmp_path / "ddp.pt")
     assert 4.0 == loaded(tmp_path / "ddp.pt")
     torch.save(net(4.0), tmp_path / "module.pt")
-    with pytest.raises(UnsafePayloadError, match=r"module.pt: .*torch.nn.modules"):
-        loaded(tmp_path / "module.pt")
+    assert 4.0 == loaded(tmp_path / "module.pt")
     with pytest.raises(MismatchError, match="holds no weights"):
         loaded({"step": 1})
-    with pytest.raises(MismatchError, match=r"has no part 'nett'.*have: net, step"):
+    with pytest.raises(MismatchError, match=r"no tensor under 'nett'; the payload has net \(7 tensors\)"):
         loaded(tmp_path / "2.pt", part="nett")
 
 
@@ -130,7 +134,7 @@ def test_safetensors_and_hugging_face_directories_are_read(tmp_path: Path) -> No
         index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
         assert 6.0 == loaded(shards)
         (shards / name).unlink()
-        with pytest.raises(NotFoundError, match=f"{name} is not there; beside it: {stem}-00001"):
+        with pytest.raises(NotFoundError, match=f"{name}, which is not there; beside it: {stem}-00001"):
             loaded(shards)
         index.write_text(json.dumps({"weight_map": {"a": "../other.bin"}}))
         with pytest.raises(CorruptError, match=r"names the shard '\.\./other.bin', which is not in its directory"):
@@ -159,8 +163,9 @@ def test_a_folder_that_a_trainer_wrote_is_verified_and_read(tmp_path: Path) -> N
     with CheckpointManager(tmp_path, POLICY, save=save) as manager:
         name = manager.observe({"loss": 1.0}, 1, 0).name  # type: ignore[union-attr]
     assert 8.0 == loaded(tmp_path)
-    (tmp_path / name / "model.safetensors").write_bytes(b"changed")
-    with pytest.raises(CorruptError, match="where its record says"):
+    weights = tmp_path / name / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(CorruptError, match="has other bytes than were written"):
         loaded(tmp_path)
 
 

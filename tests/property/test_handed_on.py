@@ -69,6 +69,9 @@ class OfOddSteps:
         then, odd = before.where(is_odd), history.where(is_odd)
         return self.rule.may_lose(then, odd) if odd.follows(then) else odd
 
+    def instead_of(self, one: Record, history: Ledger) -> Any:
+        return self.rule.instead_of(one, history.where(is_odd))
+
 
 LOSSES = (None, 0.0, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf)
 CHANGES = (*["save"] * 8, *["attach"] * 2, "pin", "rescue", "move", "lose", "late", "other", "fork")

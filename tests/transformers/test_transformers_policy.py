@@ -468,6 +468,8 @@ def test_a_directory_of_another_name_and_a_second_callback_are_refused(tmp_path:
         CheckpointCallback(EverySteps(5))  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="save= is given"):
         CheckpointCallback(EACH, save=print)
+    with pytest.raises(PolicyError, match="no option 'listener'; did you mean 'listeners'"):
+        CheckpointCallback(EACH, listener=print)
     with pytest.raises(PolicyError, match="no CheckpointCallback"):
         attach(make_trainer(tmp_path, None))
     late = make_trainer(tmp_path, EACH)

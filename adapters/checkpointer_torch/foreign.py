@@ -1,0 +1,89 @@
+"""Another program's own file, read as if a Loop had saved it: the way over for a training that has begun elsewhere."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from checkpointer.errors import MismatchError, PolicyError
+
+__all__ = ["COUNTS", "StateMap", "picked"]
+
+StateMap = Mapping[str, str | Callable[[Any], Any]]
+"""By object: the key of its state in the file, or a function that makes the state from the file's content."""
+COUNTS: Final = ("epoch", "step")
+"""Names of a map that are the loop's own: the next epoch (0-based), and how many steps are finished."""
+_WRAPPERS: Final = ("module.", "_orig_mod.")
+"""Prefixes that DDP and ``torch.compile`` put before every name of a module."""
+
+
+@attrs.frozen(kw_only=True)
+class Picked:
+    """The values that a map finds in a file."""
+
+    states: Mapping[str, Any]
+    """The objects' states by their names in the loop."""
+    counts: Mapping[str, int]
+    """The counts; 0 where the map has none."""
+    unused: tuple[str, ...]
+    """Keys of the file that the map does not name."""
+
+
+def picked(content: Any, names: StateMap, source: str) -> Picked:
+    """Return the values that the map finds in a file.
+
+    Args:
+        content: What the file holds.
+        names: The map; a key of the file may lie deeper (``"state.model"``).
+        source: The file's path or URL, for messages.
+
+    Raises:
+        MismatchError: If the file has no such key.
+        PolicyError: If a count is not a whole number.
+
+    Example:
+        >>> old = {"state_dict": {"module.w": 1}, "epoch": 3, "best": 0.5}
+        >>> names = {"model": "state_dict", "epoch": "epoch", "step": lambda old: old["epoch"] * 100}
+        >>> found = picked(old, names, "old.pt")
+        >>> dict(found.states["model"]), found.counts, found.unused
+        ({'w': 1}, {'epoch': 3, 'step': 300}, ('best',))
+    """
+    found = {name: key(content) if callable(key) else _looked_up(content, key, source) for name, key in names.items()}
+    states = {name: _without_wrappers(state) for name, state in found.items() if name not in COUNTS}
+    counts = {name: _as_count(name, found.get(name, 0), source) for name in COUNTS}
+    used = {key.partition(".")[0] for key in names.values() if isinstance(key, str)} | set(names.values())
+    unused = tuple(str(key) for key in content if key not in used) if isinstance(content, Mapping) else ()
+    return Picked(states=states, counts=counts, unused=unused)
+
+
+def _looked_up(content: Any, key: str, source: str) -> Any:
+    if isinstance(content, Mapping) and key in content:
+        return content[key]
+    first, _, rest = key.partition(".")
+    if rest and isinstance(content, Mapping) and first in content:
+        return _looked_up(content[first], rest, source)
+    there = ", ".join(map(str, list(content)[:20])) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    msg = f"{source} has no {key!r} (have: {there}), and nothing was loaded; fix the name in map="
+    raise MismatchError(msg)
+
+
+def _as_count(name: str, value: Any, source: str) -> int:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+        msg = f"the {name} that map= finds in {source} is {value!r}; expected a whole number of at least 0"
+        raise PolicyError(msg)
+    return int(value)
+
+
+def _without_wrappers(state: Any) -> Any:
+    """Take off the prefix of a wrapper that all names have."""
+    for prefix in _WRAPPERS:
+        if isinstance(state, Mapping) and state and all(str(key).startswith(prefix) for key in state):
+            plain = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
+            versions = getattr(state, "_metadata", {})
+            plain._metadata = {key.removeprefix(prefix): value for key, value in versions.items()}  # type: ignore[attr-defined]
+            return _without_wrappers(plain)
+    return state

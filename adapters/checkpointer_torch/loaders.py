@@ -1,0 +1,263 @@
+"""What a loader is: the torch loader within, its samplers and generators, and what a place in it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+from torch.utils.data import DataLoader, IterableDataset
+
+from checkpointer_torch.random_state import accessors
+
+__all__ = [
+    "Calls",
+    "described",
+    "differing",
+    "forget",
+    "is_indexed",
+    "is_of_torchdata",
+    "is_stateful",
+    "keep_epoch",
+    "keeper",
+    "put_generators",
+    "put_loader",
+    "samplers",
+    "set_epoch",
+    "take_generators",
+    "take_loader",
+    "torch_loader",
+]
+
+_WRAPPED: Final = {
+    "lightning": "_dataloader",
+    "lightning_fabric": "_dataloader",
+    "accelerate": "base_dataloader",
+    "tqdm": "iterable",
+}
+"""Where the loaders of other packages keep the loader that they wrap, batch for batch."""
+_WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
+"""Where samplers, and the nodes of ``torchdata.nodes``, keep one another."""
+
+
+@attrs.frozen
+class Calls:
+    """Batches that a function returns. Its place is in the random states, or in a ``state_dict`` of its own."""
+
+    function: Callable[[], Any]
+
+    def __iter__(self) -> Calls:
+        return self
+
+    def __next__(self) -> Any:
+        return self.function()
+
+    def state_dict(self) -> Any:
+        """Return the function's own state; without one it has nothing to restore."""
+        return self.function.state_dict() if is_stateful(self.function) else {}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore the function's own state."""
+        if is_stateful(self.function):
+            self.function.load_state_dict(state)  # type: ignore[attr-defined]
+
+
+def torch_loader(loader: Any) -> DataLoader[Any] | None:
+    """Return the ``DataLoader`` that loads the data, also when Fabric, accelerate or tqdm wraps it."""
+    own = getattr(loader, "__dict__", {})
+    for kind in type(loader).__mro__:
+        name = _WRAPPED.get(kind.__module__.partition(".")[0])
+        if name in own:
+            return torch_loader(own[name])
+    return loader if isinstance(loader, DataLoader) else None
+
+
+def _inner(loader: Any) -> Any:
+    inner = torch_loader(loader)
+    return loader if inner is None else inner
+
+
+def is_stateful(thing: Any) -> bool:
+    """Return whether an object has ``state_dict`` and ``load_state_dict``."""
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+
+
+def keeper(loader: Any) -> Any:
+    """Return the object whose ``state_dict`` says where the loader is, or None."""
+    inner = torch_loader(loader)
+    if inner is not None and not is_stateful(inner):
+        return None  # The wrapper of accelerate has the methods, and they fail.
+    return loader if is_stateful(loader) else inner
+
+
+def is_of_torchdata(loader: Any) -> bool:
+    """Return whether the ``state_dict`` of a loader is the one of ``torchdata.StatefulDataLoader``."""
+    return is_stateful(loader) and str(getattr(type(loader).state_dict, "__module__", "")).startswith(
+        "torchdata.stateful_dataloader."
+    )
+
+
+def is_indexed(loader: Any) -> bool:
+    """Return whether the batches that were used can be skipped by their indices.
+
+    A ``StatefulDataLoader`` needs its own state only if its dataset or sampler has a state.
+    """
+    inner = torch_loader(loader)
+    if inner is None or isinstance(inner.dataset, IterableDataset):
+        return False
+    return not is_stateful(inner) or (
+        is_of_torchdata(inner) and not any(map(is_stateful, (inner.dataset, *samplers(inner))))
+    )
+
+
+def samplers(loader: Any) -> list[Any]:
+    """Return the samplers of a loader and the samplers within those; of ``torchdata.nodes`` also the nodes.
+
+    Of any other iterable they are those of the loaders that it holds.
+    """
+    found: list[Any] = []
+    to_visit = [_inner(loader)]
+    if torch_loader(loader) is None:
+        found += [one for one in getattr(loader, "__dict__", {}).values() if torch_loader(one) is not None]
+        to_visit += found
+    while to_visit:
+        holder = to_visit.pop(0)
+        for name in _WITHIN:
+            one = getattr(holder, name, None)
+            if one is not None and not any(one is other for other in found):
+                found.append(one)
+                to_visit.append(one)
+    return found
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Set the epoch of a loader, its samplers and its dataset."""
+    if "_num_iter_calls" in getattr(loader, "__dict__", {}):
+        loader._num_iter_calls = epoch  # Fabric counts passes, and sets that as the epoch of the samplers.
+    done: list[Any] = []
+    holders = [loader, _inner(loader), *samplers(loader)]
+    for holder in (*holders, *(getattr(holder, "dataset", None) for holder in holders)):
+        if hasattr(holder, "set_epoch") and not any(holder is other for other in done):
+            holder.set_epoch(epoch)
+            done.append(holder)
+
+
+def keep_epoch(loader: Any, epoch: int) -> None:
+    """Set the epoch of samplers again where the loader's ``__iter__`` set another, from a count of its own."""
+    for sampler in samplers(loader):
+        if hasattr(sampler, "set_epoch") and getattr(sampler, "epoch", epoch) != epoch:
+            sampler.set_epoch(epoch)
+
+
+# Their state
+
+
+def take_generators(loader: Any) -> list[Any]:
+    """Return the states of the random generators that a loader and its samplers hold."""
+    return [read() for read, _ in _generators(loader)]
+
+
+def put_generators(loader: Any, states: Iterable[Any]) -> None:
+    """Put the generators into the states that `take_generators` returned."""
+    for (_, write), state in zip(_generators(loader), states, strict=False):
+        write(state)
+
+
+def _generators(loader: Any) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    found: dict[int, Any] = {}
+    for holder in (_inner(loader), *samplers(loader)):
+        for value in list(getattr(holder, "__dict__", {}).values()):
+            access = accessors(value)
+            if access is not None:
+                found.setdefault(id(value), access)
+    return list(found.values())
+
+
+def take_loader(loader: Any) -> Any:
+    """Return the state of a loader: its own, or the states of its random generators."""
+    stateful = keeper(loader)
+    if stateful is None:
+        return take_generators(loader)
+    inner: Any = torch_loader(loader)
+    if is_of_torchdata(inner) and (inner._iterator is None or inner._iterator._finished):
+        # state_dict() or load_state_dict() would begin a pass, which draws from the random numbers of the training.
+        if inner.next_iter_state is None and is_indexed(loader):
+            return take_generators(loader)
+        if inner._iterator is None:
+            return inner.next_iter_state or {}
+    return stateful.state_dict()
+
+
+def put_loader(loader: Any, state: Any) -> None:
+    """Put a loader into the state that `take_loader` returned."""
+    stateful = keeper(loader)
+    if stateful is None or isinstance(state, list):
+        forget(torch_loader(loader))
+        put_generators(loader, state)
+    else:
+        stateful.load_state_dict(state)
+
+
+def forget(loader: Any) -> None:
+    """Let a ``DataLoader`` begin its next pass at the beginning."""
+    if getattr(loader, "persistent_workers", False) or is_of_torchdata(loader):
+        loader._iterator = None
+    if is_of_torchdata(loader):
+        loader.next_iter_state = None
+        loader._initial_iter_for_state_dict = False
+
+
+# What a place depends on
+
+
+def described(loader: Any) -> dict[str, Any]:
+    """Return what must be the same for a place in this loader to be the same; None where it is not known."""
+    inner = torch_loader(loader)
+    if inner is None:
+        return {"loader": _kind(loader), "batches": _length(loader)}
+    is_iterable = isinstance(inner.dataset, IterableDataset)
+    batching = [inner, *samplers(inner)]
+    facts = {
+        "loader": _kind(inner),
+        "dataset length": _length(inner.dataset),
+        "batches": None if is_iterable else _length(inner),  # Asking an iterable one makes it warn.
+        "batch size": _first(batching, "batch_size"),
+        "drop_last": _first(batching, "drop_last"),
+        "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(samplers(inner))),
+        "sampler seed": _first(samplers(inner), "seed", "initial_seed"),
+    }
+    if is_iterable or not is_indexed(loader):
+        facts["num_workers"] = inner.num_workers
+    elif is_of_torchdata(inner):
+        facts["workers"] = inner.num_workers > 0  # With workers it shuffles twice for each pass.
+    return facts
+
+
+def differing(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the facts that differ: what they were and what they are.
+
+    Example:
+        >>> differing({"batch size": 2, "batches": 6}, {"batch size": 4, "batches": 6})
+        {'batch size': (2, 4)}
+    """
+    return {name: (saved[name], here[name]) for name in saved if name in here and saved[name] != here[name]}
+
+
+def _kind(loader: Any) -> str:
+    """Return the class that decides on the order, not the user's own name for it."""
+    for kind in type(loader).__mro__:
+        if kind.__module__.startswith(("torch.", "torchdata.")):
+            return kind.__name__
+    return "function" if isinstance(loader, Calls) else "iterable"
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except Exception:  # What has no length says so in many ways.
+        return None
+
+
+def _first(holders: Iterable[Any], *names: str) -> Any:
+    values = [getattr(holder, name, None) for holder in holders for name in names]
+    return next((value for value in values if isinstance(value, (bool, int))), None)

@@ -1,0 +1,64 @@
+"""Runs a function in a process group of its own, and signals the group from outside, as a scheduler does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+PATIENCE_S = 120.0
+
+Wait = Callable[[], None]
+"""Waits until the signal has been sent; a second call, and one where none is sent, returns at once."""
+
+
+def in_group(
+    function: Callable[..., Any], *args: Any, number: int | None = signal.SIGTERM, start: str = "forkserver"
+) -> tuple[int, Any]:
+    """Call ``function(wait, *args)``, and signal its group once it waits; return the exit code and what it returned.
+
+    The signal comes from another process than the parent of the workers that the function starts, and the group is not
+    the test's own. With ``start="fork"`` what the test has imported is there at once.
+    """
+    context: Any = multiprocessing.get_context(start)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, number is not None, function, args))
+    process.start()
+    theirs.close()
+    result = None
+    if number is not None and ours.poll(PATIENCE_S):
+        assert "here" == ours.recv()
+        assert process.pid is not None
+        os.killpg(process.pid, number)
+        ours.send("sent")
+    process.join(PATIENCE_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if process.exitcode == 0:
+        result = ours.recv()
+    assert process.exitcode is not None
+    return process.exitcode, result
+
+
+def _work(pipe: Connection, waits: bool, function: Callable[..., Any], args: Any) -> None:
+    import torch
+
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+
+    def wait() -> None:
+        nonlocal waits
+        if waits:
+            waits = False
+            pipe.send("here")
+            pipe.recv()
+
+    result: Any = None
+    try:
+        result = function(wait, *args)
+    finally:
+        pipe.send(result)
