@@ -347,7 +347,7 @@ class _Taken:
 class _Replaceable:
     """The names that a save may take: of what it retires, and without a version counter of any checkpoint that may go.
 
-    Whose run it is of counts for nothing then, but a manager of another label may be alive and needs its own.
+    It may be another run's, but not another label's, whose manager may be alive, and not an abandoned one of this run.
     """
 
     manifest: Manifest
@@ -359,8 +359,11 @@ class _Replaceable:
         if name in self.spared or not isinstance(name, str):
             return False
         there = None if self.policy.name.version_counter else self.manifest.by_name.get(name)
-        may_go = there is not None and there.label == self.manifest.label and not there.pinned
-        return may_go or name in self.retired
+        return name in self.retired or (there is not None and self._may_go(there))
+
+    def _may_go(self, there: Record) -> bool:
+        is_abandoned = there.run == self.manifest.run and not self.manifest.counts(there)
+        return there.label == self.manifest.label and not there.pinned and not is_abandoned
 
 
 def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:

@@ -162,8 +162,8 @@ class Naming:
         best: Name of the ``best`` alias, without extension.
         first_version: Number of the first suffix when a name is taken: ``-v1``.
         version_counter: If off, a checkpoint that has the same name is replaced (old or new, never neither), whether
-            this run wrote it or an earlier one. It is not replaced if it is pinned, was resumed from, or belongs to a
-            manager of another label. A file that is not a checkpoint is never replaced.
+            this run wrote it or an earlier one. It is not replaced if it is pinned, was resumed from, is an abandoned
+            one of this run, or belongs to a manager of another label. A file without a record is never replaced.
         missing: ``"error"`` for a field that nobody has reported, or ``"zero"`` as Lightning has it; a metric that is
             only not there yet is left out either way.
         rescue: ``"own"`` names a rescue ``rescue-step=N``. ``"template"`` names it as a regular checkpoint if that

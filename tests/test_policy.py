@@ -195,6 +195,7 @@ def test_without_version_counter_a_checkpoint_of_that_name_is_replaced() -> None
         manifest([record(name="x.ckpt", pinned=True)]),
         manifest([record(name="x.ckpt", run="run-b", pinned=True)]),
         manifest([record(name="x.ckpt", label="b")]),
+        manifest([record(name="x.ckpt", step=9)], line=((1, 5),)),
         manifest([record(name="x.ckpt")], resumed="x.ckpt"),
         manifest(foreign=frozenset({"x.ckpt"})),
     ):

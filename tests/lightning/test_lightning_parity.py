@@ -575,6 +575,8 @@ def test_attributes_before_and_after_a_resume_are_equal(tmp_path: Path, argument
     assert before == {name: text.replace("theirs", "ours") for name, text in shown(theirs).items()}
     again = Ours(dirpath=tmp_path / "ours", **arguments)
     path = first.last_model_path or first.best_model_path
+    if what == "validate" and not is_at_least("2.5"):
+        return  # Lightning 2.4 gives a callback its state back for a fit only.
     if what == "validate":
         trainer(again).validate(Model(), loader(1), ckpt_path=path, verbose=False)
     else:
