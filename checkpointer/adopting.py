@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -91,7 +91,7 @@ def find_foreign(
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
     said = [_with_step(item, steps.get(item.name), steps_per_epoch) for item in read]
-    refused |= _parts(read) | _parts(said)
+    refused |= _parts(read, steps) | _parts(said)
     refused |= {item.name: _no_step(item) for item in said if item.step is None and item.name not in refused}
     found = [_found(item) for item in said if item.name not in refused]
     refused |= _copies(found, catalog.records)
@@ -159,10 +159,14 @@ def _found(said: Said) -> Found:
     return Found(**(attrs.asdict(said, recurse=False) | {"epoch": said.epoch or 0}))
 
 
-def _parts(said: Iterable[Said]) -> dict[str, str]:
+def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     """Return the files that share a folder and a step: of a pair such as generator and discriminator, or of two runs.
 
     As two checkpoints of one run, a policy that keeps one of them would remove half of what belongs together.
+
+    Args:
+        said: What the files say.
+        given: Files whose step was given; files that all are among these are compared by the given steps only.
     """
     groups: dict[tuple[object, ...], list[Said]] = defaultdict(list)
     for item in said:
@@ -179,7 +183,8 @@ def _parts(said: Iterable[Said]) -> dict[str, str]:
     for key, group in groups.items():
         # Equal numbers in two names mean one step only where a file does not say its own.
         is_one = isinstance(key[2], int) or any(item.step is None for item in group)
-        for number, item in enumerate(group) if is_one and len(group) > 1 else ():
+        is_open = any(item.name not in given for item in group)
+        for number, item in enumerate(group) if is_one and is_open and len(group) > 1 else ():
             parts[item.name] = (
                 f"it is of the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
                 "runs, and prune would remove one without the other; put what belongs together into a folder"

@@ -259,6 +259,17 @@ def test_two_parts_of_one_step_are_left(tmp_path: Path, state: dict[str, Any]) -
     assert (4, ()) == (len(with_one.refused), with_one.found)
 
 
+def test_files_with_equal_numbers_are_of_the_steps_that_are_given(tmp_path: Path) -> None:
+    """A step that is given for each file overrules the guess that equal numbers in two names are one step."""
+    for name in ("first_1.pt", "second_1.pt"):
+        save(tmp_path / name)
+    given = {"first_1.pt": 10, "second_1.pt": 20}
+    assert [("first_1.pt", 10), ("second_1.pt", 20)] == [
+        (found.name, found.step) for found in found_in(tmp_path, steps=given).found
+    ]
+    assert 2 == len(found_in(tmp_path, steps=dict.fromkeys(given, 10)).refused)
+
+
 def test_a_best_file_is_no_half_and_a_last_file_is_a_copy(tmp_path: Path) -> None:
     """Many programs write both beside the checkpoint of a step."""
     for name in ("step_3.pt", "best.pt", "last.pt"):

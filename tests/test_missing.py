@@ -540,6 +540,8 @@ def test_commands_name_no_file_that_is_gone(run: Path, tmp_path: Path) -> None:
     )
     assert not any(name in said.out for name in ("step=10", "step=40", "last.ckpt"))
     assert [20, 30] == [item["step"] for item in command("ls", run, "--json").data]
+    exported = command("export", run, "last", tmp_path / "last.pt")
+    assert (0, True) == (exported.code, "epoch=3-step=40.ckpt (2 checkpoints, not counted)" in exported.err)
     averaged = command("average", run, "--best", "4", *BY, "-o", tmp_path / "mean.pt")
     assert "only 2 checkpoints are ranked" in averaged.err
     policy = tmp_path / "policy.yaml"
@@ -565,6 +567,8 @@ def test_commands_on_a_directory_where_all_is_gone(run: Path) -> None:
     for argv in (["last"], ["best", *BY]):
         said = command(argv[0], run, *argv[1:])
         assert (2, "") == (said.code, said.out)
+        assert "(4 checkpoints, not counted)" in said.err
+        assert "has no checkpoint that counts" in said.err
     said = command("ls", run)
     assert (0, True) == (said.code, "0 checkpoints" in said.out)
     assert "(4 checkpoints, not counted)" in said.err

@@ -210,6 +210,13 @@ def test_extra_state_is_loaded_and_export_says_that_it_is_left_out(tmp_path: Pat
     assert (0, True) == (said.code, "left out, because they are not tensors: _extra_state" in said.err)
 
 
+def test_of_many_values_that_are_left_out_a_few_are_named(tmp_path: Path) -> None:
+    """A state has a value for each of thousands of parameters, and the message stays a line."""
+    managed(tmp_path / "run", {"w": torch.ones(1), "seen": {f"n{number}": number for number in range(100)}})
+    said = command("export", tmp_path / "run", 1, tmp_path / "out.pt")
+    assert (0, True) == (said.code, "seen.n3, seen.n4 and 95 more" in said.err)
+
+
 def test_the_format_is_what_the_bytes_say(tmp_path: Path) -> None:
     """Not the extension, nor the record: restore, load and verify agree."""
     with CheckpointManager(tmp_path / "run", POLICY, save=lambda path: safetensors.save_file(W, path)) as manager:

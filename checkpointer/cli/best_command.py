@@ -54,6 +54,10 @@ def best_first(
     if by is not None and policy is not None:
         msg = "both --by and --policy are given; pass the one that says which is best"
         raise PolicyError(msg)
+    if not manifest.live:
+        output.say_damaged(catalog)
+        msg = f"{catalog.place} has no checkpoint that counts"
+        raise NotFoundError(msg)
     if by is not None and mode is not None:
         names = dict.fromkeys((*metric_names(manifest.history), "step", "epoch"))
         if by not in names:

@@ -14,7 +14,7 @@ from checkpointer.formats.streaming import write_weights
 from checkpointer.formats.tensors import Tensors
 from checkpointer.formats.weights import Weights, weights_of
 from checkpointer.restoring import verify
-from checkpointer.wording import size_text
+from checkpointer.wording import size_text, some_of
 
 
 class Format(str, enum.Enum):
@@ -53,6 +53,8 @@ def export_command(
     verify(catalog.storage, record)
     with open_contents(catalog.storage, record.name) as contents:
         write(weights_in(contents, only, record.name), out, format, [record.name], as_json=as_json)
+    # The checkpoint that an alias was meant for may be among these.
+    output.say_damaged(catalog)
 
 
 def weights_in(contents: Tensors, only: str | None, name: str) -> Weights:
@@ -80,6 +82,6 @@ def write(weights: Weights, out: str, format: Format | None, names: list[str], *
         output.print_json(data | {"left_out": left_out})
         return
     if left_out:
-        output.say(f"left out, because they are not tensors: {', '.join(left_out)}")
+        output.say(f"left out, because they are not tensors: {some_of(left_out)}")
     under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
     output.print_line(f"{out}: {len(weights.tensors)} tensors, {under}, {size_text(size)}")
