@@ -26,7 +26,7 @@ from checkpointer.records import SCHEMA, Entry, Line, Observation, Record, as_nu
 from checkpointer.storage.access import access_advice
 from checkpointer.transaction import Transaction, marker_path
 from checkpointer.trust import HMACKey, refuse_unsigned
-from checkpointer.writers import clear_ended, mark, unmark, writers_in
+from checkpointer.writers import clear_ended, is_marked, mark, unmark, writers_in
 
 __all__ = ["Directory"]
 
@@ -331,7 +331,10 @@ class Directory:
         return not self._is_near or bool(self.storage.list(index.record_path(record.name)))
 
     def _claim_again(self) -> None:
-        """Claim the aliases anew, if their marks were deleted with all else."""
+        """Write the mark of this writer and claim the aliases anew, if their files were deleted."""
+        if self._prepared and not is_marked(self.storage, self.transaction.owner):
+            with contextlib.suppress(StorageError):  # No save depends on it.
+                mark(self.storage, self.transaction.owner)
         marks = map(marker_path, self.policy.aliases)
         if self._begun and not all(self.storage.list(mark) for mark in marks):
             self._aliases.forget()

@@ -37,12 +37,18 @@ class Saver:
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that nobody has taken since the directory was listed."""
         directory = self.directory
-        takes_over = directory.policy.name.version_counter and decision.name not in directory.policy.aliases
-        if decision.replaces and takes_over and directory.look_before_replacing(decision.name):
+        if decision.replaces and decision.name not in directory.policy.aliases and self._is_lost(decision.name):
             decision = self._again(decision)
         while not (decision.replaces or decision.name in directory.policy.aliases or directory.is_free(decision.name)):
             decision = self._again(decision)
         return decision
+
+    def _is_lost(self, name: str) -> bool:
+        """Return whether the checkpoint that is to be replaced is gone."""
+        directory = self.directory
+        if name not in directory.manifest.by_name:  # With background= it may have been lost since the decision.
+            return True
+        return directory.policy.name.version_counter and directory.look_before_replacing(name)
 
     def _again(self, decision: Save) -> Save:
         """Return the decision as it is now that the records are others."""

@@ -17,7 +17,7 @@ from checkpointer.owner import has_ended, host_of, is_live, machine
 from checkpointer.ports import Storage
 from checkpointer.records import SCHEMA
 
-__all__ = ["WRITERS", "clear_ended", "describe", "mark", "refuse_if_live", "unmark", "writers_in"]
+__all__ = ["WRITERS", "clear_ended", "describe", "is_marked", "mark", "refuse_if_live", "unmark", "writers_in"]
 
 WRITERS: Final = f"{HOME}/writers"
 _JSON: Final = ".json"
@@ -35,6 +35,11 @@ def mark(storage: Storage, owner: str) -> None:
     except OSError as error:
         msg = f"cannot write to {storage}: {error}; choose a directory that this process may write to"
         raise StorageError(msg) from error
+
+
+def is_marked(storage: Storage, owner: str) -> bool:
+    """Return whether the mark of this writer is there."""
+    return bool(storage.list(_path(owner)))
 
 
 def unmark(storage: Storage, owner: str) -> None:

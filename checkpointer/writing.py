@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -64,13 +65,19 @@ class Writer:
             )
         payload = self.format
         assert not isinstance(payload, FolderFormat), "it is no folder"
-        return transaction.commit(
+        commit = partial(
+            transaction.commit,
             draft,
             lambda stream: payload.write(state, stream),
             replaces=replaces,
             over_alias=over_alias,
             expected=last,
         )
+        try:
+            return commit()
+        except FileNotFoundError:
+            # The directory or the staged file was removed during the write. The second try makes it anew.
+            return commit()
 
     def _write_path(self, state: Any) -> Callable[[str], None] | None:
         """Return what writes to a path, be it the trainer or a format of folders; None for a format of files."""

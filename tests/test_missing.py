@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from checkpointer import (
 from checkpointer.errors import NotFoundError, NoValidCheckpointError
 from checkpointer.index import record_path
 from checkpointer.owner import new_owner
-from checkpointer.ports import Stat
+from checkpointer.ports import Stat, Writable
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import Crash, CrashingStorage, FakeClock, MemoryStorage, die
 
@@ -177,6 +178,71 @@ def test_the_whole_directory_may_be_removed_while_a_training_runs(tmp_path: Path
         assert 5 == restored.step
         save(manager, 0.95, start=6)
     assert {"best.ckpt": "epoch=0-step=5.ckpt", "last.ckpt": "epoch=0-step=6.ckpt"} == links(folder)
+
+
+class RemovingFormat(PlainFormat):
+    """Removes a folder, once, while a payload is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_armed = False
+
+    def write(self, state: Any, stream: Writable) -> None:
+        """Write it all."""
+        super().write(state, stream)
+        if self.is_armed:
+            self.is_armed = False
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.filterwarnings("ignore:.* not count:checkpointer.CheckpointerWarning")
+@pytest.mark.parametrize("policy", [WITH_ALIASES, Policy(EverySteps(1), [KeepLast(1)], name="model")])
+@pytest.mark.parametrize("what", [".", ".checkpointer", ".checkpointer/staging"])
+def test_a_directory_that_is_removed_during_a_save_gets_the_checkpoint(
+    tmp_path: Path, what: str, policy: Policy
+) -> None:
+    """The save is written once more: the training has the state, and the disk has nothing."""
+    payload = RemovingFormat(tmp_path / "run" / what)
+    with CheckpointManager(tmp_path / "run", policy, state=lambda: {"w": 1}, format=payload) as manager:
+        save(manager, 0.1)
+        payload.is_armed = True
+        save(manager, 0.2, start=2)
+    with opened(tmp_path / "run", policy) as manager:
+        restored = manager.restore()
+        assert restored is not None
+        assert 2 == restored.step
+
+
+class LosingStorage(LocalStorage):
+    """Loses the record of the first checkpoint after its commit, at a moment that the test chooses."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, new_owner())
+        self.moment = threading.Event()
+        self.is_done = False
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write it, and lose it if it is that one."""
+        super().write(path, data)
+        if path == record_path("model.ckpt") and b'"committed"' in data and not self.is_done:
+            self.is_done = self.moment.wait(10)
+            self.delete(path)
+
+
+def test_a_checkpoint_that_is_to_be_replaced_may_be_lost_before_the_save_begins(tmp_path: Path) -> None:
+    """The save takes another name then: a file without a record is not replaced."""
+    storage = LosingStorage(tmp_path)
+    policy = Policy(EverySteps(1), [KeepLast(1)], name=Naming("model", version_counter=False))
+    with opened(storage, policy, background=True) as manager:
+        save(manager, 0.1)
+        manager.observe({"late": 1.0}, step=1, epoch=0, epoch_end=False)  # The writer thread looks at it for this.
+        decision = manager.decide({}, step=2, epoch=0, epoch_end=False)
+        storage.moment.set()
+        with gone():
+            manager.commit(decision)
+            manager.wait()
+        assert [("model-v1.ckpt", 2)] == [(record.name, record.step) for record in manager.records]
+    assert ["model-v1.ckpt", "model.ckpt"] == payloads(tmp_path)
 
 
 def test_a_directory_that_is_removed_without_a_ranking_keeps_its_alias(tmp_path: Path) -> None:

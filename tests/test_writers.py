@@ -138,6 +138,17 @@ def test_a_mark_from_before_the_last_boot_blocks_nothing(tmp_path: Path) -> None
                 refuse_if_live(open_storage(tmp_path, ""), "here")
 
 
+def test_a_mark_that_is_removed_under_a_manager_is_written_again(tmp_path: Path, last: Path) -> None:
+    """After its next save a live manager without an alias keeps prune out again."""
+    with CheckpointManager(tmp_path / "run", ALL, state=dict) as manager:
+        manager.observe({}, step=1, epoch=0)
+        shutil.rmtree(tmp_path / "run" / WRITERS)
+        manager.observe({}, step=2, epoch=1)
+        said = command("prune", tmp_path / "run", "-p", last, "--apply")
+        assert (2, True) == (said.code, "is writing to" in said.err), said.err
+    assert [] == writers_in(open_storage(tmp_path / "run", ""))
+
+
 def test_a_directory_that_is_removed_under_a_manager_breaks_nothing(tmp_path: Path) -> None:
     """The mark goes with it."""
     with CheckpointManager(tmp_path / "run", ALL, state=dict) as manager:
