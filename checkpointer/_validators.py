@@ -55,6 +55,16 @@ def one_of(*allowed: object) -> Any:
     return check
 
 
+def check_function(value: Any, what: str, error: type[Exception]) -> None:
+    """Raise if ``value`` is the state itself, or an object that has one, instead of a function that is called."""
+    if value is not None and (not callable(value) or hasattr(value, "state_dict")):
+        msg = (
+            f"{what} is of type {type(value).__name__}; expected a function that is called at each save, such as "
+            'state=lambda: {"model": model.state_dict()}'
+        )
+        raise error(msg)
+
+
 def as_index(value: Any, what: str, error: type[Exception]) -> int:
     """Return ``value`` as a non-negative ``int``; numpy and 0-d torch integers are welcome."""
     try:

@@ -117,6 +117,9 @@ class Catalog:
         if aliases.get(which) == "":
             msg = f"{which} is an alias, and which checkpoint it stands for cannot be told here; name the checkpoint"
             raise NotFoundError(msg)
+        if which == "best":
+            msg = f"{self.place} has no best alias; pass a name ('checkpointer best' prints the best by a metric)"
+            raise NotFoundError(msg)
         raise name_like(which, [*self.records])
 
     def location(self, name: str) -> str:

@@ -15,7 +15,7 @@ import attrs
 import yaml
 
 from checkpointer import restoring, resuming
-from checkpointer._validators import as_index
+from checkpointer._validators import as_index, check_function
 from checkpointer.background import Background, BackgroundStatus, Busy, as_busy, copies_of
 from checkpointer.carrying import Carrier, Life
 from checkpointer.clock import SystemClock
@@ -133,6 +133,8 @@ class CheckpointManager:
         if save is not None and (state is not None or weights is not None):
             msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
             raise PolicyError(msg)
+        for name, function in (("state", state), ("weights", weights), ("save", save)):
+            check_function(function, f"{name}=", PolicyError)
         busy = as_busy(background)
         if busy is not None and save is not None:
             msg = "background= needs state=: what save= writes is read from the live objects while they change"

@@ -40,6 +40,7 @@ from checkpointer.retention import KeepBest, Limit, Rule
 from checkpointer.storage import LocalStorage, open_storage
 from checkpointer.storage.drivers import without_password
 from checkpointer.trust import HMACKey
+from checkpointer.wording import size_text
 
 __all__ = ["Mirror", "MirrorStatus", "Plan", "Where", "lost", "open_mirror", "plan", "retry_after"]
 
@@ -209,8 +210,8 @@ class Mirror:
         deadline = time.monotonic() + timeout
         while thread is not None and thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             missing = self._missing
-            gigabytes = sum(record.size for record in missing) / 1e9
-            _log.info("mirror %s: %d checkpoints, %.3g GB to go", self, len(missing), gigabytes)
+            size = size_text(sum(record.size for record in missing))
+            _log.info("mirror %s: %s to go (checkpoints: %d)", self, size, len(missing))
             thread.join(min(left, PROGRESS_S))
         self.stop()
         if self._here is not self._done:

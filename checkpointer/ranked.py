@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from checkpointer import restoring
+from checkpointer._validators import check_function
 from checkpointer.background import as_busy, copies_of
 from checkpointer.behind import Behind, NumberedCopies, NumberedCopy
 from checkpointer.clock import SystemClock
@@ -104,6 +105,7 @@ class RankedManager:
         **options: Any,
     ) -> None:
         check_options(options, type(self).__name__)
+        check_function(state, "state=", PolicyError)
         self._own_ranks = TorchRanks() if ranks is None else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._where = directory, storage_options

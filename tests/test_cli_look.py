@@ -148,6 +148,8 @@ def test_show_takes_a_name_with_or_without_extension_a_step_or_an_alias(run: Pat
     said = command("show", run, "epoch=1-step=21.ckpt")
     assert (2, "") == (said.code, said.out)
     assert "did you mean 'epoch=1-step=20.ckpt'?" in said.err
+    (run / "best.ckpt").unlink()
+    assert f"{run} has no best alias; pass a name" in command("show", run, "best").err
 
 
 # Nothing runs

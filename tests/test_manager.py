@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from plain_format import PlainFormat
 
@@ -28,6 +29,7 @@ from checkpointer import (
     Naming,
     Policy,
     Progress,
+    RankedManager,
     Record,
     Save,
     Skip,
@@ -616,6 +618,14 @@ def test_state_and_save_together_are_refused() -> None:
     """One of them takes the state."""
     with pytest.raises(PolicyError, match="both save= and state="):
         CheckpointManager(None, BEST_AND_LAST, state=dict, save=print)
+
+
+@pytest.mark.parametrize("state", [{"w": 1}, torch.nn.Linear(1, 1)], ids=["a dict", "a module"])
+def test_a_state_that_is_no_function_is_refused_at_once(state: Any) -> None:
+    """The state itself, or the module: both would fail at the first save with an error of Python's own."""
+    for make_one in (CheckpointManager, RankedManager):
+        with pytest.raises(PolicyError, match=r"state= is of type (dict|Linear); expected a function .*state=lambda"):
+            make_one(None, BEST_AND_LAST, state=state)
 
 
 def test_verbose_logs_the_plan_and_each_decision(caplog: pytest.LogCaptureFixture) -> None:

@@ -322,7 +322,7 @@ def test_close_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
     run.save(0.3, 0.2)
     with caplog.at_level(logging.INFO, "checkpointer"), pytest.warns(CheckpointerWarning, match="is behind"):
         run.manager.close(timeout=0.05)
-    assert "mirror remote: 2 checkpoints, 2.2e-08 GB to go" in caplog.messages
+    assert "mirror remote: 22 B to go (checkpoints: 2)" in caplog.messages
     there.answers.set()
 
 

@@ -63,7 +63,8 @@ class Feed:
             origin.warn(f"the data is not the data of the epoch before: {text}; the new epoch begins with it")
             self._left_off = {**state, "differs": True}
             return used
-        what = f"{used} batches of this epoch were used of other data: {text}"
+        batches = "1 batch of this epoch was" if used == 1 else f"{used} batches of this epoch were"
+        what = f"{batches} read from other data: {text}"
         there, here = other.get("batch size", (1, 1))
         if set(other) <= {"batch size", "batches", "workers"} and there and here and is_indexed(loader):
             nearest: int = used * there // here

@@ -42,7 +42,7 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
 
     Raises:
         MismatchError: If the file has no such key.
-        PolicyError: If a count is not a whole number.
+        PolicyError: If a count is not a whole number, or the map has what is neither a key nor a function.
 
     Example:
         >>> old = {"state_dict": {"module.w": 1}, "epoch": 3, "best": 0.5}
@@ -51,6 +51,10 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
         >>> dict(found.states["model"]), found.counts, found.unused
         ({'w': 1}, {'epoch': 3, 'step': 300}, ('best',))
     """
+    for name, key in names.items():
+        if not callable(key) and not isinstance(key, str):
+            msg = f"map={{{name!r}: {key!r}}}: expected a key of the file, or a function such as lambda _: {key!r}"
+            raise PolicyError(msg)
     found = {name: key(content) if callable(key) else _looked_up(content, key, source) for name, key in names.items()}
     states = {name: _without_wrappers(state) for name, state in found.items() if name not in COUNTS}
     counts = {name: _as_count(name, found.get(name, 0), source) for name in COUNTS}

@@ -265,7 +265,7 @@ class Loop:
         """
         self._check_entered()
         if self._is_fed:
-            msg = f"epoch {self._training.epoch} had its batches already; a validation iterates over its loader itself"
+            msg = f"epoch {self._training.epoch} had its batches already; for a validation call loop.validation(loader)"
             raise ObservationError(msg)
         self._is_fed = True
         if not isinstance(loader, Iterable):

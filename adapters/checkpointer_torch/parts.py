@@ -197,6 +197,9 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
         return ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return OptimizerPart(thing)
+    if isinstance(thing, type):
+        msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
+        raise PolicyError(msg)
     if torch_loader(thing) is not None:
         return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
     if is_stateful(thing):
@@ -209,7 +212,7 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     part = _drawn(thing) or _fields(name, thing)
     if part is not None:
         return part
-    if callable(thing) and not isinstance(thing, type):
+    if callable(thing):
         return CarriedPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "

@@ -16,11 +16,12 @@ from checkpointer.formats.contents import open_contents, open_files, open_stream
 from checkpointer.formats.state_contents import StateContents
 from checkpointer.formats.tensors import Tensors
 from checkpointer.formats.weights import weights_of
-from checkpointer.index import HOME, RECORDS, record_path
+from checkpointer.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.owner import new_owner, release
 from checkpointer.ports import Storage, Writable
 from checkpointer.restoring import verify
 from checkpointer.storage import LocalStorage, open_storage
+from checkpointer.wording import some_of
 
 __all__ = ["Found", "is_place", "open_place", "own_name", "read_place", "request_file"]
 
@@ -111,6 +112,12 @@ class _Opener:
         with open_files(storage, "", names) as contents:
             if contents.parts:
                 return Found((self.make or _weights)(contents), place)
+        if below := directories_below(storage.list(), RECORDS):
+            msg = (
+                f"{place} has no checkpoint of its own, and these directories below have: {some_of(below)}; name one "
+                "of them"
+            )
+            raise NotFoundError(msg)
         there = ", ".join(sorted(names)[:8]) or "no file"
         msg = (
             f"{place} has no weights: neither checkpoints of this library nor a file of weights, such as "
@@ -147,7 +154,8 @@ class _Opener:
                     return self.make(open_stream(stream, where))
                 return self._read_state(stream, where)
         except FileNotFoundError as error:
-            beside = ", ".join(_beside(storage, path)) or "no weights at all"
+            names = [*_beside(storage, path)]
+            beside = some_of(names) if names else "no weights at all"
             msg = f"{where} is not there; beside it: {beside}"
             raise NotFoundError(msg) from error
 

@@ -14,11 +14,21 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer.errors import PolicyError
+
 __all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+def _as_signals(numbers: Iterable[int], what: str) -> tuple[signal.Signals, ...]:
+    try:
+        return tuple(map(signal.Signals, numbers))
+    except (TypeError, ValueError):
+        msg = f"{what} is {numbers!r}; expected numbers of signals, such as (signal.SIGTERM,)"
+        raise PolicyError(msg) from None
 
 
 STOP_ON: Final = _known("SIGTERM", "SIGUSR1", "SIGINT")
@@ -68,7 +78,7 @@ class Requests:
         file: str | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stop_on, self._save_on = tuple(stop_on), tuple(save_on)
+        self._stop_on, self._save_on = _as_signals(stop_on, "stop_on"), _as_signals(save_on, "save_on")
         self.signals = (*self._stop_on, *self._save_on)
         """Numbers of all that it listens to."""
         self._file = file

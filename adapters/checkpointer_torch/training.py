@@ -230,8 +230,16 @@ class Training:
 
     # Putting back
 
-    def put(self, state: Any, source: str, *, strict: bool) -> Differences:
+    def put(
+        self, state: Any, source: str, *, strict: bool, advice: str = "Give the loop the objects it was saved with"
+    ) -> Differences:
         """Take a state over and return how it differs.
+
+        Args:
+            state: What was saved.
+            source: Its path or URL, for messages.
+            strict: Whether a difference is an error.
+            advice: What to do about a difference, for the message.
 
         Raises:
             MismatchError: If it differs and ``strict`` is true; then nothing was changed.
@@ -251,8 +259,8 @@ class Training:
         differences = self._compare(states)
         if differences and strict:
             msg = (
-                f"{source} does not fit this training, and nothing was loaded: {differences}. Give the loop the "
-                "objects it was saved with, or pass strict=False to take what fits"
+                f"{source} does not fit this training, and nothing was loaded: {differences}. {advice}, or pass "
+                "strict=False to take what fits"
             )
             raise MismatchError(msg)
         self._put_parts(self._settled({name: states[name] for name in self._parts if name in states}, own, source))
@@ -334,7 +342,8 @@ class Training:
         as_they_are = {name: part.take() for name, part in self._loaders.items() if not isinstance(part, CarriedPart)}
         own = {"random": take_random_state(), "feed": {}, "loaders": as_they_are}
         counts = {"schema": SCHEMA, **found.counts, "batch": 0, "exact": True, "ranks": [own] * self._ranks.size}
-        differences = self.put({**found.states, KEY: counts}, source, strict=strict)
+        advice = f"In map= give each of {', '.join(self._parts)} the key of its state"
+        differences = self.put({**found.states, KEY: counts}, source, strict=strict, advice=advice)
         if found.unused:
             _log.info("%s also holds %s, which map= does not name", source, ", ".join(found.unused))
         return differences

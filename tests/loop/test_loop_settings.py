@@ -355,8 +355,10 @@ def test_a_map_that_does_not_fit_loads_nothing(tmp_path: Path) -> None:
     with Loop(tmp_path / "run", EVERY, model=model, optimizer=optimizer) as loop:
         with pytest.raises(MismatchError, match=r"no 'optimizer' \(have: state_dict, epoch\)"):
             loop.resume(tmp_path / "old.pt", map={"model": "state_dict", "optimizer": "optimizer"})
-        with pytest.raises(MismatchError, match="missing: optimizer"):
+        with pytest.raises(MismatchError, match=r"missing: optimizer\. In map= give each of model, optimizer the key"):
             loop.resume(tmp_path / "old.pt", map={"model": "state_dict"})
+        with pytest.raises(PolicyError, match=r"map=\{'step': 300\}: expected a key .* such as lambda _: 300"):
+            loop.resume(tmp_path / "old.pt", map={"model": "state_dict", "step": 300})  # type: ignore[dict-item]
         with pytest.raises(PolicyError, match=r"the epoch that map= finds .* is -1"):
             loop.resume(tmp_path / "old.pt", map={"model": "state_dict", "epoch": "epoch"})
         with pytest.raises(PolicyError, match="'best' is not its path"):

@@ -19,6 +19,7 @@ from checkpointer_torch.stopping import Requests
 from small import POLICY, Small, run, say_at
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
+from checkpointer.errors import PolicyError
 
 RARELY = Policy(EverySteps(1000), [KeepLast(1)])
 
@@ -126,6 +127,14 @@ def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
         assert (3, "") == (loop.progress.step, loop.stopped)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("numbers", ["SIGTERM", signal.SIGTERM, [1000]])
+def test_what_is_no_signal_is_refused_at_once(numbers: Any) -> None:
+    """A name, one number, a number that no signal has."""
+    for given in ({"stop_on": numbers}, {"save_on": numbers}):
+        with pytest.raises(PolicyError, match=r"(stop|save)_on is .*; expected numbers of signals, such as \(signal"):
+            Loop(None, Policy(EverySteps(1), [KeepLast(1)]), **given)
 
 
 def test_another_thread_trains_without_signals(tmp_path: Path) -> None:

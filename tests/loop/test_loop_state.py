@@ -273,7 +273,14 @@ def test_what_a_safe_load_refuses_is_named_when_it_is_saved(tmp_path: Path) -> N
         one_step(tmp_path, extra={"where": Path()})
 
 
-@pytest.mark.parametrize(("thing", "match"), [(object(), "thing is a object, and nothing"), ([1], "thing is a list")])
+@pytest.mark.parametrize(
+    ("thing", "match"),
+    [
+        (object(), "thing is a object, and nothing"),
+        ([1], "thing is a list"),
+        (nn.Linear, "thing is the class Linear; pass the object"),
+    ],
+)
 def test_what_cannot_be_saved_is_an_error_at_once(thing: Any, match: str) -> None:
     """Silence would be noticed at the resume."""
     with pytest.raises(PolicyError, match=match):

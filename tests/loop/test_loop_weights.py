@@ -141,6 +141,16 @@ def test_safetensors_and_hugging_face_directories_are_read(tmp_path: Path) -> No
             loaded(shards)
 
 
+def test_a_directory_of_runs_says_which_runs_it_has(ours: Path) -> None:
+    """To load its weights as to start from it; a path that is not there names few of many files."""
+    with pytest.raises(NotFoundError, match=rf"no checkpoint of its own.* have: {ours.name}.*name one of them"):
+        loaded(ours.parent)
+    for number in range(9):
+        torch.save({}, ours.parent / f"{number}.pt")
+    with pytest.raises(NotFoundError, match=r"is not there; beside it: 0.pt, 1.pt, 2.pt, 3.pt, 4.pt and \d+ more"):
+        loaded(ours.parent / "nothing.pt")
+
+
 def test_a_directory_without_weights_says_what_it_has(tmp_path: Path) -> None:
     """A configuration alone, or a wrong path."""
     (tmp_path / "hf").mkdir()

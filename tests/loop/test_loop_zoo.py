@@ -502,7 +502,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(in_memory: Path) -> None:
     with pytest.raises(KeyError, match="step 3"):
         fail(in_memory, EXACT["plain, shuffle"])
     for _ in range(2):
-        with pytest.raises(MismatchError, match="3 batches of this epoch were used of other data"):
+        with pytest.raises(MismatchError, match="3 batches of this epoch were read from other data"):
             train(in_memory, EXACT["list"], NOT_SAVING, source=in_memory / "rescue-step=3.ckpt")
     assert unbroken[3:] == train(in_memory, EXACT["plain, shuffle"], NOT_SAVING)
 
@@ -551,7 +551,7 @@ def test_other_data_within_an_epoch_is_refused_by_name(in_memory: Path, kind: st
     name, make, text = DIFFERENT[kind]
     train(in_memory, EXACT[name], Policy(EverySteps(1), [KeepAll()]))
     (within,) = in_memory.glob("epoch=0-step=2*.ckpt")
-    with pytest.raises(MismatchError, match=f"2 batches of this epoch were used of other data: .*{text}.*strict=False"):
+    with pytest.raises(MismatchError, match=f"2 batches of this epoch were read from other .*{text}.*strict=False"):
         train(None, make, NOT_SAVING, source=within)
 
 
