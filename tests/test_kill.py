@@ -63,7 +63,7 @@ def test_killed_at_random_instants_nothing_acknowledged_is_lost(
         assert found is not None
         assert found.step in (acknowledged, acknowledged + 1)
         manager.observe({"loss": 1000.0}, step=acknowledged + 2, epoch=0, epoch_end=False)
-        assert 3 == len(manager.records)
+        assert min(3, found.step + 1) == len(manager.records)
         assert {record.name for record in manager.records} | {"last.ckpt", "best.ckpt"} == {
             path.name for path in tmp_path.glob("*.ckpt")
         }

@@ -106,7 +106,7 @@ def test_killed_at_random_instants_nothing_acknowledged_is_lost(
         assert found.step in (training.acknowledged, training.acknowledged + 1)
         manager.observe({"loss": 1000.0}, step=training.acknowledged + 2, epoch=0, epoch_end=False)
         names = {record.name for record in manager.records}
-        assert 3 == len(names)
+        assert min(3, found.step + 1) == len(names)
     there = objects(server, url)
     aliases = {"last.ckpt"} if last else set()
     assert names | aliases | {"theirs.bin"} == {path for path in there if not path.startswith(".checkpointer/")}

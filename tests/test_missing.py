@@ -107,6 +107,17 @@ def test_a_truncated_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) ->
     assert ["epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt"] == payloads(tmp_path)
 
 
+def test_a_file_whose_record_was_deleted_does_not_push_out_a_checkpoint(tmp_path: Path) -> None:
+    """The next process would not know of it."""
+    with opened(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])) as manager:
+        save(manager, 0.1, 0.2)
+        (tmp_path / record_path("epoch=0-step=1.ckpt")).unlink()
+        with gone():
+            save(manager, 0.3, start=3)
+        assert [2, 3] == [record.step for record in manager.records]
+    assert (tmp_path / "epoch=0-step=1.ckpt").exists()
+
+
 def test_the_last_two_are_two_that_exist(tmp_path: Path) -> None:
     """One of them is deleted: the one before takes its place."""
     with opened(tmp_path, Policy(EverySteps(1), [KeepLast(2)])) as manager:

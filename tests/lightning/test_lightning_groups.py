@@ -64,11 +64,13 @@ def train(wait: Wait, directory: Path, make: Callable[[Path], Any], where: str) 
 
 
 @pytest.mark.parametrize(
-    ("make", "where"), [(drop_in, "step"), (composed, "validation")], ids=["drop-in", "composed, persistent workers"]
+    ("make", "where", "name"),
+    [(drop_in, "step", f"epoch=0-step={STEP}.ckpt"), (composed, "validation", f"rescue-step={STEP}.ckpt")],
+    ids=["drop-in", "composed, persistent workers"],
 )
-def test_it_saves_once_and_ends_as_lightning_ends(tmp_path: Path, make: Any, where: str) -> None:
+def test_it_saves_once_and_ends_as_lightning_ends(tmp_path: Path, make: Any, where: str, name: str) -> None:
     """The batch comes to its end, and Lightning's own exception, a `SystemExit`, is what ends the training."""
     code, _ = in_group(train, tmp_path, make, where, start="fork")
     assert 0 == code
-    assert [f"rescue-step={STEP}.ckpt"] == files(tmp_path)
-    assert STEP == step_of(tmp_path / f"rescue-step={STEP}.ckpt")
+    assert [name] == files(tmp_path)
+    assert STEP == step_of(tmp_path / name)
