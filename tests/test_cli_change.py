@@ -85,6 +85,19 @@ def test_diff_tells_what_was_added_removed_and_reshaped(tmp_path: Path) -> None:
 # prune
 
 
+@pytest.mark.parametrize("argv", [["plot"], ["report"]])
+def test_a_picture_replaces_no_checkpoint_and_no_alias(tmp_path: Path, argv: list[str]) -> None:
+    """A record still names it, and a link to it is not followed either."""
+    run = tmp_path / "run"
+    train(run, 0.5, policy=Policy(EverySteps(1), [KeepAll()], last="link"))
+    names = sorted(path.name for path in run.glob("*.ckpt"))
+    before = snapshot(run)
+    for name in names:
+        said = command(*argv, run, run / name)
+        assert (2, True) == (said.code, "which is not replaced; name a new file" in said.err)
+    assert (True, before) == ("last.ckpt" in names, snapshot(run))
+
+
 def test_prune_tells_first_and_removes_only_when_asked(run: Path, tmp_path: Path) -> None:
     """What would go, and why; then it goes, and what stays is whole."""
     path = policy_file(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)]))

@@ -518,6 +518,8 @@ def test_a_closed_directory_is_said_with_its_owner_and_mode(read_only: Path) -> 
     with no_privileges():
         with pytest.raises(StorageError, match=f"cannot use .*; {advice}"):
             CheckpointManager(read_only / "closed")
+        with pytest.raises(StorageError, match=f"cannot use .*; {advice}"):
+            CheckpointManager(read_only / "closed" / "run")
         with pytest.raises(StorageError, match=f"cannot read .*; {advice}"):
             look_at(LocalStorage(read_only / "closed", new_owner()))
         with pytest.raises(SaveError, match=f"was not saved .*; {advice}"):

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final
 import attrs
 import typer
 
-from checkpointer.errors import PolicyError, StorageError
-from checkpointer.index import HOME
+from checkpointer.errors import NameTakenError, PolicyError, StorageError
+from checkpointer.index import HOME, record_path
 from checkpointer.inspecting import Catalog, look_at
 from checkpointer.owner import new_owner, release
 from checkpointer.policy import Policy
@@ -162,12 +162,22 @@ def refuse_empty(catalog: Catalog) -> None:
 
 
 def check_out(path: str, key_env: str | None, key_file: str | None) -> None:
-    """Raise `UntrustedError` if a new file would lie in a directory that is signed, and there is no key."""
+    """Refuse a new file that would replace a checkpoint or an alias, or lie in a signed directory without its key.
+
+    Raises:
+        NameTakenError: If a directory above has a checkpoint or an alias at this path.
+        UntrustedError: If a directory above is signed, and there is no key.
+    """
     key = key_of(key_env, key_file)
-    for folder in Path(path).absolute().parents:
-        if key is None and (folder / HOME).is_dir():
-            catalog = look_at(open_place(str(folder)))
+    place = Path(path).absolute()
+    for folder in place.parents:
+        if (folder / HOME).is_dir():
+            catalog = look_at(open_place(str(folder)), key)
             refuse_unsigned(catalog.signed, folder, key)
+            name = place.relative_to(folder).as_posix()
+            if name in catalog.aliases or (folder / record_path(name)).exists():
+                msg = f"{path} is a checkpoint of {folder}, which is not replaced; name a new file"
+                raise NameTakenError(msg)
 
 
 @contextlib.contextmanager

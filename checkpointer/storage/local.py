@@ -50,7 +50,8 @@ class LocalStorage:
         self._root = Path(root).expanduser().absolute()
         self._root_text = str(self._root)
         self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
-        if self._root.exists() and not self._root.is_dir():
+        # os.path answers False within a closed folder, where Path.exists raises; what is done there names its owner.
+        if os.path.exists(self._root) and not os.path.isdir(self._root):
             msg = f"{self._root} is a file; the manager needs a folder"
             raise StorageError(msg)
 
