@@ -137,8 +137,21 @@ class Carrier:
             snapshot.release()
         self.saver.finish(record)
 
-    def attach(self, decision: Attach) -> None:
-        """Give a saved step its new metrics, in its turn."""
+    def attach(self, decision: Attach) -> Attach | Skip:
+        """Give a saved step its new metrics, in its turn; return the decision, or a `Skip` if a failure is tolerated.
+
+        Raises:
+            SaveError: If the record could not be written.
+        """
+        try:
+            self._attach(decision)
+        except AliasInUseError:
+            raise
+        except OSError as error:
+            return self._failed(decision, error)
+        return decision
+
+    def _attach(self, decision: Attach) -> None:
         if self.background is None or self.background.is_here:
             self.saver.attach(decision)
             return
@@ -170,17 +183,19 @@ class Carrier:
                 self.saved_steps.add(decision.observation.step)
             self.pacing.answered(decision.observation.progress, self.clock.time())
 
-    def _failed(self, decision: Save, error: BaseException) -> Skip:
+    def _failed(self, decision: Save | Attach, error: BaseException) -> Skip:
         """Raise what a failed save raises, or warn of it if that is tolerated."""
         self._failures += 1
-        msg = f"{decision.name} was not saved ({type(error).__name__}: {error}); older checkpoints are untouched"
+        is_save = isinstance(decision, Save)
+        what = "was not saved" if is_save else "did not get its new metrics"
+        msg = f"{decision.name} {what} ({type(error).__name__}: {error}); older checkpoints are untouched"
         if isinstance(error, PermissionError):
             msg += f"; {access_advice(self.saver.directory.storage, error)}"
         if self._failures > self.tolerated or not isinstance(error, Exception):
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
         tolerated = f"{msg}; failure {self._failures} of {self.tolerated} tolerated"
         warnings.warn(tolerated, CheckpointerWarning, stacklevel=6)
-        return Skip(reason=msg, due=True)
+        return Skip(reason=msg, due=is_save)
 
     # Hearing
 
@@ -206,12 +221,12 @@ class Carrier:
         if error is None:
             self._failures = 0 if isinstance(decision, Save) else self._failures
             return
-        if isinstance(decision, Save) and not outcome.is_saved:
-            self.saved_steps.discard(decision.observation.step)
+        if not outcome.is_saved:
+            if isinstance(decision, Save):
+                self.saved_steps.discard(decision.observation.step)
             if isinstance(error, AliasInUseError):
                 raise error
             self._failed(decision, error)
             return
-        what = "is saved, but what comes after it was not done" if outcome.is_saved else "did not get its new metrics"
-        msg = f"{decision.name} {what} ({type(error).__name__}: {error})"
+        msg = f"{decision.name} is saved, but what comes after it was not done ({type(error).__name__}: {error})"
         raise SaveError(msg) from error

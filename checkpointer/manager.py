@@ -76,7 +76,8 @@ class CheckpointManager:
         run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
         label: Tells managers apart that share a directory.
         listeners: Told when a checkpoint is durable or gone.
-        tolerate_failures: How many saves in a row may fail with a warning before `SaveError` is raised.
+        tolerate_failures: How many writes in a row may fail with a warning before `SaveError` is raised: saves, and
+            late metrics of a saved step.
         storage_options: What fsspec needs besides the URL, such as credentials; never logged or stored.
         trust: A key that signs each record; one that it has not signed is neither restored nor touched.
         mirror: A second place, given as the directory is, to which checkpoints are copied in the background, and from
@@ -260,7 +261,7 @@ class CheckpointManager:
         self._carrier.hear()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
-            self._carrier.attach(decision)
+            decision = self._carrier.attach(decision)
         if isinstance(decision, Skip) and decision.due:
             self._pacing.answered(now.progress, self._clock.time(), waiting=decision.waiting)
         elif not isinstance(decision, Save) and self.policy.when.due(now.progress, self._pacing.since):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -75,6 +76,42 @@ def names(manager: CheckpointManager) -> list[str]:
 def payloads(storage: MemoryStorage) -> list[str]:
     """Every file that is not ours to keep books with."""
     return sorted(path for path in storage.list() if not path.startswith(".checkpointer"))
+
+
+class FullStorage(MemoryStorage):
+    """Has no room for a record while it is full."""
+
+    is_full = False
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write it if there is room."""
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        super().write(path, data)
+
+
+def report_late(manager: CheckpointManager) -> None:
+    """Report what was measured of step 1 after it was saved."""
+    manager.observe({"loss": 1.0}, step=1, epoch=0, epoch_end=False)
+    manager.wait()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_late_metrics_that_cannot_be_written_are_a_failure_as_a_save_is(background: bool) -> None:
+    """A failure is tolerated as often as was said, and then a SaveError; the checkpoint stays."""
+    storage = FullStorage()
+    with make(storage, background=background, tolerate_failures=1, policy=BEST_AND_LAST) as manager:
+        manager.observe({}, step=1, epoch=0, epoch_end=False)
+        manager.wait()
+        storage.is_full = True
+        with pytest.warns(CheckpointerWarning, match=r"did not get its new metrics .*; failure 1 of 1 tolerated"):
+            report_late(manager)
+        with pytest.raises(SaveError, match=r"did not get its new metrics .*No space left"):
+            report_late(manager)
+        storage.is_full = False
+        report_late(manager)
+        assert manager.last is not None
+        assert {"loss": 1.0} == manager.last.metrics
 
 
 def test_best_and_last_live_and_the_rest_is_retired() -> None:
