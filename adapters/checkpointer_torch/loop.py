@@ -201,7 +201,9 @@ class Loop:
         self._is_in_epochs = True
         try:
             while count is None or self._training.epoch < count:
+                self._training.unfed_since = self._training.step
                 yield self._training.epoch
+                self._training.unfed_since = None
                 self._end_epoch()
         finally:
             self._is_in_epochs = False
@@ -268,6 +270,7 @@ class Loop:
             msg = f"epoch {self._training.epoch} had its batches already; for a validation call loop.validation(loader)"
             raise ObservationError(msg)
         self._is_fed = True
+        self._training.unfed_since = None
         if not isinstance(loader, Iterable):
             loader = Calls(loader)
         return self._fed(loader, math.inf if limit is None else limit)

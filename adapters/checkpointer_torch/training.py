@@ -79,6 +79,8 @@ class Training:
         self.source = ""
         self._is_accumulating = False
         self._left_over = (0, 0)
+        self.unfed_since: int | None = None
+        """The step at which the epoch began, if the loop does not see its batches."""
 
     def begin(self) -> None:
         """Log what will be saved, and remember which objects the program refers to."""
@@ -216,6 +218,7 @@ class Training:
             "batch": self.used,
             "exact": not self.is_within_step,
             "left_over": self.left_over,
+            "unfed": self.unfed_since is not None and self.step > self.unfed_since,
             "ranks": self._ranks.gather(own),
         }
         return state
@@ -274,6 +277,12 @@ class Training:
             msg = (
                 f"{source} was saved at the end of an epoch, and the gradients of its last {own['left_over']} batches "
                 "are not in it: the next step is without them"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+        if own.get("unfed"):
+            msg = (
+                f"{source} was saved within epoch {self.epoch}, and the batches of its steps did not come from "
+                "loop.batches(): the epoch begins again. To go on within it, take them from loop.batches(loader)"
             )
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
         if not own["exact"]:

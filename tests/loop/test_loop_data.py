@@ -12,7 +12,7 @@ from checkpointer_torch import Loop
 from small import Points
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from checkpointer import EverySteps, KeepLast, Policy
+from checkpointer import CheckpointerWarning, EverySteps, KeepLast, Policy
 
 EVERY = Policy(EverySteps(1), [KeepLast(1)])
 COUNT = 10
@@ -84,6 +84,26 @@ def test_left_off_anywhere_the_very_next_batch_comes(tmp_path: Path, kind: str) 
     for stop in stops:
         given += passes(tmp_path, seeded(kind), stop_at=stop)
     assert unbroken == given + passes(tmp_path, seeded(kind))
+
+
+def test_a_resume_within_an_epoch_whose_batches_the_loop_did_not_see_says_that_it_begins_again(tmp_path: Path) -> None:
+    """The loader was iterated over without batches(). At the end of an epoch nothing is lost."""
+
+    def go_on(steps: int) -> None:
+        with Loop(tmp_path, Policy(EverySteps(100), [KeepLast(1)])) as loop:
+            loop.resume()
+            for _ in loop.epochs(3):
+                for _ in range(2):
+                    if loop.progress.step == steps:
+                        return
+                    loop.step()
+
+    go_on(2)
+    go_on(3)
+    with pytest.warns(
+        CheckpointerWarning, match=r"step=3.ckpt was saved within epoch 1, and the batches .* begins again"
+    ):
+        go_on(9)
 
 
 def test_what_has_an_index_is_not_read_again(tmp_path: Path) -> None:
