@@ -1,5 +1,6 @@
 """The whole composed policy in Lightning."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ class Composed(Managed):
         mirror_options: As ``storage_options``, for the mirror.
         background: Copy the state and go on with the training, while a thread writes it. Lightning's
             ``AsyncCheckpointIO`` asks for the same. Listeners are called on that thread.
+        grace_s: Seconds between SIGTERM and the kill that follows it, if that is known: the end of a stopped training
+            waits for the mirror no longer than that. They are counted from the end of the batch, where Lightning stops.
         verbose: Log each decision.
 
     Example:
@@ -59,6 +62,7 @@ class Composed(Managed):
         mirror_keep: Iterable[Rule | Limit] | None = None,
         mirror_options: Mapping[str, Any] | None = None,
         background: bool = False,
+        grace_s: float = math.inf,
         verbose: bool = False,
     ) -> None:
         policy = policy if isinstance(policy, Policy) else Policy.from_yaml(policy)
@@ -77,6 +81,7 @@ class Composed(Managed):
         )
         self.policy = policy
         self._in_background = background
+        self._grace_s = grace_s
         self._options = {
             "listeners": tuple(listeners),
             "tolerate_failures": tolerate_failures,

@@ -8,6 +8,7 @@ import weakref
 from typing import Any, Final, Literal
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progress, Save, Skip
+from checkpointer.grace import Grace
 from checkpointer.ranks import on_rank_zero
 from checkpointer.triggers import Horizon
 from checkpointer_lightning import siblings
@@ -30,6 +31,8 @@ class Managed(Saving):
 
     _in_background: bool = False
     """Whether writing in the background was asked for."""
+    _grace_s: float = math.inf
+    """Seconds between a signal to stop and the kill that follows it."""
 
     # What a subclass says
 
@@ -86,6 +89,7 @@ class Managed(Saving):
             raise
         self._forget_copies(trainer)
         training.manager, training.rescues, training.behind = manager, policy.rescue, behind
+        self._grace = Grace(self._grace_s)
         training.signals = signals_of(trainer)
         training.signals.listen(trainer, talks=ranks.size > 1)
         self._training = training
@@ -107,7 +111,7 @@ class Managed(Saving):
         self._saved, self._training = self._manager_state(), None
         try:
             if training.manager is not None:
-                training.manager.close()
+                training.manager.close(timeout=self._grace.left)
         finally:
             close_ranks(training.ranks)
 
@@ -200,6 +204,8 @@ class Managed(Saving):
         try:
             # After an agreed SIGTERM it is saved already; a job that SLURM runs again goes on from Lightning's file.
             stopped = type(exception).__name__ == "SIGTERMException"
+            if stopped:
+                self._grace.begin()
             if not signals.agreed and not (stopped and signals.requeued):
                 rescue(self, self._training, trainer, exception)
             if signals.requeue:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
 from checkpointer.errors import ObservationError, PolicyError, RanksError
+from checkpointer.grace import CLOSE_S
 from checkpointer.options import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
 from checkpointer.ranked import RankedManager
@@ -43,8 +44,6 @@ _SET_BY_LOOP: Final = ("state", "weights", "save")
 """Arguments of `CheckpointManager` that the loop sets itself."""
 _SILENT_STEPS: Final = 1000
 """After so many steps without an epoch the loop looks whether its policy can save anything."""
-CLOSE_S: Final = 600.0
-"""Seconds that the end of a training waits for the mirror at most."""
 T = TypeVar("T")
 
 

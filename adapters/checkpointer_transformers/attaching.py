@@ -185,6 +185,7 @@ class _Hold:
             self._give_back(number)
             signal.raise_signal(number)
         self._callback._signal = number
+        self._callback._grace.begin()
 
     def _rescue(self, error: BaseException) -> None:
         training, state = self._callback._training, self._trainer.state

@@ -1,5 +1,6 @@
 """The Trainer's callback: its events become observations, and decisions become ``control.should_save``."""
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from checkpointer import Decision, Policy, Save
 from checkpointer.errors import PolicyError
+from checkpointer.grace import Grace
 from checkpointer.options import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer.ranks import OneRank, TorchRanks, on_rank_zero
@@ -38,6 +40,8 @@ class CheckpointCallback(Base):
     Args:
         policy: When to save and what to keep. Names are the Trainer's; the template is not used.
         directory: The Trainer's ``output_dir``, to say so; None takes that.
+        grace_s: Seconds between a signal and the kill that follows it, if that is known: with `attach`, the end of a
+            stopped training waits for the mirror no longer than that.
         clock: Where the time comes from, on rank 0.
         **options: What else `checkpointer.CheckpointManager` takes, such as ``listeners``, ``trust`` or ``mirror``.
 
@@ -57,6 +61,7 @@ class CheckpointCallback(Base):
         policy: Policy,
         directory: str | os.PathLike[str] | None = None,
         *,
+        grace_s: float = math.inf,
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
@@ -78,6 +83,8 @@ class CheckpointCallback(Base):
         """Saves the end of the training, if the callback is attached to its Trainer."""
         self._signal = 0
         """Number of the signal that came; 0 if none did."""
+        self._grace_s = grace_s
+        self._grace = Grace(grace_s)
         self._stopped_by = 0
         """Number of the signal that ended the training, on every rank."""
         self._state: Any = None
@@ -108,6 +115,7 @@ class CheckpointCallback(Base):
             if other._training is not None and other._training.folder == self._folder(args):
                 other._close()
         self._signal = self._stopped_by = 0
+        self._grace = Grace(self._grace_s)
         self._training = Training(
             self._folder(args),
             self.policy,
@@ -127,7 +135,7 @@ class CheckpointCallback(Base):
     def _close(self) -> None:
         training, self._training = self._training, None
         if training is not None:
-            training.close()
+            training.close(timeout=self._grace.left)
 
     def _meet(self, state: Any) -> None:
         """Refuse a second callback in one Trainer: they share its state."""
@@ -207,6 +215,7 @@ class CheckpointCallback(Base):
         if not signals:
             return False
         self._stopped_by = signals[0]
+        self._grace.begin()  # Here for a rank that got no signal itself.
         decision: Decision | None = training.pending or training.report(state)
         if not isinstance(decision, Save):
             decision = training.rescue(state, f"signal {signals[0]}")

@@ -15,6 +15,7 @@ import attrs
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Progress, Save
 from checkpointer.clock import SystemClock
 from checkpointer.deciding import Skip, decide_rescue
+from checkpointer.grace import CLOSE_S
 from checkpointer.owner import new_owner, release
 from checkpointer.ports import Clock, Ranks, Storage, SupportsSweep
 from checkpointer.ranks import Agreement, Team
@@ -135,13 +136,13 @@ class Training:
         later = [other for other in self.manager.manifest.records if other.run == record.run and other.step > step]
         return name if later else ""
 
-    def close(self) -> None:
-        """Give the folder free. Talks to nobody; a second call does nothing."""
+    def close(self, *, timeout: float = CLOSE_S) -> None:
+        """Give the folder free, and wait ``timeout`` seconds for the mirror. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
         if self.manager is not None:
-            self.manager.close()
+            self.manager.close(timeout=timeout)
         if isinstance(self._storage, SupportsSweep):
             self._storage.close()
         release(self._owner)

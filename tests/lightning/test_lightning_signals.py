@@ -16,9 +16,10 @@ import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
+from gated import GatedStorage
 from tiny import Model, files, fit, quiet, step_of, together
 
-from checkpointer import CheckpointManager, EveryEpochs, KeepLast, Policy
+from checkpointer import CheckpointerWarning, CheckpointManager, EveryEpochs, KeepLast, Policy
 
 pytestmark = [pytest.mark.slow, quiet]
 
@@ -75,6 +76,19 @@ def check_stopped(directory: Path) -> None:
     assert step == newest.step == step_of(directory / "run" / newest.name)
     assert "rescue: SIGTERM" == newest.reason or newest.epoch_end
     assert 1 == len([name for name in files(directory / "run") if f"step={step}." in name])
+
+
+def test_a_stopped_training_waits_for_the_mirror_no_longer_than_the_grace(tmp_path: Path) -> None:
+    """A mirror that never answers would hold it for ten minutes."""
+    mirror = GatedStorage()
+    mirror.shut()
+    policy = Policy(EveryEpochs(1), [KeepLast(1)])
+    callback = CheckpointCallback(tmp_path, policy, mirror=mirror, grace_s=1.0)
+    began = time.monotonic()
+    with pytest.warns(CheckpointerWarning, match="the mirror memory is behind"), pytest.raises(SystemExit):
+        fit([callback], model=Signalled(0), max_epochs=10_000)
+    assert time.monotonic() - began < 300.0
+    assert files(tmp_path)
 
 
 def test_a_sigterm_of_the_launching_rank_stops_all_at_one_step_and_is_rescued_once(tmp_path: Path) -> None:

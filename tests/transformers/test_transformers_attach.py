@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpointer_transformers import attach, last_valid_checkpoint
+from gated import GatedStorage
 from hf_tiny import At, folders, make_trainer, quiet, records, same, weights_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -57,6 +59,19 @@ def test_a_signal_saves_at_the_step_stops_and_goes_on_to_who_had_it(tmp_path: Pa
     assert folders(tmp_path / "unbroken") == folders(tmp_path / "run")
     terminate()
     assert [signal.SIGTERM] * 2 == caught
+
+
+def test_a_stopped_training_waits_for_the_mirror_no_longer_than_the_grace(tmp_path: Path, caught: list[int]) -> None:
+    """A mirror that never answers would hold it for ten minutes."""
+    mirror = GatedStorage()
+    mirror.shut()
+    options = {"mirror": mirror, "grace_s": 1.0}
+    began = time.monotonic()
+    trainer = make_trainer(tmp_path / "run", POLICY, attached=True, callbacks=[At(5, terminate)], options=options)
+    with pytest.warns(CheckpointerWarning, match="the mirror memory is behind"):
+        trainer.train()
+    assert [signal.SIGTERM] == caught
+    assert time.monotonic() - began < 300.0
 
 
 def test_a_signal_at_a_step_that_is_due_needs_no_rescue(tmp_path: Path, caught: list[int]) -> None:
