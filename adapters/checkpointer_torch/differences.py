@@ -8,6 +8,8 @@ from typing import Any, Final
 import attrs
 import torch
 
+from checkpointer.dtypes import holds
+
 __all__ = ["Differences", "compared"]
 
 _SHOWN: Final = 10
@@ -23,7 +25,7 @@ class Differences:
     unexpected: tuple[str, ...] = ()
     """In the state, and not wanted."""
     reshaped: Mapping[str, str] = attrs.field(factory=dict)
-    """There and wanted, with other shapes: both shapes by name."""
+    """There and wanted, with another shape, or a type that cannot hold the numbers: both by name."""
     untaken: tuple[str, ...] = ()
     """What takes nothing of its state if any of it does not fit."""
 
@@ -53,23 +55,30 @@ class Differences:
 
     def __str__(self) -> str:
         reshaped = [f"{key} ({shapes})" for key, shapes in self.reshaped.items()]
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": reshaped}
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": reshaped}
         return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
 
 
-def compared(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> Differences:
-    """Compare keys, and the shapes of tensors.
+def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
+    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers.
 
     Example:
         >>> print(compared({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "c": 1}))
-        missing: b; unexpected: c; of another shape: w (here [2], there [3])
+        missing: b; unexpected: c; of another shape or type: w (here [2], there [3])
     """
-    both = [(key, _shape(wanted[key]), _shape(state[key])) for key in wanted if key in state]
+    both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in wanted if key in state]
     return Differences(
         missing=tuple(key for key in wanted if key not in state),
         unexpected=tuple(str(key) for key in state if key not in wanted),
         reshaped={key: f"here {here}, there {there}" for key, here, there in both if here != there and here},
     )
+
+
+def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:
+    are_tensors = isinstance(here, torch.Tensor) and isinstance(there, torch.Tensor)
+    if types and are_tensors and here.shape == there.shape and not holds(here.dtype, there.dtype):
+        return str(here.dtype), str(there.dtype)
+    return _shape(here), _shape(there)
 
 
 def _shape(value: Any) -> str:

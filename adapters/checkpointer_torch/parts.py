@@ -66,12 +66,14 @@ class ModulePart:
 
     def compare(self, state: Any) -> Differences:
         """See `Part.compare`."""
-        return compared(plain_state(self.module), state) if isinstance(state, Mapping) else Differences(missing=("*",))
+        if not isinstance(state, Mapping):
+            return Differences(missing=("*",))
+        return compared(plain_state(self.module), state, types=True)
 
     def put(self, state: Any) -> None:
         """See `Part.put`."""
         wrapped = wrapped_state(self.module, state)
-        for key in compared(self.module.state_dict(), wrapped).reshaped:
+        for key in compared(self.module.state_dict(), wrapped, types=True).reshaped:
             del wrapped[key]
         self.module.load_state_dict(wrapped, strict=False)
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
+from checkpointer.dtypes import holds
 from checkpointer.errors import (
     CheckpointerError,
     CorruptError,
@@ -369,8 +370,7 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
         dtype = stored.properties.dtype
         if value.size() != stored.size:
             problems.append(f"{name} has the shape {list(stored.size)} in the checkpoint, {list(value.size())} here")
-        elif not _holds(value.dtype, dtype):
-            # DCP would convert it without a word: 300 as an int64 becomes 44 as an int8.
+        elif not holds(value.dtype, dtype):
             problems.append(f"{name} is {dtype} in the checkpoint, and {value.dtype} here cannot hold it")
     if problems:
         more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
@@ -379,14 +379,6 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)
-
-
-def _holds(here: torch.dtype, there: torch.dtype) -> bool:
-    """Return whether each number of one type is a number of the other."""
-    try:
-        return here == there or torch.promote_types(here, there) == here
-    except RuntimeError:  # Eight-bit floats are not promoted.
-        return False
 
 
 def _moved(state: Any, map_location: Any) -> Any:

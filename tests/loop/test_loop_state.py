@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_objects_is_one_error_that_names_all_and_nothing_i
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "new": torch.ones(1)}
     wanted = (
         r"step=1.ckpt does not fit this training, and nothing was loaded: missing: new, model.2.weight, model.2.bias; "
-        r"unexpected: old, model.1.bias; of another shape: model.0.weight \(here \[2, 4\], there \[2, 3\]\), "
+        r"unexpected: old, model.1.bias; of another shape or type: model.0.weight \(here \[2, 4\], there \[2, 3\]\), "
         r"optimizer.param_groups\[0\].params \(here 5, there 4\)"
     )
     with pytest.raises(MismatchError, match=wanted):
@@ -246,6 +246,14 @@ def test_an_optimizer_that_keeps_its_state_in_another_shape_goes_on(tmp_path: Pa
     assert [1.0, 1.0] == second.state_dict()["state"][0]["exp_avg"].tolist()
     with pytest.raises(MismatchError, match=r"optimizer.param_groups\[0\].params \(here 2, there 1\)"):
         resumed(tmp_path, optimizer=make(2))
+
+
+def test_a_model_of_a_narrower_type_is_refused(tmp_path: Path) -> None:
+    """torch itself would round the weights silently; a wider type holds them all."""
+    one_step(tmp_path, model=nn.Linear(2, 1))
+    with pytest.raises(MismatchError, match=r"model.weight \(here torch.bfloat16, there torch.float32\)"):
+        resumed(tmp_path, model=nn.Linear(2, 1).to(torch.bfloat16))
+    resumed(tmp_path, model=nn.Linear(2, 1).to(torch.float64))
 
 
 def test_what_refuses_its_state_leaves_the_others_as_they_were(tmp_path: Path) -> None:

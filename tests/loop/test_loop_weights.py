@@ -193,7 +193,7 @@ def test_what_is_missing_left_over_or_of_another_shape_is_one_error_and_nothing_
     state["0.weight"] = torch.ones(3, 2)
     state["head"] = state.pop("1.bias")
     model = net(1.0)
-    match = r"missing: 1.bias; unexpected: head; of another shape: 0.weight \(here \[2, 2\], there \[3, 2\]\)"
+    match = r"missing: 1.bias; unexpected: head; of another shape or type: 0.weight \(here \[2, 2\], there \[3, 2\]\)"
     with pytest.raises(MismatchError, match=match):
         load_weights(model, state)
     assert 1.0 == value_of(model)
