@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
+.PHONY: help venv servers hosts demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,7 @@ help:
 	@echo "make docs        build the documentation into docs/_build, offline"
 	@echo "make hosts       install the frameworks whose adapters some tests use"
 	@echo "make bench       measure beside the raw operations"
+	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make bench-performance  one table of what saving and restoring 1 GB cost, beside others; takes ten minutes"
@@ -95,6 +96,9 @@ wheel-test: venv
 bench: venv
 	"$(BIN)/python" benchmarks/run.py
 	"$(BIN)/python" benchmarks/loop.py
+
+bench-against: venv
+	"$(BIN)/python" benchmarks/against.py $(REV)
 
 bench-cli: venv
 	"$(BIN)/python" benchmarks/cli.py
