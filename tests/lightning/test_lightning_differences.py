@@ -399,6 +399,27 @@ def test_66_a_kill_leaves_nothing_half_written_wherever_tmpdir_is(tmp_path: Path
     assert 8 == step_of(tmp_path / "model.ckpt")
 
 
+def test_66_a_plugin_writes_to_a_staged_path_and_removes_nothing(tmp_path: Path) -> None:
+    """Retention removes the files, and an override of the callback's ``_remove_checkpoint`` gets their paths."""
+    by_plugin: list[str] = []
+    by_callback: list[str] = []
+
+    class Plugin(TorchCheckpointIO):
+        def remove_checkpoint(self, path: Any) -> None:
+            by_plugin.append(os.path.relpath(path, tmp_path))
+            super().remove_checkpoint(path)
+
+    class Watching(ModelCheckpoint):
+        def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+            by_callback.append(os.path.relpath(filepath, tmp_path))
+            super()._remove_checkpoint(trainer, filepath)
+
+    fit(Watching(dirpath=tmp_path, filename="{epoch}"), plugins=[Plugin()], max_epochs=3)
+    assert [] == by_plugin
+    assert ["epoch=0.ckpt", "epoch=1.ckpt"] == by_callback
+    assert ["epoch=2.ckpt"] == files(tmp_path)
+
+
 class Removing(pl.Callback):
     """Removes the whole directory after the second epoch."""
 
