@@ -691,6 +691,6 @@ def test_a_copy_that_is_made_again_lets_the_alias_follow(tmp_path: Path) -> None
         manager.restore()
         manager.observe({}, step=20, epoch=1)
     said = command("copy", tmp_path / "run", tmp_path / "copy")
-    assert (0, "") == (said.code, said.err)
+    assert (0, "") == (said.code, said.err.strip())
     assert "epoch=1-step=20.ckpt" == os.readlink(tmp_path / "copy/last.ckpt")
-    assert (0, "") == (command("copy", tmp_path / "run", tmp_path / "copy").code, said.err)
+    assert 0 == command("copy", tmp_path / "run", tmp_path / "copy").code

@@ -30,6 +30,7 @@ from checkpointer.testing import MemoryStorage
 from checkpointer.verifying import verify_one
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs torch-checkpointer[safetensors]")
+SafetensorError = pytest.importorskip("safetensors").SafetensorError
 POLICY: Final = Policy(EverySteps(1), [KeepAll()], name="{step}")
 
 
@@ -285,7 +286,11 @@ def test_lazily_conjugated_and_negated_tensors_have_their_values(name: str, suff
     _, weights = weights_in({"w": value})
     write_weights(tmp_path / f"out{suffix}", weights.tensors, weights.read)
     load = torch.load if suffix == ".pt" else safetensors.load_file
-    assert torch.equal(plain, load(tmp_path / f"out{suffix}")["w"])
+    try:
+        written = load(tmp_path / f"out{suffix}")["w"]
+    except SafetensorError:
+        pytest.skip("safetensors before 0.7 does not read complex numbers")
+    assert torch.equal(plain, written)
 
 
 BYTES: Final = torch.arange(4, dtype=torch.uint8)
@@ -412,12 +417,12 @@ def test_safetensors_holds_what_the_installed_version_holds(name: str, tmp_path:
     dtype = getattr(torch, name)
     value = torch.arange(6).to(torch.float32).to(dtype).reshape(2, 3)
     try:
-        safetensors.load(safetensors.save({"w": value}))
-    except (KeyError, ValueError):
-        with pytest.raises(SaveError, match=f"{dtype}, .*use format='torch'"):
-            managed(tmp_path, {"w": value}, format="safetensors")
+        managed(tmp_path, {"w": value}, format="safetensors")
+    except SaveError as error:
+        assert f"{dtype}, " in str(error)
+        with pytest.raises((KeyError, SafetensorError)):
+            safetensors.load(safetensors.save({"w": value}))
         return
-    managed(tmp_path, {"w": value}, format="safetensors")
     read = safetensors.load_file(tmp_path / "step=1.safetensors")["w"]
     with CheckpointManager(tmp_path, format="safetensors") as manager:
         restored = manager.restore(contents="any")

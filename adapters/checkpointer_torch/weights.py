@@ -86,7 +86,7 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
-    picks = _Picks(module, part=part, key_map=key_map, strict=strict)
+    picks = _Picks(module=module, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
         picked, where = picks.pick(StateContents(source), "the state"), "the state"
     else:
@@ -120,7 +120,7 @@ class _Picked:
 class _Picks:
     """Picks a module's weights out of a payload, and reads those alone."""
 
-    module: nn.Module = attrs.field(kw_only=False)
+    module: nn.Module
     part: str | None
     key_map: KeyMap | None
     strict: bool
