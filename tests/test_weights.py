@@ -22,6 +22,7 @@ from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepLast, Polic
 from checkpointer.averaging import average
 from checkpointer.diffing import Change, diff
 from checkpointer.errors import CorruptError, MismatchError, RestoreError, SaveError, UnsafePayloadError
+from checkpointer.formats import open_format
 from checkpointer.formats.contents import open_contents, open_stream
 from checkpointer.formats.streaming import write_weights
 from checkpointer.formats.weights import Weights, weights_of
@@ -417,12 +418,12 @@ def test_safetensors_holds_what_the_installed_version_holds(name: str, tmp_path:
     dtype = getattr(torch, name)
     value = torch.arange(6).to(torch.float32).to(dtype).reshape(2, 3)
     try:
-        managed(tmp_path, {"w": value}, format="safetensors")
-    except SaveError as error:
-        assert f"{dtype}, " in str(error)
+        open_format("safetensors").write({"w": value}, io.BytesIO())
+    except SaveError:
         with pytest.raises((KeyError, SafetensorError)):
             safetensors.load(safetensors.save({"w": value}))
         return
+    managed(tmp_path, {"w": value}, format="safetensors")
     read = safetensors.load_file(tmp_path / "step=1.safetensors")["w"]
     with CheckpointManager(tmp_path, format="safetensors") as manager:
         restored = manager.restore(contents="any")
