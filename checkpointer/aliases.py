@@ -30,7 +30,7 @@ class Aliases:
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
     """Token of the checkpoint that each alias was pointed to."""
     _claimed: set[str] = attrs.field(factory=set, init=False)
-    """Names that are this manager's, even if somebody deletes the marks that say so."""
+    """Names that are this manager's, even if the marks that say so are deleted."""
 
     def settle(self, manifest: Manifest, say: Callable[[str, str], None], *, slots: bool, claim: bool) -> Policy:
         """Return the policy with alias names that are free; with ``claim`` keep them, and ``say`` where they differ.

@@ -240,7 +240,7 @@ def _check_whole(name: str, module: nn.Module) -> None:
 
 
 def described(thing: Any, name: str, part: Part) -> str:
-    """Return in a few words how an object is saved, for the line that the loop logs at its start."""
+    """Return how an object is saved, in the few words that the loop logs at its start."""
     kind = type(thing).__name__
     if isinstance(part, TensorPart):
         return f"{name} ({kind}, as written in place)"

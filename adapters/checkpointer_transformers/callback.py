@@ -233,7 +233,7 @@ class CheckpointCallback(Base):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Take in what one evaluation set gave; it was logged just before, unless somebody's Trainer logs otherwise.
+        """Take in what one evaluation set gave; it was logged just before, unless the Trainer's `log` is overridden.
 
         A signal that came meanwhile stops the training here: the Trainer saves next, before another step.
         """
