@@ -21,9 +21,9 @@ from directories import records_of
 from table import show
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
-from checkpointer.digests import digest_of
-from checkpointer.records import Entry
+from checkpointer.records.record import Entry
 from checkpointer.storage import LocalStorage
+from checkpointer.storage.digests import digest_of
 
 HEAD = ("command", *("time", "CPU", "peak memory") * 2)
 FEW = Policy(EverySteps(1), [KeepBest(1, "val_loss", mode="min"), KeepLast(1)])

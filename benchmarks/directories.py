@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from checkpointer.records import Entry, Record
+from checkpointer.records.record import Entry, Record
 
 
 def records_of(count: int) -> Iterator[tuple[str, bytes]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.together import together
 from table import Row, show
-from together import together
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh

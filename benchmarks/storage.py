@@ -25,8 +25,8 @@ import botocore.session
 import fsspec
 import torch
 from directories import records_of
-from servers import SeaweedFS, Server, running
-from servers.counting import CountingProxy
+from support.servers import SeaweedFS, Server, running
+from support.servers.counting import CountingProxy
 from table import Row, compared, show
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy

@@ -1,19 +1,19 @@
 """A checkpoint manager that knows nothing about the training loop, and loses nothing when it is killed."""
 
-from checkpointer.deciding import Attach, Decision, Save, Skip, decide, explain
+from checkpointer.commit.signing import HMACKey
+from checkpointer.distributed.manager import RankedManager
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.manager import CheckpointManager
-from checkpointer.manifest import Manifest
-from checkpointer.naming import Naming
-from checkpointer.policy import Policy
+from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, explain
+from checkpointer.policy.naming import Naming
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.ranking import Metric
+from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
+from checkpointer.policy.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
 from checkpointer.ports import Listener
-from checkpointer.ranked import RankedManager
-from checkpointer.ranking import Metric
-from checkpointer.records import Observation, Progress, Record
-from checkpointer.restoring import Restored
-from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
-from checkpointer.trust import HMACKey
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Observation, Progress, Record
+from checkpointer.restore.load import Restored
 
 __version__ = "0.1.0"
 

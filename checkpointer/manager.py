@@ -14,13 +14,11 @@ from typing import Any, Literal
 import attrs
 import yaml
 
-from checkpointer import restoring, resuming
-from checkpointer._validators import as_index, check_function
-from checkpointer.background import Background, BackgroundStatus, Busy, as_busy, copies_of
-from checkpointer.carrying import Carrier, Life
+from checkpointer._display import some_of
+from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
-from checkpointer.deciding import Attach, Decision, Save, Skip, after, decide, decide_rescue
-from checkpointer.directory import Directory
+from checkpointer.commit.directory import Directory
+from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import (
     CheckpointerWarning,
     ClosedError,
@@ -29,11 +27,14 @@ from checkpointer.errors import (
     SaveError,
 )
 from checkpointer.formats import open_format
-from checkpointer.manifest import Manifest
-from checkpointer.mirror import MirrorStatus, Where, open_mirror
-from checkpointer.owner import new_owner, release
-from checkpointer.pacing import Pacing
-from checkpointer.policy import Policy
+from checkpointer.formats.snapshot import Snapshots
+from checkpointer.mirror.mirror import MirrorStatus, Where, open_mirror
+from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, decide, decide_rescue
+from checkpointer.policy.explain import manifest_html
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.retention import Limit, Rule
+from checkpointer.policy.schedule import Pacing
+from checkpointer.policy.triggers import AtSteps, Horizon
 from checkpointer.ports import (
     Clock,
     FolderFormat,
@@ -44,18 +45,18 @@ from checkpointer.ports import (
     SupportsCapabilities,
     SupportsSnapshots,
 )
-from checkpointer.records import Observation, Progress, Record
-from checkpointer.restoring import Restored
-from checkpointer.resuming import Account
-from checkpointer.retention import Limit, Rule
-from checkpointer.saving import Saver
-from checkpointer.showing import manifest_html
-from checkpointer.snapshot import Snapshots
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Observation, Progress, Record
+from checkpointer.restore import load as restoring
+from checkpointer.restore import resume as resuming
+from checkpointer.restore.load import Restored
+from checkpointer.restore.resume import Account
+from checkpointer.save.background import Background, BackgroundStatus, Busy, as_busy, copies_of
+from checkpointer.save.executor import Carrier, Life
+from checkpointer.save.payload import FOLDER, Writer
+from checkpointer.save.saver import Saver
 from checkpointer.storage import open_storage
-from checkpointer.triggers import AtSteps, Horizon
-from checkpointer.trust import HMACKey
-from checkpointer.wording import some_of
-from checkpointer.writing import FOLDER, Writer
+from checkpointer.storage.owner import new_owner, release
 
 __all__ = ["CheckpointManager"]
 

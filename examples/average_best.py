@@ -15,9 +15,9 @@ from digits_loop import POLICY, load_splits, make_net, measure
 from digits_loop import main as train
 
 from checkpointer import CheckpointManager
-from checkpointer.averaging import average, weights_of
-from checkpointer.formats.contents import open_contents
+from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.storage import open_storage
+from checkpointer.tools.average import average, weights_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
-from checkpointer.retention import Rule
+from checkpointer.policy.retention import Rule
 
 POLICY = Policy(EverySteps(10), [KeepLast(1)], last="link")
 

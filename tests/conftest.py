@@ -12,10 +12,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import sampling
-from servers.fixtures import serve
+from support import sampling
+from support.servers.fixtures import serve
 
 __all__ = ["serve"]
+
+# Programs that tests start find what they share too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 # The contract's assertions then show their values, like those of the tests themselves.
 pytest.register_assert_rewrite("checkpointer.testing.contract")

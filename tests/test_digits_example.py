@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sampling import some
+from support.sampling import some
 
 pytestmark = pytest.mark.slow
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import attrs
 import pytest
-from factories import history, manifest, record
+from support.factories import history, manifest, record
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepEvery, KeepLast, Manifest, Policy
-from checkpointer.deciding import surplus
+from checkpointer.commit.index import record_path
 from checkpointer.errors import ObservationError
-from checkpointer.index import record_path
-from checkpointer.ledger import Ledger
-from checkpointer.ordered import WIDTH, Ordered
+from checkpointer.policy.decide import surplus
+from checkpointer.policy.ledger import Ledger
+from checkpointer.policy.ordered import WIDTH, Ordered
+from checkpointer.policy.reasons import kept_by
+from checkpointer.policy.retention import Budget, Rule
 from checkpointer.ports import Stat
-from checkpointer.reasons import kept_by
-from checkpointer.records import Record
-from checkpointer.retention import Budget, Rule
+from checkpointer.records.record import Record
 from checkpointer.storage import MemoryStorage
 
 EACH = EverySteps(1)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from plain_format import PlainFormat
+from support.plain_format import PlainFormat
 
 from checkpointer import (
     AnyOf,

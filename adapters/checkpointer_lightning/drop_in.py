@@ -10,13 +10,13 @@ from typing import Any, Literal, Optional, Union
 import attrs
 
 from checkpointer import Attach, CheckpointerWarning, Decision, DuringEpochs, EveryEpochs, Policy, Save, Skip
-from checkpointer.naming import fixed_parts
+from checkpointer.policy.naming import fixed_parts
 from checkpointer_lightning import siblings
+from checkpointer_lightning.attributes import Account
+from checkpointer_lightning.callback_base import Managed, Moment
 from checkpointer_lightning.identity import Identity
-from checkpointer_lightning.managed import Managed, Moment
-from checkpointer_lightning.manual import before_step, has_captured
-from checkpointer_lightning.showing import Account
-from checkpointer_lightning.topk import ONLY_LAST, with_competitors
+from checkpointer_lightning.manual_optimization import before_step, has_captured
+from checkpointer_lightning.top_k import ONLY_LAST, with_competitors
 
 __all__ = ["DropIn"]
 

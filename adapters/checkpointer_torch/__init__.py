@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from checkpointer_torch.config import read_config
 from checkpointer_torch.loop import Loop
-from checkpointer_torch.progress import Progress
-from checkpointer_torch.stopping import StopTraining
+from checkpointer_torch.loop_progress import Progress
+from checkpointer_torch.settings import read_config
+from checkpointer_torch.signals import StopTraining
 from checkpointer_torch.weights import LoadedWeights, load_weights
 
 __all__ = ["LoadedWeights", "Loop", "Progress", "StopTraining", "load_weights", "read_config"]

@@ -17,23 +17,23 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
+from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
-from checkpointer.grace import CLOSE_S
-from checkpointer.options import MANAGER_OPTIONS, check_options
+from checkpointer.hosts.grace import CLOSE_S
+from checkpointer.hosts.loader_workers import Workers, deliver
+from checkpointer.hosts.options import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
-from checkpointer.ranked import RankedManager
-from checkpointer.ranks import Agreement, OneRank, TorchRanks
-from checkpointer.workers import Workers, deliver
-from checkpointer_torch.adopted import begin_from_adopted
-from checkpointer_torch.foreign import StateMap
-from checkpointer_torch.loaders import Calls, put_loader, take_loader
-from checkpointer_torch.origin import find_origin
-from checkpointer_torch.progress import Progress
+from checkpointer_torch.adopted_checkpoint import begin_from_adopted
+from checkpointer_torch.foreign_file import StateMap
+from checkpointer_torch.loader_facts import Calls, put_loader, take_loader
+from checkpointer_torch.loop_progress import Progress
+from checkpointer_torch.never_due import why_silent
+from checkpointer_torch.open_any import request_file
 from checkpointer_torch.random_state import put_random_state, take_random_state
-from checkpointer_torch.silence import why_silent
-from checkpointer_torch.sources import request_file
-from checkpointer_torch.stopping import SAVE_ON, STOP_ON, Asked, Requests, StopTraining
-from checkpointer_torch.training import Training
+from checkpointer_torch.resume_source import find_origin
+from checkpointer_torch.signals import SAVE_ON, STOP_ON, Asked, Requests, StopTraining
+from checkpointer_torch.training_state import Training
 
 __all__ = ["Loop"]
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from checkpointer import CheckpointerWarning, HMACKey, Policy
 from checkpointer.errors import MismatchError, RestoreError
-from checkpointer.formats.state_contents import StateContents
-from checkpointer.formats.tensors import Tensors
-from checkpointer.formats.weights import Weights, weights_for
-from checkpointer_torch.differences import Differences, compared
-from checkpointer_torch.names import plain_state
-from checkpointer_torch.parts import ModulePart
-from checkpointer_torch.sources import read_place
+from checkpointer.formats.inspection.state import StateContents
+from checkpointer.formats.inspection.tensors import Tensors
+from checkpointer.formats.inspection.weights import Weights, weights_for
+from checkpointer_torch.module_names import plain_state
+from checkpointer_torch.open_any import read_place
+from checkpointer_torch.state_differences import Differences, compared
+from checkpointer_torch.stateful_objects import ModulePart
 
 __all__ = ["KeyMap", "LoadedWeights", "load_weights"]
 

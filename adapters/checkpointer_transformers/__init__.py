@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from checkpointer_transformers.attaching import attach
+    from checkpointer_transformers.attach import attach
     from checkpointer_transformers.callback import CheckpointCallback
-    from checkpointer_transformers.finding import last_valid_checkpoint
+    from checkpointer_transformers.find_checkpoint import last_valid_checkpoint
 
 __all__ = ["CheckpointCallback", "attach", "last_valid_checkpoint"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from checkpointer import Decision, Policy, Save
+from checkpointer.distributed.ranks import OneRank, TorchRanks, on_rank_zero
 from checkpointer.errors import PolicyError
-from checkpointer.grace import Grace
-from checkpointer.options import check_options
+from checkpointer.hosts.grace import Grace
+from checkpointer.hosts.options import check_options
 from checkpointer.ports import Clock, Ranks
-from checkpointer.ranks import OneRank, TorchRanks, on_rank_zero
-from checkpointer_transformers.clearing import clear
-from checkpointer_transformers.refusing import refuse
-from checkpointer_transformers.telling import epoch_of, finished_epochs, numbers_of
+from checkpointer_transformers.argument_check import refuse
+from checkpointer_transformers.cleanup import clear
+from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
 from checkpointer_transformers.training import ASKED, Training, as_written, folder_of
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ import attrs
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Progress, Save
 from checkpointer.clock import SystemClock
-from checkpointer.deciding import Skip, decide_rescue
-from checkpointer.grace import CLOSE_S
-from checkpointer.owner import new_owner, release
+from checkpointer.distributed.ranks import Agreement, Team
+from checkpointer.hosts.grace import CLOSE_S
+from checkpointer.policy.decide import Skip, decide_rescue
+from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, Ranks, Storage, SupportsSweep
-from checkpointer.ranks import Agreement, Team
 from checkpointer.storage import open_storage
-from checkpointer.triggers import Horizon
-from checkpointer_transformers.claims import Claim
-from checkpointer_transformers.telling import Best, best_of, epoch_of, saved_state, write_state
-from checkpointer_transformers.whole import checkpoints_of, step_of
+from checkpointer.storage.owner import new_owner, release
+from checkpointer_transformers.integrity import checkpoints_of, step_of
+from checkpointer_transformers.lock import Claim
+from checkpointer_transformers.trainer_state import Best, best_of, epoch_of, saved_state, write_state
 
 __all__ = ["Training", "as_written"]
 

@@ -14,16 +14,16 @@ from typing import Annotated, Any, Final
 import attrs
 import typer
 
+from checkpointer._display import some_of
+from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.errors import NameTakenError, PolicyError, StorageError
-from checkpointer.index import HOME, record_path
-from checkpointer.inspecting import Catalog, look_at
-from checkpointer.owner import new_owner, release
-from checkpointer.policy import Policy
+from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
-from checkpointer.storage.retrying import Retry
-from checkpointer.trust import HMACKey, refuse_unsigned
-from checkpointer.wording import some_of
+from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.retry import Retry
+from checkpointer.tools.catalog import Catalog, look_at
 
 Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
 StorageOptions = Annotated[

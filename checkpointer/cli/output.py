@@ -23,10 +23,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from checkpointer._display import one_line
 from checkpointer.cli.tables import width
-from checkpointer.inspecting import Catalog
-from checkpointer.missing import few_names
-from checkpointer.wording import one_line
+from checkpointer.commit.missing import few_names
+from checkpointer.tools.catalog import Catalog
 
 FOUND_BAD = 1
 """Exit code: it was done, and something bad was found."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from rich.cells import cell_len
 
-from checkpointer.wording import one_line
+from checkpointer._display import one_line
 
 __all__ = ["Cell", "Table", "width"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, Literal, overload
 
 from checkpointer.errors import PolicyError
-from checkpointer.formats.sniffing import sniff
+from checkpointer.formats.inspection.file_kind import sniff
 from checkpointer.ports import FolderFormat, Format
 
 __all__ = ["format_of", "open_format"]

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
-from checkpointer.dtypes import holds
+from checkpointer.distributed.ranks import portable
 from checkpointer.errors import (
     CheckpointerError,
     CorruptError,
@@ -35,12 +35,12 @@ from checkpointer.errors import (
     SaveError,
     UnsafePayloadError,
 )
+from checkpointer.formats.dtypes import holds
+from checkpointer.formats.pickler import by_value, check_whole
+from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.torch_file import TorchFormat
-from checkpointer.naming import check_name
-from checkpointer.pickling import by_value, check_whole
+from checkpointer.policy.naming import check_name
 from checkpointer.ports import Snapshotting, Taken
-from checkpointer.ranks import portable
-from checkpointer.snapshot import Snapshots
 
 __all__ = ["DcpFormat"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError
-from checkpointer.formats.safetensors_contents import SafetensorsContents, entry
-from checkpointer.formats.tensors import TensorInfo
-from checkpointer.pickling import check_whole, class_name, is_whole_dtensor
+from checkpointer.formats.inspection.safetensors_file import SafetensorsContents, entry
+from checkpointer.formats.inspection.tensors import TensorInfo
+from checkpointer.formats.pickler import check_whole, class_name, is_whole_dtensor
 from checkpointer.ports import Writable
 
 __all__ = ["SafetensorsFormat"]

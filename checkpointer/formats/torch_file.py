@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError, UnsafePayloadError
-from checkpointer.pickling import ByValue, by_value, check_whole, class_name, culprit
+from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_name, culprit
 from checkpointer.ports import Writable
 
 __all__ = ["TorchFormat"]

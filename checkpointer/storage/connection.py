@@ -26,8 +26,8 @@ from checkpointer.storage.drivers import (
     without_password,
 )
 from checkpointer.storage.listing import files_below, is_link
-from checkpointer.storage.reading import reader
-from checkpointer.storage.retrying import Retry, is_transient
+from checkpointer.storage.reader import reader
+from checkpointer.storage.retry import Retry, is_transient
 
 __all__ = ["Connection"]
 

@@ -8,7 +8,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from checkpointer.storage.drivers import as_native_errors
-from checkpointer.storage.retrying import is_transient
+from checkpointer.storage.retry import is_transient
 
 __all__ = ["files_below", "is_link"]
 

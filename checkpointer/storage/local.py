@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import NameTakenError, StorageError
-from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Stat
 from checkpointer.storage.access import permission_advice
+from checkpointer.storage.owner import is_dead, is_live
 
 __all__ = ["LocalStorage"]
 
@@ -40,7 +40,7 @@ class LocalStorage:
 
     Args:
         root: The folder. ``~`` is expanded; a relative path is fixed now, whatever ``chdir`` comes later.
-        owner: Id of the writer, from `checkpointer.owner.new_owner`.
+        owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
 
     Raises:
         StorageError: If ``root`` is a file.

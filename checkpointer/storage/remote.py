@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import StorageError
-from checkpointer.owner import is_dead, is_live
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, modified_s, stat_of
-from checkpointer.storage.placing import REPLACING, STAGING, Placing, owner_of
-from checkpointer.storage.retrying import Retry
+from checkpointer.storage.owner import is_dead, is_live
+from checkpointer.storage.publish import REPLACING, STAGING, Placing, owner_of
+from checkpointer.storage.retry import Retry
 
 __all__ = ["FsspecStorage", "open_remote"]
 
@@ -37,7 +37,7 @@ class FsspecStorage:
 
     Args:
         url: Any URL that fsspec knows. A password in it is never shown.
-        owner: Id of the writer, from `checkpointer.owner.new_owner`.
+        owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
         retry: How long to go on trying when the server or the way to it fails.
         **options: What the filesystem takes (``storage_options``); never logged, never stored.
 

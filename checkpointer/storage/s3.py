@@ -18,13 +18,13 @@ import fsspec.asyn
 
 from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
-from checkpointer.records import parse_json
-from checkpointer.rereading import read_whole
+from checkpointer.records.record import parse_json
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
-from checkpointer.storage.placing import STAGING, Placing
+from checkpointer.storage.publish import STAGING, Placing
 from checkpointer.storage.remote import FsspecStorage
-from checkpointer.storage.retrying import Retry
+from checkpointer.storage.reread import read_whole
+from checkpointer.storage.retry import Retry
 
 __all__ = ["S3Storage"]
 
@@ -171,7 +171,7 @@ class S3Storage(FsspecStorage):
 
     Args:
         url: ``s3://bucket/prefix``.
-        owner: Id of the writer, from `checkpointer.owner.new_owner`.
+        owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
         retry: How long to go on trying when the server or the way to it fails.
         **options: What ``s3fs.S3FileSystem`` takes: ``key``, ``secret``, ``endpoint_url``, ``client_kwargs`` and so on.
             Without them credentials come from where every AWS tool looks for them.

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Literal, NoReturn, Protocol, TypeVar, cast, get_args
 
-from checkpointer.owner import release
 from checkpointer.ports import (
     Stat,
     Storage,
@@ -18,6 +17,7 @@ from checkpointer.ports import (
     SupportsSweep,
     Upload,
 )
+from checkpointer.storage.owner import release
 
 __all__ = ["Crash", "CrashingStorage", "die"]
 
@@ -52,13 +52,13 @@ def die(owner: str) -> None:
     """Say that the process that owned this is dead, so that others may clear up after it.
 
     A simulated crash leaves the real process running, and with it every owner id that it made: without this, the
-    next manager rightly takes the crashed one for alive. It is `checkpointer.owner.release`.
+    next manager rightly takes the crashed one for alive. It is `checkpointer.storage.owner.release`.
 
     Args:
-        owner: The id, from `checkpointer.owner.new_owner`.
+        owner: The id, from `checkpointer.storage.owner.new_owner`.
 
     Example:
-        >>> from checkpointer.owner import is_dead, new_owner
+        >>> from checkpointer.storage.owner import is_dead, new_owner
         >>> from checkpointer.testing import die
         >>> owner = new_owner()
         >>> die(owner)

@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Literal
 
 from checkpointer.ports import Listener
-from checkpointer.records import Record
+from checkpointer.records.record import Record
 
 if TYPE_CHECKING:
     from checkpointer.manager import CheckpointManager

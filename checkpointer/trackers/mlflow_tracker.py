@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from checkpointer.records import Record
+from checkpointer.records.record import Record
 from checkpointer.trackers.following import Following, Upload
 
 __all__ = ["MLflowTracker"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpointer.records import Record
+from checkpointer.records.record import Record
 from checkpointer.trackers.following import Following
 
 __all__ = ["TensorBoardTracker"]

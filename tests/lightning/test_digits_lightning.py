@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sampling import some
+from support.sampling import some
 
 pytestmark = pytest.mark.slow
 

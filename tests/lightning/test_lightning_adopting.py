@@ -6,8 +6,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from commands import command
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.commands import command
 from tiny import BATCHES, Model, loader, quiet
 
 

@@ -18,7 +18,7 @@ from tiny import BATCHES, Model, files, fit, held, quiet, seen, together
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.errors import SaveError
-from checkpointer.saving import Saver
+from checkpointer.save.saver import Saver
 
 pytestmark = quiet
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
-from grouped import Wait, in_group
+from support.grouped import Wait, in_group
 from tiny import Model, files, quiet, step_of, trainer
 from torch.utils.data import DataLoader
 

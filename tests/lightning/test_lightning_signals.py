@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
-from gated import GatedStorage
+from support.gated import GatedStorage
 from tiny import Model, files, fit, quiet, step_of, together
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EveryEpochs, KeepLast, Policy

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 import torch
 from checkpointer_torch import Loop
-from grouped import Wait, in_group
 from small import Points, Small
+from support.grouped import Wait, in_group
 from torch.utils.data import DataLoader
 
 from checkpointer import EverySteps, KeepLast, Policy

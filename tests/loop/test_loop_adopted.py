@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_torch import Loop
-from commands import command
 from safetensors.torch import save_file
+from support.commands import command
 from torch import nn
 
 from checkpointer import CheckpointerWarning, EverySteps, KeepLast, Policy

@@ -15,8 +15,8 @@ import pytest
 import torch
 import xxhash
 from checkpointer_torch import Loop
-from gated import GatedStorage
-from together import together
+from support.gated import GatedStorage
+from support.together import together
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop, read_config
-from checkpointer_torch.training import KEY, Training
-from commands import command
+from checkpointer_torch.training_state import KEY, Training
+from support.commands import command
 from torch import nn
 
 from checkpointer import CheckpointerWarning, EverySteps, HMACKey, KeepAll, KeepLast, Policy
+from checkpointer.distributed.ranks import OneRank
 from checkpointer.errors import MismatchError, NotFoundError, PolicyError, UnknownValueError
-from checkpointer.ranks import OneRank
 
 EVERY = Policy(EverySteps(1), [KeepAll()])
 

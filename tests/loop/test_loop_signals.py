@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.stopping import Requests
+from checkpointer_torch.signals import Requests
 from small import POLICY, Small, run, say_at
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.finding import At, Resumed, by_index
+from checkpointer_torch.position_search import At, Resumed, by_index
 from checkpointer_torch.random_state import take_random_state
 from torch.utils.data import (
     BatchSampler,

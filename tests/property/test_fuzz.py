@@ -16,24 +16,24 @@ from typing import Any, Final, TypeVar
 
 import attrs
 import pytest
-from factories import record
-from plain_format import PlainFormat
-from sampling import instants
+from support.factories import record
+from support.plain_format import PlainFormat
+from support.sampling import instants
 
 from checkpointer import CheckpointerError, CheckpointManager, EverySteps, HMACKey, KeepLast, Policy
 from checkpointer.clock import SystemClock
-from checkpointer.digests import digest_of
-from checkpointer.directory import Directory
+from checkpointer.commit.directory import Directory
+from checkpointer.commit.index import INDEX, load, record_path, save
+from checkpointer.commit.signing import signed
+from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import AliasInUseError, PolicyError, RecordError
-from checkpointer.index import INDEX, load, record_path, save
-from checkpointer.naming import Naming
-from checkpointer.owner import new_owner
-from checkpointer.records import Entry, to_json
-from checkpointer.retention import Budget, KeepBest, KeepEvery
+from checkpointer.policy.naming import Naming
+from checkpointer.policy.retention import Budget, KeepBest, KeepEvery
+from checkpointer.policy.triggers import AnyOf, AtSteps, EverySeconds
+from checkpointer.records.record import Entry, to_json
 from checkpointer.storage import MemoryStorage
-from checkpointer.transaction import Transaction
-from checkpointer.triggers import AnyOf, AtSteps, EverySeconds
-from checkpointer.trust import signed
+from checkpointer.storage.digests import digest_of
+from checkpointer.storage.owner import new_owner
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from plain_format import PlainFormat
+from support.plain_format import PlainFormat
 
 from checkpointer import (
     Budget,
@@ -26,13 +26,13 @@ from checkpointer import (
     Policy,
     Record,
 )
-from checkpointer.deciding import Attach
-from checkpointer.digests import size_of
+from checkpointer.commit.index import HOME, record_path
 from checkpointer.errors import NoValidCheckpointError
-from checkpointer.index import HOME, record_path
-from checkpointer.inspecting import look_at
+from checkpointer.policy.decide import Attach
 from checkpointer.storage import LocalStorage
+from checkpointer.storage.digests import size_of
 from checkpointer.testing import die
+from checkpointer.tools.catalog import look_at
 
 BEST = KeepBest(2, "loss", mode="min")
 POLICIES = {

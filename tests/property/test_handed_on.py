@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-from factories import manifest, observation, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.factories import manifest, observation, record
 
 from checkpointer import EverySteps, KeepBest, KeepEvery, KeepLast, Policy
-from checkpointer.deciding import decide, explain, surplus
-from checkpointer.ledger import Ledger, ledger_of
-from checkpointer.manifest import Manifest
-from checkpointer.ordered import Ordered
-from checkpointer.records import Record
-from checkpointer.retention import Budget, Kept
+from checkpointer.policy.decide import decide, explain, surplus
+from checkpointer.policy.ledger import Ledger, ledger_of
+from checkpointer.policy.ordered import Ordered
+from checkpointer.policy.retention import Budget, Kept
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Record
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 200)), max_size=400), st.sets(st.integers(0, 200)))

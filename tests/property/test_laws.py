@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from factories import RUN, manifest, observation, record
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.factories import RUN, manifest, observation, record
 
-from checkpointer.deciding import Attach, Save, decide, explain, surplus
 from checkpointer.errors import RecordError
-from checkpointer.naming import Naming
-from checkpointer.policy import Policy
-from checkpointer.ranking import Metric
-from checkpointer.records import Entry, Progress, Record, name_problem
-from checkpointer.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.policy.decide import Attach, Save, decide, explain, surplus
+from checkpointer.policy.naming import Naming
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.ranking import Metric
+from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
+from checkpointer.policy.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.records.record import Entry, Progress, Record, name_problem
 
 counts = st.integers(1, 20)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)

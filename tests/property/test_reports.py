@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from plain_format import PlainFormat
+from support.plain_format import PlainFormat
 
 from checkpointer import (
     AnyOf,
@@ -26,9 +26,9 @@ from checkpointer import (
     Policy,
     Record,
 )
+from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.ranks import OneRank
 from checkpointer.errors import CheckpointerError, ObservationError
-from checkpointer.ranked import RankedManager
-from checkpointer.ranks import OneRank
 from checkpointer.testing import MemoryStorage, die
 
 POLICIES = {

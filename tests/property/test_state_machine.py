@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from plain_format import PlainFormat
+from support.plain_format import PlainFormat
 
 from checkpointer import (
     Budget,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from checkpointer_transformers import attach, last_valid_checkpoint
-from gated import GatedStorage
 from hf_tiny import At, folders, make_trainer, quiet, records, same, weights_of
+from support.gated import GatedStorage
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from checkpointer import CheckpointerWarning, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy

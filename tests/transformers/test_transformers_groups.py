@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grouped import Wait, in_group
 from hf_tiny import STEPS, At, Text, make_trainer, quiet, records
+from support.grouped import Wait, in_group
 from transformers import TrainerCallback
 
 from checkpointer import EverySteps, KeepLast, Policy

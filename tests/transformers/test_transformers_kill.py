@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sampling import EVERY, FIRST
+from support.sampling import EVERY, FIRST
 
 pytestmark = pytest.mark.slow
 
@@ -18,13 +18,13 @@ PATIENCE_S = 900.0
 """A run that takes this long (seconds) hangs."""
 PACE = min(EVERY, 6)
 """With fewer kills none would fall before the save counts, or none after it."""
-SCRIPT = Path(__file__).parents[1] / "kill_hf.py"
+SCRIPT = "support.kill_hf"
 
 
 def kills(folder: Path, how: str, every: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return how an unbroken training went, and each that was killed and resumed."""
     environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), how, str(every * PACE), str(1 + FIRST % PACE)]
+    command = [sys.executable, "-W", "ignore", "-m", SCRIPT, str(folder), how, str(every * PACE), str(1 + FIRST % PACE)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
     assert 0 == done.returncode, done.stderr
     unbroken, *killed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]

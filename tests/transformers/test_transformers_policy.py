@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
-from checkpointer_transformers.claims import Claim
+from checkpointer_transformers.lock import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
 from transformers import TrainerCallback
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 PATIENCE_S = 600.0
 """A run that takes this long (seconds) hangs."""
-SCRIPT = Path(__file__).parents[1] / "ranks_hf.py"
+SCRIPT = "support.ranks_hf"
 
 
 OLD = version("transformers").startswith("4.")
@@ -27,7 +27,7 @@ OLD = version("transformers").startswith("4.")
 def trainings(folder: Path, how: str) -> dict[str, Any]:
     """Return how each training of the script went, by its name."""
     environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), how]
+    command = [sys.executable, "-W", "ignore", "-m", SCRIPT, str(folder), how]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
     assert 0 == done.returncode, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]

@@ -1,0 +1,64 @@
+"""How the ranks of a Trainer talk: over a group of their own, so that nothing mixes with the training's collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from checkpointer.distributed.ranks import OneRank, TorchRanks
+from checkpointer.ports import Ranks
+
+__all__ = ["StrategyRanks", "close_ranks", "open_ranks"]
+
+
+@attrs.frozen
+class StrategyRanks:
+    """The ranks of a strategy that does without ``torch.distributed``."""
+
+    trainer: Any
+
+    @property
+    def rank(self) -> int:
+        """See `Ranks.rank`."""
+        return int(self.trainer.global_rank)
+
+    @property
+    def size(self) -> int:
+        """See `Ranks.size`."""
+        return int(self.trainer.world_size)
+
+    def broadcast(self, value: Any) -> Any:
+        """See `Ranks.broadcast`."""
+        return self.trainer.strategy.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `Ranks.gather`."""
+        return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
+
+    def highest(self, *values: float) -> tuple[float, ...]:
+        """See `Ranks.highest`."""
+        import torch
+
+        strategy = self.trainer.strategy
+        numbers = torch.tensor(values, dtype=torch.float32, device=strategy.root_device)
+        return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
+
+    def meet(self, timeout_s: float) -> bool:
+        """See `Ranks.meet`: a strategy has no way to wait only so long, so nobody waits."""
+        return False
+
+
+def open_ranks(trainer: Any) -> Ranks:
+    """Return the ranks of a Trainer; every rank calls it, at the same place."""
+    if trainer.world_size == 1:
+        return OneRank()
+    import torch.distributed as dist
+
+    return TorchRanks() if dist.is_available() and dist.is_initialized() else StrategyRanks(trainer)
+
+
+def close_ranks(ranks: Ranks) -> None:
+    """Give back what `open_ranks` has made."""
+    if isinstance(ranks, TorchRanks):
+        ranks.close()

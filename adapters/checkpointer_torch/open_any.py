@@ -1,0 +1,269 @@
+"""Opens any checkpoint, wherever it lies: a managed directory, a file, a Hugging Face directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeVar
+
+import attrs
+
+from checkpointer import CheckpointManager, HMACKey, Policy, Record
+from checkpointer._display import some_of
+from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
+from checkpointer.errors import NotFoundError, RestoreError
+from checkpointer.formats import format_of, open_format
+from checkpointer.formats.inspection.payload import open_contents, open_files, open_stream
+from checkpointer.formats.inspection.state import StateContents
+from checkpointer.formats.inspection.tensors import Tensors
+from checkpointer.formats.inspection.weights import weights_of
+from checkpointer.ports import Storage, Writable
+from checkpointer.restore.load import verify
+from checkpointer.storage import LocalStorage, open_storage
+from checkpointer.storage.owner import new_owner, release
+
+__all__ = ["Found", "is_place", "open_place", "own_name", "read_place", "request_file"]
+
+_WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Found:
+    """What a checkpoint holds."""
+
+    state: Any
+    where: str
+    """The path or URL, for messages."""
+
+
+@attrs.frozen
+class _Reads:
+    """Reads a payload as a format does, and returns what a function makes of its contents."""
+
+    make: Callable[[Tensors], Any]
+    name = "torch"
+    extension = ".ckpt"
+
+    def write(self, state: Any, stream: Writable) -> None:
+        """See `Format.write`: nothing is written."""
+        raise NotImplementedError
+
+    def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
+        """See `Format.read`; nothing is unpickled."""
+        return _Made(self.make(open_stream(stream, "the payload")))
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `Format.refused`."""
+        return {}
+
+
+@attrs.frozen
+class _Made:
+    value: Any
+
+
+@attrs.frozen(kw_only=True)
+class _Opener:
+    """How to open and read."""
+
+    which: str | int | None = None
+    policy: Policy | None = None
+    trust: HMACKey | None = None
+    storage_options: Mapping[str, Any] | None = None
+    weights_only: bool = True
+    make: Callable[[Tensors], Any] | None = None
+    """Returns what is asked for, out of what a payload holds; None: the state, as it was saved."""
+
+    def open(self, place: str) -> Found:
+        is_folder, parent, name = _split(place)
+        if is_folder is None:
+            is_folder = bool(self._list(place))
+        if is_folder:
+            return self._open_folder(place)
+        storage = self._storage(parent)
+        try:
+            if storage.list(record_path(name)):
+                return self._restore(parent, name)
+        except OSError as error:
+            msg = f"{place} cannot be looked at: {error}"
+            raise RestoreError(msg) from error
+        return Found(self._read(storage, name, place), place)
+
+    def _storage(self, place: str) -> Storage:
+        owner = new_owner()
+        try:
+            return open_storage(place, owner, self.storage_options)
+        finally:
+            release(owner)
+
+    def _list(self, place: str) -> Mapping[str, Any]:
+        try:
+            return self._storage(place).list()
+        except NotADirectoryError:
+            return {}
+
+    def _open_folder(self, place: str) -> Found:
+        storage = self._storage(place)
+        if storage.list(RECORDS):
+            return self._restore(place, self.which)
+        names = [path for path in storage.list() if "/" not in path]
+        with open_files(storage, "", names) as contents:
+            if contents.parts:
+                return Found((self.make or _weights)(contents), place)
+        if below := directories_below(storage.list(), RECORDS):
+            msg = (
+                f"{place} has no checkpoint of its own, and these directories below have: {some_of(below)}; name one "
+                "of them"
+            )
+            raise NotFoundError(msg)
+        there = ", ".join(sorted(names)[:8]) or "no file"
+        msg = (
+            f"{place} has no weights: neither checkpoints of this library nor a file of weights, such as "
+            f"model.safetensors or pytorch_model.bin; it has {there}"
+        )
+        raise NotFoundError(msg)
+
+    def _restore(self, directory: str, which: str | int | None) -> Found:
+        options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options}
+        if self.make is not None:
+            options["format"] = _Reads(self.make)
+        manager = CheckpointManager(directory, self.policy, **options)
+        record = _record_of(manager, which)
+        storage = self._storage(directory)
+        if record is not None and _is_trainers_folder(storage, record):
+            verify(storage, record)
+            with open_contents(storage, record.name) as contents:
+                return Found((self.make or _weights)(contents), f"{directory}/{record.name}")
+        restored = manager.restore(which, contents="any", weights_only=self.weights_only)
+        if restored is None:
+            msg = f"{directory} has no checkpoint"
+            raise NotFoundError(msg)
+        state = restored.state
+        if isinstance(state, _Made):
+            state = state.value
+        elif self.make is not None:
+            state = self.make(StateContents(state))
+        return Found(state, f"{directory}/{restored.record.name}")
+
+    def _read(self, storage: Storage, path: str, where: str) -> Any:
+        try:
+            with storage.open(path) as stream:
+                if self.make is not None:
+                    return self.make(open_stream(stream, where))
+                return self._read_state(stream, where)
+        except FileNotFoundError as error:
+            names = [*_beside(storage, path)]
+            beside = some_of(names) if names else "no weights at all"
+            msg = f"{where} is not there; beside it: {beside}"
+            raise NotFoundError(msg) from error
+
+    def _read_state(self, stream: BinaryIO, where: str) -> Any:
+        payload = format_of(stream, open_format("torch"))
+        try:
+            return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
+        except RestoreError as error:
+            msg = f"{where}: {error}"
+            raise type(error)(msg) from error
+
+
+def _weights(contents: Tensors) -> dict[str, Any]:
+    found = weights_of(contents)
+    return {name: found.read(name) for name in found.tensors}
+
+
+def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> Found:
+    """Read the checkpoint at a path or URL: a file, a managed directory's newest, a Hugging Face directory.
+
+    What has a record is verified.
+
+    Raises:
+        RestoreError: If there is none, or it cannot be read; the message says what is there.
+    """
+    return _Opener(weights_only=weights_only).open(os.fspath(place))
+
+
+def read_place(
+    place: str | os.PathLike[str],
+    make: Callable[[Tensors], T],
+    which: str | int | None = None,
+    *,
+    policy: Policy | None = None,
+    trust: HMACKey | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> tuple[T, str]:
+    """Return what a function makes of the checkpoint at a path or URL, and where it is. Nothing is unpickled.
+
+    Args:
+        place: As for `open_place`.
+        make: Takes what the checkpoint holds; what it reads lazily is gone when it returns.
+        which: As for `open_place`.
+        policy: As for `open_place`.
+        trust: As for `open_place`.
+        storage_options: As for `open_place`.
+
+    Raises:
+        RestoreError: As `open_place`.
+    """
+    opener = _Opener(which=which, policy=policy, trust=trust, storage_options=storage_options, make=make)
+    found = opener.open(os.fspath(place))
+    return found.state, found.where
+
+
+def is_place(which: Any) -> bool:
+    """Return whether a path or URL is meant, and not a name: a path that is there, a ``Path``, or a URL."""
+    if isinstance(which, os.PathLike):
+        return True
+    return isinstance(which, str) and ("://" in which or os.path.exists(os.path.expanduser(which)))
+
+
+def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:
+    """Return the name that a path or URL has within a directory; None if it is not there."""
+    if not isinstance(directory, (str, os.PathLike)):
+        return None
+    is_folder, parent, name = _split(os.fspath(place))
+    return name if not is_folder and _absolute(parent) == _absolute(os.fspath(directory)) else None
+
+
+def request_file(directory: Any) -> str | None:
+    """Return the file that asks for a save; None where nobody can put one, or looking would take long."""
+    if not isinstance(directory, LocalStorage):
+        if not isinstance(directory, (str, os.PathLike)) or "://" in os.fspath(directory):
+            return None
+        directory = LocalStorage(directory, "")
+    return str(directory.local_path(f"{HOME}/save-now"))
+
+
+def _split(place: str) -> tuple[bool | None, str, str]:
+    """Return whether it is a folder (None: that has to be asked), and its parent and name."""
+    if "://" in place:
+        parent, _, name = place.rstrip("/").rpartition("/")
+        return None, parent, name
+    path = Path(place).expanduser()
+    if path.is_symlink() and not path.is_dir():
+        path = path.parent / os.readlink(path)  # An alias: its record is that of what it names.
+    return path.is_dir(), str(path.parent), path.name
+
+
+def _absolute(place: str) -> str:
+    return place.rstrip("/") if "://" in place else os.path.realpath(os.path.expanduser(place))
+
+
+def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | None:
+    if which is None or which == "last":
+        return manager.last
+    if which == "best":
+        return manager.best
+    return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)
+
+
+def _is_trainers_folder(storage: Storage, record: Record) -> bool:
+    return record.format != "dcp" and set(storage.list(record.name)) - {record.name} != set()
+
+
+def _beside(storage: Storage, path: str) -> Iterator[str]:
+    folder = path.rpartition("/")[0]
+    for name in sorted(storage.list(folder))[:200]:
+        if name.endswith(_WEIGHTS) and not name.startswith(HOME):
+            yield name

@@ -1,0 +1,94 @@
+"""How a state differs from what is to take it, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+import torch
+
+from checkpointer.formats.dtypes import holds
+
+__all__ = ["Differences", "compared"]
+
+_SHOWN: Final = 10
+"""Names of each kind that a message lists."""
+
+
+@attrs.frozen
+class Differences:
+    """What does not fit."""
+
+    missing: tuple[str, ...] = ()
+    """Wanted, and not in the state."""
+    unexpected: tuple[str, ...] = ()
+    """In the state, and not wanted."""
+    reshaped: Mapping[str, str] = attrs.field(factory=dict)
+    """There and wanted, with another shape, or a type that cannot hold the numbers: both by name."""
+    untaken: tuple[str, ...] = ()
+    """What takes nothing of its state if any of it does not fit."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+    def __add__(self, other: Differences) -> Differences:
+        return Differences(
+            self.missing + other.missing,
+            self.unexpected + other.unexpected,
+            {**self.reshaped, **other.reshaped},
+            self.untaken + other.untaken,
+        )
+
+    def within(self, name: str) -> Differences:
+        """Return the same, of what lies under ``name``."""
+        return Differences(
+            tuple(f"{name}.{key}" for key in self.missing),
+            tuple(f"{name}.{key}" for key in self.unexpected),
+            {f"{name}.{key}": shapes for key, shapes in self.reshaped.items()},
+            tuple(f"{name}.{key}" if key else name for key in self.untaken),
+        )
+
+    def all_or_nothing(self) -> Differences:
+        """Return the same, of what takes nothing of its state if there is a difference."""
+        return attrs.evolve(self, untaken=("",)) if self else self
+
+    def __str__(self) -> str:
+        reshaped = [f"{key} ({shapes})" for key, shapes in self.reshaped.items()]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": reshaped}
+        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+
+
+def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
+    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers.
+
+    Example:
+        >>> print(compared({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "c": 1}))
+        missing: b; unexpected: c; of another shape or type: w (here [2], there [3])
+    """
+    both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in wanted if key in state]
+    return Differences(
+        missing=tuple(key for key in wanted if key not in state),
+        unexpected=tuple(str(key) for key in state if key not in wanted),
+        reshaped={key: f"here {here}, there {there}" for key, here, there in both if here != there and here},
+    )
+
+
+def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:
+    are_tensors = isinstance(here, torch.Tensor) and isinstance(there, torch.Tensor)
+    if types and are_tensors and here.shape == there.shape and not holds(here.dtype, there.dtype):
+        return str(here.dtype), str(there.dtype)
+    return _shape(here), _shape(there)
+
+
+def _shape(value: Any) -> str:
+    """Return a tensor's shape in words; empty for one that has none yet."""
+    if not isinstance(value, torch.Tensor):
+        return "no tensor"
+    return "" if torch.nn.parameter.is_lazy(value) else str(list(value.shape))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,224 @@
+"""What no callback can do alone: stage a checkpoint and rename it once, rescue, and save at the very end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from checkpointer import CheckpointerWarning, Save
+from checkpointer.errors import PolicyError
+from checkpointer.hosts.loader_workers import Workers, deliver
+from checkpointer_transformers.callback import CheckpointCallback
+from checkpointer_transformers.training import ASKED, Training, holder_of
+
+__all__ = ["attach"]
+
+_LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
+"""Names of the Trainer's methods that make loaders."""
+
+
+def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
+    """Give a Trainer's `CheckpointCallback` a hold on the Trainer; call it before ``train``, on every rank.
+
+    From then on a checkpoint is written beside its place and gets there in one rename. A signal on any rank makes all
+    ranks save at the same step and stop; once ``train`` has cleaned up the signal is raised again, on every rank, so
+    that what it did before it does still. An exception in a training of one process makes a rescue, unless it struck
+    while weights and optimizer were changing; it goes on unchanged. The end of the training is saved if a rule keeps
+    it.
+
+    Args:
+        trainer: The Trainer.
+        signals: Numbers of the signals to rescue on.
+
+    Raises:
+        PolicyError: If the Trainer has no `CheckpointCallback`, or is attached to it already.
+
+    Example:
+        >>> trainer = Trainer(model, args, callbacks=[CheckpointCallback(policy)])  # doctest: +SKIP
+        >>> attach(trainer)  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+    """
+    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CheckpointCallback)]
+    if not found:
+        msg = "this Trainer has no CheckpointCallback; pass one: Trainer(..., callbacks=[CheckpointCallback(policy)])"
+        raise PolicyError(msg)
+    (callback,) = found
+    if isinstance(getattr(trainer.train, "__self__", None), _Hold):
+        msg = "this Trainer is attached to its CheckpointCallback already; call attach once"
+        raise PolicyError(msg)
+    _Hold(trainer, callback, tuple(signals)).take()
+
+
+class _Hold:
+    """Stands between a Trainer and four of its methods."""
+
+    def __init__(self, trainer: Any, callback: CheckpointCallback, signals: tuple[int, ...]) -> None:
+        self._trainer, self._callback, self._signals = trainer, callback, signals
+        self._before: dict[int, Any] = {}
+        """What each signal did before."""
+        self._save, self._train = trainer._save_checkpoint, trainer.train
+        self._load_best = trainer._load_best_model
+
+    def take(self) -> None:
+        """Stand there."""
+        self._callback._at_end = self.save_end
+        trainer = self._trainer
+        trainer._save_checkpoint, trainer._load_best_model, trainer.train = self.save, self.load_best, self.train
+
+    # Saving
+
+    def save(self, model: Any, trial: Any = None, **kwargs: Any) -> None:
+        """Take the place of ``_save_checkpoint``: what is pending is staged and committed, and anything else asked."""
+        training, state = self._callback._training, self._trainer.state
+        if training is None:
+            self._save(model, trial, **kwargs)
+            return
+        if training.pending is None and not isinstance(training.report(state, due=ASKED), Save):
+            return
+        with self._writing(training, lambda: self._save(model, trial, **kwargs)):
+            training.commit(state, written=False)
+
+    @contextlib.contextmanager
+    def _writing(self, training: Training, write: Callable[[], None]) -> Iterator[None]:
+        trainer = self._trainer
+
+        def write_to(path: str) -> None:
+            trainer._get_output_dir = lambda trial=None: holder_of(path)
+            try:
+                write()
+            finally:
+                del trainer._get_output_dir
+
+        training.write, training.failing = write_to, True
+        try:
+            yield
+            training.failing = False
+        finally:
+            training.write = None
+
+    def save_now(self) -> None:
+        """Save what is pending, and tell the other callbacks."""
+        trainer = self._trainer
+        trainer._save_checkpoint(trainer.model, getattr(trainer, "_trial", None))
+        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+    # The end
+
+    def save_end(self) -> None:
+        """Save the end of the training if a rule keeps it, and it is not saved."""
+        training, state = self._callback._training, self._trainer.state
+        if training is None or training.stopping or training.ended or not state.global_step:
+            return
+        training.ended = True
+        if isinstance(training.report(state, due="the training ends"), Save):
+            self.save_now()
+
+    def load_best(self) -> None:
+        """Take the place of ``_load_best_model``: afterwards the weights are no longer those of the last step."""
+        self.save_end()
+        training = self._callback._training
+        if training is None or not training.stopping:
+            self._load_best()
+
+    # Signals and exceptions
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of ``train``."""
+        callback = self._callback
+        with self._handling(), self._covering():
+            try:
+                result = self._train(*args, **kwargs)
+            except BaseException as error:
+                self._rescue(error)
+                raise
+            finally:
+                callback._close()
+        if number := callback._stopped_by or callback._signal:
+            deliver(number)
+        return result
+
+    @contextlib.contextmanager
+    def _covering(self) -> Iterator[None]:
+        """Let the loaders' workers outlive the signals."""
+        workers = Workers(self._signals, lambda: bool(self._callback._signal))
+        workers.listen()
+        own = vars(self._trainer)
+        before = {name: own.get(name) for name in _LOADERS}
+        for name in _LOADERS:
+            own[name] = _covered(getattr(self._trainer, name), workers)
+        try:
+            yield
+        finally:
+            for name, method in before.items():
+                own.pop(name)
+                if method is not None:
+                    own[name] = method
+            workers.leave()
+
+    @contextlib.contextmanager
+    def _handling(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            msg = "train() does not run in the main thread: no signal can be caught"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            yield
+            return
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            self._give_back(*self._signals)
+
+    def _give_back(self, *numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        if self._callback._training is None:
+            # Nothing is trained yet, or any more: there is nothing to rescue.
+            self._give_back(number)
+            signal.raise_signal(number)
+        self._callback._signal = number
+        self._callback._grace.begin()
+
+    def _rescue(self, error: BaseException) -> None:
+        training, state = self._callback._training, self._trainer.state
+        if training is None or not isinstance(error, (Exception, KeyboardInterrupt)):
+            return
+        if not training.policy.rescue or not state.global_step:
+            return
+        why = _obstacle(training)
+        if why:
+            warnings.warn(f"no rescue checkpoint: {why}", CheckpointerWarning, stacklevel=4)
+            return
+        try:
+            if isinstance(training.rescue(state, f"{type(error).__name__}: {error}"), Save):
+                self.save_now()
+        except Exception as failure:  # The error that ended the training is the one to be seen.
+            msg = f"no rescue checkpoint could be written: {failure!r}"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+
+
+def _covered(make: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def make_and_cover(*args: Any, **kwargs: Any) -> Any:
+        loader = make(*args, **kwargs)
+        workers.cover(loader)
+        return loader
+
+    return make_and_cover
+
+
+def _obstacle(training: Training) -> str:
+    if training.ranks.size > 1:
+        # The others may be waiting elsewhere: the exception has to be seen instead.
+        return "one rank alone cannot save"
+    if training.failing:
+        return "it was a save that failed"
+    return "the weights were changing" if training.phase == "stepping" else ""

@@ -1,0 +1,52 @@
+"""Who trains into a folder, and which checkpoint is being written: what a later process must know after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from checkpointer.commit.index import HOME, parse_json, read_bounded
+from checkpointer.errors import RecordError
+from checkpointer.ports import Storage
+from checkpointer.storage.owner import is_live
+
+__all__ = ["Claim"]
+
+_PATH: Final = f"{HOME}/transformers.json"
+
+
+@attrs.frozen(kw_only=True)
+class Claim:
+    """A note in the folder, replaced in one step each time."""
+
+    owner: str = ""
+    """Process that trains."""
+    writing: str = ""
+    """The checkpoint that the Trainer is writing under its final name, and that counts once it has a record."""
+    ranks: int = 1
+    """How many processes write it."""
+    state: Mapping[str, Any] = attrs.field(factory=dict)
+    """The manager's state once it is written; a training that is killed before may not have put it in there."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether that process certainly lives."""
+        return bool(self.owner) and is_live(self.owner)
+
+    def put(self, storage: Storage) -> None:
+        """Write it."""
+        storage.write(_PATH, json.dumps(attrs.asdict(self)).encode())
+
+    @classmethod
+    def of(cls, storage: Storage) -> Claim:
+        """Read what the folder says."""
+        try:
+            data: Any = parse_json(read_bounded(storage, _PATH), _PATH)
+        except (FileNotFoundError, RecordError):
+            return cls()
+        known = data if isinstance(data, dict) else {}
+        kinds = {"owner": str, "writing": str, "ranks": int, "state": dict}
+        return cls(**{key: known[key] for key, kind in kinds.items() if type(known.get(key)) is kind})

@@ -1,0 +1,85 @@
+"""What the Trainer's own account says of the best checkpoint and of the run, told from the records."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from checkpointer import CheckpointManager, Manifest, Policy, Save
+from checkpointer_transformers.integrity import STATE_FILE
+
+__all__ = ["Best", "best_of", "epoch_of", "finished_epochs", "numbers_of", "saved_state", "write_state"]
+
+_KEY: Final = "checkpointer"
+"""Where the manager's state lies among what the Trainer keeps for callbacks: the one place that takes any name."""
+_SUMMARY: Final = "train_runtime"
+"""Is in the log that the Trainer writes about a whole training, which belongs to no step."""
+
+
+@attrs.frozen(kw_only=True)
+class Best:
+    """The best checkpoint in the Trainer's words; plain values, for they are sent to other ranks."""
+
+    metric: float | None = None
+    step: int | None = None
+    name: str | None = None
+
+    def show(self, state: Any, output_dir: str) -> None:
+        """Let the Trainer's state say it."""
+        state.best_metric = self.metric
+        state.best_model_checkpoint = None if self.name is None else os.path.join(output_dir, self.name)
+        if hasattr(state, "best_global_step"):  # Older ones do not have it.
+            state.best_global_step = self.step
+
+
+def best_of(policy: Policy, manifest: Manifest) -> Best | None:
+    """Return the best of the records; None if no rule ranks, and it is the Trainer's own to say."""
+    if policy.ranking is None:
+        return None
+    best = policy.best_of(manifest.history)
+    return Best() if best is None else Best(metric=policy.ranking.value(best), step=best.step, name=best.name)
+
+
+def epoch_of(state: Any) -> int:
+    """Return the index of the epoch in progress or just ended; the Trainer has it as a fraction."""
+    return max(0, math.ceil(state.epoch or 0) - 1)
+
+
+def finished_epochs(state: Any) -> int:
+    """Return how many epochs are whole."""
+    return math.floor(state.epoch or 0)
+
+
+def numbers_of(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics in a log of one step; none if it sums up the training."""
+    if _SUMMARY in logs:
+        return {}
+    return {key: value for key, value in logs.items() if key != "epoch" and _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (bool, str)):
+        return False
+    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0)
+
+
+def saved_state(state: Any) -> Mapping[str, Any]:
+    """Return the manager's state in the checkpoint that the Trainer resumed from; empty if there is none."""
+    saved = (state.stateful_callbacks or {}).get(_KEY, {})
+    return saved if isinstance(saved, dict) else {}
+
+
+def write_state(state: Any, folder: Path, manager: CheckpointManager, decision: Save, output_dir: str) -> None:
+    """Write the Trainer's account into the checkpoint again, as it will be once that is committed."""
+    best = best_of(manager.policy, manager.after(decision))
+    if best is not None:
+        best.show(state, output_dir)
+    state.stateful_callbacks[_KEY] = manager.state_dict(decision)
+    staged = folder / f"{STATE_FILE}.new"
+    state.save_to_json(str(staged))
+    os.replace(staged, folder / STATE_FILE)

@@ -1,0 +1,100 @@
+"""``checkpointer adopt``: make records of what others wrote."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpointer._display import number_text, some_of
+from checkpointer.cli import options, output
+from checkpointer.commit.signing import refuse_unsigned
+from checkpointer.commit.transaction import Transaction
+from checkpointer.errors import NotFoundError, PolicyError
+from checkpointer.records.record import Record
+from checkpointer.tools.adopt import Adoption, adopt, find_foreign
+from checkpointer.tools.catalog import look_at
+
+
+def adopt_command(
+    directory: options.Directory,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be made.")] = False,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--step", metavar="NAME=STEP", help="The step of a file that does not say it; may be given again."
+        ),
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None,
+        typer.Option(
+            "--steps-per-epoch", metavar="N", min=1, help="For files that say their epoch only: step = epoch x N."
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="The run they are of; else a new one for each folder.")
+    ] = None,
+    storage_options: options.StorageOptions = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make records of checkpoints that Lightning, the HF Trainer or torch.save wrote, so that they can be managed.
+
+    Step, epoch and scores are read from the files, without unpickling them. The files stay as they are.
+    Exits with 1 if some could not be understood.
+    """
+    steps, key = dict(map(_step, step or ())), options.key_of(key_env, key_file)
+    made: list[Record] = []
+    with options.writing(directory, storage_options) as (storage, owner):
+        catalog = look_at(storage, key)
+        refuse_unsigned(catalog.signed, catalog.place, key)
+        adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch)
+        if not adoption.found and not adoption.refused:
+            below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
+            msg = (
+                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, "
+                f"checkpoint-N{below}"
+            )
+            raise NotFoundError(msg)
+        if not dry_run:
+            made.extend(adopt(catalog, adoption, Transaction(storage, owner, key), run=run))
+    if as_json:
+        output.print_json({"adopted": _as_data(adoption, made), "refused": dict(adoption.refused)})
+    else:
+        _print(adoption, dry_run=dry_run)
+    output.leave_if(bool(adoption.refused))
+
+
+def _step(text: str) -> tuple[str, int]:
+    name, equals, number = text.rpartition("=")
+    if not equals or not number.isdecimal():
+        msg = f"--step {text!r}: expected NAME=STEP, such as model_a.pt=1000"
+        raise PolicyError(msg)
+    return name, int(number)
+
+
+def _as_data(adoption: Adoption, made: list[Record]) -> list[dict[str, object]]:
+    if made:
+        return [record.to_dict() for record in made]
+    return [
+        {
+            "name": item.name,
+            "step": item.step,
+            "epoch": item.epoch,
+            "metrics": dict(item.metrics),
+            "writer": item.writer,
+        }
+        for item in adoption.found
+    ]
+
+
+def _print(adoption: Adoption, *, dry_run: bool) -> None:
+    for item in adoption.found:
+        scores = ", ".join(f"{name}={number_text(value)}" for name, value in item.metrics.items())
+        what = f"step {item.step}, epoch {item.epoch}{f', {scores}' if scores else ''}"
+        output.print_line(f"{'would adopt' if dry_run else 'adopted'}  {item.name}: {what} ({item.writer})")
+    for name, why in adoption.refused.items():
+        output.print_line(f"left  {name}: {why}")
+    count, left = len(adoption.found), len(adoption.refused)
+    output.print_line(f"{count} {'would be ' if dry_run else ''}adopted, {left} left as they are")

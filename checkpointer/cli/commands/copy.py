@@ -1,0 +1,73 @@
+"""``checkpointer copy``: a directory to another storage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpointer._display import size_text
+from checkpointer.cli import options, output
+from checkpointer.tools.copy import Copying, copy
+
+
+def copy_command(
+    source: Annotated[str, typer.Argument(help="Where from: a path or URL.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="Where to; it need not be there.", show_default=False)],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")
+    ] = None,
+    storage_options: options.StorageOptions = None,
+    target_options: Annotated[
+        str | None, typer.Option("--target-options", metavar="JSON", help="As --storage-options, for the target.")
+    ] = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Copy checkpoints with their records and aliases, each verified on the way. Run it again to go on.
+
+    What the target has already is left alone; what is damaged is not copied, and nothing is ever replaced.
+    """
+    catalog = options.look(source, storage_options, key_env, key_file)
+    records = None if only is None else [catalog.find(name) for name in only]
+    with (
+        options.writing(target, target_options, new=True) as (storage, owner),
+        output.progress("copying", 0) as bar,
+    ):
+        done = copy(
+            catalog,
+            storage,
+            owner,
+            records=records,
+            trust=options.key_of(key_env, key_file),
+            on_plan=lambda plan: bar.expect(plan.bytes),
+            on_bytes=bar,
+        )
+    _say(done, str(storage), as_json=as_json)
+    made = {alias for alias, *_ in done.aliases}
+    for alias, name in catalog.aliases.items():
+        if name and alias not in made and records is None:
+            output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
+        if not name:
+            why = f"{catalog.place} does not tell what it is a copy of"
+            output.say(f"{alias} was not copied: {why}; the next save makes it anew")
+    output.leave_if(output.say_damaged(catalog) or (records is None and bool(catalog.missing)))
+
+
+def _say(done: Copying, place: str, *, as_json: bool) -> None:
+    if as_json:
+        data = {
+            "target": place,
+            "copied": [record.name for record in done.missing],
+            "there": [record.name for record in done.there],
+            "aliases": {alias: name for alias, name, _ in done.aliases},
+            "bytes": done.bytes,
+        }
+        output.print_json(data)
+        return
+    for record in done.missing:
+        output.print_line(f"copied  {record.name}")
+    for alias, name, how in done.aliases:
+        output.print_line(f"{how:6}  {alias} -> {name}")
+    output.print_line(f"{len(done.missing)} copied to {place} ({size_text(done.bytes)}), {len(done.there)} were there")

@@ -1,0 +1,90 @@
+"""``checkpointer diff``: what changed between two checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import attrs
+import typer
+
+from checkpointer._display import number_text
+from checkpointer.cli import options, output
+from checkpointer.cli.tables import Table
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.tools.diff import Change, diff, diff_values
+
+_DIGITS = 4
+
+
+def diff_command(
+    directory: options.Directory,
+    before: Annotated[str, typer.Argument(metavar="A", help="A name, step or alias.", show_default=False)],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    other: Annotated[
+        str | None, typer.Option("--in", metavar="DIRECTORY", help="Where B is, if not in the same directory.")
+    ] = None,
+    match: Annotated[str, typer.Option("--match", help="Only what has this in its name.")] = "",
+    storage_options: options.StorageOptions = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor: norm and largest element of the difference, cosine, added, removed.
+
+    Exits with 1 if they differ, as diff does.
+    """
+    catalog = options.look(directory, storage_options, key_env, key_file)
+    second = catalog if other is None else options.look(other, storage_options, key_env, key_file)
+    one, two = catalog.find(before), second.find(after)
+    with (
+        open_contents(catalog.storage, one.name) as old,
+        open_contents(second.storage, two.name) as new,
+        output.progress("comparing", sum(info.bytes for info in old.tensors.values() if match in info.name)) as advance,
+    ):
+        changes = []
+        for change in diff(old, new, match):
+            changes.append(change)
+            advance(change.before.bytes if change.before else 0)
+        values = diff_values(old, new, match)
+    if as_json:
+        output.print_json(
+            {"before": one.name, "after": two.name, "tensors": changes_as_data(changes), "values": values}
+        )
+    else:
+        _print(changes, values)
+    output.leave_if(any(changes) or bool(values))
+
+
+def changes_as_data(changes: list[Change]) -> list[dict[str, Any]]:
+    """Return changes as JSON shows them."""
+    return [attrs.asdict(change) for change in changes]
+
+
+def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
+    numbers = ("norm", "relative", "max", "cosine")
+    table = Table("tensor", "shape", *numbers, right=numbers, folded=0)
+    for change in filter(bool, changes):
+        table.add(change.name, _shape(change), *_numbers(change))
+    if len(table):
+        table.print()
+    if values:
+        table = Table("value", "before", "after")
+        for name, (one, two) in values.items():
+            table.add(name, str(one), str(two))
+        table.print()
+    count = sum(map(bool, changes))
+    output.print_line(f"{count} of {len(changes)} tensors differ, and {len(values)} values")
+
+
+def _shape(change: Change) -> str:
+    shapes = [" x ".join(map(str, info.shape)) or "-" for info in (change.before, change.after) if info]
+    if change.kind in ("added", "removed"):
+        return f"{change.kind}: {shapes[0]}"
+    return " -> ".join(dict.fromkeys(shapes))
+
+
+def _numbers(change: Change) -> list[str]:
+    if change.kind != "changed":
+        return ["", "", "", ""]
+    texts = [number_text(value, _DIGITS) for value in (change.norm, change.relative, change.max)]
+    return [*texts, f"{change.cosine:.6f}"]

@@ -1,0 +1,125 @@
+"""``checkpointer show``: one checkpoint, its record and its tensors."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from checkpointer._display import age_text, number_text, size_text
+from checkpointer.cli import options, output
+from checkpointer.cli.commands.ls import why
+from checkpointer.cli.tables import Table
+from checkpointer.errors import CheckpointerError, RestoreError
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.formats.inspection.tensors import Tensors
+from checkpointer.formats.inspection.weights import weights_of
+from checkpointer.records.record import Record
+from checkpointer.tools.catalog import Catalog
+
+
+def show_command(
+    directory: options.Directory,
+    name: Annotated[str, typer.Argument(help="A name, a step, `last` or `best`.", show_default=False)],
+    match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
+    policy: options.PolicyFile = None,
+    storage_options: options.StorageOptions = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show a record, and the tensors of its payload with shape, dtype and bytes. Nothing is unpickled or loaded."""
+    catalog = options.look(directory, storage_options, key_env, key_file)
+    record = catalog.find(name)
+    reasons = why(catalog, None if policy is None else options.read_policy(policy))
+    try:
+        with open_contents(catalog.storage, record.name) as contents:
+            _show(catalog, record, reasons[record.name], contents, match, as_json=as_json)
+    except CheckpointerError as error:
+        _show(catalog, record, reasons[record.name], None, match, as_json=as_json)
+        output.say(f"its tensors cannot be shown: {error}")
+        output.leave_if(bad=True)
+
+
+def _show(
+    catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str, *, as_json: bool
+) -> None:
+    if as_json:
+        output.print_json(_as_data(catalog, record, reason, contents, match))
+        return
+    _print_record(catalog, record, reason)
+    if contents is not None:
+        _print_contents(contents, match)
+
+
+def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str) -> dict[str, Any]:
+    data = record.to_dict() | {
+        "path": catalog.location(record.name),
+        "aliases": catalog.aliases_of(record),
+        "why": reason,
+    }
+    if contents is None:
+        return data
+    tensors = [
+        {"name": info.name, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes}
+        for info in contents.tensors.values()
+        if match in info.name
+    ]
+    others = {key: value for key, value in contents.others.items() if match in key}
+    weights = {path: len(part.names) for path, part in contents.parts.items()}
+    return data | {"tensors": tensors, "others": others, "calls": contents.calls, "weights": weights}
+
+
+def _where(contents: Tensors) -> str:
+    """Return which weights `export` would take."""
+    try:
+        found = weights_of(contents)
+    except RestoreError as error:
+        return str(error)
+    return f"{len(found.tensors)} tensors, {f'under {found.prefix!r}' if found.prefix else 'all there are'}"
+
+
+def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
+    table = Table("", "")
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.time))
+    rows = {
+        "name": record.name,
+        "path": catalog.location(record.name),
+        "aliases": ", ".join(catalog.aliases_of(record)),
+        "step": f"{record.step} (epoch {record.epoch}{', ended' if record.epoch_end else ''})",
+        "metrics": ", ".join(f"{name}={number_text(value)}" for name, value in record.metrics.items()),
+        "time": f"{when} ({age_text(time.time() - record.time)} ago)",
+        "size": f"{size_text(record.size)} ({record.size} bytes)",
+        "digest": record.digest,
+        "format": f"{record.format}, {record.contents}",
+        "run": f"{record.run}{f' ({record.label})' if record.label else ''}, commit {record.serial}",
+        "kind": "" if record.kind == "regular" else record.kind,
+        "why": reason,
+    }
+    for key, value in rows.items():
+        if value:
+            table.add([(key, "bold")], value)
+    table.print()
+
+
+def _print_contents(contents: Tensors, match: str) -> None:
+    tensors = [info for info in contents.tensors.values() if match in info.name]
+    table = Table("tensor", "dtype", "shape", "bytes", right=("bytes",), folded=0)
+    for info in tensors:
+        shape = " x ".join(map(str, info.shape)) or "-"
+        table.add(info.name, info.kind, shape, size_text(info.bytes))
+    output.print_line("")
+    table.print()
+    total = size_text(sum(info.bytes for info in tensors))
+    output.print_line(f"{len(tensors)} tensors, {sum(info.numel for info in tensors)} elements, {total}")
+    output.print_line(f"weights: {_where(contents)}")
+    others = {key: value for key, value in contents.others.items() if match in key}
+    if others:
+        table = Table("value", "")
+        for key, value in others.items():
+            table.add(key, str(value))
+        output.print_line("")
+        table.print()
+    if contents.calls:
+        output.say(f"unpickling it would call {', '.join(contents.calls)}; nothing was unpickled")

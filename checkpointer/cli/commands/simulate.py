@@ -1,0 +1,154 @@
+"""``checkpointer simulate``: a policy played over what a training measured."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from checkpointer._display import age_text, number_text, size_text
+from checkpointer.cli import options, output
+from checkpointer.cli.tables import Table
+from checkpointer.errors import ObservationError
+from checkpointer.policy.decide import Attach, Save, Skip
+from checkpointer.tools.history import History, history_of, read_history
+from checkpointer.tools.simulate import Moment, Timeline, simulate
+
+PolicyFile = Annotated[
+    str,
+    typer.Option("--policy", "-p", metavar="FILE", help="The policy to try, as YAML.", show_default=False),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="METRICS", help="CSV or JSON lines, - for stdin, or the directory of an old run.", show_default=False
+    ),
+]
+Size = Annotated[
+    str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 2.4GB, where it is not known.")
+]
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def simulate_command(
+    metrics: Source,
+    policy: PolicyFile,
+    size: Size = "0",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print each observation, also where nothing was due.")
+    ] = False,
+    run: options.Run = None,
+    storage_options: options.StorageOptions = None,
+    as_json: options.Json = False,
+) -> None:
+    """Play a policy over a history, and print what it would have saved, kept and retired.
+
+    It calls the same decision that a manager calls. "at risk" is what would be trained again if the run died just
+    before that step's checkpoint was there.
+    """
+    timeline = simulate(options.read_policy(policy), read_source(metrics, run, storage_options), size=as_bytes(size))
+    if as_json:
+        output.print_json(as_data(timeline))
+    else:
+        _print(timeline, everything=everything)
+
+
+def read_source(source: str, run: str | None, storage_options: str | None) -> History:
+    """Return the history in a file, on stdin, or of a directory's records."""
+    if source == "-":
+        return read_history(sys.stdin.buffer.read(), "stdin")
+    if os.path.isfile(source):
+        return read_history(Path(source).read_bytes(), source)
+    return history_of(options.look(source, storage_options).manifest(run).own)
+
+
+def as_bytes(text: str) -> int:
+    """Return a size in bytes, such as ``2.4GB``."""
+    number = text.strip().rstrip("kKmMgGtTbB ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        return max(0, round(float(number) * _UNITS[unit]))
+    except (KeyError, ValueError, OverflowError):
+        msg = f"the size {text!r} is none; write bytes, or such as 350MB or 2.4GB"
+        raise ObservationError(msg) from None
+
+
+def as_data(timeline: Timeline) -> dict[str, Any]:
+    """Return a timeline as JSON shows it."""
+    worst = timeline.most_lost
+    return {
+        "policy": str(timeline.policy),
+        "moments": [
+            {
+                "step": moment.observation.step,
+                "epoch": moment.observation.epoch,
+                "metrics": dict(moment.observation.metrics),
+                "decision": type(moment.decision).__name__.lower(),
+                "name": None if isinstance(moment.decision, Skip) else moment.decision.name,
+                "reason": moment.decision.reason,
+                "retired": moment.retired,
+                "kept": moment.num_kept,
+                "bytes": moment.bytes,
+                "peak_bytes": moment.peak_bytes,
+                "lost_steps": moment.lost_steps,
+                "lost_s": moment.lost_s,
+            }
+            for moment in timeline.moments
+        ],
+        "kept": [record.to_dict() for record in timeline.manifest.records],
+        "saved": len(timeline.lives),
+        "peak_bytes": timeline.peak_bytes,
+        "most_lost": None if worst is None else {"step": worst.observation.step, "lost_steps": worst.lost_steps},
+    }
+
+
+def _print(timeline: Timeline, *, everything: bool) -> None:
+    output.print_text(str(timeline.policy))
+    shown = [moment for moment in timeline.moments if everything or _happened(moment)]
+    ranked = timeline.policy.ranking.name if timeline.policy.ranking else ""
+    columns = ("step", *([ranked] if ranked else []), "kept", "on disk", "at risk")
+    table = Table(*columns, "what", right=columns)
+    for moment in shown:
+        value = moment.observation.metrics.get(ranked)
+        cells = [number_text(value) if value is not None else ""] if ranked else []
+        numbers = [str(moment.num_kept), size_text(moment.bytes), f"{moment.lost_steps}"]
+        table.add(str(moment.observation.step), *cells, *numbers, [(line, "") for line in _what(moment)])
+    table.print()
+    for line in _summary(timeline):
+        output.print_line(line)
+
+
+def _happened(moment: Moment) -> bool:
+    return not isinstance(moment.decision, Skip) or moment.decision.due
+
+
+def _what(moment: Moment) -> list[str]:
+    """Return what happened, a line for each checkpoint that came or went."""
+    decision = moment.decision
+    if isinstance(decision, Save):
+        first = f"+ {decision.name}"
+    elif isinstance(decision, Attach):
+        first = f"ranked {decision.name}"
+    else:
+        first = decision.reason if decision.due else ""
+    return [first, *(f"- {name}" for name in moment.retired)]
+
+
+def _summary(timeline: Timeline) -> list[str]:
+    saves = len(timeline.lives)
+    retired = sum(life.retired_at is not None for life in timeline.lives)
+    lines = [
+        f"{len(timeline.moments)} observations: {saves} saved, {retired} retired, {saves - retired} kept; "
+        f"at most {size_text(timeline.peak_bytes)} on disk"
+    ]
+    worst = timeline.most_lost
+    if worst is not None:
+        seconds = f" ({age_text(worst.lost_s)})" if worst.lost_s else ""
+        lines.append(f"the most to lose: {worst.lost_steps} steps{seconds}, by dying at step {worst.observation.step}")
+    best = timeline.policy.best_of(timeline.manifest.history)
+    if best is not None and timeline.policy.ranking is not None:
+        lines.append(f"best: {best.name}, {timeline.policy.ranking}")
+    return lines

@@ -1,0 +1,57 @@
+"""``checkpointer verify``: whether each checkpoint is what was written."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpointer._display import size_text
+from checkpointer.cli import options, output
+from checkpointer.errors import PolicyError
+from checkpointer.tools.verify import Depth, Finding, verify_all
+
+
+def verify_command(
+    directory: options.Directory,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names, steps or aliases; none: all.", show_default=False)
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,
+    storage_options: options.StorageOptions = None,
+    key_env: options.KeyEnv = None,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare payloads with the sizes and digests that were taken when they were written. Nothing is loaded.
+
+    Exits with 1 if one differs, is gone, or a record cannot be read.
+    """
+    if deep and quick:
+        msg = "both --deep and --quick are given; pass one"
+        raise PolicyError(msg)
+    depth: Depth = "contents" if deep else "sizes" if quick else "digests"
+    catalog = options.look(directory, storage_options, key_env, key_file).with_missing
+    records = [catalog.find(name) for name in names] if names else [*catalog.records]
+    total = sum(record.size for record in records)
+    with output.progress("verifying", total) as advance:
+        findings = [*verify_all(catalog, records, depth, on_bytes=advance)]
+    bad = [finding for finding in findings if not finding]
+    if as_json:
+        output.print_json([{"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls} for f in findings])
+    else:
+        for finding in findings:
+            _print(finding)
+        what = {"sizes": "by size", "digests": "by digest", "contents": "by digest, and looked into"}[depth]
+        good = len(findings) - len(bad)
+        output.print_line(f"{good} of {len(findings)} whole, {len(bad)} bad; {size_text(total)} {what}")
+    output.leave_if(bool(bad))
+
+
+def _print(finding: Finding) -> None:
+    if not finding:
+        output.print_line(f"BAD   {finding.name}: {finding.problem}")
+        return
+    calls = f"  (unpickling it would call {', '.join(finding.calls)})" if finding.calls else ""
+    output.print_line(f"ok    {finding.name}{calls}")

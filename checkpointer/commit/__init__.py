@@ -1,0 +1,1 @@
+"""How a checkpoint becomes durable: the transaction, the records on the storage, aliases, and recovery."""

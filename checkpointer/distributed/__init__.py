@@ -1,0 +1,1 @@
+"""One manager for several processes: rank 0 leads, the other ranks take part."""

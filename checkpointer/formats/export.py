@@ -1,0 +1,217 @@
+"""Writes weights one tensor at a time, as safetensors or as a torch file: never more of them in memory than one."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import pickle
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Literal
+
+from checkpointer.errors import NameTakenError, SaveError
+from checkpointer.formats.inspection.safetensors_file import entry
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo
+
+__all__ = ["write_weights"]
+
+_ALIGNED: Final = 64
+_LOCAL_HEADER: Final = 30
+_ZIP64_EXTRA: Final = 20
+
+Read = Callable[[str], Any]
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorInfo],
+    read: Read,
+    *,
+    format: Literal["safetensors", "torch"] | None = None,
+) -> int:
+    """Write a flat mapping of names to tensors, whole or not at all, and never over a file that is there.
+
+    Args:
+        path: The new file.
+        tensors: What to write, in this order; a safetensors file has wide dtypes first, so that each is aligned.
+        read: Returns one of them by its name, on the CPU.
+        format: None takes what the extension says: ``.safetensors``, or else a torch file. Only a torch file holds
+            sparse and quantised tensors; all of those are in memory at once.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        NameTakenError: If the file is there.
+        SaveError: If a dtype has no name in safetensors.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mkdtemp() + "/w.pt"
+        >>> info = TensorInfo(name="w", dtype="float32", shape=(2,))
+        >>> size = write_weights(path, {"w": info}, lambda name: torch.ones(2))
+        >>> torch.load(path, weights_only=True)
+        {'w': tensor([1., 1.])}
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        msg = f"{target} is there already; choose another name, or remove it first"
+        raise NameTakenError(msg)
+    if format is None:
+        format = "safetensors" if target.suffix == ".safetensors" else "torch"
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(staged, "xb") as stream:
+            (_write_safetensors if format == "safetensors" else _write_torch)(stream, tensors, read)
+            stream.flush()
+            os.fsync(stream.fileno())
+        size = staged.stat().st_size
+        # A link never replaces a file that appeared meanwhile; where there are no links, it is looked once more.
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            msg = f"{target} appeared while it was written; it was left as it is"
+            raise NameTakenError(msg) from None
+        except OSError:
+            os.replace(staged, target)
+        return size
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order = sorted(tensors, key=lambda name: -ITEM_SIZES.get(tensors[name].dtype, 1))
+    offset = 0
+    for name in order:
+        info = tensors[name]
+        header[name] = entry(info, offset)
+        if header[name] is None or name == "__metadata__":
+            msg = f"{name} is {info.kind}; safetensors has no such dtype or name: write a torch file (--format torch)"
+            raise SaveError(msg)
+        offset += info.bytes
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)
+    stream.write(len(data).to_bytes(8, "little") + data)
+    for name in order:
+        _write_tensor(stream, name, tensors[name], read)
+
+
+def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
+    flat = read(name).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    size = flat.numel() * flat.element_size()
+    assert size == info.bytes, f"{name} is not what was told of it"
+    if size:
+        stream.write(memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr())))
+
+
+def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        pickled, storages = _pickle(tensors, read)
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        for number, (name, info) in enumerate(tensors.items()):
+            if info.is_dense:
+                with archive.open(_member(stream, number, info.bytes), "w") as part:
+                    _write_tensor(part, name, info, read)
+        for number, storage in enumerate(storages, start=len(tensors)):
+            with archive.open(_member(stream, number, storage.nbytes()), "w") as part:
+                if storage.nbytes():
+                    part.write(memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())))
+        archive.writestr("archive/version", "3\n")
+
+
+def _member(stream: BinaryIO, number: int, size: int) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(f"archive/data/{number}")
+    member.file_size = size
+    member.extra = _padding(stream.tell(), member)
+    return member
+
+
+def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
+    """Return the extra field that lets the bytes begin where memory can be mapped, as torch does it."""
+    is_large = member.file_size * 1.05 > zipfile.ZIP64_LIMIT
+    start = position + _LOCAL_HEADER + len(member.filename) + 4 + (_ZIP64_EXTRA if is_large else 0)
+    count = -start % _ALIGNED
+    return b"FB" + count.to_bytes(2, "little") + b"Z" * count
+
+
+class _Storage:
+    """What torch's pickle refers to: the bytes of one tensor, in a file beside it."""
+
+    def __init__(self, kind: Any, key: int, count: int) -> None:
+        self.id = ("storage", kind, str(key), "cpu", count)
+
+
+class _Tensor:
+    """What torch's unpickler makes a tensor of."""
+
+    def __init__(self, key: int, info: TensorInfo) -> None:
+        import torch
+
+        self._info = info
+        stride = tuple(torch.empty(info.shape, device="meta").stride())
+        kind = getattr(torch, _LEGACY.get(info.dtype, ""), None)
+        storage = _Storage(kind or torch.UntypedStorage, key, info.numel if kind else info.bytes)
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        args: tuple[Any, ...] = (storage, 0, info.shape, stride, False, hooks)
+        self._made: tuple[Any, tuple[Any, ...]] = (torch._utils._rebuild_tensor_v2, args)
+        if kind is None:
+            self._made = torch._utils._rebuild_tensor_v3, (*args, getattr(torch, info.dtype))
+
+    def __reduce__(self) -> Any:
+        return self._made
+
+
+_LEGACY: Final = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+    "complex128": "ComplexDoubleStorage",
+    "complex64": "ComplexFloatStorage",
+}
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles what stands for tensors; of real ones, sparse or quantised, it keeps the storages."""
+
+    def __init__(self, stream: BinaryIO, first: int) -> None:
+        super().__init__(stream, protocol=2)
+        self._first = first
+        self.storages: list[Any] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, _Storage):
+            return value.id
+        if not isinstance(value, torch.storage.TypedStorage):
+            return None
+        kind = getattr(torch, value._pickle_storage_type())  # type: ignore[no-untyped-call]
+        self.storages.append(value._untyped_storage)
+        key = str(self._first + len(self.storages) - 1)
+        return ("storage", kind, key, "cpu", value._size())  # type: ignore[no-untyped-call]
+
+
+def _pickle(tensors: Mapping[str, TensorInfo], read: Read) -> tuple[bytes, list[Any]]:
+    """Return the pickle, and the storages of tensors whose bytes are not simply their elements."""
+    buffer = io.BytesIO()
+    state = {
+        name: _Tensor(number, info) if info.is_dense else read(name).cpu()
+        for number, (name, info) in enumerate(tensors.items())
+    }
+    pickler = _Pickler(buffer, len(tensors))
+    pickler.dump(state)
+    return buffer.getvalue(), pickler.storages

@@ -1,0 +1,1 @@
+"""Looks into payloads without unpickling them."""

@@ -1,0 +1,143 @@
+"""Looks into a safetensors file: its header says where each tensor lies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, BinaryIO, Final
+
+from checkpointer.errors import CorruptError
+from checkpointer.formats.inspection.file_kind import MAX_HEADER_BYTES
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo, numel_of
+from checkpointer.formats.inspection.weight_sets import flat
+
+__all__ = ["TORCH_NAMES", "SafetensorsContents", "entry"]
+
+TORCH_NAMES: Final = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "BOOL": "bool",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+"""torch's name of each dtype."""
+_NAMES: Final = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
+_PAIRS: Final = "float4_e2m1fn_x2"
+"""torch counts pairs of these elements, and safetensors counts elements."""
+
+
+def entry(info: TensorInfo, offset: int) -> dict[str, Any] | None:
+    """Return what a header says of a tensor whose bytes begin at ``offset``; None if the format cannot hold it."""
+    if info.dtype not in _NAMES or not info.is_dense or (info.dtype == _PAIRS and not info.shape):
+        return None
+    shape = [*info.shape]
+    if info.dtype == _PAIRS:
+        shape[-1] *= 2
+    return {"dtype": _NAMES[info.dtype], "shape": shape, "data_offsets": [offset, offset + info.bytes]}
+
+
+class SafetensorsContents:
+    """An opened safetensors file, see `Tensors`.
+
+    Raises:
+        CorruptError: If it is none.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        header, self._start = _header(stream)
+        metadata = header.pop("__metadata__", {})
+        self.others: dict[str, Any] = dict(metadata) if isinstance(metadata, dict) else {}
+        self.calls: tuple[str, ...] = ()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        for name, told in header.items():
+            self.tensors[name], self._offsets[name] = _tensor(name, told)
+        # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
+        tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
+        self.parts = flat({name: name for name in self.tensors} | tied)
+        self._size = stream.seek(0, 2)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with tensors whose bytes are not all there, in words."""
+        size = self._size - self._start
+        return [
+            f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self._offsets.items() if end > size
+        ]
+
+    def read(self, name: str) -> Any:
+        """See `Tensors.read`."""
+        import torch
+
+        info, (start, end) = self.tensors[name], self._offsets[name]
+        dtype = getattr(torch, info.dtype, None)
+        if dtype is None or self._start + end > self._size:
+            msg = f"{name} ({info.dtype}) cannot be read: the file ends before byte {end}, or the dtype is new to torch"
+            raise CorruptError(msg)
+        if start == end:
+            return torch.empty(info.shape, dtype=dtype)
+        self._stream.seek(self._start + start)
+        data = bytearray(end - start)
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            chunk = self._stream.read(min(len(view) - done, 8 << 20))
+            if not chunk:
+                msg = f"the file ends within {name}"
+                raise CorruptError(msg)
+            view[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+    def value(self, name: str) -> Any:
+        """See `Tensors.value`."""
+        return self.others[name]
+
+    def close(self) -> None:
+        """See `Tensors.close`."""
+        self._stream.close()
+
+
+def _header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        msg = f"it is neither a torch file nor safetensors: as the latter its header would have {length} bytes"
+        raise CorruptError(msg)
+    try:
+        header = json.loads(stream.read(length))
+    except (ValueError, RecursionError) as error:
+        msg = f"its safetensors header cannot be read ({error})"
+        raise CorruptError(msg) from error
+    if not isinstance(header, dict):
+        msg = "its safetensors header is no JSON object"
+        raise CorruptError(msg)
+    return header, 8 + length
+
+
+def _tensor(name: str, told: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    match told:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            dtype = TORCH_NAMES.get(dtype, dtype)
+            if dtype == _PAIRS and shape and isinstance(shape[-1], int) and shape[-1] % 2 == 0:
+                shape = [*shape[:-1], shape[-1] // 2]
+            if all(isinstance(n, int) and n >= 0 for n in shape) and 0 <= start <= end:
+                info = TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
+                if dtype not in ITEM_SIZES or numel_of(info.shape) * ITEM_SIZES[dtype] == end - start:
+                    return info, (start, end)
+    msg = f"its safetensors header says {told!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
+    raise CorruptError(msg)

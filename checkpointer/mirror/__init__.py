@@ -1,0 +1,1 @@
+"""A second storage that gets a copy of each committed checkpoint."""

@@ -1,0 +1,390 @@
+"""What becomes of one observation under a policy: pure functions of the policy, the observation and the records."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from itertools import chain, islice, zip_longest
+from typing import Final, Literal
+
+import attrs
+
+from checkpointer._html import lines_html
+from checkpointer.errors import NamingError
+from checkpointer.policy.ledger import Ledger
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.reasons import PINNED, Reasons, kept_by
+from checkpointer.policy.retention import KeepBest, Kept, Rule
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Kind, Observation, Progress, Record
+
+__all__ = [
+    "Attach",
+    "Decision",
+    "Save",
+    "Skip",
+    "after",
+    "decide",
+    "decide_rescue",
+    "explain",
+    "own_name",
+    "relied_on",
+    "surplus",
+]
+
+MAX_RELIED_ON: Final = 32
+"""How many checkpoints are looked at before others are retired."""
+
+_CANDIDATE = "\0candidate"
+"""Name of the record that is being decided on, until it has one: no file can be called so."""
+
+
+def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
+    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
+
+
+@attrs.frozen(kw_only=True)
+class Save:
+    """The observation is saved. Truthy."""
+
+    name: str
+    """File name relative to the directory."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps once this one is committed."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """What is saved: the commit needs nothing else."""
+    kind: Kind = "regular"
+    """``"rescue"`` if an exception or a signal asked for it."""
+    replaces: bool = False
+    """Whether a checkpoint has that name and is replaced: of this run, or without a version counter of any."""
+
+    def __bool__(self) -> Literal[True]:
+        return True
+
+    def __str__(self) -> str:
+        return _sentence(f"save {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Attach:
+    """The step is saved already: its record gets the new metrics and a new rank. Falsy, as nothing is written."""
+
+    name: str
+    """File name of the checkpoint that gets the metrics."""
+    retire: tuple[str, ...] = ()
+    """Checkpoints that no rule keeps after the new ranking."""
+    reason: str
+    """Why, in words."""
+    observation: Observation
+    """Where the new metrics come from."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __str__(self) -> str:
+        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
+
+    def _repr_html_(self) -> str:
+        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Skip:
+    """Nothing is saved. Falsy."""
+
+    reason: str
+    """Why not, in words."""
+    due: bool = False
+    """Whether the observation was due; a declined one counts for the triggers."""
+    waiting: str = ""
+    """Whether the due point is still open: the next observation that has the metric takes it."""
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __str__(self) -> str:
+        return f"skip: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        return lines_html("Skip", [("why", self.reason)])
+
+
+Decision = Save | Attach | Skip
+
+
+def decide(
+    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: str = ""
+) -> Decision:
+    """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
+
+    Args:
+        policy: The policy.
+        now: The observation.
+        manifest: The records, as the run sees them.
+        since: The last due observation; None takes the newest record's.
+        owed: Why it is due whatever the trigger says: an earlier due point that still waits for a metric, or the end.
+
+    Raises:
+        NamingError: If the template asks for something that is neither reported nor known.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> policy = Policy(EverySteps(10), [KeepLast(1)])
+        >>> decide(policy, Observation(metrics={}, step=10, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=10.ckpt'
+        >>> decide(policy, Observation(metrics={}, step=11, epoch=0, time=0.0), Manifest()).name
+        'epoch=0-step=11.ckpt'
+    """
+    saved = manifest.at_step(now.step)
+    if saved is not None:
+        return _attach(policy, now, manifest, saved)
+    if since is None:
+        since = manifest.newest.progress if manifest.newest else Progress()
+    due = policy.when.due(now.progress, since)
+    if due is None and not owed:
+        return Skip(reason=f"not due: {policy.when}")
+    due = due or owed
+    return _save_or_skip(policy, now, manifest, due)
+
+
+def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:
+    """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
+
+    A host that keeps its own account in the very file that is being saved needs it before. With the policy, what
+    happens to a slot under ``last`` is foreseen too.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
+        >>> from checkpointer.policy.decide import after
+        >>> now = Observation(metrics={}, step=10, epoch=0, time=0.0)
+        >>> decision = decide(Policy(EverySteps(10), [KeepLast(1)]), now, Manifest())
+        >>> [record.name for record in after(decision, Manifest()).own]
+        ['epoch=0-step=10.ckpt']
+    """
+    if isinstance(decision, Attach):
+        return _attached(decision, manifest, policy)
+    if not isinstance(decision, Save):
+        return manifest
+    candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
+    foreseen = manifest.without(*decision.retire).with_record(candidate)
+    if policy is not None and policy.last and decision.kind == "regular" and decision.name != policy.name.last_file:
+        return foreseen.without(policy.name.last_file)  # The alias takes the slot's place.
+    return foreseen
+
+
+def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
+    """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
+    if taken is None:
+        taken = _Taken(manifest, policy.aliases)
+    known = manifest.seen | policy.known_metrics | set(policy.name.keys)
+    stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+    return policy.name.free_name(stem, taken)
+
+
+def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Manifest:
+    saved = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
+    if saved is None:
+        return manifest
+    if policy is not None and saved.name in policy.aliases:
+        moved = attrs.evolve(saved, name=own_name(policy, saved, manifest))
+        manifest, saved = manifest.without(saved.name).with_record(moved), moved
+    foreseen = manifest.with_record(saved.attached(decision.observation))
+    return foreseen.without(*(decision.retire if policy is None else surplus(policy, foreseen)))
+
+
+def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
+    candidate = _candidate(now, manifest)
+    extended = manifest.with_record(candidate)
+    reasons = _reasons(policy, extended)
+    # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
+    kept = tuple(why for why in reasons.of(_CANDIDATE) if why is not _NEWEST)
+    absent = _absent(policy, now)
+    if not kept and not policy.last:
+        if absent:
+            have = ", ".join(sorted(now.metrics)) or "none"
+            return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
+        return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
+    retire = _surplus(policy, extended, reasons)
+    why = f"{due}; kept by {', '.join(kept) or 'last'}"
+    if policy.last == "copy" and not kept and not absent:
+        name = policy.name.last_file
+        return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)
+    return _named(policy, now, manifest, candidate, retire, why)
+
+
+def _named(
+    policy: Policy, now: Observation, manifest: Manifest, candidate: Record, retire: tuple[str, ...], why: str
+) -> Save:
+    known = manifest.seen | policy.known_metrics
+    stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
+    replaceable = _Replaceable(manifest, retire, frozenset((*policy.aliases, manifest.resumed)), policy)
+    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
+    replaces = name in manifest.by_name
+    if replaces:
+        # What is replaced takes no place among the k or the last n.
+        retire = surplus(policy, manifest.without(name).with_record(candidate))
+    return Save(name=name, retire=retire, reason=why, observation=now, replaces=replaces)
+
+
+def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record) -> Attach | Skip:
+    news = {key: value for key, value in now.metrics.items() if repr(saved.metrics.get(key)) != repr(value)}
+    ends = now.epoch_end and now.epoch == saved.epoch and not saved.epoch_end
+    if not news and not ends:
+        return Skip(reason=f"step {now.step} is saved already as {saved.name}")
+    attached = manifest.with_record(attrs.evolve(saved, metrics={**saved.metrics, **news}))
+    what = ", ".join(sorted(news)) or "the end of its epoch"
+    why = f"step {now.step} is saved already as {saved.name}; attached {what}"
+    return Attach(name=saved.name, retire=surplus(policy, attached), reason=why, observation=now)
+
+
+def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
+    """Decide on a rescue: never over anything, never ranked, nothing retired for it."""
+    taken = _Taken(manifest, policy.aliases)
+    name = _template_name(policy, now, manifest) if policy.name.rescue == "template" else None
+    if name is None or name in taken:
+        name = policy.name.free_name(f"rescue{policy.name.join}step{policy.name.equals}{now.step}", taken)
+    return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+
+
+def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str | None:
+    """Return the file name that the template gives; None if it gives none: a rescue must not fail for its name."""
+    try:
+        known = manifest.seen | policy.known_metrics
+        return policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known) + policy.name.suffix
+    except NamingError:
+        return None
+
+
+_NEWEST = "the newest, which last names"
+
+
+def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """Return why each checkpoint of the run lives, by name; what is not in it is `surplus`.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy, explain
+        >>> explain(Policy(EverySteps(10), [KeepLast(1)]), Manifest())
+        {}
+    """
+    return _reasons(policy, manifest).to_dict()
+
+
+def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
+    history = _ranked_history(policy, manifest)
+    newest = manifest.history[-1] if manifest.history else None
+    # Named among the rules, so that a limit counts it and takes it for the newest.
+    named = {newest.name: _NEWEST} if policy.last and newest else {}
+    reasons = kept_by((*policy.rules, PINNED), policy.limits, history, policy.best_rule, named=(named,))
+    always = {name: why for name, why in named.items() if not reasons.of(name)}
+    resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
+    rescues = {
+        record.name: "pinned" if record.pinned else record.reason
+        for record in manifest.rescues
+        if newest is None or record.serial > newest.serial or record.pinned
+    }
+    return attrs.evolve(reasons, always=(always, resumed, rescues))
+
+
+def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
+    """Return the names of this run that nothing keeps, oldest first. Follows from the whole history."""
+    return _surplus(policy, manifest, _reasons(policy, manifest))
+
+
+def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str, ...]:
+    slot = policy.name.last_file if policy.last else None
+    doubtful = {*reasons.unkept, *reasons.dropped, *(record.name for record in manifest.rescues)}
+    names = [name for name in doubtful if name != slot and not reasons.of(name)]
+    return tuple(record.name for record in manifest.live_among(names))
+
+
+def relied_on(policy: Policy, manifest: Manifest, going: Iterable[Record]) -> tuple[Record, ...]:
+    """Return what has to exist before these records may go: the best of each rule, then what else is kept instead.
+
+    The most important come first. There are at most `MAX_RELIED_ON`: nobody waits for thousands of files to be looked
+    at. Without records that go it is the best of each rule alone.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy
+        >>> relied_on(Policy(EverySteps(10), [KeepLast(1)]), Manifest(), [])
+        ()
+    """
+    going = tuple(going)
+    history = _ranked_history(policy, manifest)
+    bests = (rule.best(history) for rule in policy.rules if isinstance(rule, KeepBest))
+    named = policy.best_of(manifest.history) if policy.last else None  # It may be the slot.
+    ranked = (record for record in going if record.kind == "regular")
+    others = (_instead_of(rule, record, history) for record in ranked for rule in policy.rules)
+    names = {record.name for record in going}
+    candidates = chain((named,), bests, chain.from_iterable(zip_longest(*others)))
+    found = {r.name: r for r in candidates if r is not None and r.name not in names}
+    return tuple(islice(found.values(), MAX_RELIED_ON))
+
+
+def _instead_of(rule: Rule, record: Record, history: Ledger) -> Iterable[Record]:
+    """Return what a rule keeps in a record's place; of a rule of one's own it may be any that it keeps."""
+    kept = rule.keep(history)
+    if isinstance(kept, Kept):
+        return islice(kept.rule.instead_of(record, kept.history), MAX_RELIED_ON)
+    return islice(filter(None, map(history.named, kept)), MAX_RELIED_ON)
+
+
+@attrs.frozen
+class _Taken:
+    """The names in use, without a set of them all."""
+
+    manifest: Manifest
+    aliases: Container[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
+
+
+@attrs.frozen
+class _Replaceable:
+    """The names that a save may take: of what it retires, and without a version counter of any checkpoint that may go.
+
+    It may be another run's, but not another label's, whose manager may be alive, and not an abandoned one of this run.
+    """
+
+    manifest: Manifest
+    retired: tuple[str, ...]
+    spared: frozenset[str]
+    policy: Policy
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.spared or not isinstance(name, str):
+            return False
+        there = None if self.policy.name.version_counter else self.manifest.by_name.get(name)
+        return name in self.retired or (there is not None and self._may_go(there))
+
+    def _may_go(self, there: Record) -> bool:
+        is_abandoned = there.run == self.manifest.run and not self.manifest.counts(there)
+        return there.label == self.manifest.label and not there.pinned and not is_abandoned
+
+
+def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:
+    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
+    return manifest.history_but(policy.name.last_file) if policy.last else manifest.history
+
+
+def _candidate(now: Observation, manifest: Manifest) -> Record:
+    return manifest.draft(_CANDIDATE, now, size=manifest.history[-1].size if manifest.history else 0)
+
+
+def _ranking_rules(policy: Policy, now: Observation) -> list[KeepBest]:
+    return [r for r in policy.keep if isinstance(r, KeepBest) and (now.step > r.after_step or not r.after_step)]
+
+
+def _absent(policy: Policy, now: Observation) -> list[str]:
+    rules = _ranking_rules(policy, now)
+    return list(dict.fromkeys(rule.metric.name for rule in rules if rule.metric.value(now) is None))
+
+
+def _declined(policy: Policy, now: Observation) -> str:
+    rules = _ranking_rules(policy, now)
+    ranked = [f"{rule.metric.name}={rule.metric.value(now):.6g} is not in {rule}" for rule in rules]
+    return "; ".join(ranked) or f"no rule keeps it: {' and '.join(map(str, policy.rules)) or 'none given'}"

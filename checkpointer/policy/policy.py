@@ -1,0 +1,250 @@
+"""A policy composes when to save, what to keep and how to name; `deciding` applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import yaml
+
+from checkpointer._html import lines_html
+from checkpointer._validation import one_of
+from checkpointer.errors import PolicyError
+from checkpointer.policy import yaml_codec as config
+from checkpointer.policy.lightning_flags import policy_parts
+from checkpointer.policy.naming import Naming
+from checkpointer.policy.ranking import Metric
+from checkpointer.policy.retention import KeepBest, Limit, Rule
+from checkpointer.policy.triggers import Trigger
+from checkpointer.records.record import Contents, Record
+
+__all__ = ["Policy"]
+
+
+def _as_naming(value: Any) -> Any:
+    return Naming(value) if value is None or isinstance(value, str) else value
+
+
+def _is_naming(instance: object, field: object, value: Any) -> None:
+    if not isinstance(value, Naming):
+        msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
+        raise PolicyError(msg)
+
+
+def _is_trigger(instance: object, field: object, value: Any) -> None:
+    if isinstance(value, type) or not isinstance(value, Trigger):
+        msg = f"Policy.when is {value!r}; expected a trigger such as EverySteps(100)"
+        raise PolicyError(msg)
+
+
+def _as_rules(value: Any) -> tuple[Rule | Limit, ...]:
+    rules = (value,) if isinstance(value, (Rule, Limit)) else tuple(value)
+    for rule in rules:
+        if isinstance(rule, type) or not isinstance(rule, (Rule, Limit)):
+            msg = f"Policy.keep has {rule!r}; expected rules such as KeepLast(1)"
+            raise PolicyError(msg)
+    return rules
+
+
+@attrs.frozen
+class Policy:
+    """When to save, what to keep, and under which names. A value: it never does anything.
+
+    Args:
+        when: The trigger; compose several with `AnyOf`.
+        keep: Rules whose union lives, and limits such as `Budget` that take away from it.
+        name: A template, or a `Naming` with more settings.
+        last: A ``last`` alias as a relative symlink (``"link"``) or as a hard link or server-side copy
+            (``"copy"``); it always names the newest state, so with it every due observation is saved.
+        best: A ``best`` alias for the best by the first `KeepBest`, in the same two ways.
+        contents: ``"weights"`` for checkpoints that cannot resume a run.
+        rescue: Save when an exception leaves the manager's ``with`` block, under the last observation's step. The
+            state is that of the moment: if the exception struck within a step, so is the state. Where a resume must
+            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary, as
+            ``checkpointer_torch.Loop`` does for signals.
+
+    Raises:
+        PolicyError: If an argument is none of these, or ``best`` is asked for without a `KeepBest`.
+
+    Example:
+        >>> from checkpointer import EveryEpochs, KeepBest, KeepLast, Policy
+        >>> print(Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min"), KeepLast(1)], last="link"))
+        save every 1 epochs; keep the best 3 by val_loss (min) and the last 1; last -> link
+    """
+
+    when: Trigger = attrs.field(validator=_is_trigger)
+    keep: tuple[Rule | Limit, ...] = attrs.field(converter=_as_rules)
+    name: Naming = attrs.field(default=None, converter=_as_naming, validator=_is_naming, kw_only=True)
+    last: Literal["link", "copy"] | None = attrs.field(
+        default=None, validator=one_of(None, "link", "copy"), kw_only=True
+    )
+    best: Literal["link", "copy"] | None = attrs.field(
+        default=None, validator=one_of(None, "link", "copy"), kw_only=True
+    )
+    contents: Contents = attrs.field(default="full", validator=one_of("full", "weights"), kw_only=True)
+    rescue: bool = attrs.field(default=True, validator=one_of(True, False), kw_only=True)
+    rules: tuple[Rule, ...] = attrs.field(init=False, repr=False, eq=False)
+    """What keeps."""
+    limits: tuple[Limit, ...] = attrs.field(init=False, repr=False, eq=False)
+    """What takes away."""
+
+    def __attrs_post_init__(self) -> None:
+        # Once: each save asks several times, and a Protocol is slow to say what an object is.
+        object.__setattr__(self, "rules", tuple(rule for rule in self.keep if isinstance(rule, Rule)))
+        object.__setattr__(self, "limits", tuple(rule for rule in self.keep if isinstance(rule, Limit)))
+        if self.best and self.ranking is None:
+            msg = f"Policy.best is {self.best!r}, but no rule ranks; add KeepBest(1, metric, mode=...) to keep"
+            raise PolicyError(msg)
+        if self.last and self.best and self.name.last == self.name.best:
+            msg = f"the last and best aliases are both {self.name.last!r}; name them apart: Naming(best=...)"
+            raise PolicyError(msg)
+
+    @property
+    def ranking(self) -> Metric | None:
+        """The metric that says which is best: the first `KeepBest`'s."""
+        return self.best_rule.metric if self.best_rule else None
+
+    @property
+    def best_rule(self) -> KeepBest | None:
+        """The rule that says which is best: the first `KeepBest`."""
+        return next((rule for rule in self.keep if isinstance(rule, KeepBest)), None)
+
+    @property
+    def aliases(self) -> dict[str, Literal["link", "copy"]]:
+        """File name of each alias, and how it is made."""
+        wanted = {self.name.last_file: self.last, self.name.best_file: self.best}
+        return {name: how for name, how in wanted.items() if how}
+
+    @property
+    def known_metrics(self) -> frozenset[str]:
+        """Metrics that rules name: right in a template before they are first reported."""
+        metrics = (rule.metric for rule in self.keep if isinstance(rule, KeepBest))
+        return frozenset(metric.key for metric in metrics if isinstance(metric.key, str))
+
+    def _repr_html_(self) -> str:
+        keep = "\n".join(map(str, self.rules)) or "nothing"
+        aliases = ", ".join(f"{name} ({how})" for name, how in self.aliases.items())
+        lines = [("save", str(self.when)), ("keep", keep), ("limits", "\n".join(map(str, self.limits)))]
+        return lines_html("Policy", [*lines, ("names", self.name.template or ""), ("aliases", aliases)])
+
+    def best_first(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
+        rule = self.best_rule
+        return rule.ranked(records) if rule else []
+
+    def best_of(self, records: Iterable[Record]) -> Record | None:
+        """Return the best of these records, or None if none is ranked."""
+        return self.best_rule.best(records) if self.best_rule else None
+
+    def top(self, records: Iterable[Record]) -> list[Record]:
+        """Return the records that the first `KeepBest` keeps, best first; ``records`` are oldest first."""
+        return self.best_rule.top(records) if self.best_rule else []
+
+    def scores(self, records: Iterable[Record]) -> dict[str, float]:
+        """Return name and score of the best k by the first `KeepBest`, best first."""
+        rule = self.best_rule
+        best = self.top(records)
+        return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_last: bool | Literal["link"] | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        filename: str | None = None,
+        auto_insert_metric_name: bool = True,
+        enable_version_counter: bool = True,
+        save_weights_only: bool = False,
+        save_on_exception: bool = False,
+    ) -> Policy:
+        """Build a policy from the arguments of Lightning's ``ModelCheckpoint``, with their meanings.
+
+        ``save_top_k``: -1 keeps all, 0 none (but ``last``), k the best k by ``monitor``; without ``monitor`` 1 keeps
+        the newest. At most one of the three triggers; none means every epoch, 0 turns one off. A template field that
+        is missing is 0, as there. Differences: ``last`` is the newest state at every due observation, and an
+        exception's checkpoint gets another name if a file has its name.
+
+        Raises:
+            PolicyError: For what Lightning refuses too: ``save_top_k < -1``, ``save_top_k >= 2`` without
+                ``monitor``, another mode, several triggers, negative intervals.
+
+        Example:
+            >>> from checkpointer import Policy
+            >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3, save_last=True))
+            save every 1 epochs; keep the best 3 by val_loss (min); last -> copy; no rescue on exceptions
+        """
+        arguments = {key: value for key, value in locals().items() if key != "cls"}
+        return cls(**policy_parts(**arguments))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the policy as YAML, and write it to ``path`` if given. Scores are written by name.
+
+        Example:
+            >>> from checkpointer import EverySteps, KeepLast, Policy
+            >>> print(Policy(EverySteps(100), [KeepLast(2)]).to_yaml())
+            when:
+              EverySteps:
+                n: 100
+            keep:
+            - KeepLast:
+                n: 2
+            <BLANKLINE>
+        """
+        data: dict[str, Any] = {"when": config.to_plain(self.when), "keep": list(map(config.to_plain, self.keep))}
+        if self.name != Naming():
+            data["name"] = config.to_plain(self.name)["Naming"]
+        for field in ("last", "best", "contents", "rescue"):
+            value = getattr(self, field)
+            if value != getattr(attrs.fields(Policy), field).default:
+                data[field] = value
+        text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, known: Mapping[str, Any] | None = None) -> Policy:
+        """Read what `to_yaml` wrote.
+
+        Args:
+            path: The file, or the YAML text itself if it has more than one line.
+            known: Score functions and classes of your own, by the names the file uses. The file itself can name no
+                code to import.
+
+        Raises:
+            PolicyError: If the file is not YAML, or a value in it is bad; the message has its path in the file.
+            FileNotFoundError: If there is no such file.
+        """
+        if isinstance(path, str) and "\n" in path:
+            return _policy_from_plain(config.parse_yaml(path.encode(errors="surrogatepass")), known or {})
+        with open(path, "rb") as stream:
+            return _policy_from_plain(config.parse_yaml(stream.read(config.MAX_YAML_BYTES + 1)), known or {})
+
+    def __str__(self) -> str:
+        rules = " and ".join(map(str, self.rules)) or "nothing"
+        limits = "".join(f", {limit}" for limit in self.limits)
+        aliases = "".join(f"; {name} -> {how}" for name, how in (("last", self.last), ("best", self.best)) if how)
+        contents = "; weights only" if self.contents == "weights" else ""
+        rescue = "" if self.rescue else "; no rescue on exceptions"
+        return f"save {self.when}; keep {rules}{limits}{aliases}{contents}{rescue}"
+
+
+def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
+    arguments = dict(config.mapping(Policy, data, "policy"))
+    arguments["when"] = config.from_plain(arguments["when"], "when", known)
+    keep = arguments["keep"]
+    if not isinstance(keep, list):
+        msg = f"in 'keep': expected a list of rules, found {keep!r:.80}"
+        raise PolicyError(msg)
+    arguments["keep"] = [config.from_plain(rule, f"keep[{i}]", known) for i, rule in enumerate(keep)]
+    arguments["name"] = config.naming_from_plain(arguments.get("name"), "name")
+    return Policy(**arguments)

@@ -1,0 +1,190 @@
+"""How far the loop is: what was due last, and below which step, epoch and time nothing is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import attrs
+
+from checkpointer.errors import MetricError, ObservationError
+from checkpointer.policy.decide import Skip
+from checkpointer.policy.triggers import ALWAYS, Horizon, Trigger, horizon_of
+from checkpointer.records.record import Observation, Progress, as_metrics
+
+__all__ = ["Pacing"]
+
+
+@attrs.define
+class Pacing:
+    """What a manager remembers of the loop between two reports. It reads no clock: times are arguments.
+
+    Example:
+        >>> from checkpointer import EverySteps, Progress
+        >>> from checkpointer.policy.schedule import Pacing
+        >>> pacing = Pacing(when=EverySteps(10))
+        >>> pacing.go_on(Progress(step=20), 0.0)
+        >>> pacing.is_quiet({}, 29, 0, False, float), pacing.is_quiet({}, 30, 0, False, float)
+        (True, False)
+    """
+
+    when: Trigger
+    since: Progress = attrs.field(factory=Progress)
+    """The last due observation, saved or declined."""
+    owed: str = ""
+    """Why a point was due that still waits for a metric; empty if none does."""
+    last_step: int = -1
+    """The newest step that was reported or restored; -1 before the first."""
+    start: int = -1
+    """The step that the run goes on from; -1 for a new run."""
+    horizon: Horizon = ALWAYS
+    """Below which nothing is due."""
+    quiet: Skip = attrs.field(factory=lambda: Skip(reason="nothing was worked out yet"))
+    """The decision on what lies below the horizon."""
+    _step: float = -math.inf
+    _is_awake: bool = False
+    _epochs: float | None = None
+    _time: float | None = None
+    _report: tuple[Any, int, int, bool | None] | None = None
+    _epoch_ended: tuple[int, int] | None = None
+
+    # The hot path
+
+    def is_quiet(
+        self, metrics: Mapping[str, Any], step: int, epoch: int, epoch_end: bool | None, time: Callable[[], float]
+    ) -> bool:
+        """Return whether nothing is due at this report, and then remember it: a few comparisons."""
+        if (
+            self.last_step < step < self._step
+            and (self._epochs is None or (epoch_end is not None and epoch + epoch_end < self._epochs))
+            and (self._time is None or time() < self._time)
+        ):
+            self.last_step = step
+            self._report = (metrics, step, epoch, epoch_end)
+            return True
+        return False
+
+    def wake(self) -> None:
+        """Let no report be quiet until `calm`: there is something to say. Safe to call from any thread."""
+        self._is_awake = True
+        self._step = -math.inf
+
+    def calm(self) -> None:
+        """Let reports be quiet again. What there is to say is asked for after this: so nothing is missed."""
+        if self._is_awake:
+            self._is_awake = False
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self._step = self.horizon.step
+        if self._is_awake:  # Looked at last, for another thread may have called `wake` meanwhile.
+            self._step = -math.inf
+
+    def look_ahead(self, time: float) -> None:
+        """Work out below which step, epoch and time nothing is due."""
+        horizon = horizon_of(self.when, self.since)
+        if self.owed or self.since.time > time:
+            horizon = ALWAYS
+        self.horizon = horizon
+        self._epochs = None if horizon.epochs == math.inf else horizon.epochs
+        self._time = None if horizon.time == math.inf else horizon.time
+        self.quiet = Skip(reason=f"not due{horizon.words()} ({self.when})")
+        self._sleep()
+
+    # What was reported
+
+    def observation(self, metrics: Any, step: Any, epoch: Any, *, epoch_end: bool | None, time: float) -> Observation:
+        """Return a report as an observation.
+
+        The step counts as reported even if the metrics are refused, because the state is of that step. A step before
+        the newest one leaves no trace: it is refused, or it brings late metrics for a step that is saved.
+
+        Raises:
+            ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
+            MetricError: If a metric is not one number.
+        """
+        ended = True if epoch_end is None else bool(epoch_end)
+        place = Observation(step=step, epoch=epoch, epoch_end=ended, time=time)
+        goes_on = place.step >= self.last_step
+        if goes_on:
+            self.last_step = place.step
+            self._report = ({}, place.step, place.epoch, False)
+        now = attrs.evolve(place, metrics=metrics)
+        if goes_on:
+            if epoch_end is None:
+                self._check_epoch(now)
+                self._epoch_ended = (now.epoch, now.step)
+            self._report = (now.metrics, now.step, now.epoch, ended)
+        return now
+
+    def _check_epoch(self, now: Observation) -> None:
+        if self._epochs is None or self._epoch_ended is None:
+            return
+        before, at_step = self._epoch_ended
+        if before == now.epoch and at_step != now.step:
+            msg = (
+                f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
+                "epoch_end=True at the end of an epoch and epoch_end=False within it"
+            )
+            raise ObservationError(msg)
+
+    def last_report(self, step: int | None, epoch: int | None, time: float) -> Observation | None:
+        """Return what was reported last, as it is for a rescue; None if nothing was reported.
+
+        Raises:
+            ObservationError: If ``step`` is before the step that the run goes on from.
+        """
+        if self._report is None and step is None:
+            return None
+        if step is not None and step < self.start:
+            msg = (
+                f"a rescue of step {step} was asked for, and the run goes on from step {self.start}; pass the number "
+                "of optimizer steps that are finished"
+            )
+            raise ObservationError(msg)
+        metrics, seen_step, seen_epoch, ended = self._report or ({}, 0, 0, False)
+        at = seen_step if step is None else step
+        return Observation(
+            metrics=_usable(metrics) if at == seen_step else {},
+            step=at,
+            epoch=seen_epoch if epoch is None else epoch,
+            epoch_end=bool(ended) if at == seen_step else False,
+            time=time,
+        )
+
+    def refuse(self, step: int) -> NoReturn:
+        """Raise the error for a step that went back."""
+        if self.last_step == self.start:
+            msg = (
+                f"step {step} was reported, but the run goes on from step {self.start}: start the loop after what was "
+                "restored (restored.step, restored.epoch), or use another directory for another training"
+            )
+        else:
+            msg = (
+                f"the step went back from {self.last_step} to {step}; after loading an older state call restore(), "
+                "for another training make another manager"
+            )
+        raise ObservationError(msg)
+
+    # What was due
+
+    def answered(self, progress: Progress, time: float, *, waiting: str = "") -> None:
+        """Count the due point as answered; ``waiting`` leaves it open for the next report that has the metric."""
+        self.since, self.owed = progress, waiting
+        self.look_ahead(time)
+
+    def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: str = "") -> None:
+        """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
+        self.since, self.owed = progress, owed
+        self.last_step = self.start = step if step is not None else progress.step or -1
+        self._report = self._epoch_ended = None
+        self.look_ahead(time)
+
+
+def _usable(metrics: Any) -> Mapping[str, float]:
+    """Return the metrics, or none if one is bad: a rescue must not fail for a report nobody has looked at yet."""
+    try:
+        return as_metrics(metrics)
+    except MetricError:
+        return {}

@@ -1,0 +1,316 @@
+"""Triggers say whether an observation is due. They are pure: the last due observation is an argument."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from datetime import timedelta
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from checkpointer._validation import whole_number
+from checkpointer.errors import PolicyError
+from checkpointer.records.record import Progress
+
+__all__ = [
+    "AnyOf",
+    "AtSteps",
+    "DuringEpochs",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
+    "Horizon",
+    "SupportsHorizon",
+    "Trigger",
+]
+
+
+@runtime_checkable
+class Trigger(Protocol):
+    """Decides whether an observation is due. One method, because that is all a policy asks."""
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """Return why ``now`` is due in a few words, or None.
+
+        ``since`` is the last due observation, saved or declined; zeros and the start time before the first.
+        Must depend on the arguments alone.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Horizon:
+    """Bounds below which nothing is due: the manager's fast path compares three numbers and returns."""
+
+    step: float = math.inf
+    """Nothing is due while the step is below this ..."""
+    epochs: float = math.inf
+    """... and the count of finished epochs below this ..."""
+    time: float = math.inf
+    """... and the time (seconds since the Unix epoch) below this."""
+
+    def covers(self, now: Progress) -> bool:
+        """Return whether nothing can be due at ``now``."""
+        return now.step < self.step and now.epochs < self.epochs and now.time < self.time
+
+    def words(self) -> str:
+        """Return before what nothing is due, to follow "not due"; empty if nothing ever is."""
+        parts = [f"step {self.step:g}"] if math.isfinite(self.step) else []
+        parts += [f"{self.epochs:g} finished epochs"] if math.isfinite(self.epochs) else []
+        parts += ["the next interval ends"] if math.isfinite(self.time) else []
+        return f" before {' or '.join(parts)}" if parts else ""
+
+
+ALWAYS = Horizon(step=-math.inf)
+
+
+@runtime_checkable
+class SupportsHorizon(Protocol):
+    """A trigger that can say how far ahead nothing is due. Optional: without it every observation is asked."""
+
+    def horizon(self, since: Progress) -> Horizon:
+        """Return bounds below which `due` would answer None. Too low is slow, too high loses saves."""
+        ...
+
+
+def horizon_of(trigger: Trigger, since: Progress) -> Horizon:
+    """Return the trigger's horizon, or one that never skips it."""
+    return trigger.horizon(since) if isinstance(trigger, SupportsHorizon) else ALWAYS
+
+
+def _next_multiple(n: int, since: int, after: int) -> int:
+    """Return the first multiple of ``n`` beyond both counts."""
+    return (max(since, after) // n + 1) * n
+
+
+@attrs.frozen
+class EverySteps:
+    """Due whenever a multiple of ``n`` steps was reached or crossed since the last due observation.
+
+    A loop that reports every step gets exactly the multiples of ``n``; one that reports every 7 steps misses none.
+
+    Args:
+        n: Steps between saves, at least 1.
+        after: Nothing is due up to and including this step (warm-up).
+
+    Example:
+        >>> from checkpointer import EverySteps, Progress
+        >>> EverySteps(10).due(Progress(step=14), since=Progress(step=0))
+        'step 14 reached a multiple of 10'
+    """
+
+    n: int = attrs.field(validator=whole_number(1))
+    after: int = attrs.field(default=0, validator=whole_number(0), kw_only=True)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        if now.step < _next_multiple(self.n, since.step, self.after):
+            return None
+        return f"step {now.step} reached a multiple of {self.n}"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(step=_next_multiple(self.n, since.step, self.after))
+
+    def __str__(self) -> str:
+        return f"every {self.n} steps" + (f" after step {self.after}" if self.after else "")
+
+
+@attrs.frozen
+class EveryEpochs:
+    """Due at the end of every ``n``-th epoch.
+
+    Counts finished epochs: with ``n=2`` the epochs of index 1, 3, 5 and so on.
+
+    Args:
+        n: Epochs between saves, at least 1.
+        after: Nothing is due until more than this many epochs are finished (warm-up).
+
+    Example:
+        >>> from checkpointer import EveryEpochs, Progress
+        >>> EveryEpochs(2).due(Progress(epochs=2), since=Progress())
+        '2 epochs finished, every 2'
+    """
+
+    n: int = attrs.field(validator=whole_number(1))
+    after: int = attrs.field(default=0, validator=whole_number(0), kw_only=True)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        if now.epochs < _next_multiple(self.n, since.epochs, self.after):
+            return None
+        return f"{now.epochs} epochs finished, every {self.n}"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(epochs=_next_multiple(self.n, since.epochs, self.after))
+
+    def __str__(self) -> str:
+        return f"every {self.n} epochs" + (f" after {self.after}" if self.after else "")
+
+
+@attrs.frozen
+class DuringEpochs:
+    """Due at each report of every ``n``-th epoch, however many reports there are in it.
+
+    Where `EveryEpochs` is due once an epoch, and catches up on one that it missed, this asks of each report only
+    whether the count of finished epochs is a multiple of ``n``: report with ``epoch_end=True`` alone.
+
+    Args:
+        n: Epochs between the epochs that count, at least 1.
+
+    Example:
+        >>> from checkpointer import DuringEpochs, Progress
+        >>> [DuringEpochs(2).due(Progress(epochs=epochs), since=Progress()) for epochs in (2, 3)]
+        ['epoch 2, a multiple of 2', None]
+    """
+
+    n: int = attrs.field(validator=whole_number(1))
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        if not now.epochs or now.epochs % self.n:
+            return None
+        return f"epoch {now.epochs}, a multiple of {self.n}"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(epochs=_next_multiple(self.n, max(since.epochs - 1, 0), 0))
+
+    def __str__(self) -> str:
+        return f"at each report of every {self.n} epochs"
+
+
+def _as_seconds(value: Any) -> float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    msg = f"EverySeconds.seconds is {value!r}; expected seconds of at least 0, or a timedelta"
+    raise PolicyError(msg)
+
+
+def _not_negative(instance: object, field: object, value: float) -> None:
+    if value < 0:
+        msg = f"EverySeconds.seconds is {value!r}; expected at least 0"
+        raise PolicyError(msg)
+
+
+@attrs.frozen
+class EverySeconds:
+    """Due when ``seconds`` have passed since the last due observation, across restarts.
+
+    After a restart the clock runs on from the restored checkpoint, or from the first start if none was written:
+    three runs of 0.7 s under an interval of 1 s do save. A clock that was set back counts as due.
+
+    Args:
+        seconds: Seconds of at least 0, or a `datetime.timedelta`.
+
+    Example:
+        >>> from datetime import timedelta
+        >>> from checkpointer import EverySeconds
+        >>> EverySeconds(timedelta(minutes=30)).seconds
+        1800.0
+    """
+
+    seconds: float = attrs.field(converter=_as_seconds, validator=_not_negative)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        elapsed = now.time - since.time
+        if elapsed < 0:
+            return f"the clock went back by {-elapsed:.0f} s"
+        # The bound is computed as in `horizon`, so that rounding cannot make the two disagree.
+        return f"{elapsed:.0f} s passed, every {self.seconds:g}" if now.time >= since.time + self.seconds else None
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(time=since.time + self.seconds)
+
+    def __str__(self) -> str:
+        return f"every {self.seconds:g} s"
+
+
+def _as_steps(steps: Any) -> tuple[int, ...]:
+    try:
+        steps = tuple(steps)
+    except TypeError:
+        steps = (steps,)
+    for step in steps:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            msg = f"AtSteps has {step!r}; expected whole numbers of at least 0"
+            raise PolicyError(msg)
+    return tuple(sorted(set(steps)))
+
+
+@attrs.frozen(init=False)
+class AtSteps:
+    """Due when one of the listed steps was reached or crossed; without steps never.
+
+    Example:
+        >>> from checkpointer import AtSteps, Progress
+        >>> AtSteps(100, 1000).due(Progress(step=103), since=Progress(step=50))
+        'step 103 reached 100'
+    """
+
+    steps: tuple[int, ...]
+
+    def __init__(self, *steps: int) -> None:
+        self.__attrs_init__(_as_steps(steps))
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        upcoming = self._upcoming(since)
+        if upcoming is None or now.step < upcoming:
+            return None
+        return f"step {now.step} reached {upcoming}"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        upcoming = self._upcoming(since)
+        return Horizon() if upcoming is None else Horizon(step=upcoming)
+
+    def _upcoming(self, since: Progress) -> int | None:
+        index = bisect_right(self.steps, since.step)
+        return self.steps[index] if index < len(self.steps) else None
+
+    def __str__(self) -> str:
+        return "at steps " + ", ".join(map(str, self.steps)) if self.steps else "never"
+
+
+@attrs.frozen(init=False)
+class AnyOf:
+    """Due when any of its triggers is. All of them count from the same last due observation.
+
+    Example:
+        >>> from checkpointer import AnyOf, EverySeconds, EverySteps
+        >>> print(AnyOf(EverySteps(1000), EverySeconds(1800)))
+        every 1000 steps or every 1800 s
+    """
+
+    triggers: tuple[Trigger, ...]
+
+    def __init__(self, *triggers: Trigger) -> None:
+        for trigger in triggers:
+            if isinstance(trigger, type) or not isinstance(trigger, Trigger):
+                msg = f"AnyOf has {trigger!r}; expected triggers such as EverySteps(100)"
+                raise PolicyError(msg)
+        self.__attrs_init__(triggers)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        reasons = [reason for trigger in self.triggers if (reason := trigger.due(now, since))]
+        return "; ".join(reasons) or None
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        horizons = [horizon_of(trigger, since) for trigger in self.triggers]
+        return Horizon(
+            step=min((h.step for h in horizons), default=math.inf),
+            epochs=min((h.epochs for h in horizons), default=math.inf),
+            time=min((h.time for h in horizons), default=math.inf),
+        )
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.triggers)) or "never"

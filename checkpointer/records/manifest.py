@@ -1,0 +1,242 @@
+"""The manifest: what a directory's records say, seen by one run. A pure fold; nothing else is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from checkpointer.policy.ledger import BY_STEP, Ledger, commit_order, ledger_of
+from checkpointer.records.record import Kind, Line, Observation, Record
+
+__all__ = ["Manifest"]
+
+
+@attrs.frozen
+class _Own:
+    """Holds of the records that a run wrote under a label."""
+
+    run: str
+    label: str
+
+    def __call__(self, record: Record) -> bool:
+        return record.run == self.run and record.label == self.label
+
+
+@attrs.frozen
+class _OnLine:
+    """Holds of the records that lie on a line."""
+
+    line: Line
+
+    def __call__(self, record: Record) -> bool:
+        shared = len(record.line)
+        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+
+
+@attrs.frozen
+class _OfKind:
+    kind: Kind
+
+    def __call__(self, record: Record) -> bool:
+        return record.kind == self.kind
+
+
+@attrs.frozen
+class _Other:
+    """Holds of the records that have another name."""
+
+    name: str
+
+    def __call__(self, record: Record) -> bool:
+        return record.name != self.name
+
+
+@attrs.frozen(eq=False)
+class _ByName(Mapping[str, Record]):
+    """The records of a ledger by name, in commit order."""
+
+    ledger: Ledger
+
+    def __getitem__(self, name: str) -> Record:
+        record = self.ledger.named(name)
+        if record is None:
+            raise KeyError(name)
+        return record
+
+    def __iter__(self) -> Iterator[str]:
+        return (record.name for record in self.ledger)
+
+    def __len__(self) -> int:
+        return len(self.ledger)
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """All committed records of a directory, and which of them count for one run.
+
+    A run that restores an older step *forks*: it gets a longer ``line``, one ``(fork, step)`` more. A record counts
+    if its own line is where ours began and it lies at or before every step we forked at since. So which records are
+    abandoned follows from the records themselves, whatever was retired or interrupted in between.
+    """
+
+    records: Ledger = attrs.field(factory=Ledger, converter=ledger_of)
+    """Committed records of every run and label, in commit order."""
+    run: str = ""
+    """Id of the run that looks; its own records are the only ones it may retire."""
+    label: str = ""
+    """Label of the manager that looks."""
+    line: Line = ()
+    """Forks the run descends from."""
+    foreign: frozenset[str] = frozenset()
+    """Names of payloads that no committed record names: never touched, never reused."""
+    seen: frozenset[str] = frozenset()
+    """Names of metrics reported so far, saved or not."""
+    aside: tuple[Record, ...] = ()
+    """Records that do not count, because their payload is gone or is not what was written. Their names stay taken."""
+    elsewhere: tuple[Record, ...] = ()
+    """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
+    resumed: str = ""
+    """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
+
+    @property
+    def own(self) -> Ledger:
+        """Records this run wrote under this label, in commit order."""
+        return self.records.where(_Own(self.run, self.label))
+
+    @property
+    def live(self) -> Ledger:
+        """Own records on the current line, rescues included."""
+        return self.own.where(_OnLine(self.line))
+
+    @property
+    def history(self) -> Ledger:
+        """Own records that count: neither abandoned nor a rescue."""
+        return self.live.where(_OfKind("regular"))
+
+    @property
+    def rescues(self) -> Ledger:
+        """Those of the `live` that are none of the `history`."""
+        return self.live.where(_OfKind("rescue"))
+
+    def history_but(self, name: str) -> Ledger:
+        """Return the `history` without the one of a name."""
+        return self.history.where(_Other(name))
+
+    @property
+    def abandoned(self) -> tuple[Record, ...]:
+        """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
+        return tuple(record for record in self.own if not self.counts(record))
+
+    @property
+    def by_name(self) -> Mapping[str, Record]:
+        """Every record by its name."""
+        return _ByName(self.records)
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Every name that is in use, by a record of any run or by a foreign file."""
+        return self.foreign.union(self.by_name)
+
+    @property
+    def next_serial(self) -> int:
+        """Serial of the next commit."""
+        known = (*self.records[-1:], *self.aside, *self.elsewhere)
+        return 1 + max((record.serial for record in known), default=0)
+
+    @property
+    def everywhere(self) -> Manifest:
+        """The manifest as if what is elsewhere or aside were here."""
+        if not self.aside and not self.elsewhere:
+            return self
+        return attrs.evolve(self, records=(*self.records, *self.aside, *self.elsewhere), elsewhere=())
+
+    @property
+    def newest(self) -> Record | None:
+        """The newest own record that counts, rescues included."""
+        return self.live[-1] if self.live else None
+
+    def counts(self, record: Record) -> bool:
+        """Return whether the record lies on the current line."""
+        return _OnLine(self.line)(record)
+
+    def live_among(self, names: Iterable[str]) -> tuple[Record, ...]:
+        """Return the `live` records that have one of these names, in commit order."""
+        found = [record for name in names if (record := self.live.named(name)) is not None]
+        return tuple(sorted(found, key=commit_order))
+
+    def at_step(self, step: int) -> Record | None:
+        """Return the newest regular record that counts and has this step."""
+        by_step = self.history.by(BY_STEP)
+        place = by_step.rank((step + 1,)) - 1
+        found = by_step[place] if place >= 0 else None
+        return found if found is not None and found.step == step else None
+
+    def draft(self, name: str, now: Observation, **known: Any) -> Record:
+        """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
+        fields = {
+            **{field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")},
+            **{field: getattr(self, field) for field in ("run", "label", "line")},
+            "serial": self.next_serial,
+            "size": 0,
+            "digest": "",
+            "format": "",
+            "token": "",
+        }
+        return Record(name=name, **{**fields, **known})
+
+    def with_record(self, record: Record) -> Manifest:
+        """Return the manifest after ``record`` was committed, in place of any other of that name."""
+        foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
+        other = self.records.named(record.name)
+        gone = () if other is None else (other,)
+        records = self.records.changed(gone=gone, come=[record])
+        return attrs.evolve(self, records=records, foreign=foreign, aside=_others(self.aside, [record.name]))
+
+    def without(self, *names: str) -> Manifest:
+        """Return the manifest after these records were retired."""
+        gone = [record for name in names if (record := self.records.named(name)) is not None]
+        aside = _others(self.aside, names)
+        if not gone and aside is self.aside:
+            return self
+        return attrs.evolve(self, records=self.records.changed(gone=gone), aside=aside)
+
+    def without_payload(self, *records: Record) -> Manifest:
+        """Return the manifest after these records turned out not to count."""
+        names = [record.name for record in records]
+        manifest = self.without(*names)
+        aside = sorted((*manifest.aside, *records), key=commit_order)
+        return attrs.evolve(manifest, aside=tuple(aside), foreign=manifest.foreign.union(names))
+
+    def seen_by(self, run: str, line: Line) -> Manifest:
+        """Return the same records as another run, or another line of it, sees them."""
+        return attrs.evolve(self, run=run, line=line)
+
+    def on_newest_line(self, run: str) -> Manifest:
+        """Return the same records as a run sees them that goes on where its newest record is, even if that is aside."""
+        own = self.seen_by(run, ()).everywhere.own
+        return self.seen_by(run, own[-1].line if own else ())
+
+    def resumed_at(self, record: Record) -> Manifest:
+        """Return the manifest of a run that goes on from ``record``."""
+        return self._resumed(record.run, record.line, record.step, lambda other: other.serial > record.serial)
+
+    def resumed_from(self, run: str, line: Line, step: int) -> Manifest:
+        """Return the manifest of a run that goes on from ``step`` of a line, whether or not a record is there."""
+        return self._resumed(run, line, step, lambda other: other.step > step)
+
+    def _resumed(self, run: str, line: Line, step: int, is_later: Callable[[Record], bool]) -> Manifest:
+        """Go on in line if nothing lies beyond, else fork."""
+        on_line = self.seen_by(run, line)
+        own = on_line.everywhere.own
+        if not any(is_later(other) for other in own if other.line[: len(line)] == line):
+            return on_line
+        fork = 1 + max((number for other in own for number, _ in other.line), default=0)
+        return self.seen_by(run, (*line, (fork, step)))
+
+
+def _others(records: tuple[Record, ...], names: Collection[str]) -> tuple[Record, ...]:
+    """Return the records that have other names: the very same tuple if all have."""
+    left = tuple(record for record in records if record.name not in names)
+    return left if len(left) < len(records) else records

@@ -1,0 +1,552 @@
+"""What a loop reports (an observation) and what a checkpoint leaves behind (a record)."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, NoReturn, cast
+
+import attrs
+
+from checkpointer._display import number_text, size_text
+from checkpointer._html import lines_html
+from checkpointer._validation import as_index, brief
+from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
+
+__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
+
+SCHEMA: Final = 1
+"""Number of the record format; a reader refuses a higher one."""
+
+ADOPTED: Final = "adopted: "
+"""How the reason of a record begins whose payload another program wrote."""
+
+MAX_RECORD_BYTES: Final = 1 << 20
+"""A record larger than this (bytes) is refused unread: no honest one comes near it."""
+
+MAX_DEPTH: Final = 8
+"""Objects and lists within one another: a record file has four, more are refused."""
+
+MAX_WRITTEN_BYTES: Final = MAX_RECORD_BYTES * 2 // 5
+"""No record larger than this (bytes) is written: a pending one may hold two, and must be read again."""
+
+Contents = Literal["full", "weights"]
+Kind = Literal["regular", "rescue"]
+Status = Literal["pending", "committed", "retired"]
+Line = tuple[tuple[int, int], ...]
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
+    """Convert what a loop measured to plain floats.
+
+    Numbers, numpy scalars, and arrays or tensors of one element (of any device) are taken; anything else raises
+    `MetricError` naming the metric, the value and its type.
+    """
+    if not isinstance(metrics, Mapping):
+        msg = f"metrics is {metrics!r} ({type(metrics).__name__}); expected a mapping of names to numbers"
+        raise MetricError(msg)
+    return MappingProxyType({_as_name(name): _as_float(name, value) for name, value in metrics.items()})
+
+
+def has_surrogate(text: str) -> bool:
+    """Return whether the text holds half a character: it could not be encoded, so not be written."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _as_name(name: object) -> str:
+    if isinstance(name, str) and name and not any(ord(char) < 32 for char in name) and not has_surrogate(name):
+        return name
+    msg = f"metric name is {name!r}; expected a non-empty string without control characters or surrogates"
+    raise MetricError(msg)
+
+
+def _as_float(name: object, value: Any) -> float:
+    if _is_one_element(value):
+        value = value.item()
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    shape = getattr(value, "shape", None)
+    detail = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+    if getattr(value, "is_meta", False):
+        detail += ", a meta tensor without a value"
+    msg = (
+        f"metric {name!r} is {value!r} ({detail}); expected one real number "
+        "(a number, a numpy scalar, or a tensor of one element): reduce it first, for example with .mean()"
+    )
+    raise MetricError(msg)
+
+
+def _is_one_element(value: Any) -> bool:
+    """Return whether this is an array or tensor whose only element can be read."""
+    shape = getattr(value, "shape", None)
+    return (
+        isinstance(shape, tuple)
+        and math.prod(shape) == 1
+        and callable(getattr(value, "item", None))
+        and not getattr(value, "is_meta", False)
+    )
+
+
+def _frozen(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    # One NaN object for all, so that records that say the same are equal: a dict compares by identity first.
+    return MappingProxyType({name: math.nan if math.isnan(value) else value for name, value in metrics.items()})
+
+
+def _step(value: Any) -> int:
+    return as_index(value, "step", ObservationError)
+
+
+def _epoch(value: Any) -> int:
+    return as_index(value, "epoch", ObservationError)
+
+
+@attrs.frozen(kw_only=True)
+class Progress:
+    """How far training is: the three scales that triggers count on."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    epochs: int = 0
+    """Finished epochs (a count, not an index)."""
+    time: float = 0.0
+    """Seconds since the Unix epoch."""
+
+    def later(self, other: Progress) -> Progress:
+        """Return what is further on each of the scales."""
+        return Progress(
+            step=max(self.step, other.step), epochs=max(self.epochs, other.epochs), time=max(self.time, other.time)
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Observation:
+    """One report of the loop, validated and normalised.
+
+    Example:
+        >>> from checkpointer import Observation
+        >>> now = Observation(metrics={"val_loss": 0.31}, step=400, epoch=3, time=0.0)
+        >>> now.metrics["val_loss"], now.progress.epochs
+        (0.31, 4)
+    """
+
+    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=as_metrics)
+    """What was measured *at this step*."""
+    step: int = attrs.field(converter=_step)
+    """Finished optimizer steps, from 0."""
+    epoch: int = attrs.field(converter=_epoch)
+    """0-based index of the epoch in progress or just ended."""
+    epoch_end: bool = attrs.field(default=True, converter=bool)
+    """Whether this report ends the epoch."""
+    time: float
+    """Seconds since the Unix epoch."""
+
+    def __reduce__(self) -> Any:
+        # The read-only metrics cannot be pickled or deep-copied as they are.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Observation)}
+        return _observation, (fields | {"metrics": dict(self.metrics)},)
+
+    @property
+    def progress(self) -> Progress:
+        """The observation on the scales that triggers count on."""
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+
+def _observation(fields: dict[str, Any]) -> Observation:
+    return Observation(**fields)
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """What is known about one checkpoint; as a file, its commit marker.
+
+    Two records are equal when all fields are. `to_json` and `from_json` round-trip, NaN and infinities included.
+    """
+
+    name: str
+    """Path of the payload relative to the directory, with ``/`` between parts."""
+    step: int
+    """Finished optimizer steps when the state was taken."""
+    epoch: int
+    """0-based index of the epoch in progress or just ended."""
+    epoch_end: bool = True
+    """Whether the epoch had ended."""
+    metrics: Mapping[str, float] = attrs.field(factory=dict, converter=_frozen)
+    """Every metric reported at this step."""
+    time: float
+    """Seconds since the Unix epoch when the save was decided."""
+    size: int
+    """Bytes of the payload."""
+    digest: str
+    """Over the payload's bytes: ``"xxh3-128:"`` and 32 hex digits, under trust ``"sha256:"`` and 64."""
+    format: str
+    """Name of the payload format, such as ``"torch"``."""
+    contents: Contents = "full"
+    """``"full"`` can resume a run, ``"weights"`` cannot."""
+    kind: Kind = "regular"
+    """``"rescue"`` for a save made because of an exception or a signal."""
+    reason: str = ""
+    """Why it was saved, in words."""
+    run: str
+    """Id of the training run, kept across its restarts."""
+    label: str = ""
+    """Which manager of the directory wrote it; empty unless several share it."""
+    line: Line = ()
+    """Forks this record descends from, as ``(fork, step)``: see `Manifest`."""
+    serial: int
+    """Commit order within the directory, from 1."""
+    token: str
+    """Unique id of this write."""
+    pinned: bool = False
+    """A pinned checkpoint is never retired."""
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether another program wrote the payload, and `checkpointer.tools.adopt` the record."""
+        return self.reason.startswith(ADOPTED)
+
+    @property
+    def progress(self) -> Progress:
+        """The record on the scales that triggers count on."""
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+
+    def attached(self, now: Observation) -> Record:
+        """Return the record with what was measured of its step later."""
+        epoch_end = self.epoch_end or (now.epoch_end and now.epoch == self.epoch)
+        return attrs.evolve(self, metrics={**self.metrics, **now.metrics}, epoch_end=epoch_end)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'; '.join(text for _, text in self._words() if text)}"
+
+    def _repr_html_(self) -> str:
+        return lines_html(self.name, [*self._words(), ("run", self.run), ("digest", self.digest)])
+
+    def _words(self) -> list[tuple[str, str]]:
+        rescue = "a rescue" if self.kind == "rescue" else ""
+        weights = "weights only" if self.contents == "weights" else ""
+        metrics = ", ".join(f"{name}={number_text(value)}" for name, value in self.metrics.items())
+        return [
+            ("progress", f"step {self.step}, epoch {self.epoch}"),
+            ("metrics", metrics),
+            ("size", size_text(self.size)),
+            ("kind", ", ".join(text for text in (rescue, weights, "pinned" if self.pinned else "") if text)),
+            ("why", self.reason),
+        ]
+
+    def __reduce__(self) -> Any:
+        # The read-only metrics cannot be pickled or deep-copied as they are.
+        return Record.from_dict, (self.to_dict(), "pickled record")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, safe for JSON."""
+        data = {field: getattr(self, field) for field in _FIELDS}
+        data["metrics"] = {name: _to_plain_float(value) for name, value in self.metrics.items()}
+        data["line"] = [list(fork) for fork in self.line]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Record:
+        """Read what `to_dict` wrote; errors say ``where`` the bad value stands."""
+        reader = _Reader(data, where)
+        return cls(**{field: read(reader, field) for field, read in _READERS.items()})
+
+
+@attrs.frozen(kw_only=True)
+class Entry:
+    """One record file: a record and how far its write or removal has come.
+
+    ``pending``: the payload may be there or not; its digest tells. ``previous`` is the record that the write
+    replaces. ``retired``: no longer a checkpoint, its payload is about to go.
+    """
+
+    record: Record
+    status: Status = "committed"
+    previous: Record | None = None
+    owner: str = ""
+    """Process that is writing (``pending`` only): see `checkpointer.ports.Owner`."""
+    signature: str = ""
+    """Of all the rest, as `checkpointer.commit.signing` makes and checks it; empty if it was saved without a key."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, safe for JSON."""
+        data: dict[str, Any] = {"schema": SCHEMA, "status": self.status, "record": self.record.to_dict()}
+        if self.previous is not None:
+            data["previous"] = self.previous.to_dict()
+        if self.owner:
+            data["owner"] = self.owner
+        if self.signature:
+            data["signature"] = self.signature
+        return data
+
+    def to_json(self) -> bytes:
+        """Return the record file's bytes."""
+        return to_json(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Entry:
+        """Read what `to_dict` wrote."""
+        reader = _Reader(data, where)
+        schema = reader.whole("schema")
+        if schema > SCHEMA:
+            msg = (
+                f"{where} has schema {schema}; this version of torch-checkpointer reads up to {SCHEMA}. "
+                "Upgrade it to read this directory; nothing was changed"
+            )
+            raise SchemaError(msg)
+        previous = reader.raw("previous", None)
+        return cls(
+            record=Record.from_dict(reader.raw("record"), f"{where}, in 'record'"),
+            status=reader.choice("status", ("pending", "committed", "retired")),
+            previous=None if previous is None else Record.from_dict(previous, f"{where}, in 'previous'"),
+            owner=reader.text("owner", ""),
+            signature=reader.text("signature", ""),
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Entry:
+        """Read a record file; raises `RecordError` with the file and the bad value in the message."""
+        return cls.from_dict(parse_json(data, where), where)
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Return a record file's bytes."""
+    return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
+
+
+def check_readable(record: Record) -> None:
+    """Raise `SaveError` if the record, once written, could not be read again: before anything is written for it."""
+    digest = record.digest or f"sha256:{'0' * _HEX_DIGITS['sha256']}"
+    try:
+        data = Entry(record=attrs.evolve(record, digest=digest)).to_json()
+        Entry.from_json(data, "the record")
+    except ValueError as error:
+        msg = f"{brief(record.name)} was not saved: its record could not be read again ({error})"
+        raise SaveError(msg) from error
+    if len(data) > MAX_WRITTEN_BYTES:
+        names = sum(len(name.encode()) for name in record.metrics)
+        msg = (
+            f"{record.name} was not saved: its record would have {len(data)} bytes, and at most {MAX_WRITTEN_BYTES} "
+            f"are written; the names of its {len(record.metrics)} metrics take {names}: report fewer, or shorter ones"
+        )
+        raise SaveError(msg)
+
+
+def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
+    """Parse JSON from storage with bounds on size and depth; any failure is a `RecordError`.
+
+    Two readers must not see two things in one file: a key given twice, and NaN, are refused.
+    """
+    if len(data) > limit:
+        msg = f"{where} is {len(data)} bytes; at most {limit} are read"
+        raise RecordError(msg)
+    try:
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
+        raise RecordError(msg) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if type(node) in (dict, list) for child in _children(node)]
+        if not level:
+            return value
+    msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
+    raise RecordError(msg)
+
+
+def _children(node: Any) -> Any:
+    return node if type(node) is list else node.values()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
+        raise ValueError(msg)
+    return data
+
+
+def _no_constant(text: str) -> NoReturn:
+    msg = f"{text} is no number"
+    raise ValueError(msg)
+
+
+def as_number(value: object) -> float | None:
+    """Return a number as a float; None if it is no number, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _is_whole(value: object) -> bool:
+    # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def name_problem(name: str) -> str:
+    """Return what a payload's name was expected to be; empty if it stays inside the directory on every system."""
+    parts = name.split("/")
+    # Windows drops dots and spaces at the end: there '.. ' is the folder above.
+    if any(not part.strip(". ") for part in parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
+        return "a relative path inside the directory"
+    if is_home(parts[0]):
+        return "a path outside '.checkpointer'"
+    if max(len(part.encode()) for part in parts) > MAX_PART_BYTES or len(name.encode()) > MAX_NAME_BYTES:
+        return f"a path of at most {MAX_NAME_BYTES} bytes, and {MAX_PART_BYTES} in each part"
+    return ""
+
+
+def is_home(part: str) -> bool:
+    """Return whether some system may take the name for ``.checkpointer``: some fold case, or skip what is invisible."""
+    if not part.isascii():
+        visible = "".join(char for char in part if unicodedata.category(char) != "Cf")
+        part = unicodedata.normalize("NFKC", visible)
+    return part.casefold().rstrip(". ") == ".checkpointer"
+
+
+def _to_plain_float(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)
+
+
+_MISSING: Final = object()
+_NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+MAX_PART_BYTES: Final = 255
+"""As many as any usual filesystem takes."""
+MAX_NAME_BYTES: Final = 1024
+"""As many as object stores take."""
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
+_DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
+_HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
+"""The digest algorithms there are, see `checkpointer.storage.digests`, and how long each one's digests are."""
+
+
+class _Reader:
+    """Typed reads from untrusted plain data; every error carries the path of the value."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            msg = f"{where}: expected an object, found {type(data).__name__}"
+            raise RecordError(msg)
+        self._data = data
+        self._where = where
+
+    def raw(self, key: str, default: Any = _MISSING) -> Any:
+        value = self._data.get(key, default)
+        if value is _MISSING:
+            msg = f"{self._where}: {key!r} is missing"
+            raise RecordError(msg)
+        return value
+
+    def bad(self, key: str, expected: str) -> RecordError:
+        return RecordError(f"{self._where}: {key!r} is {brief(self._data.get(key))}; expected {expected}")
+
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        value = self.raw(key, default)
+        if isinstance(value, str) and not has_surrogate(value):
+            return value
+        raise self.bad(key, "text")
+
+    def whole(self, key: str) -> int:
+        value = self.raw(key)
+        if _is_whole(value):
+            return cast(int, value)
+        raise self.bad(key, "a whole number of at least 0, and below 2**63")
+
+    def number(self, key: str) -> float:
+        number = as_number(self.raw(key))
+        if number is not None and math.isfinite(number):
+            return number
+        raise self.bad(key, "a number")
+
+    def flag(self, key: str) -> bool:
+        value = self.raw(key)
+        if isinstance(value, bool):
+            return value
+        raise self.bad(key, "true or false")
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
+        value = self.raw(key)
+        if value in choices:
+            return value
+        raise self.bad(key, " or ".join(map(repr, choices)))
+
+    def payload_name(self, key: str) -> str:
+        value = self.text(key)
+        # A record comes from storage that others may write to: its name must not lead out of the directory.
+        if problem := name_problem(value):
+            raise self.bad(key, problem)
+        return value
+
+    def digest(self, key: str) -> str:
+        value = self.text(key)
+        match = _DIGEST.fullmatch(value)
+        if match is None:
+            raise self.bad(key, "'algorithm:hex'")
+        if match[1] not in _HEX_DIGITS:
+            known = " or ".join(_HEX_DIGITS)
+            raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
+        if len(match[2]) != _HEX_DIGITS[match[1]]:
+            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
+        return value
+
+    def metrics(self, key: str) -> dict[str, float]:
+        value = self.raw(key)
+        if not isinstance(value, dict):
+            raise self.bad(key, "an object of numbers")
+        if any(map(has_surrogate, value)):
+            raise self.bad(key, "names that can be encoded")
+        return dict(self._metric(key, name, number) for name, number in value.items())
+
+    def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
+        number = _NON_FINITE.get(value) if isinstance(value, str) else as_number(value)
+        if number is not None:
+            return name, number
+        msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(value)}; expected a number"
+        raise RecordError(msg)
+
+    def line(self, key: str) -> Line:
+        return tuple(self._forks(key))
+
+    def _forks(self, key: str) -> Iterator[tuple[int, int]]:
+        value = self.raw(key)
+        if not isinstance(value, list):
+            raise self.bad(key, "a list of [fork, step]")
+        for fork in value:
+            match fork:
+                case [number, step] if _is_whole(number) and _is_whole(step):
+                    yield number, step
+                case _:
+                    raise self.bad(key, "a list of [fork, step]")
+
+
+_READERS: Final[dict[str, Any]] = {
+    "name": _Reader.payload_name,
+    "step": _Reader.whole,
+    "epoch": _Reader.whole,
+    "epoch_end": _Reader.flag,
+    "metrics": _Reader.metrics,
+    "time": _Reader.number,
+    "size": _Reader.whole,
+    "digest": _Reader.digest,
+    "format": _Reader.text,
+    "contents": lambda reader, key: reader.choice(key, ("full", "weights")),
+    "kind": lambda reader, key: reader.choice(key, ("regular", "rescue")),
+    "reason": _Reader.text,
+    "run": _Reader.text,
+    "label": _Reader.text,
+    "line": _Reader.line,
+    "serial": _Reader.whole,
+    "token": _Reader.text,
+    "pinned": _Reader.flag,
+}
+_FIELDS: Final = tuple(_READERS)

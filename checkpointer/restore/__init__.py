@@ -1,0 +1,1 @@
+"""From a question ("last", "best", a step) to a verified and loaded checkpoint."""

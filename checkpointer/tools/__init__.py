@@ -1,0 +1,1 @@
+"""What the commands do: look at directories, verify, clean up, copy, compare, simulate."""

@@ -1,0 +1,283 @@
+"""Makes records of checkpoints that others wrote: Lightning, the Hugging Face Trainer, or a bare ``torch.save``."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from checkpointer._display import some_of
+from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.signing import refuse_unsigned
+from checkpointer.commit.transaction import Transaction
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
+from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
+from checkpointer.records.record import ADOPTED, Contents, Record
+from checkpointer.tools.adoptable import COPIES, Units, find_units, words_of
+from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.foreign import Said, read_file, read_folder
+
+__all__ = ["Adoption", "Found", "adopt", "find_foreign"]
+
+_NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
+"""Words that say nothing of whether a file is a copy."""
+
+
+@attrs.frozen(kw_only=True)
+class Found:
+    """What a file or folder says of itself."""
+
+    name: str
+    step: int
+    epoch: int = 0
+    epoch_end: bool = True
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    format: str = "torch"
+    contents: Contents = "full"
+    writer: str
+    """Who wrote it: ``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
+
+
+@attrs.frozen(kw_only=True)
+class Adoption:
+    """What can be made records of, and what cannot."""
+
+    found: tuple[Found, ...]
+    """In the order of their steps."""
+    refused: Mapping[str, str]
+    """Files and folders that stay as they are, each with the reason."""
+
+
+def find_foreign(
+    catalog: Catalog, steps: Mapping[str, int] | None = None, *, steps_per_epoch: int | None = None
+) -> Adoption:
+    """Look at what no record names, and find step, epoch and scores in it. Nothing is unpickled, and nothing changed.
+
+    Lightning: ``global_step``, ``epoch``, the scores in the file's name, and those of a ``ModelCheckpoint`` that names
+    this very file. The HF Trainer: ``trainer_state.json`` of each ``checkpoint-N``, with what was logged at that step.
+    Anything else: numbers at the top of the saved dict, and ``name=value`` in the file's name. Several files that
+    belong together are a folder that is adopted as a whole, or are left. What lies in a directory with records of its
+    own is left out.
+
+    Args:
+        catalog: The directory, from `checkpointer.tools.catalog.look_at`.
+        steps: Steps by name, for what does not say its own.
+        steps_per_epoch: Optimizer steps of an epoch, for what says its epoch only: the step is the product of both.
+
+    Raises:
+        NotFoundError: If ``steps`` names what cannot be adopted.
+
+    Example:
+        >>> from checkpointer.tools.catalog import look_at
+        >>> from checkpointer.testing import MemoryStorage
+        >>> find_foreign(look_at(MemoryStorage())).found
+        ()
+    """
+    steps = steps or {}
+    taken = {record.name for record in catalog.records} | set(catalog.aliases)
+    units = find_units(catalog.files, taken | {entry.record.name for entry in catalog.unfinished})
+    _check_steps(steps, units)
+    read: list[Said] = []
+    refused = dict(units.left)
+    for name in (*units.folders, *units.files):
+        try:
+            read.append(_read(catalog.storage, name, units))
+        except (CheckpointerError, OSError) as error:
+            refused[name] = str(error).removeprefix(f"{name}: ")
+    said = [_with_step(item, steps.get(item.name), steps_per_epoch) for item in read]
+    refused |= _parts(read, steps) | _parts(said)
+    refused |= {item.name: _no_step(item) for item in said if item.step is None and item.name not in refused}
+    found = [_found(item) for item in said if item.name not in refused]
+    refused |= _copies(found, catalog.records)
+    found = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
+    return Adoption(found=tuple(found), refused=refused)
+
+
+def _check_steps(steps: Mapping[str, int], units: Units) -> None:
+    there = (*units.folders, *units.files)
+    for name in steps:
+        if name in units.left:
+            msg = f"{name} is given a step, but cannot be adopted alone: {units.left[name]}"
+            raise NotFoundError(msg)
+        if name in there:
+            continue
+        whole = next((folder for folder in units.folders if name.startswith(f"{folder}/")), None)
+        if whole:
+            msg = f"{name} is a part of {whole}, which is adopted as a whole or not at all; pass --step {whole}=STEP"
+        else:
+            msg = f"{name} is given a step, but there is nothing of that name to adopt (have: {some_of(there)})"
+        raise NotFoundError(msg)
+
+
+def _read(storage: Storage, name: str, units: Units) -> Said:
+    if isinstance(storage, SupportsPaths):
+        path = storage.local_path(name)
+        if os.path.islink(path):
+            msg = "it is a link to another file; an alias is made when a manager saves"
+            raise CorruptError(msg)
+        owner = _directory_above(path, storage.local_path("").rstrip("/"))
+        if owner:
+            msg = f"it is a checkpoint of the directory {owner}, which has a record of it"
+            raise CorruptError(msg)
+    return read_folder(storage, name) if name in units.folders else read_file(storage, name)
+
+
+def _directory_above(path: str, root: str) -> str:
+    """Return the directory above ``root`` that has a record of what lies at ``path``; empty if there is none."""
+    while (above := os.path.dirname(root)) != root:
+        root = above
+        parts = os.path.relpath(path, root).replace(os.sep, "/").split("/")
+        names = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+        if os.path.isdir(f"{root}/{HOME}") and any(os.path.exists(f"{root}/{record_path(name)}") for name in names):
+            return root
+    return ""
+
+
+def _with_step(said: Said, step: int | None, steps_per_epoch: int | None) -> Said:
+    if step is None and said.step is None and said.epoch is not None and steps_per_epoch is not None:
+        step = said.epoch * steps_per_epoch
+    return said if step is None else attrs.evolve(said, step=step)
+
+
+def _no_step(said: Said) -> str:
+    how = "pass its step: --step NAME=STEP"
+    if said.epoch is not None:
+        return f"it says its epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
+    if said.writer == "a trainer":
+        return f"it is a folder of files that belong together, and says no step; to adopt it as a whole {how}"
+    return f"it says no step and no epoch, in it or in its name; {how}"
+
+
+def _found(said: Said) -> Found:
+    assert said.step is not None, "the others are refused"
+    return Found(**(attrs.asdict(said, recurse=False) | {"epoch": said.epoch or 0}))
+
+
+def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
+    """Return the files that share a folder and a step: of a pair such as generator and discriminator, or of two runs.
+
+    As two checkpoints of one run, a policy that keeps one of them would remove half of what belongs together.
+
+    Args:
+        said: What the files say.
+        given: Files whose step was given; files that all are among these are compared by the given steps only.
+    """
+    groups: dict[tuple[object, ...], list[Said]] = defaultdict(list)
+    for item in said:
+        if item.writer != "torch.save":
+            continue
+        folder, _, file = item.name.rpartition("/")
+        kind = words_of(item.name) & COPIES
+        if item.step is not None:
+            groups[folder, kind, item.step].append(item)
+        digits = tuple(re.findall(r"\d+", file.rpartition(".")[0]))
+        if digits:
+            groups[folder, kind, digits].append(item)
+    parts = {}
+    for key, group in groups.items():
+        # Equal numbers in two names mean one step only where a file does not say its own.
+        is_one = isinstance(key[2], int) or any(item.step is None for item in group)
+        is_open = any(item.name not in given for item in group)
+        for number, item in enumerate(group) if is_one and is_open and len(group) > 1 else ():
+            parts[item.name] = (
+                f"it is of the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
+                "runs, and prune would remove one without the other; put what belongs together into a folder"
+            )
+    steps = {(item.name.rpartition("/")[0], item.step) for item in said if item.name in parts and item.step is not None}
+    for item in said:
+        if item.writer == "torch.save" and (item.name.rpartition("/")[0], item.step) in steps:
+            parts.setdefault(item.name, "it is of the same step as several files that belong together")
+    return parts
+
+
+def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]:
+    """Return the files that are called last, and are of the same step as another checkpoint."""
+    copies: dict[str, str] = {}
+    there = {record.step: record.name for record in records}
+    last = [item for item in found if _is_called_last(item.name)]
+    there |= {item.step: item.name for item in found if item not in last}
+    for item in last:
+        twin = there.setdefault(item.step, item.name)
+        if twin != item.name:
+            copies[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
+    return copies
+
+
+def _is_called_last(name: str) -> bool:
+    words = words_of(name) - _NEUTRAL
+    return bool(words) and words <= COPIES - {"best"}
+
+
+# Making records
+
+
+def adopt(
+    catalog: Catalog, adoption: Adoption, transaction: Transaction, *, run: str | None = None
+) -> Iterator[Record]:
+    """Make a record of each, oldest step first: its digest is taken, its payload stays where and as it is.
+
+    Args:
+        catalog: The directory, as it was looked at.
+        adoption: What `find_foreign` found.
+        transaction: Writes to the same storage.
+        run: Id of the run that they become part of; None makes a new one for each folder.
+
+    Yields:
+        Each record, once it is there.
+
+    Raises:
+        UntrustedError: If the directory has signed records, and the transaction has no key.
+
+    Example:
+        >>> import io, torch
+        >>> from checkpointer.tools.catalog import look_at
+        >>> from checkpointer.testing import MemoryStorage
+        >>> storage, stream = MemoryStorage(), io.BytesIO()
+        >>> torch.save({"model": {"w": torch.ones(1)}, "step": 7, "val_loss": 0.5}, stream)
+        >>> storage.write("a.pt", stream.getvalue())
+        >>> catalog = look_at(storage)
+        >>> (record,) = adopt(catalog, find_foreign(catalog), Transaction(storage, "me"))
+        >>> record.step, dict(record.metrics)
+        (7, {'val_loss': 0.5})
+    """
+    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
+    if isinstance(transaction.storage, SupportsSweep):
+        transaction.storage.prepare()
+    # What lies in two folders is of two trainings: as one run, a policy would keep the best of both only.
+    runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
+    serial = 1 + max((record.serial for record in catalog.records), default=0)
+    line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
+    for number, item in enumerate(adoption.found):
+        draft = Record(
+            name=item.name,
+            step=item.step,
+            epoch=item.epoch,
+            epoch_end=item.epoch_end,
+            metrics=item.metrics,
+            time=_time(catalog, item.name),
+            size=0,
+            digest="",
+            format=item.format,
+            contents=item.contents,
+            reason=f"{ADOPTED}written by {item.writer}",
+            run=runs[item.name.rpartition("/")[0]],
+            line=line,
+            serial=serial + number,
+            token=uuid.uuid4().hex,
+        )
+        yield transaction.adopt(draft)
+
+
+def _time(catalog: Catalog, name: str) -> float:
+    """Return when the payload was last written, as far as the storage says, else now."""
+    storage = catalog.storage
+    if isinstance(storage, SupportsPaths):
+        return os.stat(storage.local_path(name)).st_mtime
+    stat = catalog.files.get(name)
+    return stat.modified_s if stat is not None and stat.modified_s is not None else time.time()

@@ -1,0 +1,222 @@
+"""Looks at a directory and changes nothing: its checkpoints, what names them, what is damaged or left half-way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from checkpointer.commit import index
+from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.transaction import Transaction
+from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
+from checkpointer.policy.ledger import commit_order
+from checkpointer.ports import Stat, Storage, SupportsPaths
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Entry, Record
+from checkpointer.storage.access import access_advice
+from checkpointer.tools.query import name_like
+
+__all__ = ["Catalog", "look_at"]
+
+_ALIASES = f"{index.HOME}/aliases/"
+
+
+@attrs.frozen(kw_only=True)
+class Catalog:
+    """What a directory holds, as it was when somebody looked."""
+
+    place: str
+    """The path or URL, without a password."""
+    storage: Storage = attrs.field(repr=False)
+    records: tuple[Record, ...]
+    """Every committed checkpoint whose payload is there, of all runs, in commit order."""
+    missing: tuple[Record, ...] = ()
+    """Records whose payload is gone, or has another size: they do not count."""
+    aliases: Mapping[str, str]
+    """Each alias that is there, and the name of the checkpoint it stands for; empty if that cannot be told."""
+    unfinished: tuple[Entry, ...] = ()
+    """Records of writes and removals that were left half-way, or go on right now."""
+    damaged: Mapping[str, RecordError] = attrs.field(factory=dict)
+    """Record files that cannot be read or believed, by path."""
+    files: Mapping[str, Stat] = attrs.field(factory=dict, repr=False)
+    """Every file."""
+    foreign: frozenset[str] = frozenset()
+    """Names in use that no record names."""
+    signed: int = 0
+    """How many records carry a signature."""
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there is any record, readable or not."""
+        return bool(self.records or self.missing or self.damaged or self.unfinished)
+
+    @property
+    def below(self) -> list[str]:
+        """The folders below that have records of their own."""
+        return index.directories_below(self.files)
+
+    @property
+    def runs(self) -> tuple[tuple[str, str], ...]:
+        """Each run and label, in the order of their newest checkpoints."""
+        return tuple(dict.fromkeys((r.run, r.label) for r in reversed(self.records)))[::-1]
+
+    def manifest(self, run: str | None = None, label: str | None = None) -> Manifest:
+        """Return the records as a run sees them; None stands for the run, or the label, of the newest checkpoint.
+
+        Raises:
+            NotFoundError: If there is no such run.
+        """
+        own = [r for r in self.records if run in (None, r.run) and label in (None, r.label)]
+        if not own:
+            if run is None and label is None:
+                return Manifest(foreign=self.foreign, aside=self.missing)
+            there = ", ".join(f"{run}{f' ({label})' if label else ''}" for run, label in self.runs) or "none"
+            msg = f"{self.place} has no checkpoint of run {run!r} and label {label!r}; there are: {there}"
+            raise NotFoundError(msg)
+        seen = frozenset(metric for record in self.records for metric in record.metrics)
+        manifest = Manifest(
+            records=self.records, aside=self.missing, label=own[-1].label, foreign=self.foreign, seen=seen
+        )
+        return manifest.on_newest_line(own[-1].run)
+
+    @property
+    def with_missing(self) -> Catalog:
+        """The same as if every payload were there: for looking at what is wrong."""
+        records = sorted((*self.records, *self.missing), key=commit_order)
+        return attrs.evolve(self, records=tuple(records), missing=())
+
+    def find(self, which: str) -> Record:
+        """Return the checkpoint of that name, alias or step; without its extension is fine.
+
+        Raises:
+            NotFoundError: If there is none; the message has the closest name.
+            CorruptError: If its payload is gone.
+            RecordError: If its record is damaged.
+        """
+        by_name = {record.name: record for record in self.records}
+        stems = {record.name.rpartition(".")[0]: record for record in self.records}
+        aliases = {alias.rpartition(".")[0]: target for alias, target in self.aliases.items()} | dict(self.aliases)
+        record = by_name.get(which) or by_name.get(aliases.get(which, "")) or stems.get(which)
+        if record is not None:
+            return record
+        if which.isdecimal():
+            at_step = [record for record in self.manifest().own if record.step == int(which)]
+            if at_step:
+                return at_step[-1]
+        if which == "last" and (newest := self.manifest().newest) is not None:
+            return newest
+        if any(which in (record.name, record.name.rpartition(".")[0], str(record.step)) for record in self.missing):
+            msg = f"the payload of {which} is gone, or has another size than its record says"
+            raise CorruptError(msg)
+        refusal = self.damaged.get(index.record_path(which))
+        if refusal is not None:
+            raise refusal
+        if aliases.get(which) == "":
+            msg = f"{which} is an alias, and which checkpoint it stands for cannot be told here; name the checkpoint"
+            raise NotFoundError(msg)
+        if which == "best":
+            msg = f"{self.place} has no best alias; pass a name ('checkpointer best' prints the best by a metric)"
+            raise NotFoundError(msg)
+        raise name_like(which, [*self.records])
+
+    def location(self, name: str) -> str:
+        """Return the full path or URL of a file."""
+        return self.storage.local_path(name) if isinstance(self.storage, SupportsPaths) else f"{self.place}/{name}"
+
+    def aliases_of(self, record: Record) -> list[str]:
+        """Return the aliases that stand for a checkpoint."""
+        return [alias for alias, target in self.aliases.items() if target == record.name]
+
+
+def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
+    """Read what a directory says of itself. Nothing is written, locked, claimed, loaded or unpickled.
+
+    Args:
+        storage: Where to look, as `checkpointer.storage.open_storage` returns it.
+        trust: The key of a signed directory; what it has not signed is damaged.
+
+    Raises:
+        SchemaError: If a record was written by a newer version of this library.
+        StorageError: If the place cannot be read.
+
+    Example:
+        >>> from checkpointer.testing import MemoryStorage
+        >>> look_at(MemoryStorage()).records
+        ()
+    """
+    try:
+        listing = index.load(storage, trust)
+    except StorageError:
+        raise
+    except OSError as error:
+        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
+        raise StorageError(msg) from error
+    found = Transaction(storage, "", trust).recover(listing, write=False)
+    records = tuple(sorted(found.records, key=commit_order))
+    return Catalog(
+        place=str(storage),
+        storage=storage,
+        records=records,
+        aliases=_aliases(storage, listing, records, trust),
+        missing=tuple(sorted(found.missing, key=commit_order)),
+        unfinished=found.left,
+        damaged=listing.damaged,
+        files=listing.files,
+        foreign=listing.foreign,
+        signed=sum(bool(entry.signature) for entry in listing.entries.values()),
+    )
+
+
+def _aliases(
+    storage: Storage, listing: index.Listing, records: Sequence[Record], trust: HMACKey | None
+) -> dict[str, str]:
+    """Return the aliases that this library made and that are still there."""
+    names = {record.name for record in records}
+    # A folder has files, and a link or copy of one has them too.
+    tops = {path.partition("/")[0] for path in listing.files}
+    aliases: dict[str, str] = {}
+    for path in listing.files:
+        if not path.startswith(_ALIASES):
+            continue
+        with contextlib.suppress(FileNotFoundError, RecordError):
+            data = index.parse_json(index.read_bounded(storage, path), path)
+            alias = data.get("alias") if isinstance(data, dict) else None
+            if not isinstance(alias, str) or path != f"{_ALIASES}{index.json_name(alias)}":
+                continue  # Whatever it is, we did not write it.
+            if alias not in names and (alias in listing.files or alias in tops):
+                aliases[alias] = _target(storage, alias, listing, records)
+    return dict(sorted(aliases.items(), reverse=True))
+
+
+def _target(storage: Storage, alias: str, listing: index.Listing, records: Sequence[Record]) -> str:
+    """Return the name of the checkpoint that an alias stands for; empty if that cannot be told without reading it."""
+    if isinstance(storage, SupportsPaths):
+        return _local_target(storage, alias, records)
+    there = listing.files.get(alias)
+    if there is None or not there.version or there.modified_s is not None:
+        return ""  # A time says nothing of whose copy this is.
+    # A copy that the server made has the tag of its original.
+    same = [record.name for record in records if _is_same(listing.files.get(record.name), there)]
+    return same[-1] if same else ""
+
+
+def _is_same(one: Stat | None, other: Stat) -> bool:
+    return one is not None and (one.size, one.version) == (other.size, other.version)
+
+
+def _local_target(storage: SupportsPaths, alias: str, records: Sequence[Record]) -> str:
+    path = storage.local_path(alias)
+    real, root = os.path.realpath(path), os.path.realpath(storage.local_path(""))
+    target = os.path.relpath(real, root).replace(os.sep, "/")
+    if target != alias:
+        return target if any(record.name == target for record in records) else ""
+    with contextlib.suppress(OSError):
+        there = os.lstat(path)
+        for record in reversed(records):
+            with contextlib.suppress(OSError):
+                if record.size == there.st_size and os.path.samestat(there, os.lstat(storage.local_path(record.name))):
+                    return record.name
+    return ""

@@ -1,0 +1,1 @@
+"""A chart of one run, as a picture or as a page."""

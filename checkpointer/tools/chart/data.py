@@ -1,0 +1,215 @@
+"""What there is to see of a run: each checkpoint's life, the metric, the bytes on disk. Pure; the pictures draw it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from checkpointer.policy.decide import explain
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.ranking import Metric
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Record
+from checkpointer.tools.history import History
+from checkpointer.tools.query import metric_names
+from checkpointer.tools.simulate import Life, Timeline
+
+__all__ = ["Scene", "Story", "story_of_records", "story_of_timeline"]
+
+Fate = Literal["kept", "retired", "abandoned"]
+
+
+@attrs.frozen(kw_only=True)
+class Scene:
+    """One checkpoint, as a picture shows it."""
+
+    name: str
+    step: int
+    epoch: int
+    time: float
+    """Seconds since the Unix epoch; 0 if nobody told."""
+    size: int
+    """Bytes."""
+    metrics: Mapping[str, float]
+    fate: Fate
+    end: int
+    """Step at which it went, or the last one of all."""
+    why: str
+    """Why it was saved, or what keeps it."""
+    kind: str = "regular"
+    is_best: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class Story:
+    """What a picture shows."""
+
+    title: str
+    subtitle: str
+    """The policy in words, or what else there is to say."""
+    metric: str
+    """Name of the metric that is drawn; empty if there is none."""
+    mode: str
+    """``"min"``, ``"max"``, or empty if nobody said."""
+    line: tuple[tuple[int, float], ...]
+    """The metric at each step at which it was measured, finite values only."""
+    scenes: tuple[Scene, ...]
+    """Every checkpoint, in the order of their saves."""
+    disk: tuple[tuple[int, int], ...]
+    """Bytes on disk from each step on."""
+    risk: tuple[tuple[int, int], ...] = ()
+    """Steps that dying at a step would have cost; known of what was simulated."""
+    first_step: int = 0
+    last_step: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; NaN and infinities as text."""
+        data = attrs.asdict(self, recurse=True)
+        for scene in data["scenes"]:
+            scene["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in scene["metrics"].items()}
+        return data
+
+
+def story_of_records(
+    title: str,
+    manifest: Manifest,
+    *,
+    policy: Policy | None = None,
+    metric: Metric | None = None,
+    aliases: Mapping[str, str] | None = None,
+    history: History | None = None,
+) -> Story:
+    """Return the story that the records of a directory tell: of what is still there.
+
+    Args:
+        title: What to call it.
+        manifest: The records, as a run sees them.
+        policy: Says what keeps each, and by which metric they are ranked.
+        metric: Ranks instead of the policy's.
+        aliases: Aliases, and the names they stand for.
+        history: Everything that was measured, for the line.
+
+    Example:
+        >>> from checkpointer import Manifest
+        >>> story_of_records("empty", Manifest()).scenes
+        ()
+    """
+    if metric is None and policy is not None:
+        metric = policy.ranking
+    names = metric_names(manifest.history)
+    name = metric.name if metric else next(iter(names), "")
+    best = next(iter(metric.ranked(manifest.history)), None) if metric else None
+    reasons = explain(policy, manifest) if policy else {}
+    scenes = tuple(
+        Scene(
+            **_facts(record),
+            fate="kept" if manifest.counts(record) else "abandoned",
+            end=record.step,
+            why="; ".join(reasons.get(record.name, ("no rule keeps it",))) if policy else record.reason,
+            is_best=record is best,
+            aliases=tuple(alias for alias, target in (aliases or {}).items() if target == record.name),
+        )
+        for record in manifest.own
+    )
+    gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
+    subtitle = str(policy) if policy else f"{len(scenes)} checkpoints"
+    if gone > 0:
+        subtitle += f"; {gone} more were retired, or are of what was copied or adopted apart"
+    line = _line(history, name) if history else _line_of(manifest.history, name)
+    steps = [*(step for step, _ in line), *(scene.step for scene in scenes)]
+    return Story(
+        title=title,
+        subtitle=subtitle,
+        metric=name,
+        mode=metric.mode if metric else "",
+        line=line,
+        scenes=tuple(attrs.evolve(scene, end=max(steps)) for scene in scenes),
+        disk=_disk(scenes),
+        first_step=min(steps, default=0),
+        last_step=max(steps, default=1),
+    )
+
+
+def story_of_timeline(title: str, timeline: Timeline, history: History) -> Story:
+    r"""Return the story of a simulation: of all that would have been saved, and what became of it.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Policy
+        >>> from checkpointer.tools.history import read_history
+        >>> from checkpointer.tools.simulate import simulate
+        >>> history = read_history(b"step,loss\n10,0.5\n20,0.4\n", "metrics.csv")
+        >>> timeline = simulate(Policy(EverySteps(10), [KeepLast(1)]), history)
+        >>> [(scene.step, scene.fate, scene.end) for scene in story_of_timeline("try", timeline, history).scenes]
+        [(10, 'retired', 20), (20, 'kept', 20)]
+    """
+    policy, manifest = timeline.policy, timeline.manifest
+    last = history.observations[-1].step if history.observations else 1
+    reasons = explain(policy, manifest)
+    best = policy.best_of(manifest.history)
+    newest = manifest.newest
+    name = policy.ranking.name if policy.ranking else next(iter(history.metrics), "")
+    scenes = tuple(_scene(life, reasons, best, newest, policy, last) for life in timeline.lives)
+    worst = timeline.most_lost
+    risk = f"; at most {worst.lost_steps} steps at risk" if worst else ""
+    return Story(
+        title=title,
+        subtitle=f"{policy}{risk}",
+        metric=name,
+        mode=policy.ranking.mode if policy.ranking else "",
+        line=_line(history, name),
+        scenes=scenes,
+        disk=tuple((moment.observation.step, moment.bytes) for moment in timeline.moments),
+        risk=tuple((moment.observation.step, moment.lost_steps) for moment in timeline.moments),
+        first_step=history.observations[0].step if history.observations else 0,
+        last_step=last,
+    )
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    metrics = dict(record.metrics)
+    fields = {field: getattr(record, field) for field in ("name", "step", "epoch", "time", "size", "kind")}
+    return fields | {"metrics": metrics}
+
+
+def _scene(
+    life: Life,
+    reasons: Mapping[str, Sequence[str]],
+    best: Record | None,
+    newest: Record | None,
+    policy: Policy,
+    last: int,
+) -> Scene:
+    record, lives = life.record, life.retired_at is None
+    aliases = [policy.name.last_file] if policy.last and lives and record is newest else []
+    aliases += [policy.name.best_file] if policy.best and lives and record is best else []
+    return Scene(
+        **_facts(record),
+        fate="kept" if lives else "retired",
+        end=last if life.retired_at is None else life.retired_at,
+        why="; ".join(reasons.get(record.name, ())) if lives else record.reason,
+        is_best=lives and record is best,
+        aliases=tuple(aliases),
+    )
+
+
+def _line(history: History | None, name: str) -> tuple[tuple[int, float], ...]:
+    observations = history.observations if history else ()
+    values = ((now.step, now.metrics[name]) for now in observations if name in now.metrics)
+    return tuple((step, value) for step, value in values if math.isfinite(value))
+
+
+def _line_of(records: Sequence[Record], name: str) -> tuple[tuple[int, float], ...]:
+    values = ((record.step, record.metrics[name]) for record in records if name in record.metrics)
+    return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
+
+
+def _disk(scenes: Sequence[Scene]) -> tuple[tuple[int, int], ...]:
+    total, found = 0, []
+    for scene in scenes:
+        total += scene.size
+        found.append((scene.step, total))
+    return tuple(sorted(found))

@@ -1,0 +1,212 @@
+"""Copies a directory of checkpoints to another storage: verified on the way, resumable, aliases included."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import attrs
+
+from checkpointer._display import size_text
+from checkpointer.commit.index import HOME
+from checkpointer.commit.signing import HMACKey, refuse_unsigned
+from checkpointer.commit.transaction import Transaction
+from checkpointer.commit.writer_marks import refuse_if_live
+from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
+from checkpointer.mirror.mirror import refuse_same
+from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsPaths, SupportsSweep
+from checkpointer.records.record import Record
+from checkpointer.storage.owner import is_dead
+from checkpointer.storage.progress import CountingStorage
+from checkpointer.tools.catalog import Catalog, look_at
+
+__all__ = ["Copying", "copy", "plan_copying"]
+
+_CREATED = f"{HOME}/directory.json"
+
+
+@attrs.frozen(kw_only=True)
+class Copying:
+    """What a copy has to do."""
+
+    missing: tuple[Record, ...]
+    """Checkpoints that the destination has not got, oldest first."""
+    there: tuple[Record, ...] = ()
+    """Those that an earlier copy brought already."""
+    aliases: tuple[tuple[str, str, Literal["link", "copy"]], ...] = ()
+    """Each alias, what it stands for, and how it is made."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to copy."""
+        return sum(record.size for record in self.missing)
+
+
+def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | None = None) -> Copying:
+    """Compare two directories: what has the same token and digest is the same checkpoint.
+
+    Args:
+        source: Where from.
+        target: Where to.
+        records: Which checkpoints; None takes all.
+
+    Raises:
+        NameTakenError: If the destination has something else under a name that is to be copied. Nothing was changed.
+
+    Example:
+        >>> from checkpointer.testing import MemoryStorage
+        >>> plan_copying(look_at(MemoryStorage()), look_at(MemoryStorage())).missing
+        ()
+    """
+    wanted = tuple(source.records if records is None else records)
+    copies = {(record.token, record.digest) for record in target.records}
+    missing = tuple(record for record in wanted if (record.token, record.digest) not in copies)
+    names = (record.name for record in (*target.records, *_in_the_way(target, wanted)))
+    taken = target.foreign.union(names).union(target.aliases)
+    half_way = {entry.record.name for entry in target.unfinished}
+    in_the_way = [record.name for record in missing if record.name in taken and record.name not in half_way]
+    if in_the_way:
+        more = f" and {len(in_the_way) - 3} more" if len(in_the_way) > 3 else ""
+        msg = (
+            f"{target.place} has other files under the names {', '.join(in_the_way[:3])}{more}; nothing was copied. "
+            "Copy to an empty directory"
+        )
+        raise NameTakenError(msg)
+    by_name = {record.name: record for record in wanted}
+    aliases = tuple(
+        (alias, name, "link" if _is_link(source.storage, alias) else "copy")
+        for alias, name in source.aliases.items()
+        if name in by_name and (alias not in taken or _goes_on(target, alias, by_name[name]))
+    )
+    there = tuple(record for record in wanted if (record.token, record.digest) in copies)
+    return Copying(missing=missing, there=there, aliases=aliases)  # type: ignore[arg-type]
+
+
+def _in_the_way(target: Catalog, wanted: Sequence[Record]) -> list[Record]:
+    """Return the records there without a payload that cannot be given theirs: others, or those whose name is used."""
+    copies = {(record.token, record.digest, record.name) for record in wanted}
+    used = {name for path in target.files for name in (path, *(path[:i] for i, char in enumerate(path) if char == "/"))}
+    return [r for r in target.missing if r.name in used or (r.token, r.digest, r.name) not in copies]
+
+
+def _goes_on(target: Catalog, alias: str, record: Record) -> bool:
+    """Return whether an alias there names an older checkpoint of the same run, or this very one."""
+    named = next((other for other in target.records if other.name == target.aliases.get(alias)), None)
+    if named is None or (named.run, named.label) != (record.run, record.label):
+        return False
+    return named.serial <= record.serial
+
+
+def _is_link(storage: Storage, alias: str) -> bool:
+    return isinstance(storage, SupportsPaths) and os.path.islink(storage.local_path(alias))
+
+
+def copy(
+    source: Catalog,
+    storage: Storage,
+    owner: str,
+    *,
+    records: Sequence[Record] | None = None,
+    trust: HMACKey | None = None,
+    on_plan: Callable[[Copying], object] = lambda plan: None,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Copying:
+    """Copy checkpoints to another storage, each by the steps of a commit, so that each is there whole or not at all.
+
+    A copy that was interrupted goes on where it was: what the destination has already is left alone. Runs, serials,
+    metrics and pins are those of the source, so that a training can go on from the copy.
+
+    Args:
+        source: What to copy, from `checkpointer.tools.catalog.look_at`.
+        storage: The destination, opened with ``owner``.
+        owner: Id of this writer, from `checkpointer.storage.owner.new_owner`.
+        records: Which checkpoints; None takes all.
+        trust: The key of signed records, for both sides.
+        on_plan: Told what has to be done, before anything is.
+        on_bytes: Told how many bytes were read, each time some were.
+
+    Returns:
+        What was done.
+
+    Raises:
+        StorageError: If both are the same place.
+        NotEnoughSpaceError: If the destination has not got the room. Nothing was changed.
+        NameTakenError: If it has something else under such a name. Nothing was changed.
+        AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
+        CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
+        UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
+
+    Example:
+        >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+        >>> from checkpointer.testing import MemoryStorage
+        >>> here, there = MemoryStorage(), MemoryStorage()
+        >>> with CheckpointManager(here, Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"w": 1}) as manager:
+        ...     decision = manager.observe({}, step=1, epoch=0)
+        >>> [record.name for record in copy(look_at(here), there, "me").missing]
+        ['epoch=0-step=1.ckpt']
+        >>> copy(look_at(here), there, "me").missing
+        ()
+    """
+    refuse_same(source.storage, storage)
+    refuse_unsigned(source.signed, source.place, trust)
+    transaction = Transaction(storage, owner, trust)
+    target = look_at(storage, trust)
+    refuse_unsigned(target.signed, target.place, trust)
+    refuse_if_live(storage, target.place)
+    plan = plan_copying(source, target, records)
+    _check_space(plan, storage)
+    on_plan(plan)
+    if isinstance(storage, SupportsSweep):
+        storage.prepare()
+        transaction.sweep()
+    if _clear(source, target, plan, transaction):
+        target = look_at(storage, trust)
+        plan = plan_copying(source, target, records)
+    counted = CountingStorage(source.storage, on_bytes)
+    without_payload = {record.name: record for record in target.missing}
+    for record in plan.missing:
+        transaction.copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
+    if _CREATED in source.files and _CREATED not in target.files:
+        with source.storage.open(_CREATED) as stream:
+            storage.write(_CREATED, stream.read())
+    by_name = {record.name: record for record in source.records}
+    for alias, name, how in plan.aliases:
+        if target.aliases.get(alias) == name:
+            continue
+        transaction.claim(alias, by_name[name].label)
+        transaction.alias(alias, how if isinstance(storage, SupportsLinks) else "copy", by_name[name], slot=None)
+        transaction.release([alias])
+    return plan
+
+
+def _check_space(plan: Copying, storage: Storage) -> None:
+    free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
+    if free is not None and free < plan.bytes:
+        msg = (
+            f"{storage} has {size_text(free)} free, and {len(plan.missing)} checkpoints take {size_text(plan.bytes)}; "
+            "nothing was copied. Free some space, or copy fewer"
+        )
+        raise NotEnoughSpaceError(msg)
+
+
+def _clear(source: Catalog, target: Catalog, plan: Copying, transaction: Transaction) -> bool:
+    """Finish what an interrupted copy of the same checkpoints left; return whether there was any."""
+    tokens = {record.token for record in plan.missing}
+    left = [entry for entry in target.unfinished if entry.status == "pending" and entry.record.token in tokens]
+    for entry in left:
+        if not is_dead(entry.owner):
+            msg = (
+                f"{entry.record.name} is being copied to {target.place} by another process, or was by one on another "
+                "machine; wait for its end, or remove its record"
+            )
+            raise StorageError(msg)
+        if transaction.settle(entry, write=True) is None:
+            # Of a folder, files may be there one by one: those that are as in the source are of that copy.
+            inside = {
+                path: stat.size for path, stat in source.files.items() if path.startswith(f"{entry.record.name}/")
+            }
+            for path, stat in target.files.items():
+                if inside.get(path) == stat.size:
+                    transaction.storage.delete(path)
+    return bool(left)

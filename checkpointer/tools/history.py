@@ -1,0 +1,216 @@
+"""What a training measured, read from a file or from records, as the observations that a manager would have seen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+
+from checkpointer._validation import brief
+from checkpointer.errors import ObservationError
+from checkpointer.policy.yaml_codec import suggest
+from checkpointer.records.record import Observation, Record
+
+__all__ = ["History", "history_of", "read_history"]
+
+MAX_BYTES: Final = 1 << 28
+"""A file of metrics larger than this (bytes) is refused."""
+
+_STEPS: Final = ("step", "global_step", "train/global_step", "_step", "iteration")
+_EPOCHS: Final = ("epoch", "train/epoch")
+_TIMES: Final = ("time", "timestamp", "_timestamp")
+_ENDS: Final = ("epoch_end",)
+
+
+@attrs.frozen(kw_only=True)
+class History:
+    """Observations in the order they were made."""
+
+    observations: tuple[Observation, ...]
+    sizes: Mapping[int, int] = attrs.field(factory=dict)
+    """Bytes of the checkpoint at a step, where that is known."""
+    has_epochs: bool = True
+    """Whether epochs were told, or are all 0."""
+    has_times: bool = True
+    """Whether times were told, or stand still."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all that was measured, in the order they came."""
+        return tuple(dict.fromkeys(name for now in self.observations for name in now.metrics))
+
+
+def history_of(records: Sequence[Record]) -> History:
+    """Return the history that an old run's records tell: a report at each checkpoint that is still there.
+
+    Example:
+        >>> history_of([]).observations
+        ()
+    """
+    observations = [
+        Observation(metrics=r.metrics, step=r.step, epoch=r.epoch, epoch_end=r.epoch_end, time=r.time)
+        for r in records
+        if r.kind == "regular"
+    ]
+    return History(observations=tuple(observations), sizes={r.step: r.size for r in records})
+
+
+def read_history(data: bytes, where: str) -> History:
+    r"""Read what a logger wrote: CSV with a head, or one JSON object a line.
+
+    Needed is a column ``step`` (or ``global_step``, ``iteration``); ``epoch``, ``time`` (seconds) and ``epoch_end``
+    count if they are there, and every other column of numbers is a metric. An empty cell was not measured. Lines of one
+    step are one report, as loggers write a line for each metric. Without ``epoch_end`` an epoch ends at its last line.
+
+    Raises:
+        ObservationError: If a value is no number, a step is missing or goes back: the message has line and column.
+
+    Example:
+        >>> history = read_history(b"step,epoch,val_loss\n10,0,0.9\n20,1,\n20,1,0.5\n", "metrics.csv")
+        >>> [(now.step, dict(now.metrics)) for now in history.observations]
+        [(10, {'val_loss': 0.9}), (20, {'val_loss': 0.5})]
+    """
+    if len(data) > MAX_BYTES:
+        msg = f"{where} has {len(data)} bytes; at most {MAX_BYTES} are read"
+        raise ObservationError(msg)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{where} is no text ({error}); expected CSV with a head, or one JSON object a line"
+        raise ObservationError(msg) from error
+    is_json = text.lstrip().startswith("{")
+    head, rows = ([], [*_json_rows(text, where)]) if is_json else _csv_rows(text, where)
+    if not rows:
+        msg = f"{where} has no line of metrics; expected CSV with a head, or one JSON object a line"
+        raise ObservationError(msg)
+    return _history(dict.fromkeys([*head, *(name for _, row in rows for name in row)]), rows, where)
+
+
+_Row = tuple[int, dict[str, Any]]
+"""Number of the line, and its values by column; what is empty is left out."""
+
+
+def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
+    reader = csv.reader(io.StringIO(text))
+    rows: list[_Row] = []
+    try:
+        head = [name.strip() for name in next(reader, [])]
+        twice = [name for name in head if head.count(name) > 1]
+        if twice:
+            msg = f"{where}, line 1: the column {twice[0]!r} stands there twice"
+            raise ObservationError(msg)
+        for cells in reader:
+            if len(cells) > len(head) and any(cell.strip() for cell in cells):
+                msg = f"{where}, line {reader.line_num}: {len(cells)} cells, and the head has {len(head)}"
+                raise ObservationError(msg)
+            named = zip(head, cells, strict=False)
+            row = {name: cell.strip() for name, cell in named if cell.strip() and name}
+            rows += [(reader.line_num, row)] if row else []
+    except csv.Error as error:
+        msg = f"{where}, line {reader.line_num}: it is no CSV ({error})"
+        raise ObservationError(msg) from error
+    return head, rows
+
+
+def _json_rows(text: str, where: str) -> Iterator[_Row]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            msg = f"{where}, line {number}: it is no JSON object ({error})"
+            raise ObservationError(msg) from error
+        if not isinstance(row, dict):
+            msg = f"{where}, line {number}: found {brief(row)}; expected a JSON object"
+            raise ObservationError(msg)
+        # Nested objects and lists are not numbers of this step: histograms, tables, configurations.
+        yield number, {k: v for k, v in row.items() if v is not None and not isinstance(v, (dict, list))}
+
+
+def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> History:
+    step, epoch = _column(columns, _STEPS), _column(columns, _EPOCHS)
+    time, ends = _column(columns, _TIMES), _column(columns, _ENDS)
+    if step is None:
+        have = ", ".join(columns)
+        msg = f"{where} has no column 'step'{suggest('step', columns) if columns else ''} (columns: {have})"
+        raise ObservationError(msg)
+    merged = _merge([(line, _typed(line, row, where, (step, epoch, ends))) for line, row in rows], step, where)
+    observations = []
+    for (line, row), (_, following) in zip(merged, [*merged[1:], (0, {})], strict=True):
+        at_epoch = row.get(epoch, 0) if epoch else 0
+        ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
+        metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
+        when = row.get(time, 0.0) if time else 0.0
+        observations.append(_observation(f"{where}, line {line}", metrics, row[step], at_epoch, ended, when))
+    return History(observations=tuple(observations), has_epochs=epoch is not None, has_times=time is not None)
+
+
+def _column(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
+
+
+def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | None]) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for name, value in row.items():
+        number = _number(value)
+        if number is None:
+            msg = (
+                f"{where}, line {line}, column {name!r}: {brief(value)} is no number; "
+                "mend the cell, or leave it empty where nothing was measured"
+            )
+            raise ObservationError(msg)
+        if name in whole:
+            if not number.is_integer() or number < 0:
+                # Hugging Face counts parts of epochs.
+                if math.isfinite(number) and number >= 0 and name in _EPOCHS:
+                    typed[name] = int(number)
+                    continue
+                msg = f"{where}, line {line}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
+                raise ObservationError(msg)
+            number = int(number)
+        typed[name] = number
+    return typed
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
+    """Join the lines of one step, and give a line without an epoch that of the line before."""
+    merged: list[_Row] = []
+    for line, row in rows:
+        if step not in row:
+            msg = f"{where}, line {line}: the column {step!r} is empty; every line needs its step"
+            raise ObservationError(msg)
+        before = merged[-1][1] if merged else {}
+        if before and row[step] < before[step]:
+            msg = (
+                f"{where}, line {line}: the step went back from {before[step]} to {row[step]}; "
+                "play each training's metrics by itself"
+            )
+            raise ObservationError(msg)
+        if before and row[step] == before[step]:
+            merged[-1] = (line, before | row)
+            continue
+        carried = {name: before[name] for name in _EPOCHS if name in before}
+        merged.append((line, carried | row))
+    return merged
+
+
+def _observation(
+    where: str, metrics: Mapping[str, float], step: int, epoch: int, epoch_end: bool, time: float
+) -> Observation:
+    if not math.isfinite(time):
+        msg = f"{where}: the time is {time!r}; expected seconds"
+        raise ObservationError(msg)
+    return Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=epoch_end, time=time)

@@ -1,0 +1,137 @@
+"""What a policy would remove from a directory, and why; and removing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from checkpointer.commit.index import HOME, parse_json, read_bounded
+from checkpointer.commit.signing import refuse_unsigned
+from checkpointer.commit.transaction import Transaction
+from checkpointer.commit.writer_marks import refuse_if_live
+from checkpointer.errors import RestoreError
+from checkpointer.policy.decide import explain
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.retention import KeepBest, KeepLast, Rule
+from checkpointer.ports import SupportsSweep
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Record
+from checkpointer.tools.catalog import Catalog
+
+__all__ = ["Pruning", "plan_pruning", "prune"]
+
+
+@attrs.frozen(kw_only=True)
+class Pruning:
+    """What stays and what goes, each with the reason."""
+
+    kept: Mapping[str, str]
+    going: Mapping[str, str]
+    records: tuple[Record, ...] = ()
+    """What goes, oldest first."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are freed."""
+        return sum(record.size for record in self.records)
+
+
+def plan_pruning(
+    policy: Policy, manifest: Manifest, aliases: Mapping[str, str] | None = None, *, abandoned: bool = False
+) -> Pruning:
+    """Work out what a policy keeps of a run. Pure; only the run's own checkpoints are ever told to go.
+
+    Args:
+        policy: What to keep; its trigger does not count.
+        manifest: The records, as the run sees them.
+        aliases: Aliases that are there, and what they stand for: that is kept.
+        abandoned: Also remove what the run left behind when it went back to an earlier step.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy
+        >>> plan_pruning(Policy(EverySteps(1), [KeepLast(1)]), Manifest()).going
+        {}
+    """
+    reasons = {name: "; ".join(why) for name, why in explain(policy, manifest).items()}
+    for alias, name in (aliases or {}).items():
+        if name:
+            reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} names it")))
+    kept: dict[str, str] = {}
+    going: dict[str, str] = {}
+    why = _Why(policy, manifest)
+    for record in manifest.own:
+        if record.name in reasons:
+            kept[record.name] = reasons[record.name]
+        elif record.pinned:
+            kept[record.name] = "pinned"
+        elif manifest.counts(record):
+            going[record.name] = why(record)
+        elif abandoned:
+            going[record.name] = "abandoned: the run went back to an earlier step"
+        else:
+            kept[record.name] = "abandoned, and those were not asked for"
+    return Pruning(kept=kept, going=going, records=tuple(r for r in manifest.own if r.name in going))
+
+
+class _Why:
+    """Says why no rule keeps a checkpoint; ranks the history once."""
+
+    def __init__(self, policy: Policy, manifest: Manifest) -> None:
+        self._policy = policy
+        history = manifest.history
+        ranked = {rule: rule.ranked(history) for rule in policy.rules if isinstance(rule, KeepBest)}
+        self._places = {rule: {r.name: n for n, r in enumerate(found, start=1)} for rule, found in ranked.items()}
+        self._newer = {record.name: len(history) - n for n, record in enumerate(history, start=1)}
+        kept = {name for rule in policy.rules for name in rule.keep(history)} if policy.limits else set()
+        self._limited = kept
+
+    def __call__(self, record: Record) -> str:
+        if record.kind == "rescue":
+            return "a rescue, and a regular one came after it"
+        if record.name in self._limited:
+            return f"beyond the limit: {' and '.join(map(str, self._policy.limits))}"
+        return "; ".join(self._of(rule, record.name) for rule in self._policy.rules) or "no rule keeps anything"
+
+    def _of(self, rule: Rule, name: str) -> str:
+        if isinstance(rule, KeepBest):
+            places = self._places[rule]
+            place = f"#{places[name]} of {len(places)}" if name in places else "not ranked"
+            return f"{place} by {rule.metric}, beyond the best {rule.k}"
+        if isinstance(rule, KeepLast):
+            return f"{self._newer[name]} are newer, beyond the last {rule.n}"
+        return f"not of {rule}"
+
+
+def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple[Record, ...]:
+    """Remove what goes, by the steps of `checkpointer.commit.transaction`: a kill in between leaves nothing half.
+
+    Returns:
+        What is gone. What would not go is warned of, and its record says that it is to.
+
+    Raises:
+        UntrustedError: If the directory has signed records, and the transaction has no key.
+        AliasInUseError: If a process writes to the directory, or may do so on another machine.
+        RestoreError: If records are damaged: what they stand for may be what the policy would keep.
+    """
+    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
+    refuse_if_live(transaction.storage, catalog.place, _owners(catalog))
+    if catalog.damaged:
+        msg = (
+            f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and what they were might be better "
+            "than what is kept; nothing was removed. Mend or remove them first"
+        )
+        raise RestoreError(msg)
+    if isinstance(transaction.storage, SupportsSweep):
+        transaction.storage.prepare()
+    return tuple(transaction.retire(pruning.records))
+
+
+def _owners(catalog: Catalog) -> Iterator[str]:
+    """Yield the owners of unfinished writes, and of aliases."""
+    yield from (entry.owner for entry in catalog.unfinished)
+    for path in catalog.files:
+        if path.startswith(f"{HOME}/aliases/"):
+            data = parse_json(read_bounded(catalog.storage, path), path)
+            if isinstance(data, dict) and isinstance(data.get("owner"), str):
+                yield data["owner"]

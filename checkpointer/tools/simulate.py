@@ -1,0 +1,203 @@
+"""Plays a policy over a history: what it would have saved, kept and retired, and what a crash would have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from checkpointer.errors import ObservationError
+from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, surplus
+from checkpointer.policy.policy import Policy
+from checkpointer.policy.triggers import AnyOf, DuringEpochs, EveryEpochs, EverySeconds, Trigger
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Observation, Progress, Record
+from checkpointer.tools.history import History
+
+__all__ = ["Life", "Moment", "Timeline", "simulate"]
+
+
+@attrs.frozen(kw_only=True)
+class Moment:
+    """What happened at one observation."""
+
+    observation: Observation
+    decision: Decision
+    retired: tuple[str, ...]
+    """Checkpoints that went."""
+    num_kept: int
+    """How many checkpoints there are afterwards."""
+    bytes: int
+    """What they take."""
+    peak_bytes: int
+    """What they take before the retired ones go: a save never waits for a delete."""
+    lost_steps: int
+    """Steps to be trained again if the run died now, before this observation's own checkpoint was there."""
+    lost_s: float
+    """The same in seconds."""
+
+
+@attrs.frozen(kw_only=True)
+class Life:
+    """One checkpoint from its save to its end."""
+
+    record: Record
+    retired_at: int | None = None
+    """Step at which it went; None if it lives."""
+
+
+@attrs.frozen(kw_only=True)
+class Timeline:
+    """A history under a policy."""
+
+    policy: Policy
+    moments: tuple[Moment, ...]
+    lives: tuple[Life, ...]
+    """Every checkpoint there ever was, in the order of their saves."""
+    manifest: Manifest
+    """The records at the end."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is ever on disk."""
+        return max((moment.peak_bytes for moment in self.moments), default=0)
+
+    @property
+    def most_lost(self) -> Moment | None:
+        """The worst moment to die."""
+        return max(self.moments, key=lambda moment: (moment.lost_steps, moment.lost_s), default=None)
+
+
+def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
+    r"""Play a policy over a history, by the very `decide` that a manager calls.
+
+    Args:
+        policy: The policy to try.
+        history: Observations in order, from `checkpointer.tools.history.read_history` or ``history_of``.
+        size: Bytes of a checkpoint where the history does not know.
+
+    Raises:
+        ObservationError: If the policy's trigger counts what the history does not tell, epochs or seconds.
+        NamingError: If the template asks for a metric that nobody reports.
+
+    Example:
+        >>> from checkpointer import EverySteps, KeepLast, Policy
+        >>> from checkpointer.tools.history import read_history
+        >>> history = read_history(b"step\n10\n20\n30\n", "metrics.csv")
+        >>> timeline = simulate(Policy(EverySteps(20), [KeepLast(1)]), history, size=100)
+        >>> [(moment.observation.step, bool(moment.decision), moment.lost_steps) for moment in timeline.moments]
+        [(10, False, 10), (20, True, 20), (30, False, 10)]
+        >>> timeline.peak_bytes
+        100
+    """
+    _check_told(policy.when, history)
+    play = _Play(policy, history, size)
+    moments = tuple(map(play.observe, history.observations))
+    lives = tuple(Life(record=record, retired_at=play.retired.get(token)) for token, record in play.born.items())
+    return Timeline(policy=policy, moments=moments, lives=lives, manifest=play.manifest)
+
+
+def _check_told(trigger: Trigger, history: History) -> None:
+    for part in _parts(trigger):
+        if isinstance(part, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
+            msg = f"the policy saves {part}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"
+            raise ObservationError(msg)
+        if isinstance(part, EverySeconds) and not history.has_times:
+            msg = f"the policy saves {part}, and the metrics have no column 'time' (seconds); add it, or count steps"
+            raise ObservationError(msg)
+
+
+def _parts(trigger: Trigger) -> Iterator[Trigger]:
+    if isinstance(trigger, AnyOf):
+        for part in trigger.triggers:
+            yield from _parts(part)
+    else:
+        yield trigger
+
+
+class _Play:
+    """A manager without a disk: what it keeps between two observations."""
+
+    def __init__(self, policy: Policy, history: History, size: int) -> None:
+        self._policy = policy
+        self._sizes: Mapping[int, int] = history.sizes
+        self._size = size
+        self.manifest = Manifest(run="simulated")
+        self._since = Progress(time=history.observations[0].time if history.observations else 0.0)
+        self._begun = self._since.time
+        self._owed = ""
+        self._serial = 0
+        self.born: dict[str, Record] = {}
+        self.retired: dict[str, int] = {}
+
+    def observe(self, now: Observation) -> Moment:
+        newest = self.manifest.newest
+        lost_steps = now.step - (newest.step if newest else 0)
+        lost_s = now.time - (newest.time if newest else self._begun)
+        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(now.metrics))
+        decision = decide(self._policy, now, self.manifest, since=self._since, owed=self._owed)
+        if isinstance(decision, Save):
+            self._save(decision)
+        elif isinstance(decision, Skip) and decision.due:
+            self._since, self._owed = now.progress, decision.waiting
+        elif self._policy.when.due(now.progress, self._since):
+            # The step is saved already, and that answers this due point.
+            self._since = now.progress
+        if isinstance(decision, Attach):
+            self._attach(decision)
+        peak = sum(record.size for record in self.manifest.records)
+        gone = () if isinstance(decision, Skip) else (*surplus(self._policy, self.manifest), *self._slot_left())
+        for name in gone:
+            self.retired[self.manifest.by_name[name].token] = now.step
+        self.manifest = self.manifest.without(*gone)
+        return Moment(
+            observation=now,
+            decision=decision,
+            retired=gone,
+            num_kept=len(self.manifest.records),
+            bytes=sum(record.size for record in self.manifest.records),
+            peak_bytes=peak,
+            lost_steps=lost_steps,
+            lost_s=lost_s,
+        )
+
+    def _slot_left(self) -> tuple[str, ...]:
+        """Return the slot under the ``last`` alias if the alias names a newer checkpoint by now."""
+        slot = self._policy.name.last_file
+        newest = self.manifest.history[-1].name if self.manifest.history else slot
+        return (slot,) if self._policy.last and slot in self.manifest.by_name and newest != slot else ()
+
+    def _save(self, decision: Save) -> None:
+        now = decision.observation
+        self._since, self._owed = now.progress, ""
+        replaced = self.manifest.by_name.get(decision.name)
+        if replaced is not None:
+            self.retired[replaced.token] = now.step
+        # Not the manifest's own next one: a serial of what is gone must not come again.
+        self._serial += 1
+        record = self.manifest.draft(
+            decision.name,
+            now,
+            size=self._sizes.get(now.step, self._size),
+            contents=self._policy.contents,
+            reason=decision.reason,
+            serial=self._serial,
+            token=str(self._serial),
+        )
+        self.born[record.token] = record
+        self.manifest = self.manifest.with_record(record)
+
+    def _attach(self, decision: Attach) -> None:
+        saved = self.manifest.by_name[decision.name]
+        record = saved.attached(decision.observation)
+        if saved.name in self._policy.aliases:
+            # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
+            record = attrs.evolve(record, name=self._own_name(saved))
+        self.born[record.token] = record
+        self.manifest = self.manifest.without(saved.name).with_record(record)
+
+    def _own_name(self, record: Record) -> str:
+        naming = self._policy.name
+        known = self.manifest.seen | self._policy.known_metrics | set(naming.keys)
+        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
+        return naming.free_name(stem, self.manifest.taken.union(self._policy.aliases))

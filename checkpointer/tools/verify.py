@@ -1,0 +1,148 @@
+"""Verifies every checkpoint of a directory: sizes, digests and, looked into, that each tensor's bytes are there."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Literal
+
+import attrs
+
+from checkpointer.errors import CorruptError, RestoreError
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.ports import Storage
+from checkpointer.records.record import Record
+from checkpointer.restore.load import verify
+from checkpointer.storage.progress import CountingStorage
+from checkpointer.tools.catalog import Catalog
+
+__all__ = ["Depth", "Finding", "verify_all", "verify_one"]
+
+Depth = Literal["sizes", "digests", "contents"]
+"""How closely to look: at the listing, at every byte, and into each payload as well."""
+
+
+@attrs.frozen(kw_only=True)
+class Finding:
+    """What was found out about one checkpoint."""
+
+    name: str
+    problem: str = ""
+    """What is wrong, in words; empty if nothing is."""
+    calls: tuple[str, ...] = ()
+    """What an ordinary unpickler would call in it; known only where its contents were looked at."""
+
+    def __bool__(self) -> bool:
+        """Return whether it is sound."""
+        return not self.problem
+
+
+def verify_one(storage: Storage, record: Record, depth: Depth = "digests") -> Finding:
+    """Verify one checkpoint. Nothing is loaded, and nothing in it runs.
+
+    Args:
+        storage: Where it is.
+        record: What it should be.
+        depth: How closely to look.
+
+    Example:
+        >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+        >>> from checkpointer.testing import MemoryStorage
+        >>> storage = MemoryStorage()
+        >>> policy = Policy(EverySteps(1), [KeepLast(1)])
+        >>> with CheckpointManager(storage, policy, state=lambda: {"w": 1}) as manager:
+        ...     decision = manager.observe({}, step=1, epoch=0)
+        >>> verify_one(storage, manager.last, "contents")
+        Finding(name='epoch=0-step=1.ckpt', problem='', calls=())
+    """
+    try:
+        if depth == "sizes":
+            _check_size(storage, record)
+            return Finding(name=record.name)
+        verify(storage, record)
+        calls = _look_into(storage, record) if depth == "contents" else ()
+    except (RestoreError, OSError) as error:
+        text = str(error)
+        problem = text.removeprefix(f"{record.name} ") if text.startswith(f"{record.name} ") else text
+        return Finding(name=record.name, problem=problem)
+    return Finding(name=record.name, calls=calls)
+
+
+def verify_all(
+    catalog: Catalog,
+    records: Sequence[Record],
+    depth: Depth = "digests",
+    *,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Iterator[Finding]:
+    """Verify checkpoints one after the other, and then say which record files are damaged.
+
+    Args:
+        catalog: The directory, as `checkpointer.tools.catalog.look_at` returns it.
+        records: Which of its checkpoints.
+        depth: How closely to look.
+        on_bytes: Told how many bytes were read, each time some were.
+
+    Example:
+        >>> from checkpointer.tools.catalog import look_at
+        >>> from checkpointer.testing import MemoryStorage
+        >>> catalog = look_at(MemoryStorage())
+        >>> list(verify_all(catalog, catalog.records))
+        []
+    """
+    storage = CountingStorage(catalog.storage, on_bytes)
+    listed = {name: stat.size for name, stat in catalog.files.items()}
+    for record in records:
+        if depth == "sizes" and listed.get(record.name) == record.size:
+            yield Finding(name=record.name)
+        else:
+            yield verify_one(storage, record, depth)
+    for path, error in catalog.damaged.items():
+        yield Finding(name=path, problem=str(error))
+
+
+def _check_size(storage: Storage, record: Record) -> None:
+    size = sum(stat.size for stat in storage.list(record.name).values())
+    if not size and not storage.list(record.name):
+        msg = "is gone, though its record is there"
+        raise CorruptError(msg)
+    if size != record.size:
+        msg = f"has {size} bytes where its record says {record.size}"
+        raise CorruptError(msg)
+
+
+def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:
+    """Raise unless all that the payload's tensors need is there; return what an unpickler would call."""
+    if record.format not in ("torch", "safetensors", "dcp", "folder"):
+        return ()  # A format of the user's own: the digest has to do.
+    with open_contents(storage, record.name) as contents:
+        problems = list(contents.problems())[:3]
+        if problems:
+            raise CorruptError("; ".join(problems))
+        calls = contents.calls
+    _check_sums(storage, record.name)
+    return calls
+
+
+def _check_sums(storage: Storage, name: str) -> None:
+    """Compare each part of a zip file with the checksum it was written with."""
+    if name not in storage.list(name):
+        return
+    with storage.open(name) as stream:
+        if not _is_zip(stream):
+            return
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            msg = f"its parts cannot be read: {error}"
+            raise CorruptError(msg) from error
+    if bad is not None:
+        msg = f"its part {bad} has other bytes than its checksum says"
+        raise CorruptError(msg)
+
+
+def _is_zip(stream: BinaryIO) -> Any:
+    start = stream.read(2)
+    stream.seek(0)
+    return start == b"PK"

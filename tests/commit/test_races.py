@@ -1,0 +1,100 @@
+"""Several processes save the same steps under the same names at once: one writer per name, and no bytes mixed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.plain_format import PlainFormat
+from support.servers.fixtures import Serve
+
+from checkpointer.commit import index
+from checkpointer.ports import SupportsSweep
+from checkpointer.restore import load as restoring
+from checkpointer.storage import open_storage
+from checkpointer.storage.owner import new_owner
+from checkpointer.storage.remote import FsspecStorage
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+
+
+def race(url: str, options: dict[str, Any], num_writers: int, names: str) -> dict[str, list[str]]:
+    """Return what each writer said, by its id; all start together."""
+    children = {
+        f"w{number}": subprocess.Popen(
+            [sys.executable, "-m", "support.race_me", url, json.dumps(options), f"w{number}", str(STEPS), names],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(num_writers)
+    }
+    said = {}
+    try:
+        for child in children.values():
+            assert child.stdout is not None
+            assert child.stderr is not None
+            assert "ready\n" == child.stdout.readline(), child.stderr.read()
+        for child in children.values():
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        for writer, child in children.items():
+            out, err = child.communicate(timeout=120)
+            assert 0 == child.returncode, err
+            said[writer] = out.splitlines()
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+    return said
+
+
+def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, losers_are_told: bool) -> None:
+    """Every acknowledged checkpoint is there with its writer's bytes, and nobody was acknowledged another's."""
+    storage = open_storage(url, new_owner(), options)
+    records = {entry.record.name: entry.record for entry in index.load(storage).entries.values()}
+    acknowledged = Counter(line.split()[1] for lines in said.values() for line in lines if line.startswith("saved"))
+    assert not [name for name, times in acknowledged.items() if times > 1], said
+    assert acknowledged
+    for writer, lines in said.items():
+        failures = {line.split(maxsplit=1)[1] for line in lines if line.startswith("failed")}
+        assert failures <= ({"NameTakenError"} if losers_are_told else set()), sorted(failures)
+        for name in (line.split()[1] for line in lines if line.startswith("saved")):
+            restored = restoring.load(storage, records[name], PlainFormat(), weights_only=True, map_location="cpu")
+            assert writer == restored.state["writer"], (name, said)
+    assert isinstance(storage, SupportsSweep)
+    storage.close()
+
+
+@pytest.mark.parametrize("names", ["same", "versions"])
+def test_writers_on_a_local_disk(tmp_path: Path, names: str) -> None:
+    """The filesystem refuses the second."""
+    check(str(tmp_path), {}, race(str(tmp_path), {}, 4, names), losers_are_told=True)
+
+
+@pytest.mark.parametrize("names", ["same", "versions"])
+@pytest.mark.parametrize("server", ["s3", "rclone", "ssh", "webdav"])
+def test_writers_on_a_server(serve: Serve, server: str, names: str) -> None:
+    """With conditional PUT, without, over ssh, and where renames refuse what is there."""
+    running = serve(server)
+    url, options = running.fresh(), dict(running.storage_options)
+    check(url, options, race(url, options, 3, names), losers_are_told=True)
+
+
+@pytest.mark.parametrize(("server", "how"), [("s3", "refused by the server"), ("rclone", "by claims")])
+def test_the_probe_finds_out_whether_the_server_refuses(serve: Serve, server: str, how: str) -> None:
+    """Both accept the condition; one of them ignores it."""
+    running = serve(server)
+    storage = open_storage(running.fresh(), new_owner(), running.storage_options)
+
+    assert isinstance(storage, FsspecStorage)
+    assert storage.capabilities()["create"].startswith(how)

@@ -1,0 +1,134 @@
+"""A payload that takes long to write says how far it is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from support.plain_format import PlainFormat
+
+from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer.ports import Writable
+from checkpointer.storage.transfer import Transfer
+from checkpointer.testing import FakeClock, MemoryStorage
+
+POLICY = Policy(EverySteps(1), [KeepLast(1)])
+
+
+class Slow(MemoryStorage):
+    """Takes as many seconds for each chunk of a payload as it is told."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._fake = clock
+
+    def upload(self, path: str) -> Any:
+        upload = super().upload(path)
+        write = upload.write
+
+        def write_slowly(data: Any) -> int:
+            self._fake.advance(0 if path.startswith(".checkpointer/") else self.seconds)
+            return write(data)
+
+        upload.write = write_slowly  # type: ignore[method-assign]
+        return upload
+
+
+class Megabytes(PlainFormat):
+    """Pads the state to a payload of so many chunks of a megabyte."""
+
+    def write(self, state: Any, stream: Writable) -> None:
+        for _ in range(state["megabytes"]):
+            stream.write(bytes(1_000_000))
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "MB/s" in record.getMessage()]
+
+
+def test_a_manager_says_how_far_a_long_save_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Every ten seconds; how much there will be it can tell from the last checkpoint, and not before there is one."""
+    clock, state = FakeClock(), {"megabytes": 5}
+    storage = Slow(clock)
+    caplog.set_level(logging.INFO, "checkpointer")
+    with CheckpointManager(storage, POLICY, state=lambda: state, format=Megabytes(), clock=clock) as manager:
+        manager.observe({}, step=1, epoch=0)
+        assert [] == lines(caplog)
+
+        storage.seconds = 6.0
+        state["megabytes"] = 6
+        manager.observe({}, step=2, epoch=1)
+
+    assert [
+        "epoch=1-step=2.ckpt: 2.0 of about 5.0 MB written (0.167 MB/s)",
+        "epoch=1-step=2.ckpt: 4.0 of about 5.0 MB written (0.167 MB/s)",
+        "epoch=1-step=2.ckpt: 6.0 MB written (0.167 MB/s)",
+    ] == lines(caplog)
+
+
+def test_a_first_save_does_not_guess(caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing to guess from."""
+    clock = FakeClock()
+    storage = Slow(clock)
+    storage.seconds = 10.0
+    caplog.set_level(logging.INFO, "checkpointer")
+    with CheckpointManager(storage, POLICY, state=lambda: {"megabytes": 1}, format=Megabytes(), clock=clock) as manager:
+        manager.observe({}, step=1, epoch=0)
+
+    assert ["epoch=0-step=1.ckpt: 1.0 MB written (0.1 MB/s)"] == lines(caplog)
+
+
+def test_a_fetch_from_the_mirror_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """And here it is known how much there is."""
+    mirror = MemoryStorage()
+    with CheckpointManager(mirror, POLICY, state=lambda: {"megabytes": 9}, format=Megabytes()) as manager:
+        manager.observe({}, step=1, epoch=0)
+    clock = FakeClock()
+    here = Slow(clock)
+    here.seconds = 10.0
+    caplog.set_level(logging.INFO, "checkpointer")
+    with CheckpointManager(here, POLICY, format=Zeros(), clock=clock, mirror=mirror) as manager:
+        assert manager.restore() is not None
+
+    assert "epoch=0-step=1.ckpt: 4.2 of 9.0 MB copied (0.419 MB/s)" == lines(caplog)[0]
+
+
+class Zeros(Megabytes):
+    """Reads what `Megabytes` writes."""
+
+    def read(self, stream: Any, *, weights_only: bool, map_location: Any) -> Any:
+        return {"megabytes": len(stream.read()) // 1_000_000}
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (("of about", 3_400_000_000), "a.ckpt: 1.2 of about 3.4 GB written (120 MB/s)"),
+        (("of", 1_200_000_000), "a.ckpt: 1.2 of 1.2 GB written (120 MB/s)"),
+        (("of about", 1_000_000_000), "a.ckpt: 1.2 GB written (120 MB/s)"),
+        (None, "a.ckpt: 1.2 GB written (120 MB/s)"),
+    ],
+)
+def test_amounts_have_the_unit_of_the_whole(
+    of: tuple[str, int] | None, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that has outgrown what was expected expects nothing more."""
+    caplog.set_level(logging.INFO, "checkpointer")
+    clock = FakeClock()
+    transfer = Transfer(Counting(clock), "a.ckpt", clock, of=of)
+
+    assert 1_200_000_000 == transfer.write(b"")
+    assert [expected] == lines(caplog)
+
+
+class Counting:
+    """Says that it has written 1.2 GB, in ten seconds."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._fake = clock
+
+    def write(self, data: bytes) -> int:
+        self._fake.advance(10)
+        return 1_200_000_000

@@ -1,0 +1,1 @@
+"""What tests share: helpers, programs that are killed, and real servers."""

@@ -1,0 +1,134 @@
+"""A little training for tests that break its disk: it prints what was acknowledged, without the ``write`` syscall."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpointer import CheckpointManager, EverySteps, KeepBest, Naming, Policy
+from checkpointer.errors import SaveError
+from checkpointer.ports import Storage
+from checkpointer.restore.load import verify
+from support.plain_format import PlainFormat
+
+FOREIGN = "theirs.bin"
+KEPT = 2
+SAVES = 4
+WARM = 2
+
+
+def loss_of(step: int) -> float:
+    """Return a loss that falls and rises, so that there is something to retire at most saves."""
+    return float(step * 7919 % 101)
+
+
+def policy_of(last: Literal["link", "copy"] = "link", template: str | None = None) -> Policy:
+    """Return the policy of this training."""
+    return Policy(EverySteps(1), [KeepBest(KEPT, "loss", mode="min")], last=last, best="link", name=Naming(template))
+
+
+class Run:
+    """A manager whose state is its step and some filler."""
+
+    def __init__(
+        self, directory: str | os.PathLike[str] | Storage, policy: Policy, filler: int = 10_000, **kwargs: Any
+    ) -> None:
+        self.step = 0
+        self.filler = "x" * filler
+        self.manager = CheckpointManager(directory, policy, state=self.state, format=PlainFormat(), **kwargs)
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "filler": self.filler}
+
+    def observe(self, step: int) -> Any:
+        self.step = step
+        return self.manager.observe({"loss": loss_of(step)}, step=step, epoch=0, epoch_end=False)
+
+
+def check_survivor(
+    directory: str | os.PathLike[str], acknowledged: Iterable[int], policy: Policy, clue: str = ""
+) -> set[int]:
+    """Check that all that must be there restores, that what is foreign is as it was, and that saving goes on.
+
+    A new manager looks, as after a restart. What must be there: the best and the newest of what was acknowledged or
+    is on record. Returns the steps on record before anything new was saved.
+    """
+    folder = Path(directory)
+    acknowledged = list(acknowledged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = Run(folder, policy)
+        there = {record.step: record for record in run.manager.records}
+        whole = {step for step, record in there.items() if _is_whole(run, record)}
+        newest = max(acknowledged, default=0)
+        # A save that was not acknowledged may be there too, and what it outranks may be gone, but only if it is whole.
+        candidates = {*acknowledged, *whole}
+        must = {*sorted(candidates, key=loss_of)[:KEPT], max(candidates, default=0)}
+        assert must & set(acknowledged) <= whole, f"{clue}: {sorted(must)} of {acknowledged}, whole are {whole}"
+        restored = run.manager.restore()
+        assert restored is not None or not acknowledged, clue
+        if restored is not None:
+            assert restored.step >= newest, f"{clue}: restored {restored.step} of {acknowledged}"
+            assert restored.step == restored.state["step"], clue
+        following = max([newest, *there, 0]) + 1
+        assert run.observe(following), clue
+        assert following == run.manager.restore().step, clue  # type: ignore[union-attr]
+        names = {record.name for record in run.manager.records}
+        run.manager.close()
+    _check_tidy(folder, names, policy, clue)
+    return set(there)
+
+
+def _is_whole(run: Run, record: Any) -> bool:
+    try:
+        verify(run.manager._directory.storage, record)
+    except Exception:
+        return False
+    return True
+
+
+def _check_tidy(folder: Path, names: set[str], policy: Policy, clue: str) -> None:
+    assert b"mine" == (folder / FOREIGN).read_bytes(), clue
+    assert not (folder / ".checkpointer/staging").exists(), f"{clue}: {list((folder / '.checkpointer').rglob('*'))}"
+    payloads = {path.name for path in folder.glob("*.ckpt")}
+    aliases = {policy.name.last_file, policy.name.best_file}
+    assert names - aliases == payloads - aliases, f"{clue}: {names} on record, {payloads} in the folder"
+    assert len(names) <= KEPT + 2, f"{clue}: {names}"
+    staged = [path for path in folder.rglob("*") if "staging" in path.parts]
+    assert not staged, clue
+
+
+def say(*words: object) -> None:
+    """Print a line with ``writev``, which no test breaks."""
+    os.writev(1, [(" ".join(map(str, words)) + "\n").encode()])
+
+
+def main() -> None:
+    """Save a few times, wait to be told that the disk may break, and save again, whatever comes."""
+    directory, last = sys.argv[1], sys.argv[2]
+    log = sys.argv[3] if len(sys.argv) > 3 else None
+    warnings.showwarning = lambda message, *_, **__: say("warned", str(message).replace("\n", " "))
+    warnings.simplefilter("always")
+    run = Run(directory, policy_of(last))  # type: ignore[arg-type]
+    for step in range(1, WARM + SAVES + 1):
+        if step == WARM + 1:
+            say("ready")
+            sys.stdin.readline()
+        try:
+            acknowledged = run.observe(step)
+        except SaveError as error:
+            say("failed", step, repr(error.__cause__ or error))
+            continue
+        if acknowledged:
+            say("saved", step, os.stat(log).st_size if log else 0)
+    say("done")
+    run.manager.close()
+    say("closed")
+
+
+if __name__ == "__main__":
+    main()

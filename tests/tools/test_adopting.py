@@ -1,0 +1,292 @@
+"""Adopting: what may be made a record of, which score and step are a file's own, and what is left."""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.commands import command, snapshot, train
+
+from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Policy
+from checkpointer.commit.transaction import Transaction
+from checkpointer.errors import NotFoundError, UntrustedError
+from checkpointer.storage import open_storage
+from checkpointer.tools.adopt import Adoption, adopt, find_foreign
+from checkpointer.tools.catalog import look_at
+
+WEIGHTS = {"w": torch.ones(2)}
+
+
+def found_in(folder: Path, **steps: Any) -> Adoption:
+    """What can be adopted in a folder."""
+    return find_foreign(look_at(open_storage(folder, "")), **steps)
+
+
+def said_by(folder: Path) -> dict[str, tuple[int, int, dict[str, float]]]:
+    """Step, epoch and metrics by name."""
+    return {item.name: (item.step, item.epoch, dict(item.metrics)) for item in found_in(folder).found}
+
+
+def save(path: Path, state: Any = WEIGHTS) -> None:
+    """Write a torch file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+
+
+def lightning(path: Path, step: int, **callbacks: Any) -> None:
+    """Write what Lightning writes, as far as anybody reads it."""
+    state = {"global_step": step, "epoch": step // 10 - 1, "pytorch-lightning_version": "2.6.6", "state_dict": WEIGHTS}
+    save(path, {**state, "optimizer_states": [{"state": {}}], "callbacks": callbacks})
+
+
+def callback(monitor: str, **scores: float) -> dict[str, Any]:
+    """The state of a ModelCheckpoint that has written these files; its last score was 0.2."""
+    best = {f"/elsewhere/run/{name}.ckpt": torch.tensor(score) for name, score in scores.items()}
+    return {"monitor": monitor, "current_score": torch.tensor(0.2), "best_k_models": best}
+
+
+# Directories that have an owner
+
+
+def test_runs_below_a_directory_are_never_adopted(tmp_path: Path) -> None:
+    """Their checkpoints have records already; a foreign file beside them is adopted alone."""
+    train(tmp_path / "digits", 0.9, 0.2)
+    train(tmp_path / "old" / "deep" / "mnist", 0.5)
+    assert ((), {}) == (found_in(tmp_path).found, dict(found_in(tmp_path).refused))
+    save(tmp_path / "old" / "step_7.pt")
+    assert ["old/step_7.pt"] == [item.name for item in found_in(tmp_path).found]
+    assert 0 == command("adopt", tmp_path).code
+    assert 0 == command("verify", tmp_path / "digits").code
+
+
+def test_a_folder_within_a_managed_directory_owns_nothing(tmp_path: Path) -> None:
+    """The record of the directory above says whose the files are."""
+    with CheckpointManager(
+        tmp_path, Policy(EverySteps(1), [KeepAll()], name="kept/{step}"), state=lambda: WEIGHTS
+    ) as manager:
+        manager.observe({}, step=1, epoch=0)
+    refused = found_in(tmp_path / "kept").refused
+    assert [f"it is a checkpoint of the directory {tmp_path}, which has a record of it"] == list(refused.values())
+
+
+def test_every_folder_becomes_a_run_of_its_own(tmp_path: Path) -> None:
+    """As one run, a policy would empty one of two experiments."""
+    for name in ("a", "b"):
+        for step in (1, 2):
+            save(tmp_path / name / f"step_{step}.pt")
+    adopted = command("adopt", tmp_path, "--json").data["adopted"]
+    assert [1, 1] == [len({item["run"] for item in adopted if item["name"].startswith(name)}) for name in ("a/", "b/")]
+    assert 2 == len({item["run"] for item in adopted})
+
+
+# Scores
+
+
+def test_only_the_callback_that_wrote_a_file_gives_its_score(tmp_path: Path) -> None:
+    """The other one's current score is of another checkpoint."""
+    by_loss, by_acc = callback("val_loss", a=0.5), callback("val_acc", b=0.9)
+    lightning(tmp_path / "run" / "a.ckpt", 10, first=by_loss, second=by_acc)
+    lightning(tmp_path / "run" / "b.ckpt", 20, first=by_loss, second=by_acc)
+    lightning(tmp_path / "run" / "c.ckpt", 30, first=by_loss, second=by_acc)
+    got = {name: metrics for name, (_, _, metrics) in said_by(tmp_path / "run").items()}
+    assert {"a.ckpt": {"val_loss": 0.5}, "b.ckpt": {"val_acc": pytest.approx(0.9)}, "c.ckpt": {}} == got
+
+
+def test_the_file_name_is_not_overruled_by_another_score(tmp_path: Path) -> None:
+    """But the digits that it has rounded away are taken."""
+    scores = {"epoch=0-val_loss=0.60": 0.6021, "epoch=1-val_loss=0.60": 0.2}
+    for number, name in enumerate(scores, start=1):
+        lightning(tmp_path / f"{name}.ckpt", number * 10, first=callback("val_loss", **scores))
+    got = said_by(tmp_path)
+    assert pytest.approx(0.6021) == got["epoch=0-val_loss=0.60.ckpt"][2]["val_loss"]
+    assert 0.6 == got["epoch=1-val_loss=0.60.ckpt"][2]["val_loss"]
+
+
+def test_of_two_files_with_one_name_the_one_in_the_same_folder_is_meant(tmp_path: Path) -> None:
+    """Moved directories keep the ends of their paths."""
+    state = {"monitor": "loss", "best_k_models": {"/old/one/best.ckpt": torch.tensor(0.5)}}
+    other = {"monitor": "loss", "best_k_models": {"/old/two/best.ckpt": torch.tensor(0.25)}}
+    for place in ("new/one", "new/two", "three"):
+        lightning(tmp_path / place / "best.ckpt", 10, first=state, second=other)
+    got = said_by(tmp_path)
+    assert [{"loss": 0.5}, {"loss": 0.25}, {}] == [
+        got[f"{place}/best.ckpt"][2] for place in ("new/one", "new/two", "three")
+    ]
+
+
+def test_the_best_score_so_far_is_not_the_file_s_own(tmp_path: Path) -> None:
+    """And iter_num counts steps: both are what nanoGPT and the ImageNet example write."""
+    save(tmp_path / "ckpt.pt", {"model": WEIGHTS, "iter_num": 2000, "best_val_loss": torch.tensor(1.5), "loss": 2.5})
+    save(tmp_path / "b" / "c.pth", {"model": WEIGHTS, "step": 5, "best_acc1": 0.9})
+    assert {"ckpt.pt": (2000, 0, {"loss": 2.5}), "b/c.pth": (5, 0, {})} == said_by(tmp_path)
+
+
+# Steps
+
+
+def test_numpy_scalars_are_read(tmp_path: Path) -> None:
+    """Without numpy, and without unpickling."""
+    state = {"epoch": np.int64(1), "step": np.int32(20), "val_loss": np.float64(0.25), "f1": np.float32(0.5)}
+    for protocol in (2, 4):
+        torch.save({"model": WEIGHTS, **state}, tmp_path / f"p{protocol}-{protocol}.pt", pickle_protocol=protocol)
+        assert {f"p{protocol}-{protocol}.pt": (20, 1, {"val_loss": 0.25, "f1": 0.5})} == said_by(tmp_path)
+        (tmp_path / f"p{protocol}-{protocol}.pt").unlink()
+
+
+def test_counters_one_level_down_are_read(tmp_path: Path) -> None:
+    """mmengine's in meta, ignite's in the trainer's state."""
+    save(tmp_path / "epoch_4.pth", {"meta": {"epoch": 4, "iter": 2000, "seed": 0}, "state_dict": WEIGHTS})
+    trainer = OrderedDict(epoch_length=100, max_epochs=5, iteration=300)
+    save(tmp_path / "checkpoint_300.pt", {"trainer": trainer, "model": WEIGHTS})
+    assert {"epoch_4.pth": (2000, 4, {}), "checkpoint_300.pt": (300, 2, {})} == said_by(tmp_path)
+
+
+def test_an_epoch_alone_is_no_step(tmp_path: Path) -> None:
+    """It is asked for, for one file or for all."""
+    for epoch in (3, 4):
+        save(tmp_path / f"epoch_{epoch}.pth")
+    refused = found_in(tmp_path).refused
+    assert "it says its epoch (4) and no step; pass its step: --step NAME=STEP, or" in refused["epoch_4.pth"]
+    said = command("adopt", tmp_path, "--steps-per-epoch", 500, "--json").data
+    assert [(1500, 3), (2000, 4)] == [(item["step"], item["epoch"]) for item in said["adopted"]]
+
+
+def test_a_step_for_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """Not a step that nothing gets."""
+    save(tmp_path / "a.pt")
+    with pytest.raises(NotFoundError, match=r"b\.pt is given a step, but there is nothing of that name .*have: a\.pt"):
+        found_in(tmp_path, steps={"b.pt": 5})
+
+
+def test_the_format_is_what_the_bytes_are(tmp_path: Path) -> None:
+    """skorch writes safetensors to params.pt; what was adopted can be restored."""
+    save_file(WEIGHTS, tmp_path / "params.pt")
+    assert 0 == command("adopt", tmp_path, "--step", "params.pt=5").code
+    with CheckpointManager(tmp_path) as manager:
+        restored = manager.restore(contents="any")
+        assert restored is not None
+        assert ("safetensors", [1.0, 1.0]) == (restored.record.format, restored.state["w"].tolist())
+
+
+# What belongs together
+
+
+def accelerate(folder: Path) -> None:
+    """What ``accelerator.save_state`` writes."""
+    folder.mkdir(parents=True)
+    save_file(WEIGHTS, folder / "model.safetensors")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        save(folder / name)
+
+
+def speechbrain(folder: Path) -> None:
+    """What its Checkpointer writes."""
+    for name in ("model.ckpt", "counter.ckpt", "optimizer.ckpt"):
+        save(folder / name)
+    (folder / "CKPT.yaml").write_text("end-of-epoch: true\n")
+
+
+def export(folder: Path) -> None:
+    """What ``save_pretrained`` writes, in shards."""
+    folder.mkdir(parents=True)
+    for number in (1, 2):
+        save_file(WEIGHTS, folder / f"model-0000{number}-of-00002.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (accelerate, "checkpoint_4"),
+        (accelerate, "my_state"),
+        (speechbrain, "CKPT+2024-05-01+10-00-00+00"),
+        (export, "bert"),
+    ],
+)
+def test_a_folder_is_adopted_as_a_whole_or_left(tmp_path: Path, write: Any, name: str) -> None:
+    """Never a file out of it, whatever step is given."""
+    write(tmp_path / name)
+    left = found_in(tmp_path)
+    assert ((), [name]) == (left.found, list(left.refused))
+    assert "it is a folder of files that belong together" in left.refused[name]
+    part = next(path.name for path in (tmp_path / name).iterdir() if path.suffix in (".safetensors", ".ckpt"))
+    said = command("adopt", tmp_path, "--step", f"{name}/{part}=100")
+    assert (2, True) == (said.code, f"is a part of {name}, which is adopted as a whole" in said.err)
+    assert 0 == command("adopt", tmp_path, "--step", f"{name}=100").code
+    (record,) = look_at(open_storage(tmp_path, "")).records
+    assert (name, "folder", 100) == (record.name, record.format, record.step)
+    assert 0 == command("verify", tmp_path).code
+
+
+def test_parts_of_the_directory_itself_are_left(tmp_path: Path) -> None:
+    """Somebody names the export, or the state, as the directory."""
+    export(tmp_path / "bert")
+    accelerate(tmp_path / "state")
+    for folder in ("bert", "state"):
+        left = found_in(tmp_path / folder)
+        assert () == left.found
+        assert {} != left.refused
+        assert all("belongs together" in why or "shards" in why for why in left.refused.values())
+    with pytest.raises(NotFoundError, match="cannot be adopted alone"):
+        found_in(tmp_path / "state", steps={"model.safetensors": 5})
+
+
+def test_a_collection_in_a_folder_is_adopted_file_by_file(tmp_path: Path) -> None:
+    """A configuration beside it makes no unit of it."""
+    for step in (100, 200):
+        save(tmp_path / "exp" / f"step_{step}.pt")
+    (tmp_path / "exp" / "config.json").write_text("{}")
+    assert ["exp/step_100.pt", "exp/step_200.pt"] == list(said_by(tmp_path))
+
+
+@pytest.mark.parametrize("state", [{}, {"step": 30}], ids=["epoch", "step"])
+def test_two_parts_of_one_step_are_left(tmp_path: Path, state: dict[str, Any]) -> None:
+    """As two checkpoints of one run, prune would remove all of one half."""
+    for epoch in (2, 3):
+        for net in ("netD", "netG"):
+            save(tmp_path / f"{net}_epoch_{epoch}.pth", {**WEIGHTS, **dict.fromkeys(state, epoch)})
+    for adoption in (found_in(tmp_path), found_in(tmp_path, steps_per_epoch=10)):
+        assert (4, ()) == (len(adoption.refused), adoption.found)
+        assert "is of the same step as netD_epoch_3.pth: they are parts" in adoption.refused["netG_epoch_3.pth"]
+    with_one = found_in(tmp_path, steps={"netD_epoch_3.pth": 300})
+    assert (4, ()) == (len(with_one.refused), with_one.found)
+
+
+def test_files_with_equal_numbers_are_of_the_steps_that_are_given(tmp_path: Path) -> None:
+    """A step that is given for each file overrules the guess that equal numbers in two names are one step."""
+    for name in ("first_1.pt", "second_1.pt"):
+        save(tmp_path / name)
+    given = {"first_1.pt": 10, "second_1.pt": 20}
+    assert [("first_1.pt", 10), ("second_1.pt", 20)] == [
+        (found.name, found.step) for found in found_in(tmp_path, steps=given).found
+    ]
+    assert 2 == len(found_in(tmp_path, steps=dict.fromkeys(given, 10)).refused)
+
+
+def test_a_best_file_is_no_half_and_a_last_file_is_a_copy(tmp_path: Path) -> None:
+    """Many programs write both beside the checkpoint of a step."""
+    for name in ("step_3.pt", "best.pt", "last.pt"):
+        save(tmp_path / name, {"model": WEIGHTS, "step": 3})
+    adoption = found_in(tmp_path)
+    assert ["best.pt", "step_3.pt"] == [item.name for item in adoption.found]
+    assert "a copy that is called last" in adoption.refused["last.pt"]
+
+
+def test_a_signed_directory_is_not_adopted_into_without_its_key(tmp_path: Path) -> None:
+    """By the library as by the command."""
+    train(tmp_path, 0.5, trust=HMACKey(b"0123456789abcdef"))
+    save(tmp_path / "step_7.pt")
+    before = snapshot(tmp_path)
+    storage = open_storage(tmp_path, "me")
+    catalog = look_at(storage)
+    with pytest.raises(UntrustedError, match="are signed"):
+        list(adopt(catalog, find_foreign(catalog), Transaction(storage, "me")))
+    assert before == snapshot(tmp_path)
+    shutil.rmtree(tmp_path)
