@@ -1,16 +1,18 @@
-"""Numbers as people read them: sizes, ages, metrics."""
+"""Numbers as people read them, such as sizes and ages, and small tables for a notebook."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Final
 
-__all__ = ["age_text", "number_text", "one_line", "size_text", "some_of"]
+__all__ = ["age_text", "lines_html", "number_text", "one_line", "size_text", "some_of", "table_html"]
 
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+_CELL: Final = 'style="text-align: left; vertical-align: top; padding: 2px 10px 2px 0"'
 
 
 def size_text(size: float) -> str:
@@ -73,3 +75,28 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more or "none"
+
+
+def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """Return a table; its colours are the notebook's.
+
+    Example:
+        >>> table_html(["name"], [["<b>"]]).count("&lt;b&gt;")
+        1
+    """
+    title = f"<caption {_CELL}>{escape(caption)}</caption>" if caption else ""
+    heads = "".join(f"<th {_CELL}>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td {_CELL}>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def lines_html(title: str, lines: Iterable[tuple[str, str]]) -> str:
+    """Return a title and what there is to say, a line each; an empty one is left out."""
+    body = "".join(
+        f"<tr><th {_CELL}>{escape(name)}</th><td {_CELL}>{_cell(value)}</td></tr>" for name, value in lines if value
+    )
+    return f"<div><code>{escape(title)}</code><table><tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str) -> str:
+    return "<br>".join(escape(line) for line in text.split("\n"))

@@ -30,6 +30,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 __all__ = [
     "AliasInUseError",
     "CheckpointerError",
@@ -149,3 +151,12 @@ class ClosedError(CheckpointerError, RuntimeError):
 
 class CheckpointerWarning(UserWarning):
     """Something the user should act on, while training goes on."""
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error that can be sent to other ranks: itself, or what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RanksError(f"{type(error).__name__}: {error}")
+    return error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import logging
 import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import attrs
 import yaml
@@ -28,7 +30,7 @@ from checkpointer.errors import (
 )
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
-from checkpointer.mirror.mirror import MirrorStatus, Where, open_mirror
+from checkpointer.mirror.mirror import MirrorStatus, open_mirror
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, decide, decide_rescue
 from checkpointer.policy.explain import manifest_html
 from checkpointer.policy.policy import Policy
@@ -49,16 +51,17 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.restore import load as restoring
 from checkpointer.restore import resume as resuming
+from checkpointer.restore.fetch import Fetcher
 from checkpointer.restore.load import Restored
 from checkpointer.restore.resume import Account
 from checkpointer.save.background import Background, BackgroundStatus, Busy, as_busy, copies_of
 from checkpointer.save.executor import Carrier, Life
 from checkpointer.save.payload import FOLDER, Writer
 from checkpointer.save.saver import Saver
-from checkpointer.storage import open_storage
+from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["CheckpointManager"]
+__all__ = ["MANAGER_OPTIONS", "CheckpointManager", "check_options"]
 
 _log = logging.getLogger("checkpointer")
 
@@ -166,7 +169,9 @@ class CheckpointManager:
         )
         self._say_what_is_below(storage)
         writer = Writer(self._directory, self._format, save)
-        self._saver = Saver(self._directory, writer, tuple(listeners), self._mirror)
+        self._saver = Saver(
+            self._directory, writer, tuple(listeners), self._mirror.tell if self._mirror is not None else None
+        )
         self._background = None
         snapshots: Snapshotting | None = None
         if busy is not None:
@@ -475,10 +480,10 @@ class CheckpointManager:
     ) -> Restored | None:
         self._check_open()
         self._carrier.settle()
-        restored = resuming.go_to(which, self._directory, self._mirror, contents, load_here, strangers)
+        restored = resuming.go_to(which, self._directory, self._on_mirror(), contents, load_here, strangers)
         if restored is not None:
             self._pacing.go_on(restored.record.progress, self._clock.time())
-            self._saver.tell_mirror()
+            self._saver.changed()
         return restored
 
     def _format_of(self, record: Record) -> Format | FolderFormat:
@@ -553,7 +558,7 @@ class CheckpointManager:
                 msg = f"{name} is gone, and cannot be pinned"
                 raise NotFoundError(msg)
         self._directory.rewrite(attrs.evolve(record, pinned=pinned))
-        self._saver.tell_mirror()
+        self._saver.changed()
 
     def make_way(self, name: str, stem: str | None = None) -> str | None:
         """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
@@ -620,7 +625,7 @@ class CheckpointManager:
         self._check_open()
         account = Account.from_dict(state)
         self._carrier.settle()
-        since = resuming.go_on(account, self._directory, self._mirror, source)
+        since = resuming.go_on(account, self._directory, self._on_mirror(), source)
         self._pacing.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
 
     def close(self, *, timeout: float = 600.0) -> None:
@@ -696,6 +701,9 @@ class CheckpointManager:
 
     # Helpers
 
+    def _on_mirror(self) -> Fetcher:
+        return self._mirror.look() if self._mirror is not None else Fetcher()
+
     def _check_open(self) -> None:
         if self._closed:
             msg = "the manager is closed; make another one for the same directory and restore()"
@@ -706,3 +714,41 @@ def _with_extension(policy: Policy, extension: str) -> Policy:
     if policy.name.extension is not None:
         return policy
     return attrs.evolve(policy, name=attrs.evolve(policy.name, extension=extension))
+
+
+MANAGER_OPTIONS: Final = tuple(
+    name
+    for name, parameter in inspect.signature(CheckpointManager).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+"""Names of the arguments that `CheckpointManager` takes besides the directory and the policy."""
+
+
+def check_options(options: Mapping[str, Any], owner: str, *, own: Iterable[str] = ()) -> None:
+    """Raise unless every option is one that ``owner`` can pass on to `CheckpointManager`.
+
+    Args:
+        options: The options by name.
+        owner: The class that was given them, for the message.
+        own: Arguments of `CheckpointManager` that the owner sets itself.
+
+    Raises:
+        PolicyError: For an unknown option, with the closest known name, and for one that the owner sets itself.
+
+    Example:
+        >>> check_options({"miror": "s3://bucket/run"}, "Loop")
+        Traceback (most recent call last):
+        ...
+        checkpointer.errors.PolicyError: Loop has no option 'miror'; did you mean 'mirror'?
+    """
+    own = tuple(own)
+    for name in options:
+        if name in own:
+            msg = f"{name!r} cannot be an option: {owner} sets it itself; leave it out"
+            raise PolicyError(msg)
+        if name not in MANAGER_OPTIONS:
+            known = [option for option in MANAGER_OPTIONS if option not in own]
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+            msg = f"{owner} has no option {name!r}; {hint}"
+            raise PolicyError(msg)

@@ -9,9 +9,9 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from checkpointer import HMACKey, KeepBest, Policy
-from checkpointer.mirror.mirror import Where
 from checkpointer.policy.retention import KeepAll, Limit, Rule
 from checkpointer.ports import Listener
+from checkpointer.storage.opening import Where
 from checkpointer_lightning import siblings
 from checkpointer_lightning.callback_base import Managed, Moment
 from checkpointer_lightning.places import is_local

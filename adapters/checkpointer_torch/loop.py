@@ -22,7 +22,7 @@ from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.hosts.grace import CLOSE_S
 from checkpointer.hosts.loader_workers import Workers, deliver
-from checkpointer.hosts.options import MANAGER_OPTIONS, check_options
+from checkpointer.manager import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.adopted_checkpoint import begin_from_adopted
 from checkpointer_torch.foreign_file import StateMap

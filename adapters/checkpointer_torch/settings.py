@@ -17,7 +17,7 @@ import torch
 
 from checkpointer import CheckpointManager
 from checkpointer.errors import NotFoundError, PolicyError
-from checkpointer.hosts.options import check_options
+from checkpointer.manager import check_options
 from checkpointer.ports import Storage
 
 __all__ = ["CONFIG", "config_differences", "plain_config", "read_config"]

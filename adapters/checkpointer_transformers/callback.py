@@ -11,7 +11,7 @@ from checkpointer import Decision, Policy, Save
 from checkpointer.distributed.ranks import OneRank, TorchRanks, on_rank_zero
 from checkpointer.errors import PolicyError
 from checkpointer.hosts.grace import Grace
-from checkpointer.hosts.options import check_options
+from checkpointer.manager import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
 from checkpointer_transformers.cleanup import clear

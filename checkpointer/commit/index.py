@@ -11,8 +11,8 @@ import xxhash
 
 from checkpointer.commit.signing import HMACKey, check_signature
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
-from checkpointer.policy.naming import MAX_PART_BYTES
 from checkpointer.ports import Stat, Storage
+from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records.record import parse_json as parse_json
 from checkpointer.storage.digests import is_cryptographic

@@ -43,7 +43,6 @@ from checkpointer.errors import (
     RecordError,
     SaveError,
 )
-from checkpointer.policy.naming import check_name
 from checkpointer.ports import (
     Clock,
     Storage,
@@ -54,6 +53,7 @@ from checkpointer.ports import (
     Upload,
     Writable,
 )
+from checkpointer.records.names import check_name
 from checkpointer.records.record import SCHEMA, Entry, Record, parse_json, to_json
 from checkpointer.storage.digests import (
     ALGORITHM,

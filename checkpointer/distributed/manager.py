@@ -18,8 +18,7 @@ from checkpointer.distributed.ranks import Agreement, OneRank, Team, TorchRanks
 from checkpointer.distributed.shard_writer import Behind, NumberedCopies, NumberedCopy
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
-from checkpointer.hosts.options import check_options
-from checkpointer.manager import CheckpointManager
+from checkpointer.manager import CheckpointManager, check_options
 from checkpointer.policy.decide import Decision, Skip
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.triggers import Horizon

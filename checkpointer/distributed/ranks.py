@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pickle
 import time
 import uuid
 from collections import deque
@@ -15,10 +14,10 @@ from typing import Any, TypeVar, cast
 
 import attrs
 
-from checkpointer.errors import ClosedError, RanksError
+from checkpointer.errors import ClosedError, RanksError, portable
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "OneRank", "Team", "TorchMailbox", "TorchRanks", "on_every_rank", "on_rank_zero", "portable"]
+__all__ = ["Agreement", "OneRank", "Team", "TorchMailbox", "TorchRanks", "on_every_rank", "on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -308,15 +307,6 @@ def _portable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | N
     """Return an outcome that reaches the other ranks."""
     result, error = outcome
     return outcome if error is None else (result, portable(error))
-
-
-def portable(error: Exception) -> Exception:
-    """Return an error that can be sent to other ranks: itself, or what it says."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RanksError(f"{type(error).__name__}: {error}")
-    return error
 
 
 @attrs.define

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
-from checkpointer.distributed.ranks import portable
 from checkpointer.errors import (
     CheckpointerError,
     CorruptError,
@@ -34,13 +33,14 @@ from checkpointer.errors import (
     RestoreError,
     SaveError,
     UnsafePayloadError,
+    portable,
 )
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.pickler import by_value, check_whole
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.torch_file import TorchFormat
-from checkpointer.policy.naming import check_name
 from checkpointer.ports import Snapshotting, Taken
+from checkpointer.records.names import check_name
 
 __all__ = ["DcpFormat"]
 

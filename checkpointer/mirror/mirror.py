@@ -14,7 +14,6 @@ import queue
 import random
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,8 +21,8 @@ from typing import Any, TypeVar
 import attrs
 
 from checkpointer._display import size_text
-from checkpointer.commit import index
 from checkpointer.commit.directory import Directory
+from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import (
     CheckpointerWarning,
@@ -38,14 +37,14 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.restore.fetch import Fetcher
-from checkpointer.storage import LocalStorage, open_storage
 from checkpointer.storage.drivers import without_password
+from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.same_place import SamePlaceError, refuse_same, refuse_same_by_trial
 
-__all__ = ["Mirror", "MirrorStatus", "Plan", "Where", "lost", "open_mirror", "plan", "retry_after"]
+__all__ = ["Mirror", "MirrorStatus", "Plan", "lost", "open_mirror", "plan", "retry_after"]
 
 T = TypeVar("T")
-Where = str | os.PathLike[str] | Storage
 
 PROGRESS_S = 5.0
 """Seconds between two lines of progress while `Mirror.close` waits."""
@@ -235,7 +234,7 @@ class Mirror:
         while self._await_news():
             try:
                 self._catch_up()
-            except _SamePlaceError as error:
+            except SamePlaceError as error:
                 self._failed(error)
                 return
             except Exception as error:  # Whatever is wrong with the mirror, training goes on.
@@ -263,11 +262,11 @@ class Mirror:
             self._news.wait_for(lambda: self._stopped or self._finishing != was_finishing, seconds)
 
     def _failed(self, error: Exception) -> None:
-        kind = StorageError if isinstance(error, _SamePlaceError) else type(error)
+        kind = StorageError if isinstance(error, SamePlaceError) else type(error)
         self._error = f"{kind.__name__}: {error}"
         if self._error not in self._said:
             self._said.add(self._error)
-            again = "" if isinstance(error, _SamePlaceError) else ", and it is tried again"
+            again = "" if isinstance(error, SamePlaceError) else ", and it is tried again"
             _log.warning("mirror %s: %s; training goes on%s", self, self._error, again)
         # The next try starts from what is really there. A new owner, so that it may finish what this one left.
         self._directory = None
@@ -315,7 +314,7 @@ class Mirror:
             self._owner = new_owner()
             storage = open_storage(self._where, self._owner, self._options)
             refuse_same(self._source, storage)
-            _refuse_same_by_trial(self._source, storage)
+            refuse_same_by_trial(self._source, storage)
             self._directory = Directory(
                 storage, self._owner, self._policy, run=here.run, label=here.label, writes=True, trust=self._trust
             )
@@ -357,7 +356,7 @@ class Mirror:
         owner = new_owner()
         try:
             storage = open_storage(self._where, owner, self._options)
-            listing = index.load(storage, self._trust)
+            listing = load(storage, self._trust)
         finally:
             release(owner)
         damaged = (f"on the mirror {problem}" for problem in listing.damaged.values())
@@ -365,7 +364,7 @@ class Mirror:
         return Fetcher(storage=storage, records=records, problems=tuple(damaged))
 
 
-def _candidates(listing: index.Listing) -> Iterator[Record]:
+def _candidates(listing: Listing) -> Iterator[Record]:
     """Yield the records that may have a payload. Which of them has is proven by digest when one is fetched."""
     for entry in listing.entries.values():
         if entry.status == "committed":
@@ -427,45 +426,3 @@ def open_mirror(
         ranks = any(isinstance(rule, KeepBest) for rule in keep)
         policy = attrs.evolve(policy, keep=keep, best=policy.best if ranks else None)
     return Mirror(where, policy, source, options=options, trust=trust, copies=copies)
-
-
-class _SamePlaceError(StorageError):
-    """No later try will do better."""
-
-
-def refuse_same(source: Storage, where: Where) -> None:
-    """Raise `StorageError` if both are the same place: its rules would then retire what the other's keep."""
-    if isinstance(source, LocalStorage) and isinstance(where, LocalStorage):
-        same = os.path.realpath(source.local_path("")) == os.path.realpath(where.local_path(""))
-    elif isinstance(where, (str, os.PathLike)):
-        same = _place(source) == _place(where)
-    else:
-        same = source is where
-    if same:
-        raise _is_same(where)
-
-
-def _refuse_same_by_trial(source: Storage, mirror: Storage) -> None:
-    """Raise `StorageError` if what is written to one shows up in the other: one place has many spellings."""
-    path = f"{index.HOME}/mirror-{uuid.uuid4().hex}"
-    mirror.write(path, b"")
-    try:
-        if source.list(path):
-            raise _is_same(mirror)
-    finally:
-        mirror.delete(path)
-
-
-def _is_same(where: Where) -> _SamePlaceError:
-    return _SamePlaceError(f"the mirror {without_password(str(where))} is the directory itself; name another place")
-
-
-def _place(where: Where) -> str:
-    """Return a path or URL in one spelling, without asking the disk."""
-    if not isinstance(where, (str, os.PathLike)):
-        return str(where).rstrip("/")
-    text = without_password(os.fspath(where))
-    protocol, separator, rest = text.partition("://")
-    if separator and protocol not in ("file", "local"):
-        return text.rstrip("/")
-    return os.path.abspath(os.path.expanduser(rest if separator else text))

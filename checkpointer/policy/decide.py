@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import attrs
 
-from checkpointer._html import lines_html
+from checkpointer._display import lines_html
 from checkpointer.errors import NamingError
 from checkpointer.policy.ledger import Ledger
 from checkpointer.policy.policy import Policy

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from checkpointer._display import number_text, size_text
-from checkpointer._html import table_html
+from checkpointer._display import number_text, size_text, table_html
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.records.manifest import Manifest

@@ -14,13 +14,11 @@ import attrs
 
 from checkpointer._validation import one_of, whole_number
 from checkpointer.errors import NamingError
-from checkpointer.records.record import has_surrogate, is_home, name_problem
+from checkpointer.records.names import MAX_PART_BYTES, check_name
 
-__all__ = ["DEFAULT_EXTENSION", "Naming", "check_name", "fixed_parts"]
+__all__ = ["DEFAULT_EXTENSION", "Naming", "fixed_parts"]
 
 DEFAULT_EXTENSION: Final = ".ckpt"
-MAX_PART_BYTES: Final = 255
-"""Longest part of a name: what most filesystems take."""
 
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 _HUGE: Final = 1e100
@@ -28,28 +26,6 @@ _FEW_VERSIONS: Final = 100
 _OWN_EXTENSION: Final = re.compile(r"(?<=[^./])(?:\.[A-Za-z]\w*){1,2}$", re.ASCII)
 """What a template ends with if it has an extension of its own: one suffix such as ``.pt``, or two."""
 _BUILTIN: Final = ("epoch", "step")
-
-
-def check_name(name: str) -> str:
-    """Return ``name`` if it is a relative path that stays inside the directory, or raise `NamingError`."""
-    parts = name.split("/")
-    if has_surrogate(name):
-        msg = f"the name {name!r} holds a lone surrogate, which cannot be encoded; remove it from the template"
-    elif "\\" in name or any(ord(char) < 32 for char in name):
-        msg = f"the name {name!r} holds a backslash or control character; remove it from the template"
-    elif name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        msg = f"the name {name!r} is absolute; names are relative to the manager's directory"
-    elif any(part in ("", ".", "..") for part in parts):
-        msg = f"the name {name!r} has an empty part, '.' or '..'; it must stay inside the directory"
-    elif is_home(parts[0]):
-        msg = f"the name {name!r} is reserved: '.checkpointer' holds the records; choose another"
-    elif any(len(part.encode()) > MAX_PART_BYTES for part in parts):
-        msg = f"the name {name!r} has a part longer than {MAX_PART_BYTES} bytes; shorten the template"
-    elif problem := name_problem(name):
-        msg = f"the name {name!r} cannot be used; expected {problem}"
-    else:
-        return name
-    raise NamingError(msg)
 
 
 @attrs.frozen

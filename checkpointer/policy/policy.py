@@ -10,7 +10,7 @@ from typing import Any, Literal
 import attrs
 import yaml
 
-from checkpointer._html import lines_html
+from checkpointer._display import lines_html
 from checkpointer._validation import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.policy import yaml_codec as config

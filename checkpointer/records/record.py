@@ -6,17 +6,16 @@ import json
 import math
 import numbers
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, NoReturn, cast
 
 import attrs
 
-from checkpointer._display import number_text, size_text
-from checkpointer._html import lines_html
+from checkpointer._display import lines_html, number_text, size_text
 from checkpointer._validation import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
+from checkpointer.records.names import has_surrogate, name_problem
 
 __all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
 
@@ -51,11 +50,6 @@ def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, float]:
         msg = f"metrics is {metrics!r} ({type(metrics).__name__}); expected a mapping of names to numbers"
         raise MetricError(msg)
     return MappingProxyType({_as_name(name): _as_float(name, value) for name, value in metrics.items()})
-
-
-def has_surrogate(text: str) -> bool:
-    """Return whether the text holds half a character: it could not be encoded, so not be written."""
-    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _as_name(name: object) -> str:
@@ -393,38 +387,12 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def name_problem(name: str) -> str:
-    """Return what a payload's name was expected to be; empty if it stays inside the directory on every system."""
-    parts = name.split("/")
-    # Windows drops dots and spaces at the end: there '.. ' is the folder above.
-    if any(not part.strip(". ") for part in parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
-        return "a relative path inside the directory"
-    if is_home(parts[0]):
-        return "a path outside '.checkpointer'"
-    if max(len(part.encode()) for part in parts) > MAX_PART_BYTES or len(name.encode()) > MAX_NAME_BYTES:
-        return f"a path of at most {MAX_NAME_BYTES} bytes, and {MAX_PART_BYTES} in each part"
-    return ""
-
-
-def is_home(part: str) -> bool:
-    """Return whether some system may take the name for ``.checkpointer``: some fold case, or skip what is invisible."""
-    if not part.isascii():
-        visible = "".join(char for char in part if unicodedata.category(char) != "Cf")
-        part = unicodedata.normalize("NFKC", visible)
-    return part.casefold().rstrip(". ") == ".checkpointer"
-
-
 def _to_plain_float(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-MAX_PART_BYTES: Final = 255
-"""As many as any usual filesystem takes."""
-MAX_NAME_BYTES: Final = 1024
-"""As many as object stores take."""
-_DRIVE: Final = re.compile(r"[A-Za-z]:")
 _DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
 _HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
 """The digest algorithms there are, see `checkpointer.storage.digests`, and how long each one's digests are."""

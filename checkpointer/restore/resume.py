@@ -10,7 +10,6 @@ import attrs
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import RecordError
-from checkpointer.mirror.mirror import Mirror
 from checkpointer.ports import Storage
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore import load as restoring
@@ -23,7 +22,7 @@ __all__ = ["Account", "go_on", "go_to"]
 def go_to(
     which: str | int | None,
     directory: Directory,
-    mirror: Mirror | None,
+    found: Fetcher,
     contents: Literal["full", "any"],
     load_here: Callable[[Record], Restored],
     strangers: Storage | None = None,
@@ -33,7 +32,7 @@ def go_to(
     Args:
         which: As for `CheckpointManager.restore`.
         directory: Where it is looked for.
-        mirror: Where else.
+        found: What a mirror holds besides.
         contents: As for `CheckpointManager.restore`.
         load_here: Loads a checkpoint that is in the directory.
         strangers: Whose files are an error if there is no checkpoint at all; None: they are somebody's affair.
@@ -41,7 +40,6 @@ def go_to(
     Returns:
         What ``load_here`` returned, or None if there is no checkpoint at all.
     """
-    found = mirror.look() if mirror is not None else Fetcher()
     view = directory.widened(found.records.values())
     policy = directory.policy
     chosen = found.choose(which, policy, view, contents, damaged=directory.damaged)
@@ -102,13 +100,11 @@ class Account:
             raise RecordError(msg) from error
 
 
-def go_on(account: Account, directory: Directory, mirror: Mirror | None, source: str) -> Progress:
+def go_on(account: Account, directory: Directory, found: Fetcher, source: str) -> Progress:
     """Let the directory go on with the run at the account's step, and return from when the trigger counts."""
-    if mirror is not None:
-        found = mirror.look()
-        directory.widened(found.records.values())
-        for problem in found.problems:
-            directory.say_once(problem, f"went on without {problem}")
+    directory.widened(found.records.values())
+    for problem in found.problems:
+        directory.say_once(problem, f"went on without {problem}")
     directory.resume_run(account.run, account.line, account.step, source)
     saved = directory.manifest.at_step(account.step)
     # The state may lie in what somebody else saved, before this step was saved here or its epoch's end attached.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
 
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import CheckpointerWarning
-from checkpointer.mirror.mirror import Mirror
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import Listener
+from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.save.payload import Writer
 
@@ -26,7 +27,8 @@ class Saver:
     directory: Directory
     writer: Writer
     listeners: tuple[Listener, ...]
-    mirror: Mirror | None
+    on_change: Callable[[Manifest], None] | None
+    """Called with the records after each change, as for a mirror; must return at once."""
 
     def write(self, decision: Save, state: Any, path: str | os.PathLike[str] | None) -> Record:
         """Write a payload and its record (steps 1 to 5 of `transaction`), and return the record."""
@@ -70,7 +72,7 @@ class Saver:
         if record.kind == "regular":
             self.directory.point_aliases()
             retired = self._retire() if is_sure else ()
-        self.tell_mirror()
+        self.changed()
         self.tell("on_saved", record)
         return retired
 
@@ -92,7 +94,7 @@ class Saver:
         self.directory.point_aliases()
         if is_sure:
             self._retire()
-        self.tell_mirror()
+        self.changed()
         self.tell("on_attached", record)
 
     def _look(self, sure: Record | None = None) -> bool:
@@ -105,10 +107,10 @@ class Saver:
             return False
         return True
 
-    def tell_mirror(self) -> None:
-        """Say what there is to mirror now."""
-        if self.mirror is not None:
-            self.mirror.tell(self.directory.manifest)
+    def changed(self) -> None:
+        """Call ``on_change`` with the records as they are now."""
+        if self.on_change is not None:
+            self.on_change(self.directory.manifest)
 
     def _retire(self) -> tuple[str, ...]:
         retired = self.directory.retire()

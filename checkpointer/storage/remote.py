@@ -15,21 +15,12 @@ from checkpointer.storage.owner import is_dead, is_live
 from checkpointer.storage.publish import REPLACING, STAGING, Placing, owner_of
 from checkpointer.storage.retry import Retry
 
-__all__ = ["FsspecStorage", "open_remote"]
+__all__ = ["FsspecStorage"]
 
 STALE_S: Final = 24 * 3600.0
 """What a writer left that cannot be asked is swept after this many seconds."""
 SMALL: Final = 1 << 20
 """Payloads up to this many bytes are kept in memory and sent in one request."""
-
-
-def open_remote(url: str, owner: str, options: Mapping[str, Any]) -> FsspecStorage:
-    """Return the storage for a URL: for S3 the one that knows multipart uploads, else the general one."""
-    if url.partition("://")[0] in ("s3", "s3a"):
-        from checkpointer.storage.s3 import S3Storage
-
-        return S3Storage(url, owner, **options)
-    return FsspecStorage(url, owner, **options)
 
 
 class FsspecStorage:

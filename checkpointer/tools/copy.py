@@ -14,11 +14,11 @@ from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
-from checkpointer.mirror.mirror import refuse_same
 from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsPaths, SupportsSweep
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
+from checkpointer.storage.same_place import refuse_same
 from checkpointer.tools.catalog import Catalog, look_at
 
 __all__ = ["Copying", "copy", "plan_copying"]

@@ -37,7 +37,7 @@ from checkpointer.errors import (
     StorageError,
     UnsafePayloadError,
 )
-from checkpointer.policy.naming import check_name
+from checkpointer.records.names import check_name
 from checkpointer.records.record import (
     MAX_DEPTH,
     MAX_RECORD_BYTES,

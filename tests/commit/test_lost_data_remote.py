@@ -23,7 +23,6 @@ from checkpointer.commit.index import load, record_path
 from checkpointer.commit.index import save as save_index
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import NameTakenError, StorageError
-from checkpointer.mirror.mirror import refuse_same
 from checkpointer.ports import Stat, Storage, Writable
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage import open_storage
@@ -31,6 +30,7 @@ from checkpointer.storage.memory import MemoryStorage, MemoryUpload
 from checkpointer.storage.owner import new_owner
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retry import Retry
+from checkpointer.storage.same_place import refuse_same
 
 POLICY = Policy(EverySteps(1), [KeepLast(3)])
 QUICK = {"retry": Retry(deadline_s=10, first_wait_s=0.001)}

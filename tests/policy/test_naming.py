@@ -9,7 +9,8 @@ import attrs
 import pytest
 
 from checkpointer.errors import NamingError, PolicyError
-from checkpointer.policy.naming import MAX_PART_BYTES, Naming, check_name, fixed_parts
+from checkpointer.policy.naming import Naming, fixed_parts
+from checkpointer.records.names import MAX_PART_BYTES, check_name
 
 METRICS = {"val_loss": 0.31, "val/loss": 0.25, "a.b": 2.0, "n": 3.0}
 

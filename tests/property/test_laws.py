@@ -19,7 +19,8 @@ from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
 from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.policy.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
-from checkpointer.records.record import Entry, Progress, Record, name_problem
+from checkpointer.records.names import name_problem
+from checkpointer.records.record import Entry, Progress, Record
 
 counts = st.integers(1, 20)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)

@@ -373,7 +373,8 @@ def test_sweep_removes_what_a_dead_owner_left(tmp_path: Path) -> None:
 def test_sweep_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     """A real one, with ``kill -9``: kept while it lives, gone afterwards."""
     code = (
-        "import sys, time\nfrom checkpointer.storage.owner import new_owner\nfrom checkpointer.storage import LocalStorage\n"
+        "import sys, time\nfrom checkpointer.storage.owner import new_owner\n"
+        "from checkpointer.storage import LocalStorage\n"
         "upload = LocalStorage(sys.argv[1], new_owner()).upload('a'); print('begun', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """Makes the files in the folder beside it with the programs that people train with. CI only reads them.
 
 Run it anew with ``python tests/formats/foreign/make.py`` where these are installed (Python 3.11, the last five without
-their dependencies): torch 2.13.0, safetensors 0.8.0, skorch 1.4.0, mmengine-lite 0.10.7, opencv-python-headless 5.0.0.93,
-timm 1.0.31, torchvision 0.28.0, speechbrain 1.1.2, ultralytics 8.4.190.
+their dependencies): torch 2.13.0, safetensors 0.8.0, skorch 1.4.0, mmengine-lite 0.10.7, opencv-python-headless
+5.0.0.93, timm 1.0.31, torchvision 0.28.0, speechbrain 1.1.2, ultralytics 8.4.190.
 
 ``expected.json`` says what each model's own ``state_dict`` was: name, shape, and the sum of the elements.
 """

@@ -1,0 +1,49 @@
+"""Opens the storage for a path or a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from checkpointer.errors import StorageError
+from checkpointer.ports import Storage
+from checkpointer.storage.local import LocalStorage
+from checkpointer.storage.memory import MemoryStorage
+
+__all__ = ["Where", "open_storage"]
+
+Where = str | os.PathLike[str] | Storage
+"""A path, an fsspec URL, or a storage of the user's own."""
+
+
+def open_storage(
+    directory: Where | None,
+    owner: str,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Storage:
+    """Return the storage for a path, an fsspec URL, a storage of the user's own, or None for memory."""
+    if directory is None:
+        return MemoryStorage()
+    if isinstance(directory, (str, os.PathLike)):
+        path = os.fspath(directory)
+        if not path:
+            msg = "the directory is ''; name a folder such as 'runs/digits', or None to keep checkpoints in memory"
+            raise StorageError(msg)
+        protocol, separator, rest = path.partition("://")
+        if not separator:
+            return LocalStorage(path, owner)
+        if protocol in ("file", "local"):
+            return LocalStorage(rest, owner)
+        options = storage_options or {}
+        if protocol in ("s3", "s3a"):  # It knows multipart uploads.
+            from checkpointer.storage.s3 import S3Storage
+
+            return S3Storage(path, owner, **options)
+        from checkpointer.storage.remote import FsspecStorage
+
+        return FsspecStorage(path, owner, **options)
+    if isinstance(directory, Storage):
+        return directory
+    msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"
+    raise StorageError(msg)

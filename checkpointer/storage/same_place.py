@@ -1,0 +1,56 @@
+"""Refuses one place under two names: the rules of one side would delete what those of the other keep."""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+from checkpointer.errors import StorageError
+from checkpointer.ports import Storage
+from checkpointer.storage.drivers import without_password
+from checkpointer.storage.local import LocalStorage
+from checkpointer.storage.opening import Where
+
+__all__ = ["SamePlaceError", "refuse_same", "refuse_same_by_trial"]
+
+
+class SamePlaceError(StorageError):
+    """No later try will do better."""
+
+
+def refuse_same(source: Storage, where: Where) -> None:
+    """Raise `StorageError` if both are the same place: its rules would then retire what the other's keep."""
+    if isinstance(source, LocalStorage) and isinstance(where, LocalStorage):
+        same = os.path.realpath(source.local_path("")) == os.path.realpath(where.local_path(""))
+    elif isinstance(where, (str, os.PathLike)):
+        same = _place(source) == _place(where)
+    else:
+        same = source is where
+    if same:
+        raise _is_same(where)
+
+
+def refuse_same_by_trial(source: Storage, mirror: Storage) -> None:
+    """Raise `StorageError` if what is written to one shows up in the other: one place has many spellings."""
+    path = f".checkpointer/mirror-{uuid.uuid4().hex}"
+    mirror.write(path, b"")
+    try:
+        if source.list(path):
+            raise _is_same(mirror)
+    finally:
+        mirror.delete(path)
+
+
+def _is_same(where: Where) -> SamePlaceError:
+    return SamePlaceError(f"the mirror {without_password(str(where))} is the directory itself; name another place")
+
+
+def _place(where: Where) -> str:
+    """Return a path or URL in one spelling, without asking the disk."""
+    if not isinstance(where, (str, os.PathLike)):
+        return str(where).rstrip("/")
+    text = without_password(os.fspath(where))
+    protocol, separator, rest = text.partition("://")
+    if separator and protocol not in ("file", "local"):
+        return text.rstrip("/")
+    return os.path.abspath(os.path.expanduser(rest if separator else text))
