@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpointer import EverySeconds, EverySteps, KeepLast, Policy, RankedManager
+from checkpointer import DistributedManager, EverySeconds, EverySteps, KeepLast, Policy
 
 STEP_S = 0.005
 BLOCK = 100
@@ -39,8 +39,8 @@ SAVES = 5
 def overheads(rank: int) -> dict[str, tuple[float, float]]:
     """Return what a step takes without, and how much more it takes with each way to agree: seconds."""
     gradient = torch.zeros(10_000)
-    never = RankedManager(None, Policy(EverySteps(10**9), [KeepLast(1)]), state=dict)
-    timed = RankedManager(None, Policy(EverySeconds(10**9), [KeepLast(1)]), state=dict)
+    never = DistributedManager(None, Policy(EverySteps(10**9), [KeepLast(1)]), state=dict)
+    timed = DistributedManager(None, Policy(EverySeconds(10**9), [KeepLast(1)]), state=dict)
     step = 0
 
     def block(report: Callable[[int], Any]) -> float:
@@ -80,8 +80,8 @@ def blocked(rank: int, folder: str) -> dict[str, float]:
     buffers = [torch.empty(size) for _ in range(TENSORS)]
     policy = Policy(EverySteps(1), [KeepLast(1)])
     how: Any = {"state": lambda: state, "format": "dcp"}
-    behind = RankedManager(f"{folder}/behind", policy, background=True, **how)
-    in_loop = RankedManager(f"{folder}/in-loop", policy, **how)
+    behind = DistributedManager(f"{folder}/behind", policy, background=True, **how)
+    in_loop = DistributedManager(f"{folder}/in-loop", policy, **how)
     group = dist.new_group(backend="gloo")
     stager = DefaultStager(StagingOptions(False, False, False, False))
     futures: list[Any] = []

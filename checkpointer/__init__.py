@@ -1,7 +1,7 @@
 """A checkpoint manager that knows nothing about the training loop, and loses nothing when it is killed."""
 
 from checkpointer.commit.signing import HMACKey
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager, RankedManager
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.manager import CheckpointManager
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, explain
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointerError",
     "CheckpointerWarning",
     "Decision",
+    "DistributedManager",
     "DuringEpochs",
     "EveryEpochs",
     "EverySeconds",

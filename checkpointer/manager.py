@@ -35,7 +35,7 @@ from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, deci
 from checkpointer.policy.explain import manifest_html
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import Limit, Rule
-from checkpointer.policy.schedule import Pacing
+from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.triggers import AtSteps, Horizon
 from checkpointer.ports import (
     Clock,
@@ -51,11 +51,11 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.restore import load as restoring
 from checkpointer.restore import resume as resuming
-from checkpointer.restore.fetch import Fetcher
+from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored
-from checkpointer.restore.resume import Account
+from checkpointer.restore.resume import HostState
 from checkpointer.save.background import Background, BackgroundStatus, Busy, as_busy, copies_of
-from checkpointer.save.executor import Carrier, Life
+from checkpointer.save.executor import Life, SaveExecutor
 from checkpointer.save.payload import FOLDER, Writer
 from checkpointer.save.saver import Saver
 from checkpointer.storage.opening import Where, open_storage
@@ -155,7 +155,7 @@ class CheckpointManager:
         self._clock = clock or SystemClock()
         self._level = logging.INFO if verbose else logging.DEBUG
         self._closed = False
-        self._pacing = Pacing(policy.when)
+        self._pacing = Schedule(policy.when)
         self._owner = owner = new_owner()
         life = Life()
         self._release = weakref.finalize(life, release, owner)
@@ -178,7 +178,7 @@ class CheckpointManager:
             self._background = Background(busy, self._directory.look, self._pacing.wake)
             own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
             snapshots = own(copies_of(busy))
-        self._carrier = Carrier(
+        self._carrier = SaveExecutor(
             self._saver, self._pacing, self._clock, capture, tolerated, self._background, snapshots, life
         )
         if writes and policy.contents == "weights":
@@ -604,7 +604,7 @@ class CheckpointManager:
         """
         saving = saving or self._carrier.saving
         regular = saving is not None and saving.kind == "regular"
-        return Account(
+        return HostState(
             run=self._directory.manifest.run,
             line=self._directory.manifest.line,
             step=max(self._pacing.last_step, saving.observation.step if saving else 0, 0),
@@ -623,7 +623,7 @@ class CheckpointManager:
             RecordError: If it is not what `state_dict` returned.
         """
         self._check_open()
-        account = Account.from_dict(state)
+        account = HostState.from_dict(state)
         self._carrier.settle()
         since = resuming.go_on(account, self._directory, self._on_mirror(), source)
         self._pacing.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
@@ -701,8 +701,8 @@ class CheckpointManager:
 
     # Helpers
 
-    def _on_mirror(self) -> Fetcher:
-        return self._mirror.look() if self._mirror is not None else Fetcher()
+    def _on_mirror(self) -> MirrorSnapshot:
+        return self._mirror.look() if self._mirror is not None else MirrorSnapshot()
 
     def _check_open(self) -> None:
         if self._closed:

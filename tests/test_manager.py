@@ -21,6 +21,7 @@ from checkpointer import (
     Attach,
     CheckpointerWarning,
     CheckpointManager,
+    DistributedManager,
     EveryEpochs,
     EverySeconds,
     EverySteps,
@@ -30,7 +31,6 @@ from checkpointer import (
     Naming,
     Policy,
     Progress,
-    RankedManager,
     Record,
     Save,
     Skip,
@@ -660,7 +660,7 @@ def test_state_and_save_together_are_refused() -> None:
 @pytest.mark.parametrize("state", [{"w": 1}, torch.nn.Linear(1, 1)], ids=["a dict", "a module"])
 def test_a_state_that_is_no_function_is_refused_at_once(state: Any) -> None:
     """The state itself, or the module: both would fail at the first save with an error of Python's own."""
-    for make_one in (CheckpointManager, RankedManager):
+    for make_one in (CheckpointManager, DistributedManager):
         with pytest.raises(PolicyError, match=r"state= is of type (dict|Linear); expected a function .*state=lambda"):
             make_one(None, BEST_AND_LAST, state=state)
 

@@ -15,11 +15,11 @@ from checkpointer import Manifest, Policy, Record
 from checkpointer.policy.ranking import merit
 from checkpointer_lightning.top_k import competing
 
-__all__ = ["Account", "account_of"]
+__all__ = ["ShownState", "account_of"]
 
 
 @attrs.frozen(kw_only=True)
-class Account:
+class ShownState:
     """Lightning's words for what the records say, in plain values: they are sent to other ranks."""
 
     best: dict[str, float]
@@ -61,7 +61,7 @@ class Account:
 
 def account_of(
     policy: Policy, manifest: Manifest, directory: str, top_k: int, going: Collection[str] = frozenset()
-) -> Account:
+) -> ShownState:
     """Return the account of the records; ``top_k`` as Lightning has it, -1 for all.
 
     Names in ``going`` are left out: they are about to be retired.
@@ -76,7 +76,7 @@ def account_of(
     is_full = bool(best) and top_k in (-1, len(best))
     ranking = policy.ranking
     worst = max(in_order, key=lambda record: merit(ranking.sort_key(record))) if ranking and is_full else None
-    return Account(
+    return ShownState(
         best=best,
         best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",
         kth_path=os.path.join(directory, worst.name) if worst else "",

@@ -14,9 +14,9 @@ import attrs
 
 from checkpointer import CheckpointManager
 from checkpointer.ports import Listener
-from checkpointer_lightning.attributes import Account
+from checkpointer_lightning.attributes import ShownState
 
-__all__ = ["Behind", "News"]
+__all__ = ["BackgroundEvents", "News"]
 
 _log: Final = logging.getLogger("checkpointer")
 
@@ -30,11 +30,11 @@ class News:
     retired: tuple[str, ...]
     is_idle: bool
     """Whether nothing is under way any more."""
-    account: Account
+    account: ShownState
 
 
 @attrs.define(eq=False)
-class Behind(Listener):
+class BackgroundEvents(Listener):
     """Takes notes on the writer thread of rank 0."""
 
     is_busy: bool = False

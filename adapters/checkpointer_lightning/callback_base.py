@@ -12,21 +12,21 @@ from checkpointer.distributed.ranks import on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
 from checkpointer_lightning import siblings
-from checkpointer_lightning.background_events import Behind
+from checkpointer_lightning.background_events import BackgroundEvents
 from checkpointer_lightning.ranks import close_ranks, open_ranks
 from checkpointer_lightning.rescue import quietly, rescue, rescue_together
-from checkpointer_lightning.save import Answer, Saving, Training
+from checkpointer_lightning.save import Broadcast, Saving, Training
 from checkpointer_lightning.signals import signals_of
-from checkpointer_lightning.state_cache import desk_of
-from checkpointer_lightning.trainer_io import Pen, in_foreground
+from checkpointer_lightning.state_cache import cache_of
+from checkpointer_lightning.trainer_io import TrainerIO, in_foreground
 
-__all__ = ["Managed", "Moment"]
+__all__ = ["CallbackBase", "Moment"]
 
 Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 """What has just come to its end: a training batch, a validation, an epoch, the training; or somebody asks."""
 
 
-class Managed(Saving):
+class CallbackBase(Saving):
     """Base of both callbacks; a subclass says which policy, and which moments are reported."""
 
     _in_background: bool = False
@@ -64,12 +64,12 @@ class Managed(Saving):
         policy = siblings.apart(self._make_policy(), number)
         ranks = open_ranks(trainer)
         weights_only = policy.contents == "weights"
-        pen = Pen.of(trainer, self._package, ranks, lambda: self._dump(trainer), weights_only=weights_only)
+        pen = TrainerIO.of(trainer, self._package, ranks, lambda: self._dump(trainer), weights_only=weights_only)
         again = self._last_trainer is not None and self._last_trainer() is trainer
         self._last_trainer = weakref.ref(trainer)
         manager: CheckpointManager | None = None
         how = pen.how(background=self._in_background)
-        behind = Behind() if how.get("background") else None
+        behind = BackgroundEvents() if how.get("background") else None
         listeners = (*self._options.get("listeners", ()), *((behind,) if behind is not None else ()))
         options = {**self._options, **how, "listeners": listeners}
 
@@ -103,7 +103,7 @@ class Managed(Saving):
         self._close(trainer)
 
     def _close(self, trainer: Any) -> None:
-        desk_of(trainer).clear()
+        cache_of(trainer).clear()
         signals_of(trainer).leave(trainer)
         training = self._training
         if training is None:
@@ -131,7 +131,7 @@ class Managed(Saving):
         if training.ranks.size == 1:
             if training.behind is not None and training.behind.has_news(training.manager):
                 self._catch_up(trainer)
-            if training.signals.requeue and self is siblings.newest(trainer.callbacks, Managed):
+            if training.signals.requeue and self is siblings.newest(trainer.callbacks, CallbackBase):
                 self._requeue(trainer, training)
 
     def _end_batch_together(self, trainer: Any, training: Training) -> None:
@@ -141,7 +141,7 @@ class Managed(Saving):
         late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
         news = behind is not None and behind.has_news(training.manager)
         stops = signals.noted
-        requeues = signals.requeue and self is siblings.newest(trainer.callbacks, Managed)
+        requeues = signals.requeue and self is siblings.newest(trainer.callbacks, CallbackBase)
         if training.agreement(late or stops or news or requeues):
             flags = training.ranks.highest(float(late), float(stops), float(news), float(requeues))
             late, stops, news, requeues = map(bool, flags)
@@ -191,7 +191,7 @@ class Managed(Saving):
         if self._due("end"):
             self._report("end", trainer)
             self._catch_up(trainer, waits=True)
-        if training.signals.awaits_requeue and self is siblings.newest(trainer.callbacks, Managed):
+        if training.signals.awaits_requeue and self is siblings.newest(trainer.callbacks, CallbackBase):
             (asked,) = training.ranks.highest(float(training.signals.requeue))
             if asked:
                 self._requeue(trainer, training)
@@ -242,25 +242,25 @@ class Managed(Saving):
             # The Trainer counts on before the training ends.
             _, epoch, ends = training.epoch
 
-        def decide() -> Answer:
+        def decide() -> Broadcast:
             manager = training.managing
             decision = manager.decide(metrics, step, epoch, epoch_end=ends, due=self._due(moment))
             # What is attached in the background is not there yet.
             shown = decision if training.behind is None or isinstance(decision, Save) else None
-            return Answer(decision, manager.horizon, self._account(training, shown))
+            return Broadcast(decision, manager.horizon, self._account(training, shown))
 
         answer = on_rank_zero(training.ranks, decide)
         training.horizon = answer.horizon
         if _is_ranked(answer.decision):
             training.measured.rank(step, metrics)
-        desk = desk_of(trainer)
+        desk = cache_of(trainer)
         desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
         training.moment = moment
         try:
             self._follow(trainer, answer.decision, answer.account)
         finally:
             training.moment = ""
-            if self is siblings.newest(trainer.callbacks, Managed):
+            if self is siblings.newest(trainer.callbacks, CallbackBase):
                 desk.clear()
 
     def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from checkpointer.policy.retention import KeepAll, Limit, Rule
 from checkpointer.ports import Listener
 from checkpointer.storage.opening import Where
 from checkpointer_lightning import siblings
-from checkpointer_lightning.callback_base import Managed, Moment
+from checkpointer_lightning.callback_base import CallbackBase, Moment
 from checkpointer_lightning.places import is_local
 
 __all__ = ["Composed"]
 
 
-class Composed(Managed):
+class Composed(CallbackBase):
     """Saves by a `checkpointer.Policy`: any triggers, any rules, several such callbacks in one Trainer.
 
     A training batch, a validation, the end of an epoch and the end of the training are each reported. A step that is

@@ -12,8 +12,8 @@ import attrs
 from checkpointer import Attach, CheckpointerWarning, Decision, DuringEpochs, EveryEpochs, Policy, Save, Skip
 from checkpointer.policy.naming import fixed_parts
 from checkpointer_lightning import siblings
-from checkpointer_lightning.attributes import Account
-from checkpointer_lightning.callback_base import Managed, Moment
+from checkpointer_lightning.attributes import ShownState
+from checkpointer_lightning.callback_base import CallbackBase, Moment
 from checkpointer_lightning.identity import Identity
 from checkpointer_lightning.manual_optimization import before_step, has_captured
 from checkpointer_lightning.top_k import ONLY_LAST, with_competitors
@@ -21,7 +21,7 @@ from checkpointer_lightning.top_k import ONLY_LAST, with_competitors
 __all__ = ["DropIn"]
 
 
-class DropIn(Managed):
+class DropIn(CallbackBase):
     """Takes the place of Lightning's ``ModelCheckpoint``: the same arguments, attributes, names and state.
 
     Where Lightning loses data or misleads, this does not; ``docs/lightning.md`` lists each difference.
@@ -178,7 +178,7 @@ class DropIn(Managed):
 
     # What is said
 
-    def _follow(self, trainer: Any, decision: Decision, account: Account) -> None:
+    def _follow(self, trainer: Any, decision: Decision, account: ShownState) -> None:
         if self.verbose and self.monitor is not None and (words := self._words(trainer, decision, account)):
             self._package.info(words)
         if isinstance(decision, Save):
@@ -198,7 +198,7 @@ class DropIn(Managed):
             msg = f"the template {self.filename!r} asks for {key!r}, which was not reported (have: {have}): it reads 0"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
-    def _words(self, trainer: Any, decision: Decision, account: Account) -> str:
+    def _words(self, trainer: Any, decision: Decision, account: ShownState) -> str:
         now = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}: {self.monitor!r}"
         ranks = not isinstance(decision, Skip) and ONLY_LAST not in decision.observation.metrics
         if isinstance(decision, Save) and ranks and self.monitor in decision.observation.metrics and account.best:

@@ -27,7 +27,7 @@ SHOWN: Final = (
     "last_model_path",
     "current_score",
 )
-"""Names of what `Account.show` sets."""
+"""Names of what `ShownState.show` sets."""
 
 
 class Resuming(Identity):

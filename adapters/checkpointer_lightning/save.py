@@ -14,32 +14,32 @@ from checkpointer import Attach, CheckpointManager, Decision, Save, Skip
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Ranks
-from checkpointer_lightning.attributes import Account, account_of
-from checkpointer_lightning.background_events import Behind, News
+from checkpointer_lightning.attributes import ShownState, account_of
+from checkpointer_lightning.background_events import BackgroundEvents, News
 from checkpointer_lightning.fresh_metrics import Measured
 from checkpointer_lightning.identity import Identity
 from checkpointer_lightning.resume import SHOWN, Resuming
 from checkpointer_lightning.signals import Signals
-from checkpointer_lightning.state_cache import desk_of
-from checkpointer_lightning.trainer_io import Pen
+from checkpointer_lightning.state_cache import cache_of
+from checkpointer_lightning.trainer_io import TrainerIO
 
-__all__ = ["Answer", "Saving", "Training"]
+__all__ = ["Broadcast", "Saving", "Training"]
 
 
 @attrs.frozen
-class Answer:
+class Broadcast:
     """What rank 0 tells the others."""
 
     decision: Decision
     horizon: Horizon
-    account: Account
+    account: ShownState
 
 
 @attrs.define
 class Training:
     """What lives from the start of a training to its end, on every rank."""
 
-    pen: Pen
+    pen: TrainerIO
     ranks: Ranks
     manager: CheckpointManager | None
     """Rank 0's."""
@@ -52,7 +52,7 @@ class Training:
     """What is being reported."""
     rescues: bool = False
     """Whether the policy saves when something ends the training."""
-    behind: Behind | None = None
+    behind: BackgroundEvents | None = None
     """What is under way, where the manager writes in the background."""
     signals: Signals = attrs.field(factory=Signals)
     """What the processes have been told."""
@@ -85,7 +85,7 @@ class Saving(Resuming):
     """What was shown before the save that is being made."""
     _last_trainer: weakref.ref[Any] | None = None
 
-    def _follow(self, trainer: Any, decision: Decision, account: Account) -> None:
+    def _follow(self, trainer: Any, decision: Decision, account: ShownState) -> None:
         training = self._training
         behind = training.behind if training is not None else None
         if isinstance(decision, Attach):
@@ -126,11 +126,11 @@ class Saving(Resuming):
         training = self._training
         assert training is not None, "it was asked"
 
-        def lead() -> Answer:
+        def lead() -> Broadcast:
             done = act(training.managing)
-            return Answer(done, training.managing.horizon, self._account(training, None))
+            return Broadcast(done, training.managing.horizon, self._account(training, None))
 
-        answer: Answer = training.pen.team.work(lead)
+        answer: Broadcast = training.pen.team.work(lead)
         done: Decision = answer.decision
         training.horizon = answer.horizon
         self.__dict__.update(self._before)
@@ -211,7 +211,7 @@ class Saving(Resuming):
     def _dump(self, trainer: Any) -> dict[str, Any]:
         """Return the state to save; every callback of this moment gets the same one."""
         saving = [callback for callback in trainer.callbacks if isinstance(callback, Identity)]
-        return desk_of(trainer).dump(trainer, saving, weights_only=self.save_weights_only)
+        return cache_of(trainer).dump(trainer, saving, weights_only=self.save_weights_only)
 
     def _retired(self, trainer: Any, names: Iterable[str]) -> None:
         for name in names:
@@ -220,7 +220,7 @@ class Saving(Resuming):
     def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
         """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""
 
-    def _account(self, training: Training, decision: Decision | None) -> Account:
+    def _account(self, training: Training, decision: Decision | None) -> ShownState:
         """Return what there is; or, with a decision, what there will be once it is carried out."""
         manager = training.managing
         manifest = manager.manifest if decision is None else manager.after(decision)
@@ -229,7 +229,7 @@ class Saving(Resuming):
             going |= {record.name for record in manifest.history} - manager.after(_NOTHING).by_name.keys()
         return account_of(manager.policy, manifest, self._folder, self.save_top_k, going)
 
-    def _show(self, account: Account) -> None:
+    def _show(self, account: ShownState) -> None:
         account.show(self)
 
     def _manager_state(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["Desk", "desk_of"]
+__all__ = ["StateCache", "cache_of"]
 
-_DESKS: Final[weakref.WeakKeyDictionary[Any, Desk]] = weakref.WeakKeyDictionary()
+_DESKS: Final[weakref.WeakKeyDictionary[Any, StateCache]] = weakref.WeakKeyDictionary()
 
 
 @attrs.define
-class Desk:
+class StateCache:
     """Where the callbacks of one Trainer find the dump that another has made at this very moment.
 
     A dump refers to the tensors of the training, it does not copy them; so it is right until the training goes on,
@@ -59,6 +59,6 @@ def _with_states(dump: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str
     return again
 
 
-def desk_of(trainer: Any) -> Desk:
+def cache_of(trainer: Any) -> StateCache:
     """Return the desk of a Trainer."""
-    return _DESKS.setdefault(trainer, Desk())
+    return _DESKS.setdefault(trainer, StateCache())

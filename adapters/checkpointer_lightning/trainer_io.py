@@ -14,11 +14,11 @@ from checkpointer.distributed.ranks import Team
 from checkpointer.ports import Ranks
 from checkpointer_lightning.packages import Package
 
-__all__ = ["Pen", "in_foreground"]
+__all__ = ["TrainerIO", "in_foreground"]
 
 
 @attrs.define
-class Pen:
+class TrainerIO:
     """Takes the Trainer's state, or lets the Trainer write it, on every rank at once.
 
     Where writing is Lightning's own ``torch.save``, the state streams through the manager, to wherever its directory
@@ -39,7 +39,7 @@ class Pen:
     @classmethod
     def of(
         cls, trainer: Any, package: Package, ranks: Ranks, dump: Callable[[], dict[str, Any]], *, weights_only: bool
-    ) -> Pen:
+    ) -> TrainerIO:
         """Return the pen of a Trainer's ranks."""
         acts: dict[str, Callable[..., None]] = {}
         pen = cls(trainer, package, dump, weights_only, Team(ranks, acts))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Record
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.ports import Storage
 from checkpointer_torch.training_state import Training
 from checkpointer_torch.weights import load_weights
@@ -17,7 +17,7 @@ __all__ = ["begin_from_adopted"]
 
 
 def begin_from_adopted(
-    saver: CheckpointManager | RankedManager,
+    saver: CheckpointManager | DistributedManager,
     training: Training,
     *,
     directory: str | os.PathLike[str] | Storage | None,
@@ -55,7 +55,7 @@ def begin_from_adopted(
 
 
 def _found(
-    saver: CheckpointManager | RankedManager, directory: str | os.PathLike[str] | Storage | None
+    saver: CheckpointManager | DistributedManager, directory: str | os.PathLike[str] | Storage | None
 ) -> tuple[Record | None, Any]:
     """Return the newest valid checkpoint's record, and its path or URL, or else its state."""
     if isinstance(saver, CheckpointManager) and isinstance(directory, (str, os.PathLike)):

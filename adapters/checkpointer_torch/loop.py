@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Policy, Record
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.hosts.grace import CLOSE_S
@@ -107,7 +107,9 @@ class Loop:
     ) -> None:
         _check_names(objects, options)
         if options.get("format") == "dcp":
-            msg = "a Loop saves state that all ranks have alike; for sharded models call RankedManager(format='dcp')"
+            msg = (
+                "a Loop saves state that all ranks have alike; for sharded models call DistributedManager(format='dcp')"
+            )
             raise PolicyError(msg)
         self._own_ranks = TorchRanks() if ranks is None and _is_distributed() else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
@@ -118,11 +120,11 @@ class Loop:
         self._stopwatch = _Stopwatch(training)
         kept = {**options, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), self._stopwatch)
-        self._saver: CheckpointManager | RankedManager
+        self._saver: CheckpointManager | DistributedManager
         if self._is_alone:
             self._saver = CheckpointManager(directory, policy, state=self._stopwatch.take, **kept)
         else:
-            self._saver = RankedManager(directory, policy, ranks=self._ranks, state=self._stopwatch.take, **kept)
+            self._saver = DistributedManager(directory, policy, ranks=self._ranks, state=self._stopwatch.take, **kept)
         file = request_file(directory) if self._ranks.rank == 0 else None
         self._requests = requests = Requests(stop_on, save_on, file)
         self._is_fetching = False

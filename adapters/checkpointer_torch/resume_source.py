@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer import CheckpointManager
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.restore.load import Restored
 from checkpointer_torch.open_any import is_place, open_place, own_name
@@ -31,7 +31,7 @@ class Origin:
 
 
 def find_origin(
-    saver: CheckpointManager | RankedManager, directory: Any, from_: Any, *, is_mapped: bool, weights_only: bool
+    saver: CheckpointManager | DistributedManager, directory: Any, from_: Any, *, is_mapped: bool, weights_only: bool
 ) -> Origin | None:
     """Read the state that a resume goes on from; None if the directory is empty, and no other place is given.
 
@@ -70,7 +70,7 @@ def _sorted_out(from_: Any, directory: Any) -> tuple[str | int | None, str | Non
 
 
 def _restored(
-    saver: CheckpointManager | RankedManager, which: str | int | None, *, weights_only: bool
+    saver: CheckpointManager | DistributedManager, which: str | int | None, *, weights_only: bool
 ) -> Restored | None:
     try:
         return saver.restore(which, weights_only=weights_only)

@@ -42,7 +42,7 @@ def as_written(policy: Policy) -> Policy:
 
 
 @attrs.frozen
-class _Told:
+class _Broadcast:
     """What rank 0 tells the others."""
 
     decision: Decision
@@ -112,7 +112,7 @@ class Training:
     def open(self, state: Any, again: Mapping[str, Any]) -> None:
         """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
 
-        def open_it() -> _Told:
+        def open_it() -> _Broadcast:
             self._storage = open_storage(self.folder, self._owner)
             self.manager = manager = CheckpointManager(
                 self.folder, self.policy, save=self._save, clock=self._clock, **self._options
@@ -201,7 +201,7 @@ class Training:
         self._due = due
         self._ended_step = state.global_step if epoch_end else self._ended_step
 
-        def decide() -> _Told:
+        def decide() -> _Broadcast:
             decision = self._decide(state, due)
             if isinstance(decision, Save):
                 decision = self._prepared(decision)
@@ -213,7 +213,7 @@ class Training:
         """Let rank 0 decide on what the Trainer has written unasked."""
         self._due = ASKED
 
-        def decide() -> _Told:
+        def decide() -> _Broadcast:
             name = f"checkpoint-{state.global_step}"
             if name in self._own_manager.manifest.by_name:
                 return self._tell(Skip(reason=f"{name} is saved already, and was written over"), state)
@@ -227,7 +227,7 @@ class Training:
     def rescue(self, state: Any, why: str) -> Decision:
         """Decide on a rescue of this step, unless it is saved already."""
 
-        def decide() -> _Told:
+        def decide() -> _Broadcast:
             manager = self._own_manager
             saved = manager.manifest.at_step(state.global_step)
             if saved is not None:
@@ -287,7 +287,7 @@ class Training:
         if written and self.ranks.size > 1:
             self.ranks.gather(None)  # Another rank may still be writing.
 
-        def commit() -> _Told:
+        def commit() -> _Broadcast:
             self._final = final = self._completed(state, decision)
             if not written:
                 return self._tell(self._own_manager.commit(final), state)
@@ -331,12 +331,12 @@ class Training:
         assert self.manager is not None, "this is rank 0"
         return self.manager
 
-    def _tell(self, decision: Decision, state: Any) -> _Told:
+    def _tell(self, decision: Decision, state: Any) -> _Broadcast:
         manager = self._own_manager
         saved = manager.manifest.at_step(state.global_step) is not None
-        return _Told(decision, manager.horizon, best_of(manager.policy, manager.manifest), saved)
+        return _Broadcast(decision, manager.horizon, best_of(manager.policy, manager.manifest), saved)
 
-    def _heed(self, told: _Told, state: Any) -> Decision:
+    def _heed(self, told: _Broadcast, state: Any) -> Decision:
         self._horizon = told.horizon
         decision = told.decision
         self._saved_step = state.global_step if told.saved else -1

@@ -52,7 +52,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"checkpointer.cli.{_name}_command"), f"{_name}_command"))
+    app.command(_name)(getattr(importlib.import_module(f"checkpointer.cli.commands.{_name}"), f"{_name}_command"))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

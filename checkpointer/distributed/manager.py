@@ -15,7 +15,7 @@ import attrs
 from checkpointer._validation import check_function
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, OneRank, Team, TorchRanks
-from checkpointer.distributed.shard_writer import Behind, NumberedCopies, NumberedCopy
+from checkpointer.distributed.shard_writer import NumberedCopies, NumberedCopy, ShardWriter
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager, check_options
@@ -33,14 +33,14 @@ from checkpointer.storage.owner import new_owner, release
 if TYPE_CHECKING:
     from checkpointer.formats.dcp_folder import DcpFormat
 
-__all__ = ["RankedManager"]
+__all__ = ["DistributedManager", "RankedManager"]
 
 MEET_S = 1.0
 """Seconds that an error waits for the other ranks to come to a rescue."""
 
 
 @attrs.frozen
-class _Told:
+class _Broadcast:
     """What rank 0 tells the others at the end of whatever it did."""
 
     horizon: Horizon
@@ -55,7 +55,7 @@ class _Told:
 _NOTHING = Skip(reason="nothing was asked")
 
 
-class RankedManager:
+class DistributedManager:
     """A `CheckpointManager` for a training of several processes; each of them makes one, and calls it alike.
 
     Rank 0 has the manager: it alone decides, and touches the directory. What it decides reaches the others in one
@@ -81,7 +81,7 @@ class RankedManager:
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
         >>> from checkpointer.distributed.ranks import OneRank
-        >>> manager = RankedManager(
+        >>> manager = DistributedManager(
         ...     None, Policy(EverySteps(10), [KeepLast(2)]), ranks=OneRank(), state=lambda: {"w": 1}
         ... )
         >>> [bool(manager.observe({}, step=step, epoch=0, epoch_end=False)) for step in (9, 10)]
@@ -120,7 +120,7 @@ class RankedManager:
         self._team = Team(self._ranks, acts)
         self._payload = self._open_format(format)
         busy = as_busy(options.get("background"))
-        self._behind: Behind | None = None
+        self._behind: ShardWriter | None = None
         if busy is not None and isinstance(self._payload, FolderFormat):
             self._behind = self._open_behind(format, copies_of(busy))
         self._taken: Any = None
@@ -129,7 +129,7 @@ class RankedManager:
         self._seen = -1, 0
         self._closed = False
 
-        def open_it() -> _Told:
+        def open_it() -> _Broadcast:
             self._manager = CheckpointManager(
                 directory,
                 policy,
@@ -149,7 +149,7 @@ class RankedManager:
         template = None if self._state is None else lambda: self._taken
         return _dcp(getattr(self._ranks, "group", None), template, self._where[1])
 
-    def _open_behind(self, format: str | Format | FolderFormat, copies: int) -> Behind:
+    def _open_behind(self, format: str | Format | FolderFormat, copies: int) -> ShardWriter:
         if format != "dcp":
             msg = (
                 f"format is a {type(format).__name__} that all ranks write, and background= is there for format='dcp' "
@@ -167,7 +167,7 @@ class RankedManager:
             mailbox = self._ranks.mailbox()
         group = None if mailbox is None else mailbox.group
         payload = _dcp(group, None, self._where[1])
-        return Behind(self._ranks.rank, mailbox, payload, payload.snapshots(copies), copies)
+        return ShardWriter(self._ranks.rank, mailbox, payload, payload.snapshots(copies), copies)
 
     # What all ranks are called for
 
@@ -212,10 +212,12 @@ class RankedManager:
         copies = NumberedCopies(behind, lambda number: self._team.call("copy", number))
         return _CalledBehind(payload, self._write_all, self._read_all, behind, copies)
 
-    def _tell(self, decision: Decision | None = None, record: Record | None = None, *, is_done: bool = True) -> _Told:
+    def _tell(
+        self, decision: Decision | None = None, record: Record | None = None, *, is_done: bool = True
+    ) -> _Broadcast:
         """Return what all ranks have to know, on rank 0."""
         manager = self._own_manager
-        return _Told(
+        return _Broadcast(
             manager.horizon,
             manager.best,
             manager.last,
@@ -225,7 +227,7 @@ class RankedManager:
             is_done,
         )
 
-    def _heed(self, told: _Told) -> _Told:
+    def _heed(self, told: _Broadcast) -> _Broadcast:
         self._told = told
         self._taken = self._loaded = None
         self._quiet = Skip(reason=f"not due{told.horizon.words()}")
@@ -300,7 +302,7 @@ class RankedManager:
         options: dict[str, Any] = {"weights_only": weights_only, "map_location": map_location}
         here: Restored | None = None
 
-        def restore() -> _Told:
+        def restore() -> _Broadcast:
             nonlocal here
             here = self._own_manager.restore(which, contents=contents, **options)
             return self._tell(record=here.record if here else None)
@@ -378,7 +380,7 @@ class RankedManager:
             if self._manager is not None:
                 closing.callback(self._manager.close, timeout=timeout)
 
-    def __enter__(self) -> RankedManager:
+    def __enter__(self) -> DistributedManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -411,7 +413,9 @@ class RankedManager:
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def __repr__(self) -> str:
-        return f"<RankedManager: rank {self._ranks.rank} of {self._ranks.size}, {self._manager or 'led by rank 0'}>"
+        return (
+            f"<DistributedManager: rank {self._ranks.rank} of {self._ranks.size}, {self._manager or 'led by rank 0'}>"
+        )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -449,7 +453,7 @@ class _Called:
 class _CalledBehind(_Called):
     """Rank 0's format where states are written behind the training: the other ranks are called to copy theirs."""
 
-    behind: Behind
+    behind: ShardWriter
     copies: NumberedCopies
 
     def snapshots(self, copies: int) -> Snapshotting:
@@ -470,3 +474,7 @@ def _dcp(group: Any, template: Callable[[], Any] | None, storage_options: Mappin
     from checkpointer.formats.dcp_folder import DcpFormat
 
     return DcpFormat(group, template, storage_options)
+
+
+RankedManager = DistributedManager
+"""The earlier name."""

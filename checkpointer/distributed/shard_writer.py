@@ -14,7 +14,7 @@ from checkpointer.errors import RanksError
 from checkpointer.ports import FolderFormat, Mailbox, Snapshotting, Taken
 from checkpointer.save.background import finish_at_exit
 
-__all__ = ["Behind", "NumberedCopies", "NumberedCopy"]
+__all__ = ["NumberedCopies", "NumberedCopy", "ShardWriter"]
 
 SILENCE_S: Final = 60.0
 """Seconds without a sign of life from rank 0 after which a rank that has come to its end waits for its word no more."""
@@ -42,7 +42,7 @@ class _Copy:
     """Whether rank 0's word on it was heard."""
 
 
-class Behind:
+class ShardWriter:
     """One rank's copies, each under the number that it has on all ranks.
 
     The threads of all ranks write a copy together, in a process group of their own; each but rank 0's begins when it
@@ -259,7 +259,7 @@ def _start(target: Callable[[], None], *, daemon: bool) -> threading.Thread:
 class NumberedCopies:
     """How rank 0's manager takes copies: on all ranks, under one number."""
 
-    behind: Behind
+    behind: ShardWriter
     copy: Callable[[int], None]
     """Has every rank copy what it has taken."""
     _next: int = attrs.field(default=0, init=False)
@@ -280,12 +280,12 @@ class NumberedCopy:
     """A copy that every rank has its part of."""
 
     number: int
-    behind: Behind
+    behind: ShardWriter
 
     def wait(self) -> NumberedCopy:
         """Return itself: each rank waits for its own part."""
         return self
 
     def release(self) -> None:
-        """See `Behind.release`."""
+        """See `ShardWriter.release`."""
         self.behind.release(self.number)

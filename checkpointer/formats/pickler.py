@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 HOW_TO_SAVE_SHARDS: Final = (
-    'save with RankedManager(format="dcp"), or return whole tensors: get_state_dict(model, optimizers, '
+    'save with DistributedManager(format="dcp"), or return whole tensors: get_state_dict(model, optimizers, '
     "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint.state_dict, on "
     "all ranks"
 )

@@ -36,7 +36,7 @@ from checkpointer.policy.retention import KeepBest, Limit, Rule
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
-from checkpointer.restore.fetch import Fetcher
+from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.storage.drivers import without_password
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -343,15 +343,15 @@ class Mirror:
 
     # For a restore, on its thread
 
-    def look(self, seconds: float = LOOK_S) -> Fetcher:
+    def look(self, seconds: float = LOOK_S) -> MirrorSnapshot:
         """Return what the mirror holds; if it does not say so in time, that is a problem that the fetcher carries."""
         try:
             return _within(seconds, self._look)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            return Fetcher(problems=(f"what the mirror {self} may hold, which could not be reached ({why})",))
+            return MirrorSnapshot(problems=(f"what the mirror {self} may hold, which could not be reached ({why})",))
 
-    def _look(self) -> Fetcher:
+    def _look(self) -> MirrorSnapshot:
         # Its own storage: the thread's may be in the middle of something.
         owner = new_owner()
         try:
@@ -361,7 +361,7 @@ class Mirror:
             release(owner)
         damaged = (f"on the mirror {problem}" for problem in listing.damaged.values())
         records = {record.token: record for record in _candidates(listing)}
-        return Fetcher(storage=storage, records=records, problems=tuple(damaged))
+        return MirrorSnapshot(storage=storage, records=records, problems=tuple(damaged))
 
 
 def _candidates(listing: Listing) -> Iterator[Record]:

@@ -13,17 +13,17 @@ from checkpointer.policy.decide import Skip
 from checkpointer.policy.triggers import ALWAYS, Horizon, Trigger, horizon_of
 from checkpointer.records.record import Observation, Progress, as_metrics
 
-__all__ = ["Pacing"]
+__all__ = ["Schedule"]
 
 
 @attrs.define
-class Pacing:
+class Schedule:
     """What a manager remembers of the loop between two reports. It reads no clock: times are arguments.
 
     Example:
         >>> from checkpointer import EverySteps, Progress
-        >>> from checkpointer.policy.schedule import Pacing
-        >>> pacing = Pacing(when=EverySteps(10))
+        >>> from checkpointer.policy.schedule import Schedule
+        >>> pacing = Schedule(when=EverySteps(10))
         >>> pacing.go_on(Progress(step=20), 0.0)
         >>> pacing.is_quiet({}, 29, 0, False, float), pacing.is_quiet({}, 30, 0, False, float)
         (True, False)

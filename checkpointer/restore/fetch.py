@@ -24,13 +24,13 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, choose, verify
 
-__all__ = ["Fetcher"]
+__all__ = ["MirrorSnapshot"]
 
 _log = logging.getLogger("checkpointer")
 
 
 @attrs.frozen(kw_only=True)
-class Fetcher:
+class MirrorSnapshot:
     """What a mirror held when a restore looked, and how to get it."""
 
     storage: Storage | None = None

@@ -13,16 +13,16 @@ from checkpointer.errors import RecordError
 from checkpointer.ports import Storage
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore import load as restoring
-from checkpointer.restore.fetch import Fetcher
+from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored
 
-__all__ = ["Account", "go_on", "go_to"]
+__all__ = ["HostState", "go_on", "go_to"]
 
 
 def go_to(
     which: str | int | None,
     directory: Directory,
-    found: Fetcher,
+    found: MirrorSnapshot,
     contents: Literal["full", "any"],
     load_here: Callable[[Record], Restored],
     strangers: Storage | None = None,
@@ -61,7 +61,7 @@ def go_to(
 
 
 @attrs.frozen(kw_only=True)
-class Account:
+class HostState:
     """What a host may keep of a manager in a checkpoint of its own: enough to go on with the run from there."""
 
     run: str
@@ -85,7 +85,7 @@ class Account:
         }
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Account:
+    def from_dict(cls, state: Mapping[str, Any]) -> HostState:
         """Return what `to_dict` was called on; `RecordError` for anything else."""
         try:
             return cls(
@@ -100,7 +100,7 @@ class Account:
             raise RecordError(msg) from error
 
 
-def go_on(account: Account, directory: Directory, found: Fetcher, source: str) -> Progress:
+def go_on(account: HostState, directory: Directory, found: MirrorSnapshot, source: str) -> Progress:
     """Let the directory go on with the run at the account's step, and return from when the trigger counts."""
     directory.widened(found.records.values())
     for problem in found.problems:

@@ -13,7 +13,7 @@ import attrs
 
 from checkpointer.errors import AliasInUseError, CheckpointerWarning, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, Skip
-from checkpointer.policy.schedule import Pacing
+from checkpointer.policy.schedule import Schedule
 from checkpointer.ports import Clock, Snapshotting, Taken
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation
@@ -21,7 +21,7 @@ from checkpointer.save.background import Background, Job, Outcome
 from checkpointer.save.saver import Saver
 from checkpointer.storage.access import access_advice
 
-__all__ = ["Carrier", "Life"]
+__all__ = ["Life", "SaveExecutor"]
 
 
 class Life:
@@ -29,11 +29,11 @@ class Life:
 
 
 @attrs.define
-class Carrier:
+class SaveExecutor:
     """What lies between a decision and its effects: taking the state, writing it here or behind, failing."""
 
     saver: Saver
-    pacing: Pacing
+    pacing: Schedule
     clock: Clock
     capture: Callable[[], Any] | None
     """Returns the state, or the weights; None if there is nothing to take, or a trainer writes by itself."""

@@ -21,7 +21,7 @@ from checkpointer.storage.owner import is_dead
 from checkpointer.storage.reread import read_whole
 from checkpointer.storage.retry import is_transient
 
-__all__ = ["REPLACING", "STAGING", "Capabilities", "Placing", "owner_of"]
+__all__ = ["REPLACING", "STAGING", "Capabilities", "Publisher", "owner_of"]
 
 STAGING: Final = ".checkpointer/staging"
 REPLACING: Final = ".checkpointer/replacing"
@@ -54,7 +54,7 @@ class Capabilities:
         return {"replace": replace[self.rename], "create": create[self.create], "copy": copy[self.copy]}
 
 
-class Placing:
+class Publisher:
     """Puts files under their names, on one connection, for one writer.
 
     Args:

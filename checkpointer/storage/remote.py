@@ -12,7 +12,7 @@ from checkpointer.ports import Stat, Upload
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, modified_s, stat_of
 from checkpointer.storage.owner import is_dead, is_live
-from checkpointer.storage.publish import REPLACING, STAGING, Placing, owner_of
+from checkpointer.storage.publish import REPLACING, STAGING, Publisher, owner_of
 from checkpointer.storage.retry import Retry
 
 __all__ = ["FsspecStorage"]
@@ -45,7 +45,7 @@ class FsspecStorage:
 
     def __init__(self, url: str, owner: str = "", *, retry: Retry | None = None, **options: Any) -> None:
         self._connection = Connection(url, retry or Retry(), options)
-        self._placing = Placing(self._connection, owner)
+        self._placing = Publisher(self._connection, owner)
 
     def __str__(self) -> str:
         return str(self._connection)
@@ -176,7 +176,7 @@ class FsspecStorage:
 class RemoteUpload:
     """A payload on its way: small ones wait in memory, larger ones stream. See `checkpointer.ports.Upload`."""
 
-    def __init__(self, connection: Connection, placing: Placing, path: str) -> None:
+    def __init__(self, connection: Connection, placing: Publisher, path: str) -> None:
         self._connection = connection
         self._placing = placing
         self._path = path
@@ -219,7 +219,7 @@ class RemoteUpload:
 class StagedStream:
     """A payload that is written to the staging folder, and renamed or copied to its name by the server."""
 
-    def __init__(self, connection: Connection, placing: Placing, path: str) -> None:
+    def __init__(self, connection: Connection, placing: Publisher, path: str) -> None:
         self._connection = connection
         self._placing = placing
         self._path = path

@@ -21,7 +21,7 @@ from checkpointer.ports import Upload
 from checkpointer.records.record import parse_json
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
-from checkpointer.storage.publish import STAGING, Placing
+from checkpointer.storage.publish import STAGING, Publisher
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.reread import read_whole
 from checkpointer.storage.retry import Retry
@@ -139,7 +139,7 @@ class S3Connection(Connection):
             self.call_once("delete_object", Key=self.key(path))
 
 
-class S3Placing(Placing):
+class S3Placing(Publisher):
     """Conditional PUT instead of whatever s3fs makes of exclusive creation."""
 
     _to: S3Connection
@@ -231,7 +231,7 @@ def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
 class Multipart:
     """A multipart upload: parts go out in parallel, and the object appears when it is completed."""
 
-    def __init__(self, connection: S3Connection, placing: Placing, path: str) -> None:
+    def __init__(self, connection: S3Connection, placing: Publisher, path: str) -> None:
         self._connection = connection
         self._placing = placing
         self._path = path
@@ -328,7 +328,7 @@ class Multipart:
 class S3Upload:
     """A payload on its way: one PUT if it fits a part, else a multipart upload. See `checkpointer.ports.Upload`."""
 
-    def __init__(self, connection: S3Connection, placing: Placing, path: str) -> None:
+    def __init__(self, connection: S3Connection, placing: Publisher, path: str) -> None:
         self._connection = connection
         self._placing = placing
         self._path = path

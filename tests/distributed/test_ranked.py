@@ -28,7 +28,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.errors import PolicyError, RestoreError
 
@@ -61,7 +61,7 @@ def count(rank: int, directory: Path) -> Any:
 
     policy = Policy(AnyOf(EverySteps(10), EveryEpochs(1)), [KeepBest(1, "loss", mode="min"), KeepLast(1)], last="link")
     told = []
-    with RankedManager(directory, policy, ranks=ranks, state=state) as manager:
+    with DistributedManager(directory, policy, ranks=ranks, state=state) as manager:
         opened = ranks.talks
         for step in range(1, 31):
             before = ranks.talks
@@ -79,9 +79,9 @@ def count(rank: int, directory: Path) -> Any:
 def test_an_option_that_no_manager_has_is_refused_on_every_rank() -> None:
     """With the closest name that there is."""
     with pytest.raises(
-        PolicyError, match="RankedManager has no option 'tolerate_failure'; did you mean 'tolerate_fail"
+        PolicyError, match="DistributedManager has no option 'tolerate_failure'; did you mean 'tolerate_fail"
     ):
-        RankedManager(None, ranks=OneRank(), state=dict, tolerate_failure=3)
+        DistributedManager(None, ranks=OneRank(), state=dict, tolerate_failure=3)
 
 
 def test_ranks_talk_only_when_something_is_due_and_know_the_same(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_ranks_talk_only_when_something_is_due_and_know_the_same(tmp_path: Path)
 def keep_time(rank: int, directory: Path) -> Any:
     ranks: Any = Counting(TorchRanks())
     saved = []
-    with RankedManager(directory, Policy(EverySeconds(0.3), [KeepLast(1)]), ranks=ranks, state=dict) as manager:
+    with DistributedManager(directory, Policy(EverySeconds(0.3), [KeepLast(1)]), ranks=ranks, state=dict) as manager:
         opened = ranks.talks
         for step in range(1, 301):
             time.sleep(STEP_S)
@@ -126,11 +126,11 @@ def observe_all(rank: int, directory: Path) -> Any:
     if rank == 1:
         os.chdir("/")
     state = {"w": torch.arange(4.0)}
-    with RankedManager(directory, POLICY, state=lambda: state) as manager:
+    with DistributedManager(directory, POLICY, state=lambda: state) as manager:
         for step in range(1, 7):
             manager.observe({}, step, 0, epoch_end=False)
     state = {"w": torch.zeros(4)}
-    with RankedManager(directory, POLICY, state=lambda: state) as manager:
+    with DistributedManager(directory, POLICY, state=lambda: state) as manager:
         restored = manager.restore()
         assert restored is not None
         with pytest.raises(RestoreError, match="nothing"):
@@ -152,7 +152,7 @@ def test_every_rank_gets_what_rank_0_restores(tmp_path: Path, monkeypatch: pytes
 
 def train(rank: int, directory: Path, steps: int) -> Any:
     training = Training(seed=rank + 7)
-    with RankedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
         restored = manager.restore()
         if restored is not None:
             training.load(restored.state)
@@ -202,7 +202,7 @@ def test_a_folder_of_shards_is_read_by_torch_and_by_one_process(trained: tuple[P
 
 def train_at_url(rank: int, url: str, options: dict[str, Any], steps: int) -> Any:
     training = Training(seed=rank + 7)
-    with RankedManager(url, POLICY, state=training.state_dict, format="dcp", storage_options=options) as manager:
+    with DistributedManager(url, POLICY, state=training.state_dict, format="dcp", storage_options=options) as manager:
         restored = manager.restore()
         if restored is not None:
             training.load(restored.state)
@@ -224,7 +224,7 @@ def test_shards_in_a_bucket(serve: Serve) -> None:
 
 def damage_and_restore(rank: int, directory: Path) -> Any:
     training = Training(seed=3)
-    with RankedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
         for step in (3, 6):
             while training.step < step:
                 training.learn()
@@ -237,7 +237,7 @@ def damage_and_restore(rank: int, directory: Path) -> Any:
             restored = manager.restore()
         assert restored is not None
     other = {"model": {"other": torch.zeros(3)}}
-    manager = RankedManager(directory, POLICY, state=lambda: other, format="dcp")
+    manager = DistributedManager(directory, POLICY, state=lambda: other, format="dcp")
     with pytest.raises(RestoreError) as caught:
         manager.restore(3)
     manager.close()
@@ -263,7 +263,7 @@ def die_while_writing(rank: int, directory: Path) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         return training.state_dict()
 
-    manager = RankedManager(directory, POLICY, state=state, format="dcp")
+    manager = DistributedManager(directory, POLICY, state=state, format="dcp")
     for step in range(1, 7):
         training.step = step
         manager.observe({}, step, 0, epoch_end=False)
@@ -286,7 +286,7 @@ def fail(rank: int, directory: Path, failing: tuple[int, ...]) -> Any:
     training = Training(seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointerWarning)
-        with RankedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
+        with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
             for step in range(1, 6):
                 training.learn()
                 manager.observe({}, step, 0, epoch_end=False)
@@ -316,7 +316,7 @@ def fail_to_take(rank: int, directory: Path) -> Any:
             raise ValueError("no state")
         return {"w": torch.ones(1)}
 
-    with RankedManager(directory, POLICY, state=state, format="dcp") as manager:
+    with DistributedManager(directory, POLICY, state=state, format="dcp") as manager:
         with pytest.raises(Exception, match="no state"):
             manager.observe({}, 3, 0, epoch_end=False)
         broken.clear()

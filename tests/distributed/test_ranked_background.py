@@ -21,7 +21,15 @@ from support.together import DiedError, together
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Policy, RankedManager
+from checkpointer import (
+    CheckpointerWarning,
+    CheckpointManager,
+    DistributedManager,
+    EverySteps,
+    KeepAll,
+    KeepLast,
+    Policy,
+)
 from checkpointer.distributed import shard_writer as behind
 from checkpointer.distributed.ranks import OneRank, TorchMailbox, TorchRanks
 from checkpointer.errors import PolicyError
@@ -33,8 +41,8 @@ PATIENCE_S = 60.0
 
 # Of no type, to be taken apart in the processes of a test.
 FolderModule: Any = dcp_folder
-BehindModule: Any = behind
-BehindClass: Any = behind.Behind
+ShardWriterModule: Any = behind
+ShardWriterClass: Any = behind.ShardWriter
 
 
 @contextlib.contextmanager
@@ -60,7 +68,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def names(manager: RankedManager) -> list[str]:
+def names(manager: DistributedManager) -> list[str]:
     """Return what rank 0 knows to be durable; nothing on the others."""
     return [record.name for record in manager.manager.records] if manager.manager is not None else []
 
@@ -68,7 +76,7 @@ def names(manager: RankedManager) -> list[str]:
 def train_behind(rank: int, directory: Path, busy: Any) -> Any:
     training = Training(seed=7)
     before: list[Any] = []
-    with RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=busy) as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=busy) as manager:
         with gate(directory / "go"):
             while training.step < 5:
                 training.learn()
@@ -83,7 +91,7 @@ def train_behind(rank: int, directory: Path, busy: Any) -> Any:
 
 def restore(rank: int, directory: Path) -> Any:
     training = Training(seed=rank)
-    with RankedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp") as manager:
         restored = manager.restore()
         assert restored is not None
         training.load(restored.state)
@@ -107,7 +115,7 @@ def test_training_goes_on_with_its_collectives_while_its_shards_are_written(tmp_
 def skip(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
     policy = Policy(EverySteps(1), [KeepAll()])
-    with RankedManager(directory, policy, state=training.state_dict, format="dcp", background="skip") as manager:
+    with DistributedManager(directory, policy, state=training.state_dict, format="dcp", background="skip") as manager:
         assert manager._behind is not None, "it writes in the background"
         with gate(directory / "go"):
             manager.observe({}, 1, 0, epoch_end=False)
@@ -151,7 +159,7 @@ def fail_on_one(rank: int, directory: Path) -> Any:
 
     FolderModule.save = failing
     said: list[Any] = []
-    manager = RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
     for step in range(1, 10):
         try:
             said.append(bool(manager.observe({}, step, 0, epoch_end=False)))
@@ -183,7 +191,7 @@ def test_a_rank_that_cannot_write_its_shards_is_an_error_on_all_at_the_next_due_
 def fail_to_copy(rank: int, directory: Path) -> Any:
     lock = [threading.Lock()] if rank == 1 else []
     state = {"w": torch.ones(1), "lock": lock}
-    with RankedManager(directory, POLICY, state=lambda: state, format="dcp", background=True) as manager:
+    with DistributedManager(directory, POLICY, state=lambda: state, format="dcp", background=True) as manager:
         with pytest.raises(Exception, match="cannot be copied"):
             manager.observe({}, 3, 0, epoch_end=False)
         lock.clear()
@@ -205,7 +213,7 @@ def test_a_state_that_one_rank_cannot_copy_is_an_error_on_all(tmp_path: Path) ->
 def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
     behind.SILENCE_S = 0.5  # type: ignore[misc]
     training = Training(seed=7)
-    manager = RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
     manager.observe({}, 3, 0, epoch_end=False)
     assert manager.wait()
 
@@ -216,7 +224,7 @@ def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
     if rank == dying and while_writing:
         FolderModule.save = kill
     elif rank == dying:
-        BehindClass.write = kill
+        ShardWriterClass.write = kill
     training.learn()
     manager.observe({}, 6, 0, epoch_end=False)
     torch.distributed.barrier()
@@ -252,7 +260,7 @@ def test_a_rank_killed_while_shards_are_written_leaves_the_older_checkpoint(
 
 def fail_before_writing(rank: int, directory: Path, failing: int, background: bool) -> Any:
     states: list[Any] = [None if rank == failing else {"w": sharded(rank)}]
-    manager = RankedManager(
+    manager = DistributedManager(
         directory, Policy(EverySteps(1), [KeepAll()]), state=lambda: states[0], format="dcp", background=background
     )
     said: list[Any] = []
@@ -312,7 +320,7 @@ def fail_unsendably(rank: int, directory: Path, background: bool) -> Any:
             raise failure
 
         how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp", "background": background}
-        with RankedManager(directory, Policy(EverySteps(1), [KeepAll()]), **how) as manager:
+        with DistributedManager(directory, Policy(EverySteps(1), [KeepAll()]), **how) as manager:
             if rank == 1:
                 FolderModule.FileSystemWriter.write_data = fail
             manager.restore()
@@ -325,7 +333,7 @@ def fail_unsendably(rank: int, directory: Path, background: bool) -> Any:
     return "done"
 
 
-def save_and_wait(manager: RankedManager, step: int) -> None:
+def save_and_wait(manager: DistributedManager, step: int) -> None:
     manager.observe({}, step, 0, epoch_end=False)
     manager.wait()
 
@@ -340,7 +348,7 @@ def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_pa
 
 def fail_to_read(rank: int, directory: Path) -> Any:
     how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp"}
-    with RankedManager(directory, POLICY, **how) as manager:
+    with DistributedManager(directory, POLICY, **how) as manager:
         manager.observe({}, 3, 0, epoch_end=False)
         read = FolderModule.FileSystemReader.read_data
         for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
@@ -367,7 +375,7 @@ def test_an_error_of_reading_that_cannot_be_sent_reaches_all_too(tmp_path: Path)
 
 def destroy_early(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
-    manager = RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
     with gate(directory / "go"):
         manager.observe({}, 3, 0, epoch_end=False)
         torch.distributed.barrier()
@@ -397,7 +405,7 @@ def train_apart(rank: int, directory: Path, background: bool) -> Any:
     mesh = DeviceMesh.from_group(group, "cpu")
     state = {"w": DTensor.from_local(torch.full((2,), float(rank)), mesh, [Shard(0)], run_check=False)}
     how: Any = {"state": lambda: state, "format": "dcp", "background": background, "ranks": ranks}
-    with RankedManager(directory / str(members[0]), Policy(EverySteps(1), [KeepAll()]), **how) as manager:
+    with DistributedManager(directory / str(members[0]), Policy(EverySteps(1), [KeepAll()]), **how) as manager:
         for step in (1, 2, 3):
             manager.observe({}, step, 0, epoch_end=False)
         manager.wait()
@@ -418,13 +426,13 @@ def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, backgrou
 
 def leave_alone(rank: int, directory: Path) -> Any:
     behind.SILENCE_S = 0.5  # type: ignore[misc]
-    manager = RankedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background=True)
 
     def kill(*args: Any) -> None:
         wait_for(directory / "go")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    BehindClass.write = kill
+    ShardWriterClass.write = kill
     manager.observe({}, 3, 0, epoch_end=False)
     torch.distributed.barrier()
     (directory / "go").touch()
@@ -449,7 +457,7 @@ def close_first(rank: int, directory: Path) -> Any:
     behind.SILENCE_S, behind.BEAT_S = 0.5, 0.1  # type: ignore[misc]
     policy = Policy(EverySteps(1), [KeepAll()])
     how: Any = {"format": "dcp", "background": "skip", "listeners": [Slow()]}
-    manager = RankedManager(directory, policy, state=lambda: {"w": sharded(rank)}, **how)
+    manager = DistributedManager(directory, policy, state=lambda: {"w": sharded(rank)}, **how)
     for step in (1, 2):
         assert manager.observe({}, step, 0, epoch_end=False)
         if manager.manager is not None:
@@ -474,7 +482,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", CheckpointerWarning)
         try:
-            with RankedManager(
+            with DistributedManager(
                 directory,
                 attrs.evolve(POLICY, rescue=False),
                 state=Training(seed=7).state_dict,
@@ -494,16 +502,18 @@ def test_the_error_that_ended_the_training_is_the_one_that_is_seen(tmp_path: Pat
 
 
 def let_go_late(rank: int, directory: Path, busy: str) -> Any:
-    forget, alive = BehindClass._forget, []
+    forget, alive = ShardWriterClass._forget, []
 
     def late(self: Any, number: int) -> None:
         if threading.current_thread() is not threading.main_thread() and rank == 1:
             time.sleep(0.3)
         forget(self, number)
 
-    BehindClass._forget = late
+    ShardWriterClass._forget = late
     policy = Policy(EverySteps(1), [KeepAll()])
-    with RankedManager(directory, policy, state=lambda: {"w": sharded(rank)}, format="dcp", background=busy) as manager:
+    with DistributedManager(
+        directory, policy, state=lambda: {"w": sharded(rank)}, format="dcp", background=busy
+    ) as manager:
         assert manager._behind is not None
         for step in range(1, 7):
             manager.observe({}, step, 0, epoch_end=False)
@@ -520,7 +530,7 @@ def test_no_rank_has_more_copies_than_promised(tmp_path: Path, busy: str, copies
 
 
 def fail_to_start(rank: int, directory: Path) -> Any:
-    start = BehindModule._start
+    start = ShardWriterModule._start
     policy = Policy(EverySteps(1), [KeepAll()])
 
     def fail(*args: Any, **options: Any) -> Any:
@@ -528,16 +538,16 @@ def fail_to_start(rank: int, directory: Path) -> Any:
 
     with (
         gate(directory / "go"),
-        RankedManager(
+        DistributedManager(
             directory, policy, state=lambda: {"w": sharded(rank)}, format="dcp", background="skip"
         ) as manager,
     ):
         manager.observe({}, 1, 0, epoch_end=False)
         if rank == 1:
-            BehindModule._start = fail
+            ShardWriterModule._start = fail
         with pytest.raises(Exception, match="can't start new thread"):
             manager.observe({}, 2, 0, epoch_end=False)
-        BehindModule._start = start
+        ShardWriterModule._start = start
         (directory / "go").touch()
     return "closed"
 
@@ -562,7 +572,7 @@ def save_statefuls(rank: int, directory: Path, background: bool) -> Any:
             training.load(state)
 
     state = {"app": App(), "model": training.model}
-    with RankedManager(directory, POLICY, state=lambda: state, format="dcp", background=background) as manager:
+    with DistributedManager(directory, POLICY, state=lambda: state, format="dcp", background=background) as manager:
         training.learn()
         manager.observe({}, 3, 0, epoch_end=False)
         before = training.whole()
@@ -582,7 +592,7 @@ def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, b
 
 def rescue(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
-    with RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True) as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True) as manager:
         for _ in range(4):
             training.learn()
             manager.observe({}, training.step, 0, epoch_end=False)
@@ -608,7 +618,7 @@ def leave(rank: int, directory: Path) -> Any:
         return save(*args, **options)
 
     FolderModule.save = late
-    manager = RankedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
     manager.observe({}, 3, 0, epoch_end=False)
     assert not manager.wait(0.0)
     raise KeyboardInterrupt
@@ -625,11 +635,11 @@ def test_shards_under_way_are_written_although_nobody_closes_the_managers(tmp_pa
 def train_at_url(rank: int, url: str, options: dict[str, Any]) -> Any:
     training = Training(seed=7)
     how: dict[str, Any] = {"state": training.state_dict, "format": "dcp", "storage_options": options}
-    with RankedManager(url, POLICY, background=True, **how) as manager:
+    with DistributedManager(url, POLICY, background=True, **how) as manager:
         while training.step < 7:
             training.learn()
             manager.observe({}, training.step, 0, epoch_end=False)
-    with RankedManager(url, POLICY, **how) as manager:
+    with DistributedManager(url, POLICY, **how) as manager:
         restored = manager.restore()
         assert restored is not None
         return restored.step, int(restored.state["step"])
@@ -648,7 +658,7 @@ def test_shards_go_to_a_bucket_behind_the_training(serve: Serve) -> None:
 def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> None:
     """There is nobody to leave word for."""
     state = {"w": torch.zeros(3)}
-    with RankedManager(
+    with DistributedManager(
         tmp_path, POLICY, ranks=OneRank(), state=lambda: state, format="dcp", background=True
     ) as manager:
         manager.observe({}, 3, 0, epoch_end=False)
@@ -674,13 +684,15 @@ class Deaf(OneRank):
 def test_ranks_whose_threads_cannot_work_together_are_refused(tmp_path: Path) -> None:
     """The error says what is missing."""
     with pytest.raises(PolicyError, match=r"Deaf has no mailbox\(\); leave background= out"):
-        RankedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background=True)
+        DistributedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background=True)
 
 
 def test_somebody_elses_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
     """Nobody knows which process group it talks in."""
     with pytest.raises(PolicyError, match="format='dcp'"):
-        RankedManager(tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background=True)
+        DistributedManager(
+            tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background=True
+        )
 
 
 def look(rank: int) -> Any:

@@ -14,14 +14,14 @@ from support.together import together
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import CorruptError, PolicyError, SaveError
 from checkpointer.formats.dcp_folder import DcpFormat
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is")]
 
 EACH = Policy(EverySteps(1), [KeepLast(1)])
-WAY_OUT = 'RankedManager(format="dcp")'
+WAY_OUT = 'DistributedManager(format="dcp")'
 
 
 def refusals(rank: int, folder: Path) -> dict[str, str]:
@@ -32,7 +32,7 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     said: dict[str, str] = {}
 
     def ranked(**options: Any) -> None:
-        with RankedManager(folder / "ranked", EACH, state=training.state_dict, **options) as manager:
+        with DistributedManager(folder / "ranked", EACH, state=training.state_dict, **options) as manager:
             manager.observe({}, 1, 0)
 
     def alone(**options: Any) -> None:

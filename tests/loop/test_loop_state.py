@@ -303,7 +303,7 @@ def test_the_loops_own_name_is_taken() -> None:
 
 def test_sharded_state_is_refused() -> None:
     """Its names and its reading are another matter: what a loop would make of it could not be resumed."""
-    with pytest.raises(PolicyError, match="for sharded models call RankedManager"):
+    with pytest.raises(PolicyError, match="for sharded models call DistributedManager"):
         Loop(None, EVERY, options={"format": "dcp"}, model=nn.Linear(1, 1))
 
 

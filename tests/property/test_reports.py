@@ -26,7 +26,7 @@ from checkpointer import (
     Policy,
     Record,
 )
-from checkpointer.distributed.manager import RankedManager
+from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import OneRank
 from checkpointer.errors import CheckpointerError, ObservationError
 from checkpointer.testing import MemoryStorage, die
@@ -65,7 +65,7 @@ class Reports(RuleBasedStateMachine):
         self.storage = DiskThatFails()
         self.place = {"step": 0, "epoch": 0}
         self.start_step = 0
-        self.manager: CheckpointManager | RankedManager
+        self.manager: CheckpointManager | DistributedManager
 
     @initialize(kind=st.sampled_from(["manager", "background", "ranked"]), policy=st.sampled_from(sorted(POLICIES)))
     def begin(self, kind: str, policy: str) -> None:
@@ -77,7 +77,7 @@ class Reports(RuleBasedStateMachine):
         """Start a process, and restore what there is."""
         options: dict[str, Any] = {"state": lambda: dict(self.place), "format": PlainFormat()}
         if self.kind == "ranked":
-            self.manager = RankedManager(self.storage, self.policy, ranks=OneRank(), **options)
+            self.manager = DistributedManager(self.storage, self.policy, ranks=OneRank(), **options)
         else:
             self.manager = CheckpointManager(self.storage, self.policy, background=self.kind == "background", **options)
         restored = self.manager.restore()

@@ -17,7 +17,7 @@ from support.factories import manifest, record
 from support.servers.fixtures import lacks
 
 from checkpointer import EverySteps, KeepBest, KeepLast, Metric, Policy
-from checkpointer.tools.chart.data import Story, story_of_records, story_of_timeline
+from checkpointer.tools.chart.data import Chart, story_of_records, story_of_timeline
 from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.png import BEST, KEPT, RETIRED, plot
 from checkpointer.tools.history import read_history
@@ -29,7 +29,7 @@ CSV = b"step,epoch,loss\n" + b"".join(
 )
 
 
-def tried(policy: Policy = TRIED) -> Story:
+def tried(policy: Policy = TRIED) -> Chart:
     """Return the story of six checkpoints, two of which are kept."""
     history = read_history(CSV, "metrics.csv")
     return story_of_timeline("tried", simulate(policy, history, size=10**6), history)

@@ -14,7 +14,7 @@ from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.policy.ranking import Metric
 from checkpointer.policy.yaml_codec import suggest
-from checkpointer.tools.chart.data import Story, story_of_records, story_of_timeline
+from checkpointer.tools.chart.data import Chart, story_of_records, story_of_timeline
 from checkpointer.tools.chart.png import plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.query import metric_names
@@ -64,7 +64,7 @@ def story_of(
     run: str | None,
     storage_options: str | None,
     keys: tuple[str | None, str | None],
-) -> Story:
+) -> Chart:
     """Return what is to be shown."""
     chosen = None if policy is None else options.read_policy(policy)
     if os.path.isfile(source):

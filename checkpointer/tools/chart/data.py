@@ -17,13 +17,13 @@ from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import Life, Timeline
 
-__all__ = ["Scene", "Story", "story_of_records", "story_of_timeline"]
+__all__ = ["Chart", "ChartItem", "story_of_records", "story_of_timeline"]
 
 Fate = Literal["kept", "retired", "abandoned"]
 
 
 @attrs.frozen(kw_only=True)
-class Scene:
+class ChartItem:
     """One checkpoint, as a picture shows it."""
 
     name: str
@@ -45,7 +45,7 @@ class Scene:
 
 
 @attrs.frozen(kw_only=True)
-class Story:
+class Chart:
     """What a picture shows."""
 
     title: str
@@ -57,7 +57,7 @@ class Story:
     """``"min"``, ``"max"``, or empty if nobody said."""
     line: tuple[tuple[int, float], ...]
     """The metric at each step at which it was measured, finite values only."""
-    scenes: tuple[Scene, ...]
+    scenes: tuple[ChartItem, ...]
     """Every checkpoint, in the order of their saves."""
     disk: tuple[tuple[int, int], ...]
     """Bytes on disk from each step on."""
@@ -82,7 +82,7 @@ def story_of_records(
     metric: Metric | None = None,
     aliases: Mapping[str, str] | None = None,
     history: History | None = None,
-) -> Story:
+) -> Chart:
     """Return the story that the records of a directory tell: of what is still there.
 
     Args:
@@ -105,7 +105,7 @@ def story_of_records(
     best = next(iter(metric.ranked(manifest.history)), None) if metric else None
     reasons = explain(policy, manifest) if policy else {}
     scenes = tuple(
-        Scene(
+        ChartItem(
             **_facts(record),
             fate="kept" if manifest.counts(record) else "abandoned",
             end=record.step,
@@ -121,7 +121,7 @@ def story_of_records(
         subtitle += f"; {gone} more were retired, or are of what was copied or adopted apart"
     line = _line(history, name) if history else _line_of(manifest.history, name)
     steps = [*(step for step, _ in line), *(scene.step for scene in scenes)]
-    return Story(
+    return Chart(
         title=title,
         subtitle=subtitle,
         metric=name,
@@ -134,7 +134,7 @@ def story_of_records(
     )
 
 
-def story_of_timeline(title: str, timeline: Timeline, history: History) -> Story:
+def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
     r"""Return the story of a simulation: of all that would have been saved, and what became of it.
 
     Example:
@@ -155,7 +155,7 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Story
     scenes = tuple(_scene(life, reasons, best, newest, policy, last) for life in timeline.lives)
     worst = timeline.most_lost
     risk = f"; at most {worst.lost_steps} steps at risk" if worst else ""
-    return Story(
+    return Chart(
         title=title,
         subtitle=f"{policy}{risk}",
         metric=name,
@@ -182,11 +182,11 @@ def _scene(
     newest: Record | None,
     policy: Policy,
     last: int,
-) -> Scene:
+) -> ChartItem:
     record, lives = life.record, life.retired_at is None
     aliases = [policy.name.last_file] if policy.last and lives and record is newest else []
     aliases += [policy.name.best_file] if policy.best and lives and record is best else []
-    return Scene(
+    return ChartItem(
         **_facts(record),
         fate="kept" if lives else "retired",
         end=last if life.retired_at is None else life.retired_at,
@@ -207,7 +207,7 @@ def _line_of(records: Sequence[Record], name: str) -> tuple[tuple[int, float], .
     return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
 
 
-def _disk(scenes: Sequence[Scene]) -> tuple[tuple[int, int], ...]:
+def _disk(scenes: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
     total, found = 0, []
     for scene in scenes:
         total += scene.size

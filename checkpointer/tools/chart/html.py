@@ -7,12 +7,12 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from checkpointer.tools.chart.data import Story
+from checkpointer.tools.chart.data import Chart
 
 __all__ = ["report"]
 
 
-def report(story: Story, path: str | os.PathLike[str] | None = None) -> str:
+def report(story: Chart, path: str | os.PathLike[str] | None = None) -> str:
     """Return a story as a self-contained HTML page, and write it to ``path`` if given.
 
     The same as the picture, with details under the pointer, a table that sorts by any column and filters, and a light

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from checkpointer._display import number_text, one_line, size_text
-from checkpointer.tools.chart.data import Scene, Story
+from checkpointer.tools.chart.data import Chart, ChartItem
 
 __all__ = ["plot"]
 
@@ -29,7 +29,7 @@ _NAMED: Final = 16
 """With more lives than this, only those that are kept have their name beside them."""
 
 
-def plot(story: Story, path: str | os.PathLike[str] | None = None) -> bytes:
+def plot(story: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
     r"""Draw a story as a PNG of 1440 x 1080 pixels, and write it to ``path`` if given.
 
     Above: the metric at each step; filled points are kept, hollow ones were retired, the star is the best. Middle: a
@@ -72,7 +72,7 @@ def plot(story: Story, path: str | os.PathLike[str] | None = None) -> bytes:
     return data
 
 
-def _limits(story: Story) -> tuple[float, float]:
+def _limits(story: Chart) -> tuple[float, float]:
     width = max(story.last_step - story.first_step, 1)
     return story.first_step - 0.03 * width, story.last_step + 0.03 * width
 
@@ -83,7 +83,7 @@ def _text(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _title(figure: Any, story: Story) -> None:
+def _title(figure: Any, story: Chart) -> None:
     figure.text(0.09, 0.96, _text(story.title, 90), fontsize=13, fontweight="bold", color=INK)
     lines = textwrap.wrap(_text(story.subtitle, 300), 130)[:2]
     figure.text(0.09, 0.95, "\n".join(lines), va="top", fontsize=8, color="#52606d", linespacing=1.4)
@@ -98,13 +98,13 @@ def _quiet(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def _color(scene: Scene) -> str:
+def _color(scene: ChartItem) -> str:
     if scene.kind == "rescue":
         return RESCUE
     return {"kept": KEPT, "retired": RETIRED, "abandoned": ABANDONED}[scene.fate]
 
 
-def _metric(axes: Any, story: Story) -> None:
+def _metric(axes: Any, story: Chart) -> None:
     mode = f" ({story.mode})" if story.mode else ""
     axes.set_ylabel(_text(f"{story.metric or 'no metric'}{mode}", 40), color=INK)
     if story.line:
@@ -119,7 +119,7 @@ def _metric(axes: Any, story: Story) -> None:
     _legend(axes, story)
 
 
-def _points(axes: Any, points: list[tuple[Scene, float]], zorder: int) -> None:
+def _points(axes: Any, points: list[tuple[ChartItem, float]], zorder: int) -> None:
     axes.scatter(
         [scene.step for scene, _ in points],
         [value for _, value in points],
@@ -131,7 +131,7 @@ def _points(axes: Any, points: list[tuple[Scene, float]], zorder: int) -> None:
     )
 
 
-def _label(axes: Any, scene: Scene, value: float, story: Story) -> None:
+def _label(axes: Any, scene: ChartItem, value: float, story: Chart) -> None:
     """Say beside a point that it is the best, or what alias names it."""
     if scene.is_best:
         axes.scatter([scene.step], [value], marker="*", s=190, color=BEST, edgecolors=INK, linewidths=0.7, zorder=5)
@@ -146,7 +146,7 @@ def _label(axes: Any, scene: Scene, value: float, story: Story) -> None:
     )  # fmt: skip
 
 
-def _legend(axes: Any, story: Story) -> None:
+def _legend(axes: Any, story: Chart) -> None:
     marks: dict[str, tuple[str, str, str]] = {
         "kept": ("o", KEPT, KEPT),
         "retired": ("o", "white", FAINT),
@@ -164,7 +164,7 @@ def _legend(axes: Any, story: Story) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, fontsize=8, frameon=False)
 
 
-def _lives(axes: Any, story: Story) -> None:
+def _lives(axes: Any, story: Chart) -> None:
     from matplotlib.collections import PolyCollection
 
     axes.set_ylabel("lives of checkpoints", color=INK)
@@ -190,7 +190,7 @@ def _lives(axes: Any, story: Story) -> None:
     axes.set_ylim(-max(count, _LEAST) + 0.3, 0.7)
 
 
-def _name(axes: Any, scene: Scene, y: float, limits: tuple[float, float]) -> None:
+def _name(axes: Any, scene: ChartItem, y: float, limits: tuple[float, float]) -> None:
     left, right = limits
     text = _text(f"{scene.name}{f' <- {chr(44).join(scene.aliases)}' if scene.aliases else ''}", 60)
     is_late = scene.step > (left + right) / 2
@@ -202,7 +202,7 @@ def _name(axes: Any, scene: Scene, y: float, limits: tuple[float, float]) -> Non
     )  # fmt: skip
 
 
-def _disk(axes: Any, story: Story) -> None:
+def _disk(axes: Any, story: Chart) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes.set_ylabel("on disk", color=INK)
