@@ -251,7 +251,7 @@ def blocked(state: State, peers: Peers, repeats: int) -> list[Row]:
             buffers[name].copy_(tensor)
 
     with folder() as path:
-        ours = Ours(f"{path}/ours", state, background=True)
+        ours = Ours(f"{path}/ours", state, background="wait")
         sides: dict[str, Callable[[], float | None]] = {"copy into warm buffers": lambda: timed(copy)}
         sides["clone"] = lambda: timed(lambda: {name: tensor.clone() for name, tensor in state.items()})
 
@@ -439,7 +439,7 @@ def throughput(state: State, peers: Peers, repeats: int, threads: int) -> list[R
         return took
 
     with folder() as path:
-        ours = Ours(f"{path}/ours", state, background=True)
+        ours = Ours(f"{path}/ours", state, background="wait")
 
         def undisturbed() -> float | None:
             end = time.perf_counter() + 2
@@ -447,7 +447,7 @@ def throughput(state: State, peers: Peers, repeats: int, threads: int) -> list[R
 
         def our_side() -> float | None:
             ours.save()
-            took = while_waiting(ours.manager._carrier.settle)
+            took = while_waiting(ours.manager._executor.settle)
             ours.manager.wait()
             return took
 
@@ -532,7 +532,7 @@ with tempfile.TemporaryDirectory(dir=".") as path:
     small, state = state_of(1, 4), state_of(size)
     peers = Peers()
     def ours(state, target):
-        manager = Ours(target, state, background=True)
+        manager = Ours(target, state, background="wait")
         manager.save(); manager.manager.wait(); manager.save(); manager.manager.close()
     def theirs(state, target):
         begin, wait = peers.background[who]

@@ -80,7 +80,7 @@ def blocked(rank: int, folder: str) -> dict[str, float]:
     buffers = [torch.empty(size) for _ in range(TENSORS)]
     policy = Policy(EverySteps(1), [KeepLast(1)])
     how: Any = {"state": lambda: state, "format": "dcp"}
-    behind = DistributedManager(f"{folder}/behind", policy, background=True, **how)
+    behind = DistributedManager(f"{folder}/behind", policy, background="wait", **how)
     in_loop = DistributedManager(f"{folder}/in-loop", policy, **how)
     group = dist.new_group(backend="gloo")
     stager = DefaultStager(StagingOptions(False, False, False, False))

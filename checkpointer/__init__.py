@@ -4,6 +4,7 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.distributed.manager import DistributedManager, RankedManager
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.manager import CheckpointManager
+from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, explain
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
@@ -39,6 +40,7 @@ __all__ = [
     "Listener",
     "Manifest",
     "Metric",
+    "Mirror",
     "Naming",
     "Observation",
     "Policy",

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = load_splits()["test"]
 
     with CheckpointManager(args.directory, POLICY) as manager:
-        best = manager.policy.top(manager.manifest.history)
+        best = manager.policy.top(manager.session.manifest.history)
     net, storage = make_net(), open_storage(args.directory, "")
     with ExitStack() as stack:
         payloads = [(record.name, stack.enter_context(open_contents(storage, record.name))) for record in best]

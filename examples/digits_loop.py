@@ -56,7 +56,7 @@ def table_of(manager: CheckpointManager, directory: Path) -> Table:
     """Return what is kept and why."""
     table = Table("name", "step", "val_loss", "why", "alias", title=f"Kept in {directory}")
     table.columns[0].overflow = "fold"
-    reasons = explain(manager.policy, manager.manifest)
+    reasons = explain(manager.policy, manager.session.manifest)
     for record in manager.records:
         loss = f"{record.metrics['val_loss']:.4f}" if "val_loss" in record.metrics else ""
         aliases = [a for a in manager.policy.aliases if (directory / a).resolve().name == record.name]

@@ -69,7 +69,7 @@ def table_of(directory: Path) -> Table:
     """Return what is kept and why."""
     manager = CheckpointManager(directory, POLICY)
     table = Table("name", "eval_loss", "why", title=f"Kept in {directory}")
-    reasons = explain(manager.policy, manager.manifest)
+    reasons = explain(manager.policy, manager.session.manifest)
     for record in manager.records:
         table.add_row(record.name, f"{record.metrics['eval_loss']:.4f}", "\n".join(reasons.get(record.name, ())))
     return table

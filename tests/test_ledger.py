@@ -150,7 +150,7 @@ def of_many(keep: list[Any], count: int, *, last: Any = "copy") -> CheckpointMan
         for n in range(1, count + 1)
     ]
     storage.pretended = {path for one in records for path in (one.name, record_path(one.name))}
-    manager._directory.manifest = attrs.evolve(manager.manifest, records=records)
+    manager._directory.manifest = attrs.evolve(manager.session.manifest, records=records)
     return manager
 
 
@@ -234,7 +234,7 @@ def test_what_a_rule_has_from_another_is_asked_about_again(rule: Any) -> None:
         for step in range(1, 31):
             manager.observe({"loss": 1.0}, step=step, epoch=step // 12, epoch_end=False)
             assert () == surplus(
-                manager.policy, attrs.evolve(manager.manifest, records=tuple(manager.manifest.records))
+                manager.policy, attrs.evolve(manager.session.manifest, records=tuple(manager.session.manifest.records))
             )
 
 
@@ -313,7 +313,7 @@ def test_what_nobody_asks_for_any_more_is_forgotten() -> None:
                 return metrics["loss"]
 
             scores.append(weakref.ref(score))
-            KeepBest(1, score, mode="min").best(manager.manifest.history)
+            KeepBest(1, score, mode="min").best(manager.session.manifest.history)
         del score
         gc.collect()
         assert sum(one() is not None for one in scores) < 10
@@ -325,7 +325,7 @@ def test_what_is_retired_is_not_held() -> None:
         ledgers = []
         for step in range(1, 40):
             manager.observe({"loss": 1.0}, step=step, epoch=0, epoch_end=False)
-            ledgers.append(weakref.ref(manager.manifest.records))
+            ledgers.append(weakref.ref(manager.session.manifest.records))
         gc.collect()
         assert sum(one() is not None for one in ledgers) <= 2
 

@@ -61,7 +61,7 @@ def telling(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> Check
     """A manager whose host keeps the manager's own state in the state that is saved."""
 
     def take() -> dict[str, Any]:
-        kept.append(manager.state_dict())
+        kept.append(manager.session.state_dict())
         return {"w": 1}
 
     manager = make(directory, policy, state=take)
@@ -96,8 +96,8 @@ def report_late(manager: CheckpointManager) -> None:
     manager.wait()
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_late_metrics_that_cannot_be_written_are_a_failure_as_a_save_is(background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"])
+def test_late_metrics_that_cannot_be_written_are_a_failure_as_a_save_is(background: Any) -> None:
     """A failure is tolerated as often as was said, and then a SaveError; the checkpoint stays."""
     storage = FullStorage()
     with make(storage, background=background, tolerate_failures=1, policy=BEST_AND_LAST) as manager:
@@ -517,15 +517,15 @@ def test_commit_adopts_what_a_trainer_wrote_in_place(tmp_path: Path) -> None:
     """decide/commit for trainers that own the moment: the record takes the trainer's name."""
     manager = CheckpointManager(tmp_path, Policy(EverySteps(10), [KeepLast(1)]), state=dict)
     for step in (10, 20):
-        decision = manager.decide({"loss": 0.1}, step=step, epoch=0)
+        decision = manager.session.decide({"loss": 0.1}, step=step, epoch=0)
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.bin").write_bytes(b"m")
-        manager.commit(decision, folder)
+        manager.session.commit(decision, folder)
     assert ["checkpoint-20"] == [record.name for record in manager.records]
     assert not (tmp_path / "checkpoint-10").exists()
     with pytest.raises(SaveError, match=r"is not in .*; let the trainer write inside the manager's directory"):
-        manager.commit(manager.decide({}, step=30, epoch=0), tmp_path.parent)
+        manager.session.commit(manager.session.decide({}, step=30, epoch=0), tmp_path.parent)
     manager.close()
 
 
@@ -536,7 +536,7 @@ def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> No
     with telling(tmp_path, policy, kept) as manager:
         manager.observe({}, step=10, epoch=0, epoch_end=False)
     with make(tmp_path, policy) as manager:
-        manager.load_state_dict(kept[0])
+        manager.session.load_state_dict(kept[0])
         assert not manager.observe({}, step=11, epoch=0, epoch_end=False)
         assert manager.observe({}, step=20, epoch=0, epoch_end=False)
 
@@ -546,9 +546,9 @@ def test_the_source_of_a_resumed_state_lives_on(tmp_path: Path) -> None:
     policy = Policy(EverySteps(1), [KeepLast(1)], name="{step}")
     with make(tmp_path, policy) as manager:
         manager.observe({}, step=1, epoch=0)
-        saved = manager.state_dict()
+        saved = manager.session.state_dict()
     with make(tmp_path, policy) as manager:
-        manager.load_state_dict(saved, source="step=1.ckpt")
+        manager.session.load_state_dict(saved, source="step=1.ckpt")
         manager.observe({}, step=2, epoch=1)
         manager.observe({}, step=3, epoch=2)
         assert ["step=1", "step=3"] == names(manager)
@@ -565,40 +565,40 @@ def test_an_end_of_epoch_at_a_saved_step_is_not_made_up_for_later() -> None:
         assert manager.records[0].epoch_end
         assert not manager.observe({}, step=5, epoch=1, epoch_end=False)
     with make(storage, policy) as manager:
-        manager.load_state_dict(kept[0])
+        manager.session.load_state_dict(kept[0])
         assert not manager.observe({}, step=5, epoch=1, epoch_end=False)
 
 
 def test_a_host_may_say_why_it_is_due() -> None:
     """At the end of a training the trigger is not asked; the rules are."""
     manager = make(policy=Policy(EverySteps(100), [KeepBest(1, "loss", mode="min")]))
-    decision = manager.decide({"loss": 1.0}, step=7, epoch=0, epoch_end=False, due="the training ends")
+    decision = manager.session.decide({"loss": 1.0}, step=7, epoch=0, epoch_end=False, due="the training ends")
     assert isinstance(decision, Save)
     assert "the training ends; kept by #1 of the best 1 by loss (min)" == decision.reason
-    manager.commit(decision)
-    assert not manager.decide({"loss": 2.0}, step=8, epoch=0, epoch_end=False, due="the training ends")
+    manager.session.commit(decision)
+    assert not manager.session.decide({"loss": 2.0}, step=8, epoch=0, epoch_end=False, due="the training ends")
 
 
 def test_what_a_decision_leads_to_can_be_seen_before() -> None:
     """The manifest as it will be, the saved one in and the retired one out."""
     manager = make(policy=Policy(EverySteps(1), [KeepLast(1)], name="{step}"))
     manager.observe({}, step=1, epoch=0)
-    decision = manager.decide({}, step=2, epoch=1)
-    assert ["step=2.ckpt"] == [record.name for record in manager.after(decision).history]
+    decision = manager.session.decide({}, step=2, epoch=1)
+    assert ["step=2.ckpt"] == [record.name for record in manager.session.after(decision).history]
     assert ["step=1"] == names(manager)
-    manager.commit(decision)
+    manager.session.commit(decision)
     assert ["step=2"] == names(manager)
-    assert manager.manifest == manager.after(manager.decide({}, step=2, epoch=1))
+    assert manager.session.manifest == manager.session.after(manager.session.decide({}, step=2, epoch=1))
 
 
 def test_below_the_horizon_nothing_is_due() -> None:
     """Processes that report together can be silent together."""
     manager = make(policy=Policy(EverySteps(10), [KeepBest(1, "loss", mode="min")]))
-    assert 10 == manager.horizon.step
+    assert 10 == manager.session.horizon.step
     manager.observe({}, step=10, epoch=0, epoch_end=False)
-    assert not manager.horizon.covers(Progress(step=11)), "a due point waits for its metric"
+    assert not manager.session.horizon.covers(Progress(step=11)), "a due point waits for its metric"
     manager.observe({"loss": 1.0}, step=12, epoch=0, epoch_end=False)
-    assert 20 == manager.horizon.step
+    assert 20 == manager.session.horizon.step
 
 
 def test_state_dict_carries_primitives_and_resumes_the_run(tmp_path: Path) -> None:
@@ -606,16 +606,16 @@ def test_state_dict_carries_primitives_and_resumes_the_run(tmp_path: Path) -> No
     policy = Policy(EverySteps(10), [KeepLast(5)])
     with make(tmp_path, policy) as manager:
         manager.observe({}, step=10, epoch=0)
-        saved = json.loads(json.dumps(manager.state_dict()))
+        saved = json.loads(json.dumps(manager.session.state_dict()))
         manager.observe({}, step=20, epoch=0)
     with make(tmp_path, policy) as manager:
-        manager.load_state_dict(saved)
+        manager.session.load_state_dict(saved)
         assert [10] == [record.step for record in manager.records]
-        assert [20] == [record.step for record in manager.manifest.abandoned]
+        assert [20] == [record.step for record in manager.session.manifest.abandoned]
         assert not manager.observe({}, step=15, epoch=0)
         assert manager.observe({}, step=20, epoch=0)
         with pytest.raises(RecordError, match="expected what state_dict"):
-            manager.load_state_dict({"run": "x"})
+            manager.session.load_state_dict({"run": "x"})
 
 
 def test_to_yaml_writes_paths_and_scores(tmp_path: Path) -> None:

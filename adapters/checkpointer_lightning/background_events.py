@@ -73,7 +73,8 @@ class BackgroundEvents(Listener):
 
 
 def _unfinished(manager: CheckpointManager) -> tuple[str, ...]:
-    return manager.background.unfinished if manager.background is not None else ()
+    status = manager.session.background_status
+    return status.unfinished if status is not None else ()
 
 
 def _drained(names: deque[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progr
 from checkpointer.distributed.ranks import on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
+from checkpointer.save.background import Busy
 from checkpointer_lightning import siblings
 from checkpointer_lightning.background_events import BackgroundEvents
 from checkpointer_lightning.ranks import close_ranks, open_ranks
@@ -29,8 +30,8 @@ Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 class CallbackBase(Saving):
     """Base of both callbacks; a subclass says which policy, and which moments are reported."""
 
-    _in_background: bool = False
-    """Whether writing in the background was asked for."""
+    _background: Busy | None = None
+    """As for `CheckpointManager`."""
     _grace_s: float = math.inf
     """Seconds between a signal to stop and the kill that follows it."""
 
@@ -68,7 +69,7 @@ class CallbackBase(Saving):
         again = self._last_trainer is not None and self._last_trainer() is trainer
         self._last_trainer = weakref.ref(trainer)
         manager: CheckpointManager | None = None
-        how = pen.how(background=self._in_background)
+        how = pen.how(background=self._background)
         behind = BackgroundEvents() if how.get("background") else None
         listeners = (*self._options.get("listeners", ()), *((behind,) if behind is not None else ()))
         options = {**self._options, **how, "listeners": listeners}
@@ -78,7 +79,7 @@ class CallbackBase(Saving):
             label = siblings.label(number)
             manager = CheckpointManager(self._folder, policy, label=label, clock=self._clock, **options)
             self._go_on(trainer, manager, policy, again=again)
-            return manager.horizon
+            return manager.session.horizon
 
         try:
             training = Training(pen, ranks, None, on_rank_zero(ranks, open_it))
@@ -244,10 +245,10 @@ class CallbackBase(Saving):
 
         def decide() -> Broadcast:
             manager = training.managing
-            decision = manager.decide(metrics, step, epoch, epoch_end=ends, due=self._due(moment))
+            decision = manager.session.decide(metrics, step, epoch, epoch_end=ends, due=self._due(moment))
             # What is attached in the background is not there yet.
             shown = decision if training.behind is None or isinstance(decision, Save) else None
-            return Broadcast(decision, manager.horizon, self._account(training, shown))
+            return Broadcast(decision, manager.session.horizon, self._account(training, shown))
 
         answer = on_rank_zero(training.ranks, decide)
         training.horizon = answer.horizon

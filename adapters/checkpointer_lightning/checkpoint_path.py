@@ -17,7 +17,7 @@ from checkpointer_lightning.places import is_local
 
 __all__ = ["LOOKING", "find_valid", "forget_copy"]
 
-LOOKING: Final = ("storage_options", "trust", "mirror", "mirror_keep", "mirror_options")
+LOOKING: Final = ("storage_options", "trust", "mirror")
 """Options of a manager that matter when it only looks."""
 _COPIES: Final = "checkpointer-resume-"
 
@@ -54,7 +54,7 @@ def find_valid(
     with contextlib.closing(CheckpointManager(directory, policy, label=label, **options)) as looking:
         found = None
         with contextlib.suppress(NotFoundError):  # Nothing is ranked yet.
-            found = looking.locate(which if policy.ranking else "last", contents=contents)
+            found = looking.session.locate(which if policy.ranking else "last", contents=contents)
         alias = looking.policy.name.last_file
     if found is None:
         return None

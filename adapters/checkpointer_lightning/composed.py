@@ -9,8 +9,10 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from checkpointer import HMACKey, KeepBest, Policy
-from checkpointer.policy.retention import KeepAll, Limit, Rule
+from checkpointer.mirror.plan import Mirror
+from checkpointer.policy.retention import KeepAll
 from checkpointer.ports import Listener
+from checkpointer.save.background import Busy
 from checkpointer.storage.opening import Where
 from checkpointer_lightning import siblings
 from checkpointer_lightning.callback_base import CallbackBase, Moment
@@ -34,11 +36,11 @@ class Composed(CallbackBase):
         storage_options: What fsspec needs besides a URL, such as credentials; never logged or stored. The Trainer does
             not have them: ``ckpt_path="last"`` goes by a copy on this machine, and for a URL it asks the environment.
         trust: A key that signs each record.
-        mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches.
-        mirror_keep: Rules and limits for what lives there; None takes the policy's.
-        mirror_options: As ``storage_options``, for the mirror.
-        background: Copy the state and go on with the training, while a thread writes it. Lightning's
-            ``AsyncCheckpointIO`` asks for the same. Listeners are called on that thread.
+        mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches:
+            a path, a URL or a storage, or a `checkpointer.Mirror`.
+        background: ``"wait"`` or ``"skip"`` copies the state and goes on with the training, while a thread writes it,
+            as for `checkpointer.CheckpointManager`. Lightning's ``AsyncCheckpointIO`` asks for ``"wait"``. Listeners
+            are called on that thread.
         grace_s: Seconds between SIGTERM and the kill that follows it, if that is known: the end of a stopped training
             waits for the mirror no longer than that. They are counted from the end of the batch, where Lightning stops.
         verbose: Log each decision.
@@ -58,10 +60,8 @@ class Composed(CallbackBase):
         tolerate_failures: int = 0,
         storage_options: Mapping[str, Any] | None = None,
         trust: HMACKey | None = None,
-        mirror: Where | None = None,
-        mirror_keep: Iterable[Rule | Limit] | None = None,
-        mirror_options: Mapping[str, Any] | None = None,
-        background: bool = False,
+        mirror: Mirror | Where | None = None,
+        background: Busy | None = None,
         grace_s: float = math.inf,
         verbose: bool = False,
     ) -> None:
@@ -80,7 +80,7 @@ class Composed(CallbackBase):
             verbose=verbose,
         )
         self.policy = policy
-        self._in_background = background
+        self._background = background
         self._grace_s = grace_s
         self._options = {
             "listeners": tuple(listeners),
@@ -88,8 +88,6 @@ class Composed(CallbackBase):
             "storage_options": storage_options,
             "trust": trust,
             "mirror": mirror,
-            "mirror_keep": None if mirror_keep is None else tuple(mirror_keep),
-            "mirror_options": mirror_options,
             "verbose": verbose,
         }
         if storage_options:

@@ -190,7 +190,7 @@ class DropIn(CallbackBase):
         training = self._training
         if training is None or training.manager is None or decision.name in training.manager.policy.aliases:
             return
-        policy, manifest = training.manager.policy, training.manager.manifest
+        policy, manifest = training.manager.policy, training.manager.session.manifest
         known = policy.known_metrics.union(manifest.seen, decision.observation.metrics)
         have = ", ".join(sorted(manifest.seen - {"epoch", "step", ONLY_LAST})) or "none"
         for key in (key for key in policy.name.keys if key not in known and key not in self._unknown):

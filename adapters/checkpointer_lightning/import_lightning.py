@@ -24,9 +24,9 @@ def adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any],
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
             continue
         metrics = {} if monitor is None else {monitor: scores[path]}
-        decision = manager.decide(metrics, step, epoch, due="Lightning had saved it")
+        decision = manager.session.decide(metrics, step, epoch, due="Lightning had saved it")
         if isinstance(decision, Save):
-            manager.commit(decision, path)
+            manager.session.commit(decision, path)
 
 
 def _is_in(directory: str, path: str) -> bool:

@@ -115,9 +115,9 @@ class Resuming(Identity):
         self._forget_copies(trainer)
         if self._theirs:
             adopt(manager, self._folder, self._theirs, self.monitor)
-        state = manager.state_dict() if self._theirs else self._saved if self._goes_on or again else None
+        state = manager.session.state_dict() if self._theirs else self._saved if self._goes_on or again else None
         if state:
-            manager.load_state_dict(state, source=self._resumed_name(trainer, policy, manager))
+            manager.session.load_state_dict(state, source=self._resumed_name(trainer, policy, manager))
 
     def _resumed_name(self, trainer: Any, policy: Policy, manager: CheckpointManager) -> str:
         """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
@@ -127,4 +127,4 @@ class Resuming(Identity):
         if template is not None and fixed_parts(template, policy.name.join) == template:
             return ""  # The name means the newest, or the best: what it names is replaced, as in Lightning.
         name = name_in(self._folder, trainer.ckpt_path)
-        return name if name in manager.manifest.by_name and name not in policy.aliases else ""
+        return name if name in manager.session.manifest.by_name and name not in policy.aliases else ""

@@ -119,7 +119,7 @@ class Saving(Resuming):
         if decision is None or self._training is None:
             super()._save_checkpoint(trainer, filepath)
             return
-        self._carry_out(trainer, lambda manager: manager.commit(decision))
+        self._carry_out(trainer, lambda manager: manager.session.commit(decision))
 
     def _carry_out(self, trainer: Any, act: Callable[[CheckpointManager], Decision]) -> Decision:
         """Save on all ranks, and show and tell what was saved."""
@@ -128,7 +128,7 @@ class Saving(Resuming):
 
         def lead() -> Broadcast:
             done = act(training.managing)
-            return Broadcast(done, training.managing.horizon, self._account(training, None))
+            return Broadcast(done, training.managing.session.horizon, self._account(training, None))
 
         answer: Broadcast = training.pen.team.work(lead)
         done: Decision = answer.decision
@@ -223,10 +223,10 @@ class Saving(Resuming):
     def _account(self, training: Training, decision: Decision | None) -> ShownState:
         """Return what there is; or, with a decision, what there will be once it is carried out."""
         manager = training.managing
-        manifest = manager.manifest if decision is None else manager.after(decision)
+        manifest = manager.session.manifest if decision is None else manager.session.after(decision)
         going = {record.name for record in manifest.aside}
         if decision is None and training.behind is not None:
-            going |= {record.name for record in manifest.history} - manager.after(_NOTHING).by_name.keys()
+            going |= {record.name for record in manifest.history} - manager.session.after(_NOTHING).by_name.keys()
         return account_of(manager.policy, manifest, self._folder, self.save_top_k, going)
 
     def _show(self, account: ShownState) -> None:
@@ -236,7 +236,7 @@ class Saving(Resuming):
         training = self._training
         if training is None or training.manager is None:
             return dict(self._saved)
-        state = training.manager.state_dict()
+        state = training.manager.session.state_dict()
         # Whoever saves this, the training is at this step: what is saved of it by others is no other timeline.
         return {**state, "step": max(state["step"], training.pen.trainer.global_step)}
 

@@ -12,6 +12,7 @@ import attrs
 from checkpointer import CheckpointerWarning
 from checkpointer.distributed.ranks import Team
 from checkpointer.ports import Ranks
+from checkpointer.save.background import Busy
 from checkpointer_lightning.packages import Package
 
 __all__ = ["TrainerIO", "in_foreground"]
@@ -46,15 +47,16 @@ class TrainerIO:
         acts.update(take=pen._take, write=pen._write)
         return pen
 
-    def how(self, *, background: bool) -> dict[str, Any]:
+    def how(self, *, background: Busy | None) -> dict[str, Any]:
         """Return a manager's arguments: how it comes by a checkpoint, and whether the training waits for it.
 
         Args:
-            background: Whether it was asked for. Lightning's plugin asks for it too.
+            background: As for `CheckpointManager`. Lightning's plugin asks for ``"wait"`` too.
         """
         if self.package.writes_plainly(self.trainer):
-            asks = background or isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io)
-            return {"state": self.capture, "background": asks}
+            if isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io):
+                background = background or "wait"
+            return {"state": self.capture, "background": background}
         if background and self.team.ranks.rank == 0:
             warnings.warn(_NO_BACKGROUND, CheckpointerWarning, stacklevel=2)
         return {"save": self.write}
@@ -89,7 +91,7 @@ class TrainerIO:
 
 
 _NO_BACKGROUND: Final = (
-    "background=True has no effect here: a plugin, strategy or Trainer that saves in a way of its own reads the live "
+    "background has no effect here: a plugin, strategy or Trainer that saves in a way of its own reads the live "
     "state, so the training waits for it"
 )
 

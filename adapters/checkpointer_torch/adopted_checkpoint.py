@@ -59,6 +59,6 @@ def _found(
 ) -> tuple[Record | None, Any]:
     """Return the newest valid checkpoint's record, and its path or URL, or else its state."""
     if isinstance(saver, CheckpointManager) and isinstance(directory, (str, os.PathLike)):
-        return saver.locate(contents="any") or (None, None)
+        return saver.session.locate(contents="any") or (None, None)
     restored = saver.restore(contents="any")
     return (restored.record, restored.state) if restored else (None, None)

@@ -605,7 +605,7 @@ class Loop:
         except BaseException:
             self._saver.close(timeout=self._left_s())
             raise
-        self._saver.leave(error, timeout=self._left_s())
+        self._saver.close(error, timeout=self._left_s())
 
     def _left_s(self) -> float:
         """Return the seconds that closing may take: what is left of the grace, if a signal has come."""

@@ -76,10 +76,10 @@ def saved_state(state: Any) -> Mapping[str, Any]:
 
 def write_state(state: Any, folder: Path, manager: CheckpointManager, decision: Save, output_dir: str) -> None:
     """Write the Trainer's account into the checkpoint again, as it will be once that is committed."""
-    best = best_of(manager.policy, manager.after(decision))
+    best = best_of(manager.policy, manager.session.after(decision))
     if best is not None:
         best.show(state, output_dir)
-    state.stateful_callbacks[_KEY] = manager.state_dict(decision)
+    state.stateful_callbacks[_KEY] = manager.session.state_dict(decision)
     staged = folder / f"{STATE_FILE}.new"
     state.save_to_json(str(staged))
     os.replace(staged, folder / STATE_FILE)

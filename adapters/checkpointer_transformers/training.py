@@ -107,7 +107,7 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training that takes this one's place goes on from; empty but on rank 0."""
-        return {} if self.manager is None else self.manager.state_dict()
+        return {} if self.manager is None else self.manager.session.state_dict()
 
     def open(self, state: Any, again: Mapping[str, Any]) -> None:
         """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
@@ -120,7 +120,7 @@ class Training:
             step = state.global_step
             saved = saved_state(state) or self._claimed(step) if step else _from_start(again, self._clock)
             if saved:
-                manager.load_state_dict(saved, source=self._chosen(state.global_step, saved))
+                manager.session.load_state_dict(saved, source=self._chosen(state.global_step, saved))
             self._claim()
             return self._tell(Skip(reason="the training begins"), state)
 
@@ -130,10 +130,12 @@ class Training:
         """Return the name of what was resumed from, if somebody chose it: it is not the newest of its run."""
         assert self.manager is not None, "this is rank 0"
         name = f"checkpoint-{step}"
-        record = self.manager.manifest.by_name.get(name)
+        record = self.manager.session.manifest.by_name.get(name)
         if record is None or record.run != saved.get("run"):
             return ""
-        later = [other for other in self.manager.manifest.records if other.run == record.run and other.step > step]
+        later = [
+            other for other in self.manager.session.manifest.records if other.run == record.run and other.step > step
+        ]
         return name if later else ""
 
     def close(self, *, timeout: float = CLOSE_S) -> None:
@@ -215,7 +217,7 @@ class Training:
 
         def decide() -> _Broadcast:
             name = f"checkpoint-{state.global_step}"
-            if name in self._own_manager.manifest.by_name:
+            if name in self._own_manager.session.manifest.by_name:
                 return self._tell(Skip(reason=f"{name} is saved already, and was written over"), state)
             decision = self._decide(state, ASKED)
             if isinstance(decision, Save):
@@ -229,10 +231,10 @@ class Training:
 
         def decide() -> _Broadcast:
             manager = self._own_manager
-            saved = manager.manifest.at_step(state.global_step)
+            saved = manager.session.manifest.at_step(state.global_step)
             if saved is not None:
                 return self._tell(Skip(reason=f"step {state.global_step} is saved already as {saved.name}"), state)
-            decision = decide_rescue(self.policy, self._now(state), manager.manifest, why)
+            decision = decide_rescue(self.policy, self._now(state), manager.session.manifest, why)
             return self._tell(self._prepared(decision), state)
 
         return self._heed(self._team.work(decide), state)
@@ -240,7 +242,7 @@ class Training:
     def _decide(self, state: Any, due: str) -> Decision:
         step = state.global_step
         ended = self._ended_step == step
-        return self._own_manager.decide(self._at(step), step, epoch_of(state), epoch_end=ended, due=due)
+        return self._own_manager.session.decide(self._at(step), step, epoch_of(state), epoch_end=ended, due=due)
 
     def _at(self, step: int) -> dict[str, Any]:
         return self._metrics[1] if self._metrics[0] == step else {}
@@ -263,9 +265,9 @@ class Training:
         name = f"checkpoint-{decision.observation.step}"
         for other in checkpoints_of(self.folder):
             if (step_of(other) or 0) >= decision.observation.step:
-                self._own_manager.make_way(other)
+                self._own_manager.session.make_way(other)
         if self.write is None:
-            self._claim(name, self._own_manager.state_dict(decision))
+            self._claim(name, self._own_manager.session.state_dict(decision))
         return attrs.evolve(decision, name=name, replaces=False)
 
     def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -290,10 +292,10 @@ class Training:
         def commit() -> _Broadcast:
             self._final = final = self._completed(state, decision)
             if not written:
-                return self._tell(self._own_manager.commit(final), state)
+                return self._tell(self._own_manager.session.commit(final), state)
             path = self.folder / final.name
             write_state(state, path, self._own_manager, final, self.output_dir)
-            done = self._own_manager.commit(final, path)
+            done = self._own_manager.session.commit(final, path)
             self._claim()
             return self._tell(done, state)
 
@@ -333,8 +335,8 @@ class Training:
 
     def _tell(self, decision: Decision, state: Any) -> _Broadcast:
         manager = self._own_manager
-        saved = manager.manifest.at_step(state.global_step) is not None
-        return _Broadcast(decision, manager.horizon, best_of(manager.policy, manager.manifest), saved)
+        saved = manager.session.manifest.at_step(state.global_step) is not None
+        return _Broadcast(decision, manager.session.horizon, best_of(manager.policy, manager.session.manifest), saved)
 
     def _heed(self, told: _Broadcast, state: Any) -> Decision:
         self._horizon = told.horizon

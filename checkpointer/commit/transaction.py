@@ -282,7 +282,15 @@ class Transaction:
                 # It is there; whether it would survive a power loss is another question.
                 self.storage.sync(record.name)
             return record
-        self._mark_committed(record, replaced=over_alias or replaces is not None)
+        try:
+            self.put(Entry(record=record))  # 5
+        except OSError as error:
+            if replaces is None and not over_alias:
+                self._remove(record)
+                raise
+            # The old payload is gone, and the pending record proves the new one: that is the state there is.
+            msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         return record
 
     def _announce(self, pending: Entry, *, is_new: bool) -> None:
@@ -349,17 +357,6 @@ class Transaction:
             return read_entry(self.storage, record_path(name), self.trust)
         except FileNotFoundError:
             return None
-
-    def _mark_committed(self, record: Record, *, replaced: bool) -> None:
-        try:
-            self.put(Entry(record=record))  # 5
-        except OSError as error:
-            if not replaced:
-                self._remove(record)
-                raise
-            # The old payload is gone, and the pending record proves the new one: that is the state there is.
-            msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
     def put(self, entry: Entry) -> None:
         """Write a record file in one step, signed if there is a key."""

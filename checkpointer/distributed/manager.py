@@ -24,8 +24,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, FolderFormat, Format, Mailbox, Ranks, Snapshotting, Storage, SupportsMailbox
 from checkpointer.records.record import Record
-from checkpointer.restore import load as restoring
-from checkpointer.restore.load import Restored
+from checkpointer.restore.load import Restored, load
 from checkpointer.save.background import as_busy, copies_of
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -218,7 +217,7 @@ class DistributedManager:
         """Return what all ranks have to know, on rank 0."""
         manager = self._own_manager
         return _Broadcast(
-            manager.horizon,
+            manager.session.horizon,
             manager.best,
             manager.last,
             manager.policy.rescue,
@@ -333,7 +332,7 @@ class DistributedManager:
         owner = new_owner()
         try:
             storage = open_storage(directory, owner, storage_options)
-            return restoring.load(storage, record, open_format(record.format, storage_options), **options)
+            return load(storage, lambda record: open_format(record.format, storage_options), record, **options)
         except (CheckpointerError, OSError):
             return None
         finally:
@@ -363,42 +362,38 @@ class DistributedManager:
         self._check_open()
         return self._heed(self._team.work(lambda: self._tell(is_done=self._own_manager.wait(timeout)))).is_done
 
-    def close(self, *, timeout: float = 600.0) -> None:
-        """Finish: see `CheckpointManager.close`. Talks to nobody; a second call does nothing.
+    def close(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+        """Finish: see `CheckpointManager.close`. A second call does nothing.
 
         Args:
+            error: What ends the training. The ranks write a rescue checkpoint first, if all of them come here at the
+                same step.
             timeout: Seconds that rank 0 waits for the mirror at most. The other ranks do not wait for it.
         """
         if self._closed:
             return
+        if error is not None and self._state is not None and self._told.rescues:
+            self._rescue_quietly(error)
         self._closed = True
-        with contextlib.ExitStack() as closing:
-            if self._own_ranks is not None:
-                closing.callback(self._own_ranks.close)
-            if self._behind is not None:
-                closing.callback(self._behind.close)
-            if self._manager is not None:
-                closing.callback(self._manager.close, timeout=timeout)
+        try:
+            with contextlib.ExitStack() as closing:
+                if self._own_ranks is not None:
+                    closing.callback(self._own_ranks.close)
+                if self._behind is not None:
+                    closing.callback(self._behind.close)
+                if self._manager is not None:
+                    closing.callback(self._manager.close, timeout=timeout)
+        except SaveError as failure:
+            if error is None:
+                raise
+            # The error that ended the training is the one to be seen.
+            warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 
     def __enter__(self) -> DistributedManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.leave(error)
-
-    def leave(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
-        """Finish as a ``with`` block does at its end: see `CheckpointManager.leave`."""
-        try:
-            if error is not None and not self._closed and self._state is not None and self._told.rescues:
-                self._rescue_quietly(error)
-        finally:
-            try:
-                self.close(timeout=timeout)
-            except SaveError as failure:
-                if error is None:
-                    raise
-                # The error that ended the training is the one to be seen.
-                warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
+        self.close(error)
 
     def _rescue_quietly(self, error: BaseException) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""

@@ -15,8 +15,8 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import attrs
 
@@ -27,12 +27,11 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import (
     CheckpointerWarning,
     CorruptError,
-    PolicyError,
     StorageError,
 )
-from checkpointer.policy.decide import explain
+from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
 from checkpointer.policy.policy import Policy
-from checkpointer.policy.retention import KeepBest, Limit, Rule
+from checkpointer.policy.retention import KeepBest
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
@@ -42,114 +41,42 @@ from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
 from checkpointer.storage.same_place import SamePlaceError, refuse_same, refuse_same_by_trial
 
-__all__ = ["Mirror", "MirrorStatus", "Plan", "lost", "open_mirror", "plan", "retry_after"]
+__all__ = ["MirrorThread", "open_mirror"]
 
 T = TypeVar("T")
 
 PROGRESS_S = 5.0
-"""Seconds between two lines of progress while `Mirror.close` waits."""
+"""Seconds between two lines of progress while `MirrorThread.close` waits."""
 LOOK_S = 60.0
 """Seconds that a restore waits for the mirror's listing before it goes on without."""
-RETRY_S = (1.0, 60.0)
-"""Least and most seconds between two tries."""
 
 _log = logging.getLogger("checkpointer")
 
 
-@attrs.frozen(kw_only=True)
-class MirrorStatus:
-    """How far the mirror is."""
-
-    behind: tuple[str, ...] = ()
-    """Checkpoints that its rules want and that it is not known to have, newest first."""
-    error: str = ""
-    """Why the last try failed; empty if it did not."""
-
-
-# What is to be done, worked out from the records
-
-
-@attrs.frozen(kw_only=True)
-class Plan:
-    """What would bring a mirror up to date."""
-
-    missing: tuple[Record, ...] = ()
-    """Records as they are here, newest first, that the mirror's rules keep and the mirror has not got."""
-    changed: tuple[Record, ...] = ()
-    """Records as the mirror should have them: metrics and pins that came later."""
-    kept: frozenset[str] = frozenset()
-    """Names on the mirror that its rules keep, once nothing is missing."""
-
-
-def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[str, str]] = frozenset()) -> Plan:
-    """Compare two manifests, the second seen as the first sees its own; ``skip`` has tokens and names to leave out."""
-    copies = {record.token: record for record in there.seen_by(here.run, here.line).own}
-    changed = {}
-    for record in here.own:
-        copy = copies.get(record.token)
-        if copy is not None and (wanted := attrs.evolve(record, name=copy.name)) != copy:
-            changed[copy.name] = wanted
-    # Under names that no file can have: which one they get is another question.
-    absent = {f"\0{r.token}": r for r in here.live if r.token not in copies and (r.token, r.name) not in skip}
-    resumed = here.by_name[here.resumed].token if here.resumed in here.by_name else ""
-    would_be = attrs.evolve(
-        there,
-        records=(
-            *(changed.get(record.name, record) for record in there.records),
-            *(attrs.evolve(record, name=name) for name, record in absent.items()),
-        ),
-        run=here.run,
-        line=here.line,
-        resumed=copies[resumed].name if resumed in copies else f"\0{resumed}",
-    )
-    kept = explain(policy, would_be)
-    missing = sorted((r for name, r in absent.items() if name in kept), key=lambda r: r.serial, reverse=True)
-    return Plan(missing=tuple(missing), changed=tuple(changed.values()), kept=frozenset(kept))
-
-
-def lost(policy: Policy, here: Manifest, there: Manifest, told: Iterable[Record]) -> tuple[Record, ...]:
-    """Return which of the records ``told`` of the mirror would have kept, but are gone here before it had them."""
-    have = {record.token for record in (*here.own, *there.records)}
-    gone = {record.token: record for record in told if record.token not in have}
-    wide = attrs.evolve(here, records=(*here.records, *gone.values()))
-    return tuple(record for record in plan(policy, wide, there).missing if record.token in gone)
-
-
-def retry_after(failures: int, dice: float) -> float:
-    """Return seconds to wait after so many failures in a row; ``dice`` in [0, 1) spreads writers that fail at once."""
-    least, most = RETRY_S
-    return min(most, least * 2.0 ** min(failures - 1, 30)) * (1 + dice) / 2
-
-
-# Copying
-
-
-class Mirror:
+class MirrorThread:
     """Keeps a copy of what a directory has, on a thread of its own: its caller never waits for the mirror's storage.
 
     Args:
-        where: The mirror's path, URL or storage; opened on the thread.
+        mirror: What was asked for; its storage is opened on the thread.
         policy: What lives on the mirror, and under which names.
         source: The storage that is mirrored.
-        options: What fsspec needs besides the URL.
         trust: The key that signs the mirror's records, and without which none of them is believed.
         copies: Whether to copy; without it the mirror is only looked at.
     """
 
     def __init__(
         self,
-        where: Where,
+        mirror: Mirror,
         policy: Policy,
         source: Storage,
         *,
-        options: Mapping[str, Any] | None,
         trust: HMACKey | None,
         copies: bool,
     ) -> None:
-        self._where = where
+        self._where = mirror.where
         self._policy = policy
         self._source = source
-        self._options = options
+        self._options = mirror.options
         self._trust = trust
         self._copies = copies
         self._pid = os.getpid()
@@ -173,8 +100,8 @@ class Mirror:
     def __str__(self) -> str:
         return without_password(str(self._where))
 
-    def tell(self, manifest: Manifest) -> None:
-        """Say what there is to mirror now. Returns at once."""
+    def update(self, manifest: Manifest) -> None:
+        """Take in what there is to mirror now. Returns at once."""
         if not self._copies:
             return
         with self._news:
@@ -400,29 +327,19 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def open_mirror(
-    where: Where | None,
-    keep: Iterable[Rule | Limit] | None,
-    options: Mapping[str, Any] | None,
-    policy: Policy,
-    source: Storage,
-    *,
-    trust: HMACKey | None,
-    copies: bool,
-) -> Mirror | None:
-    """Return the mirror, or None if none is asked for. Does not touch its storage.
+    mirror: Mirror | Where | None, policy: Policy, source: Storage, *, trust: HMACKey | None, copies: bool
+) -> MirrorThread | None:
+    """Return what keeps the mirror, or None if none is asked for. Does not touch its storage.
 
     Raises:
-        PolicyError: If there are rules or options for a mirror, and no mirror.
         StorageError: If it is the directory itself.
     """
-    if where is None:
-        if keep is not None or options is not None:
-            msg = f"{'mirror_keep' if keep is not None else 'mirror_options'} is given without mirror; pass both"
-            raise PolicyError(msg)
+    if mirror is None:
         return None
-    refuse_same(source, where)
-    if keep is not None:
-        keep = tuple(keep)
-        ranks = any(isinstance(rule, KeepBest) for rule in keep)
-        policy = attrs.evolve(policy, keep=keep, best=policy.best if ranks else None)
-    return Mirror(where, policy, source, options=options, trust=trust, copies=copies)
+    if not isinstance(mirror, Mirror):
+        mirror = Mirror(mirror)
+    refuse_same(source, mirror.where)
+    if mirror.keep is not None:
+        ranks = any(isinstance(rule, KeepBest) for rule in mirror.keep)
+        policy = attrs.evolve(policy, keep=mirror.keep, best=policy.best if ranks else None)
+    return MirrorThread(mirror, policy, source, trust=trust, copies=copies)

@@ -22,7 +22,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
-from checkpointer.restore.load import Restored, choose, verify
+from checkpointer.restore.load import Restored, choose, holding_on_to, verify
 
 __all__ = ["MirrorSnapshot"]
 
@@ -56,7 +56,7 @@ class MirrorSnapshot:
             msg = f"{error}; not looked at: {'; '.join(self.problems)}"
             raise NotFoundError(msg) from error
 
-    def load(self, record: Record, directory: Directory, load: Callable[[Record], Restored]) -> Restored:
+    def load(self, directory: Directory, load: Callable[[Record], Restored], record: Record) -> Restored:
         """Load a checkpoint from here; before that fetch it if only the mirror has it whole.
 
         Raises:
@@ -66,17 +66,18 @@ class MirrorSnapshot:
         """
         copy = self.records.get(record.token)
         here = (*directory.manifest.records, *directory.manifest.aside)
-        if copy is not None and record.token not in {other.token for other in here}:
-            return load(self._fetch(copy, directory))
-        try:
-            return load(record)
-        except (CorruptError, OSError) as error:
-            if copy is None or _is_whole(directory.storage, record):
-                raise
-            fetched = self._fetch_again(record, copy, directory, error)
-            msg = f"{error}; it was fetched from the mirror as {fetched.name}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
-        return load(fetched)
+        with holding_on_to(record, directory.storage):
+            if copy is not None and record.token not in {other.token for other in here}:
+                return load(self._fetch(copy, directory))
+            try:
+                return load(record)
+            except (CorruptError, OSError) as error:
+                if copy is None or _is_whole(directory.storage, record):
+                    raise
+                fetched = self._fetch_again(record, copy, directory, error)
+                msg = f"{error}; it was fetched from the mirror as {fetched.name}"
+                warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            return load(fetched)
 
     def _fetch(self, copy: Record, directory: Directory, *, replaces: Record | None = None) -> Record:
         assert self.storage is not None, "a record was read from it"

@@ -153,8 +153,8 @@ def _compare(record: Record, found: tuple[int, str] | None) -> None:
 
 def load(
     storage: Storage,
+    open_format: Callable[[Record], Format | FolderFormat],
     record: Record,
-    payload: Format | FolderFormat,
     *,
     weights_only: bool,
     map_location: Any,
@@ -163,22 +163,17 @@ def load(
 ) -> Restored:
     """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between.
 
-    Of a folder, and of a file that is mapped, that is not so: they are verified, and then opened again by what reads
-    them.
+    A folder, and a file that is mapped, are verified first, and then opened again by the code that reads them.
     """
+    payload = open_format(record)
+    options = {"weights_only": weights_only, "map_location": map_location}
     if set(_listed(storage, record)) != {record.name}:
         if verify == "full":
             _verify_digest(storage, record)
-        path = _address(storage, record.name)
-        if isinstance(payload, FolderFormat) and path:
-            state = payload.read_folder(path, weights_only=weights_only, map_location=map_location)
-            return Restored(record=record, state=state)
-        msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
-        raise RestoreError(msg)
+        return Restored(record=record, state=_read_folder(storage, record, payload, options))
     if isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
-    options = {"weights_only": weights_only, "map_location": map_location}
     if mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping):
         if verify == "full":
             _verify_digest(storage, record)
@@ -186,23 +181,27 @@ def load(
             payload = format_of(stream, payload)
         assert isinstance(payload, SupportsMapping)  # The formats that are exchanged both are.
         return Restored(record=record, state=payload.read_mapped(storage.local_path(record.name), **options))
-    if verify == "size":
-        with storage.open(record.name) as stream:
-            return Restored(record=record, state=format_of(stream, payload).read(stream, **options))
-    return Restored(record=record, state=_load_verified(storage, record, payload, options))
+    with storage.open(record.name) as remote:
+        if verify == "size":
+            return Restored(record=record, state=format_of(remote, payload).read(remote, **options))
+        with _nearby(remote, storage, record) as near:
+            verified = VerifiedReader(near, algorithm_of(record.digest))
+            _compare(record, (verified.size, verified.digest))
+            try:
+                buffered: Any = io.BufferedReader(verified)
+                return Restored(record=record, state=format_of(buffered, payload).read(buffered, **options))
+            finally:
+                if verified.error is not None:
+                    msg = f"{record.name} has other bytes than were written: {verified.error}"
+                    raise CorruptError(msg)
 
 
-def _load_verified(storage: Storage, record: Record, payload: Format, options: Mapping[str, Any]) -> Any:
-    with storage.open(record.name) as remote, _nearby(remote, storage, record) as stream:
-        verified = VerifiedReader(stream, algorithm_of(record.digest))
-        _compare(record, (verified.size, verified.digest))
-        try:
-            buffered: Any = io.BufferedReader(verified)
-            return format_of(buffered, payload).read(buffered, **options)
-        finally:
-            if verified.error is not None:
-                msg = f"{record.name} has other bytes than were written: {verified.error}"
-                raise CorruptError(msg)
+def _read_folder(storage: Storage, record: Record, payload: Format | FolderFormat, options: Mapping[str, Any]) -> Any:
+    path = _address(storage, record.name)
+    if isinstance(payload, FolderFormat) and path:
+        return payload.read_folder(path, **options)
+    msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
+    raise RestoreError(msg)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import attrs
@@ -10,11 +11,9 @@ import attrs
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import RecordError
-from checkpointer.ports import Storage
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
-from checkpointer.restore import load as restoring
 from checkpointer.restore.fetch import MirrorSnapshot
-from checkpointer.restore.load import Restored
+from checkpointer.restore.load import Restored, check_empty, load_first_valid
 
 __all__ = ["HostState", "go_on", "go_to"]
 
@@ -24,38 +23,37 @@ def go_to(
     directory: Directory,
     found: MirrorSnapshot,
     contents: Literal["full", "any"],
-    load_here: Callable[[Record], Restored],
-    strangers: Storage | None = None,
+    load: Callable[[Record], Restored],
+    *,
+    strict: bool = False,
 ) -> Restored | None:
     """Load a checkpoint, from the mirror if need be, and let the directory go on from there.
 
     Args:
         which: As for `CheckpointManager.restore`.
         directory: Where it is looked for.
-        found: What a mirror holds besides.
+        found: What the mirror holds.
         contents: As for `CheckpointManager.restore`.
-        load_here: Loads a checkpoint that is in the directory.
-        strangers: Whose files are an error if there is no checkpoint at all; None: they are somebody's affair.
+        load: Loads a checkpoint that is in the directory.
+        strict: Whether files that no record names are an error if there is no checkpoint.
 
     Returns:
-        What ``load_here`` returned, or None if there is no checkpoint at all.
+        What ``load`` returned, or None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: As `CheckpointManager.restore`.
     """
     view = directory.widened(found.records.values())
     policy = directory.policy
     chosen = found.choose(which, policy, view, contents, damaged=directory.damaged)
-
-    def load(record: Record) -> Restored:
-        with restoring.holding_on_to(record, directory.storage):
-            return found.load(record, directory, load_here)
-
     if which is None or which in ("last", "best") or which in policy.aliases:
         bad = (*map(str, directory.damaged.values()), *found.problems)
-        restored = restoring.load_first_valid(chosen, load, directory.set_aside, bad)
+        restored = load_first_valid(chosen, partial(found.load, directory, load), directory.set_aside, bad)
         if restored is None:
-            restoring.check_empty(which, policy, view, strangers)
+            check_empty(which, policy, view, directory.storage if strict else None)
             return None
     else:
-        restored = load(chosen[0])
+        restored = found.load(directory, load, chosen[0])
     directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
     return restored
 

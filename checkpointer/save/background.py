@@ -68,14 +68,9 @@ class Outcome:
 
 def as_busy(background: object) -> Busy | None:
     """Return what ``background=`` stands for, None for writing in the loop."""
-    match background:
-        case False | None:
-            return None
-        case True | "wait":
-            return "wait"
-        case "skip":
-            return "skip"
-    msg = f"background is {background!r}; expected False, True, 'wait' or 'skip'"
+    if background is None or background == "wait" or background == "skip":
+        return background
+    msg = f"background is {background!r}; expected 'wait', 'skip' or None"
     raise PolicyError(msg)
 
 

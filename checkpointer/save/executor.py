@@ -73,28 +73,30 @@ class SaveExecutor:
 
     # Carrying out
 
-    def carry(self, decision: Save, path: str | os.PathLike[str] | None = None) -> Decision:
-        """Carry out a save, or have it carried out; return it, or a `Skip` if it failed and that is tolerated.
+    def execute(self, decision: Save, path: str | os.PathLike[str] | None = None, *, at_once: bool = False) -> Decision:
+        """Carry out a save, here or on the writer thread; return it, or a `Skip` if it failed and that is tolerated.
+
+        Args:
+            decision: The save.
+            path: Where a trainer has written the payload; None takes the state.
+            at_once: Write it here in any case. Nothing else may be under way.
 
         Raises:
             SaveError: If it could not be written, or an earlier one could not.
         """
-        if self.background is not None and path is None and not self.background.is_here:
-            return self._hand_over(decision, self.background)
-        self.settle()
-        self.hear()
-        return self.carry_here(decision, path)
-
-    def carry_here(self, decision: Save, path: str | os.PathLike[str] | None = None) -> Decision:
-        """Carry out a save now, while nothing else is under way; return as `carry` does."""
+        if not at_once:
+            if self.background is not None and path is None and not self.background.is_here:
+                return self._hand_over(decision, self.background)
+            self.settle()
+            self.hear()
         with self._as_if_done(decision):
-            state = self._take_state() if path is None and self.saver.writer.save is None else None
+            state = self._take_state() if path is None and self.saver.save is None else None
             try:
                 self.saver.directory.note(self.reported)
                 record = self.saver.write(decision, state, path)
             except AliasInUseError:
                 raise
-            except Exception as error:  # Whatever went wrong with the write, the checkpoints there are still hold.
+            except Exception as error:  # Whatever went wrong with the write, older checkpoints are still there.
                 self._answer(decision)
                 return self._failed(decision, error)
             self._failures = 0

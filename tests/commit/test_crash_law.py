@@ -17,6 +17,7 @@ from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepBest, KeepL
 from checkpointer.commit.index import read_bounded
 from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.ports import Format, Storage
+from checkpointer.save.background import Busy
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import Crash, CrashingStorage, MemoryStorage, die
 
@@ -42,7 +43,7 @@ class Run:
         trust: HMACKey | None = None,
         format: Format | None = None,
         *,
-        background: bool = False,
+        background: Busy | None = None,
     ) -> None:
         self.step = 0
         self.saved: list[int] = []
@@ -75,7 +76,7 @@ def run_until_crash(
     *,
     format: Format | None = None,
     losses: Sequence[float] = LOSSES,
-    background: bool = False,
+    background: Busy | None = None,
 ) -> int:
     """Train until the storage dies, and return the last step that was acknowledged."""
     acknowledged = 0
@@ -178,7 +179,7 @@ def test_dying_while_another_run_s_checkpoint_is_written_over_leaves_it_or_the_n
             warnings.simplefilter("ignore", CheckpointerWarning)
             acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, losses=losses)
         manager = CheckpointManager(inner, policy, format=PlainFormat())
-        (left,) = manager.manifest.records
+        (left,) = manager.session.manifest.records
         restored = manager.restore(left.name)
         assert restored is not None
         assert "model.ckpt" == left.name, n
@@ -200,7 +201,7 @@ def test_dying_at_any_operation_in_the_background_loses_nothing(name: str, when:
 
     for n in range(1, count_operations(make, policy) + 1):
         inner = make()
-        acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, background=True)
+        acknowledged = run_until_crash(CrashingStorage(inner, at=n, when=when), policy, background="wait")
         check_survivor(inner, policy, acknowledged, LARGEST[name], f"died {when} operation {n}")
 
 

@@ -85,7 +85,7 @@ def test_rolling_back_in_one_process_moves_the_abandoned_slot_aside() -> None:
     run.manager.restore(1)
     run.observe(2, 0.3)
     assert [("epoch=0-step=1.ckpt", 1), ("last.ckpt", 2)] == run.live()
-    assert ["epoch=0-step=2.ckpt"] == [record.name for record in run.manager.manifest.abandoned]
+    assert ["epoch=0-step=2.ckpt"] == [record.name for record in run.manager.session.manifest.abandoned]
 
 
 def test_pinning_changes_neither_line_nor_run() -> None:
@@ -114,15 +114,15 @@ def test_host_that_resumes_before_every_record_forks() -> None:
     run = Run(storage, policy)
     run.observe(10)
     run.observe(15)
-    saved = run.manager.state_dict()
+    saved = run.manager.session.state_dict()
     run.observe(20)
     run.manager.close()
     again = Run(storage, policy)
-    again.manager.load_state_dict(saved)
+    again.manager.session.load_state_dict(saved)
     assert [] == again.live()
     decision = again.observe(20)
     assert not isinstance(decision, Attach)
-    assert [20] == [record.step for record in again.manager.manifest.abandoned]
+    assert [20] == [record.step for record in again.manager.session.manifest.abandoned]
 
 
 def test_host_state_of_an_older_line_resumes_on_that_line() -> None:
@@ -131,10 +131,10 @@ def test_host_state_of_an_older_line_resumes_on_that_line() -> None:
     run = Run(storage, Policy(EVERY, [KeepAll()]))
     for step in range(1, 6):
         run.observe(step)
-    saved = json.loads(json.dumps(run.manager.state_dict()))
+    saved = json.loads(json.dumps(run.manager.session.state_dict()))
     run.manager.restore(2)
     run.observe(3)
-    run.manager.load_state_dict(saved)
+    run.manager.session.load_state_dict(saved)
     assert [f"epoch=0-step={n}.ckpt" for n in range(1, 6)] == [name for name, _ in run.live()]
 
 

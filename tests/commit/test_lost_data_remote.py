@@ -18,7 +18,16 @@ from support.plain_format import PlainFormat
 from support.servers.chaosproxy import ChaosProxy, Cut
 from support.servers.fixtures import Serve
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepEvery, KeepLast, Policy
+from checkpointer import (
+    CheckpointerWarning,
+    CheckpointManager,
+    EverySteps,
+    KeepAll,
+    KeepEvery,
+    KeepLast,
+    Mirror,
+    Policy,
+)
 from checkpointer.commit.index import load, record_path
 from checkpointer.commit.index import save as save_index
 from checkpointer.commit.transaction import Transaction
@@ -193,7 +202,7 @@ def test_a_record_rewritten_in_the_second_in_which_it_was_listed_is_not_hidden_b
 def test_a_mirror_that_is_the_directory_itself_under_another_name_retires_nothing(tmp_path: Path) -> None:
     """Text does not tell: links, mounts, ports and passwords spell one place in many ways."""
     policy = Policy(EverySteps(1), [KeepAll()])
-    tiers: dict[str, Any] = {"mirror": f"faulty://{tmp_path}", "mirror_keep": [KeepLast(1)], "mirror_options": QUICK}
+    tiers: dict[str, Any] = {"mirror": Mirror(f"faulty://{tmp_path}", keep=[KeepLast(1)], options=QUICK)}
     manager = CheckpointManager(tmp_path, policy, state=lambda: {"w": 1}, format=PlainFormat(), **tiers)
     for step in (1, 2, 3):
         manager.observe({}, step=step, epoch=0)

@@ -42,11 +42,11 @@ def test_a_checkpoint_moves_with_its_record_and_a_stranger_s_without(tmp_path: P
         for step in (1, 2):
             manager.observe({}, step=step, epoch=0, epoch_end=False)
         shutil.copytree(tmp_path / "step-1", tmp_path / "step-9")
-        assert "earlier-step-2" == manager.make_way("step-2")
-        assert "earlier-step-9" == manager.make_way("step-9")
-        assert manager.make_way("step-7") is None
+        assert "earlier-step-2" == manager.session.make_way("step-2")
+        assert "earlier-step-9" == manager.session.make_way("step-9")
+        assert manager.session.make_way("step-7") is None
         (tmp_path / "kept-step-1").touch()
-        assert "kept-step-1-v1" == manager.make_way("step-1", "kept-step-1")
+        assert "kept-step-1-v1" == manager.session.make_way("step-1", "kept-step-1")
         assert ["kept-step-1-v1", "earlier-step-2"] == [record.name for record in manager.records]
         manager.observe({}, step=3, epoch=0, epoch_end=False)
     assert ["kept-step-1-v1", "earlier-step-2", "step-3"] == [record.name for record in make(tmp_path).records]
@@ -58,7 +58,7 @@ def test_without_paths_nothing_can_make_way() -> None:
     manager = CheckpointManager(None, POLICY, state=dict)
     manager.observe({}, step=1, epoch=0, epoch_end=False)
     with pytest.raises(StorageError, match="has no paths"):
-        manager.make_way("step-1")
+        manager.session.make_way("step-1")
 
 
 MOVE = """
@@ -96,9 +96,9 @@ def test_dead_at_any_point_of_a_move_the_checkpoint_has_one_name(tmp_path: Path)
         done = subprocess.run([sys.executable, "-c", MOVE, directory, str(count)], env=environment)
         assert done.returncode in (0, 9)
         with make(directory) as manager:
-            found = {record.step: record.name for record in manager.manifest.records}
+            found = {record.step: record.name for record in manager.session.manifest.records}
             assert {1, 2} == found.keys()
-            assert 2 == len(manager.manifest.records)
+            assert 2 == len(manager.session.manifest.records)
             assert (directory / found[2] / "a").is_file()
         if done.returncode == 0:
             assert "earlier-step-2" == found[2]
@@ -150,10 +150,10 @@ def test_a_claim_of_a_dead_writer_is_swept_and_of_a_live_one_holds(tmp_path: Pat
 def test_what_a_state_says_of_the_save_it_goes_into(tmp_path: Path) -> None:
     """A host that writes its own account before the commit."""
     with make(tmp_path) as manager:
-        decision = manager.decide({}, 5, 0, epoch_end=False)
+        decision = manager.session.decide({}, 5, 0, epoch_end=False)
         assert decision
-        state = manager.state_dict(decision)
+        state = manager.session.state_dict(decision)
         assert (5, 5) == (state["step"], state["since"]["step"])
-        assert 0 == manager.state_dict()["since"]["step"]
+        assert 0 == manager.session.state_dict()["since"]["step"]
     with pytest.raises(SaveError, match="nothing to save"):
-        CheckpointManager(tmp_path / "b", POLICY).commit(decision)
+        CheckpointManager(tmp_path / "b", POLICY).session.commit(decision)

@@ -167,8 +167,8 @@ def test_a_name_is_not_taken_from_a_checkpoint_that_has_to_stay(tmp_path: Path) 
     assert ["model-v1.ckpt", "model-v2.ckpt"] == payloads(tmp_path)
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_the_whole_directory_may_be_removed_while_a_training_runs(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"])
+def test_the_whole_directory_may_be_removed_while_a_training_runs(tmp_path: Path, background: Any) -> None:
     """It goes on, with what it saves from then on; and the next process finds the aliases to be its own."""
     folder = tmp_path / "run"
     with opened(folder, WITH_ALIASES, background=background) as manager:
@@ -244,13 +244,13 @@ def test_a_checkpoint_that_is_to_be_replaced_may_be_lost_before_the_save_begins(
     """The save takes another name then: a file without a record is not replaced."""
     storage = LosingStorage(tmp_path)
     policy = Policy(EverySteps(1), [KeepLast(1)], name=Naming("model", version_counter=False))
-    with opened(storage, policy, background=True) as manager:
+    with opened(storage, policy, background="wait") as manager:
         save(manager, 0.1)
         manager.observe({"late": 1.0}, step=1, epoch=0, epoch_end=False)  # The writer thread looks at it for this.
-        decision = manager.decide({}, step=2, epoch=0, epoch_end=False)
+        decision = manager.session.decide({}, step=2, epoch=0, epoch_end=False)
         storage.moment.set()
         with gone():
-            manager.commit(decision)
+            manager.session.commit(decision)
             manager.wait()
         assert [("model-v1.ckpt", 2)] == [(record.name, record.step) for record in manager.records]
     assert ["model-v1.ckpt", "model.ckpt"] == payloads(tmp_path)
@@ -320,7 +320,7 @@ def test_a_name_is_given_free_by_what_is_gone(tmp_path: Path) -> None:
         save(manager, 0.1, 0.2)
         (tmp_path / "epoch=0-step=2.ckpt").unlink()
         with gone():
-            assert manager.make_way("epoch=0-step=2.ckpt") is None
+            assert manager.session.make_way("epoch=0-step=2.ckpt") is None
         assert not (tmp_path / record_path("epoch=0-step=2.ckpt")).exists()
         assert (tmp_path / record_path("earlier-epoch=0-step=2.ckpt")).exists()
 
@@ -456,7 +456,7 @@ def test_a_payload_that_comes_back_counts_again_and_its_name_stayed_taken(tmp_pa
     with opened(tmp_path, ALL) as manager:
         # The run went back to step 1 in between: what lay beyond is another timeline.
         assert ["epoch=0-step=1.ckpt", "epoch=0-step=2-v1.ckpt"] == [record.name for record in manager.records]
-        assert [payload.name] == [record.name for record in manager.manifest.abandoned]
+        assert [payload.name] == [record.name for record in manager.session.manifest.abandoned]
 
 
 def test_a_payload_that_comes_back_before_the_restore_is_restored(tmp_path: Path) -> None:

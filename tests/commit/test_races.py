@@ -69,7 +69,9 @@ def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, lose
         failures = {line.split(maxsplit=1)[1] for line in lines if line.startswith("failed")}
         assert failures <= ({"NameTakenError"} if losers_are_told else set()), sorted(failures)
         for name in (line.split()[1] for line in lines if line.startswith("saved")):
-            restored = restoring.load(storage, records[name], PlainFormat(), weights_only=True, map_location="cpu")
+            restored = restoring.load(
+                storage, lambda record: PlainFormat(), records[name], weights_only=True, map_location="cpu"
+            )
             assert writer == restored.state["writer"], (name, said)
     assert isinstance(storage, SupportsSweep)
     storage.close()

@@ -159,7 +159,7 @@ def fail_on_one(rank: int, directory: Path) -> Any:
 
     FolderModule.save = failing
     said: list[Any] = []
-    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     for step in range(1, 10):
         try:
             said.append(bool(manager.observe({}, step, 0, epoch_end=False)))
@@ -169,7 +169,7 @@ def fail_on_one(rank: int, directory: Path) -> Any:
             # It may be made again.
             said.append(bool(manager.observe({}, step, 0, epoch_end=False)))
         if step % 3 == 0 and manager.manager is not None:
-            manager.manager._carrier.settle()
+            manager.manager._executor.settle()
     manager.close()
     return said
 
@@ -191,7 +191,7 @@ def test_a_rank_that_cannot_write_its_shards_is_an_error_on_all_at_the_next_due_
 def fail_to_copy(rank: int, directory: Path) -> Any:
     lock = [threading.Lock()] if rank == 1 else []
     state = {"w": torch.ones(1), "lock": lock}
-    with DistributedManager(directory, POLICY, state=lambda: state, format="dcp", background=True) as manager:
+    with DistributedManager(directory, POLICY, state=lambda: state, format="dcp", background="wait") as manager:
         with pytest.raises(Exception, match="cannot be copied"):
             manager.observe({}, 3, 0, epoch_end=False)
         lock.clear()
@@ -213,7 +213,7 @@ def test_a_state_that_one_rank_cannot_copy_is_an_error_on_all(tmp_path: Path) ->
 def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
     behind.SILENCE_S = 0.5  # type: ignore[misc]
     training = Training(seed=7)
-    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     manager.observe({}, 3, 0, epoch_end=False)
     assert manager.wait()
 
@@ -375,7 +375,7 @@ def test_an_error_of_reading_that_cannot_be_sent_reaches_all_too(tmp_path: Path)
 
 def destroy_early(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
-    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     with gate(directory / "go"):
         manager.observe({}, 3, 0, epoch_end=False)
         torch.distributed.barrier()
@@ -426,7 +426,7 @@ def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, backgrou
 
 def leave_alone(rank: int, directory: Path) -> Any:
     behind.SILENCE_S = 0.5  # type: ignore[misc]
-    manager = DistributedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background="wait")
 
     def kill(*args: Any) -> None:
         wait_for(directory / "go")
@@ -487,7 +487,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
                 attrs.evolve(POLICY, rescue=False),
                 state=Training(seed=7).state_dict,
                 format="dcp",
-                background=True,
+                background="wait",
             ) as manager:
                 manager.observe({}, 3, 0, epoch_end=False)
                 raise KeyboardInterrupt
@@ -592,7 +592,7 @@ def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, b
 
 def rescue(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
-    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True) as manager:
+    with DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait") as manager:
         for _ in range(4):
             training.learn()
             manager.observe({}, training.step, 0, epoch_end=False)
@@ -618,7 +618,7 @@ def leave(rank: int, directory: Path) -> Any:
         return save(*args, **options)
 
     FolderModule.save = late
-    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background=True)
+    manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     manager.observe({}, 3, 0, epoch_end=False)
     assert not manager.wait(0.0)
     raise KeyboardInterrupt
@@ -635,7 +635,7 @@ def test_shards_under_way_are_written_although_nobody_closes_the_managers(tmp_pa
 def train_at_url(rank: int, url: str, options: dict[str, Any]) -> Any:
     training = Training(seed=7)
     how: dict[str, Any] = {"state": training.state_dict, "format": "dcp", "storage_options": options}
-    with DistributedManager(url, POLICY, background=True, **how) as manager:
+    with DistributedManager(url, POLICY, background="wait", **how) as manager:
         while training.step < 7:
             training.learn()
             manager.observe({}, training.step, 0, epoch_end=False)
@@ -659,7 +659,7 @@ def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> No
     """There is nobody to leave word for."""
     state = {"w": torch.zeros(3)}
     with DistributedManager(
-        tmp_path, POLICY, ranks=OneRank(), state=lambda: state, format="dcp", background=True
+        tmp_path, POLICY, ranks=OneRank(), state=lambda: state, format="dcp", background="wait"
     ) as manager:
         manager.observe({}, 3, 0, epoch_end=False)
         state["w"].fill_(1.0)
@@ -684,14 +684,14 @@ class Deaf(OneRank):
 def test_ranks_whose_threads_cannot_work_together_are_refused(tmp_path: Path) -> None:
     """The error says what is missing."""
     with pytest.raises(PolicyError, match=r"Deaf has no mailbox\(\); leave background= out"):
-        DistributedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background=True)
+        DistributedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background="wait")
 
 
 def test_somebody_elses_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
     """Nobody knows which process group it talks in."""
     with pytest.raises(PolicyError, match="format='dcp'"):
         DistributedManager(
-            tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background=True
+            tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background="wait"
         )
 
 

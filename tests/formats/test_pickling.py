@@ -26,6 +26,7 @@ from support.described import Described
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import SaveError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.save.background import Busy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TypedStorage", "ignore:.*[Ss]parse", "ignore:.*nested", "ignore:.*quantiz"
@@ -179,7 +180,7 @@ def comes_back(state: Any) -> bool:
     return bool(Described(state).words == Described(loaded).words)
 
 
-def save(state: Any, *, background: bool) -> tuple[str, Any]:
+def save(state: Any, *, background: Busy | None) -> tuple[str, Any]:
     """Save a state and restore it; return what was said of it, and if nothing was, what came back."""
     manager = CheckpointManager(None, EACH, state=lambda: state, background=background)
     with warnings.catch_warnings(record=True) as caught:
@@ -199,10 +200,10 @@ def save(state: Any, *, background: bool) -> tuple[str, Any]:
     return "", restored.state
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [None, "wait"])
 @settings(max_examples=100)
 @given(part=STATES)
-def test_a_state_comes_back_equal_or_the_save_names_what_will_not(background: bool, part: Any) -> None:
+def test_a_state_comes_back_equal_or_the_save_names_what_will_not(background: Busy | None, part: Any) -> None:
     """In the loop and behind it; what a safe load accepts is accepted without a word."""
     state = {"part": part}
     said, restored = save(state, background=background)
@@ -213,9 +214,9 @@ def test_a_state_comes_back_equal_or_the_save_names_what_will_not(background: bo
         assert re.search(r"state\['part'\]", said)
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [None, "wait"])
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_each_kind_of_value_comes_back_equal_or_is_named(background: bool, name: str) -> None:
+def test_each_kind_of_value_comes_back_equal_or_is_named(background: Busy | None, name: str) -> None:
     """Alone, so that none is left to chance."""
     state = {"a": [ZOO[name]()]}
     said, _ = save(state, background=background)
@@ -228,21 +229,21 @@ def test_an_integer_that_a_safe_load_cannot_read_is_named(number: int) -> None:
     with pytest.warns(CheckpointerWarning, match=r"state\['n'\] is a builtins.int of 2040 bits or more, which a safe"):
         CheckpointManager(None, EACH, state=lambda: {"n": number}).observe({}, 1, 0)
     fine = {"n": number - 1 if number == 2**2039 else -(2**2039)}
-    assert ("", fine) == save(fine, background=False)
+    assert ("", fine) == save(fine, background=None)
 
 
 def test_many_refused_values_of_one_class_are_one_warning() -> None:
     """It has their number, and says where a few of them are."""
     state = {"losses": [np.float64(n) for n in range(300)], "path": Path("a")}
-    said, _ = save(state, background=False)
+    said, _ = save(state, background=None)
     assert 2 == said.count("which a safe load refuses")
     assert "state['losses'][0], state['losses'][1], state['losses'][2] and 297 more are numpy.float64" in said
     assert re.search(r"state\['path'\] is a pathlib", said)
 
 
 @pytest.mark.filterwarnings("ignore:.*a safe load refuses")
-@pytest.mark.parametrize("background", [False, True])
-def test_what_cannot_be_pickled_is_named(background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"])
+def test_what_cannot_be_pickled_is_named(background: Busy | None) -> None:
     """Also if it is an attribute of an object within the state."""
     note = noted({"deep": [1, threading.Lock()]})
     with CheckpointManager(None, EACH, state=lambda: {"w": note}, background=background) as manager:
@@ -260,8 +261,8 @@ class Once:
 
 def test_what_cannot_be_put_together_again_is_named() -> None:
     """A save in the loop does not try it, and warns."""
-    manager = CheckpointManager(None, EACH, state=lambda: {"a": [Once()]}, background=True)
-    with pytest.raises(SaveError, match=r"state\['a'\]\[0\] is a .*Once .*or pass background=False"):
+    manager = CheckpointManager(None, EACH, state=lambda: {"a": [Once()]}, background="wait")
+    with pytest.raises(SaveError, match=r"state\['a'\]\[0\] is a .*Once .*or pass background=None"):
         manager.observe({}, 1, 0)
     manager.close()
 
@@ -292,7 +293,7 @@ def mapped(tmp_path: Path) -> torch.Tensor:
 
 def check_copied(tensor: torch.Tensor, state: Any, find: Callable[[Any], Any]) -> None:
     """Check that what is written to a tensor of ones once it is saved does not show in what is restored."""
-    for background in (False, True):
+    for background in (None, "wait"):
         tensor.fill_(1)
         manager = CheckpointManager(None, EACH, state=lambda: state, background=background)
         manager.observe({}, 1, 0)

@@ -51,10 +51,10 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
             said[what] = str(error)
 
     attempt("ranked", ranked)
-    attempt("ranked, background", ranked, background=True)
+    attempt("ranked, background", ranked, background="wait")
     for format in ("torch", "safetensors", "dcp"):
         attempt(format, alone, format=format)
-        attempt(f"{format}, background", alone, format=format, background=True)
+        attempt(f"{format}, background", alone, format=format, background="wait")
     attempt("loop", loop)
     return said
 

@@ -274,7 +274,7 @@ def test_changing_the_model_the_moment_observe_returns_changes_nothing_that_is_w
     """Values, structure, sharing and strides are those of the moment; also where buffers are used a second time."""
     storage = GatedStorage()
     state: Any = None
-    manager = CheckpointManager(storage, EACH, state=lambda: state, background=True)
+    manager = CheckpointManager(storage, EACH, state=lambda: state, background="wait")
     for step, each in enumerate(grown, start=1):
         state = each.state
         expected = Described(saved(state)).words

@@ -53,7 +53,7 @@ POLICIES: dict[str, Make] = {
 def records_of(host: str, directory: Path, policy: Policy) -> list[dict[str, Any]]:
     """Return what a training has left, best first, in words that no host owns."""
     with CheckpointManager(directory, policy) as manager:
-        ranked = [record.name for record in manager.policy.best_first(manager.manifest.history)]
+        ranked = [record.name for record in manager.policy.best_first(manager.session.manifest.history)]
         return [
             {
                 "step": record.step,

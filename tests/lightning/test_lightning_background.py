@@ -18,6 +18,7 @@ from tiny import BATCHES, Model, files, fit, held, quiet, seen, together
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.errors import SaveError
+from checkpointer.save.background import Busy
 from checkpointer.save.saver import Saver
 
 pytestmark = quiet
@@ -78,8 +79,8 @@ class Looking(pl.Callback):
     def look(self, *, waits: bool = False) -> None:
         training = self.callback._training
         manager = training.manager if training is not None else None
-        if manager is not None and manager.background is not None:
-            is_under_way = bool(manager.background.unfinished)
+        if manager is not None and manager.session.background_status is not None:
+            is_under_way = bool(manager.session.background_status.unfinished)
             self.under_way += is_under_way
             if is_under_way and waits:
                 RETIRED.wait(0.3)
@@ -115,7 +116,9 @@ class Told(DummyLogger):
         self.missing += [path for path in {path, *shown(checkpoint_callback)} if not os.path.exists(path)]
 
 
-def train(directory: Path, make: Callable[..., Any], *, background: bool, **kw: Any) -> tuple[Any, Looking, Told]:
+def train(
+    directory: Path, make: Callable[..., Any], *, background: Busy | None, **kw: Any
+) -> tuple[Any, Looking, Told]:
     """Train with a callback and what looks at it."""
     callback = make(directory, background)
     looking, told = Looking(callback), Told()
@@ -130,8 +133,8 @@ def test_71_and_72_it_leaves_and_tells_what_waiting_does_and_shows_nothing_that_
     tmp_path: Path, make: Callable[..., Any]
 ) -> None:
     """The weights are those of the moment although the training went on, and each file is told of once, when whole."""
-    there, _, heard = train(tmp_path / "waits", make, background=False)
-    callback, looking, told = train(tmp_path / "behind", make, background=True)
+    there, _, heard = train(tmp_path / "waits", make, background=None)
+    callback, looking, told = train(tmp_path / "behind", make, background="wait")
     assert looking.under_way
     assert [] == looking.missing == told.missing
     assert heard.steps == told.steps
@@ -142,7 +145,8 @@ def test_71_and_72_it_leaves_and_tells_what_waiting_does_and_shows_nothing_that_
 @pytest.mark.usefixtures("slow_disk")
 def test_a_resume_from_what_was_written_behind_goes_on_as_if_it_had_waited(tmp_path: Path) -> None:
     """The state in a file counts what was under way as done: it is read when it is."""
-    for directory, background in ((tmp_path / "waits", False), (tmp_path / "behind", True)):
+    sides: tuple[tuple[Path, Busy | None], ...] = ((tmp_path / "waits", None), (tmp_path / "behind", "wait"))
+    for directory, background in sides:
         train(directory, BOTH[0], background=background, max_epochs=2)
         train(directory, BOTH[0], background=background, max_epochs=4, resume="last")
     assert held(tmp_path / "waits") == held(tmp_path / "behind")
@@ -156,7 +160,7 @@ def test_a_resume_from_what_was_written_behind_goes_on_as_if_it_had_waited(tmp_p
 @pytest.mark.usefixtures("slow_disk")
 def test_an_exception_waits_for_what_is_under_way_and_rescues(tmp_path: Path) -> None:
     """Both are there, the exception is seen, and loggers hear of the file that was under way."""
-    callback = CheckpointCallback(tmp_path, POLICY, background=True)
+    callback = CheckpointCallback(tmp_path, POLICY, background="wait")
     looking, told = Looking(callback), Told()
     with pytest.raises(ZeroDivisionError, match="the training breaks"):
         fit([callback, looking], model=Model(fails_at=BATCHES + 1), logger=told)
@@ -171,7 +175,7 @@ def test_71_an_error_of_the_thread_ends_the_training_and_shows_no_file_that_is_n
 ) -> None:
     """It comes with the next report, or at the end at the latest."""
     policy = Policy(EveryEpochs(1), [KeepBest(1, "val_loss", mode="min")], name="{step}", last="link", rescue=False)
-    callback = CheckpointCallback(tmp_path, policy, background=True)
+    callback = CheckpointCallback(tmp_path, policy, background="wait")
     sync, saves = os.fsync, [0]
 
     def full(descriptor: int) -> None:
@@ -196,8 +200,8 @@ class Plugin(TorchCheckpointIO):
 
 def test_what_a_plugin_writes_is_waited_for_and_that_is_said(tmp_path: Path) -> None:
     """It reads the live state, which the training would change under it."""
-    callback = CheckpointCallback(tmp_path, POLICY, background=True)
-    with pytest.warns(UserWarning, match="background=True has no effect here"):
+    callback = CheckpointCallback(tmp_path, POLICY, background="wait")
+    with pytest.warns(UserWarning, match="background has no effect here"):
         fit(callback, plugins=[Plugin()], max_epochs=1)
     assert ["last.ckpt", "step=4.ckpt"] == files(tmp_path)
 
@@ -208,7 +212,7 @@ def test_with_two_ranks_both_show_what_is_there(tmp_path: Path) -> None:
     """Rank 0 writes; the other hears of it with the next report."""
 
     def work() -> None:
-        callback, looking, told = train(tmp_path / "run", BOTH[0], background=True, strategy="ddp", devices=2)
+        callback, looking, told = train(tmp_path / "run", BOTH[0], background="wait", strategy="ddp", devices=2)
         rank = os.environ["LOCAL_RANK"]
         assert looking.under_way or rank != "0"
         assert [] == looking.missing == told.missing

@@ -151,7 +151,7 @@ def test_going_back_to_an_older_checkpoint_abandons_what_came_after(tmp_path: Pa
     callback = CheckpointCallback(tmp_path, policy)
     fit(callback, resume=tmp_path / "epoch=1.ckpt", model=Model([9.0, 9.0, 8.0, 1.0, 7.0]))
     assert ["epoch=1.ckpt", "epoch=2.ckpt", "epoch=3.ckpt", "epoch=4.ckpt"] == files(tmp_path)
-    assert ["epoch=2.ckpt"] == [record.name for record in CheckpointManager(tmp_path).manifest.abandoned]
+    assert ["epoch=2.ckpt"] == [record.name for record in CheckpointManager(tmp_path).session.manifest.abandoned]
     assert str(tmp_path / "epoch=3.ckpt") == callback.best_model_path
 
 

@@ -370,7 +370,7 @@ def test_57_what_lies_beyond_the_resumed_step_is_told_apart(tmp_path: Path) -> N
     fit(ModelCheckpoint(**arguments), model=Model([3.0, 1.0]), max_epochs=2)
     callback = ModelCheckpoint(**arguments)
     fit(callback, model=Model([3.0, 2.0]), max_epochs=2, resume=tmp_path / "epoch=0.ckpt")
-    assert ["epoch=1.ckpt"] == [record.name for record in CheckpointManager(tmp_path).manifest.abandoned]
+    assert ["epoch=1.ckpt"] == [record.name for record in CheckpointManager(tmp_path).session.manifest.abandoned]
     assert str(tmp_path / "epoch=1-v1.ckpt") == callback.best_model_path
 
 

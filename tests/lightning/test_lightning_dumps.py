@@ -68,7 +68,7 @@ def test_a_resume_from_anothers_file_knows_what_this_one_has_saved(tmp_path: Pat
     again = pair()
     fit(again, max_steps=8, resume=tmp_path / "first/step=6.ckpt", model=Model([2.0, 1.0]), **options)
     assert ["step=3.ckpt", "step=6.ckpt"] == files(tmp_path / "second")
-    assert () == CheckpointManager(tmp_path / "second").manifest.abandoned
+    assert () == CheckpointManager(tmp_path / "second").session.manifest.abandoned
     assert {3: 2.0, 6: 1.0} == {step_of(path): score for path, score in again[1].best_k_models.items()}
 
 

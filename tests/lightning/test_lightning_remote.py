@@ -13,7 +13,7 @@ from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tiny import BATCHES, Model, files, fit, quiet
 
-from checkpointer import CheckpointManager, EveryEpochs, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EveryEpochs, KeepBest, KeepLast, Mirror, Policy
 
 pytestmark = quiet
 
@@ -138,9 +138,9 @@ def test_last_goes_by_a_copy_where_the_trainer_lacks_the_options(url: str) -> No
 def test_a_mirror_holds_a_copy_and_last_comes_from_it(tmp_path: Path, url: str) -> None:
     """The disk is lost; the run goes on from what was mirrored, in an empty folder."""
     policy = Policy(EveryEpochs(1), [KeepLast(2)], name="{epoch}")
-    fit(CheckpointCallback(tmp_path / "a", policy, mirror=url, mirror_keep=[KeepLast(1)]), max_epochs=2)
+    fit(CheckpointCallback(tmp_path / "a", policy, mirror=Mirror(url, keep=[KeepLast(1)])), max_epochs=2)
     assert {"epoch=1.ckpt": 8} == held(url)
-    again = CheckpointCallback(tmp_path / "b", policy, mirror=url, mirror_keep=[KeepLast(1)])
+    again = CheckpointCallback(tmp_path / "b", policy, mirror=Mirror(url, keep=[KeepLast(1)]))
     training = fit(again, resume="last", max_epochs=3)
     assert str(tmp_path / "b/epoch=1.ckpt") == training.ckpt_path
     assert ["epoch=1.ckpt", "epoch=2.ckpt"] == files(tmp_path / "b")

@@ -106,6 +106,6 @@ def test_78_the_signal_is_acted_on_at_the_end_of_a_batch_by_all_and_the_job_goes
     manager = CheckpointManager(tmp_path / "run")
     assert [end] == [record.step for record in manager.records]
     # What the first job saved between SLURM's signal and its end is another timeline now.
-    abandoned = manager.manifest.abandoned
+    abandoned = manager.session.manifest.abandoned
     assert all(record.step > step and record.kind == "regular" for record in abandoned)
     assert sorted(["last.ckpt", *(record.name for record in (*manager.records, *abandoned))]) == files(tmp_path / "run")

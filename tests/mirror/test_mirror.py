@@ -14,14 +14,13 @@ from typing import Any, BinaryIO
 import pytest
 from support.plain_format import PlainFormat
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Mirror, Policy
 from checkpointer.errors import (
     CheckpointerError,
-    PolicyError,
     RestoreError,
     StorageError,
 )
-from checkpointer.mirror.mirror import retry_after
+from checkpointer.mirror.plan import retry_after
 from checkpointer.ports import Stat, Storage, Upload
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import MemoryStorage
@@ -109,8 +108,8 @@ class Run:
 
     @property
     def behind(self) -> tuple[str, ...]:
-        assert self.manager.mirror is not None
-        return self.manager.mirror.behind
+        assert self.manager.session.mirror_status is not None
+        return self.manager.session.mirror_status.behind
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
@@ -124,7 +123,7 @@ def eventually(is_so: Callable[[], bool]) -> None:
 def steps(storage: Any, policy: Policy = ALL) -> list[int]:
     """Steps of the run that a directory opened by itself holds, each verified."""
     with CheckpointManager(storage, policy, format=PlainFormat()) as manager:
-        for record in manager.manifest.own or manager.records:
+        for record in manager.session.manifest.own or manager.records:
             restored = CheckpointManager(storage, policy, format=PlainFormat()).restore(record.name)
             assert restored is not None
             assert {"step": record.step} == restored.state
@@ -155,7 +154,7 @@ def test_mirror_has_its_own_retention_and_aliases(tmp_path: Path, url: str) -> N
     """One lives here and three there; both have a last."""
     there = str(tmp_path / "there") if url == "path" else f"memory://{tmp_path.name}"
     policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
-    with Run(tmp_path / "here", policy, mirror=there, mirror_keep=[KeepLast(3)]) as run:
+    with Run(tmp_path / "here", policy, mirror=Mirror(there, keep=[KeepLast(3)])) as run:
         for _ in range(5):
             run.save(0.5)
             run.mirrored()
@@ -170,7 +169,7 @@ def test_mirror_has_its_own_retention_and_aliases(tmp_path: Path, url: str) -> N
 def test_retiring_there_does_not_depend_on_what_is_retired_here() -> None:
     """Everything is kept here, and one there."""
     there = MemoryStorage()
-    with Run(None, ALL, mirror=there, mirror_keep=[KeepLast(1)]) as run:
+    with Run(None, ALL, mirror=Mirror(there, keep=[KeepLast(1)])) as run:
         run.save(0.1, 0.2, 0.3)
         assert 3 == len(run.manager.records)
     assert [3] == steps(there)
@@ -179,7 +178,7 @@ def test_retiring_there_does_not_depend_on_what_is_retired_here() -> None:
 def test_attached_metrics_reach_the_mirror_without_a_second_upload() -> None:
     """Only the record is written again, and the rules there rank anew."""
     there = Remote()
-    with Run(None, ALL, mirror=there, mirror_keep=[KeepBest(1, "val", mode="min"), KeepLast(1)]) as run:
+    with Run(None, ALL, mirror=Mirror(there, keep=[KeepBest(1, "val", mode="min"), KeepLast(1)])) as run:
         for step, val in ((1, 0.5), (2, 0.1), (3, 0.3), (4, 0.4)):
             run.save(0.0)
             run.manager.observe({"val": val}, step=step, epoch=0, epoch_end=False)
@@ -193,7 +192,7 @@ def test_attached_metrics_reach_the_mirror_without_a_second_upload() -> None:
 def test_pin_reaches_the_mirror() -> None:
     """A pinned checkpoint lives there too."""
     there = MemoryStorage()
-    with Run(None, ALL, mirror=there, mirror_keep=[KeepLast(1)]) as run:
+    with Run(None, ALL, mirror=Mirror(there, keep=[KeepLast(1)])) as run:
         run.save(0.1)
         run.manager.pin("epoch=0-step=1.ckpt")
         run.save(0.2, 0.3)
@@ -304,13 +303,13 @@ def test_mirror_that_is_down_is_said_once_and_catches_up_when_it_is_back(caplog:
     there.error = OSError("no route to host")
     with Run(None, ALL, mirror=there) as run:
         run.save(0.3, 0.2)
-        eventually(lambda: "no route" in run.manager.mirror.error)  # type: ignore[union-attr]
+        eventually(lambda: "no route" in run.manager.session.mirror_status.error)  # type: ignore[union-attr]
         there.asked.clear()
         assert there.asked.wait(DEADLINE_S)
         run.save(0.1)
         there.error = None
     assert [1, 2, 3] == steps(there.inner)
-    assert "" == run.manager.mirror.error  # type: ignore[union-attr]
+    assert "" == run.manager.session.mirror_status.error  # type: ignore[union-attr]
     assert 1 == sum("no route to host" in line for line in caplog.messages if "training goes on" in line)
 
 
@@ -352,7 +351,7 @@ def test_what_is_retired_here_before_it_was_copied_is_said(caplog: pytest.LogCap
     """One line, and the rest is copied."""
     there = Remote()
     there.answers.clear()
-    with Run(None, LAST, mirror=there, mirror_keep=[KeepLast(3)]) as run:
+    with Run(None, LAST, mirror=Mirror(there, keep=[KeepLast(3)])) as run:
         run.save(0.3)
         assert there.asked.wait(DEADLINE_S)
         run.save(0.2, 0.1)
@@ -390,7 +389,7 @@ def test_alias_that_another_live_mirror_keeps_is_an_error_that_is_said(caplog: p
         one.mirrored()
         two = Run(None, policy, mirror=there)
         two.save(0.1)
-        eventually(lambda: "kept by another live manager" in two.manager.mirror.error)  # type: ignore[union-attr]
+        eventually(lambda: "kept by another live manager" in two.manager.session.mirror_status.error)  # type: ignore[union-attr]
         with pytest.warns(CheckpointerWarning, match="AliasInUseError"):
             two.manager.close(timeout=0)
     assert any("AliasInUseError" in line for line in caplog.messages)
@@ -399,9 +398,9 @@ def test_alias_that_another_live_mirror_keeps_is_an_error_that_is_said(caplog: p
 # Restoring
 
 
-def train(here: Any, there: Any, *losses: float, policy: Policy = ALL, **kwargs: Any) -> None:
+def train(here: Any, there: Any, *losses: float, policy: Policy = ALL, keep: Any = None, **kwargs: Any) -> None:
     """Save one checkpoint per loss, and mirror them."""
-    with Run(here, policy, mirror=there, **kwargs) as run:
+    with Run(here, policy, mirror=Mirror(there, keep=keep), **kwargs) as run:
         for loss in losses:
             run.save(loss)
             run.mirrored()
@@ -424,7 +423,7 @@ def test_new_machine_goes_on_with_the_run() -> None:
     """Same run, serials go on, and the mirror's rules still know what is not here."""
     there, here = MemoryStorage(), MemoryStorage()
     keep = [KeepBest(1, "loss", mode="min"), KeepLast(1)]
-    train(MemoryStorage(), there, 0.1, 0.5, policy=LAST, mirror_keep=keep)
+    train(MemoryStorage(), there, 0.1, 0.5, policy=LAST, keep=keep)
     with Run(here, Policy(EverySteps(1), keep), mirror=there) as run:
         assert 2 == run.restore()
         run.save(0.4)
@@ -444,7 +443,7 @@ def test_restoring_an_older_one_from_the_mirror_abandons_what_lies_beyond() -> N
     with CheckpointManager(there, ALL, format=PlainFormat()) as found:
         assert [1, 2, 3] == [record.step for record in found.records]
         assert 0.3 == found.records[-1].metrics["loss"]
-        assert [3, 4] == [record.step for record in found.manifest.abandoned]
+        assert [3, 4] == [record.step for record in found.session.manifest.abandoned]
     with Run(MemoryStorage(), ALL, mirror=there) as again:
         assert 3 == again.restore()
         assert 0.3 == again.manager.last.metrics["loss"]  # type: ignore[union-attr]
@@ -636,9 +635,9 @@ def test_host_that_resumes_by_its_own_state_passes_what_the_mirror_holds() -> No
     there = MemoryStorage()
     with Run(MemoryStorage(), LAST, mirror=there) as run:
         run.save(0.9, 0.8, 0.7)
-        state = run.manager.state_dict()
+        state = run.manager.session.state_dict()
     with Run(MemoryStorage(), LAST, mirror=there) as run:
-        run.manager.load_state_dict(state)
+        run.manager.session.load_state_dict(state)
         run.step = 3
         run.save(0.6)
         run.mirrored()
@@ -647,14 +646,6 @@ def test_host_that_resumes_by_its_own_state_passes_what_the_mirror_holds() -> No
 
 
 # Construction
-
-
-def test_rules_for_a_mirror_without_one_are_an_error() -> None:
-    """And so are options."""
-    with pytest.raises(PolicyError, match="mirror_keep is given without mirror"):
-        Run(None, mirror_keep=[KeepLast(1)])
-    with pytest.raises(PolicyError, match="mirror_options is given without mirror"):
-        Run(None, mirror_options={})
 
 
 def test_directory_as_its_own_mirror_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,9 +666,9 @@ def test_directory_as_its_own_mirror_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_directory_as_its_own_mirror_by_a_link_is_an_error_that_is_said(tmp_path: Path) -> None:
     """Found out on the thread: nothing is asked of a disk before."""
     (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
-    run = Run(tmp_path / "run", ALL, mirror=tmp_path / "link", mirror_keep=[KeepLast(1)])
+    run = Run(tmp_path / "run", ALL, mirror=Mirror(tmp_path / "link", keep=[KeepLast(1)]))
     run.save(0.1, 0.2)
-    eventually(lambda: "is the directory itself" in run.manager.mirror.error)  # type: ignore[union-attr]
+    eventually(lambda: "is the directory itself" in run.manager.session.mirror_status.error)  # type: ignore[union-attr]
     with pytest.warns(CheckpointerWarning, match="is the directory itself"):
         run.manager.close(timeout=0)
     assert [1, 2] == steps(tmp_path / "run")
@@ -692,7 +683,7 @@ def test_alias_on_the_mirror_goes_on_after_an_outage() -> None:
         run.mirrored()
         there.error = OSError("no route to host")
         run.save(0.2)
-        eventually(lambda: run.manager.mirror.error != "")  # type: ignore[union-attr]
+        eventually(lambda: run.manager.session.mirror_status.error != "")  # type: ignore[union-attr]
         there.error = None
     assert {"step": 2} == json.load(there.inner.open("last.ckpt"))
 

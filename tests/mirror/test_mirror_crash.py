@@ -10,7 +10,7 @@ import pytest
 from support.plain_format import PlainFormat
 from support.sampling import instants
 
-from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Mirror, Policy
 from checkpointer.commit.index import load
 from checkpointer.ports import Storage
 from checkpointer.testing import Crash, CrashingStorage, MemoryStorage, die
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, here: Storage, there: Storage, policy: Policy) -> None:
         self.step = 0
         self.manager = CheckpointManager(
-            here, policy, state=lambda: {"step": self.step}, format=PlainFormat(), mirror=there, mirror_keep=KEEP
+            here, policy, state=lambda: {"step": self.step}, format=PlainFormat(), mirror=Mirror(there, keep=KEEP)
         )
 
     def observe(self, loss: float) -> bool:
@@ -48,7 +48,7 @@ class Run:
         mirror: Any = self.manager._mirror
         deadline = time.monotonic() + 30
         while mirror._here is not mirror._done and mirror._thread.is_alive():
-            assert time.monotonic() < deadline, self.manager.mirror
+            assert time.monotonic() < deadline, self.manager.session.mirror_status
             time.sleep(0.0005)
 
     def die(self) -> None:

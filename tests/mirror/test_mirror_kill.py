@@ -62,7 +62,7 @@ def test_killed_at_random_instants_a_new_machine_goes_on_from_the_mirror(tmp_pat
         training.observe({"loss": 1000.0}, step=mirrored + 1, epoch=0, epoch_end=False)
     left = CheckpointManager(there, POLICY, format=PlainFormat())
     assert len(left.records) <= sum(rule.k if hasattr(rule, "k") else rule.n for rule in MIRROR_KEEP)
-    assert {record.name for record in left.manifest.records} == {
+    assert {record.name for record in left.session.manifest.records} == {
         path.name for path in there.glob("*.ckpt") if not path.is_symlink()
     }
     assert not (there / ".checkpointer/staging").exists()

@@ -81,7 +81,7 @@ class Losing(RuleBasedStateMachine):
 
     def existing(self) -> dict[str, Record]:
         """Return what is on record, and whose payload is whole, of the run and on its line, by token."""
-        manifest = self.manager.manifest
+        manifest = self.manager.session.manifest
         found = look_at(self.storage()).records if self.folder.exists() else ()
         ours = (manifest.run, manifest.label)
         return {r.token: r for r in found if (r.run, r.label) == ours and manifest.counts(r)}
@@ -139,7 +139,7 @@ class Losing(RuleBasedStateMachine):
         for path in self.folder.iterdir():
             assert path.exists(), f"{path} leads to nothing"
         if self.policy.last:
-            newest = self.manager.manifest.history[-1]
+            newest = self.manager.session.manifest.history[-1]
             assert newest.size == (self.folder / self.manager.policy.name.last_file).stat().st_size
 
     @rule(loss=st.integers(0, 9).map(float))
@@ -190,7 +190,7 @@ class Losing(RuleBasedStateMachine):
     # Others
 
     def names(self, data: st.DataObject) -> str | None:
-        records = self.manager.manifest.records
+        records = self.manager.session.manifest.records
         return data.draw(st.sampled_from([r.name for r in records])) if records else None
 
     @rule(data=st.data())

@@ -79,7 +79,9 @@ class Reports(RuleBasedStateMachine):
         if self.kind == "ranked":
             self.manager = DistributedManager(self.storage, self.policy, ranks=OneRank(), **options)
         else:
-            self.manager = CheckpointManager(self.storage, self.policy, background=self.kind == "background", **options)
+            self.manager = CheckpointManager(
+                self.storage, self.policy, background="wait" if self.kind == "background" else None, **options
+            )
         restored = self.manager.restore()
         self.place = {"step": 0, "epoch": 0} if restored is None else dict(restored.state)
         self.start_step = self.place["step"]
@@ -161,9 +163,9 @@ class Reports(RuleBasedStateMachine):
             return
         with contextlib.suppress(CheckpointerError):
             self.core.wait()
-        for record in self.core.manifest.records:
+        for record in self.core.session.manifest.records:
             assert self.held_by(record) == (record.step, record.epoch)
-        rescues = [record for record in self.core.manifest.records if record.kind == "rescue"]
+        rescues = [record for record in self.core.session.manifest.records if record.kind == "rescue"]
         assert all(record.step <= self.place["step"] for record in rescues)
 
     def held_by(self, record: Record) -> tuple[int, int]:

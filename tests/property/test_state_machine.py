@@ -125,7 +125,7 @@ class Training(RuleBasedStateMachine):
         self.step, self.state = restored.step, restored.state
         # A rescue of the same step is newer than the checkpoint that was asked for.
         self.newest = self.content(self.manager.records[-1].name)
-        self.left_behind = {r.token for r in self.manager.manifest.abandoned}
+        self.left_behind = {r.token for r in self.manager.session.manifest.abandoned}
 
     @precondition(lambda self: self.manager.records)
     @rule(data=st.data())
@@ -160,7 +160,7 @@ class Training(RuleBasedStateMachine):
         """Of its step; and nothing lies about that no record, alias or stranger accounts for."""
         if not hasattr(self, "manager"):
             return
-        manifest = self.manager.manifest
+        manifest = self.manager.session.manifest
         for record in manifest.records:
             assert record.step == self.content(record.name)["step"]
         accounted = {r.name for r in manifest.records} | set(self.foreign) | set(self.manager.policy.aliases)
@@ -174,7 +174,7 @@ class Training(RuleBasedStateMachine):
         for name, data in self.foreign.items():
             with self.storage.open(name) as stream:
                 assert data == stream.read()
-        tokens = {record.token for record in self.manager.manifest.records}
+        tokens = {record.token for record in self.manager.session.manifest.records}
         assert self.abandoned <= tokens
         assert self.pinned <= tokens
 
@@ -185,7 +185,7 @@ class Training(RuleBasedStateMachine):
             return
         assert self.manager.last is not None
         assert self.newest == self.content(self.manager.last.name)
-        losses = [r.metrics["loss"] for r in self.manager.manifest.history if "loss" in r.metrics]
+        losses = [r.metrics["loss"] for r in self.manager.session.manifest.history if "loss" in r.metrics]
         proper = [loss for loss in losses if loss > -math.inf]
         if proper and self.policy.ranking:
             assert self.manager.best is not None

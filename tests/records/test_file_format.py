@@ -58,7 +58,7 @@ def test_a_directory_is_read_by_the_page_alone(tmp_path: Path, format: str, trus
     with CheckpointManager(tmp_path, policy, state=lambda: state, format=format, trust=trust) as manager:
         manager.restore(3, contents="any")
         manager.observe({"loss": 0.1}, 5, 0, epoch_end=False)
-        live, abandoned = [r.step for r in manager.records], [r.step for r in manager.manifest.abandoned]
+        live, abandoned = [r.step for r in manager.records], [r.step for r in manager.session.manifest.abandoned]
 
     records = read_records(tmp_path)
     line = records[-1]["line"]

@@ -92,10 +92,10 @@ def test_where_nothing_can_be_mapped_it_is_read() -> None:
 def test_a_torch_file_of_the_old_kind_is_read(tmp_path: Path) -> None:
     """A trainer may have written it; it is no zip file, which mapping needs."""
     with CheckpointManager(tmp_path, EACH, state=dict) as manager:
-        decision = manager.decide({}, 1, 0, epoch_end=False)
+        decision = manager.session.decide({}, 1, 0, epoch_end=False)
         assert isinstance(decision, Save)
         torch.save({"w": torch.ones(3)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-        manager.commit(decision, tmp_path / "old.ckpt")
+        manager.session.commit(decision, tmp_path / "old.ckpt")
         restored = manager.restore(mmap=True)
     assert restored is not None
     assert torch.equal(torch.ones(3), restored.state["w"])

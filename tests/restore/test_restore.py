@@ -249,16 +249,16 @@ def test_resume_from_an_older_step_abandons_what_lies_beyond(tmp_path: Path) -> 
         restored = manager.restore(1)
         assert restored is not None
         assert [1] == [record.step for record in manager.records]
-        assert [2, 3] == [record.step for record in manager.manifest.abandoned]
+        assert [2, 3] == [record.step for record in manager.session.manifest.abandoned]
         for step, loss in ((2, 0.45), (3, 0.44), (4, 0.43)):
             manager.observe({"loss": loss}, step=step, epoch=0, epoch_end=False)
         assert 4 == manager.best.step  # type: ignore[union-attr]
-        assert "resumed from" in explain(manager.policy, manager.manifest)["epoch=0-step=1.ckpt"]
+        assert "resumed from" in explain(manager.policy, manager.session.manifest)["epoch=0-step=1.ckpt"]
     with make(tmp_path, policy) as manager:
         restored = manager.restore()
         assert restored is not None
         assert "epoch=0-step=4.ckpt" == restored.record.name
-        assert [2, 3] == [record.step for record in manager.manifest.abandoned]
+        assert [2, 3] == [record.step for record in manager.session.manifest.abandoned]
     assert payload(tmp_path, 2).exists()
     assert payload(tmp_path, 3).exists()
 

@@ -48,7 +48,7 @@ EACH = Policy(EverySteps(1), [BEST, KeepLast(1)])
 class Training:
     """A loop whose state is its step, on a storage with a gate."""
 
-    def __init__(self, policy: Policy = EACH, *, background: Any = True, **options: Any) -> None:
+    def __init__(self, policy: Policy = EACH, *, background: Any = "wait", **options: Any) -> None:
         self.storage = GatedStorage()
         self.step = 0
         self.manager = CheckpointManager(
@@ -80,12 +80,12 @@ def test_observe_returns_while_the_payload_is_on_its_way() -> None:
     training = Training()
     assert training.observe_and_hold(0.5)
     assert [] == training.steps
-    assert training.manager.background is not None
-    assert ["epoch=0-step=1.ckpt"] == list(training.manager.background.unfinished)
+    assert training.manager.session.background_status is not None
+    assert ["epoch=0-step=1.ckpt"] == list(training.manager.session.background_status.unfinished)
     training.storage.open_gate()
     assert training.manager.wait()
     assert [1] == training.steps
-    assert [] == list(training.manager.background.unfinished)
+    assert [] == list(training.manager.session.background_status.unfinished)
     training.manager.close()
 
 
@@ -94,7 +94,7 @@ def test_what_was_there_when_observe_returned_is_what_is_written() -> None:
     training = Training()
     state = {"list": [1, 2]}
     training.state = lambda: state  # type: ignore[method-assign,assignment,return-value]
-    manager = CheckpointManager(training.storage, EACH, state=lambda: state, format=PlainFormat(), background=True)
+    manager = CheckpointManager(training.storage, EACH, state=lambda: state, format=PlainFormat(), background="wait")
     training.storage.shut()
     manager.observe({}, step=1, epoch=0, epoch_end=False)
     state["list"].append(3)
@@ -155,7 +155,7 @@ def test_a_save_that_is_due_while_another_runs_waits_and_says_so(caplog: pytest.
     training.observe_and_hold(0.5)
     with caplog.at_level(logging.WARNING, "checkpointer"):
         assert training.observe(0.6)
-    status = training.manager.background
+    status = training.manager.session.background_status
     assert status is not None
     assert 1 == status.num_waits
     assert status.waited_s > 0
@@ -171,7 +171,7 @@ def test_skip_drops_the_older_save_that_has_not_begun(caplog: pytest.LogCaptureF
     assert training.observe(0.6)
     assert isinstance(training.observe(0.55, step=2), Attach)
     assert training.observe(0.7)
-    status = training.manager.background
+    status = training.manager.session.background_status
     assert status is not None
     assert ("epoch=0-step=1.ckpt", "epoch=0-step=3.ckpt") == status.unfinished
     assert (1, 0) == (status.num_skipped, status.num_waits)
@@ -307,7 +307,7 @@ def test_no_thread_to_start_is_a_failed_save(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_state_that_cannot_be_copied_says_what_and_leaves_nothing_under_way() -> None:
     """A lambda could not have been saved in the foreground either; here it is said at once."""
-    manager = CheckpointManager(None, EACH, state=lambda: {"f": lambda: 1}, background=True)
+    manager = CheckpointManager(None, EACH, state=lambda: {"f": lambda: 1}, background="wait")
     with pytest.raises(
         SaveError, match=r"cannot be copied.*state\['f'\] is a builtins.function.*leave it out of the state"
     ):
@@ -415,16 +415,16 @@ def test_state_dict_while_a_save_is_under_way_takes_it_as_done() -> None:
     storage = GatedStorage()
 
     def take() -> dict[str, Any]:
-        inside.append(manager.state_dict())
+        inside.append(manager.session.state_dict())
         return {}
 
-    manager = CheckpointManager(storage, EACH, state=take, format=PlainFormat(), background=True)
+    manager = CheckpointManager(storage, EACH, state=take, format=PlainFormat(), background="wait")
     storage.shut()
     manager.observe({"loss": 0.5}, step=1, epoch=0, epoch_end=False)
-    under_way = manager.state_dict()
+    under_way = manager.session.state_dict()
     storage.open_gate()
     manager.wait()
-    assert inside == [under_way] == [manager.state_dict()]
+    assert inside == [under_way] == [manager.session.state_dict()]
     assert 1 == under_way["since"]["step"]
     manager.close()
 
@@ -434,14 +434,14 @@ def test_decide_and_commit_go_through_the_writer_and_adopting_waits() -> None:
     training = Training(Policy(EverySteps(1), [KeepLast(2)]))
     open_when_waited_for(training.manager, training.storage)
     training.storage.shut()
-    decision = training.manager.decide({}, 1, 0, epoch_end=False)
-    assert training.manager.commit(decision)
+    decision = training.manager.session.decide({}, 1, 0, epoch_end=False)
+    assert training.manager.session.commit(decision)
     training.storage.await_arrival()
     assert [] == training.steps
     training.storage.write("theirs.ckpt", b'{"step": 2}')
-    second = training.manager.decide({}, 2, 0, epoch_end=False)
+    second = training.manager.session.decide({}, 2, 0, epoch_end=False)
     assert isinstance(second, Save)
-    assert training.manager.commit(second, "theirs.ckpt")
+    assert training.manager.session.commit(second, "theirs.ckpt")
     assert [1, 2] == training.steps
     training.manager.close()
 
@@ -471,8 +471,8 @@ def test_the_mirror_hears_of_a_checkpoint_once_it_is_durable() -> None:
     mirror = MemoryStorage()
     training = Training(Policy(EverySteps(1), [KeepLast(1)]), mirror=mirror)
     training.observe_and_hold()
-    assert training.manager.mirror is not None
-    assert () == training.manager.mirror.behind
+    assert training.manager.session.mirror_status is not None
+    assert () == training.manager.session.mirror_status.behind
     training.storage.open_gate()
     training.manager.close()
     assert b'{"step": 1}' == read_bounded(mirror, "epoch=0-step=1.ckpt")
@@ -488,7 +488,7 @@ def test_other_values_of_background_are_refused(value: object) -> None:
 def test_what_a_trainer_writes_cannot_be_written_behind_its_back() -> None:
     """It would read the live objects while the training changes them."""
     with pytest.raises(PolicyError, match="background= needs state="):
-        CheckpointManager(None, EACH, save=lambda path: None, background=True)
+        CheckpointManager(None, EACH, save=lambda path: None, background="wait")
 
 
 def test_a_manager_that_is_dropped_lives_until_its_save_is_done() -> None:
@@ -535,7 +535,7 @@ SCRIPTS = st.lists(
 class Scripted:
     """Carries a script out, and notes whatever the loop can see."""
 
-    def __init__(self, policy: Policy, *, background: bool) -> None:
+    def __init__(self, policy: Policy, *, background: Any) -> None:
         self.training = Training(policy, background=background)
         self.background = background
         if background:
@@ -598,7 +598,7 @@ def _words(decision: Any) -> Any:
 def test_a_script_sees_and_leaves_the_same_in_the_background(name: str, script: list[tuple[Any, ...]]) -> None:
     """However late the writer is, every decision, reason, record and file is what it would be without it."""
     ends = []
-    for background in (False, True):
+    for background in (None, "wait"):
         scripted = Scripted(POLICIES[name], background=background)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckpointerWarning)
@@ -645,7 +645,7 @@ class Late(LocalStorage):
 
 storage = Late(sys.argv[1], new_owner())
 manager = CheckpointManager(
-    storage, Policy(EverySteps(1), [KeepLast(2)]), state=lambda: {"step": 1}, format=PlainFormat(), background=True
+    storage, Policy(EverySteps(1), [KeepLast(2)]), state=lambda: {"step": 1}, format=PlainFormat(), background="wait"
 )
 manager.observe({}, step=1, epoch=0, epoch_end=False)
 came.wait(60)
@@ -700,7 +700,7 @@ for call in (manager.wait, manager.close):
     try:
         call()
     except KeyboardInterrupt:
-        print("interrupted", manager.background.unfinished)
+        print("interrupted", manager.session.background_status.unfinished)
         waiting.wait = interrupt
 waiting.wait = wait
 gate.set()
@@ -720,7 +720,7 @@ import warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Of forking with threads: that is the point.
 child = os.fork()
 if not child:
-    print(manager.wait(), manager.background.unfinished, flush=True)
+    print(manager.wait(), manager.session.background_status.unfinished, flush=True)
     os._exit(0)
 os.waitpid(child, 0)
 gate.set()

@@ -197,7 +197,7 @@ def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
     for directory, outcome, clue in every_call(tmp_path, "link", CALLS["write"], "retval=10", range(1, 1000)):
         assert [1, 2, 3, 4, 5, 6] == sorted([*outcome.saved, *outcome.failed]), clue
         run = Run(directory, policy_of("link"))
-        if run.manager.manifest.aside:
+        if run.manager.session.manifest.aside:
             noticed.add("payload")
         for record in run.manager.records:
             restored = run.manager.restore(record.name)

@@ -342,7 +342,7 @@ def test_credentials_are_neither_logged_nor_stored(serve: Serve, caplog: pytest.
         url, POLICY, state=dict, format=PlainFormat(), storage_options=dict(server.storage_options), verbose=True
     ) as manager:
         manager.observe({"loss": 1.0}, step=1, epoch=0)
-        shown = repr(manager) + repr(manager.records) + str(manager.state_dict()) + caplog.text
+        shown = repr(manager) + repr(manager.records) + str(manager.session.state_dict()) + caplog.text
     root = url.partition("://")[2]
     stored = b"".join(filesystem(server).cat_file(f"{root}/{path}") for path in objects(server, url)).decode()
     assert ".checkpointer/index.json" in objects(server, url)

@@ -306,7 +306,7 @@ def test_a_trainer_writes_to_a_url_that_nobody_has() -> None:
     assert b"whole" == filesystem.cat("memory://written/last.ckpt/rest")
 
     with CheckpointManager("memory://written", policy, save=save) as after:
-        found = after.locate()
+        found = after.session.locate()
         assert found is not None
         assert (2, "memory://written/step=2.ckpt") == (found[0].step, found[1])
         after.observe({}, step=3, epoch=0)

@@ -168,7 +168,7 @@ def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Serv
     index.save(storage, index.Listing(entries=by_path, damaged={}, files=storage.list()))
     proxy.start()
     with CheckpointManager(url, storage_options=server.storage_options) as manager:
-        assert count == len(manager.manifest.records)
+        assert count == len(manager.session.manifest.records)
 
     # The records, their payloads and the index itself are one object more than a multiple of 1000.
     assert {"list": 2 * count // 1000 + 1, "HEAD": 1, "GET": 1} == proxy.kinds

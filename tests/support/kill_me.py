@@ -27,7 +27,7 @@ def main() -> None:
         state=lambda: state,
         format=PlainFormat(),
         listeners=[Acknowledged()] if background else [],
-        background=background,
+        background="wait" if background else None,
     )
     restored = manager.restore()
     if restored is not None:

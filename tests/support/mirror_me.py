@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Mirror, Policy
 from support.plain_format import PlainFormat
 
 POLICY = Policy(EverySteps(1), [KeepLast(2)], last="link")
@@ -14,7 +14,7 @@ MIRROR_KEEP: list[KeepBest | KeepLast] = [KeepBest(2, "loss", mode="min"), KeepL
 def manager(here: str, there: str, state: dict[str, object]) -> CheckpointManager:
     """Return the training's manager."""
     return CheckpointManager(
-        here, POLICY, state=lambda: state, format=PlainFormat(), mirror=there, mirror_keep=MIRROR_KEEP
+        here, POLICY, state=lambda: state, format=PlainFormat(), mirror=Mirror(there, keep=MIRROR_KEEP)
     )
 
 

@@ -99,8 +99,8 @@ def test_a_simulation_keeps_what_a_manager_keeps(
     with CheckpointManager(None, policy, state=dict, clock=clock) as manager:
         for now in seen:
             clock.advance(now.time - clock.time())
-            decision = manager.decide(now.metrics, now.step, now.epoch, epoch_end=now.epoch_end)
-            done.append(manager.commit(decision))
+            decision = manager.session.decide(now.metrics, now.step, now.epoch, epoch_end=now.epoch_end)
+            done.append(manager.session.commit(decision))
             kept.append([record.name for record in manager.records])
     assert [type(decision) for decision in done] == [type(moment.decision) for moment in timeline.moments]
     saved = [decision.name for decision in done if isinstance(decision, Save)]

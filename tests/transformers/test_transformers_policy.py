@@ -303,7 +303,9 @@ def test_a_run_that_goes_back_leaves_what_it_abandons_where_nobody_resumes_from_
         trainer.train()
     assert ["checkpoint-6", "checkpoint-8", "earlier-checkpoint-10", "earlier-checkpoint-8"] == folders(tmp_path)
     looked = CheckpointManager(tmp_path)
-    assert {"earlier-checkpoint-8", "earlier-checkpoint-10"} <= {record.name for record in looked.manifest.records}
+    assert {"earlier-checkpoint-8", "earlier-checkpoint-10"} <= {
+        record.name for record in looked.session.manifest.records
+    }
     assert str(tmp_path / "checkpoint-8") == last_valid_checkpoint(tmp_path)
 
 
@@ -323,8 +325,8 @@ def test_a_batch_that_does_not_fit_begins_again(tmp_path: Path) -> None:
     assert 2 == len(tries)
     assert ["checkpoint-10", "checkpoint-8", "earlier-checkpoint-2", "earlier-checkpoint-4"] == folders(tmp_path)
     looked = CheckpointManager(tmp_path)
-    assert 1 == len({record.run for record in looked.manifest.records})
-    assert ["earlier-checkpoint-2", "earlier-checkpoint-4"] == [r.name for r in looked.manifest.abandoned]
+    assert 1 == len({record.run for record in looked.session.manifest.records})
+    assert ["earlier-checkpoint-2", "earlier-checkpoint-4"] == [r.name for r in looked.session.manifest.abandoned]
 
 
 # What dead trainings leave

@@ -88,4 +88,4 @@ with CheckpointManager("runs/x", policy, state=dict, format=payload, listeners=[
             assert_type(decision.reason, str)
     assert_type(manager.best, Record | None)
     assert_type(manager.records, tuple[Record, ...])
-    assert_type(explain(manager.policy, manager.manifest), dict[str, tuple[str, ...]])
+    assert_type(explain(manager.policy, manager.session.manifest), dict[str, tuple[str, ...]])

@@ -1,0 +1,258 @@
+"""The part of a manager that training frameworks drive: it decides and commits at moments that the host chooses."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import attrs
+
+from checkpointer.commit.directory import Directory
+from checkpointer.errors import ClosedError
+from checkpointer.mirror.mirror import MirrorThread
+from checkpointer.mirror.plan import MirrorStatus
+from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, decide
+from checkpointer.policy.schedule import Schedule
+from checkpointer.policy.triggers import Horizon
+from checkpointer.ports import Clock
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Observation, Record
+from checkpointer.restore import resume
+from checkpointer.restore.fetch import MirrorSnapshot
+from checkpointer.restore.load import Restored, verify
+from checkpointer.save.background import BackgroundStatus
+from checkpointer.save.executor import SaveExecutor
+
+__all__ = ["Session"]
+
+_log: Final = logging.getLogger("checkpointer")
+
+
+@attrs.define
+class Session:
+    """Decides, commits and keeps state for a host, such as a Trainer's callback: `CheckpointManager.session`.
+
+    Example:
+        >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+        >>> manager = CheckpointManager(None, Policy(EverySteps(1), [KeepLast(1)]), state=dict)
+        >>> decision = manager.session.decide({}, step=1, epoch=0)
+        >>> manager.session.commit(decision).name
+        'epoch=0-step=1.ckpt'
+    """
+
+    _directory: Directory
+    _schedule: Schedule
+    _executor: SaveExecutor
+    _mirror: MirrorThread | None
+    _clock: Clock
+    _level: int
+    """The level at which each decision is logged."""
+    is_closed: bool = attrs.field(default=False, init=False)
+
+    @property
+    def horizon(self) -> Horizon:
+        """The step, epoch and time below which nothing is due: several processes need not communicate until then."""
+        return self._schedule.horizon
+
+    @property
+    def manifest(self) -> Manifest:
+        """The records as this run sees them; before it has saved or restored, as the newest run does."""
+        return self._directory.view
+
+    @property
+    def mirror_status(self) -> MirrorStatus | None:
+        """How far the mirror is; None without one. Costs no request."""
+        return self._mirror.status if self._mirror is not None else None
+
+    @property
+    def background_status(self) -> BackgroundStatus | None:
+        """What the writer thread has to do, and how long the loop has waited for it; None without ``background=``."""
+        background = self._executor.background
+        return background.status if background is not None else None
+
+    def decide(
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int,
+        *,
+        epoch_end: bool | None = None,
+        due: str = "",
+    ) -> Decision:
+        """Decide without writing a payload, for trainers that own the moment: then `commit` what they wrote.
+
+        An `Attach` is carried out at once. Arguments and errors as for `observe`.
+        """
+        self.check_open()
+        now = self._schedule.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
+        self._executor.hear()
+        decision = self._decide(now, due)
+        if isinstance(decision, Attach):
+            decision = self._executor.attach(decision)
+        if isinstance(decision, Skip) and decision.due:
+            self._schedule.answered(now.progress, self._clock.time(), waiting=decision.waiting)
+        elif not isinstance(decision, Save) and self._directory.policy.when.due(now.progress, self._schedule.since):
+            # The step is saved already, and that answers this due point: it must not come up again at the next step.
+            self._schedule.answered(now.progress, self._clock.time(), waiting=self._schedule.owed)
+        _log.log(self._level, "step %d: %s", now.step, decision.reason)
+        return decision
+
+    def after(self, decision: Decision) -> Manifest:
+        """Return the records as they will be once the decision is carried out."""
+        return after(decision, self._executor.outlook())
+
+    def _decide(self, now: Observation, why: str = "") -> Decision:
+        manifest = self._executor.outlook()
+        if now.step < self._schedule.last_step and manifest.at_step(now.step) is None:
+            if now.step in self._executor.saved_steps:
+                return Skip(reason=f"step {now.step} was saved, and is retired since")
+            self._schedule.refuse(now.step)
+        self._executor.reported |= now.metrics.keys()
+        if not manifest.seen.issuperset(now.metrics):
+            manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
+        owed = self._schedule.owed or why
+        decision = decide(self._directory.policy, now, manifest, since=self._schedule.since, owed=owed)
+        # A slot is declined by all rules but the alias.
+        declined = decision.due if isinstance(decision, Skip) else decision.name in self._directory.policy.aliases
+        if declined and not isinstance(decision, Attach) and self._executor.look_before_declining(now):
+            decision = decide(
+                self._directory.policy, now, self._executor.outlook(), since=self._schedule.since, owed=owed
+            )
+        if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
+            self._warn_of_absent(now, manifest.seen)
+        return decision
+
+    def _warn_of_absent(self, now: Observation, seen: frozenset[str]) -> None:
+        # Within the first epoch a metric of its end cannot be there yet; after it, the name is probably wrong.
+        if not now.metrics or (now.epoch == 0 and not now.epoch_end):
+            return
+        have = ", ".join(sorted(seen))
+        for name in sorted(self._directory.policy.known_metrics - seen - {"epoch", "step"}):
+            msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
+            self._directory.say_once(f"absent {name}", msg)
+
+    def commit(self, decision: Decision, path: str | os.PathLike[str] | None = None) -> Decision:
+        """Carry out a `Save`.
+
+        Args:
+            decision: What `decide` returned; anything but a `Save` is returned as it is.
+            path: Where a trainer has written the checkpoint, inside the directory: it is adopted under that name.
+                None takes the state and writes it.
+
+        Returns:
+            The `Save` with what was really retired, or a `Skip` if the write failed and that is tolerated.
+
+        Raises:
+            SaveError: If the checkpoint could not be written; older ones are untouched.
+        """
+        self.check_open()
+        if not isinstance(decision, Save):
+            return decision
+        return self._executor.execute(decision, path)
+
+    def locate(
+        self, which: str | int | None = None, *, contents: Literal["full", "any"] = "full"
+    ) -> tuple[Record, str] | None:
+        """Do as `restore` does, but do not load: for a trainer that reads its checkpoints itself, folders too.
+
+        Args:
+            which: As for `restore`.
+            contents: As for `restore`.
+
+        Returns:
+            The record of a checkpoint that is whole, and the path or URL where it lies; None if there is no record:
+            whatever else is in the directory is the trainer's affair.
+
+        Raises:
+            CheckpointError: As `restore`.
+
+        Example:
+            >>> import tempfile
+            >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+            >>> folder = tempfile.mkdtemp()
+            >>> with CheckpointManager(folder, Policy(EverySteps(1), [KeepLast(1)]), state=dict) as manager:
+            ...     decision = manager.observe({}, step=1, epoch=0)
+            >>> record, path = CheckpointManager(folder).session.locate()
+            >>> record.step, path.removeprefix(folder)
+            (1, '/epoch=0-step=1.ckpt')
+        """
+
+        def check(record: Record) -> Restored:
+            verify(self._directory.storage, record)
+            return Restored(record=record, state=None)
+
+        self.check_open()
+        self._executor.settle()
+        found = resume.go_to(which, self._directory, self.on_mirror(), contents, check)
+        self.go_on_from(found)
+        return (found.record, self._directory.address(found.record.name)) if found else None
+
+    def make_way(self, name: str, stem: str | None = None) -> str | None:
+        """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
+
+        Args:
+            name: The name that has to be free, on a local disk.
+            stem: What it is to be called; None puts ``earlier-`` before it. Gets a version if it is taken.
+
+        Returns:
+            The new name, or None if nothing had the old one.
+
+        Raises:
+            StorageError: If the storage has no paths.
+        """
+        self.check_open()
+        self._executor.settle()
+        return self._directory.make_way(
+            name, stem or f"earlier-{name.removesuffix(self._directory.policy.name.suffix)}"
+        )
+
+    def state_dict(self, saving: Save | None = None) -> dict[str, Any]:
+        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore.
+
+        Args:
+            saving: The decision about the very checkpoint that this goes into: it is taken as carried out. None takes
+                the one that `commit` is at, if it is at one.
+        """
+        saving = saving or self._executor.saving
+        regular = saving is not None and saving.kind == "regular"
+        return resume.HostState(
+            run=self._directory.manifest.run,
+            line=self._directory.manifest.line,
+            step=max(self._schedule.last_step, saving.observation.step if saving else 0, 0),
+            since=saving.observation.progress if saving and regular else self._schedule.since,
+            owed="" if regular else self._schedule.owed,
+        ).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "") -> None:
+        """Go on with the run that `state_dict` describes, from the step it was taken at.
+
+        Args:
+            state: What `state_dict` returned.
+            source: Name of the checkpoint that a person chose to go on from; it lives while the manager does.
+
+        Raises:
+            RecordError: If it is not what `state_dict` returned.
+        """
+        self.check_open()
+        account = resume.HostState.from_dict(state)
+        self._executor.settle()
+        since = resume.go_on(account, self._directory, self.on_mirror(), source)
+        self._schedule.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
+
+    def on_mirror(self) -> MirrorSnapshot:
+        """Return what the mirror holds now; nothing without one."""
+        return self._mirror.look() if self._mirror is not None else MirrorSnapshot()
+
+    def go_on_from(self, restored: Restored | None) -> None:
+        """Count from what was restored: it is the newest state now."""
+        if restored is not None:
+            self._schedule.go_on(restored.record.progress, self._clock.time())
+            self._executor.saver.changed()
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the manager is closed."""
+        if self.is_closed:
+            msg = "the manager is closed; make another one for the same directory and restore()"
+            raise ClosedError(msg)
