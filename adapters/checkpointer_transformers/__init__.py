@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointCallback", "attach", "last_valid_checkpoint"]
 
-_HOMES: Final = {"CheckpointCallback": "callback", "attach": "attaching", "last_valid_checkpoint": "finding"}
+_HOMES: Final = {"CheckpointCallback": "callback", "attach": "attach", "last_valid_checkpoint": "finding"}
 
 
 def __getattr__(name: str) -> Any:

@@ -102,7 +102,7 @@ class Snapshots:
 
     def _uncopied(self, state: Any, error: Exception) -> str:
         what = culprit(state, lambda part: self._round_trip(part, _Lending()))
-        return f"{what or f'{type(error).__name__}: {error}'}, or pass background=False"
+        return f"{what or f'{type(error).__name__}: {error}'}, or pass background=None"
 
     def _round_trip(self, state: Any, copying: _Numbering) -> Any:
         return _round_trip(state, copying, takes_shards=self.takes_shards)
