@@ -7,13 +7,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from checkpointer_transformers.attach import attach
+    from checkpointer_transformers.attachment import attach
     from checkpointer_transformers.callback import CheckpointCallback
     from checkpointer_transformers.find_checkpoint import last_valid_checkpoint
 
 __all__ = ["CheckpointCallback", "attach", "last_valid_checkpoint"]
 
-_HOMES: Final = {"CheckpointCallback": "callback", "attach": "attach", "last_valid_checkpoint": "finding"}
+_HOMES: Final = {"CheckpointCallback": "callback", "attach": "attachment", "last_valid_checkpoint": "find_checkpoint"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ def test_a_checkpoint_saved_in_training_is_not_ranked_by_what_other_weights_gave
 
     def train() -> tuple[Loop, float]:
         model, optimizer = make()
-        value, options = 0.0, {"background": background}
+        value, options = 0.0, {"background": "wait" if background else None}
         with Loop(tmp_path, STEPS, options=options, model=model, optimizer=optimizer) as loop:
             for _ in loop.epochs(1):
                 for batch in loop.batches(range(6)):

@@ -47,7 +47,9 @@ class Kill:
 
 def opened(directory: Path, policy: Policy, background: bool, **objects: Any) -> Loop:
     """Return a loop that listens to no signals."""
-    return Loop(directory, policy, options={"background": background}, stop_on=(), save_on=(), **objects)
+    return Loop(
+        directory, policy, options={"background": "wait" if background else None}, stop_on=(), save_on=(), **objects
+    )
 
 
 def gpt(directory: Path, tick: Tick, background: bool) -> list[torch.Tensor]:

@@ -316,9 +316,9 @@ def test_written_in_the_background_a_rescue_is_there_and_exact(tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Small().train(tmp_path, tick=stop, options={"background": True})
+        Small().train(tmp_path, tick=stop, options={"background": "wait"})
     assert "rescue-step=5.ckpt" in [record.name for record in CheckpointManager(tmp_path).records]
-    assert unbroken == Small().train(tmp_path, options={"background": True})
+    assert unbroken == Small().train(tmp_path, options={"background": "wait"})
 
 
 def test_a_resume_is_a_restore(tmp_path: Path) -> None:
