@@ -180,6 +180,17 @@ def check_out(path: str, key_env: str | None, key_file: str | None) -> None:
                 raise NameTakenError(msg)
 
 
+def check_extension(path: str, *known: str) -> None:
+    """Refuse a new file whose extension says that it is something else.
+
+    Raises:
+        PolicyError: If it has none of the extensions that are ``known``.
+    """
+    if not path.lower().endswith(known):
+        msg = f"the extension of {path!r} is not {' or '.join(known)}, which is what is written; name such a file"
+        raise PolicyError(msg)
+
+
 @contextlib.contextmanager
 def writing(directory: str, storage_options: str | None = None, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""

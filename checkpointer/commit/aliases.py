@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import attrs
 
@@ -12,8 +14,10 @@ from checkpointer.commit import index
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CheckpointerWarning
 from checkpointer.policy.policy import Policy
-from checkpointer.ports import SupportsLinks
+from checkpointer.ports import Stat, SupportsLinks, SupportsPaths
 from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Record
+from checkpointer.storage.digests import algorithm_of, digest_of
 
 __all__ = ["Aliases"]
 
@@ -25,10 +29,12 @@ class Aliases:
     transaction: Transaction
     asked: Policy
     """The policy with the alias names that were asked for."""
-    damaged: Collection[str]
-    """Paths of record files that cannot be read or believed."""
+    listing: index.Listing
+    """What the directory held when it was opened."""
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
     """Token of the checkpoint that each alias was pointed to."""
+    _made: dict[str, Stat] = attrs.field(factory=dict, init=False)
+    """What the file of each alias looked like when it was made, or found to be ours; where a look costs no request."""
     _claimed: set[str] = attrs.field(factory=set, init=False)
     """Names that are this manager's, even if the marks that say so are deleted."""
 
@@ -70,6 +76,7 @@ class Aliases:
                 warnings.warn(msg, CheckpointerWarning, stacklevel=5)
                 continue
             self._pointed[alias] = target.token
+            self._remember(alias)
             if slot is not None:
                 manifest = manifest.without(alias)
         return manifest
@@ -93,25 +100,99 @@ class Aliases:
             self._pointed.clear()
         else:
             self._pointed.pop(alias, None)
+            self._remember(alias)
+
+    def replaced(self, policy: Policy, manifest: Manifest) -> list[str]:
+        """Return the aliases in whose place others have put files of their own."""
+        return [alias for alias in policy.aliases if self.is_blocked(alias, manifest, slots=True)]
 
     def is_blocked(self, alias: str, manifest: Manifest, *, slots: bool) -> bool:
         """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
         record = manifest.by_name.get(alias)
         if record is None and slots:
             record = self.transaction.committed(alias)
-        if record is not None:
-            return slots and (record.run, record.label) != (manifest.run, manifest.label)
-        if index.record_path(alias) in self.damaged:
+        if record is not None and (record.run, record.label) != (manifest.run, manifest.label):
+            return slots
+        if index.record_path(alias) in self.listing.damaged:
             return True
-        if alias in self._claimed or not self._is_foreign(alias, manifest.foreign):
+        if not self._is_taken(alias, manifest):
             return False
-        return not self.transaction.is_marked(alias)
+        if alias not in self._claimed and record is None and not self.transaction.is_marked(alias):
+            return True
+        return not self._is_ours(alias, manifest)
 
-    def _is_foreign(self, alias: str, foreign: frozenset[str]) -> bool:
-        """Return whether a file of others has the name; where case does not tell names apart, the storage knows."""
-        folded = alias.casefold()
+    def _is_taken(self, alias: str, manifest: Manifest) -> bool:
+        """Return whether a file has the name; where case does not tell names apart, the storage knows."""
         listed = self.transaction.storage.list
+        if self._is_near:
+            return bool(listed(alias))
+        folded = alias.casefold()
+        foreign = manifest.foreign
         return alias in foreign or (any(name.casefold() == folded for name in foreign) and bool(listed(alias)))
+
+    @property
+    def _is_near(self) -> bool:
+        return isinstance(self.transaction.storage, SupportsLinks)
+
+    def _is_ours(self, alias: str, manifest: Manifest) -> bool:
+        """Return whether what has the name of an alias is a link or copy of a checkpoint, or a checkpoint.
+
+        Where a look costs a request, only the size is known, from when the directory was opened.
+        """
+        if not self._is_near:
+            found = self.listing.files.get(alias)
+            known = self._known(manifest)
+            return found is None or alias in self._claimed or any(record.size == found.size for record in known)
+        there = self.transaction.storage.list(alias).get(alias)
+        if there is None:
+            return False  # A folder: an alias of one is a link.
+        if self._made.get(alias) != there:
+            if not self._leads_to_one(alias, manifest):
+                return False
+            self._made[alias] = there
+        return True
+
+    def _leads_to_one(self, alias: str, manifest: Manifest) -> bool:
+        """Return whether a file is a link within the directory, or has the bytes of a checkpoint."""
+        storage = self.transaction.storage
+        slot = manifest.by_name.get(alias) if alias not in self._made else None
+        if slot is not None and self.transaction.has_payload(slot):
+            return True
+        alike = [*self._known(manifest)]
+        if isinstance(storage, SupportsPaths):
+            path = storage.local_path(alias)
+            if os.path.islink(path):
+                target = os.path.normpath(os.path.join(os.path.dirname(alias), os.readlink(path)))
+                return not target.startswith((os.sep, os.pardir + os.sep))
+            alike = [record for record in alike if record.size == os.path.getsize(path)]
+            if any(_is_same_file(path, storage.local_path(r.name)) for r in alike if r.name != alias):
+                return True
+        digests = {record.digest for record in alike}
+        with contextlib.suppress(FileNotFoundError):
+            found = [digest_of(storage, alias, algorithm) for algorithm in {*map(algorithm_of, digests)}]
+            return any(digest in digests for _, digest in filter(None, found))
+        return True  # A link that leads nowhere.
+
+    def _known(self, manifest: Manifest) -> Iterator[Record]:
+        """Yield every record that an alias may have been made of: retired or replaced ones too, if they are there."""
+        entries = self.listing.entries.values()
+        replaced = (entry.previous for entry in entries if entry.previous is not None)
+        return chain(manifest.records, manifest.aside, (entry.record for entry in entries), replaced)
+
+    def _remember(self, alias: str) -> None:
+        """Note what the file of an alias looks like that was made a moment ago."""
+        if alias not in self._claimed:
+            return
+        there = self.transaction.storage.list(alias).get(alias) if self._is_near else None
+        if there is not None:
+            self._made[alias] = there
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
 
 
 @attrs.frozen

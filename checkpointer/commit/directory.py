@@ -79,7 +79,7 @@ class Directory:
         self._answer: tuple[str, ...] = ()
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
-        self._aliases = Aliases(self.transaction, policy, self.damaged)
+        self._aliases = Aliases(self.transaction, policy, listing)
         self._signed = sum(bool(entry.signature) for entry in listing.entries.values())
         self._unindexed = listing.reads
         self._writers = writers_in(storage, listing.files)
@@ -97,7 +97,7 @@ class Directory:
             foreign=listing.foreign | half_way,
             seen=frozenset(metric for record in known for metric in record.metrics),
         )
-        self.manifest = manifest.without_payload(*found.missing).on_newest_line(manifest.run)
+        self.manifest = manifest.without_payload(*found.missing, there=listing.sizes).on_newest_line(manifest.run)
         self._settle_aliases(slots=False, claim=writes)
         self._settle_aliases(slots=True, claim=False)
         if writes:
@@ -222,11 +222,15 @@ class Directory:
         self._begun = True
 
     def is_free(self, name: str) -> bool:
-        """Return whether nothing on the storage has this name by now; if so it is remembered as taken."""
-        if self.storage.list(name) or self.transaction.has_record(name):
+        """Return whether nothing on the storage has this name by now; else it is remembered as taken."""
+        if self.storage.list(name) or (self.transaction.has_record(name) and self.lost(name) is None):
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
             return False
         return True
+
+    def lost(self, name: str) -> Record | None:
+        """Return the record of a payload that is gone, if another may be saved under its name."""
+        return None if self.policy.name.version_counter else self.manifest.lost(name)
 
     def _finish_left(self) -> None:
         """Finish what an earlier process of this very run left half-way, on whatever host it ran."""
@@ -319,8 +323,11 @@ class Directory:
         ]
         gone = [r for r in doubtful if not self._exists(r) or not self.transaction.has_record(r.name)]
         if gone:
-            before, self.manifest = self.manifest, self.manifest.without_payload(*gone)
-            warnings.warn(missing_text(self.policy, before, self.manifest, gone), CheckpointerWarning, stacklevel=5)
+            before, self.manifest = self.manifest, self.manifest.without_payload(*gone, there=sizes)
+            unrecorded = [record for record in gone if self.transaction.has_payload(record)]
+            missing = [record for record in gone if record not in unrecorded]
+            text = missing_text(self.policy, before, self.manifest, missing, unrecorded)
+            warnings.warn(text, CheckpointerWarning, stacklevel=5)
         self._claim_again()
         return bool(gone)
 
@@ -339,6 +346,18 @@ class Directory:
         if self._begun and not all(self.storage.list(mark) for mark in marks):
             self._aliases.forget()
             self._settle_aliases(slots=True, claim=True)
+        self.spare_aliases()
+
+    def spare_aliases(self) -> bool:
+        """Take other alias names if others have put files where ours were; return whether that is so."""
+        replaced = self._aliases.replaced(self.policy, self.manifest) if self._begun and self._is_near else []
+        if not replaced:
+            return False
+        slots = [self.manifest.by_name[alias] for alias in replaced if alias in self.manifest.by_name]
+        self.manifest = self.manifest.without_payload(*slots, there=replaced)
+        self._aliases.forget()
+        self._settle_aliases(slots=True, claim=True)
+        return True
 
     def retire(self, *, spare: Container[str] = ()) -> list[Record]:
         """Remove what no rule keeps, and is not to be spared, and return it."""
@@ -364,7 +383,7 @@ class Directory:
     def set_aside(self, record: Record) -> None:
         """Count a checkpoint that turned out to be bad no more, without touching it."""
         if record.name in self.manifest.by_name:
-            self.manifest = self.manifest.without_payload(record)
+            self.manifest = self.manifest.without_payload(record, there=[record.name])
         else:
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {record.name})
 
@@ -445,7 +464,7 @@ class Directory:
     def free_name(self, record: Record) -> str:
         """Return the record's name if it is free here, else one that its template gives it."""
         name = record.name
-        is_taken = name in self.manifest.by_name or name in self.manifest.foreign or name in self.policy.aliases
+        is_taken = self.manifest.is_taken(name) or name in self.policy.aliases
         while is_taken or not self.is_free(name):
             name, is_taken = self.own_name(record), False
         return name
@@ -462,6 +481,11 @@ class Directory:
             except NameTakenError:
                 # Another manager was faster.
                 self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign | {name})
+            except FileNotFoundError:
+                self.look_for([slot])
+                if self._exists(slot):
+                    raise
+                return None  # It was removed since the look above.
         resumed = name if self.manifest.resumed == slot.name else self.manifest.resumed
         self.manifest = attrs.evolve(self.manifest.without(slot.name).with_record(moved), resumed=resumed)
         return moved
@@ -504,8 +528,7 @@ class Directory:
         moved = attrs.evolve(missing, name=self._unused_name(stem))
         self.transaction.put(Entry(record=moved))
         self.storage.delete(index.record_path(name))
-        manifest = self.manifest.without(name).without_payload(moved)
-        self.manifest = attrs.evolve(manifest, foreign=manifest.foreign - {name})
+        self.manifest = self.manifest.without(name).without_payload(moved)
 
     def _unused_name(self, stem: str) -> str:
         new = self.policy.name.free_name(stem, self.manifest.taken.union(self.policy.aliases))

@@ -145,7 +145,7 @@ class Transaction:
         path, upload = self.storage.stage(draft.name)
         try:
             write(path)  # 1
-            if os.path.isdir(path) and (over_alias or replaces is not None):
+            if os.path.isdir(path) and (over_alias or (replaces is not None and self.storage.list(draft.name))):
                 draft, replaces, over_alias, written = attrs.evolve(draft, name=own_name()), None, False, path
                 path, upload = self.storage.stage(draft.name)
                 os.rename(written, path)
@@ -518,9 +518,11 @@ class Transaction:
     def alias(self, alias: str, how: Literal["link", "copy"], target: Record, *, slot: Record | None) -> None:
         """Make ``alias`` name the target's payload (step 6). ``slot``: a checkpoint under that very name, now gone."""
         if slot is not None:
-            # Newer state is committed by now: first nobody may believe this record, then its payload is replaced.
-            self.storage.delete(record_path(slot.name))
+            # Newer state is committed by now. Until the alias is made, the record says whose the payload under it is.
+            self.put(Entry(record=slot, status="retired", owner=self.owner))
         self._make(alias, target.name, self._ways(how))
+        if slot is not None:
+            self.storage.delete(record_path(slot.name))
 
     def _make(self, path: str, target: str, ways: Iterable[Callable[[str, str], None]]) -> None:
         for make in ways:
@@ -546,7 +548,12 @@ class Transaction:
         moved = attrs.evolve(record, name=name)
         self._announce(Entry(record=moved, status="pending", owner=self.owner), is_new=True)
         # Never a symbolic link: the old name is about to hold something else.
-        self._make(name, record.name, [way for way in self._ways("copy") if way.__name__ != "symlink"])
+        ways = [way for way in self._ways("copy") if way.__name__ != "symlink"]
+        try:
+            self._make(name, record.name, ways)
+        except FileNotFoundError:
+            self.storage.delete(record_path(name))
+            raise
         self.put(Entry(record=moved))
         self.storage.delete(record_path(record.name))
         return moved

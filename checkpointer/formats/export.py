@@ -14,11 +14,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from checkpointer.errors import NameTakenError, SaveError
+from checkpointer.errors import NameTakenError, PolicyError, SaveError
 from checkpointer.formats.inspection.safetensors_file import entry
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo
 
-__all__ = ["write_weights"]
+__all__ = ["WeightsFormat", "format_by_name", "write_weights"]
+
+WeightsFormat = Literal["safetensors", "torch"]
+
+_TORCH: Final = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 
 _ALIGNED: Final = 64
 _LOCAL_HEADER: Final = 30
@@ -27,12 +31,35 @@ _ZIP64_EXTRA: Final = 20
 Read = Callable[[str], Any]
 
 
+def format_by_name(path: str | os.PathLike[str]) -> WeightsFormat:
+    """Return the format that the extension of a file of weights stands for.
+
+    Raises:
+        PolicyError: If it stands for none.
+
+    Example:
+        >>> format_by_name("w.safetensors"), format_by_name("w.pth")
+        ('safetensors', 'torch')
+    """
+    name = os.path.basename(path).lower()
+    if name.endswith(".safetensors"):
+        return "safetensors"
+    if name.endswith(_TORCH):
+        return "torch"
+    msg = (
+        f"the extension of {os.fspath(path)!r} is not known; expected .safetensors, or one of a torch file "
+        f"({', '.join(_TORCH)}). Choose one of these, or say which format it is: format='safetensors' or 'torch' "
+        "(on the command line --format)"
+    )
+    raise PolicyError(msg)
+
+
 def write_weights(
     path: str | os.PathLike[str],
     tensors: Mapping[str, TensorInfo],
     read: Read,
     *,
-    format: Literal["safetensors", "torch"] | None = None,
+    format: WeightsFormat | None = None,
 ) -> int:
     """Write a flat mapping of names to tensors, whole or not at all, and never over a file that is there.
 
@@ -40,14 +67,15 @@ def write_weights(
         path: The new file.
         tensors: What to write, in this order; a safetensors file has wide dtypes first, so that each is aligned.
         read: Returns one of them by its name, on the CPU.
-        format: None takes what the extension says: ``.safetensors``, or else a torch file. Only a torch file holds
-            sparse and quantised tensors; all of those are in memory at once.
+        format: None takes what the extension says, as `format_by_name` does. Only a torch file holds sparse and
+            quantised tensors; all of those are in memory at once.
 
     Returns:
         Bytes written.
 
     Raises:
         NameTakenError: If the file is there.
+        PolicyError: If the extension stands for no format, and ``format`` is None.
         SaveError: If a dtype has no name in safetensors.
 
     Example:
@@ -62,8 +90,7 @@ def write_weights(
     if os.path.lexists(target):
         msg = f"{target} is there already; choose another name, or remove it first"
         raise NameTakenError(msg)
-    if format is None:
-        format = "safetensors" if target.suffix == ".safetensors" else "torch"
+    format = format or format_by_name(path)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(staged, "xb") as stream:

@@ -340,7 +340,7 @@ class _Taken:
     aliases: Container[str]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.manifest.by_name or name in self.manifest.foreign or name in self.aliases
+        return isinstance(name, str) and (self.manifest.is_taken(name) or name in self.aliases)
 
 
 @attrs.frozen
@@ -358,7 +358,9 @@ class _Replaceable:
     def __contains__(self, name: object) -> bool:
         if name in self.spared or not isinstance(name, str):
             return False
-        there = None if self.policy.name.version_counter else self.manifest.by_name.get(name)
+        there = None
+        if not self.policy.name.version_counter:
+            there = self.manifest.by_name.get(name) or self.manifest.lost(name)
         return name in self.retired or (there is not None and self._may_go(there))
 
     def _may_go(self, there: Record) -> bool:

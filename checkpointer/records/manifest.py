@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -136,8 +136,16 @@ class Manifest:
 
     @property
     def taken(self) -> frozenset[str]:
-        """Every name that is in use, by a record of any run or by a foreign file."""
-        return self.foreign.union(self.by_name)
+        """Every name that is in use, by a record of any run, counting or not, or by a foreign file."""
+        return self.foreign.union(self.by_name, (record.name for record in self.aside))
+
+    def lost(self, name: str) -> Record | None:
+        """Return the record of this name whose payload is gone, and nothing else is there; None if there is none."""
+        return None if name in self.foreign else next((r for r in self.aside if r.name == name), None)
+
+    def is_taken(self, name: str) -> bool:
+        """Return whether a name is among the `taken`, without a set of them all."""
+        return name in self.by_name or name in self.foreign or self.lost(name) is not None
 
     @property
     def next_serial(self) -> int:
@@ -202,12 +210,13 @@ class Manifest:
             return self
         return attrs.evolve(self, records=self.records.changed(gone=gone), aside=aside)
 
-    def without_payload(self, *records: Record) -> Manifest:
-        """Return the manifest after these records turned out not to count."""
+    def without_payload(self, *records: Record, there: Container[str] = ()) -> Manifest:
+        """Return the manifest after these records turned out not to count; ``there``: names that a file has."""
         names = [record.name for record in records]
         manifest = self.without(*names)
         aside = sorted((*manifest.aside, *records), key=commit_order)
-        return attrs.evolve(manifest, aside=tuple(aside), foreign=manifest.foreign.union(names))
+        foreign = manifest.foreign.union(name for name in names if name in there)
+        return attrs.evolve(manifest, aside=tuple(aside), foreign=foreign)
 
     def seen_by(self, run: str, line: Line) -> Manifest:
         """Return the same records as another run, or another line of it, sees them."""

@@ -37,6 +37,12 @@ Verify = Literal["full", "size"]
 """How a payload is held against its record before it is loaded."""
 
 _CHUNK = 4 << 20
+_FEW = 5
+"""How many problems an error names."""
+
+
+class _GoneError(CorruptError):
+    """Raised for a payload that is not there at all."""
 
 
 @attrs.frozen(kw_only=True)
@@ -138,6 +144,7 @@ def _listed(storage: Storage, record: Record) -> Mapping[str, int]:
     size = sum(files.values())
     if not files:
         msg = f"{record.name} is gone, though its record is there"
+        raise _GoneError(msg)
     elif size != record.size:
         msg = f"{record.name} has {size} bytes where its record says {record.size}"
     else:
@@ -257,27 +264,36 @@ def load_first_valid(
         UnsafePayloadError: At once: an older checkpoint holds the same kind of objects.
     """
     problems = list(bad)
+    all_gone = not problems
     for record in records:
         try:
             restored = load(record)
         except (CorruptError, OSError) as error:
             problems.append(str(error))
+            all_gone = all_gone and isinstance(error, _GoneError)
             if isinstance(error, CorruptError):
                 on_bad(record)
             continue
         if problems:
-            msg = f"restored {record.name} (step {record.step}) instead of what is newer or better: " + "; ".join(
-                problems
-            )
+            instead = f"restored {record.name} (step {record.step}) instead of what is newer or better"
+            msg = f"{instead}: {_few(problems)}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
         return restored
     if problems:
-        msg = (
-            "no valid checkpoint: " + "; ".join(problems) + ". Training does not start over silently: "
-            "restore one by name, or use an empty directory"
-        )
+        way_out = "restore one by name, or use an empty directory"
+        if all_gone:
+            way_out = (
+                f"put a payload back, or to begin anew remove the records in {RECORDS} too, or use another directory"
+            )
+        msg = f"no valid checkpoint: {_few(problems)}. Training does not start over silently: {way_out}"
         raise NoValidCheckpointError(msg)
     return None
+
+
+def _few(problems: Sequence[str]) -> str:
+    """Return the first few, and how many more there are."""
+    more = f"; and {len(problems) - _FEW} more" if len(problems) > _FEW else ""
+    return "; ".join(problems[:_FEW]) + more
 
 
 def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage | None) -> None:

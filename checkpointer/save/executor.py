@@ -65,9 +65,10 @@ class SaveExecutor:
     def look_before_declining(self, now: Observation) -> bool:
         """Set aside what is gone, if the observation is declined for it; return whether it is.
 
-        Not while a save is under way: the writer thread looks then, before it retires anything.
+        Not while a save or late metrics are under way: the writer thread changes the records then, and looks itself
+        before it retires anything.
         """
-        if self.background is not None and self.background.status.unfinished:
+        if self.background is not None and not self.background.wait(0):
             return False
         return self.saver.directory.look_before_declining(now)
 

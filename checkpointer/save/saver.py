@@ -59,7 +59,8 @@ class Saver:
             return transaction.adopt(draft)
         last = self._last_size()
         self._check_space(last)
-        replaces = self.directory.manifest.by_name.get(decision.name) if decision.replaces else None
+        there = self.directory.manifest.by_name.get if decision.replaces else self.directory.lost
+        replaces = there(decision.name)
         over_alias = decision.name in self.directory.policy.aliases
         write = self._write_path(state)
         if write is not None:
@@ -91,6 +92,8 @@ class Saver:
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that nobody has taken since the directory was listed."""
         directory = self.directory
+        if decision.name in directory.policy.aliases and directory.spare_aliases():
+            decision = self._again(decision)
         if decision.replaces and decision.name not in directory.policy.aliases and self._is_lost(decision.name):
             decision = self._again(decision)
         while not (decision.replaces or decision.name in directory.policy.aliases or directory.is_free(decision.name)):

@@ -98,7 +98,13 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
-        target = self._within(path)
+        try:
+            self._write(self._within(path), data)
+        except FileNotFoundError:
+            # The directory was removed meanwhile, and the staged file with it.
+            self._write(self._within(path), data)
+
+    def _write(self, target: Path, data: bytes) -> None:
         staged = self._new_staged()
         try:
             with open(staged, "wb") as stream:

@@ -516,6 +516,31 @@ def test_counters_are_those_of_the_first_and_models_must_be_the_same(tmp_path: P
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "argv", [["export", "{run}", "10", "{out}"], ["average", "{run}", "10", "20", "--out", "{out}"]]
+)
+def test_weights_are_not_written_under_an_unknown_extension(argv: list[str], run: Path, tmp_path: Path) -> None:
+    """The extension says what is in the file, or ``--format`` does; upper case is the same."""
+    for name in ("w.onnx", "w", "w.npz", "w.h5"):
+        said = command(*(arg.format(run=run, out=tmp_path / name) for arg in argv))
+        assert (2, True) == (said.code, "is not known; expected .safetensors, or one of a torch file" in said.err)
+        assert not (tmp_path / name).exists()
+    assert 0 == command(*(arg.format(run=run, out=tmp_path / "w.onnx") for arg in argv), "--format", "torch").code
+    assert torch.is_tensor(torch.load(tmp_path / "w.onnx", weights_only=True)["w"])
+    assert 0 == command(*(arg.format(run=run, out=tmp_path / "W.SAFETENSORS") for arg in argv)).code
+    assert "w" in load_file(tmp_path / "W.SAFETENSORS")
+
+
+@pytest.mark.parametrize(("verb", "name"), [("plot", "run.jpg"), ("plot", "run.pdf"), ("report", "run.pdf")])
+def test_a_picture_or_page_is_not_written_under_another_extension(
+    verb: str, name: str, run: Path, tmp_path: Path
+) -> None:
+    """A PNG that is called jpg or pdf opens in fewer programs than one that is called png."""
+    said = command(verb, run, tmp_path / name)
+    assert (2, True) == (said.code, "which is what is written; name such a file" in said.err)
+    assert not (tmp_path / name).exists()
+
+
 def test_average_asks_for_what_it_needs(run: Path, tmp_path: Path) -> None:
     """A file to write, and which checkpoints."""
     assert "--out is missing" in command("average", run, 10).err

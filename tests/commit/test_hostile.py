@@ -30,6 +30,7 @@ from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import load, record_path
 from checkpointer.errors import (
     NamingError,
+    NotFoundError,
     NoValidCheckpointError,
     PolicyError,
     RecordError,
@@ -136,7 +137,7 @@ def test_with_a_key_a_planted_checkpoint_is_not_even_opened(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("which", ["last", "last.ckpt", "best", "best.ckpt"])
 def test_a_planted_alias_file_is_never_opened(tmp_path: Path, which: str) -> None:
-    """Aliases are for other readers: ``restore("last")`` goes by the records."""
+    """Aliases are for other readers: ``restore("last")`` goes by the records, and a planted file's name finds none."""
     policy = Policy(EveryEpochs(1), [KeepBest(1, "loss", mode="min")], last="copy", best="copy")
     run = tmp_path / "run"
     with CheckpointManager(run, policy, state=lambda: {"w": torch.ones(1)}, trust=KEY) as manager:
@@ -145,9 +146,13 @@ def test_a_planted_alias_file_is_never_opened(tmp_path: Path, which: str) -> Non
         (run / alias).unlink()
         (run / alias).write_bytes(bomb(tmp_path))
     with CheckpointManager(run, policy, trust=KEY) as manager:
-        restored = manager.restore(which, weights_only=False)
-        assert restored is not None
-        assert "epoch=0-step=1.ckpt" == restored.record.name
+        if which.endswith(".ckpt"):
+            with pytest.raises(NotFoundError, match=f"no checkpoint '{which}'"):
+                manager.restore(which, weights_only=False)
+        else:
+            restored = manager.restore(which, weights_only=False)
+            assert restored is not None
+            assert "epoch=0-step=1.ckpt" == restored.record.name
     assert not (tmp_path / "pwned").exists()
 
 

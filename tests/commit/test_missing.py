@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import attrs
 import pytest
@@ -112,10 +112,29 @@ def test_a_file_whose_record_was_deleted_does_not_push_out_a_checkpoint(tmp_path
     with opened(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])) as manager:
         save(manager, 0.1, 0.2)
         (tmp_path / record_path("epoch=0-step=1.ckpt")).unlink()
-        with gone():
+        expected = (
+            r"^epoch=0-step=1.ckpt has no record any more, only a payload, and does not count; "
+            r"the best is epoch=0-step=2.ckpt now, not epoch=0-step=1.ckpt$"
+        )
+        with pytest.warns(CheckpointerWarning, match=expected):
             save(manager, 0.3, start=3)
         assert [2, 3] == [record.step for record in manager.records]
     assert (tmp_path / "epoch=0-step=1.ckpt").exists()
+
+
+def test_what_lost_its_record_and_what_lost_its_payload_are_told_apart(tmp_path: Path) -> None:
+    """One warning names both, each with what is true of it."""
+    with opened(tmp_path, ALL) as manager:
+        save(manager, 0.1, 0.2, 0.3)
+        for name in ("epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt"):
+            (tmp_path / record_path(name)).unlink()
+        (tmp_path / "epoch=0-step=3.ckpt").unlink()
+        expected = (
+            r"^epoch=0-step=3.ckpt is gone, .* does not count; epoch=0-step=1.ckpt, epoch=0-step=2.ckpt have no record "
+            r"any more, only a payload, and do not count; the best is epoch=0-step=4.ckpt now"
+        )
+        with pytest.warns(CheckpointerWarning, match=expected):
+            save(manager, 0.4, start=4)
 
 
 def test_the_last_two_are_two_that_exist(tmp_path: Path) -> None:
@@ -222,6 +241,74 @@ def test_a_directory_that_is_removed_during_a_save_gets_the_checkpoint(
         restored = manager.restore()
         assert restored is not None
         assert 2 == restored.step
+
+
+class RemovedStorage(LocalStorage):
+    """Loses all its files at the n-th thing that is done to it."""
+
+    def __init__(self, root: Path, at: int) -> None:
+        super().__init__(root, new_owner())
+        self.root, self.left = root, at
+        self.is_armed = self.is_done = False
+
+    def _step(self) -> None:
+        self.left -= self.is_armed
+        if self.left == 0 and not self.is_done:
+            self.is_done = True
+            os.rename(self.root, f"{self.root}-removed")  # In one step, whatever another thread writes there.
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """List, and lose it all before or after."""
+        self._step()
+        found = super().list(prefix)
+        self._step()
+        return found
+
+    def _new_staged(self) -> Path:
+        staged = super()._new_staged()
+        self._step()
+        return staged
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file, if it is there still."""
+        self._step()
+        return super().open(path)
+
+    def delete(self, path: str) -> None:
+        """Delete, and lose the rest before."""
+        self._step()
+        super().delete(path)
+
+
+@pytest.mark.filterwarnings("ignore:::checkpointer")
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [WITH_ALIASES, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="copy", best="copy")],
+    ids=["links", "slot"],
+)
+def test_a_directory_that_is_removed_at_any_moment_ends_no_training(
+    tmp_path: Path, policy: Policy, background: bool
+) -> None:
+    """A save and late metrics that move a slot: whenever all files vanish, the next save is there."""
+    for at in range(1 + background, 500, 4):
+        storage = RemovedStorage(tmp_path / f"run-{at}", at)
+        with opened(storage, policy, background=background) as manager:
+            save(manager, 0.5, 0.6)
+            manager.wait()
+            storage.is_armed = True
+            manager.observe({"loss": 0.1}, step=2, epoch=0, epoch_end=False)
+            save(manager, 0.3, start=3)
+            manager.wait()
+            storage.is_armed = False
+            save(manager, 0.2, start=4)
+            manager.wait()
+            assert manager.last is not None
+            assert 4 == manager.last.step
+            assert (storage.root / manager.last.name).exists()
+        if not storage.is_done:
+            break
+    assert 20 < at < 490
 
 
 class LosingStorage(LocalStorage):
@@ -457,6 +544,66 @@ def test_a_payload_that_comes_back_counts_again_and_its_name_stayed_taken(tmp_pa
         # The run went back to step 1 in between: what lay beyond is another timeline.
         assert ["epoch=0-step=1.ckpt", "epoch=0-step=2-v1.ckpt"] == [record.name for record in manager.records]
         assert [payload.name] == [record.name for record in manager.session.manifest.abandoned]
+
+
+def test_the_error_for_many_payloads_that_are_gone_is_short_and_its_way_out_works(tmp_path: Path) -> None:
+    """It names the newest few and how many more there are; with the records removed a run begins anew."""
+    for name in trained(tmp_path, ALL, *[0.1] * 9):
+        (tmp_path / name).unlink()
+    expected = (
+        r"step=9.ckpt is gone, .*step=5.ckpt is gone, though its record is there; and 4 more\. Training does not start "
+        r"over silently: put a payload back, or to begin anew remove the records in \.checkpointer/records too, or use"
+    )
+    with gone():
+        manager = opened(tmp_path, ALL)
+    with manager, pytest.raises(NoValidCheckpointError, match=expected):
+        manager.restore()
+    shutil.rmtree(tmp_path / ".checkpointer/records")
+    with opened(tmp_path, ALL) as manager:
+        assert manager.restore() is None
+        assert ["epoch=0-step=1.ckpt"] == save(manager, 0.1)
+
+
+@pytest.mark.parametrize("where", ["disk", "memory", "elsewhere"])
+def test_without_a_version_counter_the_name_of_what_is_gone_is_free(tmp_path: Path, where: str) -> None:
+    """The next checkpoint of that name gets it; a file of another size under the name is not replaced."""
+    storage: Any = {"disk": LocalStorage(tmp_path, new_owner()), "memory": MemoryStorage(), "elsewhere": Far()}[where]
+    policy = Policy(EverySteps(1), [KeepLast(1)], name=Naming("model", version_counter=False))
+    trained(storage, policy, None)
+    storage.delete("model.ckpt")
+    with gone():
+        manager = opened(storage, policy)
+    with manager:
+        assert ["model.ckpt"] == save(manager, None, start=2)
+    with opened(storage, policy) as manager:
+        restored = manager.restore()
+        assert restored is not None
+        assert ("model.ckpt", 2) == (restored.record.name, restored.step)
+        assert ["model.ckpt"] == save(manager, None, start=3)
+    storage.write("model.ckpt", b"of others")
+    with gone():
+        manager = opened(storage, policy)
+    with manager:
+        assert ["model-v1.ckpt"] == save(manager, None, start=4)
+    with storage.open("model.ckpt") as stream:
+        assert b"of others" == stream.read()
+
+
+def test_without_a_version_counter_a_folder_that_is_gone_gives_its_name_free(tmp_path: Path) -> None:
+    """A folder is not replaced in one step, but there is none."""
+
+    def write(path: str) -> None:
+        os.makedirs(path)
+        Path(path, "a").write_text("a")
+
+    policy = Policy(EverySteps(1), [KeepLast(1)], name=Naming("model", version_counter=False))
+    with CheckpointManager(tmp_path, policy, save=write) as manager:
+        save(manager, None)
+    shutil.rmtree(tmp_path / "model.ckpt")
+    with gone():
+        manager = CheckpointManager(tmp_path, policy, save=write)
+    with manager:
+        assert ["model.ckpt"] == save(manager, None, start=2)
 
 
 def test_a_payload_that_comes_back_before_the_restore_is_restored(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.commands.best import By, WhichMode, best_first
-from checkpointer.cli.commands.export import AsFormat, Only, weights_in, write
+from checkpointer.cli.commands.export import AsFormat, Only, format_of, weights_in, write
 from checkpointer.errors import PolicyError
+from checkpointer.formats.export import WeightsFormat
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.records.record import Record
 from checkpointer.restore.load import verify
@@ -48,15 +49,18 @@ def average_command(
         raise PolicyError(msg)
     options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
+    written_as = format_of(out, format)
     records = [catalog.find(name) for name in names or ()]
     if best is not None:
         records = best_first(catalog, catalog.manifest(run), by, mode, policy)[:best]
         if len(records) < best:
             output.say(f"only {len(records)} checkpoints are ranked, so their mean is taken")
-    _average(catalog, records, out, format, only, as_json=as_json)
+    _average(catalog, records, out, written_as, only, as_json=as_json)
 
 
-def _average(catalog: Catalog, records: list[Record], out: str, format: AsFormat, only: Only, *, as_json: bool) -> None:
+def _average(
+    catalog: Catalog, records: list[Record], out: str, format: WeightsFormat, only: Only, *, as_json: bool
+) -> None:
     with contextlib.ExitStack() as stack:
         sources = []
         for record in records:

@@ -10,7 +10,7 @@ import typer
 from checkpointer._display import size_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.errors import RestoreError
-from checkpointer.formats.export import write_weights
+from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_of
@@ -32,7 +32,10 @@ Only = Annotated[
         help="Where the weights are: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
     ),
 ]
-AsFormat = Annotated[Format | None, typer.Option("--format", help="Else what OUT's extension says.")]
+AsFormat = Annotated[
+    Format | None,
+    typer.Option("--format", help="Else what OUT's extension says: .safetensors; .pt, .pth, .ckpt, .bin for torch."),
+]
 
 
 def export_command(
@@ -50,11 +53,17 @@ def export_command(
     options.check_out(out, key_env, key_file)
     catalog = options.look(directory, storage_options, key_env, key_file)
     record = catalog.find(name)
+    written_as = format_of(out, format)
     verify(catalog.storage, record)
     with open_contents(catalog.storage, record.name) as contents:
-        write(weights_in(contents, only, record.name), out, format, [record.name], as_json=as_json)
+        write(weights_in(contents, only, record.name), out, written_as, [record.name], as_json=as_json)
     # The checkpoint that an alias was meant for may be among these.
     output.say_damaged(catalog)
+
+
+def format_of(out: str, format: Format | None) -> WeightsFormat:
+    """Return what is written to OUT; asked before anything is read."""
+    return format_by_name(out) if format is None else format.value
 
 
 def weights_in(contents: Tensors, only: str | None, name: str) -> Weights:
@@ -66,7 +75,7 @@ def weights_in(contents: Tensors, only: str | None, name: str) -> Weights:
         raise type(error)(msg) from error
 
 
-def write(weights: Weights, out: str, format: Format | None, names: list[str], *, as_json: bool) -> None:
+def write(weights: Weights, out: str, format: WeightsFormat, names: list[str], *, as_json: bool) -> None:
     """Write weights, and say what was written."""
     total = sum(info.bytes for info in weights.tensors.values())
     with output.progress("writing", total) as advance:
@@ -75,7 +84,7 @@ def write(weights: Weights, out: str, format: Format | None, names: list[str], *
             advance(weights.tensors[name].bytes)
             return weights.read(name)
 
-        size = write_weights(out, weights.tensors, read, format=None if format is None else format.value)
+        size = write_weights(out, weights.tensors, read, format=format)
     left_out = [*weights.values]
     if as_json:
         data = {"path": out, "bytes": size, "tensors": len(weights.tensors), "key": weights.prefix, "of": names}

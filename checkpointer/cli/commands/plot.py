@@ -50,6 +50,7 @@ def plot_command(
     """
     options.check_out(out, key_env, key_file)
     story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
+    options.check_extension(out, ".png")
     plot(story, out)
     output.print_line(out)
 

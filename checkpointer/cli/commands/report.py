@@ -28,5 +28,7 @@ def report_command(
 ) -> None:
     """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark."""
     options.check_out(out, key_env, key_file)
-    report(story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file)), out)
+    story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
+    options.check_extension(out, ".html", ".htm")
+    report(story, out)
     output.print_line(out)
