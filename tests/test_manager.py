@@ -11,6 +11,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import yaml
@@ -526,6 +527,23 @@ def test_commit_adopts_what_a_trainer_wrote_in_place(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-10").exists()
     with pytest.raises(SaveError, match=r"is not in .*; let the trainer write inside the manager's directory"):
         manager.session.commit(manager.session.decide({}, step=30, epoch=0), tmp_path.parent)
+    manager.close()
+
+
+def test_commit_makes_the_rescue_of_a_step_its_regular_checkpoint(tmp_path: Path) -> None:
+    """Without another write; a checkpoint that is regular already, or of another step, keeps its name."""
+    policy = Policy(EverySteps(10), [KeepBest(1, "loss", mode="min")])
+    manager = CheckpointManager(tmp_path, policy, state=lambda: {"weights": 1})
+    decision = manager.session.decide({}, step=10, epoch=0)
+    assert not decision
+    rescued = manager.rescue("signal 15", step=10, epoch=0)
+    assert isinstance(rescued, Save)
+    regular = manager.session.decide({"loss": 0.1}, step=10, epoch=0)
+    assert isinstance(regular, Save)
+    manager.session.commit(attrs.evolve(regular, retire=()), tmp_path / rescued.name)
+    assert [(rescued.name, "regular", {"loss": 0.1})] == [(r.name, r.kind, dict(r.metrics)) for r in manager.records]
+    with pytest.raises(SaveError, match="is the name of a checkpoint or alias already"):
+        manager.session.commit(manager.session.decide({"loss": 0.0}, step=20, epoch=1), tmp_path / rescued.name)
     manager.close()
 
 

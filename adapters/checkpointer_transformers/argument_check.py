@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpointer import Policy
 from checkpointer.errors import PolicyError
+from checkpointer_transformers.trainer_state import evaluated
 
 __all__ = ["refuse"]
 
@@ -51,7 +52,7 @@ def _ranks_otherwise(args: Any, policy: Policy) -> Iterator[str]:
     name = args.metric_for_best_model
     if ranking is None or name is None:
         return
-    name = name if name.startswith("eval_") else f"eval_{name}"
+    name = evaluated(name)
     mode = "max" if args.greater_is_better else "min"
     if (name, mode) != (ranking.name, ranking.mode):
         yield (

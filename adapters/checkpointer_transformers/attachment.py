@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 import threading
 import types
@@ -15,6 +16,8 @@ from checkpointer import CheckpointerWarning, Save
 from checkpointer.errors import PolicyError
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import CheckpointCallback
+from checkpointer_transformers.evaluation import EvaluationEnded, Watch
+from checkpointer_transformers.trainer_state import evaluated
 from checkpointer_transformers.training import ASKED, Training, holder_of
 
 __all__ = ["attach"]
@@ -28,7 +31,8 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
 
     From then on a checkpoint is written beside its place and gets there in one rename. A signal on any rank makes all
     ranks save at the same step and stop; once ``train`` has cleaned up the signal is raised again, on every rank, so
-    that what it did before it does still. An exception in a training of one process makes a rescue, unless it struck
+    that what it did before it does still. An evaluation of the training ends after a batch then, and the next training
+    runs it again. An exception in a training of one process makes a rescue, unless it struck
     while weights and optimizer were changing; it goes on unchanged. The end of the training is saved if a rule keeps
     it.
 
@@ -56,7 +60,7 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
 
 
 class _Hold:
-    """Stands between a Trainer and four of its methods."""
+    """Stands between a Trainer and five of its methods."""
 
     def __init__(self, trainer: Any, callback: CheckpointCallback, signals: tuple[int, ...]) -> None:
         self._trainer, self._callback, self._signals = trainer, callback, signals
@@ -64,12 +68,16 @@ class _Hold:
         """What each signal did before."""
         self._save, self._train = trainer._save_checkpoint, trainer.train
         self._load_best = trainer._load_best_model
+        self._evaluate, self._load_random = trainer._evaluate, trainer._load_rng_state
+        self._ignored: Any = None
+        """Keys of the model's output that no evaluation gathers."""
 
     def take(self) -> None:
         """Stand there."""
         self._callback._at_end = self.save_end
         trainer = self._trainer
         trainer._save_checkpoint, trainer._load_best_model, trainer.train = self.save, self.load_best, self.train
+        trainer._evaluate, trainer._load_rng_state = self.evaluate, self.load_random
 
     # Saving
 
@@ -108,6 +116,41 @@ class _Hold:
         trainer._save_checkpoint(trainer.model, getattr(trainer, "_trial", None))
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
+    # Evaluations
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of ``_evaluate``, which the training calls: a signal ends it, and the Trainer saves next."""
+        callback, trainer = self._callback, self._trainer
+        training = callback._training
+        if training is None:
+            return self._evaluate(*args, **kwargs)
+        watch = Watch(trainer.model, training.ranks, lambda: bool(callback._signal or training.stopping))
+        callback._at_batch = watch.look
+        try:
+            metrics = self._evaluate(*args, **kwargs)
+        except EvaluationEnded:
+            watch.undo()
+            if trainer.state.global_step:  # Else there is nothing to save before the first step.
+                callback._is_stopped(training, trainer.state, trainer.control)
+            # The Trainer looks for its best metric next.
+            name = trainer.args.metric_for_best_model
+            return {} if name is None else {evaluated(name): math.nan}
+        finally:
+            callback._at_batch = None
+        if not kwargs.get("skip_scheduler"):  # The evaluation on start is another one.
+            training.owes_evaluation = False
+        return metrics
+
+    def load_random(self, checkpoint: str | None) -> None:
+        """Take the place of ``_load_rng_state``; then run the evaluation that the checkpoint owes."""
+        self._load_random(checkpoint)
+        training, trainer = self._callback._training, self._trainer
+        if training is None or not training.owes_evaluation or trainer.eval_dataset is None:
+            return
+        trainer._determine_best_metric(trainer._evaluate(None, self._ignored), None)
+        if trainer.control.should_save:
+            self.save_now()
+
     # The end
 
     def save_end(self) -> None:
@@ -131,6 +174,7 @@ class _Hold:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of ``train``."""
         callback = self._callback
+        self._ignored = kwargs.get("ignore_keys_for_eval", args[2] if len(args) > 2 else None)
         with self._handling(), self._covering():
             try:
                 result = self._train(*args, **kwargs)

@@ -81,6 +81,8 @@ class CheckpointCallback(Base):
         self._training: Training | None = None
         self._at_end: Callable[[], None] | None = None
         """Saves the end of the training, if the callback is attached to its Trainer."""
+        self._at_batch: Callable[[], None] | None = None
+        """Ends an evaluation of the training after a batch, if the callback is attached and one is running."""
         self._signal = 0
         """Number of the signal that came; 0 if none did."""
         self._grace_s = grace_s
@@ -181,11 +183,16 @@ class CheckpointCallback(Base):
         if training is None:
             return
         training.phase = "between"
+        if training.stopping:  # An evaluation before this step was ended: what it belongs to is saved.
+            control.should_save = control.should_evaluate = False
+            return
         due = not training.is_quiet(state, epoch_of(state)) and not training.is_waiting()
         called = training.agreed(flag=bool(self._signal), attached=self._at_end is not None)
-        if called and self._is_stopped(training, state, control):
+        if not (due or called or control.should_save):
             return
-        if due or called or control.should_save:
+        # The evaluation at the end of the epoch comes after this save.
+        training.owes_evaluation = args.eval_strategy == "epoch" and finished_epochs(state) > epoch_of(state)
+        if not (called and self._is_stopped(training, state, control)):
             self._report(training, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -216,6 +223,7 @@ class CheckpointCallback(Base):
             return False
         self._stopped_by = signals[0]
         self._grace.begin()  # Here for a rank that got no signal itself.
+        training.owes_evaluation = bool(training.owes_evaluation or control.should_evaluate)
         decision: Decision | None = training.pending or training.report(state)
         if not isinstance(decision, Save):
             decision = training.rescue(state, f"signal {signals[0]}")
@@ -224,7 +232,12 @@ class CheckpointCallback(Base):
         control.should_save = isinstance(decision, Save)
         return True
 
-    # Metrics
+    # Evaluations
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the evaluation after this batch if a signal came, and `attach` is there to see to it."""
+        if self._at_batch is not None:
+            self._at_batch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Take in what was measured at this step."""
@@ -235,13 +248,19 @@ class CheckpointCallback(Base):
     ) -> None:
         """Take in what one evaluation set gave; it was logged just before, unless the Trainer's `log` is overridden.
 
-        A signal that came meanwhile stops the training here: the Trainer saves next, before another step.
+        A signal that came meanwhile stops the training here if it did not end the evaluation: the Trainer saves next,
+        before another step.
         """
         self._measured(state, control, numbers_of(metrics or {}), anew=True)
         training = self._training
-        if training is None or training.phase != "between" or not state.global_step or training.stopping:
+        if training is not None and training.phase == "between" and state.global_step:
+            self._stop_if_asked(training, state, control)
+
+    def _stop_if_asked(self, training: Training, state: Any, control: Any) -> None:
+        """Stop where every rank comes, and another step would take the time that is left."""
+        if self._at_end is None or training.stopping:
             return
-        if self._at_end is not None and any(training.ranks.highest(float(self._signal))):
+        if any(training.ranks.highest(float(self._signal))):
             self._is_stopped(training, state, control)
 
     def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, anew: bool) -> None:
@@ -259,9 +278,15 @@ class CheckpointCallback(Base):
     # Saving
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Commit what the Trainer has written, unless `attach` has done so already."""
+        """Commit what the Trainer has written, unless `attach` has done so already.
+
+        A signal that came meanwhile stops an attached training here, before another step.
+        """
         training = self._training
-        if training is None or self._at_end is not None:
+        if training is None:
+            return
+        if self._at_end is not None:
+            self._stop_if_asked(training, state, control)
             return
         if training.pending is None and not isinstance(training.report_written(state), Save):
             training.warn_of_stranger(state)

@@ -13,10 +13,23 @@ import attrs
 from checkpointer import CheckpointManager, Manifest, Policy, Save
 from checkpointer_transformers.integrity import STATE_FILE
 
-__all__ = ["Best", "best_of", "epoch_of", "finished_epochs", "numbers_of", "saved_state", "write_state"]
+__all__ = [
+    "Best",
+    "best_of",
+    "epoch_of",
+    "evaluated",
+    "finished_epochs",
+    "logged_at",
+    "numbers_of",
+    "owes_evaluation",
+    "saved_state",
+    "write_state",
+]
 
 _KEY: Final = "checkpointer"
 """Where the manager's state lies among what the Trainer keeps for callbacks: the one place that takes any name."""
+_OWES: Final = "owes_evaluation"
+"""Whether a signal left out the evaluation of that step, or ended it."""
 _SUMMARY: Final = "train_runtime"
 """Is in the log that the Trainer writes about a whole training, which belongs to no step."""
 
@@ -62,10 +75,26 @@ def numbers_of(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in logs.items() if key != "epoch" and _is_number(value)}
 
 
+def evaluated(name: str) -> str:
+    """Return the name that an evaluation gives a metric."""
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
+def logged_at(state: Any, step: int) -> dict[str, Any]:
+    """Return the metrics that the Trainer's own account has of a step."""
+    logs = [log for log in state.log_history if log.get("step") == step]
+    return {key: value for log in logs for key, value in numbers_of(log).items() if key != "step"}
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, str)):
         return False
     return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0)
+
+
+def owes_evaluation(state: Any) -> bool:
+    """Return whether the checkpoint that the Trainer resumed from was saved in the place of an evaluation."""
+    return bool(saved_state(state).get(_OWES))
 
 
 def saved_state(state: Any) -> Mapping[str, Any]:
@@ -74,12 +103,17 @@ def saved_state(state: Any) -> Mapping[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def write_state(state: Any, folder: Path, manager: CheckpointManager, decision: Save, output_dir: str) -> None:
-    """Write the Trainer's account into the checkpoint again, as it will be once that is committed."""
+def write_state(
+    state: Any, folder: Path, manager: CheckpointManager, decision: Save, *, output_dir: str, owes: bool
+) -> None:
+    """Write the Trainer's account into the checkpoint again, as it will be once that is committed.
+
+    ``owes``: whether a resume has to run the evaluation of this step.
+    """
     best = best_of(manager.policy, manager.session.after(decision))
     if best is not None:
         best.show(state, output_dir)
-    state.stateful_callbacks[_KEY] = manager.session.state_dict(decision)
+    state.stateful_callbacks[_KEY] = {**manager.session.state_dict(decision), _OWES: owes}
     staged = folder / f"{STATE_FILE}.new"
     state.save_to_json(str(staged))
     os.replace(staged, folder / STATE_FILE)

@@ -21,9 +21,18 @@ from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, Ranks, Storage, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer_transformers.integrity import checkpoints_of, step_of
+from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
 from checkpointer_transformers.lock import Claim
-from checkpointer_transformers.trainer_state import Best, best_of, epoch_of, saved_state, write_state
+from checkpointer_transformers.trainer_state import (
+    Best,
+    best_of,
+    epoch_of,
+    finished_epochs,
+    logged_at,
+    owes_evaluation,
+    saved_state,
+    write_state,
+)
 
 __all__ = ["Training", "as_written"]
 
@@ -79,6 +88,8 @@ class Training:
         self.pending: Save | None = None
         self.stopping = False
         """Whether a rescue ended the training."""
+        self.owes_evaluation = False
+        """Whether a signal left out the evaluation of this step, or ended it."""
         self._saved_step = -1
         self._ended_step = -1
         self._final: Save | None = None
@@ -111,6 +122,7 @@ class Training:
 
     def open(self, state: Any, again: Mapping[str, Any]) -> None:
         """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
+        self.owes_evaluation = owes_evaluation(state)
 
         def open_it() -> _Broadcast:
             self._storage = open_storage(self.folder, self._owner)
@@ -121,6 +133,7 @@ class Training:
             saved = saved_state(state) or self._claimed(step) if step else _from_start(again, self._clock)
             if saved:
                 manager.session.load_state_dict(saved, source=self._chosen(state.global_step, saved))
+                self._acknowledge(state, saved)
             self._claim()
             return self._tell(Skip(reason="the training begins"), state)
 
@@ -206,7 +219,8 @@ class Training:
         def decide() -> _Broadcast:
             decision = self._decide(state, due)
             if isinstance(decision, Save):
-                decision = self._prepared(decision)
+                promoted = self._promoted(decision)
+                decision = self._prepared(decision) if promoted is None else promoted
             return self._tell(decision, state)
 
         return self._heed(self._team.work(decide), state)
@@ -270,6 +284,22 @@ class Training:
             self._claim(name, self._own_manager.session.state_dict(decision))
         return attrs.evolve(decision, name=name, replaces=False)
 
+    def _promoted(self, decision: Save) -> Skip | None:
+        """Let the rescue of this step count as the regular checkpoint that a rule wants now, without writing it again.
+
+        A resume evaluated what a signal had left out, for example. To write it again would first take the name from a
+        checkpoint that is acknowledged.
+        """
+        manager, now = self._own_manager, decision.observation
+        rescued = next((record for record in manager.session.manifest.rescues if record.step == now.step), None)
+        if rescued is None:
+            return None
+        whole = attrs.evolve(now, metrics={**rescued.metrics, **now.metrics})
+        retire = tuple(name for name in decision.retire if name != rescued.name)
+        regular = attrs.evolve(decision, name=rescued.name, observation=whole, retire=retire, replaces=False)
+        manager.session.commit(regular, self.folder / rescued.name)
+        return Skip(reason=f"{rescued.name} was a rescue; {decision.reason}", due=True)
+
     def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
         assert self._storage is not None, "this is rank 0"
         Claim(owner=self._owner, writing=writing, ranks=self.ranks.size, state=dict(state)).put(self._storage)
@@ -293,15 +323,35 @@ class Training:
             self._final = final = self._completed(state, decision)
             if not written:
                 return self._tell(self._own_manager.session.commit(final), state)
-            path = self.folder / final.name
-            write_state(state, path, self._own_manager, final, self.output_dir)
-            done = self._own_manager.session.commit(final, path)
-            self._claim()
-            return self._tell(done, state)
+            return self._tell(self._adopt(final), state)
 
         done = self._heed(self._team.work(commit), state)
         self.pending = None
         return done
+
+    def _adopt(self, final: Save) -> Decision:
+        """Commit what the Trainer has written under its final name."""
+        path = self.folder / final.name
+        self._write_state(path, final)
+        done = self._own_manager.session.commit(final, path)
+        self._claim()
+        return done
+
+    def _acknowledge(self, state: Any, saved: Mapping[str, Any]) -> None:
+        """Commit what the Trainer resumed from, if the process that wrote it was killed before it had a record."""
+        assert self._storage is not None, "this is rank 0"
+        claim, step, name = Claim.of(self._storage), state.global_step, f"checkpoint-{state.global_step}"
+        is_acknowledged = name in self._own_manager.session.manifest.by_name
+        if claim.writing != name or claim.state.get("run") != saved.get("run") or is_acknowledged:
+            return
+        if not (self.folder / name).is_dir() or problem_of(self.folder / name, ranks=claim.ranks) is not None:
+            return
+        is_whole, due = finished_epochs(state) > epoch_of(state), "its process was killed before the record was written"
+        logged = logged_at(state, step)
+        decision = self._own_manager.session.decide(logged, step, epoch_of(state), epoch_end=is_whole, due=due)
+        if isinstance(decision, Save):
+            self._state = state
+            self._adopt(attrs.evolve(decision, name=name, replaces=False))
 
     def _completed(self, state: Any, decision: Save) -> Save:
         """Return the decision with what was measured since."""
@@ -320,7 +370,11 @@ class Training:
         # The Trainer has put it into a folder of its name, and every rank is done with it.
         os.rename(os.path.join(holder_of(path), self._final.name), path)
         os.rmdir(holder_of(path))
-        write_state(self._state, Path(path), self._own_manager, self._final, self.output_dir)
+        self._write_state(Path(path), self._final)
+
+    def _write_state(self, path: Path, decision: Save) -> None:
+        owes, manager = self.owes_evaluation, self._own_manager
+        write_state(self._state, path, manager, decision, output_dir=self.output_dir, owes=owes)
 
     def _write(self, path: str) -> None:
         assert self.write is not None, "the Trainer wants to write"

@@ -252,13 +252,16 @@ class Transaction:
         finally:
             upload.abort()
 
-    def adopt(self, draft: Record) -> Record:
-        """Commit a payload that somebody wrote under its final name already (steps 2 and 5)."""
+    def adopt(self, draft: Record, *, replaces: Record | None = None) -> Record:
+        """Commit a payload that a trainer wrote under its final name already (steps 2 and 5).
+
+        ``replaces`` is the record that the payload has already, if any.
+        """
         if isinstance(self.storage, SupportsPaths):
             self.storage.sync(draft.name)
         size, digest = _measure(self.storage, draft.name, self._algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
-        self._really_there(record, None, over_alias=False)
+        self._really_there(record, replaces, over_alias=False)
         self.put(Entry(record=record))
         return record
 

@@ -56,7 +56,7 @@ class Saver:
         if path is not None:
             draft = self._adopted(draft, os.fspath(path))
             check_readable(draft)
-            return transaction.adopt(draft)
+            return transaction.adopt(draft, replaces=self._rescued(draft))
         last = self._last_size()
         self._check_space(last)
         there = self.directory.manifest.by_name.get if decision.replaces else self.directory.lost
@@ -148,11 +148,20 @@ class Saver:
         if name.startswith(("..", "/", HOME)) or name == ".":
             msg = f"{path} is not in {storage}; let the trainer write inside the manager's directory"
             raise SaveError(msg)
-        if name in self.directory.manifest.by_name or name in self.directory.policy.aliases:
+        draft = attrs.evolve(draft, name=name)
+        is_taken = name in self.directory.manifest.by_name and self._rescued(draft) is None
+        if is_taken or name in self.directory.policy.aliases:
             msg = f"{path} is the name of a checkpoint or alias already; let the trainer write to an unused one"
             raise NameTakenError(msg)
         is_folder = set(storage.list(name)) != {name}
-        return attrs.evolve(draft, name=name, format=FOLDER if is_folder else draft.format)
+        return attrs.evolve(draft, format=FOLDER if is_folder else draft.format)
+
+    def _rescued(self, draft: Record) -> Record | None:
+        """Return the rescue that has the draft's name and is of the same step: a regular checkpoint replaces it."""
+        taken = self.directory.manifest.by_name.get(draft.name)
+        if taken is None or (taken.kind, draft.kind) != ("rescue", "regular"):
+            return None
+        return taken if (taken.run, taken.step) == (draft.run, draft.step) else None
 
     def _write_by_url(self, draft: Record, write: Callable[[str], None]) -> Record:
         """Let what writes to a path write to a name that nobody has: never over an alias or another checkpoint."""

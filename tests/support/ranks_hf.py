@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
-from hf_tiny import At, folders, make_trainer, weights_of
+from hf_tiny import At, Text, folders, make_trainer, weights_of
 from transformers import TrainerCallback
 
 from checkpointer import CheckpointManager, EverySeconds, EverySteps, KeepBest, KeepLast, Policy
@@ -130,6 +130,19 @@ class SlowOrDead(TrainerCallback):
         self.save(*args, **kwargs)
 
 
+class InEvaluation(TrainerCallback):
+    """Sends a rank a signal after the second batch of the evaluation at a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step, self.batches = rank, step, 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rank == 1 and state.global_step == self.step:
+            self.batches += 1
+            if self.batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
 def raise_it() -> None:
     """Fail as a training does."""
     raise ZeroDivisionError("on one rank")
@@ -141,9 +154,12 @@ def main(folder: str, how: str) -> None:
     def run(name: str, directory: str, work: Callable[[int, Path], dict[str, Any]]) -> None:
         where = base / directory
         ranks = in_ranks(lambda rank: work(rank, where), base)
-        kept = {r.name: [r.kind, r.step] for r in CheckpointManager(where).records} if where.is_dir() else {}
+        records = CheckpointManager(where).records if where.is_dir() else ()
+        kept = {r.name: [r.kind, r.step] for r in records}
+        unmeasured = [r.name for r in records if "eval_loss" not in r.metrics]
         states = {p.parent.name for p in where.glob("checkpoint-*/rng_state_1.pth")}
         line = {"name": name, "ranks": ranks, "records": kept, "rank 1": sorted(states), "folders": folders(where)}
+        line["unmeasured"] = unmeasured
         print(json.dumps(line), flush=True)
 
     def plain(rank: int, where: Path) -> dict[str, Any]:
@@ -164,6 +180,9 @@ def main(folder: str, how: str) -> None:
     term = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     run("signal", "signal", lambda rank, where: train(where, alone(rank, term), attached=True))
     run("after the signal", "signal", plain)
+    long: dict[str, Any] = {"attached": True, "eval_dataset": Text(64), "per_device_eval_batch_size": 2}
+    run("in evaluation", "evaluation", lambda rank, where: train(where, InEvaluation(rank, 6), **long))
+    run("after the evaluation", "evaluation", lambda rank, where: train(where, **long))
     run("without", "without", lambda rank, where: train(where, alone(rank, raise_it), policy=None))
     run("exception", "exception", lambda rank, where: train(where, alone(rank, raise_it), attached=True))
 

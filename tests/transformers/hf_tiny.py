@@ -107,6 +107,7 @@ def make_trainer(
     options: Mapping[str, Any] | None = None,
     eval_dataset: Any = None,
     model: Any = None,
+    kind: type[Trainer] = Trainer,
     **changes: Any,
 ) -> Trainer:
     """Return a Trainer with our callback first; ``scores`` are what its evaluations give as ``eval_score``, by step."""
@@ -115,7 +116,7 @@ def make_trainer(
     def measure(prediction: Any) -> dict[str, float]:
         return {"score": (scores or {})[trainer.state.global_step]}
 
-    trainer = Trainer(
+    trainer = kind(
         model or make_model(),
         arguments(directory, **changes),
         train_dataset=Text(STEPS * BATCH),

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpointer_transformers import attach, last_valid_checkpoint
-from hf_tiny import At, folders, make_trainer, quiet, records, same, weights_of
+from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
+from safetensors.torch import load_file
 from support.gated import GatedStorage
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from checkpointer import CheckpointerWarning, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
 from checkpointer.errors import PolicyError
@@ -38,6 +40,11 @@ def caught() -> Iterator[list[int]]:
 def terminate() -> None:
     """Send this process a real signal."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def scores_of(directory: Path) -> dict[str, tuple[str, Any]]:
+    """Return the kind and the loss of each checkpoint."""
+    return {name: (record.kind, record.metrics.get("eval_loss")) for name, record in records(directory).items()}
 
 
 def test_a_signal_saves_at_the_step_stops_and_goes_on_to_who_had_it(tmp_path: Path, caught: list[int]) -> None:
@@ -83,6 +90,109 @@ def test_a_signal_at_a_step_that_is_due_needs_no_rescue(tmp_path: Path, caught: 
         assert {f"checkpoint-{step}": "regular" if step == 4 else "rescue"} == {
             name: record.kind for name, record in records(directory).items()
         }
+
+
+class InEvaluation(TrainerCallback):
+    """Does something after the second batch of the evaluation at a step, and counts the batches there."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.step, self.act, self.batches = step, act, 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.batches += 1
+            if self.batches == 2:
+                self.act()
+
+
+LONG: Mapping[str, Any] = {"eval_dataset": Text(40, 400), "attached": True}
+"""An evaluation of five batches, which draws a random number when it begins."""
+
+
+@pytest.mark.parametrize(("strategy", "every"), [("steps", 4), ("steps", 5), ("epoch", 5)])
+def test_a_signal_within_an_evaluation_ends_it_and_a_resume_runs_it_again(
+    tmp_path: Path, caught: list[int], strategy: str, every: int
+) -> None:
+    """So the weights, and which checkpoints there are with which metrics, are those of an unbroken training."""
+    policy = Policy(EverySteps(every), [KeepBest(2, "eval_loss", mode="min")], best="link")
+    changes = {**LONG, "eval_strategy": strategy, "logging_steps": 3}
+    unbroken = make_trainer(tmp_path / "unbroken", policy, **changes)
+    unbroken.train()
+    ends = InEvaluation(STEPS, terminate)
+    make_trainer(tmp_path / "run", policy, callbacks=[ends], **changes).train()
+    assert ([signal.SIGTERM], 2) == (caught, ends.batches)
+    (rescued,) = records(tmp_path / "run").values()
+    assert ("rescue", STEPS) == (rescued.kind, rescued.step)
+    assert "eval_loss" not in rescued.metrics
+    resumed = make_trainer(tmp_path / "run", policy, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights_of(unbroken), weights_of(resumed))
+    assert scores_of(tmp_path / "unbroken") == scores_of(tmp_path / "run")
+    assert folders(tmp_path / "unbroken") == folders(tmp_path / "run")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("within", [False, True])
+def test_an_evaluation_that_a_signal_left_out_is_run_by_the_resume(
+    tmp_path: Path, caught: list[int], strategy: str, within: bool
+) -> None:
+    """The checkpoint that was due at its step, and may be saved by then, is ranked as in an unbroken training."""
+    policy = Policy(EverySteps(5), [KeepBest(1, "eval_loss", mode="min"), KeepLast(1)])
+    changes: dict[str, Any] = {**LONG, "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+    changes |= {"greater_is_better": False, "eval_strategy": strategy, "logging_steps": 3}
+    unbroken = make_trainer(tmp_path / "unbroken", policy, **changes)
+    unbroken.train()
+    ends = InEvaluation(STEPS, terminate) if within else At(STEPS - 1, terminate)
+    make_trainer(tmp_path / "run", policy, callbacks=[ends], **changes).train()
+    assert ["regular"] == [record.kind for record in records(tmp_path / "run").values()]
+    resumed = make_trainer(tmp_path / "run", policy, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights_of(unbroken), weights_of(resumed))
+    assert scores_of(tmp_path / "unbroken") == scores_of(tmp_path / "run")
+    assert unbroken.state.best_metric == resumed.state.best_metric
+
+
+def test_an_evaluation_of_other_weights_is_finished(tmp_path: Path, caught: list[int]) -> None:
+    """An average of the weights, put in their place meanwhile, must not be saved as the weights."""
+
+    class Averaging(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            before = weights_of(self)
+            for weight in self.model.parameters():
+                weight.data.mul_(0.5)
+            metrics = super().evaluate(*args, **kwargs)
+            self.model.load_state_dict(before)
+            return metrics
+
+    ends = InEvaluation(STEPS, terminate)
+    trainer = make_trainer(tmp_path, POLICY, kind=Averaging, callbacks=[ends], **LONG)
+    trainer.train()
+    assert ([signal.SIGTERM], 5) == (caught, ends.batches)
+    saved = load_file(tmp_path / f"checkpoint-{STEPS}/model.safetensors")
+    assert all(torch.equal(tensor, weights_of(trainer)[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_within_the_evaluation_on_start_ends_the_training_after_one_step(
+    tmp_path: Path, caught: list[int], resumed: bool
+) -> None:
+    """What was resumed is still there to be resumed; a training that had not begun saves its first step."""
+    if resumed:
+        make_trainer(tmp_path, POLICY, max_steps=4, **LONG).train()
+    ends = InEvaluation(4 if resumed else 0, terminate)
+    trainer = make_trainer(tmp_path, POLICY, eval_on_start=True, callbacks=[ends], **LONG)
+    trainer.train(resume_from_checkpoint=resumed)
+    assert ([signal.SIGTERM], 2) == (caught, ends.batches)
+    assert ["checkpoint-4" if resumed else "checkpoint-1"] == list(records(tmp_path))
+
+
+def test_an_evaluation_outside_of_the_training_is_the_user_s(tmp_path: Path, caught: list[int]) -> None:
+    """The signal does there what it did without us."""
+    ends = InEvaluation(0, terminate)
+    trainer = make_trainer(tmp_path, POLICY, callbacks=[ends], **LONG)
+    assert "eval_loss" in trainer.evaluate()
+    assert ([signal.SIGTERM], 5) == (caught, ends.batches)
+    assert [] == list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("where", ["forward", "stepping", "save"])

@@ -1,15 +1,17 @@
-"""A SIGTERM to the whole process group, from another process: the workers of loaders get it too."""
+"""A signal to the whole process group, from another process: the workers of loaders get it too."""
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpointer_transformers import attach
 from hf_tiny import STEPS, At, Text, make_trainer, quiet, records
 from support.grouped import Wait, in_group
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from checkpointer import EverySteps, KeepLast, Policy
 
@@ -29,19 +31,50 @@ class Evaluating(TrainerCallback):
         if self.batches == 3:
             self.wait()
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise AssertionError("the evaluation went on to its end")
 
-def train(wait: Wait, directory: Path, where: str) -> None:
+
+def train(wait: Wait, directory: Path, where: str, number: int, start: str) -> None:
     """Train with workers until the signal comes."""
-    waiting = At(2, wait) if where == "step" else Evaluating(wait)
+    multiprocessing.set_start_method(start, force=True)  # How the workers start.
+
+    class Writing(Trainer):
+        """Waits for the signal within a save."""
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            wait()
+
+    waiting = Evaluating(wait) if where == "evaluation" else At(2 if where == "step" else 1000, wait)
     workers: dict[str, Any] = {"dataloader_num_workers": 2, "dataloader_persistent_workers": where == "step"}
-    policy = Policy(EverySteps(1000), [KeepLast(1)])
-    options: dict[str, Any] = {"attached": True, "eval_dataset": Text(32, 400), "max_steps": 1000}
-    make_trainer(directory, policy, callbacks=[waiting], **options, **workers).train()
+    policy = Policy(EverySteps(3 if where == "save" else 1000), [KeepLast(1)])
+    trainer = make_trainer(
+        directory,
+        policy,
+        callbacks=[waiting],
+        kind=Writing if where == "save" else Trainer,
+        eval_dataset=Text(48, 400),
+        max_steps=1000,
+        **workers,
+    )
+    attach(trainer, signals=(number,))
+    trainer.train()
 
 
-@pytest.mark.parametrize(("where", "step"), [("step", 3), ("evaluation", STEPS)])
-def test_it_saves_once_and_ends_by_the_signal(tmp_path: Path, where: str, step: int) -> None:
-    """At the end of the step; or of the evaluation, before another step is taken."""
-    code, _ = in_group(train, tmp_path, where, start="fork")
-    assert -signal.SIGTERM == code
+@pytest.mark.parametrize(
+    ("where", "step", "number", "start"),
+    [
+        ("step", 3, signal.SIGTERM, "fork"),
+        ("step", 3, signal.SIGINT, "fork"),
+        ("step", 3, signal.SIGUSR1, "spawn"),
+        ("evaluation", STEPS, signal.SIGTERM, "fork"),
+        ("evaluation", STEPS, signal.SIGUSR1, "fork"),
+        ("save", 3, signal.SIGTERM, "fork"),
+    ],
+)
+def test_it_saves_once_and_ends_by_the_signal(tmp_path: Path, where: str, step: int, number: int, start: str) -> None:
+    """At the end of the step; or after a batch of the evaluation, or after the save, before another step is taken."""
+    code, _ = in_group(train, tmp_path, where, number, start, number=number, start="fork")
+    assert (1 if number == signal.SIGINT else -number) == code
     assert [f"checkpoint-{step}"] == list(records(tmp_path))

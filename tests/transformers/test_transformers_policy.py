@@ -368,24 +368,30 @@ class Dies(TrainerCallback):
             os._exit(9)
 
 
-def test_a_checkpoint_that_was_whole_when_the_training_died_is_resumed_from(tmp_path: Path) -> None:
-    """Though it has no record; and the run goes on, with the retention of what it had saved before."""
-    policy = Policy(EverySteps(3), [KeepLast(1)])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_checkpoint_that_was_whole_when_the_training_died_is_resumed_from_and_counts(
+    tmp_path: Path, keep: int
+) -> None:
+    """It gets its record then, with what was measured there; so it is kept and removed as in an unbroken training."""
+    policy, directory = Policy(EverySteps(3), [KeepLast(keep)]), tmp_path / "run"
+    make_trainer(tmp_path / "unbroken", policy, eval_steps=3).train()
     child = os.fork()
     if not child:
-        trainer = make_trainer(tmp_path, policy)
+        trainer = make_trainer(directory, policy, eval_steps=3)
         trainer.callback_handler.callbacks.insert(0, Dies(6))
         trainer.train()
         os._exit(1)
     assert 9 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert str(tmp_path / "checkpoint-6") == last_valid_checkpoint(tmp_path)
+    assert str(directory / "checkpoint-6") == last_valid_checkpoint(directory)
     begins: list[int] = []
-    trainer = make_trainer(tmp_path, policy)
+    trainer = make_trainer(directory, policy, eval_steps=3)
     trainer.add_callback(At(6, lambda: begins.append(trainer.state.global_step)))
     trainer.train(resume_from_checkpoint=True)
     assert [6] == begins
-    assert ["checkpoint-10"] == [*records(tmp_path)]
-    assert ["checkpoint-10", "checkpoint-6"] == folders(tmp_path)
+    runs = [records(tmp_path / "unbroken"), records(directory)]
+    unbroken, resumed = [{name: r.metrics.get("eval_loss") for name, r in run.items()} for run in runs]
+    assert unbroken == resumed
+    assert folders(tmp_path / "unbroken") == folders(directory)
 
 
 def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_not_whole(tmp_path: Path) -> None:

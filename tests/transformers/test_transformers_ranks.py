@@ -89,8 +89,21 @@ def test_a_signal_to_one_rank_saves_and_stops_all(went: dict[str, Any]) -> None:
     assert f"checkpoint-{step}" in went["signal"]["rank 1"]
     if is_resumed(went, "after the signal"):
         assert [step] * 2 == [rank["begin"] for rank in went["after the signal"]["ranks"]]
-        # An evaluation that was due at that very step is left out, and the random numbers that it draws with it.
-        assert step % 3 == 0 or same(went, "unbroken", "after the signal")
+        # An evaluation that was due at that very step was left out; the resume ran it, and drew its random numbers.
+        assert same(went, "unbroken", "after the signal")
+
+
+def test_a_signal_to_one_rank_within_an_evaluation_ends_it_on_all(went: dict[str, Any]) -> None:
+    """They save that step without a metric. A resume evaluates it, and ends as an unbroken training does."""
+    if not went["attached"]:
+        pytest.skip("takes attach()")
+    struck, resumed = went["in evaluation"], went["after the evaluation"]
+    assert [-signal.SIGTERM] * 2 == [rank["status"] for rank in struck["ranks"]]
+    assert (["regular", 6], ["checkpoint-6"]) == (struck["records"]["checkpoint-6"], struck["unmeasured"])
+    if is_resumed(went, "after the evaluation"):
+        assert [6] * 2 == [rank["begin"] for rank in resumed["ranks"]]
+        assert same(went, "unbroken", "after the evaluation")
+        assert set(resumed["unmeasured"]) <= {"checkpoint-10"}
 
 
 def test_an_exception_on_one_rank_is_seen_as_itself_and_soon(went: dict[str, Any]) -> None:
