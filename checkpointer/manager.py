@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import CheckpointerWarning, NotFoundError, PolicyError
+from checkpointer.errors import CheckpointerWarning, NotFoundError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.mirror.mirror import open_mirror
@@ -55,6 +56,8 @@ from checkpointer.storage.owner import new_owner, release
 
 __all__ = ["MANAGER_OPTIONS", "CheckpointManager", "check_options"]
 
+MIRROR_S: Final = 600.0
+"""Seconds that `CheckpointManager.close` waits for the mirror, if it is not told otherwise."""
 _log = logging.getLogger("checkpointer")
 
 
@@ -254,7 +257,14 @@ class CheckpointManager:
         self._executor.hear()
         return done
 
-    def rescue(self, reason: str = "asked for", *, step: int | None = None, epoch: int | None = None) -> Decision:
+    def rescue(
+        self,
+        reason: str = "asked for",
+        *,
+        step: int | None = None,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Decision:
         """Save now, outside the policy: own name, never over anything, never ranked.
 
         Counts as newest when restoring; the first regular save after it retires it. If the step is saved already
@@ -265,13 +275,16 @@ class CheckpointManager:
             reason: Why, for the record.
             step: Finished optimizer steps; None takes the last observation's.
             epoch: 0-based index of the epoch; None takes the last observation's.
+            timeout: Seconds to wait at most for what is being written; None waits as long as it takes.
 
         Raises:
             ObservationError: If ``step`` is before the step that the run goes on from.
-            SaveError: If it could not be written.
+            SaveError: If it could not be written, or if the wait took longer than ``timeout``.
         """
         self.session.check_open()
-        self._executor.settle()
+        if not self._executor.settle(timeout):
+            msg = f"after {timeout:.1f} s {self._executor.unfinished} is still being written, so no rescue was begun"
+            raise SaveError(msg)
         now = self._schedule.last_report(step, epoch, self._clock.time())
         if now is None:
             return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
@@ -420,7 +433,7 @@ class CheckpointManager:
                 stream.write(text)
         return scores
 
-    def close(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+    def close(self, error: BaseException | None = None, *, timeout: float | None = None) -> None:
         """Finish: wait for the writer, write the index, release the aliases, wait for the mirror.
 
         A second call does nothing. Ctrl-C ends the wait for the writer, and leaves the manager open.
@@ -428,8 +441,9 @@ class CheckpointManager:
         Args:
             error: What ends the training. A rescue checkpoint is written first, if the policy asks for one; a save
                 that fails then is a warning, so that ``error`` is the one to be seen.
-            timeout: Seconds to wait for the mirror at most, with its progress logged at INFO; a warning then names
-                what is missing there, and the next process goes on with it.
+            timeout: Seconds to wait at most for the writer and then the mirror, with the mirror's progress logged at
+                INFO. A warning then names what is not done, and the next process goes on with the mirror. None waits as
+                long as the writer takes, and 600 s for the mirror.
 
         Raises:
             SaveError: If a checkpoint could not be written in the background; the manager is closed nevertheless.
@@ -439,20 +453,31 @@ class CheckpointManager:
         try:
             if error is not None and self.policy.rescue and self._writes:
                 with _warned("no rescue checkpoint could be written"):
-                    self.rescue(f"{type(error).__name__}: {error}")
+                    self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
         finally:
-            self._executor.settle()
-            self._directory.close()
-            self.session.is_closed = True
-            self._release()
-            self._schedule.wake()  # The next report raises that the manager is closed.
-            if self._mirror is not None:
-                self._mirror.close(timeout)
+            self._close(timeout)
             if error is None:
                 self._executor.hear()
             else:
                 with _warned(""):
                     self._executor.hear()
+
+    def _close(self, timeout: float | None) -> None:
+        started = time.monotonic()
+        if self._executor.settle(timeout):
+            self._directory.close()
+            self._release()
+        else:  # The writer thread still uses the directory: both end with the process.
+            msg = (
+                f"after {timeout:.1f} s {self._executor.unfinished} is still being written, and close() waits no "
+                "longer. If the process ends before it is, the run goes on from the checkpoint before it"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+        self.session.is_closed = True
+        self._schedule.wake()  # The next report raises that the manager is closed.
+        if self._mirror is not None:
+            left = MIRROR_S if timeout is None else timeout - (time.monotonic() - started)
+            self._mirror.close(max(0.0, left))
 
     def __enter__(self) -> CheckpointManager:
         return self

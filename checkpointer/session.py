@@ -15,6 +15,7 @@ from checkpointer.mirror.mirror import MirrorThread
 from checkpointer.mirror.plan import MirrorStatus
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, decide
 from checkpointer.policy.schedule import Schedule
+from checkpointer.policy.swapped_weights import told_apart
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock
 from checkpointer.records.manifest import Manifest
@@ -114,6 +115,11 @@ class Session:
             manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
         owed = self._schedule.owed or why
         decision = decide(self._directory.policy, now, manifest, since=self._schedule.since, owed=owed)
+        if isinstance(decision, Attach):
+            apart, why_apart = told_apart(now, manifest.at_step(now.step))
+            if why_apart:
+                self._directory.say_once("swapped weights", why_apart)
+                decision = decide(self._directory.policy, apart, manifest, since=self._schedule.since, owed=owed)
         # A slot is declined by all rules but the alias.
         declined = decision.due if isinstance(decision, Skip) else decision.name in self._directory.policy.aliases
         if declined and not isinstance(decision, Attach) and self._executor.look_before_declining(now):

@@ -56,11 +56,14 @@ class BackgroundEvents(Listener):
         """Return whether what was handed over has come to its end, on rank 0."""
         return self.is_busy and manager is not None and not _unfinished(manager)
 
-    def wait(self, manager: CheckpointManager, step: int) -> None:
-        """Wait until nothing is under way, and say so if that takes time. Raises what failed."""
+    def wait(self, manager: CheckpointManager, step: int, timeout: float | None) -> None:
+        """Wait until nothing is under way, ``timeout`` seconds at most, and say so if it takes time.
+
+        Raises what failed.
+        """
         running = _unfinished(manager)
         started = time.monotonic()
-        manager.wait()
+        manager.wait(timeout)
         if running:
             level = logging.INFO if self.has_waited else logging.WARNING
             self.has_waited = True

@@ -160,6 +160,7 @@ class CallbackBase(Saving):
 
     def _stop(self, trainer: Any, training: Training) -> None:
         """Save on all ranks, and let each raise Lightning's exception."""
+        self._grace.begin()
         if training.rescues and trainer.global_step and not training.signals.requeued:
             rescue_together(self, training, trainer, "SIGTERM")
         training.signals.stop(trainer)

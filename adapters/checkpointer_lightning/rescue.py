@@ -47,7 +47,8 @@ def rescue_together(callback: Saving, training: Training, trainer: Any, why: str
     """Save a rescue checkpoint on all ranks, all of which call this at one step; or on one that is alone."""
 
     def act(manager: CheckpointManager) -> Decision:
-        return manager.rescue(why, step=trainer.global_step, epoch=trainer.current_epoch)
+        step, epoch = trainer.global_step, trainer.current_epoch
+        return manager.rescue(why, step=step, epoch=epoch, timeout=callback._grace.left)
 
     try:
         return act(training.managing) if training.ranks.size == 1 or training.pen.is_alone else training.lead(act)

@@ -12,6 +12,8 @@ import attrs
 
 from checkpointer import Attach, CheckpointManager, Decision, Save, Skip
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
+from checkpointer.hosts.grace import Grace
+from checkpointer.policy.swapped_weights import marked
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Ranks
 from checkpointer_lightning.attributes import ShownState, account_of
@@ -80,6 +82,8 @@ class Saving(Resuming):
     """Carries decisions out."""
 
     _training: Training | None = None
+    _grace: Grace
+    """Seconds that are left after a SIGTERM; made when a training begins."""
     _pending: Save | None = None
     _before: Mapping[str, Any] = {}
     """What was shown before the save that is being made."""
@@ -119,6 +123,7 @@ class Saving(Resuming):
         if decision is None or self._training is None:
             super()._save_checkpoint(trainer, filepath)
             return
+        decision = marked(decision, trainer.optimizers)
         self._carry_out(trainer, lambda manager: manager.session.commit(decision))
 
     def _carry_out(self, trainer: Any, act: Callable[[CheckpointManager], Decision]) -> Decision:
@@ -171,7 +176,7 @@ class Saving(Resuming):
         def look() -> News:
             manager = training.managing
             if waits:
-                behind.wait(manager, trainer.global_step)
+                behind.wait(manager, trainer.global_step, self._grace.left)
             is_idle = manager.wait(0)
             saved, retired = behind.take()
             return News(saved, retired, is_idle, self._account(training, None))

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import attrs
 
-from checkpointer.errors import MismatchError, PolicyError
+from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
+from checkpointer.formats.inspection.rebuild import unread_in
 
 __all__ = ["COUNTS", "StateMap", "picked"]
 
@@ -42,6 +43,7 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
 
     Raises:
         MismatchError: If the file has no such key.
+        UnsafePayloadError: If what the map names holds an object that was not unpickled.
         PolicyError: If a count is not a whole number, or the map has what is neither a key nor a function.
 
     Example:
@@ -56,11 +58,24 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
             msg = f"map={{{name!r}: {key!r}}}: expected a key of the file, or a function such as lambda _: {key!r}"
             raise PolicyError(msg)
     found = {name: key(content) if callable(key) else _looked_up(content, key, source) for name, key in names.items()}
+    _check_read(found, names, source)
     states = {name: _without_wrappers(state) for name, state in found.items() if name not in COUNTS}
     counts = {name: _as_count(name, found.get(name, 0), source) for name in COUNTS}
     used = {key.partition(".")[0] for key in names.values() if isinstance(key, str)} | set(names.values())
     unused = tuple(str(key) for key in content if key not in used) if isinstance(content, Mapping) else ()
     return Picked(states=states, counts=counts, unused=unused)
+
+
+def _check_read(found: Mapping[str, Any], names: StateMap, source: str) -> None:
+    for name, value in found.items():
+        for path, unread in unread_in(value):
+            where = f"{path!r} in it" if path else "it"
+            msg = (
+                f"{source} was read without unpickling, and nothing was loaded: {name!r} needs {names[name]!r}, and "
+                f"{where} is made by {unread.what}. In map= give a key or a function that leaves it out; if you trust "
+                "the file pass weights_only=False"
+            )
+            raise UnsafePayloadError(msg)
 
 
 def _looked_up(content: Any, key: str, source: str) -> Any:

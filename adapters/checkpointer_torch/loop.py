@@ -20,7 +20,7 @@ from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Liste
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
-from checkpointer.hosts.grace import CLOSE_S
+from checkpointer.hosts.grace import Grace
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer.manager import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
@@ -70,7 +70,7 @@ class Loop:
         stop_on: Signals that end the training.
         save_on: Signals that ask for a save, without an end.
         grace_s: Seconds between a signal and the kill that follows it, if that is known: a rescue that may be too
-            late says so, and after it no rank waits for the mirror any longer.
+            late says so, and after it no rank waits for the writer thread or the mirror any longer.
         **objects: The state of the training.
 
     Raises:
@@ -131,7 +131,7 @@ class Loop:
         # An error within a fetch changes nothing: the training is at a boundary.
         self._workers = Workers(requests.signals, lambda: requests.unanswered is not None and not self._is_fetching)
         self._agree = Agreement(self._ranks)
-        self._grace_s = grace_s
+        self._grace = Grace(grace_s)
         self._metrics: Mapping[str, Any] = _NOTHING
         self._reported: frozenset[str] = frozenset()
         self._when = policy.when
@@ -144,7 +144,6 @@ class Loop:
         self.stopped = ""
         """Why the training was stopped at a boundary; empty if it was not."""
         self._stop_signal: int | None = None
-        self._stopped_since: float | None = None
 
     # The training
 
@@ -197,8 +196,10 @@ class Loop:
         Args:
             count: How many the training has in all; None goes on until a ``break``.
         """
+        training = self._training
         self._check_entered()
-        self._silent_until = math.inf
+        # At the first step of an epoch that was left off within, the loop looks whether `batches` was called.
+        self._silent_until = training.step if training.used else math.inf
         self._is_in_epochs = True
         try:
             while count is None or self._training.epoch < count:
@@ -440,9 +441,22 @@ class Loop:
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
         if self._training.step >= self._silent_until:
             self._silent_until = math.inf
+            if self._is_in_epochs:
+                self._warn_of_unfed()
+                return
             why = why_silent(self._when, decision)
             if why and self._ranks.rank == 0:
                 warnings.warn(f"step {self._training.step}: {why}", CheckpointerWarning, stacklevel=3)
+
+    def _warn_of_unfed(self) -> None:
+        if self._is_fed or self._ranks.rank != 0:
+            return
+        msg = (
+            f"{self._training.source} was saved after batch {self._training.used} of epoch {self._training.epoch}, and "
+            "this step's batch did not come from loop.batches(): those batches are trained again. Iterate over "
+            "loop.batches(loader) instead of the loader"
+        )
+        warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def _warn_of_left_over(self, epoch: int) -> None:
         if self._has_warned or self._ranks.rank != 0:
@@ -475,7 +489,8 @@ class Loop:
                 directory elsewhere: that starts this directory, and is not looked at once this has checkpoints.
             map: For a file at ``from_`` that another program has saved: the key of each object's state in it, such as
                 ``{"model": "state_dict", "optimizer": "optimizer", "epoch": "epoch"}``, or a function of what the file
-                holds. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; 0 without them.
+                holds. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; 0 without them. Other
+                objects in the file, such as a Namespace, are not unpickled, and refused only if the map names them.
             strict: Whether every object must fit, and the data that `batches` is given; False takes
                 what fits, and warns of the rest.
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
@@ -538,27 +553,26 @@ class Loop:
 
     def _stop(self, number: int) -> None:
         # Clocks of other hosts differ: a rank that got no signal itself counts from now.
-        self._stopped_since = time.monotonic() if self._requests.since is None else self._requests.since
-        self._check_grace(self._stopped_since)
+        self._grace.begin(self._requests.since)
+        self._check_grace()
         saved = self._rescue(_name(number))
         self._stop_signal = number
         self.stopped = f"{_name(number)} at step {self._training.step}; {saved}"
         _log.warning("stopped by %s", self.stopped)
         raise StopTraining(self.stopped)
 
-    def _check_grace(self, since: float) -> None:
-        left = self._grace_s - (time.monotonic() - since)
-        took = self._stopwatch.took_s
-        if took is not None and left < took and self._ranks.rank == 0:
+    def _check_grace(self) -> None:
+        left, took = self._grace.left, self._stopwatch.took_s
+        if took is not None and left is not None and left < took and self._ranks.rank == 0:
             msg = (
-                f"{max(left, 0.0):.1f} s are left of the grace of {self._grace_s:g} s, and the last save took "
+                f"{left:.1f} s are left of the grace of {self._grace.seconds:g} s, and the last save took "
                 f"{took:.1f} s: the rescue may be cut off, and then the run goes on from the checkpoint before it"
             )
             warnings.warn(msg, CheckpointerWarning, stacklevel=5)
 
     def _rescue(self, reason: str) -> str:
         try:
-            decision = self._saver.rescue(reason)
+            decision = self._saver.rescue(reason, timeout=self._grace.left)
         except Exception as error:  # Older checkpoints hold, and whoever asked has to have an answer.
             msg = f"the save asked for by {reason} failed ({error!r}); older checkpoints are untouched"
             warnings.warn(msg, CheckpointerWarning, stacklevel=5)
@@ -596,6 +610,8 @@ class Loop:
         return is_stop
 
     def _finish(self, error: BaseException | None, *, has_ended: bool) -> None:
+        if self._requests.since is not None:
+            self._grace.begin(self._requests.since)
         try:
             if has_ended:
                 self._end()
@@ -603,14 +619,9 @@ class Loop:
             if late is not None and error is None and self._is_alone and not self._training.is_within_step:
                 self._rescue(_name(late))
         except BaseException:
-            self._saver.close(timeout=self._left_s())
+            self._saver.close(timeout=self._grace.left)
             raise
-        self._saver.close(error, timeout=self._left_s())
-
-    def _left_s(self) -> float:
-        """Return the seconds that closing may take: what is left of the grace, if a signal has come."""
-        since = self._requests.since if self._stopped_since is None else self._stopped_since
-        return CLOSE_S if since is None else max(0.0, min(CLOSE_S, self._grace_s - (time.monotonic() - since)))
+        self._saver.close(error, timeout=self._grace.left)
 
     def _end(self) -> None:
         """The training has ended, be it by a break: its state is saved if a rule keeps it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,20 +13,22 @@ import attrs
 from checkpointer import CheckpointManager, HMACKey, Policy, Record
 from checkpointer._display import some_of
 from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
-from checkpointer.errors import NotFoundError, RestoreError
+from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError
 from checkpointer.formats import format_of, open_format
 from checkpointer.formats.inspection.payload import open_contents, open_files, open_stream
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
+from checkpointer.formats.inspection.torch_file import TorchContents
 from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.ports import Storage, Writable
 from checkpointer.restore.load import verify
 from checkpointer.storage import LocalStorage, open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["Found", "is_place", "open_place", "own_name", "read_place", "request_file"]
+__all__ = ["Found", "is_place", "open_foreign", "open_place", "own_name", "read_place", "request_file"]
 
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+_log: Final = logging.getLogger("checkpointer.torch")
 T = TypeVar("T")
 
 
@@ -182,6 +185,31 @@ def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> F
         RestoreError: If there is none, or it cannot be read; the message says what is there.
     """
     return _Opener(weights_only=weights_only).open(os.fspath(place))
+
+
+def open_foreign(place: str | os.PathLike[str]) -> Found:
+    """Read another program's checkpoint as `open_place` does, or without unpickling if a safe load refuses it.
+
+    In the second case an object that only unpickling would make is an `Unread`.
+
+    Raises:
+        RestoreError: As `open_place`.
+    """
+    try:
+        return open_place(place)
+    except (UnsafePayloadError, CorruptError) as error:
+        try:
+            return Found(*read_place(place, _whole))
+        except CorruptError:
+            raise error from None
+
+
+def _whole(contents: Tensors) -> Any:
+    if not isinstance(contents, TorchContents):
+        return _weights(contents)
+    if contents.calls:
+        _log.info("not unpickled: %s", some_of(contents.calls))
+    return contents.state()
 
 
 def read_place(

@@ -12,7 +12,7 @@ from checkpointer import CheckpointManager
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.restore.load import Restored
-from checkpointer_torch.open_any import is_place, open_place, own_name
+from checkpointer_torch.open_any import is_place, open_foreign, open_place, own_name
 
 __all__ = ["Origin", "find_origin"]
 
@@ -57,7 +57,7 @@ def find_origin(
         return Origin(state=restored.state, source=restored.record.name, is_elsewhere=False)
     if place is None:
         return None
-    found = open_place(place, weights_only=weights_only)
+    found = open_foreign(place) if is_mapped and weights_only else open_place(place, weights_only=weights_only)
     return Origin(state=found.state, source=found.where, is_elsewhere=True)
 
 

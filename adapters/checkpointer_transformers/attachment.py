@@ -90,7 +90,7 @@ class _Hold:
         if training.pending is None and not isinstance(training.report(state, due=ASKED), Save):
             return
         with self._writing(training, lambda: self._save(model, trial, **kwargs)):
-            training.commit(state, written=False)
+            training.commit(state, self._trainer.optimizer, written=False)
 
     @contextlib.contextmanager
     def _writing(self, training: Training, write: Callable[[], None]) -> Iterator[None]:

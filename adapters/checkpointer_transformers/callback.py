@@ -291,4 +291,4 @@ class CheckpointCallback(Base):
         if training.pending is None and not isinstance(training.report_written(state), Save):
             training.warn_of_stranger(state)
             return
-        training.commit(state, written=True)
+        training.commit(state, kwargs.get("optimizer"), written=True)

@@ -15,8 +15,8 @@ import attrs
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, KeepBest, Observation, Policy, Progress, Save
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, Team
-from checkpointer.hosts.grace import CLOSE_S
 from checkpointer.policy.decide import Skip, decide_rescue
+from checkpointer.policy.swapped_weights import marked
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, Ranks, Storage, SupportsSweep
 from checkpointer.storage import open_storage
@@ -151,8 +151,8 @@ class Training:
         ]
         return name if later else ""
 
-    def close(self, *, timeout: float = CLOSE_S) -> None:
-        """Give the folder free, and wait ``timeout`` seconds for the mirror. A second call does nothing."""
+    def close(self, *, timeout: float | None = None) -> None:
+        """Give the folder free, and wait as `CheckpointManager.close` does. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -312,7 +312,7 @@ class Training:
 
     # Committing
 
-    def commit(self, state: Any, *, written: bool) -> Decision:
+    def commit(self, state: Any, optimizer: Any, *, written: bool) -> Decision:
         """Carry out what is pending; ``written``: the Trainer has written it under its final name, on this rank."""
         self._state, decision, self.pending = state, self.pending, None
         assert decision is not None, "something is pending"
@@ -320,7 +320,7 @@ class Training:
             self.ranks.gather(None)  # Another rank may still be writing.
 
         def commit() -> _Broadcast:
-            self._final = final = self._completed(state, decision)
+            self._final = final = marked(self._completed(state, decision), [optimizer])
             if not written:
                 return self._tell(self._own_manager.session.commit(final), state)
             return self._tell(self._adopt(final), state)

@@ -8,7 +8,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import attrs
 
@@ -397,17 +397,18 @@ class Directory:
         """Go on from this record; ``protect`` keeps it whatever the rules say. Writes nothing."""
         if record.name not in self.manifest.by_name:
             self.manifest = self.manifest.with_record(record)  # Its payload has come back.
-        self._say_what_a_restart_does(record.step, record.serial)
+        self._say_what_a_restart_does(record.step, lambda newest: newest.serial > record.serial)
         self._turn_to(attrs.evolve(self.manifest.resumed_at(record), resumed=record.name if protect else ""))
 
     def resume_run(self, run: str, line: Line, step: int, source: str = "") -> None:
         """Go on with a run whose host was at ``step`` of this line; ``source`` is kept. Writes nothing."""
+        self._say_what_a_restart_does(step, lambda newest: newest.step > step)
         self._turn_to(attrs.evolve(self.manifest.resumed_from(run, line, step), resumed=source))
 
-    def _say_what_a_restart_does(self, step: int, serial: int) -> None:
+    def _say_what_a_restart_does(self, step: int, is_beyond: Callable[[Record], bool]) -> None:
         """Log that until the next save only this process knows where the run went back to."""
         newest = self._as_next_process().newest
-        if self._prepared and newest is not None and newest.serial > serial:
+        if self._prepared and newest is not None and is_beyond(newest):
             _log.warning(
                 "going on from step %d: until the next save, a restart goes on from %s (step %d) again",
                 step,

@@ -275,12 +275,12 @@ class DistributedManager:
         self._check_open()
         return self._heed(self._team.work(lambda: self._tell(act(self._own_manager)))).decision
 
-    def rescue(self, reason: str = "asked for") -> Decision:
+    def rescue(self, reason: str = "asked for", *, timeout: float | None = None) -> Decision:
         """Save now, outside the policy, on all ranks together: see `CheckpointManager.rescue`."""
         step, epoch = self._seen
         if step < 0:
             return Skip(reason="nothing was observed since the start, so there is nothing new to rescue")
-        return self._ask(lambda manager: manager.rescue(reason, step=step, epoch=epoch))
+        return self._ask(lambda manager: manager.rescue(reason, step=step, epoch=epoch, timeout=timeout))
 
     # Restoring
 
@@ -362,25 +362,25 @@ class DistributedManager:
         self._check_open()
         return self._heed(self._team.work(lambda: self._tell(is_done=self._own_manager.wait(timeout)))).is_done
 
-    def close(self, error: BaseException | None = None, *, timeout: float = 600.0) -> None:
+    def close(self, error: BaseException | None = None, *, timeout: float | None = None) -> None:
         """Finish: see `CheckpointManager.close`. A second call does nothing.
 
         Args:
             error: What ends the training. The ranks write a rescue checkpoint first, if all of them come here at the
                 same step.
-            timeout: Seconds that rank 0 waits for the mirror at most. The other ranks do not wait for it.
+            timeout: Seconds to wait at most: rank 0 for its writer and the mirror, the other ranks for their writers.
         """
         if self._closed:
             return
         if error is not None and self._state is not None and self._told.rescues:
-            self._rescue_quietly(error)
+            self._rescue_quietly(error, timeout)
         self._closed = True
         try:
             with contextlib.ExitStack() as closing:
                 if self._own_ranks is not None:
                     closing.callback(self._own_ranks.close)
                 if self._behind is not None:
-                    closing.callback(self._behind.close)
+                    closing.callback(self._behind.close, timeout)
                 if self._manager is not None:
                     closing.callback(self._manager.close, timeout=timeout)
         except SaveError as failure:
@@ -395,14 +395,14 @@ class DistributedManager:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close(error)
 
-    def _rescue_quietly(self, error: BaseException) -> None:
+    def _rescue_quietly(self, error: BaseException, timeout: float | None) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""
         try:
             if not self._ranks.meet(MEET_S) or 1 != len(set(self._ranks.gather(self._seen))):
                 msg = "no rescue checkpoint: that takes all ranks at the same step, and they did not come"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
                 return
-            self.rescue(f"{type(error).__name__}: {error}")
+            self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
         except Exception as failure:  # The error that ended the training is the one to be seen.
             msg = f"no rescue checkpoint could be written: {failure!r}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)

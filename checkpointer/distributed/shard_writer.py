@@ -116,21 +116,29 @@ class ShardWriter:
                 copy.taken.release()
             self._released.notify_all()
 
-    def _wait(self) -> None:
+    def _wait(self, timeout: float | None = None) -> bool:
         thread = self._thread
-        if self._rank and thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if not self._rank or thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout)
+        return not thread.is_alive()
 
-    def finish(self) -> None:
-        """Wait until this rank has written what it has to write, or rank 0 is silent for too long."""
+    def finish(self, timeout: float | None = None) -> bool:
+        """Wait until this rank has written what it has to write, or rank 0 is silent for too long.
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            Whether it has.
+        """
         self._sign = time.monotonic(), ""
         self._is_closing = True
-        self._wait()
+        return self._wait(timeout)
 
-    def close(self) -> None:
-        """Finish, and give the group back."""
-        self.finish()
-        if self._mailbox is not None:
+    def close(self, timeout: float | None = None) -> None:
+        """Finish, and give the group back, unless it is still used after ``timeout`` seconds."""
+        if self.finish(timeout) and self._mailbox is not None:
             self._mailbox.close()
 
     # On rank 0's threads

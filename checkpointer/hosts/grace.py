@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Final
 
 import attrs
 
-__all__ = ["CLOSE_S", "Grace"]
-
-CLOSE_S: Final = 600.0
-"""Seconds that the end of a training waits for the mirror at most."""
+__all__ = ["Grace"]
 
 
 @attrs.define
@@ -21,11 +17,11 @@ class Grace:
 
     Example:
         >>> grace = Grace(30.0, clock=lambda: 100.0)
+        >>> grace.left is None
+        True
+        >>> grace.begin(at=90.0)
         >>> grace.left
-        600.0
-        >>> grace.begin()
-        >>> grace.left
-        30.0
+        20.0
     """
 
     seconds: float = math.inf
@@ -33,13 +29,14 @@ class Grace:
     clock: Callable[[], float] = attrs.field(default=time.monotonic, kw_only=True)
     _since: float | None = attrs.field(default=None, init=False)
 
-    def begin(self) -> None:
-        """Count from now on; a second call does nothing."""
-        self._since = self.clock() if self._since is None else self._since
+    def begin(self, at: float | None = None) -> None:
+        """Count from now on, or from ``at`` (seconds of the clock); a second call does nothing."""
+        if self._since is None:
+            self._since = self.clock() if at is None else at
 
     @property
-    def left(self) -> float:
-        """Seconds that closing may take."""
-        if self._since is None:
-            return CLOSE_S
-        return max(0.0, min(CLOSE_S, self.seconds - (self.clock() - self._since)))
+    def left(self) -> float | None:
+        """Seconds that closing may take; None if nothing bounds it."""
+        if self._since is None or math.isinf(self.seconds):
+            return None
+        return max(0.0, self.seconds - (self.clock() - self._since))

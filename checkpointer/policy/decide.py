@@ -169,7 +169,9 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
         return _attached(decision, manifest, policy)
     if not isinstance(decision, Save):
         return manifest
-    candidate = attrs.evolve(_candidate(decision.observation, manifest), name=decision.name, kind=decision.kind)
+    candidate = attrs.evolve(
+        _candidate(decision.observation, manifest), name=decision.name, kind=decision.kind, reason=decision.reason
+    )
     foreseen = manifest.without(*decision.retire).with_record(candidate)
     if policy is not None and policy.last and decision.kind == "regular" and decision.name != policy.name.last_file:
         return foreseen.without(policy.name.last_file)  # The alias takes the slot's place.

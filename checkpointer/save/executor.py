@@ -14,6 +14,7 @@ import attrs
 from checkpointer.errors import AliasInUseError, CheckpointerWarning, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, Skip
 from checkpointer.policy.schedule import Schedule
+from checkpointer.policy.swapped_weights import marked, ranking_doubt, states_in
 from checkpointer.ports import Clock, Snapshotting, Taken
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation
@@ -92,6 +93,7 @@ class SaveExecutor:
             self.hear()
         with self._as_if_done(decision):
             state = self._take_state() if path is None and self.saver.save is None else None
+            decision = self._marked(decision, state)
             try:
                 self.saver.directory.note(self.reported)
                 record = self.saver.write(decision, state, path)
@@ -111,6 +113,7 @@ class SaveExecutor:
         self.hear()
         with self._as_if_done(decision):
             state = self._take_state()
+        decision = self._marked(decision, state)
         snapshot: Taken | None = None
         try:
             # Here, once: it may move a slot, which decisions have to see.
@@ -171,6 +174,13 @@ class SaveExecutor:
             raise SaveError(msg)
         return self.capture()
 
+    def _marked(self, decision: Save, state: Any) -> Save:
+        """Return the decision with a reason that says so, if the state has weights that no validation measures."""
+        directory, decision = self.saver.directory, marked(decision, states_in(state))
+        if doubt := ranking_doubt(decision, directory.policy.known_metrics):
+            directory.say_once("swapped weights", doubt)
+        return decision
+
     @contextlib.contextmanager
     def _as_if_done(self, decision: Save) -> Iterator[None]:
         self.saving = decision
@@ -202,10 +212,21 @@ class SaveExecutor:
 
     # Hearing
 
-    def settle(self) -> None:
-        """Have nothing under way, so that the directory can be changed from here; failures are heard of later."""
-        if self.background is not None:
-            self.background.wait()
+    def settle(self, timeout: float | None = None) -> bool:
+        """Have nothing under way, so that the directory can be changed from here; failures are heard of later.
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            Whether nothing is under way.
+        """
+        return self.background is None or self.background.wait(timeout)
+
+    @property
+    def unfinished(self) -> str:
+        """Names of the checkpoints that are being written, for a message."""
+        return ", ".join(self.background.status.unfinished) if self.background is not None else ""
 
     def hear(self) -> None:
         """Take in how the saves in the background ended; raise for one that failed, if that is not tolerated."""

@@ -731,6 +731,14 @@ def test_going_back_says_what_a_restart_would_do(
     caplog.clear()
     with opened(tmp_path, ALL) as manager:
         manager.restore()
+        assert [] == caplog.messages
+        newest, older = manager.session.state_dict(), {**manager.session.state_dict(), "step": 1}
+    with opened(tmp_path, ALL) as manager:
+        manager.session.load_state_dict(newest)
+        assert [] == caplog.messages
+        manager.session.load_state_dict(older)
+        assert "going on from step 1: until the next save, a restart goes on from" in caplog.text
+    caplog.clear()
     with contextlib.closing(CheckpointManager(tmp_path, ALL, format=PlainFormat())) as looking:
         looking.restore("best")
     assert [] == caplog.messages

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,15 @@ from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
 from support.gated import GatedStorage
 from tiny import Model, files, fit, quiet, step_of, together
 
-from checkpointer import CheckpointerWarning, CheckpointManager, EveryEpochs, KeepLast, Policy
+from checkpointer import (
+    AtSteps,
+    CheckpointerWarning,
+    CheckpointManager,
+    EveryEpochs,
+    KeepLast,
+    Listener,
+    Policy,
+)
 
 pytestmark = [pytest.mark.slow, quiet]
 
@@ -89,6 +98,30 @@ def test_a_stopped_training_waits_for_the_mirror_no_longer_than_the_grace(tmp_pa
         fit([callback], model=Signalled(0), max_epochs=10_000)
     assert time.monotonic() - began < 300.0
     assert files(tmp_path)
+
+
+def test_a_stopped_training_waits_for_the_writer_no_longer_than_the_grace(tmp_path: Path) -> None:
+    """A save that does not end would hold it until the kill; a rescue cannot begin before that save ends."""
+    gate = threading.Event()
+
+    class Holding(Listener):
+        def on_saved(self, record: Any) -> None:
+            gate.wait(60.0)
+
+    policy = Policy(AtSteps(1), [KeepLast(1)])
+    options: dict[str, Any] = {"background": "skip", "listeners": [Holding()]}
+    callback = CheckpointCallback(tmp_path, policy, grace_s=0.5, **options)
+    began = time.monotonic()
+    try:
+        with (
+            pytest.warns(CheckpointerWarning, match=r"no rescue .* is still being written, so no rescue was begun"),
+            pytest.warns(CheckpointerWarning, match=r"is still being written, and close\(\) waits no longer"),
+            pytest.raises(SystemExit),
+        ):
+            fit([callback], model=Signalled(0), max_epochs=10_000)
+        assert time.monotonic() - began < 50.0
+    finally:
+        gate.set()
 
 
 def test_a_sigterm_of_the_launching_rank_stops_all_at_one_step_and_is_rescued_once(tmp_path: Path) -> None:

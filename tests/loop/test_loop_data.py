@@ -225,3 +225,25 @@ def test_an_end_that_cannot_be_saved_still_closes_the_manager(tmp_path: Path) ->
         train(breaks=True)
     broken.is_bad = False
     assert train(breaks=False).last is not None
+
+
+def test_a_resumed_epoch_whose_batches_do_not_come_from_the_loop_warns_at_its_first_step(tmp_path: Path) -> None:
+    """They are trained again, which nobody asked for; the call that is needed is named."""
+    policy = Policy(EverySteps(1), [KeepLast(1)])
+    with Loop(tmp_path, policy) as loop:
+        for _ in loop.epochs(1):
+            for _ in loop.batches(range(3)):
+                loop.step()
+                if loop.progress.batch == 2:
+                    break
+            break
+    with Loop(tmp_path, policy) as loop:
+        assert 2 == loop.resume().batch
+        for _ in loop.epochs(2):
+            with pytest.warns(
+                CheckpointerWarning, match=r"after batch 2 of epoch 0, .* Iterate over loop.batches"
+            ) as said:
+                loop.step()
+            assert __file__ == said[0].filename
+            loop.step()
+            break

@@ -17,6 +17,7 @@ import torch
 from checkpointer_torch import Loop
 from checkpointer_torch.signals import Requests
 from small import POLICY, Small, run, say_at
+from support.gated import GatedStorage
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
 from checkpointer.errors import PolicyError
@@ -248,6 +249,37 @@ def test_a_rescue_that_may_be_too_late_says_so(tmp_path: Path) -> None:
                     loop.step()
         assert 3 == loop.progress.step
     finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_after_a_signal_the_writer_thread_is_waited_for_no_longer_than_the_grace() -> None:
+    """A storage that never answers would hold the stop up until the kill; what comes after the loop still runs."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    storage = GatedStorage()
+    storage.shut()
+    options = {"background": "wait"}
+
+    def stop() -> str:
+        with Loop(storage, Policy(EverySteps(1), [KeepLast(1)]), options=options, grace_s=0.5) as loop:
+            for _ in loop.steps(2):
+                signal.raise_signal(signal.SIGTERM)
+                loop.step()
+        return loop.stopped
+
+    began = time.monotonic()
+    try:
+        with (
+            pytest.warns(
+                CheckpointerWarning, match=r"asked for by SIGTERM failed .*step=1.ckpt is still being written"
+            ),
+            pytest.warns(
+                CheckpointerWarning, match=r"step=1.ckpt is still being written, and close\(\) waits no longer"
+            ),
+        ):
+            assert stop()
+        assert 0.4 < time.monotonic() - began < 30.0
+    finally:
+        storage.open_gate()
         signal.signal(signal.SIGTERM, before)
 
 

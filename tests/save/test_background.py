@@ -344,6 +344,19 @@ def test_rescue_at_the_step_that_is_under_way_writes_nothing_unless_that_failed(
     assert ["regular", "rescue"] == [record.kind for record in training.manager.records]
 
 
+def test_a_wait_that_is_bounded_gives_up_and_what_is_written_is_still_committed() -> None:
+    """Neither a rescue nor close() waits longer than it is told; the writer goes on."""
+    training = Training()
+    training.observe_and_hold(0.5)
+    with pytest.raises(SaveError, match=r"after 0\.1 s epoch=0-step=1\.\w+ is still being written, so no rescue was"):
+        training.manager.rescue(timeout=0.1)
+    with pytest.warns(CheckpointerWarning, match=r"after 0\.0 s epoch=0-step=1\.\w+ is still .*, and close\(\)"):
+        training.manager.close(timeout=0.0)
+    training.storage.open_gate()
+    assert training.manager.wait(60.0)
+    assert [1] == training.steps
+
+
 def test_leaving_the_with_block_by_an_exception_shows_that_exception() -> None:
     """The rescue is written, and the writer's own failure is a warning beside it."""
     training = Training()

@@ -14,6 +14,7 @@ import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
 from checkpointer_transformers.lock import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
+from schedule_free import ScheduleFree
 from transformers import TrainerCallback
 
 from checkpointer import (
@@ -511,3 +512,32 @@ def test_a_checkpoint_of_another_model_is_an_error_and_loses_nothing(tmp_path: P
     trainer = make_trainer(tmp_path, policy, max_steps=15)
     trainer.train(resume_from_checkpoint=True)
     assert ["checkpoint-15"] == folders(tmp_path)
+
+
+def test_a_schedule_free_optimizer_is_evaluated_with_the_weights_that_are_saved(tmp_path: Path) -> None:
+    """The Trainer calls `eval` for an evaluation and saves after it; a save without one has the training weights."""
+    trainer = make_trainer(
+        tmp_path,
+        Policy(EverySteps(5), [BEST, KeepLast(2)]),
+        scores={10: 0.1},
+        eval_steps=10,
+    )
+    trainer.optimizer = ScheduleFree(trainer.model.parameters())
+    trainer.train()
+    marks = [
+        record.reason.endswith("training weights of a schedule-free optimizer") for record in records(tmp_path).values()
+    ]
+    assert [True, False] == marks
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_going_on_from_an_older_checkpoint_says_what_a_restart_does(
+    tmp_path: Path, attached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Trainer is given a path; until the next save ``resume_from_checkpoint=True`` means the newest."""
+    policy = Policy(EverySteps(5), [KeepLast(2)])
+    make_trainer(tmp_path, policy, attached=attached).train()
+    caplog.clear()
+    resumed = make_trainer(tmp_path, policy, attached=attached)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert "going on from step 5: until the next save, a restart goes on from checkpoint-10 (step 10)" in caplog.text

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from checkpointer.formats.inspection.pickle import Call, Global
 
-__all__ = ["scalar_of"]
+__all__ = ["bytes_of", "scalar_of"]
 
 _TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
@@ -26,7 +26,7 @@ def scalar_of(value: Any) -> bool | int | float | None:
     args = _args_of(value, "scalar")
     if args is None or len(args) != 2 or not isinstance(args[0], Call):
         return None
-    dtype, data = _args_of(args[0], "dtype"), _bytes_of(args[1])
+    dtype, data = _args_of(args[0], "dtype"), bytes_of(args[1])
     code = _CODES.get(str(dtype[0])) if dtype else None
     if code is None or data is None or struct.calcsize(code) != len(data):
         return None
@@ -44,7 +44,7 @@ def _args_of(value: Any, name: str) -> tuple[Any, ...] | None:
     return value.args if is_it else None
 
 
-def _bytes_of(value: Any) -> bytes | None:
+def bytes_of(value: Any) -> bytes | None:
     """Return bytes; an old pickle holds them as text and an encoding."""
     if isinstance(value, bytes):
         return value

@@ -169,9 +169,6 @@ class _Machine:
     def _extend(self, target: Any, values: list[Any]) -> None:
         if isinstance(target, Call):
             target.items.extend(values)
-        elif isinstance(target, set):
-            # What cannot be hashed here could be in Python: it is not what checkpoints hold in sets.
-            target.update(value for value in values if isinstance(value, (str, int, float, bytes, bool)))
         else:
             target.extend(values)
 
@@ -223,7 +220,7 @@ _CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": set,
+    "EMPTY_SET": lambda: Call(Global("builtins", "set"), ()),
     "MARK": lambda: _MARK,
 }
 _TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -250,7 +247,7 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "TUPLE": _made(tuple),
     "LIST": _made(list),
     "DICT": _made(_pairs),
-    "FROZENSET": _made(lambda items: tuple(items)),
+    "FROZENSET": _made(lambda items: Call(Global("builtins", "frozenset"), (items,))),
     "POP_MARK": _Machine._forget_to_mark,
     "GET": _get,
     "BINGET": _get,

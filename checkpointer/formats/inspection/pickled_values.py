@@ -8,7 +8,19 @@ from typing import Any, Final, Literal
 from checkpointer.formats.inspection.numpy_scalars import scalar_of
 from checkpointer.formats.inspection.pickle import Call, Global
 
-__all__ = ["args_of", "as_data", "children_of", "is_container_call", "is_module", "shown", "state_children"]
+__all__ = [
+    "args_of",
+    "as_data",
+    "children_of",
+    "is_container_call",
+    "is_module",
+    "kind_of",
+    "pairs_of",
+    "sequence_of",
+    "shown",
+    "state_children",
+    "versions_of",
+]
 
 _MAPPINGS: Final = {("collections", "OrderedDict"), ("collections", "Counter"), ("collections", "defaultdict")}
 _SEQUENCES: Final = {("builtins", "set"), ("builtins", "frozenset"), ("builtins", "list"), ("torch", "Size")}
@@ -28,17 +40,18 @@ def args_of(call: Call) -> tuple[Any, ...]:
     return call.args if isinstance(call.args, tuple) else ()
 
 
-def _kind_of(value: Any) -> tuple[str, str] | None:
+def kind_of(value: Any) -> tuple[str, str] | None:
+    """Return the module and name of what a call would have called; None for anything else."""
     if isinstance(value, Call) and isinstance(value.what, Global):
         return value.what.module, value.what.name
     return None
 
 
-def _pairs(value: Any) -> list[tuple[Any, Any]] | None:
+def pairs_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the items of a mapping; None for anything else."""
     if isinstance(value, dict):
         return list(value.items())
-    if _kind_of(value) not in _MAPPINGS:
+    if kind_of(value) not in _MAPPINGS:
         return None
     pairs: list[Any] = []
     for arg in args_of(value):
@@ -47,10 +60,11 @@ def _pairs(value: Any) -> list[tuple[Any, Any]] | None:
     return [(pair[0], pair[1]) for pair in (*pairs, *value.items) if isinstance(pair, (tuple, list)) and len(pair) == 2]
 
 
-def _sequence(value: Any) -> list[Any] | None:
+def sequence_of(value: Any) -> list[Any] | None:
+    """Return the items of a list, tuple or set; None for anything else."""
     if isinstance(value, (list, tuple, set)):
         return list(value)
-    if _kind_of(value) not in _SEQUENCES:
+    if kind_of(value) not in _SEQUENCES:
         return None
     items: list[Any] = [item for arg in args_of(value) if isinstance(arg, (list, tuple, set)) for item in arg]
     return items + list(value.items)
@@ -60,13 +74,13 @@ def children_of(
     value: Any,
 ) -> tuple[Literal["mapping", "other"], Mapping[str, Any], Iterator[tuple[str, Any]]] | None:
     """Return a container's kind, its versions and what it holds; None for what is none, or holds numbers alone."""
-    pairs = _pairs(value)
+    pairs = pairs_of(value)
     if pairs is not None:
-        return ("mapping", _versions(value), ((_key(key), child) for key, child in pairs)) if pairs else None
+        return ("mapping", versions_of(value), ((_key(key), child) for key, child in pairs)) if pairs else None
     if isinstance(value, (list, tuple)):
         # A list of ten thousand numbers is one thing.
         return None if all(_is_plain(item) for item in value) else ("other", {}, _numbered(value))
-    if not isinstance(value, Call) or not isinstance(value.what, Global) or _kind_of(value) in _NUMPY_SCALAR:
+    if not isinstance(value, Call) or not isinstance(value.what, Global) or kind_of(value) in _NUMPY_SCALAR:
         return None
     inside = [*_parts("args", value.args), *_parts("state", value.state), *(enumerate(value.items))]
     # What an object is made of is shown if there is a tensor in it.
@@ -78,7 +92,7 @@ def _numbered(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((str(number), value) for number, value in enumerate(values))
 
 
-def _versions(value: Any) -> Mapping[str, Any]:
+def versions_of(value: Any) -> Mapping[str, Any]:
     """Return the ``_metadata`` of a ``state_dict``."""
     state = value.state if isinstance(value, Call) else None
     data = as_data(state.get("_metadata")) if isinstance(state, dict) else None
@@ -111,8 +125,8 @@ def is_module(call: Call) -> bool:
 
 def state_children(call: Call) -> Iterator[tuple[str, Any, bool]]:
     """Yield what a module holds: first what its ``state_dict`` has, then what else may have a tensor in it."""
-    parameters, buffers, modules = ([*(_pairs(call.state[key]) or ())] for key in _MODULE)
-    not_saved = set(filter(_is_text, _sequence(call.state.get("_non_persistent_buffers_set")) or ()))
+    parameters, buffers, modules = ([*(pairs_of(call.state[key]) or ())] for key in _MODULE)
+    not_saved = set(filter(_is_text, sequence_of(call.state.get("_non_persistent_buffers_set")) or ()))
     yield from ((_key(key), child, True) for key, child in parameters if child is not None)
     yield from ((_key(key), child, key not in not_saved) for key, child in buffers if child is not None)
     yield from ((_key(key), child, True) for key, child in modules if child is not None)
@@ -146,7 +160,7 @@ def as_data(value: Any) -> Any:
 def _as_data(value: Any, levels: int) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return value
-    pairs, sequence = _pairs(value), _sequence(value)
+    pairs, sequence = pairs_of(value), sequence_of(value)
     if not levels or (pairs is None and sequence is None):
         return _number(value)
     if pairs is not None:

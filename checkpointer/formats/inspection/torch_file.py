@@ -20,6 +20,7 @@ from checkpointer.formats.inspection.pickled_values import (
     shown,
     state_children,
 )
+from checkpointer.formats.inspection.rebuild import rebuilt
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo
 from checkpointer.formats.inspection.weight_sets import Branch, Leaf, parts_in
 
@@ -47,6 +48,7 @@ class TorchContents:
 
     def __init__(self, stream: BinaryIO, root: Any, ranges: Mapping[str, _Range], size: int = 0) -> None:
         self._stream = stream
+        self._root = root
         self._ranges = ranges
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
@@ -73,9 +75,23 @@ class TorchContents:
         """See `Tensors.value`."""
         return as_data(self._values[name])
 
+    def state(self) -> Any:
+        """Return the whole state; an object that only unpickling would make becomes an `Unread`.
+
+        Raises:
+            CorruptError: If the bytes of a tensor are not there, or if the rest is not what ``torch.save`` writes.
+        """
+        try:
+            return rebuilt(self._root, lambda stored: self._made("a tensor", stored))
+        except (RecursionError, TypeError, ValueError) as error:
+            msg = f"its state cannot be made of what is there ({type(error).__name__}: {error})"
+            raise CorruptError(msg) from error
+
     def read(self, name: str) -> Any:
         """See `Tensors.read`."""
+        return self._made(name, self._stored[name])
 
+    def _made(self, name: str, stored: Stored) -> Any:
         def read(ref: StorageRef, start: int, length: int) -> bytearray:
             where = self._ranges.get(ref.key)
             if where is None or start + length > where.size:
@@ -86,7 +102,7 @@ class TorchContents:
             _read_into(self._stream, data, name)
             return data
 
-        return self._stored[name].make(name, read)
+        return stored.make(name, read)
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with tensors whose bytes are not all there, in words."""

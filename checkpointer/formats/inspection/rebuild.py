@@ -1,0 +1,170 @@
+"""Makes a state of what a pickle says: plain data and tensors as they are, and a mark in place of any other object."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from checkpointer.formats.inspection.numpy_scalars import bytes_of, scalar_of
+from checkpointer.formats.inspection.pickle import Call, Global, Persistent
+from checkpointer.formats.inspection.pickled_tensors import Stored
+from checkpointer.formats.inspection.pickled_values import (
+    args_of,
+    is_module,
+    kind_of,
+    pairs_of,
+    sequence_of,
+    state_children,
+    versions_of,
+)
+from checkpointer.formats.inspection.tensors import ITEM_SIZES
+
+__all__ = ["Unread", "rebuilt", "unread_in"]
+
+
+@attrs.frozen(eq=False, repr=False)
+class Unread:
+    """Stands for an object that only unpickling would make."""
+
+    what: str
+    """The class or function that would make it, such as ``"argparse.Namespace"``."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        msg = f"{self.what} was not unpickled, so it has no {name!r}; if you trust the file pass weights_only=False"
+        raise AttributeError(msg)
+
+    def __repr__(self) -> str:
+        return f"<{self.what}, not unpickled>"
+
+
+def rebuilt(root: Any, tensor: Callable[[Stored], Any]) -> Any:
+    """Return the state that a pickle holds. A pickled module becomes its ``state_dict``.
+
+    Args:
+        root: What `read_pickle` returned.
+        tensor: Reads a tensor.
+
+    Raises:
+        RecursionError: If it is nested too deeply.
+        TypeError, ValueError: If it is not what Python would have pickled.
+
+    Example:
+        >>> import argparse, io, pickle
+        >>> from checkpointer.formats.inspection.pickle import read_pickle
+        >>> data = pickle.dumps({"step": 400, "args": argparse.Namespace(lr=0.1)})
+        >>> rebuilt(read_pickle(io.BytesIO(data)), lambda _: None)
+        {'step': 400, 'args': <argparse.Namespace, not unpickled>}
+    """
+    return _Rebuilding(tensor).make(root)
+
+
+def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
+    """Yield each mark in a state, with the keys that lead to it."""
+    seen: set[int] = set()
+    todo = [("", value)]
+    while todo:
+        path, found = todo.pop()
+        if isinstance(found, Unread):
+            yield path, found
+        elif isinstance(found, (Mapping, list, tuple, set, frozenset)) and id(found) not in seen:
+            seen.add(id(found))
+            pairs = found.items() if isinstance(found, Mapping) else enumerate(found)
+            todo += [(f"{path}.{key}" if path else str(key), item) for pair in pairs for key, item in _sides(*pair)]
+
+
+def _sides(key: Any, value: Any) -> list[tuple[Any, Any]]:
+    return [(key, value), *([("(a key)", key)] if isinstance(key, (Unread, tuple)) else [])]
+
+
+class _Rebuilding:
+    """Makes each object once, so that what is there twice is one object again, and what holds itself ends."""
+
+    def __init__(self, tensor: Callable[[Stored], Any]) -> None:
+        self._tensor = tensor
+        self._made: dict[int, Any] = {}
+
+    def make(self, value: Any) -> Any:
+        """Return what a value of the pickle stands for."""
+        if isinstance(value, Global):
+            return _named(value)
+        if isinstance(value, Persistent):
+            return Unread("a storage")
+        if not isinstance(value, (dict, list, tuple, Call)):
+            return value
+        if id(value) not in self._made:
+            made = self._container(value)
+            self._made[id(value)] = made
+        return self._made[id(value)]
+
+    def _container(self, value: Any) -> Any:
+        pairs = pairs_of(value)
+        if pairs is not None:
+            return self._mapping(value, pairs)
+        if isinstance(value, list):
+            made = self._made[id(value)] = []
+            made.extend(map(self.make, value))
+            return made
+        return tuple(map(self.make, value)) if isinstance(value, tuple) else self._call(value)
+
+    def _mapping(self, value: Any, pairs: list[tuple[Any, Any]]) -> Any:
+        name = (kind_of(value) or ("", "dict"))[1]
+        # A defaultdict is made without its function, which may be of any kind.
+        made: Any = {"Counter": Counter, "OrderedDict": OrderedDict}.get(name, dict)()
+        self._made[id(value)] = made
+        for key, child in pairs:
+            made[self.make(key)] = self.make(child)
+        if versions := versions_of(value):
+            made._metadata = versions
+        return made
+
+    def _call(self, call: Call) -> Any:
+        if (stored := Stored.of(call)) is not None:
+            return self._tensor(stored)
+        if is_module(call):
+            return OrderedDict(self._state_of(call))
+        sequence, number, data = sequence_of(call), scalar_of(call), bytes_of(call)
+        if sequence is not None:
+            return _sequence(call.what.name)([*map(self.make, sequence)])
+        if number is not None:
+            return number
+        return _plain(call) if data is None else data
+
+    def _state_of(self, module: Call, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, child, is_weight in state_children(module):
+            if isinstance(child, Call) and is_module(child) and is_weight:
+                yield from self._state_of(child, f"{prefix}{key}.")
+            elif is_weight:
+                yield f"{prefix}{key}", self.make(child)
+
+
+def _sequence(name: str) -> Callable[[list[Any]], Any]:
+    if name == "Size":
+        import torch
+
+        return torch.Size
+    return {"set": set, "frozenset": frozenset}.get(name, list)
+
+
+def _plain(call: Call) -> Any:
+    """Return a plain value that a call makes."""
+    args, kind = args_of(call), kind_of(call)
+    if kind == ("builtins", "complex") and all(isinstance(arg, (int, float)) for arg in args) and len(args) <= 2:
+        return complex(*args)
+    if kind == ("torch", "device"):
+        import torch
+
+        return torch.device(*args)
+    return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
+
+
+def _named(found: Global) -> Any:
+    if found.module == "torch" and found.name in ITEM_SIZES:
+        import torch
+
+        return getattr(torch, found.name, None) or Unread(str(found))
+    return Unread(str(found))
