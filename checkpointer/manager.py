@@ -267,9 +267,9 @@ class CheckpointManager:
     ) -> Decision:
         """Save now, outside the policy: own name, never over anything, never ranked.
 
-        Counts as newest when restoring; the first regular save after it retires it. If the step is saved already
-        nothing is written. Whatever ``background=`` says, it is durable on return: what is being written is finished
-        first, and its failure is no reason not to rescue.
+        Counts as newest when restoring, and ``last`` names it; the first regular save after it retires it. If the step
+        is saved already nothing is written. Whatever ``background=`` says, it is durable on return: what is being
+        written is finished first, and its failure is no reason not to rescue.
 
         Args:
             reason: Why, for the record.

@@ -280,6 +280,23 @@ def test_last_copy_is_one_file_with_the_payload_or_a_slot(tmp_path: Path) -> Non
     assert ["epoch=0-step=3"] == names(manager)
 
 
+@pytest.mark.parametrize("last", ["link", "copy"])
+def test_last_names_a_rescue_until_the_next_regular_save(tmp_path: Path, last: Any) -> None:
+    """A slot, which only the alias named, gets a name of its own first: the rescue may be of a step half done."""
+    policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last=last)
+    step = 0
+    manager = make(tmp_path, policy, state=lambda: {"step": step})
+    for step, loss in enumerate([0.1, 0.2], start=1):
+        manager.observe({"loss": loss}, step=step, epoch=0)
+    step = 3
+    manager.rescue("asked for", step=3, epoch=0)
+    assert (tmp_path / "last.ckpt").read_bytes() == (tmp_path / "rescue-step=3.ckpt").read_bytes()
+    assert [1, 2, 3] == [record.step for record in manager.records]
+    manager.observe({"loss": 0.3}, step=4, epoch=0)
+    assert [1, 4] == [record.step for record in manager.records]
+    manager.close()
+
+
 def test_foreign_last_is_left_alone(tmp_path: Path) -> None:
     """A file we did not write keeps its name; ours takes the next one, and says so."""
     (tmp_path / "last.ckpt").write_bytes(b"theirs")

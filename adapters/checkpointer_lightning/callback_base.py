@@ -8,7 +8,7 @@ import weakref
 from typing import Any, Final, Literal
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progress, Save, Skip
-from checkpointer.distributed.ranks import on_rank_zero
+from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
 from checkpointer.save.background import Busy
@@ -17,7 +17,7 @@ from checkpointer_lightning.background_events import BackgroundEvents
 from checkpointer_lightning.ranks import close_ranks, open_ranks
 from checkpointer_lightning.rescue import quietly, rescue, rescue_together
 from checkpointer_lightning.save import Broadcast, Saving, Training
-from checkpointer_lightning.signals import signals_of
+from checkpointer_lightning.signals import Signals, plan_of, signals_of
 from checkpointer_lightning.state_cache import cache_of
 from checkpointer_lightning.trainer_io import TrainerIO, in_foreground
 
@@ -105,7 +105,6 @@ class CallbackBase(Saving):
 
     def _close(self, trainer: Any) -> None:
         cache_of(trainer).clear()
-        signals_of(trainer).leave(trainer)
         training = self._training
         if training is None:
             return
@@ -141,8 +140,10 @@ class CallbackBase(Saving):
         reports = self._reports("batch", trainer)
         late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
         news = behind is not None and behind.has_news(training.manager)
-        stops = signals.noted
-        requeues = signals.requeue and self is siblings.newest(trainer.callbacks, CallbackBase)
+        # The last callback asks for all: by then the others have reported this batch.
+        is_last = self is siblings.newest(trainer.callbacks, CallbackBase)
+        stops = signals.noted and is_last
+        requeues = signals.requeue and is_last
         if training.agreement(late or stops or news or requeues):
             flags = training.ranks.highest(float(late), float(stops), float(news), float(requeues))
             late, stops, news, requeues = map(bool, flags)
@@ -155,20 +156,45 @@ class CallbackBase(Saving):
             self._catch_up(trainer)
         if requeues:
             self._requeue(trainer, training)
-        if stops or signals.agreed:
-            self._stop(trainer, training)
+        if stops:
+            self._stop(trainer, training.signals)
 
-    def _stop(self, trainer: Any, training: Training) -> None:
-        """Save on all ranks, and let each raise Lightning's exception."""
-        self._grace.begin()
-        if training.rescues and trainer.global_step and not training.signals.requeued:
-            rescue_together(self, training, trainer, "SIGTERM")
-        training.signals.stop(trainer)
+    def _stop(self, trainer: Any, signals: Signals) -> None:
+        """Save on all ranks what each callback rescues, and let each rank raise Lightning's exception."""
+        for callback in trainer.callbacks:
+            training = callback._training if isinstance(callback, CallbackBase) else None
+            if training is None:
+                continue
+            callback._grace.begin()
+            if training.rescues and trainer.global_step and not signals.requeued:
+                rescue_together(callback, training, trainer, "SIGTERM")
+        signals.stop(trainer)
 
     def _requeue(self, trainer: Any, training: Training) -> None:
         """Let Lightning save for SLURM and ask for the job to be run again, as it does within its signal handler."""
         with in_foreground(trainer.strategy, self._package.async_io):
             training.signals.hand_on()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """See `Callback.on_validation_start`: several ranks find out whether they can stop within this validation."""
+        training = self._training
+        if training is None or training.ranks.size == 1 or self is not siblings.newest(trainer.callbacks, CallbackBase):
+            return
+        plans = training.ranks.gather(plan_of(trainer))
+        # With other numbers of batches a rank would wait in Lightning's collectives for one that has stopped.
+        is_equal = None not in plans and all(plan == plans[0] for plan in plans)
+        training.validating = Agreement(training.ranks) if is_equal else None
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Stop several ranks after one batch of a validation, as Lightning stops one; the last has `on_validation_end`.
+
+        The rescue is of the step before the validation, and has none of its metrics.
+        """
+        training = self._training
+        if training is None or training.validating is None or _is_last(trainer):
+            return
+        if training.validating(training.signals.noted):
+            self._stop(trainer, training.signals)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
@@ -176,8 +202,11 @@ class CallbackBase(Saving):
         if training is None or trainer.sanity_checking:
             return
         self._report("validation", trainer)
-        if training.ranks.size > 1 and any(training.ranks.highest(float(training.signals.noted))):
-            self._stop(trainer, training)
+        if training.ranks.size == 1 or self is not siblings.newest(trainer.callbacks, CallbackBase):
+            return
+        training.validating = None
+        if any(training.ranks.highest(float(training.signals.noted))):
+            self._stop(trainer, training.signals)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the end of an epoch."""
@@ -275,6 +304,11 @@ class CallbackBase(Saving):
         # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
         added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}
         return {name: value for name, value in candidates.items() if name in fresh or name in added}
+
+
+def _is_last(trainer: Any) -> bool:
+    """Return whether this is the last batch of the validation."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch)
 
 
 def _is_ranked(decision: Decision) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 try:
     from pytorch_lightning import Trainer
     from pytorch_lightning.callbacks import ModelCheckpoint as Theirs
@@ -35,6 +37,16 @@ class CheckpointCallback(Composed, Theirs):
     _package = _PACKAGE
 
 
-class ModelCheckpoint(DropIn, Theirs):
-    __doc__ = DropIn.__doc__
-    _package = _PACKAGE
+if TYPE_CHECKING:
+
+    class ModelCheckpoint(DropIn, Theirs):
+        _package = _PACKAGE
+
+
+def __getattr__(name: str) -> Any:
+    """Make the drop-in when it is first used: LightningCLI looks up a short class name among all existing classes."""
+    if name != "ModelCheckpoint":
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    body = {"__module__": __name__, "__doc__": DropIn.__doc__, "_package": _PACKAGE}
+    return globals().setdefault(name, type(name, (DropIn, Theirs), body))

@@ -48,6 +48,8 @@ class Training:
     horizon: Horizon
     measured: Measured = attrs.field(factory=Measured)
     _agreement: Agreement | None = None
+    validating: Agreement | None = None
+    """How the ranks agree to stop within the validation that is running; None if they wait for its end."""
     epoch: tuple[int, int, bool] = (-1, -1, False)
     """The last report of an epoch: its step, its index, and whether it really ended."""
     moment: str = ""

@@ -12,6 +12,8 @@ Either signal to the whole process group reaches the workers of loaders too: see
 
 from __future__ import annotations
 
+import functools
+import math
 import signal
 import sys
 import weakref
@@ -19,10 +21,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
+from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer.hosts.loader_workers import Workers
 
-__all__ = ["Signals", "signals_of"]
+__all__ = ["Signals", "plan_of", "signals_of"]
 
 _SIGNALS: Final[weakref.WeakKeyDictionary[Any, Signals]] = weakref.WeakKeyDictionary()
 
@@ -81,6 +84,16 @@ class Signals:
 
         # No hook runs between the making of a loader and the start of its workers.
         trainer.strategy.process_dataloader = process_and_cover
+        connector = trainer._signal_connector
+        finish = connector.teardown
+
+        def finish_and_leave() -> None:
+            del connector.teardown
+            finish()
+            self._leave(trainer)
+
+        # No hook runs after Lightning has shut the workers down: until then each worker's end may raise torch's error.
+        connector.teardown = finish_and_leave
 
     def listen(self, trainer: Any, *, talks: bool) -> None:
         """Take a note from now on where Lightning's handlers would act. A second call does nothing.
@@ -94,8 +107,9 @@ class Signals:
         self.noted = self.agreed = self.requeue = self.requeued = False
         self._trainer = weakref.ref(trainer)
         connector = trainer._signal_connector
-        if talks:
-            self._swap(signal.SIGTERM, getattr(connector, "_sigterm_notifier_fn", None), self._note)
+        notifier = getattr(connector, "_sigterm_notifier_fn", None)
+        first = functools.partial(self._note_first, notifier)
+        self._swap(signal.SIGTERM, notifier, self._note if talks else first)
         asks = _requeue_signal(trainer)
         if asks is not None:
             theirs = getattr(connector, "_slurm_sigusr_handler_fn", None)
@@ -110,8 +124,8 @@ class Signals:
         self._swaps.append(_Swap(handlers, ours, theirs))
         return True
 
-    def leave(self, trainer: Any) -> None:
-        """Let Lightning's handlers be again."""
+    def _leave(self, trainer: Any) -> None:
+        """Give everything back: Lightning's handlers are not in use any more."""
         if self._workers is not None:
             del trainer.strategy.process_dataloader
             self._workers.leave()
@@ -137,6 +151,11 @@ class Signals:
             self._hand_on()
             self.requeued = True
 
+    def _note_first(self, theirs: Any, signum: int, frame: Any) -> None:
+        # Theirs logs before it sets its flag, and the SIGCHLD of a dead worker may interrupt that.
+        self.noted = True
+        theirs(signum, frame)
+
     def _note(self, signum: int, frame: Any) -> None:
         trainer = self._trainer() if self._trainer is not None else None
         launcher = trainer.strategy.launcher if trainer is not None else None
@@ -153,6 +172,15 @@ def _requeue_signal(trainer: Any) -> int | None:
     environment = trainer._accelerator_connector.cluster_environment
     asks: int | None = getattr(environment, "requeue_signal", None)
     return asks if getattr(environment, "auto_requeue", False) else None
+
+
+def plan_of(trainer: Any) -> list[int] | None:
+    """Return how many batches each loader of the running validation gives; None if that is not certain before."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    if not all(isinstance(each, DataLoader) and not isinstance(each.dataset, IterableDataset) for each in loaders):
+        return None
+    return None if any(math.isinf(number) for number in loop.max_batches) else [int(each) for each in loop.max_batches]
 
 
 def signals_of(trainer: Any) -> Signals:

@@ -59,9 +59,7 @@ class Aliases:
 
     def point(self, policy: Policy, manifest: Manifest) -> Manifest:
         """Let ``last`` and ``best`` name what they should; return the manifest without slots that made way for one."""
-        history = manifest.history
-        last = history[-1] if history else None
-        targets = {policy.name.last_file: last, policy.name.best_file: policy.best_of(history)}
+        targets = {policy.name.last_file: manifest.newest, policy.name.best_file: policy.best_of(manifest.history)}
         for alias, how in policy.aliases.items():
             target = targets[alias]
             if target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.sharedctypes import RawArray
 from types import FrameType
 from typing import Any, Final
@@ -30,8 +32,10 @@ class Workers:
     sends SIGTERM. Then torch's handler of SIGCHLD raises a `RuntimeError` in the training, at any line of it: within
     the optimizer's step, or within the save that the signal asked for.
 
-    So the workers of a `cover`-ed loader ignore the signals while the training goes on. A loader that was not covered
-    may lose its workers: while the training is being stopped, that is an error of the next batch only.
+    So the workers of a `cover`-ed loader ignore the signals while the training goes on. A worker starts with the
+    signals blocked, because it can ignore them only once it runs Python code of the loader. Two kinds of worker may
+    still die: those of a loader that was not covered, and one that is starting from a forkserver that ran before. While
+    the training is being stopped, that is an error of the next batch only.
 
     Args:
         signals: Numbers of the signals that the training answers.
@@ -44,6 +48,8 @@ class Workers:
         self._over = RawArray("b", 1)
         self._pid = os.getpid()
         self._covered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._contexts: dict[int, Any] = {}
+        """The ``multiprocessing_context`` that each covered loader had."""
         self._earlier: Any = None
 
     def listen(self) -> None:
@@ -74,13 +80,17 @@ class Workers:
             if has_workers and not isinstance(each.worker_init_fn, _Covered):
                 each.worker_init_fn = _Covered(self._signals, self._over, each.worker_init_fn)
                 self._covered[id(each)] = each
+                self._contexts[id(each)] = before = getattr(each, "multiprocessing_context", None)
+                each.multiprocessing_context = _blocking(before or multiprocessing.get_context(), self._signals)
 
     def leave(self) -> None:
         """The training is over: signals end the workers again, and SIGCHLD goes where it went before."""
         self._over[0] = 1
-        for loader in list(self._covered.values()):
+        for key, loader in list(self._covered.items()):
             if isinstance(loader.worker_init_fn, _Covered):
                 loader.worker_init_fn = loader.worker_init_fn.then
+                loader.multiprocessing_context = self._contexts[key]
+        self._forget_losses()
         if self._earlier is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
             signal.signal(signal.SIGCHLD, self._earlier)
 
@@ -91,12 +101,73 @@ class Workers:
             if self._over[0] or os.getpid() != self._pid or not self._stops_soon():
                 raise
 
+    def _forget_losses(self) -> None:
+        """Let torch report each loader's loss here: it would raise when any other child of this process ends."""
+        with contextlib.suppress(ImportError):
+            from torch.utils.data._utils import signal_handling
+
+            check = getattr(signal_handling, "_error_if_any_worker_fails", lambda: None)
+            while _is_raised_by(check):
+                pass  # Once it has raised for a loader, it forgets that loader's workers.
+
     def _stops_soon(self) -> bool:
         """Return whether the signal has come: some senders go from process to process, and a worker may be first."""
         give_up = time.monotonic() + WAIT_S
         while not self._is_stopping() and time.monotonic() < give_up:
             time.sleep(0.01)  # The handler of the other signal runs meanwhile.
         return self._is_stopping()
+
+
+def _is_raised_by(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _blocking(context: Any, signals: tuple[int, ...]) -> Any:
+    """Return a copy of a multiprocessing context that starts the workers of covered loaders with signals blocked."""
+    blocking = copy.copy(context)
+    blocking.Process = _Maker(context.Process, signals)
+    return blocking
+
+
+@attrs.frozen
+class _Maker:
+    """Takes the place of a context's ``Process``."""
+
+    kind: Callable[..., Any]
+    signals: tuple[int, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        process = self.kind(*args, **kwargs)
+        if any(isinstance(value, _Covered) for value in process._args):  # It is what unblocks them.
+            process._Popen = _Starter(self.signals)
+        return process
+
+
+@attrs.frozen
+class _Starter:
+    """Takes the place of a process's ``_Popen``, which starts it."""
+
+    signals: tuple[int, ...]
+
+    def __call__(self, process: Any) -> Any:
+        if process._start_method != "fork":
+            resource_tracker.ensure_running()  # Python unblocks SIGTERM here when it starts the tracker.
+        with _blocked(self.signals):
+            return type(process)._Popen(process)
+
+
+@contextlib.contextmanager
+def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
+    """Block the signals in this thread; a process that it starts inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @attrs.frozen(eq=False)
@@ -113,6 +184,7 @@ class _Covered:
         for number in self.signals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         if self.then is not None:
             self.then(worker)
 

@@ -13,7 +13,13 @@ import attrs
 
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
-from checkpointer.errors import CheckpointerWarning, NameTakenError, NotEnoughSpaceError, SaveError
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointerWarning,
+    NameTakenError,
+    NotEnoughSpaceError,
+    SaveError,
+)
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import FolderFormat, Format, Listener, SupportsFreeSpace, SupportsPaths, SupportsURLs
 from checkpointer.records.manifest import Manifest
@@ -210,9 +216,24 @@ class Saver:
         if record.kind == "regular":
             self.directory.point_aliases()
             retired = self._retire() if is_sure else ()
+        else:
+            self._point_to_rescue(record)
         self.changed()
         self.tell("on_saved", record)
         return retired
+
+    def _point_to_rescue(self, rescue: Record) -> None:
+        """Let ``last`` name a rescue. A regular checkpoint that has no name but the alias gets its own name first."""
+        directory = self.directory
+        slot = directory.manifest.by_name.get(directory.policy.name.last_file) if directory.policy.last else None
+        try:
+            if slot is not None:
+                directory.move_slot(slot)
+        except (OSError, CheckpointerError) as error:
+            msg = f"{slot} keeps the alias {directory.policy.name.last_file} ({error}); {rescue.name} itself is saved"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            return
+        directory.point_aliases()
 
     def attach(self, decision: Attach) -> None:
         """Give a saved step its new metrics. One whose save has failed since the decision gets none."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -143,3 +146,32 @@ def test_arguments_of_the_command_line_arrive(tmp_path: Path, monkeypatch: pytes
     (callback,) = made.trainer.checkpoint_callbacks
     assert isinstance(callback, ModelCheckpoint)
     assert (True, 3, str(tmp_path / "d")) == (callback.save_last, callback._every_n_train_steps, callback.dirpath)
+
+
+SHORT = """
+import pickle, sys, warnings
+warnings.simplefilter("ignore")
+from checkpointer_lightning import CheckpointCallback
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+config = "[{class_path: ModelCheckpoint, init_args: {dirpath: d}}]"
+args = ["fit", "--trainer.callbacks", config, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+sys.argv = ["train"]
+(callback,) = LightningCLI(BoringModel, save_config_callback=None, args=args).trainer.checkpoint_callbacks
+print(type(callback).__module__)
+print(type(pickle.load(sys.stdin.buffer)).__module__)
+"""
+
+
+@pytest.mark.slow
+def test_the_policys_callback_leaves_the_short_name_to_lightnings_class(tmp_path: Path) -> None:
+    """A second class of that name would be ambiguous, so the drop-in is made on first use, such as an unpickling."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT],
+        cwd=tmp_path,
+        input=pickle.dumps(ModelCheckpoint(tmp_path)),
+        capture_output=True,
+        check=False,
+    )
+    modules = ["lightning.pytorch.callbacks.model_checkpoint", "checkpointer_lightning.for_lightning"]
+    assert modules == [line for line in done.stdout.decode().splitlines() if line in modules], done.stderr.decode()

@@ -32,8 +32,12 @@ class Waiting(pl.Callback):
         if self.where == "step" and trainer.global_step == STEP - 1:
             self.wait()
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning has just started the workers: a spawned one takes seconds until it runs Python code of the loader.
+        if self.where == "start" and trainer.global_step == STEP:
+            self.wait()
+
     def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Each of the two workers has given a batch by then: one that is still starting is not covered yet.
         if self.where == "validation" and trainer.global_step == STEP and batch_idx == 2:
             self.wait()
 
@@ -61,13 +65,20 @@ def train(wait: Wait, directory: Path, make: Callable[[Path], Any], where: str) 
     """Train with workers until the signal comes."""
     own: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": where != "step"}
     training = trainer([make(directory), Waiting(where, wait)], val_check_interval=STEP, num_sanity_val_steps=0)
-    training.fit(Model(), DataLoader(Points(), 4, **own), DataLoader(Points(), 4, **own))
+    measured: Any = DataLoader(Points(), 4, **own)
+    if where == "start":
+        measured = DataLoader(torch.ones(400, 2), 4, num_workers=1, multiprocessing_context="spawn")  # type: ignore[arg-type]
+    training.fit(Model(), DataLoader(Points(), 4, **own), measured)
 
 
 @pytest.mark.parametrize(
     ("make", "where", "name"),
-    [(drop_in, "step", f"epoch=0-step={STEP}.ckpt"), (composed, "validation", f"rescue-step={STEP}.ckpt")],
-    ids=["drop-in", "composed, persistent workers"],
+    [
+        (drop_in, "step", f"epoch=0-step={STEP}.ckpt"),
+        (composed, "validation", f"rescue-step={STEP}.ckpt"),
+        (composed, "start", f"rescue-step={STEP}.ckpt"),
+    ],
+    ids=["drop-in", "composed, persistent workers", "composed, a worker that is starting"],
 )
 def test_it_saves_once_and_ends_as_lightning_ends(tmp_path: Path, make: Any, where: str, name: str) -> None:
     """The batch comes to its end, and Lightning's own exception, a `SystemExit`, is what ends the training."""

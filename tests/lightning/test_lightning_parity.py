@@ -638,6 +638,21 @@ def test_an_exception_is_saved_under_the_name_that_lightning_gives(tmp_path: Pat
     assert files(theirs) == files(ours) != []
 
 
+@pytest.mark.skipif(not is_at_least("2.5.3"), reason="older ones have no save_on_exception")
+@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("step", [2, 6])
+def test_last_names_what_an_exception_saved(tmp_path: Path, save_last: Any, step: int) -> None:
+    """As in Lightning, also where a regular checkpoint has been saved before."""
+    for cls in (Theirs, Ours):
+        callback = cls(tmp_path / cls.__module__, save_last=save_last, save_on_exception=True)
+        with pytest.raises(ZeroDivisionError, match="the training breaks"):
+            fit(callback, model=Model(fails_at=step))
+        last = tmp_path / cls.__module__ / "last.ckpt"
+        assert (step, save_last == "link") == (step_of(last), last.is_symlink())
+    theirs, ours = (tmp_path / cls.__module__ for cls in (Theirs, Ours))
+    assert files(theirs) == files(ours) != []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_saved_too(tmp_path: Path, error: type[BaseException]) -> None:
     """Ctrl-C within a training step, as an exit."""

@@ -15,16 +15,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import torch.distributed as dist
 from checkpointer_lightning import CheckpointCallback, ModelCheckpoint
 from support.gated import GatedStorage
-from tiny import Model, files, fit, quiet, step_of, together
+from tiny import Model, files, fit, loader, quiet, step_of, together, trainer
+from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer import (
     AtSteps,
     CheckpointerWarning,
     CheckpointManager,
     EveryEpochs,
+    EverySteps,
+    KeepBest,
     KeepLast,
     Listener,
     Policy,
@@ -140,6 +144,58 @@ def test_a_sigterm_of_another_rank_stops_all_at_one_step_and_is_rescued_once(tmp
 
     together(work, work)
     check_stopped(tmp_path)
+
+
+class Uncounted(IterableDataset[Any]):
+    """Gives rank 1 more batches than rank 0."""
+
+    def __iter__(self) -> Any:
+        yield from torch.ones(30 + 10 * dist.get_rank(), 2)
+
+
+class Validating(Model):
+    """Rank 1 gets a SIGTERM in the middle of a validation; each rank writes down how many batches it validates."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+        self.validated = 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.005)
+        self.validated += 1
+        (self.directory / f"validated{self.global_rank}").write_text(str(self.validated))
+        if self.validated == 3 and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["counted", "uncounted"])
+def test_a_sigterm_within_a_validation_stops_all_within_it_if_their_batches_are_counted(
+    tmp_path: Path, kind: str
+) -> None:
+    """Each callback saves once, without the metrics of that validation; where ranks may differ it is finished first."""
+    measured: Any = DataLoader(torch.ones(600, 2) if kind == "counted" else Uncounted())  # type: ignore[arg-type]
+    policy = Policy(EverySteps(100), [KeepBest(1, "val_loss", mode="min")])
+    names = ("first", "second")
+
+    def work() -> None:
+        callbacks = [Writing(tmp_path), *(CheckpointCallback(tmp_path / name, policy) for name in names)]
+        training = trainer(callbacks, val_check_interval=2, num_sanity_val_steps=0, **DDP)
+        training.fit(Validating(tmp_path), loader(8), measured)
+
+    together(work, work)
+    first, second = told(tmp_path)
+    assert {"step": 2, "error": "SIGTERMException"} == first == second
+    validated = [int((tmp_path / f"validated{rank}").read_text()) for rank in (0, 1)]
+    if kind == "counted":
+        assert validated[0] == validated[1] < 300
+    else:
+        assert [30, 40] == validated
+    for name in names:
+        (record,) = CheckpointManager(tmp_path / name).records
+        assert (2, "rescue: SIGTERM") == (record.step, record.reason)
+        assert kind == "uncounted" or "val_loss" not in record.metrics
 
 
 class Breaking(pl.LightningModule):

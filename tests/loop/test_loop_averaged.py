@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointer_torch import Loop, load_weights
-from schedule_free import ScheduleFree
+from support.schedule_free import ScheduleFree
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

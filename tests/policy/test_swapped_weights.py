@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from schedule_free import ScheduleFree
+from support.schedule_free import ScheduleFree
 from torch import nn
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy

@@ -14,7 +14,7 @@ import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
 from checkpointer_transformers.lock import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
-from schedule_free import ScheduleFree
+from support.schedule_free import ScheduleFree
 from transformers import TrainerCallback
 
 from checkpointer import (
