@@ -371,7 +371,7 @@ class CheckpointManager:
     @property
     def records(self) -> tuple[Record, ...]:
         """The run's checkpoints in commit order, rescues included."""
-        return tuple(self.session.manifest.live)
+        return self.session.manifest.live
 
     @property
     def last(self) -> Record | None:
@@ -401,7 +401,7 @@ class CheckpointManager:
         self.session.check_open()
         self._executor.settle()
         own = self.session.manifest.own
-        record = own.named(name)
+        record = next((one for one in own if one.name == name), None)
         if record is None:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(r.name for r in own) or 'none'})"
             raise NotFoundError(msg)

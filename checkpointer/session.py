@@ -92,11 +92,8 @@ class Session:
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             decision = self._executor.attach(decision)
-        if isinstance(decision, Skip) and decision.due:
-            self._schedule.answered(now.progress, self._clock.time(), waiting=decision.waiting)
-        elif not isinstance(decision, Save) and self._directory.policy.when.due(now.progress, self._schedule.since):
-            # The step is saved already, and that answers this due point: it must not come up again at the next step.
-            self._schedule.answered(now.progress, self._clock.time(), waiting=self._schedule.owed)
+        if not isinstance(decision, Save):
+            self._schedule.take(decision, now, self._clock.time())
         _log.log(self._level, "step %d: %s", now.step, decision.reason)
         return decision
 

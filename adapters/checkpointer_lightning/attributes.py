@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
-from checkpointer.policy.ranking import merit
 from checkpointer_lightning.top_k import competing
 
 __all__ = ["ShownState", "account_of"]
@@ -75,7 +74,7 @@ def account_of(
     newest_first = top if policy.ranking else history[::-1]
     is_full = bool(best) and top_k in (-1, len(best))
     ranking = policy.ranking
-    worst = max(in_order, key=lambda record: merit(ranking.sort_key(record))) if ranking and is_full else None
+    worst = max(ranking.places(in_order), key=lambda place: place[:2])[-1] if ranking and is_full else None
     return ShownState(
         best=best,
         best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",

@@ -291,7 +291,7 @@ class Training:
         checkpoint that is acknowledged.
         """
         manager, now = self._own_manager, decision.observation
-        rescued = next((record for record in manager.session.manifest.rescues if record.step == now.step), None)
+        rescued = next((r for r in manager.session.manifest.live if r.kind == "rescue" and r.step == now.step), None)
         if rescued is None:
             return None
         whole = attrs.evolve(now, metrics={**rescued.metrics, **now.metrics})

@@ -59,9 +59,10 @@ class Aliases:
 
     def point(self, policy: Policy, manifest: Manifest) -> Manifest:
         """Let ``last`` and ``best`` name what they should; return the manifest without slots that made way for one."""
-        targets = {policy.name.last_file: manifest.newest, policy.name.best_file: policy.best_of(manifest.history)}
+        history = manifest.history
+        newest = manifest.newest
         for alias, how in policy.aliases.items():
-            target = targets[alias]
+            target = newest if alias == policy.name.last_file else policy.best_of(history)
             if target is None:
                 self._remove_dangling(alias)
             if target is None or target.name == alias or self._pointed.get(alias) == target.token:

@@ -20,7 +20,7 @@ from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction, marker_path
 from checkpointer.commit.writer_marks import clear_ended, is_marked, mark, unmark, writers_in
 from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError, StorageError
-from checkpointer.policy.decide import own_name, relied_on, surplus
+from checkpointer.policy.decide import Reasons, own_name
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsLinks, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records.manifest import Manifest
@@ -75,8 +75,7 @@ class Directory:
         self._said: set[str] = set()
         self._is_near = isinstance(storage, SupportsLinks)
         self._looked_s = -math.inf
-        self._asked: tuple[Policy, Manifest] | None = None
-        self._answer: tuple[str, ...] = ()
+        self._judged = Reasons(policy, Manifest())
         listing = _listing(storage, trust)
         self.damaged = listing.damaged
         self._aliases = Aliases(self.transaction, policy, listing)
@@ -278,7 +277,7 @@ class Directory:
 
     def look_before_retiring(self, *, sure: Record | None = None, spare: Container[str] = ()) -> None:
         """Set aside what is gone, if others are about to be retired for it; ``sure`` was written a moment ago."""
-        names = () if sure is not None and sure.kind != "regular" else self._surplus()
+        names = () if sure is not None and sure.kind != "regular" else self._reasons().surplus
         going = [self.manifest.by_name[name] for name in names if name not in spare]
         if going or self._is_near:
             self._look_instead_of(going, sure)
@@ -307,7 +306,7 @@ class Directory:
 
     def _look_instead_of(self, going: Iterable[Record], sure: Record | None = None) -> bool:
         """Look at what is kept in the place of others; where that costs a request, only at the best."""
-        looks = [r for r in relied_on(self.policy, self.manifest, going) if sure is None or r.token != sure.token]
+        looks = [r for r in self._reasons().relied_on(going) if sure is None or r.token != sure.token]
         return self.look_for(looks if self._is_near else looks[:1])
 
     def look_for(self, records: Iterable[Record]) -> bool:
@@ -361,7 +360,7 @@ class Directory:
 
     def retire(self, *, spare: Container[str] = ()) -> list[Record]:
         """Remove what no rule keeps, and is not to be spared, and return it."""
-        names = self._surplus()
+        names = self._reasons().surplus
         unwanted = [self.manifest.by_name[name] for name in names if name not in spare]
         retired = [r for r in self.transaction.retire(unwanted) if r.name in self.manifest.by_name]
         # Payloads that would not go keep their names: a new checkpoint must not be taken for them.
@@ -373,12 +372,11 @@ class Directory:
             self._changed()
         return retired
 
-    def _surplus(self) -> tuple[str, ...]:
-        """Return what no rule keeps; once for the look and the retirement after it."""
-        asked = (self.policy, self.manifest)
-        if self._asked is None or any(one is not other for one, other in zip(self._asked, asked, strict=True)):
-            self._asked, self._answer = asked, surplus(*asked)
-        return self._answer
+    def _reasons(self) -> Reasons:
+        """Return why checkpoints live; worked out once for the look and the retirement after it."""
+        if self._judged.policy is not self.policy or self._judged.manifest is not self.manifest:
+            self._judged = Reasons(self.policy, self.manifest)
+        return self._judged
 
     def set_aside(self, record: Record) -> None:
         """Count a checkpoint that turned out to be bad no more, without touching it."""

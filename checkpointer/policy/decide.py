@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from itertools import chain, islice, zip_longest
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, islice, product, zip_longest
 from typing import Final, Literal
 
 import attrs
 
 from checkpointer._display import lines_html
 from checkpointer.errors import NamingError
-from checkpointer.policy.ledger import Ledger
 from checkpointer.policy.policy import Policy
-from checkpointer.policy.reasons import PINNED, Reasons, kept_by
-from checkpointer.policy.retention import KeepBest, Kept, Rule
+from checkpointer.policy.retention import KeepBest
+from checkpointer.policy.triggers import Trigger
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Kind, Observation, Progress, Record
+from checkpointer.records.record import Kind, Observation, Progress, Record, commit_order
 
 __all__ = [
     "Attach",
     "Decision",
+    "Reasons",
     "Save",
     "Skip",
+    "advance",
     "after",
     "decide",
     "decide_rescue",
     "explain",
     "own_name",
-    "relied_on",
     "surplus",
 ]
 
@@ -151,6 +153,26 @@ def decide(
     return _save_or_skip(policy, now, manifest, due)
 
 
+def advance(decision: Decision, now: Observation, when: Trigger, *, since: Progress, owed: str) -> tuple[Progress, str]:
+    """Return the last due observation, and why it still waits for a metric, once a decision is carried out.
+
+    A save that fails counts too: the next due point is another one. A rescue changes nothing.
+
+    Args:
+        decision: What was decided on ``now``.
+        now: The observation.
+        when: The policy's trigger.
+        since: The last due observation so far.
+        owed: Why it waits for a metric; empty if it does not.
+    """
+    if isinstance(decision, Save):
+        return (now.progress, "") if decision.kind == "regular" else (since, owed)
+    if isinstance(decision, Skip) and decision.due:
+        return now.progress, decision.waiting
+    # The step is saved already, and that answers this due point: it must not come up again at the next step.
+    return (now.progress, owed) if when.due(now.progress, since) else (since, owed)
+
+
 def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:
     """Return the manifest as it will be once the decision is carried out; size and digest are not known yet.
 
@@ -201,7 +223,7 @@ def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Ma
 def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str) -> Save | Skip:
     candidate = _candidate(now, manifest)
     extended = manifest.with_record(candidate)
-    reasons = _reasons(policy, extended)
+    reasons = Reasons(policy, extended)
     # What only the alias wants has no name of its own: with last="copy" it is written under the alias itself.
     kept = tuple(why for why in reasons.of(_CANDIDATE) if why is not _NEWEST)
     absent = _absent(policy, now)
@@ -210,7 +232,7 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
             have = ", ".join(sorted(now.metrics)) or "none"
             return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
         return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
-    retire = _surplus(policy, extended, reasons)
+    retire = reasons.surplus
     why = f"{due}; kept by {', '.join(kept) or 'last'}"
     if policy.last == "copy" and not kept and not absent:
         name = policy.name.last_file
@@ -264,6 +286,97 @@ def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str 
 _NEWEST = "the newest, which last names"
 
 
+@attrs.frozen(eq=False)
+class Reasons:
+    """Why the checkpoints of a run live under a policy. Follows from the whole history."""
+
+    policy: Policy
+    manifest: Manifest
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """Return every reason for one checkpoint; empty if nothing keeps it."""
+        rules = () if name in self._dropped else self._by_rule
+        return tuple(kept[name] for kept in (*rules, *self._always) if name in kept)
+
+    @cached_property
+    def surplus(self) -> tuple[str, ...]:
+        """The names of this run that nothing keeps, oldest first."""
+        slot = self.policy.name.last_file if self.policy.last else None
+        kept = (set().union(*self._by_rule) - self._dropped).union(*self._always)
+        return tuple([record.name for record in self.manifest.live if record.name not in kept and record.name != slot])
+
+    @cached_property
+    def _history(self) -> tuple[Record, ...]:
+        """What rules look at. The ``last`` slot is not among it: the next save overwrites it."""
+        history, slot = self.manifest.history, self.policy.name.last_file
+        if not self.policy.last or slot not in self.manifest.by_name:
+            return history
+        return tuple(record for record in history if record.name != slot)
+
+    @cached_property
+    def _newest(self) -> dict[str, str]:
+        """The checkpoint that ``last`` names. It counts as kept by a rule, so that a limit sees it as the newest."""
+        return {record.name: _NEWEST for record in self.manifest.history[-1:] if self.policy.last}
+
+    @cached_property
+    def _by_rule(self) -> tuple[Mapping[str, str], ...]:
+        """What each rule keeps, then what is pinned, and the newest."""
+        pinned = {record.name: "pinned" for record in self._history if record.pinned}
+        return (*(rule.keep(self._history) for rule in self.policy.rules), pinned, self._newest)
+
+    @cached_property
+    def _dropped(self) -> set[str]:
+        """What limits take away from the rules. No limit takes a pinned checkpoint."""
+        dropped: set[str] = set()
+        names: set[str] = set().union(*self._by_rule) if self.policy.limits else set()
+        for limit in self.policy.limits:
+            kept = [record for record in self._history if record.name in names and record.name not in dropped]
+            going = limit.drop(kept, self.policy.best_rule)
+            dropped.update(record.name for record in kept if record.name in going and not record.pinned)
+        return dropped
+
+    @cached_property
+    def _always(self) -> tuple[Mapping[str, str], ...]:
+        """What lives whatever a limit says."""
+        newest = self._newest if self._newest.keys() <= self._dropped else {}
+        source = self.manifest.resumed
+        resumed = {source: "resumed from"} if source and source in self.manifest.by_name else {}
+        serial = self.manifest.history[-1].serial if self.manifest.history else -1
+        rescues = {
+            record.name: "pinned" if record.pinned else record.reason
+            for record in self.manifest.live
+            if record.kind == "rescue" and (record.pinned or record.serial > serial)
+        }
+        return newest, resumed, rescues
+
+    def relied_on(self, going: Iterable[Record]) -> tuple[Record, ...]:
+        """Return what has to exist before these records may go: the best of each rule, then what else is kept instead.
+
+        The most important come first. There are at most `MAX_RELIED_ON`, because each is looked at on the storage.
+        Without records that go it is the best of each rule alone.
+        """
+        going = tuple(going)
+        gone, there = {record.name for record in going}, self.manifest.by_name
+        has_slot = self._history is not self.manifest.history
+        named = self.policy.best_of(self.manifest.history) if has_slot else None  # It may be the slot.
+        ranked = zip(self.policy.rules, self._by_rule, strict=False)
+        bests = (next(iter(kept), "") for rule, kept in ranked if isinstance(rule, KeepBest))
+        others = self._kept_instead([r for r in going if r.kind == "regular"][:MAX_RELIED_ON])
+        names = dict.fromkeys(chain((named.name,) if named else (), bests, others))
+        return tuple(islice((there[name] for name in names if name in there and name not in gone), MAX_RELIED_ON))
+
+    def _kept_instead(self, going: Sequence[Record]) -> Iterator[str]:
+        """Yield names that rules keep: the most important, for each record that goes the ones before it, and more."""
+        by_rule = self._by_rule[: len(self.policy.rules)] if going else ()
+        first = (islice(kept, MAX_RELIED_ON) for kept in by_rule)
+        by_importance = chain.from_iterable(zip_longest(*first, fillvalue=""))
+        yield from islice(by_importance, MAX_RELIED_ON // 2)
+        for record, kept in product(going, by_rule):
+            place = bisect_left(self._history, commit_order(record), key=commit_order)
+            yield next((one.name for one in reversed(self._history[:place]) if one.name in kept), "")
+        yield from by_importance
+
+
 def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
     """Return why each checkpoint of the run lives, by name; what is not in it is `surplus`.
 
@@ -272,66 +385,13 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         >>> explain(Policy(EverySteps(10), [KeepLast(1)]), Manifest())
         {}
     """
-    return _reasons(policy, manifest).to_dict()
-
-
-def _reasons(policy: Policy, manifest: Manifest) -> Reasons:
-    history = _ranked_history(policy, manifest)
-    newest = manifest.history[-1] if manifest.history else None
-    # Named among the rules, so that a limit counts it and takes it for the newest.
-    named = {newest.name: _NEWEST} if policy.last and newest else {}
-    reasons = kept_by((*policy.rules, PINNED), policy.limits, history, policy.best_rule, named=(named,))
-    always = {name: why for name, why in named.items() if not reasons.of(name)}
-    resumed = {manifest.resumed: "resumed from"} if manifest.resumed in manifest.by_name else {}
-    rescues = {
-        record.name: "pinned" if record.pinned else record.reason
-        for record in manifest.rescues
-        if newest is None or record.serial > newest.serial or record.pinned
-    }
-    return attrs.evolve(reasons, always=(always, resumed, rescues))
+    reasons = Reasons(policy, manifest)
+    return {record.name: why for record in manifest.records if (why := reasons.of(record.name))}
 
 
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
     """Return the names of this run that nothing keeps, oldest first. Follows from the whole history."""
-    return _surplus(policy, manifest, _reasons(policy, manifest))
-
-
-def _surplus(policy: Policy, manifest: Manifest, reasons: Reasons) -> tuple[str, ...]:
-    slot = policy.name.last_file if policy.last else None
-    doubtful = {*reasons.unkept, *reasons.dropped, *(record.name for record in manifest.rescues)}
-    names = [name for name in doubtful if name != slot and not reasons.of(name)]
-    return tuple(record.name for record in manifest.live_among(names))
-
-
-def relied_on(policy: Policy, manifest: Manifest, going: Iterable[Record]) -> tuple[Record, ...]:
-    """Return what has to exist before these records may go: the best of each rule, then what else is kept instead.
-
-    The most important come first. There are at most `MAX_RELIED_ON`: nobody waits for thousands of files to be looked
-    at. Without records that go it is the best of each rule alone.
-
-    Example:
-        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy
-        >>> relied_on(Policy(EverySteps(10), [KeepLast(1)]), Manifest(), [])
-        ()
-    """
-    going = tuple(going)
-    history = _ranked_history(policy, manifest)
-    bests = (rule.best(history) for rule in policy.rules if isinstance(rule, KeepBest))
-    named = policy.best_of(manifest.history) if policy.last else None  # It may be the slot.
-    ranked = (record for record in going if record.kind == "regular")
-    others = (_instead_of(rule, record, history) for record in ranked for rule in policy.rules)
-    names = {record.name for record in going}
-    candidates = chain((named,), bests, chain.from_iterable(zip_longest(*others)))
-    found = {r.name: r for r in candidates if r is not None and r.name not in names}
-    return tuple(islice(found.values(), MAX_RELIED_ON))
-
-
-def _instead_of(rule: Rule, record: Record, history: Ledger) -> Iterable[Record]:
-    """Return what a rule keeps in a record's place; of a rule of one's own it may be any that it keeps."""
-    kept = rule.keep(history)
-    if isinstance(kept, Kept):
-        return islice(kept.rule.instead_of(record, kept.history), MAX_RELIED_ON)
-    return islice(filter(None, map(history.named, kept)), MAX_RELIED_ON)
+    return Reasons(policy, manifest).surplus
 
 
 @attrs.frozen
@@ -370,9 +430,12 @@ class _Replaceable:
         return there.label == self.manifest.label and not there.pinned and not is_abandoned
 
 
-def _ranked_history(policy: Policy, manifest: Manifest) -> Ledger:
+def _ranked_history(policy: Policy, manifest: Manifest) -> tuple[Record, ...]:
     """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
-    return manifest.history_but(policy.name.last_file) if policy.last else manifest.history
+    slot = policy.name.last_file if policy.last else None
+    if slot not in manifest.by_name:
+        return manifest.history
+    return tuple(record for record in manifest.history if record.name != slot)
 
 
 def _candidate(now: Observation, manifest: Manifest) -> Record:

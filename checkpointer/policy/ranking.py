@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import takewhile
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import attrs
 
 from checkpointer._validation import one_of
 from checkpointer.errors import ObservationError, PolicyError
-from checkpointer.policy.ledger import commit_order, ledger_of
-from checkpointer.policy.ordered import Key
 from checkpointer.records.record import Observation, Record, as_metrics
 
-__all__ = ["Metric", "Ranking", "Ties", "is_ranked", "merit", "ranked_by", "unranked"]
+__all__ = ["Metric", "Ranking", "Ties"]
 
 Score = Callable[[Mapping[str, float]], Any]
 
 
 Ties = Literal["older", "newest", "incumbent"]
+Place = tuple[int, float, int, float, str, str, Record]
 
 
 class Ranking(Protocol):
@@ -29,34 +28,6 @@ class Ranking(Protocol):
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that are ranked, best first."""
         ...
-
-    def sort_key(self, record: Record) -> Key:
-        """Return the key that sorts the best first, and behind the ranked all others, the oldest last."""
-        ...
-
-
-_UNRANKED: Final = 3
-"""Begins the key of a record that has no place in the ranking: behind numbers, diverged ones and NaN."""
-
-
-def unranked(record: Record) -> Key:
-    """Return the sort key of a record that is not ranked."""
-    return _UNRANKED, -record.serial, -record.time, record.token, record.name
-
-
-def is_ranked(key: Key) -> bool:
-    """Return whether the record with this sort key has a place in the ranking."""
-    return bool(key[0] != _UNRANKED)
-
-
-def merit(key: Key) -> Key:
-    """Return the part of a ranked record's sort key that its equals share: the smaller, the better."""
-    return key[:2]
-
-
-def ranked_by(ranking: Ranking, records: Iterable[Record]) -> Iterator[Record]:
-    """Yield the records that are ranked, best first."""
-    return takewhile(lambda record: is_ranked(ranking.sort_key(record)), ledger_of(records).by(ranking))
 
 
 def _check_key(instance: object, field: object, value: Any) -> None:
@@ -121,23 +92,28 @@ class Metric:
             raise ObservationError(msg) from error
         return as_metrics({self.name: score})[self.name]
 
-    def sort_key(self, record: Record) -> Key:
-        """Return the key that sorts records best first; see `is_ranked` for those without the metric."""
-        value = self.value(record)
-        if value is None:
-            return unranked(record)
-        return (*self._merit(value), -record.serial if self.ties == "newest" else record.serial, *commit_order(record))
-
-    def _merit(self, value: float) -> tuple[int, float]:
-        if math.isnan(value):
-            return 2, 0.0
-        # -0.0 and 0.0 are one value, so that a tie is a tie.
-        signed = (value if self.mode == "min" else -value) + 0.0
-        return (1 if signed == -math.inf else 0), signed
+    def places(self, records: Iterable[Record]) -> Iterator[Place]:
+        """Yield what sorts each record that has the metric, best first; the record itself comes last."""
+        sign, is_newest, inf = 1.0 if self.mode == "min" else -1.0, self.ties == "newest", math.inf
+        is_reported = isinstance(self.key, str) and self.key not in ("step", "epoch")
+        for record in records:
+            # As `value` does, without a call for each of many records.
+            value = record.metrics.get(self.key) if is_reported else self.value(record)  # type: ignore[arg-type]
+            if value is None:
+                continue
+            value = sign * value + 0.0  # -0.0 and 0.0 are one value, so that a tie is a tie.
+            kind = 0 if value > -inf else 1 if value == -inf else 2
+            age = -record.serial if is_newest else record.serial
+            # NaN does not compare.
+            yield kind, value if kind < 2 else 0.0, age, record.time, record.token, record.name, record
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        return list(ranked_by(self, records))
+        return [place[-1] for place in sorted(self.places(records))]
+
+    def best(self, k: int, records: Iterable[Record]) -> list[Record]:
+        """Return the first ``k`` of `ranked`, without sorting all records."""
+        return [place[-1] for place in heapq.nsmallest(k, [*self.places(records)])]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"

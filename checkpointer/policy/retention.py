@@ -1,22 +1,17 @@
-"""Retention rules name the records they keep; limits take away from what the rules keep.
-
-`checkpointer.policy.reasons` puts them together.
-"""
+"""Retention rules name the records they keep; limits take away from what the rules keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import chain, islice
-from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
 from checkpointer._validation import whole_number
 from checkpointer.errors import PolicyError
-from checkpointer.policy.ledger import Ledger, commit_order, ledger_of
-from checkpointer.policy.ordered import Key, Ordered
-from checkpointer.policy.ranking import Metric, Ranking, Score, Ties, is_ranked, merit, ranked_by, unranked
+from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records.record import Record
 
 __all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule"]
@@ -30,7 +25,8 @@ class Rule(Protocol):
         """Return the names to keep, each with the reason in a few words.
 
         ``history`` is every record of the run that counts, oldest first, the candidate last while a save is being
-        decided. Must depend on it alone: what an interrupted retire left over heals at the next save that way.
+        decided. Must depend on it alone: what an interrupted retire left over heals at the next save that way. Name
+        the most important first: before a checkpoint is deleted, the manager checks that these still exist.
         """
         ...
 
@@ -42,64 +38,6 @@ class Limit(Protocol):
     def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """Return the names to drop from ``kept`` (oldest first), each with the reason."""
         ...
-
-
-class Asked(Protocol):
-    """A rule that can be asked about one record of very many, without going through the others."""
-
-    def why(self, record: Record, history: Ledger) -> str | None:
-        """Return why a record of the history is kept; None if it is not."""
-        ...
-
-    def kept(self, history: Ledger) -> Iterable[Record]:
-        """Return all that it keeps."""
-        ...
-
-    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
-        """Return at least those that were kept before ``history.change`` and are not any more.
-
-        Each of them is asked about again: one too many costs time, one too few is retired a process later. Of the
-        records that came themselves nothing need be said.
-        """
-        ...
-
-    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
-        """Return what is kept in the place of a record that is not kept, the most important first."""
-        ...
-
-
-@attrs.frozen(eq=False)
-class Kept(Mapping[str, str]):
-    """What a rule keeps, by name, with the reasons: worked out for those who are asked for.
-
-    Example:
-        >>> Kept(KeepAll(), Ledger())
-        {}
-    """
-
-    rule: Asked
-    history: Ledger
-
-    def is_of(self, rule: Rule, history: Ledger) -> bool:
-        """Return whether it is this very rule's answer about this very history, and not one that it passed on."""
-        is_its: bool = self.rule is cast(Any, rule)
-        return is_its and self.history is history
-
-    def __getitem__(self, name: str) -> str:
-        record = self.history.named(name)
-        why = None if record is None else self.rule.why(record, self.history)
-        if why is None:
-            raise KeyError(name)
-        return why
-
-    def __iter__(self) -> Iterator[str]:
-        return (record.name for record in self.rule.kept(self.history))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 @attrs.frozen(init=False)
@@ -155,114 +93,42 @@ class KeepBest:
         self.__attrs_init__(k, metric, after_step)
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
-        """See `Rule.keep`."""
-        return Kept(self, ledger_of(history))
-
-    def why(self, record: Record, history: Ledger) -> str | None:
-        """See `Asked.why`."""
-        key = self.sort_key(record)
-        if self.metric.ties == "incumbent":
-            places = history.fold(_Incumbents(self)).places
-            is_kept, place = places.get(key) is not None, places.rank(key)
-        else:
-            place = history.by(self).rank(key)
-            is_kept = is_ranked(key) and place < self.k
-        return f"#{place + 1} of {self}" if is_kept else None
-
-    def kept(self, history: Ledger) -> list[Record]:
-        """See `Asked.kept`; best first."""
-        if self.metric.ties == "incumbent":
-            return list(history.fold(_Incumbents(self)).places)
-        return list(islice(ranked_by(self, history), self.k))
-
-    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
-        """See `Asked.may_lose`."""
-        if self.metric.ties == "incumbent":
-            return _pushed_out(before.fold(_Incumbents(self)), history.fold(_Incumbents(self)), history)
-        return islice(history.by(self).starting_at(self.k), len(history.change.come))
-
-    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
-        """See `Asked.instead_of`."""
-        if not is_ranked(self.sort_key(record)):
-            return ()
-        if self.metric.ties == "incumbent":
-            return history.fold(_Incumbents(self)).places
-        return islice(ranked_by(self, history), self.k)
+        """See `Rule.keep`; best first."""
+        words = str(self)
+        return {record.name: f"#{rank} of {words}" for rank, record in enumerate(self.top(history), start=1)}
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
-        return self.kept(ledger_of(history))
+        if self.metric.ties == "incumbent":
+            return self.metric.ranked(self._incumbents(history))
+        return self.metric.best(self.k, self.eligible(history))
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records this rule ranks, best first."""
-        return list(ranked_by(self, records))
+        return self.metric.ranked(self.eligible(records))
 
     def best(self, records: Iterable[Record]) -> Record | None:
         """Return the record this rule ranks first, or None if it ranks none."""
-        return next(ranked_by(self, records), None)
+        return next(iter(self.metric.best(1, self.eligible(records))), None)
 
-    def sort_key(self, record: Record) -> Key:
-        """Return the key that sorts the best first, and behind the ranked all others, the oldest last."""
-        return self.metric.sort_key(record) if self.ranks(record) else unranked(record)
+    def eligible(self, records: Iterable[Record]) -> Iterable[Record]:
+        """Return the records that may be ranked, if they have the metric."""
+        return [record for record in records if record.step > self.after_step] if self.after_step else records
 
-    def ranks(self, record: Record) -> bool:
-        """Return whether a record may be ranked, if it has the metric."""
-        return record.step > self.after_step or not self.after_step
+    def _incumbents(self, history: Iterable[Record]) -> list[Record]:
+        """Return the records that hold a place among the best if an equal takes none, in any order."""
+        heap: list[tuple[int, float, int, Record]] = []  # The worst first, and the oldest of those.
+        for number, (kind, value, *_, record) in enumerate(self.metric.places(self.eligible(history))):
+            place = (-kind, -value, number, record)
+            if len(heap) < self.k:
+                heapq.heappush(heap, place)
+            elif place[:2] > heap[0][:2]:
+                heapq.heapreplace(heap, place)
+        return [record for *_, record in heap]
 
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
         return f"the best {self.k} by {self.metric}{after}"
-
-
-@attrs.frozen
-class _Places:
-    """Who is kept by a rule for which it matters who came when."""
-
-    places: Ordered[Record] = attrs.field(factory=Ordered)
-    lost: tuple[Record, ...] = ()
-    """Who lost a place to the one that came last."""
-    is_tied: bool = False
-    """Whether somebody without a place is as good as the worst that has one."""
-    story: object = attrs.field(factory=object)
-    """The same as long as one is what became of the other, record by record."""
-
-
-def _pushed_out(before: _Places, now: _Places, history: Ledger) -> Iterable[Record]:
-    """Return who may have lost a place by one change: all, if they are not of one story."""
-    return now.lost if now.story is before.story and len(history.change.come) <= 1 else history
-
-
-@attrs.frozen
-class _Incumbents:
-    """Who holds a place among the best if an equal takes it from nobody: best first."""
-
-    rule: KeepBest = attrs.field(eq=id)
-
-    def begin(self) -> _Places:
-        return _Places()
-
-    def take(self, state: _Places, record: Record) -> _Places:
-        state = attrs.evolve(state, lost=())
-        key, places = self.rule.sort_key(record), state.places
-        if not is_ranked(key):
-            return state
-        if len(places) < self.rule.k:
-            return attrs.evolve(state, places=places.put(key, record))
-        worst = self._worst(places)
-        if merit(key) >= worst:
-            return attrs.evolve(state, is_tied=state.is_tied or merit(key) == worst)
-        loser = places[places.rank(worst)]  # Of the worst the oldest.
-        places = places.drop(self.rule.sort_key(loser)).put(key, record)
-        # All that have no place were no better than the one that just lost its own.
-        return attrs.evolve(state, places=places, lost=(loser,), is_tied=self._worst(places) == worst)
-
-    def _worst(self, places: Ordered[Record]) -> Key:
-        return merit(self.rule.sort_key(places[-1]))
-
-    def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
-        # While the places are those of the k best, whatever came when, who has none makes no difference.
-        has_place = state.places.get(self.rule.sort_key(record)) is not None
-        return None if state.is_tied or has_place else state
 
 
 @attrs.frozen
@@ -278,25 +144,8 @@ class KeepLast:
     n: int = attrs.field(validator=whole_number(1))
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
-        """See `Rule.keep`."""
-        return Kept(self, ledger_of(history))
-
-    def why(self, record: Record, history: Ledger) -> str | None:
-        """See `Asked.why`."""
-        first = history[max(len(history) - self.n, 0)]
-        return str(self) if commit_order(record) >= commit_order(first) else None
-
-    def kept(self, history: Ledger) -> Iterable[Record]:
-        """See `Asked.kept`."""
-        return history[-self.n :]
-
-    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
-        """See `Asked.may_lose`."""
-        return history[-self.n - len(history.change.come) : -self.n]
-
-    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
-        """See `Asked.instead_of`."""
-        return reversed(history[-self.n :])
+        """See `Rule.keep`; newest first."""
+        return dict.fromkeys((record.name for record in reversed(history[-self.n :])), str(self))
 
     def __str__(self) -> str:
         return f"the last {self.n}"
@@ -347,78 +196,29 @@ class KeepEvery:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return Kept(self, ledger_of(history))
+        kept = self._spaced(history) if self.seconds is not None else self._first_of_each(history)
+        return dict.fromkeys((record.name for record in kept), str(self))
 
-    def why(self, record: Record, history: Ledger) -> str | None:
-        """See `Asked.why`."""
-        if self.seconds is not None:
-            is_kept = history.fold(_Spaced(self.seconds)).places.get(commit_order(record)) is not None
-        else:
-            is_kept = self._is_first(record, history)
-        return str(self) if is_kept else None
+    def _first_of_each(self, history: Sequence[Record]) -> Iterable[Record]:
+        first: dict[int, Record] = {}
+        for record in history:
+            interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
+            if interval:
+                first.setdefault(interval, record)
+        return first.values()
 
-    def kept(self, history: Ledger) -> Iterable[Record]:
-        """See `Asked.kept`."""
-        if self.seconds is not None:
-            return history.fold(_Spaced(self.seconds)).places
-        return [record for record in history if self._is_first(record, history)]
-
-    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
-        """See `Asked.may_lose`."""
-        if self.seconds is not None:
-            return _pushed_out(before.fold(_Spaced(self.seconds)), history.fold(_Spaced(self.seconds)), history)
-        in_turn = history.by(self)
-        keys = (self.sort_key(record) for record in history.change.come)
-        return chain.from_iterable(islice(in_turn.starting_at(in_turn.rank(key) + 1), 1) for key in keys if key)
-
-    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
-        """See `Asked.instead_of`: the one that begins its interval."""
-        if self.seconds is not None:
-            places = history.fold(_Spaced(self.seconds)).places
-            before = places.rank(commit_order(record)) - 1
-            return [places[before]] if before >= 0 else []
-        key = self.sort_key(record)
-        in_turn = history.by(self)
-        return islice(in_turn.starting_at(in_turn.rank(key[:1])), 1) if key else ()
-
-    def sort_key(self, record: Record) -> Key | None:
-        """Return the key that sorts by interval, and within it the first first."""
-        interval = record.step // self.steps if self.steps else record.progress.epochs // (self.epochs or 1)
-        return (interval, *commit_order(record)) if interval else None
-
-    def _is_first(self, record: Record, history: Ledger) -> bool:
-        key = self.sort_key(record)
-        if key is None:
-            return False
-        in_turn = history.by(self)
-        before = in_turn.rank(key) - 1
-        earlier = self.sort_key(in_turn[before]) if before >= 0 else None
-        return earlier is None or earlier[0] != key[0]
+    def _spaced(self, history: Sequence[Record]) -> list[Record]:
+        assert self.seconds is not None
+        kept: list[Record] = []
+        for record in history:
+            if not kept or not 0 <= record.time - kept[-1].time < self.seconds:
+                kept.append(record)
+        return kept
 
     def __str__(self) -> str:
         if self.seconds is not None:
             return f"one every {self.seconds:g} s"
         return f"one every {self.steps} steps" if self.steps else f"one every {self.epochs} epochs"
-
-
-@attrs.frozen
-class _Spaced:
-    """Those that are so many seconds apart, each from the one before: in commit order."""
-
-    seconds: float
-
-    def begin(self) -> _Places:
-        return _Places()
-
-    def take(self, state: _Places, record: Record) -> _Places:
-        places = state.places
-        if places and 0 <= record.time - places[-1].time < self.seconds:
-            return state
-        return attrs.evolve(state, places=places.put(commit_order(record), record))
-
-    def untake(self, state: _Places, record: Record, *, is_newest: bool) -> _Places | None:
-        places = state.places.drop(commit_order(record))
-        return attrs.evolve(state, places=places) if is_newest or places is state.places else None
 
 
 @attrs.frozen
@@ -433,23 +233,7 @@ class KeepAll:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`."""
-        return Kept(self, ledger_of(history))
-
-    def why(self, record: Record, history: Ledger) -> str | None:
-        """See `Asked.why`."""
-        return str(self)
-
-    def kept(self, history: Ledger) -> Iterable[Record]:
-        """See `Asked.kept`."""
-        return history
-
-    def may_lose(self, before: Ledger, history: Ledger) -> Iterable[Record]:
-        """See `Asked.may_lose`."""
-        return ()
-
-    def instead_of(self, record: Record, history: Ledger) -> Iterable[Record]:
-        """See `Asked.instead_of`."""
-        return ()
+        return dict.fromkeys((record.name for record in history), str(self))
 
     def __str__(self) -> str:
         return "everything"
@@ -476,14 +260,14 @@ class Budget:
 
     def drop(self, kept: Sequence[Record], ranking: Ranking | None) -> Mapping[str, str]:
         """See `Limit.drop`."""
-        ledger = ledger_of(kept)
-        excess = ledger.bytes - self.bytes
-        dropped: dict[str, str] = {}
+        excess = sum(record.size for record in kept) - self.bytes
         if excess <= 0:
-            return dropped
-        best = [] if ranking is None else islice(ranked_by(ranking, ledger), 1)
-        safe = {record.name for record in (*best, *ledger[-1:])}
-        for record in ledger if ranking is None else reversed(ledger.by(ranking)):
+            return {}
+        ranked = [] if ranking is None else ranking.ranked(kept)
+        names = {record.name for record in ranked}
+        safe = {record.name for record in (*ranked[:1], *kept[-1:])}
+        dropped: dict[str, str] = {}
+        for record in (*(record for record in kept if record.name not in names), *reversed(ranked)):
             if excess <= 0:
                 break
             if not record.pinned and record.name not in safe:

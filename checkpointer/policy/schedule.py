@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import attrs
 
 from checkpointer.errors import MetricError, ObservationError
-from checkpointer.policy.decide import Skip
+from checkpointer.policy.decide import Decision, Skip, advance
 from checkpointer.policy.triggers import ALWAYS, Horizon, Trigger, horizon_of
 from checkpointer.records.record import Observation, Progress, as_metrics
 
@@ -169,10 +169,12 @@ class Schedule:
 
     # What was due
 
-    def answered(self, progress: Progress, time: float, *, waiting: str = "") -> None:
-        """Count the due point as answered; ``waiting`` leaves it open for the next report that has the metric."""
-        self.since, self.owed = progress, waiting
-        self.look_ahead(time)
+    def take(self, decision: Decision, now: Observation, time: float) -> None:
+        """Take in what became of an observation."""
+        since, self.owed = advance(decision, now, self.when, since=self.since, owed=self.owed)
+        if since is not self.since:
+            self.since = since
+            self.look_ahead(time)
 
     def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: str = "") -> None:
         """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""

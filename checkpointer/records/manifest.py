@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable
+from functools import cached_property
 from typing import Any
 
 import attrs
 
-from checkpointer.policy.ledger import BY_STEP, Ledger, commit_order, ledger_of
-from checkpointer.records.record import Kind, Line, Observation, Record
+from checkpointer.records.record import Line, Observation, Record, commit_order
 
 __all__ = ["Manifest"]
 
 
-@attrs.frozen
-class _Own:
-    """Holds of the records that a run wrote under a label."""
+class _Sorted(tuple[Record, ...]):
+    """Records that are in commit order, so that they are not sorted again."""
 
-    run: str
-    label: str
-
-    def __call__(self, record: Record) -> bool:
-        return record.run == self.run and record.label == self.label
+    __slots__ = ()
 
 
-@attrs.frozen
-class _OnLine:
-    """Holds of the records that lie on a line."""
-
-    line: Line
-
-    def __call__(self, record: Record) -> bool:
-        shared = len(record.line)
-        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
-
-
-@attrs.frozen
-class _OfKind:
-    kind: Kind
-
-    def __call__(self, record: Record) -> bool:
-        return record.kind == self.kind
-
-
-@attrs.frozen
-class _Other:
-    """Holds of the records that have another name."""
-
-    name: str
-
-    def __call__(self, record: Record) -> bool:
-        return record.name != self.name
-
-
-@attrs.frozen(eq=False)
-class _ByName(Mapping[str, Record]):
-    """The records of a ledger by name, in commit order."""
-
-    ledger: Ledger
-
-    def __getitem__(self, name: str) -> Record:
-        record = self.ledger.named(name)
-        if record is None:
-            raise KeyError(name)
-        return record
-
-    def __iter__(self) -> Iterator[str]:
-        return (record.name for record in self.ledger)
-
-    def __len__(self) -> int:
-        return len(self.ledger)
+def _in_order(records: Iterable[Record]) -> tuple[Record, ...]:
+    return records if isinstance(records, _Sorted) else _Sorted(sorted(records, key=commit_order))
 
 
 @attrs.frozen(kw_only=True)
@@ -81,7 +32,7 @@ class Manifest:
     abandoned follows from the records themselves, whatever was retired or interrupted in between.
     """
 
-    records: Ledger = attrs.field(factory=Ledger, converter=ledger_of)
+    records: tuple[Record, ...] = attrs.field(default=(), converter=_in_order)
     """Committed records of every run and label, in commit order."""
     run: str = ""
     """Id of the run that looks; its own records are the only ones it may retire."""
@@ -93,46 +44,42 @@ class Manifest:
     """Names of payloads that no committed record names: never touched, never reused."""
     seen: frozenset[str] = frozenset()
     """Names of metrics reported so far, saved or not."""
-    aside: tuple[Record, ...] = ()
+    aside: tuple[Record, ...] = attrs.field(default=(), converter=_in_order)
     """Records that do not count, because their payload is gone or is not what was written. Their names stay taken."""
     elsewhere: tuple[Record, ...] = ()
     """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
     resumed: str = ""
     """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
 
-    @property
-    def own(self) -> Ledger:
+    @cached_property
+    def own(self) -> tuple[Record, ...]:
         """Records this run wrote under this label, in commit order."""
-        return self.records.where(_Own(self.run, self.label))
+        return tuple([r for r in self.records if r.run == self.run and r.label == self.label])
 
-    @property
-    def live(self) -> Ledger:
+    @cached_property
+    def live(self) -> tuple[Record, ...]:
         """Own records on the current line, rescues included."""
-        return self.own.where(_OnLine(self.line))
+        line = self.line
+        return tuple([record for record in self.own if record.line == line or self.counts(record)])
 
-    @property
-    def history(self) -> Ledger:
+    @cached_property
+    def history(self) -> tuple[Record, ...]:
         """Own records that count: neither abandoned nor a rescue."""
-        return self.live.where(_OfKind("regular"))
-
-    @property
-    def rescues(self) -> Ledger:
-        """Those of the `live` that are none of the `history`."""
-        return self.live.where(_OfKind("rescue"))
-
-    def history_but(self, name: str) -> Ledger:
-        """Return the `history` without the one of a name."""
-        return self.history.where(_Other(name))
+        return tuple([record for record in self.live if record.kind == "regular"])
 
     @property
     def abandoned(self) -> tuple[Record, ...]:
         """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
         return tuple(record for record in self.own if not self.counts(record))
 
-    @property
-    def by_name(self) -> Mapping[str, Record]:
+    @cached_property
+    def by_name(self) -> dict[str, Record]:
         """Every record by its name."""
-        return _ByName(self.records)
+        return {record.name: record for record in self.records}
+
+    @cached_property
+    def _by_step(self) -> dict[int, Record]:
+        return {record.step: record for record in self.history}
 
     @property
     def taken(self) -> frozenset[str]:
@@ -167,19 +114,12 @@ class Manifest:
 
     def counts(self, record: Record) -> bool:
         """Return whether the record lies on the current line."""
-        return _OnLine(self.line)(record)
-
-    def live_among(self, names: Iterable[str]) -> tuple[Record, ...]:
-        """Return the `live` records that have one of these names, in commit order."""
-        found = [record for name in names if (record := self.live.named(name)) is not None]
-        return tuple(sorted(found, key=commit_order))
+        shared = len(record.line)
+        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""
-        by_step = self.history.by(BY_STEP)
-        place = by_step.rank((step + 1,)) - 1
-        found = by_step[place] if place >= 0 else None
-        return found if found is not None and found.step == step else None
+        return self._by_step.get(step)
 
     def draft(self, name: str, now: Observation, **known: Any) -> Record:
         """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
@@ -196,27 +136,26 @@ class Manifest:
 
     def with_record(self, record: Record) -> Manifest:
         """Return the manifest after ``record`` was committed, in place of any other of that name."""
+        others = self.without(record.name)
+        is_newest = not others.records or commit_order(others.records[-1]) < commit_order(record)
+        records = (*others.records, record)
         foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
-        other = self.records.named(record.name)
-        gone = () if other is None else (other,)
-        records = self.records.changed(gone=gone, come=[record])
-        return attrs.evolve(self, records=records, foreign=foreign, aside=_others(self.aside, [record.name]))
+        return attrs.evolve(others, records=_Sorted(records) if is_newest else records, foreign=foreign)
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""
-        gone = [record for name in names if (record := self.records.named(name)) is not None]
-        aside = _others(self.aside, names)
-        if not gone and aside is self.aside:
+        if self.by_name.keys().isdisjoint(names) and not any(record.name in names for record in self.aside):
             return self
-        return attrs.evolve(self, records=self.records.changed(gone=gone), aside=aside)
+        records = _Sorted([record for record in self.records if record.name not in names])
+        aside = _Sorted([record for record in self.aside if record.name not in names])
+        return attrs.evolve(self, records=records, aside=aside)
 
     def without_payload(self, *records: Record, there: Container[str] = ()) -> Manifest:
         """Return the manifest after these records turned out not to count; ``there``: names that a file has."""
         names = [record.name for record in records]
         manifest = self.without(*names)
-        aside = sorted((*manifest.aside, *records), key=commit_order)
         foreign = manifest.foreign.union(name for name in names if name in there)
-        return attrs.evolve(manifest, aside=tuple(aside), foreign=foreign)
+        return attrs.evolve(manifest, aside=(*manifest.aside, *records), foreign=foreign)
 
     def seen_by(self, run: str, line: Line) -> Manifest:
         """Return the same records as another run, or another line of it, sees them."""
@@ -243,9 +182,3 @@ class Manifest:
             return on_line
         fork = 1 + max((number for other in own for number, _ in other.line), default=0)
         return self.seen_by(run, (*line, (fork, step)))
-
-
-def _others(records: tuple[Record, ...], names: Collection[str]) -> tuple[Record, ...]:
-    """Return the records that have other names: the very same tuple if all have."""
-    left = tuple(record for record in records if record.name not in names)
-    return left if len(left) < len(records) else records

@@ -17,7 +17,7 @@ from checkpointer._validation import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
 from checkpointer.records.names import has_surrogate, name_problem
 
-__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics"]
+__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics", "commit_order"]
 
 SCHEMA: Final = 1
 """Number of the record format; a reader refuses a higher one."""
@@ -250,6 +250,11 @@ class Record:
         """Read what `to_dict` wrote; errors say ``where`` the bad value stands."""
         reader = _Reader(data, where)
         return cls(**{field: read(reader, field) for field, read in _READERS.items()})
+
+
+def commit_order(record: Record) -> tuple[int, float, str, str]:
+    """Return the key that sorts records in the order they were committed."""
+    return record.serial, record.time, record.token, record.name
 
 
 @attrs.frozen(kw_only=True)

@@ -191,10 +191,9 @@ class SaveExecutor:
 
     def _answer(self, decision: Save, *, is_saved: bool = False) -> None:
         """Count a due point as answered, whether or not the write succeeds: the next one is another."""
-        if decision.kind == "regular":
-            if is_saved:
-                self.saved_steps.add(decision.observation.step)
-            self.pacing.answered(decision.observation.progress, self.clock.time())
+        if decision.kind == "regular" and is_saved:
+            self.saved_steps.add(decision.observation.step)
+        self.pacing.take(decision, decision.observation, self.clock.time())
 
     def _failed(self, decision: Save | Attach, error: BaseException) -> Skip:
         """Raise what a failed save raises, or warn of it if that is tolerated."""

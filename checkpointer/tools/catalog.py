@@ -12,10 +12,9 @@ from checkpointer.commit import index
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
-from checkpointer.policy.ledger import commit_order
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Entry, Record
+from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.access import access_advice
 from checkpointer.tools.query import name_like
 

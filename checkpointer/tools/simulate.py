@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from checkpointer.errors import ObservationError
-from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, surplus
+from checkpointer.policy.decide import Attach, Decision, Save, Skip, advance, decide, own_name, surplus
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.triggers import AnyOf, DuringEpochs, EveryEpochs, EverySeconds, Trigger
 from checkpointer.records.manifest import Manifest
@@ -127,6 +127,7 @@ class _Play:
         self._begun = self._since.time
         self._owed = ""
         self._serial = 0
+        self._bytes = 0
         self.born: dict[str, Record] = {}
         self.retired: dict[str, int] = {}
 
@@ -134,28 +135,25 @@ class _Play:
         newest = self.manifest.newest
         lost_steps = now.step - (newest.step if newest else 0)
         lost_s = now.time - (newest.time if newest else self._begun)
-        self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(now.metrics))
+        if not self.manifest.seen.issuperset(now.metrics):
+            self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(now.metrics))
         decision = decide(self._policy, now, self.manifest, since=self._since, owed=self._owed)
+        self._since, self._owed = advance(decision, now, self._policy.when, since=self._since, owed=self._owed)
         if isinstance(decision, Save):
             self._save(decision)
-        elif isinstance(decision, Skip) and decision.due:
-            self._since, self._owed = now.progress, decision.waiting
-        elif self._policy.when.due(now.progress, self._since):
-            # The step is saved already, and that answers this due point.
-            self._since = now.progress
-        if isinstance(decision, Attach):
+        elif isinstance(decision, Attach):
             self._attach(decision)
-        peak = sum(record.size for record in self.manifest.records)
+        peak = self._bytes
         gone = () if isinstance(decision, Skip) else (*surplus(self._policy, self.manifest), *self._slot_left())
         for name in gone:
-            self.retired[self.manifest.by_name[name].token] = now.step
+            self._remove(self.manifest.by_name[name], now.step)
         self.manifest = self.manifest.without(*gone)
         return Moment(
             observation=now,
             decision=decision,
             retired=gone,
             num_kept=len(self.manifest.records),
-            bytes=sum(record.size for record in self.manifest.records),
+            bytes=self._bytes,
             peak_bytes=peak,
             lost_steps=lost_steps,
             lost_s=lost_s,
@@ -167,12 +165,14 @@ class _Play:
         newest = self.manifest.history[-1].name if self.manifest.history else slot
         return (slot,) if self._policy.last and slot in self.manifest.by_name and newest != slot else ()
 
+    def _remove(self, record: Record, step: int) -> None:
+        self.retired[record.token] = step
+        self._bytes -= record.size
+
     def _save(self, decision: Save) -> None:
         now = decision.observation
-        self._since, self._owed = now.progress, ""
-        replaced = self.manifest.by_name.get(decision.name)
-        if replaced is not None:
-            self.retired[replaced.token] = now.step
+        if decision.name in self.manifest.by_name:
+            self._remove(self.manifest.by_name[decision.name], now.step)
         # Not the manifest's own next one: a serial of what is gone must not come again.
         self._serial += 1
         record = self.manifest.draft(
@@ -185,6 +185,7 @@ class _Play:
             token=str(self._serial),
         )
         self.born[record.token] = record
+        self._bytes += record.size
         self.manifest = self.manifest.with_record(record)
 
     def _attach(self, decision: Attach) -> None:
@@ -192,12 +193,6 @@ class _Play:
         record = saved.attached(decision.observation)
         if saved.name in self._policy.aliases:
             # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
-            record = attrs.evolve(record, name=self._own_name(saved))
+            record = attrs.evolve(record, name=own_name(self._policy, saved, self.manifest))
         self.born[record.token] = record
         self.manifest = self.manifest.without(saved.name).with_record(record)
-
-    def _own_name(self, record: Record) -> str:
-        naming = self._policy.name
-        known = self.manifest.seen | self._policy.known_metrics | set(naming.keys)
-        stem = naming.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-        return naming.free_name(stem, self.manifest.taken.union(self._policy.aliases))

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import attrs
 import pytest
-from support.factories import history, record
+from support.factories import history, manifest, record
 
+from checkpointer import EverySteps, Policy, explain
 from checkpointer.errors import PolicyError
-from checkpointer.policy.ledger import Ledger
 from checkpointer.policy.ranking import Metric, Ranking
-from checkpointer.policy.reasons import kept_by
 from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast, Rule
 from checkpointer.records.record import Record
 
@@ -95,9 +93,10 @@ def test_reasons_are_words_with_the_rank() -> None:
 
 def test_a_list_of_rules_is_their_union() -> None:
     """A record lives while any rule keeps it, and has the reason of each."""
-    kept = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(1, 3, 2), LOSS).to_dict()
+    policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])
+    kept = explain(policy, manifest(history(1, 3, 2)))
     assert {"s1": ("#1 of the best 1 by loss (min)",), "s3": ("the last 1",)} == kept
-    both = kept_by([KeepBest(1, "loss", mode="min"), KeepLast(1)], [], history(3, 1), LOSS).to_dict()
+    both = explain(policy, manifest(history(3, 1)))
     assert {"s2": ("#1 of the best 1 by loss (min)", "the last 1")} == both
 
 
@@ -135,7 +134,7 @@ def test_a_budget_spares_the_pinned_but_counts_them() -> None:
 def test_a_budget_spares_the_best_that_the_rule_ranks() -> None:
     """A better value from the warm-up is not the best, and cannot take its protection."""
     rule = KeepBest(1, "loss", mode="min", after_step=1)
-    kept = kept_by([rule, KeepAll()], [Budget(bytes=20)], history(0, 1, 2, 3), rule).to_dict()
+    kept = explain(Policy(EverySteps(1), [rule, KeepAll(), Budget(bytes=20)]), manifest(history(0, 1, 2, 3)))
     assert {"s2", "s4"} == kept.keys()
 
 
@@ -150,7 +149,8 @@ class DropAll:
 def test_no_limit_drops_a_pinned_record() -> None:
     """A pinned checkpoint lives whatever a user's own limit says."""
     records = [record(step=1, pinned=True), record(step=2)]
-    assert {"s1": ("everything",)} == kept_by([KeepAll()], [DropAll()], records, None).to_dict()
+    kept = explain(Policy(EverySteps(1), [KeepAll(), DropAll()]), manifest(records))
+    assert {"s1": ("everything", "pinned")} == kept
 
 
 @pytest.mark.parametrize(
@@ -195,18 +195,5 @@ def test_who_keeps_a_place_among_equals_follows_from_what_is_there() -> None:
     """Of three equals the first lost its place to a better one. With it gone, its place would have been the third's."""
     rule = KeepBest(2, "loss", mode="min", ties="incumbent")
     one, two, three, better = history(2, 2, 2, 1)
-    ledger = Ledger([one, two, three, better])
-    assert ["s2", "s4"] == sorted(rule.keep(ledger))
-    left = ledger.changed(gone=[one])
-    assert ["s3", "s4"] == sorted(rule.keep(Ledger([two, three, better]))) == sorted(rule.keep(left))
-
-
-@pytest.mark.parametrize("count", [1, 16, 17, 40, 100])
-def test_whoever_lost_a_place_since_is_found(count: int) -> None:
-    """However many came, each better than all before, since it was last asked what no rule keeps."""
-    rule = KeepBest(1, "loss", mode="min", ties="incumbent")
-    ledger = Ledger(history(1000.0))
-    assert frozenset() == kept_by([rule], [], ledger, None).unkept
-    for better in history(*range(999, 999 - count, -1)):
-        ledger = ledger.changed(come=[attrs.evolve(better, name=f"n{better.serial}", serial=better.serial + 1)])
-    assert {r.name for r in ledger[:-1]} == kept_by([rule], [], ledger, None).unkept
+    assert ["s2", "s4"] == sorted(rule.keep([one, two, three, better]))
+    assert ["s3", "s4"] == sorted(rule.keep([two, three, better]))
