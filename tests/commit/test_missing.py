@@ -281,14 +281,14 @@ class RemovedStorage(LocalStorage):
 
 
 @pytest.mark.filterwarnings("ignore:::checkpointer")
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [None, "wait"])
 @pytest.mark.parametrize(
     "policy",
     [WITH_ALIASES, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="copy", best="copy")],
     ids=["links", "slot"],
 )
 def test_a_directory_that_is_removed_at_any_moment_ends_no_training(
-    tmp_path: Path, policy: Policy, background: bool
+    tmp_path: Path, policy: Policy, background: Any
 ) -> None:
     """A save and late metrics that move a slot: whenever all files vanish, the next save is there."""
     for at in range(1 + background, 500, 4):
