@@ -187,7 +187,7 @@ class Record:
     kind: Kind = "regular"
     """``"rescue"`` for a save made because of an exception or a signal."""
     reason: str = ""
-    """Why it was saved, in words."""
+    """Why it was saved."""
     run: str
     """Id of the training run, kept across its restarts."""
     label: str = ""
@@ -217,12 +217,12 @@ class Record:
         return attrs.evolve(self, metrics={**self.metrics, **now.metrics}, epoch_end=epoch_end)
 
     def __str__(self) -> str:
-        return f"{self.name}: {'; '.join(text for _, text in self._words() if text)}"
+        return f"{self.name}: {'; '.join(text for _, text in self._facts() if text)}"
 
     def _repr_html_(self) -> str:
-        return lines_html(self.name, [*self._words(), ("run", self.run), ("digest", self.digest)])
+        return lines_html(self.name, [*self._facts(), ("run", self.run), ("digest", self.digest)])
 
-    def _words(self) -> list[tuple[str, str]]:
+    def _facts(self) -> list[tuple[str, str]]:
         rescue = "a rescue" if self.kind == "rescue" else ""
         weights = "weights only" if self.contents == "weights" else ""
         metrics = ", ".join(f"{name}={number_text(value)}" for name, value in self.metrics.items())
@@ -261,7 +261,7 @@ def commit_order(record: Record) -> tuple[int, float, str, str]:
 class Entry:
     """One record file: a record and how far its write or removal has come.
 
-    ``pending``: the payload may be there or not; its digest tells. ``previous`` is the record that the write
+    ``pending``: the payload may be there or not; its digest shows which. ``previous`` is the record that the write
     replaces. ``retired``: no longer a checkpoint, its payload is about to go.
     """
 
@@ -373,12 +373,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> NoReturn:
-    msg = f"{text} is no number"
+    msg = f"{text} is not a number"
     raise ValueError(msg)
 
 
 def as_number(value: object) -> float | None:
-    """Return a number as a float; None if it is no number, or too large for one."""
+    """Return a number as a float; None if it is not a number, or too large for one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
