@@ -38,16 +38,9 @@ from checkpointer.errors import (
     StorageError,
     UnsafePayloadError,
 )
+from checkpointer.records.codec import MAX_DEPTH, MAX_RECORD_BYTES, parse_json
 from checkpointer.records.names import check_name
-from checkpointer.records.record import (
-    MAX_DEPTH,
-    MAX_RECORD_BYTES,
-    MAX_WRITTEN_BYTES,
-    Entry,
-    Record,
-    check_readable,
-    parse_json,
-)
+from checkpointer.records.record import MAX_WRITTEN_BYTES, Entry, Record, check_readable
 from checkpointer.restore.load import verify
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import digest_of

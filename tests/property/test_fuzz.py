@@ -30,7 +30,8 @@ from checkpointer.errors import AliasInUseError, PolicyError, RecordError
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.retention import Budget, KeepBest, KeepEvery
 from checkpointer.policy.triggers import AnyOf, AtSteps, EverySeconds
-from checkpointer.records.record import Entry, to_json
+from checkpointer.records.codec import to_json
+from checkpointer.records.record import Entry
 from checkpointer.storage import MemoryStorage
 from checkpointer.storage.digests import digest_of
 from checkpointer.storage.owner import new_owner
