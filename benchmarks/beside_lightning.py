@@ -2,7 +2,7 @@
 
 Run it with ``make bench-lightning``. Trainings of both take turns in one process; medians are printed. Bytes are those
 that the process hands to the kernel (``wchar`` in ``/proc/self/io``) and those of them that are meant for a disk
-(``write_bytes``); links and clones are neither, for they are no writing. Timings on a busy machine are noisy.
+(``write_bytes``); links and clones are neither, because they write no bytes. Timings on a busy machine are noisy.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def saves(megabytes: int, repeats: int) -> list[Row]:
     for peer, goal in (("Lightning", "<= 0.6 x"), ("Lightning + fsync", "")):
         times = median("ours", "seconds"), median(peer, "seconds")
         rows.append(compared(what, times[0], peer, times[1], unit="s", goal=goal))
-    for words, field in (("bytes written", "written"), ("bytes to the disk", "to_disk")):
+    for text, field in (("bytes written", "written"), ("bytes to the disk", "to_disk")):
         ours, theirs = median("ours", field), median("Lightning", field)
-        rows.append(compared(f"{what}: {words}", ours, "Lightning", theirs, scale=1e-9, unit="GB", goal="<= 0.5 x"))
+        rows.append(compared(f"{what}: {text}", ours, "Lightning", theirs, scale=1e-9, unit="GB", goal="<= 0.5 x"))
     ours, theirs = median("ours", "dumps"), median("Lightning", "dumps")
     rows.append((f"{what}: state dumps", f"{ours:.0f}", "Lightning", f"{theirs:.0f}", f"{ours / theirs:.2f} x"))
     return rows

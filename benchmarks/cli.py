@@ -85,7 +85,7 @@ def make_many(folder: Path, count: int) -> None:
         (records / f"{name}.json").write_bytes(Entry(record=record).to_json())
         _share(payload, folder / "many" / name)
     with CheckpointManager(folder / "many", Policy(EverySteps(1), [KeepLast(1)]), state=dict):
-        pass  # As whoever wrote them, it leaves an index.
+        pass  # Like the writer of a real run, it leaves an index.
 
 
 def _share(payload: Path, path: Path) -> None:

@@ -209,12 +209,12 @@ def observe_not_due() -> list[Row]:
         arguments = TrainingArguments(
             output_dir=tempfile.mkdtemp(), save_strategy="steps", save_steps=10**9, logging_strategy="no", report_to=[]
         )
-        flow, told, control = DefaultFlowCallback(), TrainerState(max_steps=10**10), TrainerControl()
-        told.save_steps = 10**9
+        flow, state, control = DefaultFlowCallback(), TrainerState(max_steps=10**10), TrainerControl()
+        state.save_steps = 10**9
 
         def flow_step(n: int) -> None:
-            told.global_step = n
-            flow.on_step_end(arguments, told, control)
+            state.global_step = n
+            flow.on_step_end(arguments, state, control)
 
         sides["HF flow callback"] = flow_step
     with contextlib.suppress(ImportError):
@@ -331,7 +331,7 @@ def bytes_written() -> list[Row]:
     """Thirty saves under "best three and last", in bytes given to write calls per payload byte."""
     state = state_of(8, 4)
     size = sum(tensor.nbytes for tensor in state.values())
-    losses = [1 / n for n in range(1, 31)]  # Each is the best so far, so that everybody saves thirty times.
+    losses = [1 / n for n in range(1, 31)]  # Each is the best so far, so that each side saves thirty times.
     took: dict[str, float] = {}
     with folder() as path:
         policy = Policy(EverySteps(1), [KeepBest(3, "loss", mode="min")], last="copy")
@@ -590,10 +590,10 @@ def with_many(counts: Sequence[int]) -> list[Row]:
         took = {count: measured_with(count, Policy(EverySteps(1), MANY_KEPT[kept])) for count in counts}
         base = took[counts[0]][1]
         for count, (quiet, saved, opened) in took.items():
-            words = f"step {quiet * 1e6:.2f} us, save {saved * 1e3:.1f} ms of CPU"
+            text = f"step {quiet * 1e6:.2f} us, save {saved * 1e3:.1f} ms of CPU"
             more = f"{(saved - base) * 1e3:+.1f} ms"
             goal = {1000: "<= +5 ms", 10_000: "<= +100 ms"}.get(count, "")
-            rows.append((f"with {count} checkpoints, {kept}", words, f"open {opened:.2f} s", "10", more, goal))
+            rows.append((f"with {count} checkpoints, {kept}", text, f"open {opened:.2f} s", "10", more, goal))
     return rows
 
 

@@ -34,7 +34,7 @@ from checkpointer.storage import open_storage
 
 KEEP_1 = Policy(EverySteps(1), [KeepLast(1)])
 CHUNK = 4 << 20
-BOTO_PART, BOTO_THREADS = 8 << 20, 10  # What boto3's upload_file takes unless it is told otherwise.
+BOTO_PART, BOTO_THREADS = 8 << 20, 10  # What boto3's upload_file takes by default.
 SIDES = ("upload", "save", "put_file", "botocore")
 
 

@@ -29,7 +29,7 @@ CALLS = 20_000
 
 
 class Nothing(TrainerCallback):
-    """Hears what ours hears, and does nothing."""
+    """Gets the events that ours gets, and does nothing."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
 

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Final
 
-__all__ = ["age_text", "lines_html", "number_text", "one_line", "size_text", "some_of", "table_html"]
+__all__ = [
+    "age_text",
+    "count_text",
+    "every_text",
+    "lines_html",
+    "number_text",
+    "one_line",
+    "size_text",
+    "some_of",
+    "table_html",
+]
 
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
@@ -42,6 +52,26 @@ def age_text(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0.0):.0f} s"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Example:
+        >>> count_text(1, "epoch"), count_text(2, "epoch")
+        ('1 epoch', '2 epochs')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def every_text(interval: int, noun: str) -> str:
+    """Return an interval.
+
+    Example:
+        >>> every_text(1, "epoch"), every_text(2, "epoch")
+        ('every epoch', 'every 2 epochs')
+    """
+    return f"every {noun}" if interval == 1 else f"every {count_text(interval, noun)}"
 
 
 def number_text(value: float, digits: int = 6) -> str:

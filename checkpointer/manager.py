@@ -101,7 +101,7 @@ class CheckpointManager:
         >>> for epoch, loss in enumerate([0.9, 0.4, 0.6]):
         ...     decision = manager.observe({"loss": loss}, step=10 * (epoch + 1), epoch=epoch)
         >>> decision.reason
-        '3 epochs finished, every 1; loss=0.6 is not in the best 1 by loss (min)'
+        '3 epochs finished, every epoch; loss=0.6 is not in the best by loss (min)'
         >>> manager.best.name, manager.restore("best").state
         ('epoch=1-step=20.ckpt', {'w': 1})
         >>> manager.close()

@@ -15,7 +15,7 @@ from checkpointer.mirror.mirror import MirrorThread
 from checkpointer.mirror.plan import MirrorStatus
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, after, decide
 from checkpointer.policy.schedule import Schedule
-from checkpointer.policy.swapped_weights import told_apart
+from checkpointer.policy.swapped_weights import apart_from_saved
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock
 from checkpointer.records.manifest import Manifest
@@ -113,7 +113,7 @@ class Session:
         owed = self._schedule.owed or why
         decision = decide(self._directory.policy, now, manifest, since=self._schedule.since, owed=owed)
         if isinstance(decision, Attach):
-            apart, why_apart = told_apart(now, manifest.at_step(now.step))
+            apart, why_apart = apart_from_saved(now, manifest.at_step(now.step))
             if why_apart:
                 self._directory.say_once("swapped weights", why_apart)
                 decision = decide(self._directory.policy, apart, manifest, since=self._schedule.since, owed=owed)

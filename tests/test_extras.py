@@ -1,4 +1,4 @@
-"""What an error tells to install can be installed."""
+"""The extra that an error names can be installed."""
 
 from __future__ import annotations
 

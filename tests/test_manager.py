@@ -58,7 +58,7 @@ def make(directory: Any = None, policy: Policy = BEST_AND_LAST, **kwargs: Any) -
     return CheckpointManager(directory, policy, format=PlainFormat(), **kwargs)
 
 
-def telling(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
+def reporting(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
     """A manager whose host keeps the manager's own state in the state that is saved."""
 
     def take() -> dict[str, Any]:
@@ -202,7 +202,7 @@ def test_bad_metric_names_itself() -> None:
 
 
 def test_unreported_metric_warns_once_with_the_names_reported() -> None:
-    """A typo in a rule is told at the first due observation."""
+    """A typo in a rule is reported at the first due observation."""
     manager = make(policy=Policy(EverySteps(1), [KeepBest(1, "val_los", mode="min"), KeepLast(1)]))
     with pytest.warns(CheckpointerWarning, match=r"'val_los' was not reported at step 1 \(have: val_loss\)"):
         manager.observe({"val_loss": 1.0}, step=1, epoch=0)
@@ -453,7 +453,7 @@ def test_shortage_of_space_is_said_before_anything_is_written() -> None:
 
 
 def test_failing_delete_warns_and_is_retried() -> None:
-    """A retired checkpoint whose payload cannot go is no checkpoint any more, and goes later."""
+    """A retired checkpoint whose payload cannot go does not count any more, and goes later."""
 
     class Stuck(MemoryStorage):
         stuck = True
@@ -474,24 +474,24 @@ def test_failing_delete_warns_and_is_retried() -> None:
     assert ["epoch=0-step=3.ckpt"] == payloads(storage)
 
 
-def test_listeners_hear_after_durability_and_may_fail() -> None:
+def test_listeners_are_called_after_durability_and_may_fail() -> None:
     """on_saved sees the payload in place, on_retired its absence; a broken one only warns."""
     storage = MemoryStorage()
-    heard: list[tuple[str, int, bool]] = []
+    called: list[tuple[str, int, bool]] = []
 
-    class Heard(Listener):
+    class Called(Listener):
         def on_saved(self, record: Record) -> None:
-            heard.append(("saved", record.step, record.name in storage.list()))
+            called.append(("saved", record.step, record.name in storage.list()))
 
         def on_retired(self, record: Record) -> None:
-            heard.append(("retired", record.step, record.name in storage.list()))
+            called.append(("retired", record.step, record.name in storage.list()))
             raise ValueError("tracker down")
 
-    manager = make(storage, Policy(EverySteps(1), [KeepLast(1)]), listeners=[Heard()])
+    manager = make(storage, Policy(EverySteps(1), [KeepLast(1)]), listeners=[Called()])
     manager.observe({}, step=1, epoch=0)
-    with pytest.warns(CheckpointerWarning, match=r"Heard.on_retired failed .*tracker down.*the checkpoint is fine"):
+    with pytest.warns(CheckpointerWarning, match=r"Called.on_retired failed .*tracker down.*the checkpoint is fine"):
         manager.observe({}, step=2, epoch=0)
-    assert [("saved", 1, True), ("retired", 1, False), ("saved", 2, True)] == heard
+    assert [("saved", 1, True), ("retired", 1, False), ("saved", 2, True)] == called
 
 
 def test_trainer_owned_writing_gets_a_staged_path(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> No
     """A host that keeps it in the very file goes on where the file ends: its first step owes nothing."""
     kept: list[dict[str, Any]] = []
     policy = Policy(EverySteps(10), [KeepLast(2)], name="{step}")
-    with telling(tmp_path, policy, kept) as manager:
+    with reporting(tmp_path, policy, kept) as manager:
         manager.observe({}, step=10, epoch=0, epoch_end=False)
     with make(tmp_path, policy) as manager:
         manager.session.load_state_dict(kept[0])
@@ -576,7 +576,7 @@ def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> No
         assert manager.observe({}, step=20, epoch=0, epoch_end=False)
 
 
-def test_the_source_of_a_resumed_state_lives_on(tmp_path: Path) -> None:
+def test_the_source_of_a_resumed_state_is_kept(tmp_path: Path) -> None:
     """A host whose user chose the checkpoint says so: it is kept as one restored by name is."""
     policy = Policy(EverySteps(1), [KeepLast(1)], name="{step}")
     with make(tmp_path, policy) as manager:
@@ -594,7 +594,7 @@ def test_an_end_of_epoch_at_a_saved_step_is_not_made_up_for_later() -> None:
     storage = MemoryStorage()
     policy = Policy(AnyOf(EveryEpochs(1), EverySteps(4)), [KeepLast(9)])
     kept: list[dict[str, Any]] = []
-    with telling(storage, policy, kept) as manager:
+    with reporting(storage, policy, kept) as manager:
         manager.observe({}, step=4, epoch=0, epoch_end=False)
         assert "attached the end of its epoch" in manager.observe({}, step=4, epoch=0, epoch_end=True).reason
         assert manager.records[0].epoch_end
@@ -609,7 +609,7 @@ def test_a_host_may_say_why_it_is_due() -> None:
     manager = make(policy=Policy(EverySteps(100), [KeepBest(1, "loss", mode="min")]))
     decision = manager.session.decide({"loss": 1.0}, step=7, epoch=0, epoch_end=False, due="the training ends")
     assert isinstance(decision, Save)
-    assert "the training ends; kept by #1 of the best 1 by loss (min)" == decision.reason
+    assert "the training ends; kept by the best by loss (min)" == decision.reason
     manager.session.commit(decision)
     assert not manager.session.decide({"loss": 2.0}, step=8, epoch=0, epoch_end=False, due="the training ends")
 
@@ -654,7 +654,7 @@ def test_state_dict_carries_primitives_and_resumes_the_run(tmp_path: Path) -> No
 
 
 def test_to_yaml_writes_paths_and_scores(tmp_path: Path) -> None:
-    """Best first, by full path, in best_k_models.yaml unless told otherwise."""
+    """Best first, by full path, in best_k_models.yaml by default."""
     with make(tmp_path, Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")])) as manager:
         for step, loss in enumerate([0.9, 0.4, 0.6], start=1):
             manager.observe({"loss": loss}, step=step, epoch=0)
@@ -701,13 +701,14 @@ def test_a_state_that_is_no_function_is_refused_at_once(state: Any) -> None:
 
 
 def test_verbose_logs_the_plan_and_each_decision(caplog: pytest.LogCaptureFixture) -> None:
-    """One line in words at the start, one per decision."""
+    """One line at the start, one per decision."""
     with caplog.at_level(logging.INFO, logger="checkpointer"):
         manager = make(policy=Policy(AnyOf(EverySteps(5), EveryEpochs(1)), [KeepLast(1)]), verbose=True)
         manager.observe({}, step=5, epoch=0)
-    assert "memory: save every 5 steps or every 1 epochs; keep the last 1" == caplog.messages[0]
+    assert "memory: save every 5 steps or every epoch; keep the newest" == caplog.messages[0]
     assert (
-        "step 5: step 5 reached a multiple of 5; 1 epochs finished, every 1; kept by the last 1" == caplog.messages[1]
+        "step 5: step 5 reached a multiple of 5; 1 epoch finished, every epoch; kept by the newest"
+        == caplog.messages[1]
     )
 
 

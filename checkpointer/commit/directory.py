@@ -23,8 +23,9 @@ from checkpointer.errors import CheckpointerWarning, NameTakenError, RecordError
 from checkpointer.policy.decide import Reasons, own_name
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsLinks, SupportsPaths, SupportsSweep, SupportsURLs
+from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import SCHEMA, Entry, Line, Observation, Record, as_number, check_readable
+from checkpointer.records.record import SCHEMA, Entry, Line, Observation, Record, check_readable
 from checkpointer.storage.access import access_advice
 from checkpointer.storage.owner import is_live
 

@@ -12,9 +12,10 @@ import xxhash
 from checkpointer.commit.signing import HMACKey, check_signature
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
+from checkpointer.records.codec import MAX_RECORD_BYTES
+from checkpointer.records.codec import parse_json as parse_json
 from checkpointer.records.names import MAX_PART_BYTES
-from checkpointer.records.record import MAX_RECORD_BYTES, SCHEMA, Entry
-from checkpointer.records.record import parse_json as parse_json
+from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
 from checkpointer.storage.reread import read_whole
 

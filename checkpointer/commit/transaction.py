@@ -53,8 +53,9 @@ from checkpointer.ports import (
     Upload,
     Writable,
 )
+from checkpointer.records.codec import parse_json, to_json
 from checkpointer.records.names import check_name
-from checkpointer.records.record import SCHEMA, Entry, Record, parse_json, to_json
+from checkpointer.records.record import SCHEMA, Entry, Record
 from checkpointer.storage.digests import (
     ALGORITHM,
     CRYPTOGRAPHIC,

@@ -229,7 +229,7 @@ class DistributedManager:
     def _heed(self, told: _Broadcast) -> _Broadcast:
         self._told = told
         self._taken = self._loaded = None
-        self._quiet = Skip(reason=f"not due{told.horizon.words()}")
+        self._quiet = Skip(reason=f"not due{told.horizon.text()}")
         return told
 
     @property

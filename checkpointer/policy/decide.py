@@ -53,7 +53,7 @@ class Save:
     retire: tuple[str, ...] = ()
     """Checkpoints that no rule keeps once this one is committed."""
     reason: str
-    """Why, in words."""
+    """Why."""
     observation: Observation
     """What is saved: the commit needs nothing else."""
     kind: Kind = "regular"
@@ -80,7 +80,7 @@ class Attach:
     retire: tuple[str, ...] = ()
     """Checkpoints that no rule keeps after the new ranking."""
     reason: str
-    """Why, in words."""
+    """Why."""
     observation: Observation
     """Where the new metrics come from."""
 
@@ -99,7 +99,7 @@ class Skip:
     """Nothing is saved. Falsy."""
 
     reason: str
-    """Why not, in words."""
+    """Why not."""
     due: bool = False
     """Whether the observation was due; a declined one counts for the triggers."""
     waiting: str = ""
@@ -337,7 +337,7 @@ class Reasons:
 
     @cached_property
     def _always(self) -> tuple[Mapping[str, str], ...]:
-        """What lives whatever a limit says."""
+        """What is kept whatever a limit says."""
         newest = self._newest if self._newest.keys() <= self._dropped else {}
         source = self.manifest.resumed
         resumed = {source: "resumed from"} if source and source in self.manifest.by_name else {}
@@ -378,7 +378,7 @@ class Reasons:
 
 
 def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
-    """Return why each checkpoint of the run lives, by name; what is not in it is `surplus`.
+    """Return why each checkpoint of the run is kept, by name; what is not in it is `surplus`.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy, explain

@@ -11,7 +11,7 @@ __all__ = ["manifest_html"]
 
 
 def manifest_html(policy: Policy, manifest: Manifest, where: str) -> str:
-    """Return the run's checkpoints, oldest first: name, step, metrics, size, and why each lives."""
+    """Return the run's checkpoints, oldest first: name, step, metrics, size, and why each is kept."""
     why = explain(policy, manifest)
     rows = []
     for record in manifest.live:

@@ -98,7 +98,7 @@ def _field(template: str, key: str, spec: str, conversion: str | None) -> _Field
         except ValueError:
             continue
         return _Field(key, spec)
-    msg = f"the template {template!r} has {spec!r}, which is no number format; use one such as '.3f' or '02d'"
+    msg = f"the template {template!r} has {spec!r}, which is not a number format; use one such as '.3f' or '02d'"
     raise NamingError(msg)
 
 
@@ -140,7 +140,7 @@ class Naming:
         version_counter: If off, a checkpoint that has the same name is replaced (old or new, never neither), whether
             this run wrote it or an earlier one. It is not replaced if it is pinned, was resumed from, is an abandoned
             one of this run, or belongs to a manager of another label. A file without a record is never replaced.
-        missing: ``"error"`` for a field that nobody has reported, or ``"zero"`` as Lightning has it; a metric that is
+        missing: ``"error"`` for a field that was never reported, or ``"zero"`` as Lightning has it; a metric that is
             only not there yet is left out either way.
         rescue: ``"own"`` names a rescue ``rescue-step=N``. ``"template"`` names it as a regular checkpoint if that
             name is free, and else ``rescue-step=N``.

@@ -55,7 +55,7 @@ class Policy:
 
     Args:
         when: The trigger; compose several with `AnyOf`.
-        keep: Rules whose union lives, and limits such as `Budget` that take away from it.
+        keep: Rules, whose union is kept, and limits such as `Budget` that take away from it.
         name: A template, or a `Naming` with more settings.
         last: A ``last`` alias as a relative symlink (``"link"``) or as a hard link or server-side copy
             (``"copy"``); it always names the newest state, so with it every due observation is saved.
@@ -72,7 +72,7 @@ class Policy:
     Example:
         >>> from checkpointer import EveryEpochs, KeepBest, KeepLast, Policy
         >>> print(Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min"), KeepLast(1)], last="link"))
-        save every 1 epochs; keep the best 3 by val_loss (min) and the last 1; last -> link
+        save every epoch; keep the best 3 by val_loss (min) and the newest; last -> link, so every due point is saved
     """
 
     when: Trigger = attrs.field(validator=_is_trigger)
@@ -179,8 +179,8 @@ class Policy:
 
         Example:
             >>> from checkpointer import Policy
-            >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3, save_last=True))
-            save every 1 epochs; keep the best 3 by val_loss (min); last -> copy; no rescue on exceptions
+            >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3))
+            save every epoch; keep the best 3 by val_loss (min); no rescue on exceptions
         """
         arguments = {key: value for key, value in locals().items() if key != "cls"}
         return cls(**policy_parts(**arguments))
@@ -232,10 +232,11 @@ class Policy:
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"
         limits = "".join(f", {limit}" for limit in self.limits)
-        aliases = "".join(f"; {name} -> {how}" for name, how in (("last", self.last), ("best", self.best)) if how)
+        last = f"; last -> {self.last}, so every due point is saved" if self.last else ""
+        best = f"; best -> {self.best}" if self.best else ""
         contents = "; weights only" if self.contents == "weights" else ""
         rescue = "" if self.rescue else "; no rescue on exceptions"
-        return f"save {self.when}; keep {rules}{limits}{aliases}{contents}{rescue}"
+        return f"save {self.when}; keep {rules}{limits}{last}{best}{contents}{rescue}"
 
 
 def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:

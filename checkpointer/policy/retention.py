@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
+from checkpointer._display import every_text, size_text
 from checkpointer._validation import whole_number
 from checkpointer.errors import PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
@@ -22,7 +23,7 @@ class Rule(Protocol):
     """Names the records to keep. One method: a list of rules is their union, so none needs to know another."""
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
-        """Return the names to keep, each with the reason in a few words.
+        """Return the names to keep, each with a short reason.
 
         ``history`` is every record of the run that counts, oldest first, the candidate last while a save is being
         decided. Must depend on it alone: what an interrupted retire left over heals at the next save that way. Name
@@ -94,8 +95,9 @@ class KeepBest:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; best first."""
-        words = str(self)
-        return {record.name: f"#{rank} of {words}" for rank, record in enumerate(self.top(history), start=1)}
+        rule = str(self)
+        top = enumerate(self.top(history), start=1)
+        return {record.name: f"#{rank} of {rule}" if self.k > 1 else rule for rank, record in top}
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
@@ -128,7 +130,7 @@ class KeepBest:
 
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
-        return f"the best {self.k} by {self.metric}{after}"
+        return f"the best{f' {self.k}' if self.k > 1 else ''} by {self.metric}{after}"
 
 
 @attrs.frozen
@@ -148,7 +150,7 @@ class KeepLast:
         return dict.fromkeys((record.name for record in reversed(history[-self.n :])), str(self))
 
     def __str__(self) -> str:
-        return f"the last {self.n}"
+        return f"the last {self.n}" if self.n > 1 else "the newest"
 
 
 def _optional_seconds(value: Any) -> Any:
@@ -218,7 +220,7 @@ class KeepEvery:
     def __str__(self) -> str:
         if self.seconds is not None:
             return f"one every {self.seconds:g} s"
-        return f"one every {self.steps} steps" if self.steps else f"one every {self.epochs} epochs"
+        return f"one {every_text(self.steps, 'step') if self.steps else every_text(self.epochs or 1, 'epoch')}"
 
 
 @attrs.frozen
@@ -253,7 +255,7 @@ class Budget:
     Example:
         >>> from checkpointer import Budget
         >>> print(Budget(bytes=20 * 10**9))
-        at most 20000000000 bytes
+        at most 20 GB
     """
 
     bytes: int = attrs.field(validator=whole_number(1))
@@ -276,4 +278,4 @@ class Budget:
         return dropped
 
     def __str__(self) -> str:
-        return f"at most {self.bytes} bytes"
+        return f"at most {size_text(self.bytes).replace('.0 ', ' ')}"

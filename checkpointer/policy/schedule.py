@@ -89,7 +89,7 @@ class Schedule:
         self.horizon = horizon
         self._epochs = None if horizon.epochs == math.inf else horizon.epochs
         self._time = None if horizon.time == math.inf else horizon.time
-        self.quiet = Skip(reason=f"not due{horizon.words()} ({self.when})")
+        self.quiet = Skip(reason=f"not due{horizon.text()} ({self.when})")
         self._sleep()
 
     # What was reported
@@ -185,7 +185,7 @@ class Schedule:
 
 
 def _usable(metrics: Any) -> Mapping[str, float]:
-    """Return the metrics, or none if one is bad: a rescue must not fail for a report nobody has looked at yet."""
+    """Return the metrics, or none if one is bad: a report that was not checked yet must not make a rescue fail."""
     try:
         return as_metrics(metrics)
     except MetricError:

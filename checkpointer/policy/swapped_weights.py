@@ -16,11 +16,11 @@ from checkpointer.records.record import Observation, Record
 
 __all__ = [
     "OTHER",
+    "apart_from_saved",
     "marked",
     "modes_of",
     "ranking_doubt",
     "states_in",
-    "told_apart",
     "trains",
     "unranked",
 ]
@@ -85,7 +85,7 @@ def ranking_doubt(decision: Save, ranked_by: Iterable[str]) -> str:
     )
 
 
-def told_apart(now: Observation, saved: Record | None) -> tuple[Observation, str]:
+def apart_from_saved(now: Observation, saved: Record | None) -> tuple[Observation, str]:
     """Return late metrics of a saved step, with a name of their own if the checkpoint has other weights, and a warning.
 
     What the record has already, with the same value, was measured of the weights that it has.

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
+from checkpointer._display import count_text, every_text
 from checkpointer._validation import whole_number
 from checkpointer.errors import PolicyError
 from checkpointer.records.record import Progress
@@ -31,7 +32,7 @@ class Trigger(Protocol):
     """Decides whether an observation is due. One method, because that is all a policy asks."""
 
     def due(self, now: Progress, since: Progress) -> str | None:
-        """Return why ``now`` is due in a few words, or None.
+        """Return why ``now`` is due, in short, or None.
 
         ``since`` is the last due observation, saved or declined; zeros and the start time before the first.
         Must depend on the arguments alone.
@@ -54,7 +55,7 @@ class Horizon:
         """Return whether nothing can be due at ``now``."""
         return now.step < self.step and now.epochs < self.epochs and now.time < self.time
 
-    def words(self) -> str:
+    def text(self) -> str:
         """Return before what nothing is due, to follow "not due"; empty if nothing ever is."""
         parts = [f"step {self.step:g}"] if math.isfinite(self.step) else []
         parts += [f"{self.epochs:g} finished epochs"] if math.isfinite(self.epochs) else []
@@ -114,7 +115,7 @@ class EverySteps:
         return Horizon(step=_next_multiple(self.n, since.step, self.after))
 
     def __str__(self) -> str:
-        return f"every {self.n} steps" + (f" after step {self.after}" if self.after else "")
+        return every_text(self.n, "step") + (f" after step {self.after}" if self.after else "")
 
 
 @attrs.frozen
@@ -130,7 +131,7 @@ class EveryEpochs:
     Example:
         >>> from checkpointer import EveryEpochs, Progress
         >>> EveryEpochs(2).due(Progress(epochs=2), since=Progress())
-        '2 epochs finished, every 2'
+        '2 epochs finished, every 2 epochs'
     """
 
     n: int = attrs.field(validator=whole_number(1))
@@ -140,14 +141,14 @@ class EveryEpochs:
         """See `Trigger.due`."""
         if now.epochs < _next_multiple(self.n, since.epochs, self.after):
             return None
-        return f"{now.epochs} epochs finished, every {self.n}"
+        return f"{count_text(now.epochs, 'epoch')} finished, {self}"
 
     def horizon(self, since: Progress) -> Horizon:
         """See `SupportsHorizon.horizon`."""
         return Horizon(epochs=_next_multiple(self.n, since.epochs, self.after))
 
     def __str__(self) -> str:
-        return f"every {self.n} epochs" + (f" after {self.after}" if self.after else "")
+        return every_text(self.n, "epoch") + (f" after {count_text(self.after, 'epoch')}" if self.after else "")
 
 
 @attrs.frozen
@@ -179,7 +180,7 @@ class DuringEpochs:
         return Horizon(epochs=_next_multiple(self.n, max(since.epochs - 1, 0), 0))
 
     def __str__(self) -> str:
-        return f"at each report of every {self.n} epochs"
+        return f"at each report of {every_text(self.n, 'epoch')}"
 
 
 def _as_seconds(value: Any) -> float:
@@ -222,7 +223,7 @@ class EverySeconds:
         if elapsed < 0:
             return f"the clock went back by {-elapsed:.0f} s"
         # The bound is computed as in `horizon`, so that rounding cannot make the two disagree.
-        return f"{elapsed:.0f} s passed, every {self.seconds:g}" if now.time >= since.time + self.seconds else None
+        return f"{elapsed:.0f} s passed, {self}" if now.time >= since.time + self.seconds else None
 
     def horizon(self, since: Progress) -> Horizon:
         """See `SupportsHorizon.horizon`."""

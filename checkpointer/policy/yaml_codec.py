@@ -182,9 +182,9 @@ def mapping(cls: Any, data: object, where: str) -> Mapping[str, Any]:
     return data
 
 
-def suggest(word: object, known: Mapping[str, Any]) -> str:
-    """Return a hint: the closest of the known words, or all of them."""
-    close = difflib.get_close_matches(str(word), known, n=1)
+def suggest(name: object, known: Mapping[str, Any]) -> str:
+    """Return a hint: the closest of the known names, or all of them."""
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
 
 

@@ -49,7 +49,7 @@ class Manifest:
     elsewhere: tuple[Record, ...] = ()
     """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
     resumed: str = ""
-    """Name of the checkpoint that was asked for by name, step or rank and resumed from: it lives while the run does."""
+    """Name of the checkpoint that was asked for and resumed from: it is kept while the run goes on."""
 
     @cached_property
     def own(self) -> tuple[Record, ...]:

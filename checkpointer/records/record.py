@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, NoReturn, cast
+from typing import Any, Final, Literal
 
 import attrs
 
 from checkpointer._display import lines_html, number_text, size_text
 from checkpointer._validation import as_index, brief
-from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
-from checkpointer.records.names import has_surrogate, name_problem
+from checkpointer.errors import MetricError, ObservationError, SaveError, SchemaError
+from checkpointer.records.codec import (
+    HEX_DIGITS,
+    MAX_RECORD_BYTES,
+    Reader,
+    parse_json,
+    to_json,
+    to_plain_float,
+)
+from checkpointer.records.names import has_surrogate
 
 __all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics", "commit_order"]
 
@@ -24,12 +30,6 @@ SCHEMA: Final = 1
 
 ADOPTED: Final = "adopted: "
 """How the reason of a record begins whose payload another program wrote."""
-
-MAX_RECORD_BYTES: Final = 1 << 20
-"""A record larger than this (bytes) is refused unread: no honest one comes near it."""
-
-MAX_DEPTH: Final = 8
-"""Objects and lists within one another: a record file has four, more are refused."""
 
 MAX_WRITTEN_BYTES: Final = MAX_RECORD_BYTES * 2 // 5
 """No record larger than this (bytes) is written: a pending one may hold two, and must be read again."""
@@ -187,7 +187,7 @@ class Record:
     kind: Kind = "regular"
     """``"rescue"`` for a save made because of an exception or a signal."""
     reason: str = ""
-    """Why it was saved, in words."""
+    """Why it was saved."""
     run: str
     """Id of the training run, kept across its restarts."""
     label: str = ""
@@ -217,12 +217,12 @@ class Record:
         return attrs.evolve(self, metrics={**self.metrics, **now.metrics}, epoch_end=epoch_end)
 
     def __str__(self) -> str:
-        return f"{self.name}: {'; '.join(text for _, text in self._words() if text)}"
+        return f"{self.name}: {'; '.join(text for _, text in self._facts() if text)}"
 
     def _repr_html_(self) -> str:
-        return lines_html(self.name, [*self._words(), ("run", self.run), ("digest", self.digest)])
+        return lines_html(self.name, [*self._facts(), ("run", self.run), ("digest", self.digest)])
 
-    def _words(self) -> list[tuple[str, str]]:
+    def _facts(self) -> list[tuple[str, str]]:
         rescue = "a rescue" if self.kind == "rescue" else ""
         weights = "weights only" if self.contents == "weights" else ""
         metrics = ", ".join(f"{name}={number_text(value)}" for name, value in self.metrics.items())
@@ -241,14 +241,14 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
         data = {field: getattr(self, field) for field in _FIELDS}
-        data["metrics"] = {name: _to_plain_float(value) for name, value in self.metrics.items()}
+        data["metrics"] = {name: to_plain_float(value) for name, value in self.metrics.items()}
         data["line"] = [list(fork) for fork in self.line]
         return data
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Record:
         """Read what `to_dict` wrote; errors say ``where`` the bad value stands."""
-        reader = _Reader(data, where)
+        reader = Reader(data, where)
         return cls(**{field: read(reader, field) for field, read in _READERS.items()})
 
 
@@ -261,7 +261,7 @@ def commit_order(record: Record) -> tuple[int, float, str, str]:
 class Entry:
     """One record file: a record and how far its write or removal has come.
 
-    ``pending``: the payload may be there or not; its digest tells. ``previous`` is the record that the write
+    ``pending``: the payload may be there or not; its digest shows which. ``previous`` is the record that the write
     replaces. ``retired``: no longer a checkpoint, its payload is about to go.
     """
 
@@ -291,7 +291,7 @@ class Entry:
     @classmethod
     def from_dict(cls, data: object, where: str) -> Entry:
         """Read what `to_dict` wrote."""
-        reader = _Reader(data, where)
+        reader = Reader(data, where)
         schema = reader.whole("schema")
         if schema > SCHEMA:
             msg = (
@@ -314,14 +314,9 @@ class Entry:
         return cls.from_dict(parse_json(data, where), where)
 
 
-def to_json(data: Mapping[str, Any]) -> bytes:
-    """Return a record file's bytes."""
-    return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
-
-
 def check_readable(record: Record) -> None:
     """Raise `SaveError` if the record, once written, could not be read again: before anything is written for it."""
-    digest = record.digest or f"sha256:{'0' * _HEX_DIGITS['sha256']}"
+    digest = record.digest or f"sha256:{'0' * HEX_DIGITS['sha256']}"
     try:
         data = Entry(record=attrs.evolve(record, digest=digest)).to_json()
         Entry.from_json(data, "the record")
@@ -337,189 +332,24 @@ def check_readable(record: Record) -> None:
         raise SaveError(msg)
 
 
-def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
-    """Parse JSON from storage with bounds on size and depth; any failure is a `RecordError`.
-
-    Two readers must not see two things in one file: a key given twice, and NaN, are refused.
-    """
-    if len(data) > limit:
-        msg = f"{where} is {len(data)} bytes; at most {limit} are read"
-        raise RecordError(msg)
-    try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
-        raise RecordError(msg) from error
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for node in level if type(node) in (dict, list) for child in _children(node)]
-        if not level:
-            return value
-    msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
-    raise RecordError(msg)
-
-
-def _children(node: Any) -> Any:
-    return node if type(node) is list else node.values()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
-        raise ValueError(msg)
-    return data
-
-
-def _no_constant(text: str) -> NoReturn:
-    msg = f"{text} is no number"
-    raise ValueError(msg)
-
-
-def as_number(value: object) -> float | None:
-    """Return a number as a float; None if it is no number, or too large for one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _is_whole(value: object) -> bool:
-    # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _to_plain_float(value: float) -> float | str:
-    return value if math.isfinite(value) else repr(value)
-
-
-_MISSING: Final = object()
-_NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
-_HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
-"""The digest algorithms there are, see `checkpointer.storage.digests`, and how long each one's digests are."""
-
-
-class _Reader:
-    """Typed reads from untrusted plain data; every error carries the path of the value."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, dict):
-            msg = f"{where}: expected an object, found {type(data).__name__}"
-            raise RecordError(msg)
-        self._data = data
-        self._where = where
-
-    def raw(self, key: str, default: Any = _MISSING) -> Any:
-        value = self._data.get(key, default)
-        if value is _MISSING:
-            msg = f"{self._where}: {key!r} is missing"
-            raise RecordError(msg)
-        return value
-
-    def bad(self, key: str, expected: str) -> RecordError:
-        return RecordError(f"{self._where}: {key!r} is {brief(self._data.get(key))}; expected {expected}")
-
-    def text(self, key: str, default: Any = _MISSING) -> str:
-        value = self.raw(key, default)
-        if isinstance(value, str) and not has_surrogate(value):
-            return value
-        raise self.bad(key, "text")
-
-    def whole(self, key: str) -> int:
-        value = self.raw(key)
-        if _is_whole(value):
-            return cast(int, value)
-        raise self.bad(key, "a whole number of at least 0, and below 2**63")
-
-    def number(self, key: str) -> float:
-        number = as_number(self.raw(key))
-        if number is not None and math.isfinite(number):
-            return number
-        raise self.bad(key, "a number")
-
-    def flag(self, key: str) -> bool:
-        value = self.raw(key)
-        if isinstance(value, bool):
-            return value
-        raise self.bad(key, "true or false")
-
-    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
-        value = self.raw(key)
-        if value in choices:
-            return value
-        raise self.bad(key, " or ".join(map(repr, choices)))
-
-    def payload_name(self, key: str) -> str:
-        value = self.text(key)
-        # A record comes from storage that others may write to: its name must not lead out of the directory.
-        if problem := name_problem(value):
-            raise self.bad(key, problem)
-        return value
-
-    def digest(self, key: str) -> str:
-        value = self.text(key)
-        match = _DIGEST.fullmatch(value)
-        if match is None:
-            raise self.bad(key, "'algorithm:hex'")
-        if match[1] not in _HEX_DIGITS:
-            known = " or ".join(_HEX_DIGITS)
-            raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
-        if len(match[2]) != _HEX_DIGITS[match[1]]:
-            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
-        return value
-
-    def metrics(self, key: str) -> dict[str, float]:
-        value = self.raw(key)
-        if not isinstance(value, dict):
-            raise self.bad(key, "an object of numbers")
-        if any(map(has_surrogate, value)):
-            raise self.bad(key, "names that can be encoded")
-        return dict(self._metric(key, name, number) for name, number in value.items())
-
-    def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
-        number = _NON_FINITE.get(value) if isinstance(value, str) else as_number(value)
-        if number is not None:
-            return name, number
-        msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(value)}; expected a number"
-        raise RecordError(msg)
-
-    def line(self, key: str) -> Line:
-        return tuple(self._forks(key))
-
-    def _forks(self, key: str) -> Iterator[tuple[int, int]]:
-        value = self.raw(key)
-        if not isinstance(value, list):
-            raise self.bad(key, "a list of [fork, step]")
-        for fork in value:
-            match fork:
-                case [number, step] if _is_whole(number) and _is_whole(step):
-                    yield number, step
-                case _:
-                    raise self.bad(key, "a list of [fork, step]")
-
-
 _READERS: Final[dict[str, Any]] = {
-    "name": _Reader.payload_name,
-    "step": _Reader.whole,
-    "epoch": _Reader.whole,
-    "epoch_end": _Reader.flag,
-    "metrics": _Reader.metrics,
-    "time": _Reader.number,
-    "size": _Reader.whole,
-    "digest": _Reader.digest,
-    "format": _Reader.text,
+    "name": Reader.payload_name,
+    "step": Reader.whole,
+    "epoch": Reader.whole,
+    "epoch_end": Reader.flag,
+    "metrics": Reader.metrics,
+    "time": Reader.number,
+    "size": Reader.whole,
+    "digest": Reader.digest,
+    "format": Reader.text,
     "contents": lambda reader, key: reader.choice(key, ("full", "weights")),
     "kind": lambda reader, key: reader.choice(key, ("regular", "rescue")),
-    "reason": _Reader.text,
-    "run": _Reader.text,
-    "label": _Reader.text,
-    "line": _Reader.line,
-    "serial": _Reader.whole,
-    "token": _Reader.text,
-    "pinned": _Reader.flag,
+    "reason": Reader.text,
+    "run": Reader.text,
+    "label": Reader.text,
+    "line": Reader.line,
+    "serial": Reader.whole,
+    "token": Reader.text,
+    "pinned": Reader.flag,
 }
 _FIELDS: Final = tuple(_READERS)

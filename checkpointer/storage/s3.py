@@ -18,7 +18,7 @@ import fsspec.asyn
 
 from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
-from checkpointer.records.record import parse_json
+from checkpointer.records.codec import parse_json
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, is_refusal, modified_s
 from checkpointer.storage.publish import STAGING, Publisher

@@ -38,16 +38,9 @@ from checkpointer.errors import (
     StorageError,
     UnsafePayloadError,
 )
+from checkpointer.records.codec import MAX_DEPTH, MAX_RECORD_BYTES, parse_json
 from checkpointer.records.names import check_name
-from checkpointer.records.record import (
-    MAX_DEPTH,
-    MAX_RECORD_BYTES,
-    MAX_WRITTEN_BYTES,
-    Entry,
-    Record,
-    check_readable,
-    parse_json,
-)
+from checkpointer.records.record import MAX_WRITTEN_BYTES, Entry, Record, check_readable
 from checkpointer.restore.load import verify
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import digest_of
@@ -171,8 +164,8 @@ DEEP = b'{"a":' * 20 + b"1" + b"}" * 20
         (b"[" * 500_000, "not valid JSON"),
         (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands there twice"),
-        (b'{"a": NaN}', "NaN is no number"),
-        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b"1" * 5000, "not valid JSON"),
         (b"\xff\xfe{", "not valid JSON"),
         (b'"\xed\xa0\x80', "not valid JSON"),

@@ -122,7 +122,7 @@ def test_a_file_whose_record_was_deleted_does_not_push_out_a_checkpoint(tmp_path
     assert (tmp_path / "epoch=0-step=1.ckpt").exists()
 
 
-def test_what_lost_its_record_and_what_lost_its_payload_are_told_apart(tmp_path: Path) -> None:
+def test_what_lost_its_record_and_what_lost_its_payload_are_apart_from_saved(tmp_path: Path) -> None:
     """One warning names both, each with what is true of it."""
     with opened(tmp_path, ALL) as manager:
         save(manager, 0.1, 0.2, 0.3)

@@ -29,7 +29,8 @@ from checkpointer.errors import (
     SaveError,
     UntrustedError,
 )
-from checkpointer.records.record import Entry, to_json
+from checkpointer.records.codec import to_json
+from checkpointer.records.record import Entry
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import digest_of
 from checkpointer.storage.memory import MemoryStorage

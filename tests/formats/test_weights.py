@@ -532,7 +532,7 @@ def test_a_legacy_file_that_was_cut_or_changed_is_an_error_of_ours(name: str) ->
             pass
 
 
-def test_averaged_models_and_the_model_are_told_apart() -> None:
+def test_averaged_models_and_the_model_are_apart_from_saved() -> None:
     """`AveragedModel` puts the module under a prefix: both fit, and both are named."""
     model = nn.Linear(2, 2)
     state = {"model": model.state_dict(), "swa": AveragedModel(model).state_dict()}

@@ -81,7 +81,7 @@ def test_an_epoch_that_max_steps_cuts_short_has_not_ended(tmp_path: Path) -> Non
     """Lightning runs the hook of an epoch's end there too."""
     fit(CheckpointCallback(tmp_path, Policy(EveryEpochs(1), [KeepAll()])), max_steps=6)
     found = [(record.step, record.epoch_end, record.reason.split(";")[0]) for record in records(tmp_path)]
-    assert [(4, True, "1 epochs finished, every 1"), (6, False, "the training ends")] == found
+    assert [(4, True, "1 epoch finished, every epoch"), (6, False, "the training ends")] == found
 
 
 def test_a_metric_counts_only_for_the_step_it_was_measured_at(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_17_a_dev_run_leaves_no_last(tmp_path: Path) -> None:
 # Trainings, one after another
 
 
-def test_57_what_lies_beyond_the_resumed_step_is_told_apart(tmp_path: Path) -> None:
+def test_57_what_lies_beyond_the_resumed_step_is_apart_from_saved(tmp_path: Path) -> None:
     """Later files of the timeline that was left stay, listed as abandoned and never ranked."""
     arguments = {"dirpath": tmp_path, "monitor": "val_loss", "save_top_k": 2, "filename": "{epoch}"}
     fit(ModelCheckpoint(**arguments), model=Model([3.0, 1.0]), max_epochs=2)

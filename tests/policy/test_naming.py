@@ -95,7 +95,7 @@ def test_the_fixed_parts_of_a_template_are_left_of_it(template: str, expected: s
     assert expected == fixed_parts(template)
 
 
-def test_zero_is_for_what_nobody_knows() -> None:
+def test_zero_stands_for_an_unknown_field() -> None:
     """A metric that is only not there yet is left out: zero would be a score."""
     naming = Naming("{step}-{val_loss:.2f}-{typo:.2f}", missing="zero")
     assert "step=1-typo=0.00" == naming.stem({}, step=1, epoch=0, known={"val_loss"})
@@ -121,8 +121,8 @@ def test_a_format_that_does_not_fit_the_value_says_so() -> None:
         ("{}", "not {name} or {name:format}"),
         ("{epoch!r}", "not {name} or {name:format}"),
         ("{epoch:{width}}", "not {name} or {name:format}"),
-        ("{epoch:zz}", "'zz', which is no number format"),
-        ("{epoch:s}", "'s', which is no number format"),
+        ("{epoch:zz}", "'zz', which is not a number format"),
+        ("{epoch:s}", "'s', which is not a number format"),
         ("../{epoch}", "must stay inside"),
         ("a/../{epoch}", "must stay inside"),
         ("a//{epoch}", "empty part"),
@@ -205,7 +205,7 @@ def test_one_of_very_many_versions_is_found_with_few_questions() -> None:
 
 
 def test_a_version_among_very_many_with_gaps_is_free() -> None:
-    """Whatever gaps there are: it is nobody's, and the one below it is somebody's."""
+    """Whatever gaps there are: the name is free, and the version below it is taken."""
     taken = {"a.ckpt", *(f"a-v{version}.ckpt" for version in range(1, 5000) if version % 7 or version < 100)}
     version = int(Naming("a").free_name("a", taken).removeprefix("a-v").removesuffix(".ckpt"))
     assert f"a-v{version}.ckpt" not in taken

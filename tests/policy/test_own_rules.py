@@ -69,7 +69,7 @@ def f1(metrics: Mapping[str, float]) -> float:
 
 @pytest.mark.parametrize("ties", ["older", "incumbent"])
 def test_a_score_that_fails_on_a_rescue_costs_nothing(tmp_path: Path, ties: Any) -> None:
-    """A rescue is ranked by nobody, so nobody need work its score out; it is told of and mirrored like any other."""
+    """A rescue is never ranked, so its score is not computed; it is reported and mirrored like any other."""
     policy = Policy(EverySteps(10), [KeepBest(3, f1, mode="max", ties=ties), KeepLast(1)])
     here, there = tmp_path / "here", tmp_path / "there"
     manager = CheckpointManager(here, policy, state=lambda: {"w": 1}, mirror=there)

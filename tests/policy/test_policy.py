@@ -46,7 +46,7 @@ def test_a_due_observation_that_a_rule_keeps_is_saved_with_the_reason() -> None:
     decision = saved(decide(Policy(EverySteps(10), [KeepLast(1)]), observation(10), manifest(history(1.0))))
     assert "epoch=0-step=10.ckpt" == decision.name
     assert ("s1",) == decision.retire
-    assert "step 10 reached a multiple of 10; kept by the last 1" == decision.reason
+    assert "step 10 reached a multiple of 10; kept by the newest" == decision.reason
     assert (True, False, "regular") == (bool(decision), decision.replaces, decision.kind)
 
 
@@ -62,7 +62,7 @@ def test_a_worse_one_is_declined_and_counts_as_due() -> None:
     decision = skipped(decide(Policy(EACH, [BEST]), observation(loss=2.0), manifest(history(1.0))))
     assert decision.due
     assert not decision.waiting
-    assert "loss=2 is not in the best 1 by loss (min)" in decision.reason
+    assert "loss=2 is not in the best by loss (min)" in decision.reason
 
 
 def test_a_better_one_takes_the_place_of_the_worst() -> None:
@@ -101,7 +101,7 @@ def test_an_interrupted_retire_heals_at_the_next_save() -> None:
     assert ("s1", "s2", "s3") == decision.retire
 
 
-def test_nobody_elses_records_are_retired() -> None:
+def test_records_of_other_runs_are_never_retired() -> None:
     """Other runs, other labels and abandoned records are left alone."""
     records = [
         record(step=1, run="run-b"),
@@ -224,7 +224,7 @@ def test_a_template_cannot_take_an_alias_name() -> None:
 
 
 def test_with_last_every_due_observation_is_saved() -> None:
-    """What ranks below the best is saved all the same, and lives until the next."""
+    """What ranks below the best is saved all the same, and is kept until the next."""
     policy = Policy(EACH, [BEST], last="link")
     decision = saved(decide(policy, observation(10, loss=5.0), manifest(history(1.0, 2.0))))
     assert "epoch=0-step=10.ckpt" == decision.name
@@ -252,7 +252,7 @@ def test_the_slot_is_no_rules_business() -> None:
     assert () == surplus(policy, seen)
 
 
-def test_the_newest_lives_while_last_names_it() -> None:
+def test_the_newest_is_kept_while_last_names_it() -> None:
     """A link to a retired file would be worse than none."""
     seen = manifest(history(1.0, 5.0))
     assert ("s2",) == surplus(Policy(EACH, [BEST]), seen)
@@ -280,14 +280,14 @@ def test_aliases_are_what_was_asked_for() -> None:
 
 
 def test_a_pinned_checkpoint_is_never_retired() -> None:
-    """It lives beside the k of any rule."""
+    """It is kept beside the k of any rule."""
     records = [record(step=1, pinned=True), record(step=2), record(step=3)]
     policy = Policy(EACH, [KeepLast(1)])
     assert ("s2",) == surplus(policy, manifest(records))
     assert ("pinned",) == explain(policy, manifest(records))["s1"]
 
 
-def test_a_pinned_rescue_lives_on() -> None:
+def test_a_pinned_rescue_is_kept() -> None:
     """A regular save retires a rescue, but not one that the user pinned."""
     records = [record(step=1, kind="rescue", pinned=True), record(step=2, kind="rescue"), record(step=3)]
     assert ("s2",) == surplus(Policy(EACH, [KeepLast(1)]), manifest(records))
@@ -404,7 +404,7 @@ def test_a_regular_save_takes_the_name_of_a_rescue_over() -> None:
 
 
 def test_the_first_regular_save_retires_the_rescue() -> None:
-    """Until then it lives as the newest; it is never ranked."""
+    """Until then it is kept as the newest; it is never ranked."""
     policy = Policy(EACH, [BEST])
     seen = manifest([*history(1.0), record(step=2, kind="rescue", metrics={"loss": 0.1}, reason="rescue: SIGTERM")])
     assert ("rescue: SIGTERM",) == explain(policy, seen)["s2"]
@@ -432,14 +432,14 @@ def test_a_policy_reads_as_a_sentence() -> None:
         rescue=False,
     )
     assert (
-        "save every 10 steps; keep one every 100 steps, at most 5 bytes; last -> copy; weights only; "
-        "no rescue on exceptions"
+        "save every 10 steps; keep one every 100 steps, at most 5 B; last -> copy, so every due point is "
+        "saved; weights only; no rescue on exceptions"
     ) == str(policy)
-    assert "save every 1 steps; keep nothing" == str(Policy(EACH, []))
+    assert "save every step; keep nothing" == str(Policy(EACH, []))
 
 
 def test_known_metrics_are_those_that_rules_name() -> None:
-    """A score's own name is no metric."""
+    """A score's own name is not a metric."""
 
     def score(metrics: Mapping[str, float]) -> float:
         return metrics["a"]

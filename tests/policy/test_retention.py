@@ -81,7 +81,7 @@ def test_keep_every_does_not_change_its_mind() -> None:
     assert list(rule.keep(full)) == [r.name for r in kept]
 
 
-def test_reasons_are_words_with_the_rank() -> None:
+def test_reasons_say_the_rank() -> None:
     """The reason says which place a record has, and by what."""
     assert {
         "s2": "#1 of the best 2 by loss (min) after step 1",
@@ -92,12 +92,12 @@ def test_reasons_are_words_with_the_rank() -> None:
 
 
 def test_a_list_of_rules_is_their_union() -> None:
-    """A record lives while any rule keeps it, and has the reason of each."""
+    """A record is kept while any rule keeps it, and has the reason of each."""
     policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])
     kept = explain(policy, manifest(history(1, 3, 2)))
-    assert {"s1": ("#1 of the best 1 by loss (min)",), "s3": ("the last 1",)} == kept
+    assert {"s1": ("the best by loss (min)",), "s3": ("the newest",)} == kept
     both = explain(policy, manifest(history(3, 1)))
-    assert {"s2": ("#1 of the best 1 by loss (min)", "the last 1")} == both
+    assert {"s2": ("the best by loss (min)", "the newest")} == both
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class DropAll:
 
 
 def test_no_limit_drops_a_pinned_record() -> None:
-    """A pinned checkpoint lives whatever a user's own limit says."""
+    """A pinned checkpoint is kept whatever a user's own limit says."""
     records = [record(step=1, pinned=True), record(step=2)]
     kept = explain(Policy(EverySteps(1), [KeepAll(), DropAll()]), manifest(records))
     assert {"s1": ("everything", "pinned")} == kept

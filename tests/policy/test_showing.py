@@ -27,7 +27,7 @@ def test_values_say_themselves_in_a_line(manager: CheckpointManager) -> None:
     """`print` of a decision and of a record."""
     decision = manager.observe({"loss": 0.3}, 3, 0, epoch_end=False)
     expected = (
-        "save loss=0.3.ckpt: step 3 reached a multiple of 1; kept by #1 of the best 1 by loss (min), the last 1; "
+        "save loss=0.3.ckpt: step 3 reached a multiple of 1; kept by the best by loss (min), the newest; "
         "retires loss=0.4.ckpt"
     )
     assert expected == str(decision)
@@ -45,18 +45,21 @@ def test_values_show_themselves_in_a_notebook_with_names_escaped(manager: Checkp
     pages.append(decision._repr_html_())
 
     assert "&lt;b&gt;=1" in pages[0]
-    assert "save every 1 steps; keep the best 1 by loss (min) and the last 1" in pages[0]
-    assert "the best 1 by loss (min)<br>the last 1" in pages[1]
-    assert "at most 1000000000 bytes" in pages[1]
+    assert "save every step; keep the best by loss (min) and the newest" in pages[0]
+    assert "the best by loss (min)<br>the newest" in pages[1]
+    assert "at most 1 GB" in pages[1]
     assert "&lt;b&gt;=1" in pages[2]
     assert "retires" in pages[3]
     assert not [page for page in pages if "<b>" in page]
 
 
 def test_the_plan_is_said_once_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
-    """In words, at INFO: a program that logs shows it."""
+    """At INFO, so that a program that logs shows it."""
     with caplog.at_level(logging.INFO, logger="checkpointer"):
         CheckpointManager(None, POLICY, state=dict).observe({"loss": 0.5}, 1, 0, epoch_end=False)
 
-    plan = "save every 1 steps; keep the best 1 by loss (min) and the last 1, at most 1000000000 bytes; last -> link"
+    plan = (
+        "save every step; keep the best by loss (min) and the newest, at most 1 GB; "
+        "last -> link, so every due point is saved"
+    )
     assert [f"memory: {plan}"] == caplog.messages

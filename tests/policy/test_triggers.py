@@ -145,9 +145,9 @@ def test_zero_seconds_is_always_due() -> None:
 
 
 def test_any_of_gives_every_reason() -> None:
-    """Whoever reads the log sees each trigger that fired."""
+    """The log shows each trigger that fired."""
     reason = AnyOf(EverySteps(10), EverySeconds(5)).due(Progress(step=10, time=6.0), Progress())
-    assert "step 10 reached a multiple of 10; 6 s passed, every 5" == reason
+    assert "step 10 reached a multiple of 10; 6 s passed, every 5 s" == reason
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_trigger_without_horizon_is_always_asked() -> None:
     [
         (EverySteps(10), "every 10 steps"),
         (EverySteps(10, after=5), "every 10 steps after step 5"),
-        (EveryEpochs(2, after=1), "every 2 epochs after 1"),
+        (EveryEpochs(2, after=1), "every 2 epochs after 1 epoch"),
         (EverySeconds(90.5), "every 90.5 s"),
         (AtSteps(20, 3), "at steps 3, 20"),
         (AtSteps(), "never"),
@@ -197,8 +197,8 @@ def test_a_trigger_without_horizon_is_always_asked() -> None:
         (AnyOf(), "never"),
     ],
 )
-def test_triggers_read_as_words(trigger: Trigger, expected: str) -> None:
-    """A trigger prints as the words that decisions use."""
+def test_triggers_print_as_text(trigger: Trigger, expected: str) -> None:
+    """A trigger prints as the text that decisions use."""
     assert expected == str(trigger)
 
 

@@ -1,4 +1,4 @@
-"""Files that somebody, or a broken disk, has changed: only this library's errors, in bounded time and memory.
+"""Files that another program, or a broken disk, has changed: only this library's errors, in bounded time and memory.
 
 Plain seeded loops, so that a hundred thousand files take a minute. Set ``CHECKPOINTER_FUZZ_SEED`` to look elsewhere.
 """
@@ -30,7 +30,8 @@ from checkpointer.errors import AliasInUseError, PolicyError, RecordError
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.retention import Budget, KeepBest, KeepEvery
 from checkpointer.policy.triggers import AnyOf, AtSteps, EverySeconds
-from checkpointer.records.record import Entry, to_json
+from checkpointer.records.codec import to_json
+from checkpointer.records.record import Entry
 from checkpointer.storage import MemoryStorage
 from checkpointer.storage.digests import digest_of
 from checkpointer.storage.owner import new_owner
@@ -46,7 +47,7 @@ OWNER: Final = new_owner()
 
 # Making files
 
-WORDS: Final[list[Any]] = [
+VALUES: Final[list[Any]] = [
     *(None, True, False, -1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 10**400, 10**4000, 0.5, -0.0, 1e308),
     *("", "nan", "inf", "-inf", "x", "\ud800", "\udfff\ud800", "\0", "\u202e", "é" * 300, "a" * 5000, "9" * 5000),
     *("..", "../x", "/etc/passwd", "C:x", "a\\b", ".checkpointer/records/a", "last.ckpt", "s1", "a/" * 2000),
@@ -92,9 +93,9 @@ def mutated_json(data: bytes, rng: random.Random) -> bytes:
             case 0 if isinstance(holder, dict):
                 holder.pop(key, None)
             case 1 if isinstance(holder, dict):
-                holder[str(rng.choice(WORDS))[:5000]] = rng.choice(WORDS)
+                holder[str(rng.choice(VALUES))[:5000]] = rng.choice(VALUES)
             case _ if isinstance(holder, dict) or key < len(holder):
-                holder[key] = rng.choice(WORDS)
+                holder[key] = rng.choice(VALUES)
     text = json.dumps(whole, indent=rng.choice((None, 1))).encode()
     if rng.randrange(10) == 0 and text.startswith(b"{") and len(text) > 2:
         text = b'{"schema": 1, ' + text[1:]
@@ -135,7 +136,7 @@ POLICIES: Final = [
 
 
 def or_refused(read: Callable[[], T], error: type[CheckpointerError]) -> T | None:
-    """Return what was read, or None if it was refused in words that fit a log; any other error escapes."""
+    """Return what was read, or None if it was refused with a short message; any other error escapes."""
     try:
         return read()
     except error as refusal:
@@ -212,7 +213,7 @@ def read_marker(rng: random.Random) -> None:
 
 
 def use_directory(rng: random.Random) -> None:
-    """A manager opens, restores and saves among changed files, or says in its own words why it does not."""
+    """A manager opens, restores and saves among changed files, or raises its own error that says why not."""
     storage, truth = _trusted()
     save(storage, load(storage))
     trust = rng.choice((None, KEY))

@@ -1,4 +1,4 @@
-"""Checkpoints that others delete or cut at any moment: what is named exists, and the best of what exists lives."""
+"""Checkpoints that others delete or cut at any moment: what is named exists, and the best of what exists is kept."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Losing(RuleBasedStateMachine):
 
     @rule(loss=LOSSES)
     def observe(self, loss: float | None) -> None:
-        """Train on, and report; what exists is ranked, and the best of it lives."""
+        """Train on, and report; what exists is ranked, and the best of it is kept."""
         self.step += 1
         before = self.existing()
         decision = self.manager.observe(
@@ -195,7 +195,7 @@ class Losing(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def delete_payload(self, data: st.DataObject) -> None:
-        """Somebody needs room."""
+        """To free some room."""
         if name := self.names(data):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
@@ -209,20 +209,20 @@ class Losing(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def delete_record(self, data: st.DataObject) -> None:
-        """Somebody tidies up."""
+        """To tidy up."""
         if name := self.names(data):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / record_path(name)).unlink()
 
     @rule()
     def delete_all_payloads(self) -> None:
-        """Somebody needs much room."""
+        """To free much room."""
         for path in self.folder.glob("*.ckpt") if self.folder.exists() else ():
             path.unlink()
 
     @rule()
     def delete_home(self) -> None:
-        """Somebody does not know what that folder is."""
+        """Because it looks like a cache."""
         shutil.rmtree(self.folder / HOME, ignore_errors=True)
 
     @rule()
@@ -231,7 +231,7 @@ class Losing(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def test_what_is_named_exists_and_the_best_of_it_lives() -> None:
+def test_what_is_named_exists_and_the_best_of_it_is_kept() -> None:
     """Some thousand steps in random order, on a disk."""
     with warnings.catch_warnings():
         # What is gone is said, over and over.

@@ -23,7 +23,7 @@ from checkpointer.records.names import name_problem
 from checkpointer.records.record import Entry, Progress, Record
 
 counts = st.integers(1, 20)
-words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
 values = st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0, math.nan, math.inf, -math.inf]))
 losses = st.one_of(st.none(), values)
 seconds = st.floats(0, 1e6) | st.floats(0, 1)
@@ -115,7 +115,7 @@ def test_the_order_is_total(numbers: list[float], mode: Any, ties: Any, random: 
 
 @given(policies(), histories())
 def test_kept_is_a_subset_of_history(policy: Policy, records: list[Record]) -> None:
-    """What lives and what goes are parts of the history, and together all of it but the slot."""
+    """What stays and what goes are parts of the history, and together all of it but the slot."""
     seen = manifest(records)
     kept, gone = set(explain(policy, seen)), set(surplus(policy, seen))
     names = {r.name for r in seen.live}
@@ -145,7 +145,7 @@ def test_the_newest_survives_when_last_is_set(policy: Policy, records: list[Reco
 
 @given(policies(), st.lists(losses, max_size=8))
 def test_names_never_repeat(policy: Policy, reported: list[float | None]) -> None:
-    """No save takes a name that lives on, unless it says that it replaces it; another run's only without versions."""
+    """No save takes a name that is in use, unless it says that it replaces it; another run's only without versions."""
     taken_by_others = {"x.ckpt", "epoch=0.ckpt", "loss=1.0.ckpt"}
     others = [record(name=name, step=1, serial=1, run="run-b", token=name) for name in sorted(taken_by_others)]
     living = set(taken_by_others)
@@ -189,17 +189,17 @@ def test_a_loop_holds_what_the_rules_keep(policy: Policy, reported: list[float |
 
 any_record = st.builds(
     record,
-    name=words.filter(lambda name: "/" not in name and not name_problem(name)),
+    name=texts.filter(lambda name: "/" not in name and not name_problem(name)),
     step=st.integers(0, 10**9),
     epoch=st.integers(0, 10**6),
     epoch_end=st.booleans(),
-    metrics=st.dictionaries(words, values, max_size=4),
+    metrics=st.dictionaries(texts, values, max_size=4),
     time=st.floats(allow_nan=False, allow_infinity=False),
     size=st.integers(0, 10**15),
     contents=st.sampled_from(["full", "weights"]),
     kind=st.sampled_from(["regular", "rescue"]),
-    reason=words,
-    label=words,
+    reason=texts,
+    label=texts,
     line=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99)), max_size=3).map(tuple),
     pinned=st.booleans(),
 )
@@ -208,7 +208,7 @@ entries = st.builds(
     record=any_record,
     status=st.sampled_from(["pending", "committed", "retired"]),
     previous=st.none() | any_record,
-    owner=st.just("") | words,
+    owner=st.just("") | texts,
 )
 
 
@@ -228,7 +228,7 @@ def test_policies_round_trip_as_yaml(policy: Policy) -> None:
     assert text == Policy.from_yaml(text).to_yaml()
 
 
-@given(words, words, words)
+@given(texts, texts, texts)
 def test_any_text_survives_the_yaml(metric: str, join: str, part: str) -> None:
     """Metric names and separators that look like YAML are still text."""
     policy = Policy(EverySteps(1), [KeepBest(1, metric, mode="min")])
@@ -313,7 +313,7 @@ def is_refused(data: bytes) -> bool:
     return False
 
 
-@given(st.dictionaries(words, values, max_size=3), policies())
+@given(st.dictionaries(texts, values, max_size=3), policies())
 def test_deciding_is_pure(metrics: Mapping[str, float], policy: Policy) -> None:
     """The same arguments give the same answer."""
     seen = manifest([record(step=1, metrics={"loss": 1.0})], seen=frozenset({"loss"}))

@@ -150,7 +150,7 @@ class Reports(RuleBasedStateMachine):
 
     @rule()
     def be_killed(self) -> None:
-        """The process ends without a word."""
+        """The process ends at once."""
         with contextlib.suppress(CheckpointerError):
             self.core.wait()
         die(self.core._owner)

@@ -107,7 +107,7 @@ class Training(RuleBasedStateMachine):
         try:
             restored = self.manager.restore()
         except NoValidCheckpointError:
-            # Strangers' checkpoints alone: not taken for an empty directory.
+            # Only checkpoints of others: not taken for an empty directory.
             assert self.durable is None
             assert self.foreign
             return
@@ -143,8 +143,8 @@ class Training(RuleBasedStateMachine):
             self.saved()
 
     @rule(ahead=st.integers(1, 3))
-    def somebody_writes_a_file(self, ahead: int) -> None:
-        """A stranger takes a name that may come next."""
+    def another_program_writes_a_file(self, ahead: int) -> None:
+        """It takes a name that may come next."""
         name = f"epoch=0-step={self.step + ahead}.ckpt"
         if name not in self.storage.list():
             self.foreign[name] = b"theirs"
@@ -157,7 +157,7 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def every_record_has_its_own_payload(self) -> None:
-        """Of its step; and nothing lies about that no record, alias or stranger accounts for."""
+        """Of its step; and nothing lies about that no record, alias or other program accounts for."""
         if not hasattr(self, "manager"):
             return
         manifest = self.manager.session.manifest
@@ -168,7 +168,7 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def nothing_that_must_stay_is_gone(self) -> None:
-        """Strangers' files, abandoned checkpoints, pinned ones."""
+        """Files of others, abandoned checkpoints, pinned ones."""
         if not hasattr(self, "manager"):
             return
         for name, data in self.foreign.items():
@@ -180,7 +180,7 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def newest_and_best_are_what_they_say(self) -> None:
-        """The newest acknowledged state is last; nobody ranks before the best."""
+        """The newest acknowledged state is last; no other ranks before the best."""
         if not hasattr(self, "manager") or self.newest is None:
             return
         assert self.manager.last is not None

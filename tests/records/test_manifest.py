@@ -86,7 +86,7 @@ def test_what_is_written_after_a_fork_counts() -> None:
 
 
 def test_going_back_to_an_abandoned_record_brings_its_line_back() -> None:
-    """Whoever restores the old branch sees it whole, and the other is abandoned instead."""
+    """A process that restores the old branch sees it whole, and the other is abandoned instead."""
     old = run_of(1, 2, 3)
     fork = manifest(old).resumed_at(old[0]).line
     new = run_of(2, 3, start=4, prefix="b", line=fork)
@@ -97,7 +97,7 @@ def test_going_back_to_an_abandoned_record_brings_its_line_back() -> None:
 
 
 def test_two_forks_at_one_step_do_not_see_each_other() -> None:
-    """Forks are told apart by number, not by step."""
+    """Forks differ by number, not by step."""
     old = run_of(1, 2)
     first = manifest(old).resumed_at(old[0])
     one = first.with_record(record(name="b2", step=2, serial=3, line=first.line))
@@ -136,7 +136,7 @@ def test_resuming_adopts_the_run_of_the_record() -> None:
 
 
 def test_with_record_replaces_the_one_of_its_name() -> None:
-    """A name stands for one record, and is no longer foreign."""
+    """A name stands for one record, and is not foreign any more."""
     seen = manifest([record(name="a", step=1)], foreign=frozenset({"b"}))
     seen = seen.with_record(record(name="a", step=2)).with_record(record(name="b", step=3))
     assert [("a", 2), ("b", 3)] == [(r.name, r.step) for r in seen.records]

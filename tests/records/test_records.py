@@ -14,7 +14,8 @@ import torch
 from support.factories import observation, record
 
 from checkpointer.errors import CheckpointerError, MetricError, ObservationError, RecordError, SchemaError
-from checkpointer.records.record import MAX_RECORD_BYTES, SCHEMA, Entry, Progress, Record, as_metrics, parse_json
+from checkpointer.records.codec import MAX_RECORD_BYTES, parse_json
+from checkpointer.records.record import SCHEMA, Entry, Progress, Record, as_metrics
 
 
 @pytest.mark.parametrize(

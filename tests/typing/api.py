@@ -62,7 +62,7 @@ class Text:
         return {}
 
 
-class Tell(Listener):
+class Print(Listener):
     """A listener of one's own."""
 
     def on_saved(self, record: Record) -> None:
@@ -76,7 +76,7 @@ policy = Policy(
     name=Naming("{epoch}-{val/loss:.2f}", version_counter=False),
     last="link",
 )
-with CheckpointManager("runs/x", policy, state=dict, format=payload, listeners=[Tell()]) as manager:
+with CheckpointManager("runs/x", policy, state=dict, format=payload, listeners=[Print()]) as manager:
     assert_type(manager, CheckpointManager)
     assert_type(manager.restore("best"), Restored | None)
     decision = manager.observe({"loss": 0.1}, step=1, epoch=0, epoch_end=True)

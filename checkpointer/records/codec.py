@@ -1,0 +1,202 @@
+"""JSON that comes from storage: parsed with bounds, and read value by value, with the place of each bad one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NoReturn, cast
+
+from checkpointer._validation import brief
+from checkpointer.errors import RecordError
+from checkpointer.records.names import has_surrogate, name_problem
+
+__all__ = ["HEX_DIGITS", "MAX_RECORD_BYTES", "Reader", "as_number", "parse_json", "to_json", "to_plain_float"]
+
+MAX_RECORD_BYTES: Final = 1 << 20
+"""A record larger than this (bytes) is refused unread: no honest one comes near it."""
+
+MAX_DEPTH: Final = 8
+"""Objects and lists within one another: a record file has four, more are refused."""
+
+_MISSING: Final = object()
+_NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
+HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
+"""The digest algorithms there are, see `checkpointer.storage.digests`, and how long each one's digests are."""
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Return a record file's bytes."""
+    return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
+
+
+def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
+    """Parse JSON from storage with bounds on size and depth; any failure is a `RecordError`.
+
+    Two readers must not see two things in one file: a key given twice, and NaN, are refused.
+    """
+    if len(data) > limit:
+        msg = f"{where} is {len(data)} bytes; at most {limit} are read"
+        raise RecordError(msg)
+    try:
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
+        raise RecordError(msg) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if type(node) in (dict, list) for child in _children(node)]
+        if not level:
+            return value
+    msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
+    raise RecordError(msg)
+
+
+def _children(node: Any) -> Any:
+    return node if type(node) is list else node.values()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
+        raise ValueError(msg)
+    return data
+
+
+def _no_constant(text: str) -> NoReturn:
+    msg = f"{text} is not a number"
+    raise ValueError(msg)
+
+
+def as_number(value: object) -> float | None:
+    """Return a number as a float; None if it is not a number, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _is_whole(value: object) -> bool:
+    # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def to_plain_float(value: float) -> float | str:
+    """Return a number as JSON may hold it: one that is not finite as text."""
+    return value if math.isfinite(value) else repr(value)
+
+
+class Reader:
+    """Typed reads from untrusted plain data; every error carries the path of the value."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            msg = f"{where}: expected an object, found {type(data).__name__}"
+            raise RecordError(msg)
+        self._data = data
+        self._where = where
+
+    def raw(self, key: str, default: Any = _MISSING) -> Any:
+        """Return the value as it is."""
+        value = self._data.get(key, default)
+        if value is _MISSING:
+            msg = f"{self._where}: {key!r} is missing"
+            raise RecordError(msg)
+        return value
+
+    def bad(self, key: str, expected: str) -> RecordError:
+        """Return the error for a value that is not what was expected."""
+        return RecordError(f"{self._where}: {key!r} is {brief(self._data.get(key))}; expected {expected}")
+
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        """Return text that can be encoded."""
+        value = self.raw(key, default)
+        if isinstance(value, str) and not has_surrogate(value):
+            return value
+        raise self.bad(key, "text")
+
+    def whole(self, key: str) -> int:
+        """Return a whole number of at least 0 that fits into 63 bits."""
+        value = self.raw(key)
+        if _is_whole(value):
+            return cast(int, value)
+        raise self.bad(key, "a whole number of at least 0, and below 2**63")
+
+    def number(self, key: str) -> float:
+        """Return a finite number."""
+        number = as_number(self.raw(key))
+        if number is not None and math.isfinite(number):
+            return number
+        raise self.bad(key, "a number")
+
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        value = self.raw(key)
+        if isinstance(value, bool):
+            return value
+        raise self.bad(key, "true or false")
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
+        """Return one of the choices."""
+        value = self.raw(key)
+        if value in choices:
+            return value
+        raise self.bad(key, " or ".join(map(repr, choices)))
+
+    def payload_name(self, key: str) -> str:
+        """Return a name that stays inside the directory."""
+        value = self.text(key)
+        # A record comes from storage that others may write to: its name must not lead out of the directory.
+        if problem := name_problem(value):
+            raise self.bad(key, problem)
+        return value
+
+    def digest(self, key: str) -> str:
+        """Return a digest by a known algorithm."""
+        value = self.text(key)
+        match = _DIGEST.fullmatch(value)
+        if match is None:
+            raise self.bad(key, "'algorithm:hex'")
+        if match[1] not in HEX_DIGITS:
+            known = " or ".join(HEX_DIGITS)
+            raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
+        if len(match[2]) != HEX_DIGITS[match[1]]:
+            raise self.bad(key, f"{HEX_DIGITS[match[1]]} hex digits")
+        return value
+
+    def metrics(self, key: str) -> dict[str, float]:
+        """Return numbers by name, NaN and infinities included."""
+        value = self.raw(key)
+        if not isinstance(value, dict):
+            raise self.bad(key, "an object of numbers")
+        if any(map(has_surrogate, value)):
+            raise self.bad(key, "names that can be encoded")
+        return dict(self._metric(key, name, number) for name, number in value.items())
+
+    def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
+        number = _NON_FINITE.get(value) if isinstance(value, str) else as_number(value)
+        if number is not None:
+            return name, number
+        msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(value)}; expected a number"
+        raise RecordError(msg)
+
+    def line(self, key: str) -> tuple[tuple[int, int], ...]:
+        """Return forks as ``(fork, step)``."""
+        return tuple(self._forks(key))
+
+    def _forks(self, key: str) -> Iterator[tuple[int, int]]:
+        value = self.raw(key)
+        if not isinstance(value, list):
+            raise self.bad(key, "a list of [fork, step]")
+        for fork in value:
+            match fork:
+                case [number, step] if _is_whole(number) and _is_whole(step):
+                    yield number, step
+                case _:
+                    raise self.bad(key, "a list of [fork, step]")
