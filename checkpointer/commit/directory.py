@@ -25,7 +25,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsLinks, SupportsPaths, SupportsSweep, SupportsURLs
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Line, Observation, Record, as_number, check_readable
-from checkpointer.storage.access import access_advice
+from checkpointer.storage.opening import access_advice
 from checkpointer.storage.owner import is_live
 
 __all__ = ["Directory"]

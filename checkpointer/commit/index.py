@@ -16,7 +16,7 @@ from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import MAX_RECORD_BYTES, SCHEMA, Entry
 from checkpointer.records.record import parse_json as parse_json
 from checkpointer.storage.digests import is_cryptographic
-from checkpointer.storage.reread import read_whole
+from checkpointer.storage.reader import read_whole
 
 __all__ = [
     "HOME",
