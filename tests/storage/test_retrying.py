@@ -1,4 +1,4 @@
-"""What fails for a while is tried again, by threads and by coroutines alike."""
+"""A request that fails briefly is repeated, in a thread and in a coroutine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ QUICK = Retry(deadline_s=10, first_wait_s=0.001)
 
 
 def in_a_thread(do: Callable[[], str]) -> str:
-    return QUICK(do, "do it")
+    return QUICK(do, "a request")
 
 
 def in_a_loop(do: Callable[[], str]) -> str:
     async def request() -> str:
         return do()
 
-    return asyncio.run(QUICK.run(lambda: request(), "do it"))
+    return asyncio.run(QUICK.run(lambda: request(), "a request"))
 
 
 @pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
-def test_it_is_tried_again_until_it_succeeds(run: Callable[[Callable[[], str]], str]) -> None:
-    """The result is that of the last attempt, and no coroutine that nobody awaits."""
+def test_a_request_is_repeated_until_it_succeeds(run: Callable[[Callable[[], str]], str]) -> None:
+    """The result is that of the last attempt, and every coroutine is awaited."""
     failures = [ConnectionResetError("once"), TimeoutError("twice")]
 
     def do() -> str:
@@ -38,8 +38,8 @@ def test_it_is_tried_again_until_it_succeeds(run: Callable[[Callable[[], str]], 
 
 
 @pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
-def test_what_will_never_succeed_is_not_tried_again(run: Callable[[Callable[[], str]], str]) -> None:
-    """Permission is not a matter of time."""
+def test_a_permanent_error_is_not_repeated(run: Callable[[Callable[[], str]], str]) -> None:
+    """A missing permission is a permanent error."""
     attempts = []
 
     def do() -> str:
