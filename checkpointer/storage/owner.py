@@ -13,17 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "STAGING",
-    "has_ended",
-    "host_of",
-    "is_abandoned",
-    "is_dead",
-    "is_live",
-    "machine",
-    "new_owner",
-    "release",
-]
+__all__ = ["STAGING", "has_ended", "host_of", "is_abandoned", "is_dead", "is_live", "machine", "new_owner", "release"]
 
 STAGING: Final = ".checkpointer/staging"
 """Folder of unfinished writes; each writer has a folder below it, which begins with its id."""

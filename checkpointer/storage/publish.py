@@ -9,7 +9,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -292,48 +292,37 @@ class Publisher:
                     self._to.remove(path)
 
     def _probe_create(self, path: str) -> bool:
-        outcomes = []
-        for data in (b"1", b"2"):
-            try:
-                self._create_exclusively(path, data)
-            except Exception as error:  # Either the driver has no exclusive creation, or the server refuses.
-                _raise_if_transient(error)
-                outcomes.append("refused")
-            else:
-                outcomes.append("created")
-        return outcomes == ["created", "refused"] and self._holds(path, b"1")
+        outcomes = [_succeeds(self._create_exclusively, path, data) for data in (b"1", b"2")]
+        return outcomes == [True, False] and self._holds(path, b"1")
 
     def _probe_rename(self, source: str, target: str) -> bool:
         self._write(source, b"new")
         self._write(target, b"old")
-        try:
-            rename(self._to.fs, self._to.full(source), self._to.full(target))
-        except Exception as error:  # Whatever the error is, the file was not renamed.
-            _raise_if_transient(error)
-            return False
         # Some servers ignore the request, and report success.
-        return self._holds(target, b"new")
+        return _succeeds(rename, self._to.fs, self._to.full(source), self._to.full(target)) and self._holds(
+            target, b"new"
+        )
 
     def _probe_copy(self, source: str, target: str) -> bool:
         # These drivers have a method for it that reads the file and writes it again.
         if self._to.protocol in ("webhdfs", "hdfs", "ftp"):
             return False
-        try:
-            copy(self._to.fs, self._to.full(source), self._to.full(target))
-        except Exception as error:  # Whatever the error is, the driver cannot copy.
-            _raise_if_transient(error)
-            return False
-        return True
+        return _succeeds(copy, self._to.fs, self._to.full(source), self._to.full(target))
+
+
+def _succeeds(request: Callable[..., object], *args: Any) -> bool:
+    """Return whether the server applies a request. Any error but a transient one means that it cannot."""
+    try:
+        request(*args)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        return False
+    return True
 
 
 def _pause(attempt: int) -> None:
     time.sleep(0.01 * 2**attempt * (1 + random.random() * 8))
-
-
-def _raise_if_transient(error: Exception) -> None:
-    # A lost reply is not a refusal.
-    if is_transient(error):
-        raise error
 
 
 def owner_of(path: str) -> str:

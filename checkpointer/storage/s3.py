@@ -43,7 +43,7 @@ _MAX_MARKER: Final = 1 << 16
 _TOKEN: Final = "checkpointer-token"
 
 
-class S3Connection(Connection):
+class _S3Connection(Connection):
     """Requests to a bucket, by s3fs."""
 
     def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
@@ -55,20 +55,15 @@ class S3Connection(Connection):
         self._bucket, self._prefix, _ = self.fs.split_path(self.root)
 
     def key(self, path: str) -> str:
-        """Return the object's key."""
         return f"{self._prefix}/{path}".strip("/") if path else self._prefix
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Make a request, with retries, and return the reply."""
         return self.attempt(method, lambda: self.call_once(method, **arguments))
 
     def call_once(self, method: str, **arguments: Any) -> Any:
-        """Make a request and return the reply."""
         return fsspec.asyn.sync(self.fs.loop, self._call, method, arguments)
 
     def submit(self, method: str, **arguments: Any) -> Future[Any]:
-        """Begin a request, with retries, in the background."""
-
         async def call() -> Any:
             what = f"{method} in {self}"
             with self.retrying(what) as retry:
@@ -135,10 +130,10 @@ class S3Connection(Connection):
             self.call_once("delete_object", Key=self.key(path))
 
 
-class S3Publisher(Publisher):
+class _S3Publisher(Publisher):
     """Uses conditional PUT in place of s3fs's exclusive creation."""
 
-    _to: S3Connection
+    _to: _S3Connection
 
     def _put(self, path: str, data: bytes) -> None:
         self._to.call_once("put_object", Key=self._to.key(path), Body=data)
@@ -170,12 +165,12 @@ class S3Storage(FsspecStorage):
             Without them, credentials are found as by every AWS tool.
     """
 
-    _connection: S3Connection
-    _publisher: S3Publisher
+    _connection: _S3Connection
+    _publisher: _S3Publisher
 
     def __init__(self, url: str, owner: str = "", *, retry: Retry | None = None, **options: Any) -> None:
-        self._connection = S3Connection(url, retry or Retry(), options)
-        self._publisher = S3Publisher(self._connection, owner)
+        self._connection = _S3Connection(url, retry or Retry(), options)
+        self._publisher = _S3Publisher(self._connection, owner)
 
     def upload(self, path: str) -> Upload:
         """See `Storage.upload`: one PUT if the payload fits a part, else a multipart upload."""
@@ -193,7 +188,7 @@ class S3Storage(FsspecStorage):
         super()._sweep_one(path)
 
 
-def _read_marker(connection: S3Connection, path: str) -> tuple[str, str]:
+def _read_marker(connection: _S3Connection, path: str) -> tuple[str, str]:
     """Return the path of the upload that a marker names, and the upload's id; both are empty if not known."""
     with contextlib.suppress(RecordError, FileNotFoundError):
         marker = parse_json(read_whole(lambda: connection.open(path), _MAX_MARKER), path, _MAX_MARKER)
@@ -202,7 +197,7 @@ def _read_marker(connection: S3Connection, path: str) -> tuple[str, str]:
     return "", ""
 
 
-def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
+def _unmarked(connection: _S3Connection, path: str, key: str) -> list[str]:
     """Return the uploads of a key that began when this marker was written, and that no marker names."""
     found = connection.find(STAGING)
     since = modified_s(found.get(path, {}))
@@ -223,7 +218,7 @@ def _unmarked(connection: S3Connection, path: str, key: str) -> list[str]:
 class _Multipart:
     """A multipart upload: parts are sent in parallel, and the object appears when the upload is completed."""
 
-    def __init__(self, connection: S3Connection, publisher: Publisher, path: str) -> None:
+    def __init__(self, connection: _S3Connection, publisher: Publisher, path: str) -> None:
         self._connection = connection
         self._publisher = publisher
         self._path = path

@@ -24,14 +24,7 @@ __all__ = ["Crash", "CrashingStorage", "die"]
 T = TypeVar("T")
 When = Literal["before", "halfway", "after"]
 
-_OPTIONAL: Final = (
-    SupportsLinks,
-    SupportsCopy,
-    SupportsFreeSpace,
-    SupportsPaths,
-    SupportsSweep,
-    SupportsCapabilities,
-)
+_OPTIONAL: Final = (SupportsLinks, SupportsCopy, SupportsFreeSpace, SupportsPaths, SupportsSweep, SupportsCapabilities)
 _UNCOUNTED: Final = {"free_space", "local_path", "close", "capabilities"}
 
 

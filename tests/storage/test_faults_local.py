@@ -46,6 +46,7 @@ from checkpointer.restore.load import verify
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.owner import new_owner
 from checkpointer.testing import MemoryStorage
+from checkpointer.tools.catalog import look_at
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +204,7 @@ def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
             restored = run.manager.restore(record.name)
             assert restored is not None
             assert record.step == restored.state["step"], clue
-        if run.manager._directory.damaged:
+        if look_at(LocalStorage(directory, "")).damaged:
             noticed.add("record")
             with pytest.warns(CheckpointerWarning, match=r"restored .* instead of what is newer or better"):
                 run.manager.restore()
@@ -467,11 +468,11 @@ def test_listing_that_lags_is_not_believed_over_what_can_be_opened(name: str, la
 def check_caught_up(storage: MemoryStorage, policy: Policy, steps: set[int]) -> None:
     """Check with a current listing that each record has its payload, and that these steps are among them."""
     reader = CheckpointManager(storage, policy, format=PlainFormat())
-    for record in reader.manifest.records:
+    for record in reader.session.manifest.records:
         verify(storage, record)
-    assert steps <= {record.step for record in reader.manifest.records}
+    assert steps <= {record.step for record in reader.session.manifest.records}
     payloads = {path for path in storage.list() if not path.startswith(".checkpointer/")} - {"last.ckpt", "best.ckpt"}
-    assert payloads <= {record.name for record in reader.manifest.records}
+    assert payloads <= {record.name for record in reader.session.manifest.records}
     reader.close()
 
 

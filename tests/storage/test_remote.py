@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import errno
@@ -114,10 +115,30 @@ def test_transient_errors_are_tried_again_and_logged(caplog: pytest.LogCaptureFi
     assert caplog.messages[0].startswith("writing a failed (ConnectionResetError: cut); next attempt in ")
 
 
-def test_permanent_errors_are_raised_at_once() -> None:
-    """They are not wrapped."""
-    with pytest.raises(PermissionError, match="no"):
-        QUICK(failing(PermissionError("no")), "writing a")
+def in_a_thread(do: Callable[[], str]) -> str:
+    return QUICK(do, "a request")
+
+
+def in_a_loop(do: Callable[[], str]) -> str:
+    async def request() -> str:
+        return do()
+
+    return asyncio.run(QUICK.run(lambda: request(), "a request"))
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
+def test_a_request_is_repeated_until_it_succeeds(run: Callable[[Callable[[], str]], str]) -> None:
+    """The result is that of the last attempt, and every coroutine is awaited."""
+    assert "done" == run(failing(ConnectionResetError("once"), TimeoutError("twice")))
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
+def test_a_permanent_error_is_not_repeated(run: Callable[[Callable[[], str]], str]) -> None:
+    """It is raised unchanged at the first attempt."""
+    do = failing(PermissionError("not yours"))
+    with pytest.raises(PermissionError, match="not yours"):
+        run(do)
+    assert "done" == do()
 
 
 def test_the_last_error_is_raised_when_the_deadline_has_passed() -> None:

@@ -65,23 +65,6 @@ class TestLocalStorage(StorageContract):
         return LocalStorage(self.folder / "runs", new_owner())
 
 
-class TestLocalStorageReachedRelatively(StorageContract):
-    """If the working directory changes after the storage was made, its root stays."""
-
-    @pytest.fixture(autouse=True)
-    def _use_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = tmp_path
-        self.monkeypatch = monkeypatch
-
-    def make_storage(self) -> Storage:
-        for name in ("here", "elsewhere"):
-            (self.folder / name).mkdir(exist_ok=True)
-        self.monkeypatch.chdir(self.folder / "here")
-        storage = LocalStorage("runs/digits", new_owner())
-        self.monkeypatch.chdir(self.folder / "elsewhere")
-        return storage
-
-
 class TestFsspecStorage(StorageContract):
     def make_storage(self) -> Storage:
         return FsspecStorage(f"memory://{uuid.uuid4().hex}/runs")
@@ -148,7 +131,7 @@ class WritesThroughLinks(MemoryStorage):
         (Appends, "test_write_replaces_the_whole_file"),
         (OneVersion, "test_the_version_changes_whenever_a_file_is_rewritten"),
         (KeepsQuietOnMissing, "test_opening_what_is_missing_raises_file_not_found"),
-        (FailsOnDeletingTwice, "test_delete_removes_a_file_and_only_that"),
+        (FailsOnDeletingTwice, "test_delete_removes_a_file_or_folder_and_only_that"),
         (ReplacesAlways, "test_publish_refuses_a_taken_name_and_leaves_it"),
         (WritesThroughLinks, "test_writing_to_a_link_replaces_the_link"),
     ],
