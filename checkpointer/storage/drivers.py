@@ -211,10 +211,7 @@ def stat_of(info: Mapping[str, Any], *, has_tags: bool) -> Stat:
 
 
 def escaped(path: str, unsafe: str) -> str:
-    """Return a path in which each ``unsafe`` character is written as ``^`` and its code.
-
-    Unsafe characters are those that a server or its driver refuses, or takes for a pattern.
-    """
+    """Return a path in which each character that the server or its driver misreads is written as ``^`` and its code."""
     if not unsafe:
         return path
     return "".join(f"^{ord(char):02X}" if char in unsafe or char == "^" else char for char in path)

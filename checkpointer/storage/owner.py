@@ -56,22 +56,17 @@ def is_dead(owner: str) -> bool:
 def is_abandoned(owner: str, age_s: Callable[[], float | None]) -> bool:
     """Return whether an unfinished write can be removed: its owner is dead, or unknown and quiet for a day.
 
-    Args:
-        owner: The id.
-        age_s: Returns the seconds since the last change, or None if unknown; called only for an unknown owner.
+    ``age_s`` returns the seconds since its last change, or None if unknown. It is called only for an unknown owner.
     """
     if _process(owner) is not None:
         return not is_live(owner)
-    age = age_s()
-    return age is not None and age > _STALE_S
+    return (age := age_s()) is not None and age > _STALE_S
 
 
 def has_ended(owner: str, machine_of: Callable[[], str]) -> bool:
     """Return whether the owner is certainly dead, or ran before this machine was last booted.
 
-    Args:
-        owner: The id.
-        machine_of: Returns what `machine` returned in the owner's process; called only if that matters.
+    ``machine_of`` returns the result of `machine` in the owner's process. It is called only if that matters.
     """
     return is_dead(owner) or (is_earlier_boot(owner, _host()) and machine_of() == machine() != "")
 

@@ -21,12 +21,7 @@ EVERY_S: Final = 10.0
 class Transfer:
     """Writes bytes to a stream, and every `EVERY_S` logs at INFO how many were written and how quickly.
 
-    Args:
-        stream: Where to write.
-        name: The payload's name in the log.
-        clock: Measures the time.
-        expected: Size of the payload in bytes; None if unknown.
-        is_copy: The payload is copied, so its size is exact. If False, ``expected`` is an estimate.
+    ``expected`` is the payload's size in bytes, or None if unknown. It is an estimate, unless the payload is a copy.
     """
 
     def __init__(
@@ -60,13 +55,9 @@ class Transfer:
 
 
 class CountingStorage:
-    """Another storage, which reports the bytes that are read from it.
+    """Another storage, which calls ``on_bytes`` with the number of bytes after each read.
 
     It supports paths and links if the other storage does, because a check for corruption uses them.
-
-    Args:
-        storage: The other storage.
-        on_bytes: Called with the number of bytes after each read.
     """
 
     list: Callable[..., Mapping[str, Stat]]

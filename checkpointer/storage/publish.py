@@ -258,8 +258,6 @@ class Publisher:
         msg = f"{path} appeared in {self._to} while it was about to be written; nothing was replaced"
         return NameTakenError(msg)
 
-    # Copy a file
-
     def copy(self, source: str, path: str) -> None:
         """Let the server copy a file, and replace an existing one in one step."""
         self._to.attempt(f"copying {source} to {path}", lambda: self._copy(source, path))
@@ -269,8 +267,6 @@ class Publisher:
         copy(self._to.fs, self._to.full(source), self._to.full(copied))
         if copied != target:
             self._move_over(copied, target)
-
-    # Probe the server
 
     @functools.cached_property
     def capabilities(self) -> Capabilities:

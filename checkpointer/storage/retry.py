@@ -62,21 +62,13 @@ def is_transient(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     """Return the HTTP status of an error, or 0 if it has none."""
-    for name in ("status_code", "status", "code"):
-        status = getattr(error, name, None)
-        if isinstance(status, int):
-            return status
-    return 0
+    statuses = (getattr(error, name, None) for name in ("status_code", "status", "code"))
+    return next((status for status in statuses if isinstance(status, int)), 0)
 
 
 @attrs.frozen
 class Retry:
-    """Calls a function until it succeeds or fails permanently, or the deadline has passed; then raises the last error.
-
-    Example:
-        >>> Retry(deadline_s=60)(lambda: "done", "writing a.ckpt")
-        'done'
-    """
+    """Calls a function until it succeeds or fails permanently, or until the deadline; then raises the last error."""
 
     deadline_s: float = 300.0
     """Seconds after which no further attempt begins. A running attempt is limited by the driver's own timeouts."""

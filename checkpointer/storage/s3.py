@@ -247,8 +247,7 @@ class _Multipart:
 
     def _begin(self) -> str:
         self._num_begun += 1
-        metadata = {_TOKEN: self._token}
-        reply = self._connection.call_once("create_multipart_upload", Key=self._key, Metadata=metadata)
+        reply = self._connection.call_once("create_multipart_upload", Key=self._key, Metadata={_TOKEN: self._token})
         return str(reply["UploadId"])
 
     def _mark(self) -> None:
@@ -294,7 +293,6 @@ class _Multipart:
         self._wait()
 
     def _wait(self) -> list[dict[str, Any]]:
-        """Wait for all parts and return their numbers and tags."""
         parts = []
         for number, future in enumerate(self._sent, 1):
             reply = future.result()

@@ -497,9 +497,7 @@ class StorageContract:
     def test_free_space_is_a_number_of_bytes_or_unknown(self) -> None:
         """It is never negative, and has no side effect."""
         storage = _supporting(self.make_storage(), SupportsFreeSpace)
-        space = storage.free_space()
-
-        assert space is None or space >= 0
+        assert (space := storage.free_space()) is None or space >= 0
         assert {} == _sizes(storage)
 
     # SupportsPaths

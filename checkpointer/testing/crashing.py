@@ -134,8 +134,6 @@ class CrashingStorage:
         for name in _half(self._inner.list(path)):
             self._inner.delete(name)
 
-    # Optional ports
-
     def _forwarding(self, name: str) -> Callable[..., Any]:
         method = getattr(self._inner, name)
 
@@ -161,14 +159,8 @@ class CrashingStorage:
         staged, upload = self._do("stage", lambda: self._inner.stage(path))
         return staged, _CrashingUpload(self, upload)
 
-    # Death
-
     def check_alive(self) -> None:
-        """Raise `Crash` again if the process has died.
-
-        Raises:
-            Crash: If it is dead.
-        """
+        """Raise `Crash` again if the process has died."""
         if self.is_dead:
             msg = f"dead since operation {self._at}"
             raise Crash(msg)
