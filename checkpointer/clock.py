@@ -1,4 +1,4 @@
-"""The system's time, steady while the process lives: a clock that is set does not move a running trigger."""
+"""The system's time. If the system clock is set, running triggers are not affected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["SystemClock"]
 
 
 class SystemClock:
-    """Wall time when it was made, plus what a monotonic clock has counted since."""
+    """The wall time at construction, plus the time that a monotonic clock has measured since then."""
 
     def __init__(self) -> None:
         self._offset = time.time() - time.monotonic()

@@ -44,8 +44,8 @@ class StrategyRanks:
         numbers = torch.tensor(values, dtype=torch.float32, device=strategy.root_device)
         return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
 
-    def meet(self, timeout_s: float) -> bool:
-        """See `Ranks.meet`: a strategy has no way to wait only so long, so nobody waits."""
+    def barrier(self, timeout_s: float) -> bool:
+        """See `Ranks.barrier`: a strategy has no way to wait only so long, so nobody waits."""
         return False
 
 

@@ -86,7 +86,7 @@ def _has_hook(thing: Any) -> bool:
 
 def _is_everybody_here(training: Training, trainer: Any) -> bool:
     """Return whether all ranks come here in time, and from the same step."""
-    if not training.ranks.meet(DEADLINE_S):
+    if not training.ranks.barrier(DEADLINE_S):
         return False
     step = float(trainer.global_step)
     highest, lowest = training.ranks.highest(step, -step)

@@ -26,7 +26,7 @@ from checkpointer.ports import Clock, Storage, SupportsLinks, SupportsPaths, Sup
 from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Line, Observation, Record, check_readable
-from checkpointer.storage.access import access_advice
+from checkpointer.storage.opening import access_advice
 from checkpointer.storage.owner import is_live
 
 __all__ = ["Directory"]

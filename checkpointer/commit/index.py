@@ -17,7 +17,7 @@ from checkpointer.records.codec import parse_json as parse_json
 from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
-from checkpointer.storage.reread import read_whole
+from checkpointer.storage.reader import read_whole
 
 __all__ = [
     "HOME",

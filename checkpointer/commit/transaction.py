@@ -66,7 +66,7 @@ from checkpointer.storage.digests import (
     size_of,
 )
 from checkpointer.storage.owner import is_dead, is_live
-from checkpointer.storage.transfer import Transfer
+from checkpointer.storage.progress import Transfer
 
 __all__ = ["Recovered", "Transaction", "marker_path"]
 
@@ -120,8 +120,7 @@ class Transaction:
         """
         upload = self.storage.upload(draft.name)
         try:
-            of = ("of about", expected) if expected else None
-            stream = DigestWriter(Transfer(upload, draft.name, self.clock, of=of), self._algorithm)
+            stream = DigestWriter(Transfer(upload, draft.name, self.clock, expected=expected), self._algorithm)
             _write_all(write, stream)  # 1
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
@@ -191,7 +190,7 @@ class Transaction:
             return self._upload_folder(record, source, path, replaces)
         upload = self.storage.upload(record.name)
         try:
-            transfer = Transfer(upload, record.name, self.clock, verb="copied", of=("of", record.size))
+            transfer = Transfer(upload, record.name, self.clock, expected=record.size, is_copy=True)
             stream = DigestWriter(transfer, algorithm_of(record.digest))
             for chunk in _read_chunks(source, path):  # 1
                 stream.write(chunk)

@@ -398,7 +398,7 @@ class DistributedManager:
     def _rescue_quietly(self, error: BaseException, timeout: float | None) -> None:
         """Rescue if all ranks come here at the same step: the others may be waiting for this one elsewhere."""
         try:
-            if not self._ranks.meet(MEET_S) or 1 != len(set(self._ranks.gather(self._seen))):
+            if not self._ranks.barrier(MEET_S) or 1 != len(set(self._ranks.gather(self._seen))):
                 msg = "no rescue checkpoint: that takes all ranks at the same step, and they did not come"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
                 return

@@ -48,8 +48,8 @@ class OneRank:
         """See `Ranks.highest`."""
         return values
 
-    def meet(self, timeout_s: float) -> bool:
-        """See `Ranks.meet`."""
+    def barrier(self, timeout_s: float) -> bool:
+        """See `Ranks.barrier`."""
         return True
 
 
@@ -137,8 +137,8 @@ class TorchRanks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(tensor.tolist())
 
-    def meet(self, timeout_s: float) -> bool:
-        """See `Ranks.meet`."""
+    def barrier(self, timeout_s: float) -> bool:
+        """See `Ranks.barrier`."""
         # Not monitored_barrier: only rank 0 has its timeout there, the others wait as long as the group does.
         give_up = time.monotonic() + timeout_s
         try:
@@ -204,9 +204,9 @@ class TorchMailbox:
         """See `Mailbox.group`."""
         return self._ranks.group
 
-    def post(self, key: str, word: str) -> None:
+    def post(self, key: str, message: str) -> None:
         """See `Mailbox.post`."""
-        self._store.set(key, word)
+        self._store.set(key, message)
 
     def look(self, key: str) -> str | None:
         """See `Mailbox.look`."""

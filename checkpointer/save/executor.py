@@ -20,7 +20,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation
 from checkpointer.save.background import Background, Job, Outcome
 from checkpointer.save.saver import Saver
-from checkpointer.storage.access import access_advice
+from checkpointer.storage.opening import access_advice
 
 __all__ = ["Life", "SaveExecutor"]
 

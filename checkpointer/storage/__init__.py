@@ -1,4 +1,4 @@
-"""Storages: local disk, memory, and whatever fsspec reaches."""
+"""Storages: local disk, memory, and every URL that fsspec reaches."""
 
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.memory import MemoryStorage

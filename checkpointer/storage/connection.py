@@ -1,4 +1,4 @@
-"""A connection to a filesystem that fsspec reaches: every request goes through here, and is tried again if need be."""
+"""A connection to a filesystem that fsspec reaches. It makes every request, and repeats the ones that fail briefly."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ from typing import Any, BinaryIO, Final, TypeVar
 import attrs
 import fsspec.asyn
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 
 from checkpointer.errors import StorageError
 from checkpointer.storage.drivers import (
-    SILENCE_S,
     as_native_errors,
     as_os_errors,
-    bound_silence,
-    disconnect,
+    connect,
     escaped,
+    files_below,
+    is_link,
     unescaped,
-    with_silence_bounded,
     without_password,
 )
-from checkpointer.storage.listing import files_below, is_link
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
 
@@ -36,7 +33,7 @@ T = TypeVar("T")
 _OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
 
 _UNSAFE: Final = {"smb": '"*:<>?|', "webdav": "#%*?[]", "webhdfs": "#%*?[]{}", "hdfs": "#%*?[]{}"}
-"""Characters that the server refuses, or that the driver takes for something else than part of a name."""
+"""Characters that the server refuses, or that the driver does not take as a part of a name."""
 _LARGE: Final = 1 << 20
 _EXTRAS: Final = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
@@ -45,36 +42,26 @@ _EXTRAS: Final = {
 
 
 class Connection:
-    """Requests to one folder of one filesystem, by paths relative to it.
-
-    Args:
-        url: Any URL that fsspec knows.
-        retry: How long to go on trying when the server or the way to it fails.
-        options: What the filesystem takes (``storage_options``).
-
-    Raises:
-        StorageError: If the URL's driver is not installed or not known, or there is no connection.
-    """
+    """Requests to one folder of one filesystem, by paths relative to it. For the arguments see `FsspecStorage`."""
 
     def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
         self.retry = retry
         self.protocol = url.partition("://")[0]
         self.is_object_store = self.protocol in _OBJECT_STORES
-        """Whether a file appears whole when its upload ends, and there are neither folders nor renames."""
+        """Whether a file appears whole when its upload ends, and the store has neither folders nor renames."""
         self._unsafe = _UNSAFE.get(self.protocol, "")
         self._url = url
         self._options = options
-        self._hurry_until = 0.0
+        self._impatient_until = 0.0
         try:
             self.retry(self._connect, f"connecting to {self}")
         except StorageError:
             raise
         except Exception as error:
-            msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
-            raise StorageError(msg) from error
+            raise self._cannot_connect(error) from error
         shared = isinstance(self.fs, fsspec.asyn.AsyncFileSystem)
         self.turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if shared else threading.RLock()
-        """Held during each request: the session of a driver that is not asynchronous takes one thread at a time."""
+        """Held during each request, because the session of a synchronous driver serves one thread at a time."""
 
     def __str__(self) -> str:
         return without_password(self._url)
@@ -87,10 +74,7 @@ class Connection:
     def _connect(self) -> None:
         self._folders: set[str] = set()
         try:
-            options = with_silence_bounded(self.protocol, self._options)
-            self.fs, root = url_to_fs(self._url, skip_instance_cache=True, **options)
-            # Without a deadline there is one attempt, and that has its time.
-            bound_silence(self.fs, min(SILENCE_S, self.retry.deadline_s or SILENCE_S))
+            self.fs, self.root = connect(self._url, self._options, self.retry.deadline_s)
         except (ImportError, ValueError) as error:
             extra = _EXTRAS.get(self.protocol)
             package = f"pip install 'torch-checkpointer[{extra}]'" if extra else "see fsspec's list of filesystems"
@@ -99,38 +83,37 @@ class Connection:
         except Exception as error:
             if is_transient(error):
                 raise
-            msg = f"cannot connect to {self}: {type(error).__name__}: {error}"
-            raise StorageError(msg) from error
-        self.root = root.rstrip("/")
+            raise self._cannot_connect(error) from error
         self._is_cut = False
+
+    def _cannot_connect(self, error: Exception) -> StorageError:
+        return StorageError(f"cannot connect to {self}: {type(error).__name__}: {error}")
 
     def full(self, path: str) -> str:
         """Return a path as the filesystem knows it."""
         return f"{self.root}/{escaped(path, self._unsafe)}" if path else self.root
 
     def attempt(self, what: str, do: Callable[[], T]) -> T:
-        """Do it, again if the failure is transient; every error comes out as an `OSError`."""
-        with as_os_errors(what), self.giving_up():
-            return self.patience(lambda: self._noting(do), f"{what} in {self}")
-
-    @property
-    def patience(self) -> Retry:
-        """How long to try now: just once for as long again as a request was tried in vain.
-
-        Else clearing up after a save that failed would take the deadline once more, for each request.
-        """
-        return attrs.evolve(self.retry, deadline_s=0.0) if time.monotonic() < self._hurry_until else self.retry
+        """Call ``do``, again after each transient failure. Every error is raised as an `OSError`."""
+        with self.retrying(what) as retry:
+            return retry(lambda: self._noting(do), f"{what} in {self}")
 
     @contextlib.contextmanager
-    def giving_up(self) -> Iterator[None]:
-        """Remember whether this request, with all its attempts, came through."""
-        try:
-            yield
-        except Exception as error:
-            if is_transient(error):
-                self._hurry_until = time.monotonic() + self.retry.deadline_s
-            raise
-        self._hurry_until = 0.0
+    def retrying(self, what: str) -> Iterator[Retry]:
+        """Yield the retries of a request: none, if the one before failed until its deadline, for as long again.
+
+        Otherwise each request of the clean-up after a failed save would take the whole deadline. Every error is raised
+        as an `OSError`.
+        """
+        is_patient = time.monotonic() >= self._impatient_until
+        with as_os_errors(what):
+            try:
+                yield self.retry if is_patient else attrs.evolve(self.retry, deadline_s=0.0)
+            except Exception as error:
+                if is_transient(error):
+                    self._impatient_until = time.monotonic() + self.retry.deadline_s
+                raise
+        self._impatient_until = 0.0
 
     def _noting(self, do: Callable[[], T]) -> T:
         with self.turn:
@@ -144,53 +127,55 @@ class Connection:
                 raise
 
     def note(self, error: Exception) -> None:
-        """Remember that a session does not survive this error; object stores connect anew by themselves."""
+        """Mark the session as cut if the error ends it. Object stores connect anew by themselves."""
         if is_transient(error) and not self.is_object_store:
             self._is_cut = True
 
     def close(self) -> None:
-        """Close the session; the next request opens another one."""
+        """Close the session; the next request opens a new one."""
         if not self.is_object_store:
-            with self.turn:
-                disconnect(self.fs)
+            client: Any = getattr(self.fs, "client", None)
+            with self.turn, contextlib.suppress(Exception):
+                getattr(client, "http", client).close()
             self._is_cut = True
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
-        """Return what the driver says of every file at or below ``prefix``, by its path."""
+        """Return the driver's details of every file at or below ``prefix``, by its path."""
         return self.attempt(f"listing {prefix!r}", lambda: self._find(prefix))
 
     def _find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         self.fs.invalidate_cache()
+        folder = self.full(prefix)
         try:
             with as_native_errors():
-                found = files_below(self.fs, self.full(prefix))
-                # Links are not followed: what lies there is somebody else's.
-                if prefix and found and set(found) != {self.full(prefix)} and is_link(self.fs, self.full(prefix)):
-                    found = {self.full(prefix): {"size": 0}}
+                found = files_below(self.fs, folder)
+                # Links are not followed, because the files behind them are not the manager's.
+                if prefix and found and set(found) != {folder} and is_link(self.fs, folder):
+                    found = {folder: {"size": 0}}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        # Filesystems differ in whether they return names with their leading slash.
+        # Some filesystems return names with their leading slash, some without.
         root = f"{self.root}/".lstrip("/")
         return {unescaped(name.strip("/")[len(root) :], self._unsafe): info for name, info in found.items()}
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading; the stream opens anew where it was when the connection is cut."""
-        with as_os_errors(f"opening {path}"), self.giving_up():
-            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, self.patience, self.turn)
+        """Open a file for reading. If the connection is cut, the stream opens the file again at its position."""
+        with self.retrying(f"opening {path}") as retry:
+            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, retry, self.turn)
 
     def _begin_reading(self, path: str) -> Any:
-        # Some remember the sizes that a listing gave: of a file that was replaced since, they read too little.
+        # Some drivers keep sizes from a listing. If the file was replaced since then, they read too little.
         self.fs.invalidate_cache()
-        # A file on a Windows share cannot be renamed or deleted while it is open, unless its reader agrees.
+        # An open file on a Windows share cannot be renamed or deleted unless its reader allows it.
         options = {"share_access": "rwd"} if self.protocol == "smb" else {}
         stream = self.fs.open(self.full(path), "rb", **options)
-        # paramiko's: ask for the next blocks of a large file before they are needed.
+        # paramiko can request the next blocks of a large file before they are read.
         if hasattr(stream, "prefetch") and (size := stream.stat().st_size) > _LARGE:
             stream.prefetch(size)
         return stream
 
     def remove(self, path: str) -> None:
-        """Delete one file; what is not there is deleted already."""
+        """Delete one file; deleting a missing file succeeds."""
         self.attempt(f"deleting {path}", lambda: self._remove(path))
 
     def _remove(self, path: str) -> None:
@@ -201,18 +186,18 @@ class Connection:
                 self.fs.rm(self.full(path))
 
     def make_parents(self, path: str) -> None:
-        """Make the folders above a path, where there are folders."""
+        """Make the folders above a path, if the filesystem has folders."""
         folder = path.rpartition("/")[0]
         if not self.is_object_store and folder not in self._folders:
             self.fs.makedirs(self.full(folder), exist_ok=True)
             self._folders.add(folder)
 
     def forget_folders(self) -> None:
-        """Make folders anew when they are needed next: another writer may have removed them."""
+        """Make folders again when they are needed next, because another writer may have removed them."""
         self._folders.clear()
 
     def remove_empty_folders(self, path: str) -> None:
-        """Remove the folders that are empty now: at and below the path, and above it as far as they are."""
+        """Remove empty folders: at and below the path, and above it up to the first that is not empty."""
         if self.is_object_store:
             return
         folders: list[str] = []
@@ -225,7 +210,7 @@ class Connection:
             parts = path.split("/")[:-1]
             folders += [self.full("/".join(parts[:count])) for count in range(len(parts), 0, -1)]
         for folder in folders:
-            # Not every server refuses to remove a folder with files in it: look first.
+            # Some servers remove a folder although it has files, so check first.
             with self.turn, contextlib.suppress(Exception):
                 if self.fs.isdir(folder) and not self.fs.ls(folder, detail=False):
                     self._remove_folder(folder)
@@ -234,7 +219,7 @@ class Connection:
     def _remove_folder(self, folder: str) -> None:
         if type(self.fs).rmdir is not AbstractFileSystem.rmdir:
             self.fs.rmdir(folder)
-        # Behind a method that does nothing, sshfs has a coroutine, and WebHDFS deletes folders as it does files.
+        # sshfs has only the coroutine, behind a method that does nothing. WebHDFS deletes folders as it deletes files.
         elif hasattr(self.fs, "_rmdir"):
             fsspec.asyn.sync(self.fs.loop, self.fs._rmdir, folder)
         else:

@@ -12,6 +12,7 @@ import xxhash
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
+from checkpointer.storage.reader import SeekableReader
 
 __all__ = [
     "ALGORITHM",
@@ -27,11 +28,11 @@ __all__ = [
 ]
 
 ALGORITHM: Final = "xxh3-128"
-"""Finds every accident, at the speed of memory."""
+"""Detects every accidental change, at the speed of memory."""
 CRYPTOGRAPHIC: Final = "sha256"
-"""Cannot be forged: under trust, where somebody may try."""
+"""Cannot be forged. It is used under trust, where an attacker may try."""
 
-_NEW: Final[dict[str, Callable[[], Any]]] = {ALGORITHM: xxhash.xxh3_128, CRYPTOGRAPHIC: hashlib.sha256}
+_NEW: Final[dict[str, Callable[..., Any]]] = {ALGORITHM: xxhash.xxh3_128, CRYPTOGRAPHIC: hashlib.sha256}
 _CHUNK: Final = 4 << 20
 _BLOCK: Final = 1 << 20
 
@@ -42,71 +43,23 @@ def algorithm_of(digest: str) -> str:
 
 
 def is_cryptographic(digest: str) -> bool:
-    """Return whether nobody can make other bytes with the same digest."""
+    """Return whether it is infeasible to make other bytes with the same digest."""
     return algorithm_of(digest) == CRYPTOGRAPHIC
 
 
-def _new(algorithm: str) -> Any:
-    if algorithm not in _NEW:
-        msg = f"the digest algorithm {algorithm!r} is not known (known: {', '.join(_NEW)}); upgrade torch-checkpointer"
-        raise CorruptError(msg)
-    return _NEW[algorithm]()
-
-
-class DigestWriter:
-    """Passes bytes on, and digests and counts them on the way."""
-
-    def __init__(self, stream: Writable, algorithm: str = ALGORITHM) -> None:
-        self._stream = stream
-        self._algorithm = algorithm
-        self._hash = _new(algorithm)
-        self.size = 0
-        """Bytes written so far."""
-        self.error: BaseException | None = None
-        """What the stream raised first: a serialiser may go on to hide it behind an error of its own."""
-
-    def write(self, data: Any) -> int:
-        """Write all of ``data`` and return its length in bytes."""
-        view = memoryview(data).cast("B")
-        # In chunks that fit the cache: the write then reads what the hash has just brought in.
-        for start in range(0, len(view), _CHUNK):
-            chunk = view[start : start + _CHUNK]
-            self._hash.update(chunk)
-            self._pass_on(chunk)
-        self.size += len(view)
-        return len(view)
-
-    def _pass_on(self, chunk: memoryview) -> None:
-        try:
-            self._stream.write(chunk)
-        except BaseException as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        """Do nothing: some writers insist that a stream can be flushed."""
-
-    @property
-    def digest(self) -> str:
-        """The digest so far."""
-        return f"{self._algorithm}:{self._hash.hexdigest()}"
-
-
-class FolderDigest:
-    """Digests a folder that is read file by file, in the order of their names, as `digest_of` does."""
-
+class _Digest:
     def __init__(self, algorithm: str) -> None:
+        if algorithm not in _NEW:
+            known = ", ".join(_NEW)
+            msg = f"the digest algorithm {algorithm!r} is not known (known: {known}); upgrade torch-checkpointer"
+            raise CorruptError(msg)
         self._algorithm = algorithm
-        self._hash = _new(algorithm)
+        self._hash = _NEW[algorithm]()
         self.size = 0
         """Bytes so far."""
 
-    def begin(self, inside: str, size: int) -> None:
-        """Go on with the file of this path inside the folder and this size in bytes."""
-        self._hash.update(f"{inside}\0{size}\0".encode(errors="surrogateescape"))
-
-    def update(self, chunk: bytes) -> None:
-        """Go on with these bytes."""
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Add these bytes."""
         self._hash.update(chunk)
         self.size += len(chunk)
 
@@ -116,14 +69,49 @@ class FolderDigest:
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
-def files_of(storage: Storage, path: str, expected: int | None = None) -> Mapping[str, int]:
-    """Return the files of a payload and their sizes (bytes); of one that is no folder, itself; empty if it is gone.
+class DigestWriter(_Digest):
+    """Writes bytes to a stream, and digests and counts them."""
 
-    A listing may lag behind what was written, or deleted: unless it shows the size that is expected, a file is
-    opened, and what can be opened is believed.
+    def __init__(self, stream: Writable, algorithm: str = ALGORITHM) -> None:
+        super().__init__(algorithm)
+        self._stream = stream
+        self.error: BaseException | None = None
+        """The stream's first exception, because a serialiser may raise another one in its place."""
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data`` and return its length in bytes."""
+        view = memoryview(data).cast("B")
+        # In chunks that fit the cache, so that the write reads what the hash has just loaded.
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self.update(chunk)
+            try:
+                self._stream.write(chunk)
+            except BaseException as error:
+                self.error = self.error or error
+                raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing; some serialisers call it."""
+
+
+class FolderDigest(_Digest):
+    """Digests a folder that is read file by file, in the order of their names, as `digest_of` does."""
+
+    def begin(self, inside: str, size: int) -> None:
+        """Begin the next file: its path inside the folder, and its size in bytes."""
+        self._hash.update(f"{inside}\0{size}\0".encode(errors="surrogateescape"))
+
+
+def files_of(storage: Storage, path: str, expected: int | None = None) -> Mapping[str, int]:
+    """Return a payload's files and their sizes (bytes). A file is its own only entry; a missing payload has none.
+
+    A listing may be older than the last write or deletion. If it does not show the expected size, the file is opened,
+    and the opened file counts.
     """
     files = {name: stat.size for name, stat in storage.list(path).items()}
-    # Where there are links a listing lags behind nothing, and the size it gives is how a link is told from a file.
+    # Storages with links list consistently; the listed size also distinguishes a symlink from a file.
     if files and (sum(files.values()) == expected or path not in files or isinstance(storage, SupportsLinks)):
         return files
     try:
@@ -134,13 +122,13 @@ def files_of(storage: Storage, path: str, expected: int | None = None) -> Mappin
 
 
 def size_of(storage: Storage, path: str, expected: int) -> int | None:
-    """Return the size (bytes) of a payload that should have ``expected`` bytes; None if there is none."""
+    """Return the size (bytes) of a payload that should have ``expected`` bytes; None if it is missing."""
     files = files_of(storage, path, expected)
     return sum(files.values()) if files else None
 
 
 def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | None:
-    """Return size (bytes) and digest of a payload, file or folder; None if there is none."""
+    """Return size (bytes) and digest of a payload, file or folder; None if it is missing."""
     files = files_of(storage, path)
     if not files:
         return None
@@ -154,49 +142,30 @@ def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | 
     return digest.size, digest.digest
 
 
-class VerifiedReader(io.RawIOBase):
-    """Digests a payload at once, and then hands on only the very bytes that it has digested.
+class VerifiedReader(SeekableReader):
+    """Digests a payload at construction. Afterwards it returns only bytes that it has digested.
 
-    A payload is read twice: to verify it, and to load it. In between somebody may put other bytes there, and the old
-    ones back afterwards. So the first read keeps a digest of each block, and what the second reads must have it.
+    A payload is read twice, to verify it and to load it. In between an attacker may replace its bytes for a moment.
+    Therefore the first read keeps a digest of each block, and each block of the second read must have it.
     """
 
     def __init__(self, stream: BinaryIO, algorithm: str) -> None:
-        super().__init__()
         self._stream = stream
+        whole = _Digest(algorithm)
         self._new: Final = _NEW[algorithm]
         self._blocks: list[bytes] = []
-        whole = self._new()
-        self.size = 0
-        """Bytes of the payload."""
         while block := _read_fully(stream, _BLOCK):
             whole.update(block)
-            self._blocks.append(self._digest(block))
-            self.size += len(block)
-        self.digest: Final = f"{algorithm}:{whole.hexdigest()}"
+            self._blocks.append(self._new(block).digest())
+        self.size: Final = whole.size
+        """Bytes of the payload."""
+        self.digest: Final = whole.digest
         """The digest of the whole payload."""
         self.error: CorruptError | None = None
-        """That a block had changed: a format may hide it behind an error of its own."""
+        """Set if a block has changed, because a format may raise another error in its place."""
         self._position = 0
         self._held = -1
         self._block = b""
-
-    def _digest(self, block: bytes) -> bytes:
-        digest = self._new()
-        digest.update(block)
-        return bytes(digest.digest())
-
-    def readable(self) -> bool:
-        """See `io.RawIOBase`."""
-        return True
-
-    def seekable(self) -> bool:
-        """See `io.RawIOBase`."""
-        return True
-
-    def tell(self) -> int:
-        """See `io.RawIOBase`."""
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """See `io.RawIOBase`."""
@@ -205,7 +174,7 @@ class VerifiedReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """See `io.RawIOBase`; hands on at most the rest of one block."""
+        """See `io.RawIOBase`; returns at most the rest of one block."""
         view = memoryview(buffer).cast("B")
         number, offset = divmod(self._position, _BLOCK)
         if number >= len(self._blocks):
@@ -219,7 +188,7 @@ class VerifiedReader(io.RawIOBase):
         if number != self._held:
             self._stream.seek(number * _BLOCK)
             block = _read_fully(self._stream, _BLOCK)
-            if self._digest(block) != self._blocks[number]:
+            if self._new(block).digest() != self._blocks[number]:
                 self.error = CorruptError("it changed between being verified and being loaded; nothing was restored")
                 raise self.error
             self._held, self._block = number, block
@@ -227,7 +196,7 @@ class VerifiedReader(io.RawIOBase):
 
 
 def _read_fully(stream: BinaryIO, size: int) -> bytes:
-    """Read ``size`` bytes, or what is left of the stream: not every stream gives all it has at once."""
+    """Read ``size`` bytes, or the rest of the stream, because some streams return less than they have."""
     block = stream.read(size)
     while block and len(block) < size and (more := stream.read(size - len(block))):
         block += more

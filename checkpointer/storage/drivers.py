@@ -1,4 +1,4 @@
-"""What fsspec's drivers say, in one language: errors, times and versions, which each of them words differently."""
+"""One interface to fsspec's drivers, which differ in errors, times, versions, listings, renames and timeouts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+from fsspec.core import url_to_fs
 
 from checkpointer.ports import Stat
+from checkpointer.storage.retry import is_transient
 
 __all__ = [
-    "SILENCE_S",
     "as_native_errors",
     "as_os_errors",
-    "bound_silence",
+    "connect",
     "copy",
-    "disconnect",
     "escaped",
+    "files_below",
+    "is_link",
     "is_refusal",
     "modified_s",
     "rename",
     "stat_of",
     "unescaped",
-    "with_silence_bounded",
     "without_password",
 ]
 
@@ -35,11 +38,14 @@ _REFUSALS: Final = ("precondition", "pre-condition", "already exists", "alreadye
 _TIMES: Final = ("LastModified", "last_modified", "mtime", "modified", "updated", "last_write_time", "created")
 _MILLISECONDS: Final = ("modificationTime", "modification_time")
 _VERSIONS: Final = ("ETag", "etag", "generation", "md5Hash")
+_LIST_ATTEMPTS: Final = 5
+_SILENCE_S: Final = 60.0
+"""Seconds that a request may stay unanswered, for drivers without a timeout of their own."""
 
 
 @contextlib.contextmanager
 def as_os_errors(what: str) -> Iterator[None]:
-    """Let whatever a driver raises come out as the `OSError` that `Storage` promises."""
+    """Raise any exception of a driver as the `OSError` that `Storage` promises."""
     try:
         yield
     except OSError:
@@ -51,7 +57,7 @@ def as_os_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_native_errors() -> Iterator[None]:
-    """Let an `OSError` of a driver's own come out as the subclass of its number, such as `FileNotFoundError`."""
+    """Raise a driver's own `OSError` as the subclass for its number, such as `FileNotFoundError`."""
     try:
         yield
     except OSError as error:
@@ -66,15 +72,36 @@ def as_native_errors() -> Iterator[None]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether the server said that the name is taken, in whatever words its driver chose."""
+    """Return whether the error means that the name is taken. Drivers report that in different ways."""
     if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EEXIST:
         return True
     texts = f"{type(error).__name__} {error} {error.__cause__!r}".lower()
-    return any(word in texts for word in _REFUSALS)
+    return any(text in texts for text in _REFUSALS)
+
+
+def connect(url: str, options: Mapping[str, Any], deadline_s: float) -> tuple[Any, str]:
+    """Return a new filesystem for the URL, and the URL's path in it.
+
+    A request that is not answered within ``deadline_s`` or a minute fails, also in drivers that would wait forever:
+    asyncssh's, paramiko's, and those that use ``requests``. If ``deadline_s`` is 0, it is a minute.
+    """
+    kind = fsspec.get_filesystem_class(url.partition("://")[0])
+    # asyncssh polls the server in this interval, and gives up after the third time.
+    polls = {"keepalive_interval": _SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
+    fs, root = url_to_fs(url, skip_instance_cache=True, **polls | dict(options))
+    # A deadline of 0 allows one attempt, which may take a minute.
+    limit_s = min(_SILENCE_S, deadline_s or _SILENCE_S)
+    get_channel = getattr(getattr(fs, "ftp", None), "get_channel", None)
+    if get_channel is not None:
+        get_channel().settimeout(limit_s)
+    session: Any = getattr(fs, "session", None)
+    if type(session).__module__.startswith("requests."):
+        session.request = functools.partial(session.request, timeout=limit_s)
+    return fs, root.rstrip("/")
 
 
 def rename(fs: Any, source: str, target: str) -> None:
-    """Rename a file by the driver's own means: webdav4 makes a copy of what it could have moved."""
+    """Rename a file. For webdav4 this uses its client, because its filesystem would copy the file."""
     if hasattr(fs, "client") and hasattr(fs.client, "move"):
         fs.client.move(source, target, overwrite=False)
     else:
@@ -82,7 +109,7 @@ def rename(fs: Any, source: str, target: str) -> None:
 
 
 def copy(fs: Any, source: str, target: str) -> None:
-    """Let the server copy a file; raise `NotImplementedError` or whatever the driver does if it cannot."""
+    """Let the server copy a file. If it cannot, `NotImplementedError` or a driver's own exception is raised."""
     own = vars(type(fs))
     if "copy" in own and "cp_file" not in own and "_cp_file" not in own:
         fs.copy(source, target)
@@ -90,59 +117,75 @@ def copy(fs: Any, source: str, target: str) -> None:
         fs.cp_file(source, target)
 
 
-SILENCE_S: Final = 60.0
-"""Seconds that a request may go unanswered, for drivers that would wait for ever."""
+def files_below(fs: Any, path: str) -> dict[str, Any]:
+    """Return the driver's details of every file at or below ``path``, by name; raise if a folder cannot be listed.
 
-
-def with_silence_bounded(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a driver, so that it notices a server that is gone without a word."""
-    kind = fsspec.get_filesystem_class(protocol)
-    # asyncssh asks now and then whether the server is there, and gives up after the third time.
-    asks = {"keepalive_interval": SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
-    return {**asks, **options}
-
-
-def bound_silence(fs: Any, seconds: float) -> None:
-    """Let a request fail that is not answered for so long, where the session is paramiko's or one of ``requests``."""
-    get_channel = getattr(getattr(fs, "ftp", None), "get_channel", None)
-    if get_channel is not None:
-        get_channel().settimeout(seconds)
-    session: Any = getattr(fs, "session", None)
-    if type(session).__module__.startswith("requests."):
-        session.request = functools.partial(session.request, timeout=seconds)
-
-
-def disconnect(fs: Any) -> None:
-    """Close a driver's session, where it has one that would stay open."""
-    client: Any = getattr(fs, "client", None)
-    session: Any = getattr(client, "http", client)
-    with contextlib.suppress(Exception):
-        session.close()
-
-
-def escaped(path: str, unsafe: str) -> str:
-    """Return a path in which each character that a server or its driver cannot take is written as ``^`` and its code.
-
-    Example:
-        >>> escaped("which?.ckpt", "?")
-        'which^3F.ckpt'
-        >>> unescaped("which^3F.ckpt", "?")
-        'which?.ckpt'
+    fsspec's own `find` leaves out a folder that it cannot list. After a cut connection that is every folder.
     """
-    if not unsafe:
-        return path
-    return "".join(f"^{ord(char):02X}" if char in unsafe or char == "^" else char for char in path)
+    if not _walks(fs):
+        found = fs.find(path, detail=True)
+        # For a single file some drivers find a name without its details, or only a list of names.
+        details = found if isinstance(found, dict) else dict.fromkeys(found)
+        return {name: info or fs.info(name) for name, info in details.items()}
+    files: dict[str, Any] = {}
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        for info in _ls(fs, folder):
+            name = info["name"].rstrip("/")
+            if info["type"] != "directory":
+                files[name] = info
+            elif name.strip("/") != folder.strip("/"):
+                folders.append(name)
+    return files
 
 
-def unescaped(path: str, unsafe: str) -> str:
-    """Return the path that `escaped` was given."""
-    if not unsafe:
-        return path
-    return re.sub(r"\^([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), path)
+def is_link(fs: Any, folder: str) -> bool:
+    """Return whether a path that can be listed as a folder is a link to a folder. Drivers follow such links."""
+    if not _walks(fs):
+        return False
+    parent, _, last = folder.rpartition("/")
+    # The listing of the folder above shows the link itself.
+    found = (info for info in _ls(fs, parent or "/") if info["name"].rstrip("/").rpartition("/")[2] == last)
+    return any(info["type"] != "directory" for info in found)
+
+
+def _walks(fs: Any) -> bool:
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is AsyncFileSystem._find
+    return type(fs).find is AbstractFileSystem.find
+
+
+def _ls(fs: Any, path: str) -> list[dict[str, Any]]:
+    """Return the entries of a folder, or a file as its own only entry; empty if neither exists."""
+    failure: Exception | None = None
+    for _ in range(_LIST_ATTEMPTS):
+        try:
+            with as_native_errors():
+                if listing := fs.ls(path, detail=True):
+                    return list(listing)
+            failure = None
+        except Exception as error:
+            if is_transient(error):
+                raise
+            failure = error
+        # Drivers differ in their answer for a file.
+        try:
+            with as_native_errors():
+                info = fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        if info["type"] != "directory":
+            return [info]
+        if failure is None:
+            return []
+        # Some drivers request the details of each entry, and fail if one was deleted meanwhile: so try again.
+    assert failure is not None, "else it has returned"
+    raise failure
 
 
 def modified_s(info: Mapping[str, Any]) -> float | None:
-    """Return when a file was last written, in seconds since the epoch, if the driver says so in any way."""
+    """Return when a file was last written, in seconds since the epoch; None if the driver has no such value."""
     for key in _TIMES:
         value = info.get(key)
         if isinstance(value, datetime.datetime):
@@ -152,15 +195,11 @@ def modified_s(info: Mapping[str, Any]) -> float | None:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 return datetime.datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp()
-    for key in _MILLISECONDS:
-        value = info.get(key)
-        if isinstance(value, (int, float)):
-            return float(value) / 1000
-    return None
+    return next((float(info[key]) / 1000 for key in _MILLISECONDS if isinstance(info.get(key), (int, float))), None)
 
 
 def stat_of(info: Mapping[str, Any], *, has_tags: bool) -> Stat:
-    """Return size and version of a file from what the driver says of it; ``has_tags`` if its tags can be trusted."""
+    """Return size and version of a file from the driver's details. ``has_tags``: its tags change with the content."""
     size = int(info.get("size") or 0)
     for key in _VERSIONS if has_tags else ():
         if info.get(key):
@@ -171,11 +210,18 @@ def stat_of(info: Mapping[str, Any], *, has_tags: bool) -> Stat:
     return Stat(size, f"{modified:.6f}", modified_s=modified if modified.is_integer() else None)
 
 
-def without_password(url: str) -> str:
-    """Return a URL as it may be shown.
+def escaped(path: str, unsafe: str) -> str:
+    """Return a path in which each character that the server or its driver misreads is written as ``^`` and its code."""
+    if not unsafe:
+        return path
+    return "".join(f"^{ord(char):02X}" if char in unsafe or char == "^" else char for char in path)
 
-    Example:
-        >>> without_password("sftp://me:secret@host/runs")
-        'sftp://host/runs'
-    """
+
+def unescaped(path: str, unsafe: str) -> str:
+    """Return the path that was passed to `escaped`."""
+    return re.sub(r"\^([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), path) if unsafe else path
+
+
+def without_password(url: str) -> str:
+    """Return a URL without its user and password, to show it."""
     return re.sub(r"(?<=://)[^/]*@", "", url)

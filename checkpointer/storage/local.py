@@ -15,31 +15,26 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import NameTakenError, StorageError
-from checkpointer.ports import Stat
-from checkpointer.storage.access import permission_advice
-from checkpointer.storage.owner import is_dead, is_live
+from checkpointer.ports import Stat, Upload
+from checkpointer.storage.owner import STAGING, is_abandoned
 
-__all__ = ["LocalStorage"]
-
-STAGING: Final = ".checkpointer/staging"
-STALE_S: Final = 24 * 3600.0
-"""A staging folder of a writer that cannot be asked is swept after this many seconds without a change."""
+__all__ = ["LocalStorage", "permission_advice"]
 
 _CLAIM: Final = "claim-"
-"""What the name of a claim on a name begins with."""
+"""Prefix of the name of a claim on a file's name."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _KEPT_OF_NAME: Final = 100
-"""A staged path ends with so many bytes of the final name: some trainers choose a format by how a path ends."""
+"""A staged path ends with so many bytes of the final name, because some trainers choose a format by the extension."""
 _TRIES: Final = 16
 _NOT_ABOUT_LINKS: Final = {*_FULL, errno.ENOENT}
-"""Errors that a rename would raise too. Any other error may be the way a mount refuses links: EPERM, EIO, EACCES..."""
+"""Errors that a rename would raise too. Any other error may mean that a mount refuses links: EPERM, EIO, EACCES..."""
 
 
 class LocalStorage:
     """A folder of a mounted filesystem.
 
     Args:
-        root: The folder. ``~`` is expanded; a relative path is fixed now, whatever ``chdir`` comes later.
+        root: The folder. ``~`` is expanded. A relative path is made absolute now, so a later ``chdir`` has no effect.
         owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
 
     Raises:
@@ -50,15 +45,13 @@ class LocalStorage:
         self._root = Path(root).expanduser().absolute()
         self._root_text = str(self._root)
         self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
-        # os.path answers False within a closed folder, where Path.exists raises; what is done there names its owner.
+        # In a folder without permission os.path returns False, where Path.exists raises. Later errors name its owner.
         if os.path.exists(self._root) and not os.path.isdir(self._root):
             msg = f"{self._root} is a file; the manager needs a folder"
             raise StorageError(msg)
 
     def __str__(self) -> str:
-        return str(self._root)
-
-    # Storage
+        return self._root_text
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
@@ -89,12 +82,11 @@ class LocalStorage:
         """See `Storage.open`."""
         try:
             return _open_file(self._root / path)
-        except NotADirectoryError as error:
-            raise FileNotFoundError(errno.ENOENT, "there is a file where its folder would be", path) from error
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO):
+            # A file stands where its folder would be; or it is a link to itself, or a socket.
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise
-            raise FileNotFoundError(errno.ENOENT, "there is a link to itself, or a socket", path) from error
+            raise FileNotFoundError(errno.ENOENT, os.strerror(error.errno), path) from error
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
@@ -112,13 +104,13 @@ class LocalStorage:
                 _sync(stream)
             _into(target.parent, lambda: os.replace(staged, target))
         except OSError:
-            # A full disk must not stay full of what did not fit.
+            # On a full disk the staged part must not keep its space.
             _discard(staged)
             raise
         _sync_folder(target.parent)
 
     def delete(self, path: str) -> None:
-        """See `Storage.delete`; folders above that are empty now go too, up to the root."""
+        """See `Storage.delete`; the folders above that are empty then are removed too, up to the root."""
         target = self._within(path)
         if target.is_dir() and not target.is_symlink():
             self._delete_folder(target)
@@ -136,25 +128,25 @@ class LocalStorage:
             _sync_folder(folder)
 
     def _delete_folder(self, target: Path) -> None:
-        """Take a folder away in one step, so that nobody ever sees half of it, and clear it up afterwards."""
+        """Rename the folder away in one step, so that readers never see half of it, and remove it afterwards."""
         staged = self._new_staged()
         try:
             os.rename(target, staged)
-        except OSError:  # A mount of its own, or one that renames no folders.
+        except OSError:  # It is a mount point, or the filesystem does not rename folders.
             shutil.rmtree(target)
             return
-        shutil.rmtree(staged)  # What will not go stays there, and is tried again by `sweep`.
+        shutil.rmtree(staged)  # If a part cannot be removed, `sweep` tries again.
 
-    def upload(self, path: str) -> LocalUpload:
+    def upload(self, path: str) -> Upload:
         """See `Storage.upload`."""
         target = self._within(path)
         staged = self._new_staged()
-        return LocalUpload(staged, target, open(staged, "wb", buffering=1 << 20))
+        return _LocalUpload(staged, target, open(staged, "wb", buffering=1 << 20))
 
     def _within(self, path: str) -> Path:
-        """Return the full path of something to change, if it really lies in the directory.
+        """Return the full path of a file to change, or raise if a link leads out of the directory.
 
-        Whoever can put a link into the directory must not have us write or delete where it leads.
+        A user who can put a link into the directory must not make the manager write or delete elsewhere.
         """
         target = self._root / path
         for folder in (self._root / part for part in Path(path).parents if part.parts):
@@ -166,30 +158,23 @@ class LocalStorage:
                 raise StorageError(msg)
         return target
 
-    # SupportsLinks
-
     def symlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.symlink`."""
         link = self._within(path)
-        self._swing(link, lambda staged: os.symlink(os.path.relpath(self._root / target, link.parent), staged))
+        self._link(link, lambda staged: os.symlink(os.path.relpath(self._root / target, link.parent), staged))
 
     def hardlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.hardlink`."""
         if (self._root / target).is_dir():
             raise OSError(errno.EPERM, "folders have no hard links", target)
-        self._swing(self._within(path), lambda staged: os.link(self._root / target, staged))
+        self._link(self._within(path), lambda staged: os.link(self._root / target, staged))
 
-    def _swing(self, path: Path, make: Any) -> None:
-        staged = self._new_staged()
-        make(staged)
-        try:
+    def _link(self, path: Path, make: Callable[[Path], None]) -> None:
+        # The staged link is discarded, because a rename between two names of one file does nothing and keeps both.
+        with self._scratch() as staged:
+            make(staged)
             _into(path.parent, lambda: os.replace(staged, path))
-        finally:
-            # A rename between two names of one file does nothing and leaves both.
-            _discard(staged)
         _sync_folder(path.parent)
-
-    # SupportsFreeSpace
 
     def free_space(self) -> int | None:
         """See `SupportsFreeSpace.free_space`."""
@@ -199,38 +184,30 @@ class LocalStorage:
             return None
         return usage.f_bavail * usage.f_frsize
 
-    # SupportsPaths
-
     def local_path(self, path: str) -> str:
         """See `SupportsPaths.local_path`."""
         return str(self._root / path)
 
-    def stage(self, path: str) -> tuple[str, LocalUpload]:
+    def stage(self, path: str) -> tuple[str, Upload]:
         """See `SupportsPaths.stage`."""
         target = self._within(path)
         staged = self._new_staged()
         end = os.fsencode(target.name)[-_KEPT_OF_NAME:].decode(errors="ignore")
         staged = staged.with_name(f"{staged.name}-{end}")
-        return str(staged), LocalUpload(staged, target, None)
+        return str(staged), _LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:
         """See `SupportsPaths.sync`."""
         _sync_tree(self._root / path)
         _sync_folder((self._root / path).parent)
 
-    # SupportsSweep
-
     def prepare(self) -> None:
         """See `SupportsSweep.prepare`."""
         try:
-            staged, renamed = self._new_staged(), self._new_staged()
-            try:
-                # As much as a record takes: an empty file fits on a full disk.
+            with self._scratch() as staged, self._scratch() as renamed:
+                # The size of a record, because an empty file fits on a full disk.
                 staged.write_bytes(bytes(4096))
                 os.replace(staged, renamed)
-            finally:
-                _discard(staged)
-                _discard(renamed)
         except OSError as error:
             what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
             if error.errno == errno.EACCES:
@@ -240,20 +217,32 @@ class LocalStorage:
 
     def sweep(self) -> int:
         """See `SupportsSweep.sweep`."""
-        count = 0
-        for folder in self._staging_folders():
-            if self._is_abandoned(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                count += 1
-        return count
+        folders: tuple[Path, ...] = ()
+        # A planted link in place of the staging folder leads to folders of other programs, which are not swept.
+        with contextlib.suppress(OSError):
+            folders = tuple(self._within(f"{STAGING}/x").parent.iterdir())
+        abandoned = [folder for folder in folders if folder != self._staging and self._is_abandoned(folder)]
+        for folder in abandoned:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(abandoned)
+
+    def _is_abandoned(self, folder: Path) -> bool:
+        try:
+            return is_abandoned(_owner_of(folder), lambda: self._now() - folder.stat().st_mtime)
+        except FileNotFoundError:
+            return False
+
+    def _now(self) -> float:
+        """Return the time by the clock that stamps files here. On a network mount that is the server's clock."""
+        with self._scratch() as staged:
+            staged.touch()
+            return staged.stat().st_mtime
 
     def close(self) -> None:
         """See `SupportsSweep.close`."""
         shutil.rmtree(self._staging, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self._root / STAGING).rmdir()
-
-    # SupportsCapabilities
 
     def capabilities(self) -> Mapping[str, str]:
         """See `SupportsCapabilities.capabilities`."""
@@ -267,48 +256,30 @@ class LocalStorage:
         }
 
     def _can(self, make: Callable[[Path, Path], None]) -> bool:
-        staged, link = self._new_staged(), self._new_staged()
-        try:
-            staged.touch()
-            make(staged, link)
-        except OSError:
-            return False
-        finally:
-            _discard(link)
-            _discard(staged)
+        with self._scratch() as staged, self._scratch() as link:
+            try:
+                staged.touch()
+                make(staged, link)
+            except OSError:
+                return False
         return True
 
-    def _staging_folders(self) -> Iterator[Path]:
-        # Folders of that age elsewhere, where a planted link leads, are not ours to sweep.
-        with contextlib.suppress(OSError):
-            staging = self._within(f"{STAGING}/x").parent
-            yield from (folder for folder in staging.iterdir() if folder != self._staging)
-
-    def _is_abandoned(self, folder: Path) -> bool:
-        try:
-            if is_dead(_owner_of(folder)):
-                return True
-            return not is_live(_owner_of(folder)) and self._now() - folder.stat().st_mtime > STALE_S
-        except FileNotFoundError:
-            return False
-
-    def _now(self) -> float:
-        """Return the time by the clock that stamps files here, which on a network mount is the server's."""
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
         staged = self._new_staged()
-        staged.touch()
         try:
-            return staged.stat().st_mtime
+            yield staged
         finally:
             _discard(staged)
 
     def _new_staged(self) -> Path:
-        # Made anew each time: another host may have swept it after a day in which nothing was written.
+        # The folder is made each time, because another host may sweep it after a day without a write.
         staged = self._within(f"{STAGING}/{self._staging.name}/{uuid.uuid4().hex[:12]}")
         _into(self._staging, lambda: None)
         return staged
 
 
-class LocalUpload:
+class _LocalUpload:
     """A payload in the staging folder, on the same filesystem as its target. See `checkpointer.ports.Upload`."""
 
     def __init__(self, staged: Path, target: Path, stream: BinaryIO | None) -> None:
@@ -317,12 +288,10 @@ class LocalUpload:
         self._stream = stream
 
     def write(self, data: Any) -> int:
-        """See `Upload.write`."""
         assert self._stream is not None, "a staged path is written by its owner"
         return self._stream.write(data)
 
     def finish(self) -> None:
-        """See `Upload.finish`."""
         if self._stream is None:
             _sync_tree(self._staged)
             return
@@ -330,35 +299,30 @@ class LocalUpload:
         self._stream.close()
 
     def publish(self, *, replace: bool) -> None:
-        """See `Upload.publish`."""
         publish = (lambda: os.replace(self._staged, self._target)) if replace else self._publish_new
         _into(self._target.parent, publish)
         _sync_folder(self._target.parent)
 
     def _publish_new(self) -> None:
-        # A link fails if the name is taken, where a rename would silently win over another writer's file.
+        # If the name is taken, a link fails, but a rename would replace another writer's file.
         if not self._staged.is_dir() and self._link():
             _discard(self._staged)
             return
         with self._claim():
             if os.path.lexists(self._target):
                 raise self._taken()
-            try:
+            with self._as_taken():
                 os.rename(self._staged, self._target)
-            except OSError as error:
-                # A folder over a folder that is not empty: ext4 says ENOTEMPTY, XFS says EEXIST.
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise self._taken() from error
-                raise
 
     def _link(self) -> bool:
-        """Link the target to the staged file; return whether there are links here."""
+        """Link the target to the staged file; return whether this filesystem has links."""
         try:
             os.link(self._staged, self._target)
         except OSError as error:
             # A network mount may lose the reply, send the request again, and report that the link exists.
-            if _is_same_file(self._staged, self._target):
-                return True
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(self._staged), os.lstat(self._target)):
+                    return True
             if isinstance(error, FileExistsError):
                 raise self._taken() from error
             if error.errno in _NOT_ABOUT_LINKS:
@@ -368,56 +332,79 @@ class LocalUpload:
 
     @contextlib.contextmanager
     def _claim(self) -> Iterator[None]:
-        """Keep other writers from the name between the look and the rename; a dead one's claim is swept.
+        """Reserve the name between the check and the rename. If this writer dies, the claim is swept.
 
-        The claim holds its owner from the first instant on: a folder with something in it comes by one rename, and
-        none is renamed over it.
+        The claim is a folder that holds its owner's name. It appears by one rename, so it never exists without its
+        owner, and no second claim can be renamed over it.
         """
         name = hashlib.sha256(os.fsencode(self._target)).hexdigest()[:32]
-        claim, own = (
-            self._staged.parent.parent / f"{_CLAIM}{name}",
-            self._staged.with_name(f"{self._staged.name}-claim"),
-        )
+        claim = self._staged.parent.parent / f"{_CLAIM}{name}"
+        own = self._staged.with_name(f"{self._staged.name}-claim")
         (own / self._staged.parent.name).mkdir(parents=True)
         try:
-            os.rename(own, claim)
-        except OSError as error:
+            with self._as_taken():
+                os.rename(own, claim)
+        except OSError:
             shutil.rmtree(own, ignore_errors=True)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise self._taken() from error
             raise
         try:
             yield
         finally:
             shutil.rmtree(claim, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _as_taken(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A rename over a folder that is not empty: ext4 raises ENOTEMPTY, XFS raises EEXIST.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise self._taken() from error
+            raise
+
     def _taken(self) -> NameTakenError:
         msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
         return NameTakenError(msg)
 
     def abort(self) -> None:
-        """See `Upload.abort`."""
         if self._stream is not None:
             with contextlib.suppress(OSError):
                 self._stream.close()
         _discard(self._staged)
 
 
+def permission_advice(path: str | os.PathLike[str]) -> str:
+    """Return who owns a path that this process may not use, its mode, and what to do."""
+    for place in (Path(path), *Path(path).parents):
+        try:
+            info = place.stat()
+        except OSError:  # It does not exist, or a folder above it denies access: then that folder is the cause.
+            continue
+        runs_as = f"this process runs as {_user(os.geteuid())}" if hasattr(os, "geteuid") else "this process may not"
+        return (
+            f"{place} belongs to {_user(info.st_uid)} with mode {stat.filemode(info.st_mode)}, and {runs_as}: run as "
+            "the owner, change owner or mode (chown, chmod), or choose another directory"
+        )
+    return "check who owns the path, and its mode"
+
+
+def _user(uid: int) -> str:
+    try:
+        import pwd
+
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except (ImportError, KeyError):  # Windows, or a container without this user.
+        return f"uid {uid}"
+
+
 def _owner_of(folder: Path) -> str:
-    """Return the owner of a staging folder, whose name says it, or of a claim, which holds such a name."""
+    """Return the owner of a staging folder (from its name) or of a claim (from the name that it holds)."""
     names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
     return names[0].rpartition("-")[0] if names else ""
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samestat(one.lstat(), other.lstat())
-    except OSError:
-        return False
-
-
 def _discard(staged: Path) -> None:
-    """Remove what is staged, or leave it to `sweep`: a failing clean-up must not hide how the write itself ended."""
+    """Remove a staged file, or leave it to `sweep`: a failed clean-up must not hide the error of the write."""
     if os.path.isdir(staged):
         shutil.rmtree(staged, ignore_errors=True)
         return
@@ -426,7 +413,7 @@ def _discard(staged: Path) -> None:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    # Without waiting: a pipe that somebody put there would else keep us until it has a writer.
+    # O_NONBLOCK, because opening a planted pipe would otherwise wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -434,7 +421,7 @@ def _open_file(path: Path) -> BinaryIO:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise FileNotFoundError(errno.ENOENT, "there is a pipe or device, and no file", str(path))
+    raise FileNotFoundError(errno.ENOENT, "it is a pipe or device, not a file", str(path))
 
 
 def _stat(info: os.stat_result) -> Stat:
@@ -443,7 +430,7 @@ def _stat(info: os.stat_result) -> Stat:
 
 def _sync(stream: BinaryIO) -> None:
     stream.flush()
-    # Kernels before 6.13 stamp files once per tick: a quick rewrite that is given the old inode would look unchanged.
+    # Kernels before 6.13 stamp files once per tick, so a quick rewrite that gets the old inode would look unchanged.
     with contextlib.suppress(OSError, TypeError):
         os.utime(stream.fileno(), ns=(time.time_ns(),) * 2)
     os.fsync(stream.fileno())
@@ -455,7 +442,7 @@ def _sync_folder(folder: Path) -> bool:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network mounts refuse fsync on a folder; there is nothing stronger to ask them for.
+        # Some network mounts refuse fsync on a folder, and offer nothing stronger.
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
         return False
@@ -476,9 +463,9 @@ def _sync_tree(path: Path) -> None:
 
 
 def _into(folder: Path, act: Callable[[], None]) -> None:
-    """Make a folder and put something into it.
+    """Make a folder and put a file into it.
 
-    In between another writer may delete its last file there, and with it the folder, which is empty for a moment.
+    Between these two steps another writer may delete the last file there, and with it the folder.
     """
     for tries_left in reversed(range(_TRIES)):
         try:
@@ -488,7 +475,7 @@ def _into(folder: Path, act: Callable[[], None]) -> None:
             if tries_left:
                 continue
             if folder.is_dir() and error.filename2 and os.path.lexists(error.filename):
-                # FAT and its kin take no ':', '*' or '?', and some drivers say ENOENT for it.
+                # FAT and similar filesystems refuse ':', '*' and '?', and some drivers raise ENOENT for it.
                 msg = "this filesystem takes no such name; change the template"
                 raise OSError(errno.EINVAL, msg, str(error.filename2)) from error
             raise

@@ -1,18 +1,19 @@
-"""Storage in this process's memory: for ``directory=None``, and a fast real storage for tests."""
+"""Storage in this process's memory: for ``directory=None``, and for fast tests."""
 
 from __future__ import annotations
 
+import errno
 import io
 import posixpath
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import NameTakenError
-from checkpointer.ports import Stat
+from checkpointer.ports import Stat, Upload
 
 __all__ = ["MemoryStorage"]
 
 _MAX_LINKS: Final = 40
-"""As many as Linux follows in one path."""
+"""Linux follows as many links in one path."""
 
 
 class MemoryStorage:
@@ -43,10 +44,7 @@ class MemoryStorage:
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
-        target = self._resolve(path)
-        if target not in self._files:
-            raise FileNotFoundError(2, "no such file in memory", path)
-        return io.BytesIO(self._files[target])
+        return io.BytesIO(self._read(path))
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
@@ -59,9 +57,9 @@ class MemoryStorage:
             self._files.pop(name, None)
             self._links.pop(name, None)
 
-    def upload(self, path: str) -> MemoryUpload:
+    def upload(self, path: str) -> Upload:
         """See `Storage.upload`."""
-        return MemoryUpload(self, path)
+        return _MemoryUpload(self, path)
 
     def symlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.symlink`."""
@@ -70,13 +68,16 @@ class MemoryStorage:
 
     def hardlink(self, target: str, path: str) -> None:
         """See `SupportsLinks.hardlink`."""
-        source = self._resolve(target)
-        if source not in self._files:
-            raise FileNotFoundError(2, "no such file in memory", target)
-        self.write(path, self._files[source])
+        self.write(path, self._read(target))
+
+    def _read(self, path: str) -> bytes:
+        target = self._resolve(path)
+        if target not in self._files:
+            raise FileNotFoundError(errno.ENOENT, "no such file in memory", path)
+        return self._files[target]
 
     def _resolve(self, path: str) -> str:
-        """Follow the links in a path, of folders too; a loop leads nowhere."""
+        """Follow the links in a path, links to folders too. A loop ends at a path that does not exist."""
         for _ in range(_MAX_LINKS):
             link = next((link for link in self._links if f"{path}/".startswith(f"{link}/")), None)
             if link is None:
@@ -94,7 +95,7 @@ class MemoryStorage:
         return bool(self.list(path))
 
 
-class MemoryUpload:
+class _MemoryUpload:
     """A payload that is not in the dict yet. See `checkpointer.ports.Upload`."""
 
     def __init__(self, storage: MemoryStorage, path: str) -> None:
@@ -103,19 +104,16 @@ class MemoryUpload:
         self._buffer = io.BytesIO()
 
     def write(self, data: Any) -> int:
-        """See `Upload.write`."""
         return self._buffer.write(data)
 
     def finish(self) -> None:
-        """See `Upload.finish`."""
+        pass
 
     def publish(self, *, replace: bool) -> None:
-        """See `Upload.publish`."""
         if not replace and self._storage._is_taken(self._path):
             msg = f"{self._path} appeared while it was about to be written; nothing was replaced"
             raise NameTakenError(msg)
         self._storage.write(self._path, self._buffer.getvalue())
 
     def abort(self) -> None:
-        """See `Upload.abort`."""
         self._buffer = io.BytesIO()

@@ -1,27 +1,24 @@
-"""Opens the storage for a path or a URL."""
+"""Opens the storage for a path or a URL, and says what to check if that storage fails."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from checkpointer.errors import StorageError
-from checkpointer.ports import Storage
-from checkpointer.storage.local import LocalStorage
+from checkpointer.ports import Storage, SupportsPaths
+from checkpointer.storage.local import LocalStorage, permission_advice
 from checkpointer.storage.memory import MemoryStorage
 
-__all__ = ["Where", "open_storage"]
+__all__ = ["Where", "access_advice", "open_storage"]
 
 Where = str | os.PathLike[str] | Storage
 """A path, an fsspec URL, or a storage of the user's own."""
 
 
-def open_storage(
-    directory: Where | None,
-    owner: str,
-    storage_options: Mapping[str, Any] | None = None,
-) -> Storage:
+def open_storage(directory: Where | None, owner: str, storage_options: Mapping[str, Any] | None = None) -> Storage:
     """Return the storage for a path, an fsspec URL, a storage of the user's own, or None for memory."""
     if directory is None:
         return MemoryStorage()
@@ -31,12 +28,10 @@ def open_storage(
             msg = "the directory is ''; name a folder such as 'runs/digits', or None to keep checkpoints in memory"
             raise StorageError(msg)
         protocol, separator, rest = path.partition("://")
-        if not separator:
-            return LocalStorage(path, owner)
-        if protocol in ("file", "local"):
-            return LocalStorage(rest, owner)
+        if not separator or protocol in ("file", "local"):
+            return LocalStorage(rest if separator else path, owner)
         options = storage_options or {}
-        if protocol in ("s3", "s3a"):  # It knows multipart uploads.
+        if protocol in ("s3", "s3a"):  # It has multipart uploads.
             from checkpointer.storage.s3 import S3Storage
 
             return S3Storage(path, owner, **options)
@@ -47,3 +42,12 @@ def open_storage(
         return directory
     msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"
     raise StorageError(msg)
+
+
+def access_advice(storage: Storage, error: OSError) -> str:
+    """Return what to check after a storage raised ``error``."""
+    if not isinstance(storage, SupportsPaths):
+        return "check the path or URL, the credentials and the network"
+    if error.errno == errno.EACCES:  # EPERM means that no mode allows it, such as a rename on some mounts.
+        return permission_advice(error.filename or storage.local_path(""))
+    return "check the path and the disk or mount that it is on"

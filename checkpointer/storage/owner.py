@@ -1,4 +1,4 @@
-"""Who writes: an id from which another process on the same host can tell whether the writer is still alive."""
+"""Ids of writers. From an id, another process on the same host can find out whether the writer is alive."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["has_ended", "host_of", "is_dead", "is_live", "machine", "new_owner", "release"]
+__all__ = ["STAGING", "has_ended", "host_of", "is_abandoned", "is_dead", "is_live", "machine", "new_owner", "release"]
+
+STAGING: Final = ".checkpointer/staging"
+"""Folder of unfinished writes; each writer has a folder below it, which begins with its id."""
+_STALE_S: Final = 24 * 3600.0
 
 _live_here: set[str] = set()
 _FIRST_PIDS: Final = 0xEFFFFFFC
-"""Linux gives this number to the pid namespace of the machine itself, in which no container is."""
+"""Linux gives this number to the machine's own pid namespace. Containers have other namespaces."""
 
 
 def new_owner() -> str:
-    """Return an id of this process and this manager, and hold it live until `release`."""
+    """Return an id of this process and this manager, which counts as alive until `release`."""
     owner = f"{_host()}~{os.getpid()}~{_started(os.getpid())}~{uuid.uuid4().hex[:12]}"
     _live_here.add(owner)
     return owner
 
 
 def release(owner: str) -> None:
-    """Say that the manager is done; a second call does nothing."""
+    """Mark the manager as finished; a second call does nothing."""
     _live_here.discard(owner)
 
 
 def is_live(owner: str) -> bool:
-    """Return whether the owner is certainly alive: same host, and its process runs (here: it is not released)."""
+    """Return whether the owner is certainly alive: same host, and its process runs (in this process: not released)."""
     known = _process(owner)
     if known is None:
         return False
@@ -42,19 +46,27 @@ def is_live(owner: str) -> bool:
 
 
 def is_dead(owner: str) -> bool:
-    """Return whether the owner is certainly dead: same host, and its process is gone (here: it is released).
+    """Return whether the owner is certainly dead: same host, and its process has ended (in this process: released).
 
-    An owner on another host is neither: nobody here can tell.
+    An owner on another host is neither live nor dead, because its process cannot be checked from here.
     """
     return _process(owner) is not None and not is_live(owner)
+
+
+def is_abandoned(owner: str, age_s: Callable[[], float | None]) -> bool:
+    """Return whether an unfinished write can be removed: its owner is dead, or unknown and quiet for a day.
+
+    ``age_s`` returns the seconds since its last change, or None if unknown. It is called only for an unknown owner.
+    """
+    if _process(owner) is not None:
+        return not is_live(owner)
+    return (age := age_s()) is not None and age > _STALE_S
 
 
 def has_ended(owner: str, machine_of: Callable[[], str]) -> bool:
     """Return whether the owner is certainly dead, or ran before this machine was last booted.
 
-    Args:
-        owner: The id.
-        machine_of: Returns what `machine` returned to the owner; it is asked only where that matters.
+    ``machine_of`` returns the result of `machine` in the owner's process. It is called only if that matters.
     """
     return is_dead(owner) or (is_earlier_boot(owner, _host()) and machine_of() == machine() != "")
 
@@ -67,7 +79,7 @@ def is_earlier_boot(owner: str, host: str) -> bool:
 
 
 def machine() -> str:
-    """Return what tells this machine from all others across boots; empty if nothing does, as in a container."""
+    """Return an id of this machine that stays the same across boots; empty if there is none, as in a container."""
     try:
         if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PIDS:
             return ""
@@ -84,7 +96,7 @@ def host_of(owner: str) -> str:
 
 def _process(owner: str) -> tuple[int, str] | None:
     match owner.split("~"):
-        # Ids come from files that others may have written: '\u00b2' is a digit too, and no process has twenty of them.
+        # Ids may come from files of other programs: '\u00b2' is a digit too, and a pid has at most ten digits.
         case [host, pid, started, _] if host == _host() and re.fullmatch("[0-9]{1,10}", pid):
             return int(pid), started
         case _:
@@ -93,9 +105,9 @@ def _process(owner: str) -> tuple[int, str] | None:
 
 @functools.cache
 def _host() -> str:
-    """Return what two processes share if, and only if, they see each other's process ids."""
+    """Return a text that two processes share if, and only if, they see each other's process ids."""
     parts = [socket.gethostname()]
-    # Containers may share a host's name: the boot and the pid namespace tell whether a pid means the same process.
+    # Containers may share a host's name. If boot and pid namespace are equal, a pid means the same process.
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
@@ -103,14 +115,14 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """Return when the process started, so that a reused pid is not taken for it; empty if there is none."""
+    """Return when the process started, so that a reused pid is not taken for it; empty if it does not run."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return _started_without_proc(pid)
-    # The command in parentheses may hold spaces; field 22 is the start time in clock ticks since boot.
+    # The command in parentheses may contain spaces; field 22 is the start time in clock ticks since boot.
     fields = stat.rpartition(")")[2].split()
-    # A zombie is dead: it writes no more, though its pid is not free yet.
+    # A zombie counts as dead: it writes no more, though its pid is still in use.
     return "" if fields[0] == "Z" else fields[19]
 
 

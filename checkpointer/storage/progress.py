@@ -1,116 +1,94 @@
-"""A storage that tells how many bytes are read from it, so that others can show how far they are."""
+"""How far a long transfer is: a writer that logs it, and a storage that reports the bytes read from it."""
 
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
-from checkpointer.ports import Stat, Storage, SupportsLinks, SupportsPaths, Upload
+from checkpointer.ports import Clock, Stat, Storage, SupportsLinks, SupportsPaths, Upload, Writable
+from checkpointer.storage.reader import SeekableReader
 
-__all__ = ["CountingStorage"]
+__all__ = ["EVERY_S", "CountingStorage", "Transfer"]
+
+_log = logging.getLogger("checkpointer")
+
+EVERY_S: Final = 10.0
+"""Seconds between two lines in the log. A payload that is written in less time logs nothing."""
+
+
+class Transfer:
+    """Writes bytes to a stream, and every `EVERY_S` logs at INFO how many were written and how quickly.
+
+    ``expected`` is the payload's size in bytes, or None if unknown. It is an estimate, unless the payload is a copy.
+    """
+
+    def __init__(
+        self, stream: Writable, name: str, clock: Clock, *, expected: int | None = None, is_copy: bool = False
+    ) -> None:
+        self._stream = stream
+        self._name = name
+        self._clock = clock
+        self._expected = expected or 0
+        self._of, self._verb = ("of", "copied") if is_copy else ("of about", "written")
+        self._bytes = 0
+        self._begun = self._logged = clock.time()
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data`` and return its length in bytes."""
+        count = self._stream.write(data)
+        self._bytes += count
+        now = self._clock.time()
+        if now - self._logged >= EVERY_S:
+            self._logged = now
+            rate = self._bytes / (now - self._begun) / 1e6
+            _log.info("%s: %s %s (%.3g MB/s)", self._name, self._amount(), self._verb, rate)
+        return count
+
+    def _amount(self) -> str:
+        unit, size = ("GB", 1e9) if max(self._expected, self._bytes) >= 1e9 else ("MB", 1e6)
+        done = f"{self._bytes / size:.1f}"
+        if self._bytes > self._expected:  # The size is unknown, or the estimate was too low.
+            return f"{done} {unit}"
+        return f"{done} {self._of} {self._expected / size:.1f} {unit}"
 
 
 class CountingStorage:
-    """Another storage, whose files are counted as they are read.
+    """Another storage, which calls ``on_bytes`` with the number of bytes after each read.
 
-    Args:
-        storage: The other.
-        on_bytes: Told how many bytes were read, each time some were.
-
-    Example:
-        >>> from checkpointer.testing import MemoryStorage
-        >>> storage = MemoryStorage()
-        >>> storage.write("a", b"data")
-        >>> counts = []
-        >>> CountingStorage(storage, counts.append).open("a").read()
-        b'data'
-        >>> sum(counts)
-        4
+    It supports paths and links if the other storage does, because a check for corruption uses them.
     """
 
-    def __new__(cls, storage: Storage, on_bytes: Callable[[int], object]) -> CountingStorage:
-        """Return one that has paths and links if the other has: whoever verifies asks for them."""
-        paths, links = isinstance(storage, SupportsPaths), isinstance(storage, SupportsLinks)
-        return object.__new__(_KINDS[paths, links])
+    list: Callable[..., Mapping[str, Stat]]
+    write: Callable[[str, bytes], None]
+    delete: Callable[[str], None]
+    upload: Callable[[str], Upload]
 
     def __init__(self, storage: Storage, on_bytes: Callable[[int], object]) -> None:
         self._storage = storage
         self._on_bytes = on_bytes
+        # Set on the instance, because since Python 3.12 isinstance() with a Protocol does not call __getattr__.
+        for port in (Storage, SupportsPaths, SupportsLinks):
+            if isinstance(storage, port):
+                names = [name for name in vars(port) if name != "open" and not name.startswith("_")]
+                vars(self).update({name: getattr(storage, name) for name in names})
 
     def __str__(self) -> str:
         return str(self._storage)
 
-    def list(self, prefix: str = "") -> Mapping[str, Stat]:
-        """See `Storage.list`."""
-        return self._storage.list(prefix)
-
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
-        counted = _Counted(self._storage.open(path), self._on_bytes)
-        return cast(BinaryIO, io.BufferedReader(counted, 1 << 20))
-
-    def write(self, path: str, data: bytes) -> None:
-        """See `Storage.write`."""
-        self._storage.write(path, data)
-
-    def delete(self, path: str) -> None:
-        """See `Storage.delete`."""
-        self._storage.delete(path)
-
-    def upload(self, path: str) -> Upload:
-        """See `Storage.upload`."""
-        return self._storage.upload(path)
+        return cast(BinaryIO, io.BufferedReader(_CountingReader(self._storage.open(path), self._on_bytes), 1 << 20))
 
 
-class _WithPaths(CountingStorage):
-    def local_path(self, path: str) -> str:
-        return cast(SupportsPaths, self._storage).local_path(path)
-
-    def stage(self, path: str) -> tuple[str, Upload]:
-        return cast(SupportsPaths, self._storage).stage(path)
-
-    def sync(self, path: str) -> None:
-        cast(SupportsPaths, self._storage).sync(path)
-
-
-class _WithLinks(CountingStorage):
-    def symlink(self, target: str, path: str) -> None:
-        cast(SupportsLinks, self._storage).symlink(target, path)
-
-    def hardlink(self, target: str, path: str) -> None:
-        cast(SupportsLinks, self._storage).hardlink(target, path)
-
-
-class _WithBoth(_WithPaths, _WithLinks):
-    pass
-
-
-_KINDS: Final[dict[tuple[bool, bool], type[CountingStorage]]] = {
-    (False, False): CountingStorage,
-    (True, False): _WithPaths,
-    (False, True): _WithLinks,
-    (True, True): _WithBoth,
-}
-
-
-class _Counted(io.RawIOBase):
+class _CountingReader(SeekableReader):
     def __init__(self, stream: BinaryIO, on_bytes: Callable[[int], object]) -> None:
-        super().__init__()
         self._stream = stream
         self._on_bytes = on_bytes
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
 
     def readinto(self, buffer: Any, /) -> int:
         chunk = self._stream.read(len(buffer))

@@ -1,4 +1,4 @@
-"""A remote file for reading that survives a cut connection: it opens anew, and goes on where it was."""
+"""Reads a file although its connection is cut, or another process replaces it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,49 @@ from typing import Any, BinaryIO, Final, cast
 
 from checkpointer.storage.retry import Retry, is_transient
 
-__all__ = ["reader"]
+__all__ = ["SeekableReader", "read_whole", "reader"]
 
 _BUFFER: Final = 1 << 20
+_ATTEMPTS: Final = 5
+"""If a small file is replaced during so many reads in a row, that is an error."""
+
+
+def read_whole(open: Callable[[], BinaryIO], limit: int) -> bytes:
+    """Read a file from its beginning, up to ``limit`` bytes; again if it is replaced meanwhile (``ESTALE``).
+
+    A record is such a file: it is replaced whenever a metric is attached.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            with open() as stream:
+                return stream.read(limit)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not left:
+                raise
+    raise AssertionError
 
 
 def reader(begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]) -> BinaryIO:
-    """Return a seekable, buffered stream over what ``begin`` opens, now and after each cut.
+    """Return a seekable, buffered stream over the stream that ``begin`` opens, at first and after each cut.
 
     ``turn`` is held during each request.
     """
-    return cast(BinaryIO, io.BufferedReader(_Resuming(begin, path, retry, turn), _BUFFER))
+    return cast(BinaryIO, io.BufferedReader(_ResumingReader(begin, path, retry, turn), _BUFFER))
 
 
-class _Resuming(io.RawIOBase):
+class SeekableReader(io.RawIOBase):
+    """A raw stream that can be read and seeked."""
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+
+class _ResumingReader(SeekableReader):
     def __init__(
         self, begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]
     ) -> None:
@@ -37,12 +66,6 @@ class _Resuming(io.RawIOBase):
         self._position = 0
         self._has_read = False
         self._is_cut = False
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._position
@@ -60,7 +83,7 @@ class _Resuming(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed and self._stream is not None:
-            # What was read is read, whatever becomes of the connection.
+            # The data has been read, so an error of the connection no longer matters.
             with self._turn, contextlib.suppress(Exception):
                 self._stream.close()
         super().close()
@@ -69,20 +92,20 @@ class _Resuming(io.RawIOBase):
         with self._turn:
             stream = self._ready()
             stream.seek(offset, whence)
-            # Not every driver's seek() says where it went.
+            # Some drivers' seek() does not return the position.
             return cast(int, stream.tell())
 
     def _read(self, size: int) -> bytes:
         try:
             with self._turn:
                 stream = self._ready()
-                # Its end is known: asking for more, of a file that was replaced, would fail what is read already.
-                if self._position == _size(stream):
+                # The end is known. If the file was replaced, a request beyond the end would fail a complete read.
+                if self._position == _details(stream).get("size"):
                     return b""
                 return cast(bytes, stream.read(size))
         except Exception as error:
             if "InvalidRange" in str(error):
-                # It was replaced by a shorter one between the question how long it is and this one.
+                # A shorter file replaced it between the request for its size and this one.
                 self._is_cut = True
                 raise OSError(errno.EAGAIN, "the file was replaced while it was opened", self._path) from error
             self._is_cut = is_transient(error)
@@ -94,7 +117,7 @@ class _Resuming(io.RawIOBase):
     def _ready(self) -> Any:
         if self._is_cut:
             self._stream = self._begin()
-            # As long as nothing of the old file was handed on, the new one is as good.
+            # If no byte of the old file was returned yet, the new file can be read instead.
             if self._has_read and _identity(self._stream) != self._identity:
                 raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
             self._identity = _identity(self._stream)
@@ -106,10 +129,6 @@ class _Resuming(io.RawIOBase):
 def _details(stream: Any) -> Mapping[str, Any]:
     details = getattr(stream, "details", None)
     return details if isinstance(details, dict) else {}
-
-
-def _size(stream: Any) -> int | None:
-    return _details(stream).get("size")
 
 
 def _identity(stream: Any) -> tuple[Any, ...]:

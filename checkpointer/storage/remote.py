@@ -1,25 +1,25 @@
-"""Whatever fsspec reaches by URL, through one implementation; what differs is a capability, found out once."""
+"""Every URL that fsspec reaches, through one implementation. Servers differ in capabilities, which are probed once."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Mapping
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import as_os_errors, modified_s, stat_of
-from checkpointer.storage.owner import is_dead, is_live
-from checkpointer.storage.publish import REPLACING, STAGING, Publisher, owner_of
+from checkpointer.storage.owner import STAGING, is_abandoned
+from checkpointer.storage.publish import REPLACING, Publisher, owner_of
 from checkpointer.storage.retry import Retry
 
-__all__ = ["FsspecStorage"]
+__all__ = ["BufferedUpload", "FsspecStorage"]
 
-STALE_S: Final = 24 * 3600.0
-"""What a writer left that cannot be asked is swept after this many seconds."""
-SMALL: Final = 1 << 20
+_SMALL: Final = 1 << 20
 """Payloads up to this many bytes are kept in memory and sent in one request."""
 
 
@@ -29,11 +29,11 @@ class FsspecStorage:
     Args:
         url: Any URL that fsspec knows. A password in it is never shown.
         owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
-        retry: How long to go on trying when the server or the way to it fails.
-        **options: What the filesystem takes (``storage_options``); never logged, never stored.
+        retry: How long to repeat a request when the server or the network fails.
+        **options: Options of the filesystem (``storage_options``); never logged, never stored.
 
     Raises:
-        StorageError: If the URL's driver is not installed or not known, or there is no connection.
+        StorageError: If the URL's driver is not installed or not known, or the connection fails.
 
     Example:
         >>> storage = FsspecStorage("memory://runs/digits")
@@ -45,12 +45,10 @@ class FsspecStorage:
 
     def __init__(self, url: str, owner: str = "", *, retry: Retry | None = None, **options: Any) -> None:
         self._connection = Connection(url, retry or Retry(), options)
-        self._placing = Publisher(self._connection, owner)
+        self._publisher = Publisher(self._connection, owner)
 
     def __str__(self) -> str:
         return str(self._connection)
-
-    # Storage
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
@@ -71,21 +69,21 @@ class FsspecStorage:
                 raise
             with contextlib.suppress(FileNotFoundError):
                 return self._connection.open(f"{REPLACING}/{path}")
-            # It may have got its name since.
+            # Meanwhile it may have got its name.
             return self._connection.open(path)
         except OSError as error:
-            # Below a file, or a folder: drivers say anything.
+            # If the path is a folder or lies below a file, drivers raise different errors.
             if path in self._connection.find(path):
                 raise
             raise FileNotFoundError(errno.ENOENT, "no such file", path) from error
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
-        self._placing.put(path, data)
+        self._publisher.put(path, data)
 
     def delete(self, path: str) -> None:
-        """See `Storage.delete`; folders above that are empty now go too."""
-        # First what waits to replace it: dead in between, it would take its place.
+        """See `Storage.delete`; the folders above that are empty then are removed too."""
+        # The waiting replacement is deleted first, because after a crash in between it would appear under the name.
         for prefix in (path,) if self._connection.is_object_store else (f"{REPLACING}/{path}", path):
             for name in sorted(self._connection.find(prefix)):
                 self._connection.remove(name)
@@ -93,36 +91,30 @@ class FsspecStorage:
 
     def upload(self, path: str) -> Upload:
         """See `Storage.upload`."""
-        return RemoteUpload(self._connection, self._placing, path)
-
-    # SupportsURLs
+        return BufferedUpload(self._publisher, path, lambda: _StagedStream(self._connection, self._publisher, path))
 
     def url(self, path: str) -> str:
         """See `SupportsURLs.url`."""
         return f"{self._connection.url}/{path}"
-
-    # SupportsCopy
 
     def copy(self, source: str, path: str) -> None:
         """See `SupportsCopy.copy`."""
         names = [*self._connection.find(source)]
         if not names:
             raise FileNotFoundError(errno.ENOENT, "there is nothing to copy", source)
-        if self._placing.capabilities.copy == "client":
+        if not self._publisher.capabilities.copies:
             raise OSError(errno.ENOTSUP, f"{self._connection.protocol}:// does not copy on the server", source)
         copies = [path + name[len(source) :] for name in names]
         if [*self._connection.find(path)] not in ([], copies):
             self.delete(path)
         for name, copy in zip(names, copies, strict=True):
-            self._placing.copy(name, copy)
-
-    # SupportsSweep
+            self._publisher.copy(name, copy)
 
     def prepare(self) -> None:
-        """See `SupportsSweep.prepare`; finds out what the server can do."""
-        probe = f"{self._placing.staging}/probe"
+        """See `SupportsSweep.prepare`; probes what the server can do."""
+        probe = f"{self._publisher.staging}/probe"
         try:
-            self._placing.put(probe, b"")
+            self._publisher.put(probe, b"")
             self._connection.remove(probe)
             self.capabilities()
         except OSError as error:
@@ -132,21 +124,20 @@ class FsspecStorage:
     def sweep(self) -> int:
         """See `SupportsSweep.sweep`."""
         count = 0
-        own = f"{self._placing.staging}/"
-        found = {path: info for path, info in self._connection.find(STAGING).items() if not path.startswith(own)}
-        now = self._now() if any(not is_dead(owner_of(path)) for path in found) else None
-        for path, info in found.items():
-            if _is_abandoned(path, info, now):
+        own = f"{self._publisher.staging}/"
+        now = functools.cache(self._now)
+        for path, info in self._connection.find(STAGING).items():
+            if not path.startswith(own) and is_abandoned(owner_of(path), functools.partial(_age_s, info, now)):
                 with contextlib.suppress(OSError):
                     self._sweep_one(path)
                     count += 1
         return count
 
     def _now(self) -> float | None:
-        """Return the server's time: this machine's clock may be wrong, and what a live writer needs would go."""
-        path = f"{self._placing.staging}/now"
+        """Return the server's time. If this machine's clock were wrong, a live writer's files might be swept."""
+        path = f"{self._publisher.staging}/now"
         try:
-            self._placing.put(path, b"")
+            self._publisher.put(path, b"")
             return modified_s(self._connection.find(path).get(path, {}))
         except OSError:
             return None
@@ -161,38 +152,42 @@ class FsspecStorage:
     def close(self) -> None:
         """See `SupportsSweep.close`."""
         with contextlib.suppress(OSError):
-            for path in self._connection.find(self._placing.staging):
+            for path in self._connection.find(self._publisher.staging):
                 self._sweep_one(path)
-            self.delete(self._placing.staging)
+            self.delete(self._publisher.staging)
         self._connection.close()
-
-    # SupportsCapabilities
 
     def capabilities(self) -> Mapping[str, str]:
         """See `SupportsCapabilities.capabilities`."""
-        return self._placing.capabilities.describe()
+        can = self._publisher.capabilities
+        rename = "rename" if can.replaces else "two renames (readers check both names)"
+        return {
+            "replace": "PUT" if self._connection.is_object_store else rename,
+            "create": "refused by the server" if can.refuses else "by claims (the server would overwrite)",
+            "copy": "on the server" if can.copies else "through this process",
+        }
 
 
-class RemoteUpload:
-    """A payload on its way: small ones wait in memory, larger ones stream. See `checkpointer.ports.Upload`."""
+class BufferedUpload:
+    """An upload that keeps a payload of up to ``small`` bytes in memory, and passes a larger one to ``begin()``."""
 
-    def __init__(self, connection: Connection, placing: Publisher, path: str) -> None:
-        self._connection = connection
-        self._placing = placing
+    def __init__(self, publisher: Publisher, path: str, begin: Callable[[], Upload], *, small: int = _SMALL) -> None:
+        self._publisher = publisher
         self._path = path
-        self._buffer = bytearray()
-        self._stream: StagedStream | None = None
+        self._begin = begin
+        self._small = small
+        self._buffer = io.BytesIO()
+        self._stream: Upload | None = None
 
     def write(self, data: Any) -> int:
         """See `Upload.write`."""
         view = memoryview(data).cast("B")
-        if self._stream is None and len(self._buffer) + len(view) <= SMALL:
-            self._buffer += view
-            return len(view)
+        if self._stream is None and self._buffer.tell() + len(view) <= self._small:
+            return self._buffer.write(view)
         if self._stream is None:
-            self._stream = StagedStream(self._connection, self._placing, self._path)
-            self._stream.write(self._buffer)
-            self._buffer = bytearray()
+            self._stream = self._begin()
+            self._stream.write(self._buffer.getbuffer())
+            self._buffer = io.BytesIO()
         self._stream.write(view)
         return len(view)
 
@@ -206,9 +201,9 @@ class RemoteUpload:
         if self._stream is not None:
             self._stream.publish(replace=replace)
         elif replace:
-            self._placing.put(self._path, bytes(self._buffer))
+            self._publisher.put(self._path, self._buffer.getvalue())
         else:
-            self._placing.create(self._path, bytes(self._buffer))
+            self._publisher.create(self._path, self._buffer.getvalue())
 
     def abort(self) -> None:
         """See `Upload.abort`."""
@@ -216,12 +211,12 @@ class RemoteUpload:
             self._stream.abort()
 
 
-class StagedStream:
+class _StagedStream:
     """A payload that is written to the staging folder, and renamed or copied to its name by the server."""
 
-    def __init__(self, connection: Connection, placing: Publisher, path: str) -> None:
+    def __init__(self, connection: Connection, publisher: Publisher, path: str) -> None:
         self._connection = connection
-        self._placing = placing
+        self._publisher = publisher
         self._path = path
         self._staged = ""
         self._size = 0
@@ -229,45 +224,36 @@ class StagedStream:
         self._is_open = True
 
     def _begin(self) -> Any:
-        self._staged = self._placing.new_staged()
+        self._staged = self._publisher.new_staged()
         return self._connection.fs.open(self._connection.full(self._staged), "wb")
 
-    def write(self, data: Any) -> None:
-        """Send all of ``data``."""
+    def write(self, data: Any) -> int:
         with self._errors():
             if hasattr(self._stream, "set_pipelined"):
-                self._write_ahead(data)
+                # With it, paramiko sends all blocks before it reads the replies. The last byte goes without it, so that
+                # no reply stays unread: the next request would consume that reply, and this stream would wait forever.
+                self._stream.set_pipelined(True)
+                self._stream.write(data[:-1])
+                self._stream.set_pipelined(False)
+                self._stream.write(data[-1:])
             else:
                 self._stream.write(data)
         self._size += len(data)
-
-    def _write_ahead(self, data: Any) -> None:
-        """Let paramiko send all blocks before it waits for the answers, but leave none of these unread.
-
-        Whatever is asked of the session next would take them in and forget them; then this would wait for ever.
-        """
-        view = memoryview(data)
-        self._stream.set_pipelined(True)
-        self._stream.write(view[:-1])
-        self._stream.set_pipelined(False)
-        self._stream.write(view[-1:])
+        return len(data)
 
     def finish(self) -> None:
-        """Make sure that all of it has arrived."""
         with self._errors():
             self._stream.close()
-        there = self._connection.find(self._staged).get(self._staged, {}).get("size")
-        if there != self._size:
-            msg = f"{self._size} bytes of {self._path} were sent, and {there} have arrived"
+        arrived = self._connection.find(self._staged).get(self._staged, {}).get("size")
+        if arrived != self._size:
+            msg = f"{self._size} bytes of {self._path} were sent, and {arrived} have arrived"
             raise OSError(errno.EIO, msg)
 
     def publish(self, *, replace: bool) -> None:
-        """Let it appear under its name."""
-        self._placing.move(self._staged, self._path, replace=replace)
+        self._publisher.move(self._staged, self._path, replace=replace)
         self._is_open = False
 
     def abort(self) -> None:
-        """Drop it, unless it is published."""
         if self._is_open:
             self._is_open = False
             with self._connection.turn, contextlib.suppress(Exception):
@@ -277,7 +263,7 @@ class StagedStream:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        # What was sent cannot be sent again from here; the next request will connect anew.
+        # The sent bytes are not kept in memory, so they cannot be sent again. The next request connects anew.
         try:
             with self._connection.turn, as_os_errors(f"sending {self._path}"):
                 yield
@@ -286,9 +272,6 @@ class StagedStream:
             raise
 
 
-def _is_abandoned(path: str, info: Mapping[str, Any], now: float | None) -> bool:
-    owner = owner_of(path)
-    if is_dead(owner):
-        return True
-    modified = modified_s(info)
-    return not is_live(owner) and now is not None and modified is not None and now - modified > STALE_S
+def _age_s(info: Mapping[str, Any], now: Callable[[], float | None]) -> float | None:
+    modified, now_s = modified_s(info), now()
+    return None if modified is None or now_s is None else now_s - modified

@@ -1,4 +1,4 @@
-"""Tries again what fails for a while: exponential backoff with jitter, up to a total deadline."""
+"""Repeats a request that fails briefly: exponential backoff with jitter, up to a total deadline."""
 
 from __future__ import annotations
 
@@ -35,22 +35,17 @@ _TRANSIENT_NAMES: Final = frozenset({
     "ServiceRequestError", "ServiceResponseError", "HttpResponseError",  # azure
     "SMBConnectionClosed", "HttpError", "IncompleteRead",
 })  # fmt: skip
-"""By name, so that no driver has to be installed to ask."""
+"""By name, so that the drivers need not be installed."""
 
 _TRANSIENT_TEXTS: Final = frozenset({"Socket is closed", "Can't create any SFTP connections!"})
-"""What paramiko and sshfs say of a connection that is gone, by errors of no kind or number."""
+"""Messages of paramiko and sshfs for a lost connection; these errors have no class or number of their own."""
 
 _PERMANENT_NAMES: Final = frozenset({"AuthenticationException", "BadHostKeyException"})
 _PERMANENT: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same request may well succeed in a moment: the network, or a server that is overloaded.
-
-    Example:
-        >>> is_transient(ConnectionResetError()), is_transient(PermissionError())
-        (True, False)
-    """
+    """Return whether the same request may succeed soon: the network failed, or the server is overloaded."""
     if isinstance(error, _PERMANENT) or not isinstance(error, Exception):
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
@@ -66,36 +61,28 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int:
-    """Return the HTTP status that some drivers' errors carry, or 0."""
-    for name in ("status_code", "status", "code"):
-        status = getattr(error, name, None)
-        if isinstance(status, int):
-            return status
-    return 0
+    """Return the HTTP status of an error, or 0 if it has none."""
+    statuses = (getattr(error, name, None) for name in ("status_code", "status", "code"))
+    return next((status for status in statuses if isinstance(status, int)), 0)
 
 
 @attrs.frozen
 class Retry:
-    """Calls something until it succeeds, fails for good, or the deadline has passed; then raises the last error.
-
-    Example:
-        >>> Retry(deadline_s=60)(lambda: "done", "say done")
-        'done'
-    """
+    """Calls a function until it succeeds or fails permanently, or until the deadline; then raises the last error."""
 
     deadline_s: float = 300.0
-    """Seconds after which no further attempt begins. One that has begun is bounded by the driver's own timeouts."""
+    """Seconds after which no further attempt begins. A running attempt is limited by the driver's own timeouts."""
     first_wait_s: float = 0.2
     """Upper bound of the first pause in seconds; it doubles each time, up to 20, and each pause is random below it."""
 
     def __call__(self, do: Callable[[], T], what: str) -> T:
-        """Return what ``do`` returns; ``what`` names it in the log."""
+        """Return the result of ``do``; ``what`` names the request in the log."""
         return tenacity.Retrying(**self._settings(what))(do)
 
     async def run(self, do: Callable[[], Awaitable[T]], what: str) -> T:
-        """Return what the awaitable that ``do`` makes returns."""
+        """Return the result of the awaitable that ``do`` returns."""
 
-        # Newer tenacity awaits only what is declared as a coroutine function, which a lambda is not.
+        # Newer tenacity awaits only a declared coroutine function, not a lambda.
         async def call() -> T:
             return await do()
 

@@ -1,4 +1,4 @@
-"""Refuses one place under two names: the rules of one side would delete what those of the other keep."""
+"""Refuses one place under two names, because the rules of one side would delete checkpoints that the other keeps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["SamePlaceError", "refuse_same", "refuse_same_by_trial"]
 
 
 class SamePlaceError(StorageError):
-    """No later try will do better."""
+    """A permanent error: another attempt will fail too."""
 
 
 def refuse_same(source: Storage, where: Where) -> None:
-    """Raise `StorageError` if both are the same place: its rules would then retire what the other's keep."""
+    """Raise `StorageError` if both are the same place, because each side's rules would retire the other's files."""
     if isinstance(source, LocalStorage) and isinstance(where, LocalStorage):
         same = os.path.realpath(source.local_path("")) == os.path.realpath(where.local_path(""))
     elif isinstance(where, (str, os.PathLike)):
@@ -31,7 +31,7 @@ def refuse_same(source: Storage, where: Where) -> None:
 
 
 def refuse_same_by_trial(source: Storage, mirror: Storage) -> None:
-    """Raise `StorageError` if what is written to one shows up in the other: one place has many spellings."""
+    """Raise `StorageError` if a file written to one appears in the other, because one place has many spellings."""
     path = f".checkpointer/mirror-{uuid.uuid4().hex}"
     mirror.write(path, b"")
     try:
@@ -46,7 +46,7 @@ def _is_same(where: Where) -> SamePlaceError:
 
 
 def _place(where: Where) -> str:
-    """Return a path or URL in one spelling, without asking the disk."""
+    """Return a path or URL in one spelling, without access to the disk."""
     if not isinstance(where, (str, os.PathLike)):
         return str(where).rstrip("/")
     text = without_password(os.fspath(where))

@@ -1,4 +1,4 @@
-"""What a test of checkpointing needs: storages that are fast or that die, a clock that obeys, the storage contract."""
+"""Helpers for tests of checkpointing: a storage in memory, a storage that dies, a clock, and the storage contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A clock that moves only when told to."""
+"""A clock that moves only when a test calls `FakeClock.advance`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["FakeClock"]
 
 
 class FakeClock:
-    """Time for tests of time triggers, without sleeping.
+    """A clock for tests of time triggers, without sleeping.
 
     Args:
-        time: Where it starts, in seconds since the Unix epoch.
+        time: The time at the start, in seconds since the Unix epoch.
 
     Example:
         >>> from checkpointer.testing import FakeClock
@@ -27,19 +27,13 @@ class FakeClock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass.
+        """Move the clock forward.
 
         Args:
-            seconds: How much, at least 0.
+            seconds: By how much, at least 0.
 
         Raises:
             ValueError: If ``seconds`` is negative: a `checkpointer.ports.Clock` does not go back.
-
-        Example:
-            >>> clock = FakeClock()
-            >>> clock.advance(0.5)
-            >>> clock.time()
-            0.5
         """
         if not seconds >= 0:
             msg = f"cannot advance by {seconds!r} s: a clock does not go back; pass at least 0, or make a new FakeClock"

@@ -1,16 +1,18 @@
-"""Every promise of `checkpointer.ports.Storage` and its optional ports as a test: subclass it for your storage."""
+"""Each promise of `checkpointer.ports.Storage` and its optional ports as a test. Subclass it for your storage."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
+import unittest
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from checkpointer.ports import (
     Storage,
@@ -23,8 +25,6 @@ from checkpointer.ports import (
 )
 
 __all__ = ["StorageContract"]
-
-P = TypeVar("P")
 
 NAMES = (
     "plain.ckpt",
@@ -42,13 +42,13 @@ NAMES = (
     "set[12].ckpt",
     "set1.ckpt",
 )
-"""File names that metrics and users produce; two are 240 bytes long."""
+"""File names that metrics and users produce; two have 240 bytes."""
 
 
 class StorageContract:
-    """Subclass it, say how to make your storage, and let pytest collect the subclass.
+    """Subclass it, override `make_storage`, and let pytest collect the subclass.
 
-    The ports that your storage does not support are skipped by name. For readable failures call
+    Tests of a port that your storage does not support are skipped, and name the port. For readable failures call
     ``pytest.register_assert_rewrite("checkpointer.testing.contract")`` before the import.
 
     Example:
@@ -60,7 +60,7 @@ class StorageContract:
     """
 
     def make_storage(self) -> Storage:
-        """Return an empty storage, another one each time.
+        """Return a new, empty storage at each call.
 
         Raises:
             NotImplementedError: Until you override it.
@@ -71,12 +71,10 @@ class StorageContract:
     # list
 
     def test_an_empty_storage_lists_nothing(self) -> None:
-        """Nothing is there at first, and listing does not fail for it."""
+        """A listing without files is empty, and not an error."""
         storage = self.make_storage()
-
-        assert {} == dict(storage.list())
-        assert {} == dict(storage.list("missing"))
-        assert {} == dict(storage.list("missing/below"))
+        for prefix in ("", "missing", "missing/below"):
+            assert {} == dict(storage.list(prefix))
 
     def test_list_returns_files_below_a_prefix_with_their_size(self) -> None:
         """A prefix is a folder or a file, not the beginning of a name."""
@@ -91,21 +89,21 @@ class StorageContract:
         assert {} == _sizes(storage, "ab/below-a-file")
 
     def test_the_version_changes_whenever_a_file_is_rewritten(self) -> None:
-        """Other contents of one size, in quick succession, never show a version that was shown before, or admit it."""
+        """Quick rewrites of one size never repeat a version, unless ``modified_s`` says that they may."""
         storage = self.make_storage()
         seen = []
-        for number in range(12):
-            storage.write("a", b"%02d" % number)
-            seen.append(storage.list("a")["a"])
-        for number in range(12, 24):
-            _put(storage, "a", b"%02d" % number, replace=True)
+        for number in range(24):
+            if number < 12:
+                storage.write("a", b"%02d" % number)
+            else:
+                _put(storage, "a", b"%02d" % number, replace=True)
             seen.append(storage.list("a")["a"])
 
         versions = [stat.version for stat in seen if stat.version and stat.modified_s is None]
         assert len(versions) == len(set(versions)), versions
 
     def test_the_version_stays_while_the_file_does(self) -> None:
-        """What was not rewritten keeps its version, whatever is done next to it."""
+        """A file that is not rewritten keeps its version when other files change."""
         storage = self.make_storage()
         storage.write("a", b"1")
         before = storage.list()["a"]
@@ -117,7 +115,7 @@ class StorageContract:
     # open
 
     def test_opening_what_is_missing_raises_file_not_found(self) -> None:
-        """Also below a missing folder, and below a file."""
+        """So it does below a missing folder, and below a file."""
         storage = self.make_storage()
         storage.write("file", b"1")
 
@@ -126,7 +124,7 @@ class StorageContract:
                 pass
 
     def test_an_open_file_is_seekable(self) -> None:
-        """Payload formats read from the end first."""
+        """Some payload formats read the end first."""
         storage = self.make_storage()
         storage.write("a", b"0123456789")
 
@@ -141,7 +139,7 @@ class StorageContract:
     # write
 
     def test_write_replaces_the_whole_file(self) -> None:
-        """A shorter content leaves nothing of a longer one; an empty one is a file too."""
+        """A shorter content keeps nothing of a longer one; an empty file exists too."""
         storage = self.make_storage()
 
         for data in (b"long content", b"short", b""):
@@ -150,7 +148,7 @@ class StorageContract:
             assert {"folder/a": len(data)} == _sizes(storage)
 
     def test_a_write_that_cannot_be_is_an_os_error(self) -> None:
-        """Below a file there is no room, or there is; a file that was there stays as it is."""
+        """A write below a file may fail or succeed; the file stays as it is."""
         storage = self.make_storage()
         storage.write("file", b"1")
 
@@ -160,61 +158,47 @@ class StorageContract:
         assert b"1" == _read(storage, "file")
 
     def test_any_name_can_be_written_published_listed_read_and_deleted(self) -> None:
-        """Spaces, other alphabets, 240 bytes, slashes, and what shells and globs find special."""
+        """Spaces, other alphabets, 240 bytes, slashes, and the special characters of shells and globs."""
         storage = self.make_storage()
+        left = {*NAMES, *("up/" + name for name in NAMES)}
         for name in NAMES:
             storage.write(name, name.encode())
-        for name in NAMES:
             _put(storage, "up/" + name, name.encode())
 
-        assert {*NAMES, *("up/" + name for name in NAMES)} == set(storage.list())
-        for number, name in enumerate(NAMES):
+        assert left == set(storage.list())
+        for name in NAMES:
             assert name.encode() == _read(storage, name) == _read(storage, "up/" + name)
             storage.delete(name)
             storage.delete("up/" + name)
-            left = NAMES[number + 1 :]
-            assert {*left, *("up/" + other for other in left)} == set(storage.list()), name
+            left -= {name, "up/" + name}
+            assert left == set(storage.list()), name
 
     # delete
 
-    def test_delete_removes_a_file_and_only_that(self) -> None:
-        """Names that begin with its name stay; what is not there is deleted already."""
+    def test_delete_removes_a_file_or_folder_and_only_that(self) -> None:
+        """Names that begin with its name stay; deleting a missing path succeeds."""
         storage = self.make_storage()
-        for name in ("a", "ab", "c/a", "c/ab"):
+        for name in ("a", "ab", "c/a", "c/ab", "tree/x", "tree/y/z", "tree2/x"):
             storage.write(name, b"1")
 
-        for path in ("a", "a", "c/a", "missing", "missing/below", "ab/below-a-file"):
+        for path in ("a", "a", "c/a", "tree", "tree", "missing", "missing/below", "ab/below-a-file"):
             storage.delete(path)
 
-        assert {"ab", "c/ab"} == set(storage.list())
-
-    def test_delete_removes_a_whole_folder(self) -> None:
-        """With everything in it, and nothing beside it; twice does no harm."""
-        storage = self.make_storage()
-        for name in ("a/x", "a/y/z", "a/y/w", "ab/x", "b"):
-            storage.write(name, b"1")
-
-        storage.delete("a")
-        storage.delete("a")
-
-        assert {"ab/x", "b"} == set(storage.list())
+        assert {"ab", "c/ab", "tree2/x"} == set(storage.list())
 
     def test_a_deleted_name_can_be_used_again(self) -> None:
-        """For a file where a folder was, and the other way around."""
+        """A file can follow a folder of its name, and a folder can follow a file."""
         storage = self.make_storage()
         storage.write("a/x", b"1")
-        storage.delete("a")
-        _put(storage, "a", b"2")
-        assert b"2" == _read(storage, "a")
-
-        storage.delete("a")
-        _put(storage, "a/x", b"3")
-        assert b"3" == _read(storage, "a/x")
+        for path in ("a", "a/x"):
+            storage.delete("a")
+            _put(storage, path, b"2")
+            assert b"2" == _read(storage, path)
 
     # upload
 
     def test_an_upload_is_invisible_until_published(self) -> None:
-        """Neither listed nor there to open, at any step before; and whole right after."""
+        """At each step before, it is neither listed nor can be opened; right after, it is complete."""
         storage = self.make_storage()
         upload = storage.upload("folder/a")
         assert not _is_there(storage, "folder/a")
@@ -232,9 +216,7 @@ class StorageContract:
         """A reader sees the old file or the new one."""
         storage = self.make_storage()
         storage.write("a", b"old content")
-        upload = storage.upload("a")
-        upload.write(b"new")
-        upload.finish()
+        upload = _begin(storage, "a", b"new")
         assert b"old content" == _read(storage, "a")
 
         upload.publish(replace=True)
@@ -243,7 +225,7 @@ class StorageContract:
         assert {"a": 3} == _sizes(storage)
 
     def test_a_reader_that_was_there_first_still_reads_the_old_file(self) -> None:
-        """What is open when it is replaced or deleted is never a mixture."""
+        """A file that is replaced while it is open is never read as a mixture."""
         storage = self.make_storage()
         storage.write("a", b"old content")
 
@@ -252,22 +234,12 @@ class StorageContract:
             _put(storage, "a", b"NEW CONTENT", replace=True)
             assert b"old content" == start + stream.read()
 
-    def test_publish_can_replace_what_is_not_there(self) -> None:
-        """Replacing is allowed, not demanded."""
-        storage = self.make_storage()
-
-        _put(storage, "a", b"1", replace=True)
-
-        assert b"1" == _read(storage, "a")
-
     def test_publish_refuses_a_taken_name_and_leaves_it(self) -> None:
-        """Also one that was taken after the upload began, and one that a folder has."""
+        """So it does for a name that was taken after the upload began, and for the name of a folder."""
         storage = self.make_storage()
         storage.write("folder/x", b"theirs")
         for name in ("a", "folder"):
-            upload = storage.upload(name)
-            upload.write(b"ours")
-            upload.finish()
+            upload = _begin(storage, name, b"ours")
             if name == "a":
                 storage.write("a", b"theirs")
             with _raises(FileExistsError):
@@ -278,10 +250,11 @@ class StorageContract:
         assert b"theirs" == _read(storage, "a") == _read(storage, "folder/x")
 
     def test_abort_leaves_nothing(self) -> None:
-        """At any step before publishing, and twice."""
+        """At any step before publishing, and when called twice; a file of that name stays."""
         storage = self.make_storage()
-        for num_steps in range(3):
-            upload = storage.upload("folder/a")
+        storage.write("old", b"old")
+        for path, num_steps in itertools.product(("folder/a", "old"), range(3)):
+            upload = storage.upload(path)
             if num_steps > 0:
                 upload.write(b"payload")
             if num_steps > 1:
@@ -289,34 +262,23 @@ class StorageContract:
             upload.abort()
             upload.abort()
 
-            assert {} == _sizes(storage)
+            assert {"old": 3} == _sizes(storage)
             assert not _is_there(storage, "folder/a")
-
-    def test_abort_keeps_what_is_under_the_name(self) -> None:
-        """An aborted replacement was never there."""
-        storage = self.make_storage()
-        storage.write("a", b"old")
-        upload = storage.upload("a")
-        upload.write(b"new")
-        upload.abort()
-
-        assert b"old" == _read(storage, "a")
+            assert b"old" == _read(storage, "old")
 
     def test_abort_after_publish_does_nothing(self) -> None:
-        """So that it can stand in a ``finally``."""
+        """Therefore it can be called in a ``finally``. With ``replace`` the name may be free."""
         storage = self.make_storage()
-        for replace in (False, True):
-            upload = storage.upload("a")
-            upload.write(b"payload")
-            upload.finish()
+        for path, replace in (("a", False), ("a", True), ("b", True)):
+            upload = _begin(storage, path, b"payload")
             upload.publish(replace=replace)
             upload.abort()
             upload.abort()
 
-            assert b"payload" == _read(storage, "a")
+            assert b"payload" == _read(storage, path)
 
     def test_two_uploads_of_one_name_do_not_mix(self) -> None:
-        """The first to publish has it; the other is refused."""
+        """The first to publish gets the name; the other is refused."""
         storage = self.make_storage()
         first, second = storage.upload("a"), storage.upload("a")
         for upload, data in ((first, b"111"), (second, b"2"), (first, b"111")):
@@ -331,24 +293,22 @@ class StorageContract:
         assert b"111111" == _read(storage, "a")
 
     def test_of_many_writers_of_one_name_one_wins(self) -> None:
-        """Whoever is told that it was published has its content there; all others are refused."""
+        """The writer whose `publish` succeeds has its content there; all others are refused."""
         storage = self.make_storage()
         for attempt in range(3):
             path = f"deep/{attempt}"
-            uploads = [(storage.upload(path), b"%d" % number * 1000) for number in range(4)]
-            for upload, data in uploads:
-                upload.write(data)
-                upload.finish()
+            contents = [b"%d" % number * 1000 for number in range(4)]
+            uploads = [_begin(storage, path, data) for data in contents]
             with ThreadPoolExecutor(len(uploads)) as pool:
-                outcomes = [*pool.map(_publishes, (upload for upload, _ in uploads))]
-            for upload, _ in uploads:
+                outcomes = [*pool.map(_publishes, uploads)]
+            for upload in uploads:
                 upload.abort()
 
-            winners = [data for won, (_, data) in zip(outcomes, uploads, strict=True) if won]
+            winners = [data for won, data in zip(outcomes, contents, strict=True) if won]
             assert [_read(storage, path)] == winners, f"{len(winners)} of {len(uploads)} were published"
 
     def test_a_large_payload_in_odd_chunks_arrives_whole(self) -> None:
-        """Five megabytes, in pieces that fit no buffer."""
+        """Five megabytes, in pieces that match no buffer's size."""
         storage = self.make_storage()
         payload = random.Random(0).randbytes(5_000_000)
         upload = storage.upload("a")
@@ -363,7 +323,7 @@ class StorageContract:
         assert {"a": len(payload)} == _sizes(storage)
 
     def test_an_upload_goes_on_while_other_requests_are_made(self) -> None:
-        """As a copy does, which reads in turn with it: no answer is taken for another's, and none is waited for."""
+        """A copy reads while it writes: no reply is taken for the reply to another request, and none is missed."""
         storage = self.make_storage()
         data = bytes(range(256)) * 4096
         storage.write("other", data)
@@ -371,8 +331,7 @@ class StorageContract:
         for _ in range(8):
             upload.write(data)
             assert {"other": len(data)} == _sizes(storage)
-            with storage.open("other") as stream:
-                assert data == stream.read()
+            assert data == _read(storage, "other")
         upload.finish()
         upload.publish(replace=False)
 
@@ -381,7 +340,7 @@ class StorageContract:
             assert b"" == stream.read(1)
 
     def test_write_takes_any_bytes_like_and_returns_its_length_in_bytes(self) -> None:
-        """All of it at once; eight bytes per float64, not one."""
+        """It writes all of it at once; a float64 counts as eight bytes."""
         storage = self.make_storage()
         numbers = array("d", [1.0, 2.0])
         upload = storage.upload("a")
@@ -396,12 +355,11 @@ class StorageContract:
     # SupportsLinks
 
     def test_a_symlink_follows_its_target(self) -> None:
-        """It shows what the target is now; without a target it is missing."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """It has the target's present content; without a target it cannot be opened."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("deep/a", b"1")
         for path in ("link", "deep/link", "other/deep/link"):
-            links.symlink("deep/a", path)
+            storage.symlink("deep/a", path)
             assert b"1" == _read(storage, path)
 
         storage.write("deep/a", b"new")
@@ -412,11 +370,10 @@ class StorageContract:
         assert "link" in storage.list()
 
     def test_a_hard_link_survives_what_happens_to_its_target(self) -> None:
-        """It keeps the content that it was made for."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """It keeps the content that the target had."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("a", b"1")
-        links.hardlink("a", "deep/link")
+        storage.hardlink("a", "deep/link")
         assert {"a": 1, "deep/link": 1} == _sizes(storage)
 
         _put(storage, "a", b"new", replace=True)
@@ -425,31 +382,29 @@ class StorageContract:
         assert b"1" == _read(storage, "deep/link")
 
     def test_links_swing_over_what_is_there(self) -> None:
-        """A file, a link of either kind, a dangling one, and the same one again."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
-        storage.write("a", b"1")
-        storage.write("b", b"2")
-        storage.write("link", b"a file")
+        """A new link replaces a file, a link of either kind, a dangling link, and the same link."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
+        for name, data in (("a", b"1"), ("b", b"2"), ("link", b"a file")):
+            storage.write(name, data)
 
-        for make in (links.symlink, links.hardlink, links.hardlink, links.symlink, links.symlink, links.hardlink):
+        soft, hard = storage.symlink, storage.hardlink
+        for make in (soft, hard, hard, soft, soft, hard):
             make("a", "link")
             assert b"1" == _read(storage, "link")
             make("b", "link")
             assert b"2" == _read(storage, "link")
-        links.symlink("missing", "link")
-        links.hardlink("a", "link")
+        soft("missing", "link")
+        hard("a", "link")
 
         assert b"1" == _read(storage, "link")
         assert {"a", "b", "link"} == set(storage.list())
         assert (b"1", b"2") == (_read(storage, "a"), _read(storage, "b"))
 
     def test_writing_to_a_link_replaces_the_link(self) -> None:
-        """The target is not written through it."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """The target keeps its content."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("a", b"1")
-        for make in (links.symlink, links.hardlink):
+        for make in (storage.symlink, storage.hardlink):
             make("a", "link")
             storage.write("link", b"written")
             assert (b"1", b"written") == (_read(storage, "a"), _read(storage, "link"))
@@ -458,23 +413,22 @@ class StorageContract:
             assert (b"1", b"published") == (_read(storage, "a"), _read(storage, "link"))
 
     def test_a_link_takes_its_name(self) -> None:
-        """Publishing without ``replace`` refuses it, dangling or not."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """Publishing without ``replace`` refuses the name of a link, dangling or not."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("a", b"1")
         for target in ("a", "missing"):
-            links.symlink(target, "link")
+            storage.symlink(target, "link")
             with _raises(FileExistsError):
                 _put(storage, "link", b"2")
 
         assert b"1" == _read(storage, "a")
 
     def test_deleting_a_link_keeps_its_target(self) -> None:
-        """Links are not followed: neither to a file nor to a folder."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """Links are not followed, neither to a file nor to a folder."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("folder/a", b"1")
-        for make, target in ((links.symlink, "folder/a"), (links.hardlink, "folder/a"), (links.symlink, "folder")):
+        soft, hard = storage.symlink, storage.hardlink
+        for make, target in ((soft, "folder/a"), (hard, "folder/a"), (soft, "folder")):
             make(target, "link")
             make(target, "tree/link")
             storage.delete("link")
@@ -482,26 +436,24 @@ class StorageContract:
             assert {"folder/a": 1} == _sizes(storage)
 
     def test_listing_does_not_follow_links(self) -> None:
-        """A link to a folder is one entry, and a loop is no trap."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """A link to a folder is one entry, so a loop ends."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("folder/a", b"1")
-        links.symlink("folder", "link")
-        links.symlink("folder", "folder/loop")
+        storage.symlink("folder", "link")
+        storage.symlink("folder", "folder/loop")
 
         assert {"folder/a", "folder/loop", "link"} == set(storage.list())
         assert {"link"} == set(storage.list("link"))
         assert b"1" == _read(storage, "link/a")
 
     def test_a_hard_link_that_cannot_be_is_an_os_error(self) -> None:
-        """To a folder or to nothing; what is under the name stays."""
-        storage = self.make_storage()
-        links = _port(storage, SupportsLinks)
+        """Such a link would lead to a folder or to a missing file; the file under its name stays."""
+        storage = _supporting(self.make_storage(), SupportsLinks)
         storage.write("folder/a", b"1")
         storage.write("link", b"2")
         for target in ("folder", "missing"):
             with _raises(OSError):
-                links.hardlink(target, "link")
+                storage.hardlink(target, "link")
 
         assert b"2" == _read(storage, "link")
         assert {"folder/a", "link"} == set(storage.list())
@@ -509,82 +461,67 @@ class StorageContract:
     # SupportsCopy
 
     def test_copy_copies_a_file_over_what_is_there(self) -> None:
-        """Whole, and independent of its source; globs mean nothing."""
-        storage = self.make_storage()
-        copies = _port(storage, SupportsCopy)
-        storage.write("set[12]*", b"1")
-        storage.write("set1", b"other")
-        storage.write("deep/b", b"something longer")
+        """The copy is complete and independent of its source; special characters of globs have no effect."""
+        storage = _supporting(self.make_storage(), SupportsCopy)
+        for name, data in (("set[12]*", b"1"), ("set1", b"other"), ("deep/b", b"something longer")):
+            storage.write(name, data)
 
-        with _if_able():
-            copies.copy("set[12]*", "deep/b")
+        _copy(storage, "set[12]*", "deep/b")
         storage.write("set[12]*", b"new")
 
         assert {"set[12]*": 3, "set1": 5, "deep/b": 1} == _sizes(storage)
         assert b"1" == _read(storage, "deep/b")
 
     def test_copy_copies_a_folder_over_what_is_there(self) -> None:
-        """Twice gives the same: not a folder in the folder, and no file of the one before."""
-        storage = self.make_storage()
-        copies = _port(storage, SupportsCopy)
+        """A second copy gives the same result: no folder inside the folder, and no file of the former content."""
+        storage = _supporting(self.make_storage(), SupportsCopy)
         for name in ("a/x", "a/y/z", "b/x", "b/more"):
             storage.write(name, name.encode())
 
         for source, expected in (("b", {"x", "more"}), ("a", {"x", "y/z"}), ("a", {"x", "y/z"})):
-            with _if_able():
-                copies.copy(source, "to/alias")
+            _copy(storage, source, "to/alias")
             assert {"to/alias/" + name for name in expected} == set(storage.list("to"))
             assert f"{source}/x".encode() == _read(storage, "to/alias/x")
 
     def test_copying_what_is_missing_raises_file_not_found(self) -> None:
-        """And keeps what is under the name."""
-        storage = self.make_storage()
-        copies = _port(storage, SupportsCopy)
+        """The file under the target's name stays."""
+        storage = _supporting(self.make_storage(), SupportsCopy)
         storage.write("b", b"1")
         with _raises(FileNotFoundError):
-            copies.copy("missing", "b")
+            storage.copy("missing", "b")
 
         assert b"1" == _read(storage, "b")
 
     # SupportsFreeSpace
 
     def test_free_space_is_a_number_of_bytes_or_unknown(self) -> None:
-        """Never negative, and without a side effect."""
-        storage = self.make_storage()
-        space = _port(storage, SupportsFreeSpace).free_space()
-
-        assert space is None or space >= 0
+        """It is never negative, and has no side effect."""
+        storage = _supporting(self.make_storage(), SupportsFreeSpace)
+        assert (space := storage.free_space()) is None or space >= 0
         assert {} == _sizes(storage)
 
     # SupportsPaths
 
     def test_a_local_path_is_absolute_and_the_file_itself(self) -> None:
-        """There or not; what a trainer writes there is in the storage, once synced."""
-        storage = self.make_storage()
-        paths = _port(storage, SupportsPaths)
-        path = Path(paths.local_path("deep/a"))
+        """A file that a trainer writes at a local path is in the storage, once it is synced."""
+        storage = _supporting(self.make_storage(), SupportsPaths)
+        path = Path(storage.local_path("deep/a"))
         assert path.is_absolute()
         assert not path.exists()
 
         storage.write("deep/a", b"1")
         assert b"1" == path.read_bytes()
         path.with_name("theirs").write_bytes(b"22")
-        paths.sync("deep/theirs")
-        paths.sync("deep")
+        storage.sync("deep/theirs")
+        storage.sync("deep")
         assert {"deep/a": 1, "deep/theirs": 2} == _sizes(storage)
-
-    def test_syncing_what_is_missing_is_an_os_error(self) -> None:
-        """Nobody may believe that it is durable."""
-        storage = self.make_storage()
-        paths = _port(storage, SupportsPaths)
         with _raises(OSError):
-            paths.sync("missing")
+            storage.sync("missing")
 
     def test_a_staged_file_is_invisible_until_published(self) -> None:
-        """Its path is absolute, unused, and another one each time; it ends with the final name."""
-        storage = self.make_storage()
-        paths = _port(storage, SupportsPaths)
-        (one, upload), (other, unused) = paths.stage("deep/a.b.ckpt"), paths.stage("deep/a.b.ckpt")
+        """Its path is absolute, unused, different at each call, and ends with the final name."""
+        storage = _supporting(self.make_storage(), SupportsPaths)
+        (one, upload), (other, unused) = storage.stage("deep/a.b.ckpt"), storage.stage("deep/a.b.ckpt")
         assert one != other
         assert one.endswith("a.b.ckpt")
         assert Path(one).is_absolute()
@@ -601,14 +538,13 @@ class StorageContract:
         assert not Path(one).exists()
 
     def test_a_staged_folder_is_published_whole(self) -> None:
-        """And refused if its name is taken; aborting removes all of it."""
-        storage = self.make_storage()
-        paths = _port(storage, SupportsPaths)
-        _fill(*paths.stage("deep/tree"), b"1").publish(replace=False)
+        """It is refused if its name is taken; `abort` removes all of it."""
+        storage = _supporting(self.make_storage(), SupportsPaths)
+        _fill(storage.stage("deep/tree"), b"1").publish(replace=False)
         assert {"deep/tree/x": 1, "deep/tree/y/z": 1} == _sizes(storage)
 
-        path, _ = staged = paths.stage("deep/tree")
-        upload = _fill(*staged, b"22")
+        path, _ = staged = storage.stage("deep/tree")
+        upload = _fill(staged, b"22")
         with _raises(FileExistsError):
             upload.publish(replace=False)
         upload.abort()
@@ -617,11 +553,10 @@ class StorageContract:
         assert {"deep/tree/x": 1, "deep/tree/y/z": 1} == _sizes(storage)
 
     def test_a_folder_over_a_folder_is_replaced_whole_or_not_at_all(self) -> None:
-        """Few filesystems can do it in one step; those that cannot say so, and keep the old one."""
-        storage = self.make_storage()
-        paths = _port(storage, SupportsPaths)
+        """Few filesystems can do it in one step; the others raise an error and keep the old folder."""
+        storage = _supporting(self.make_storage(), SupportsPaths)
         storage.write("tree/old", b"1")
-        upload = _fill(*paths.stage("tree"), b"22")
+        upload = _fill(storage.stage("tree"), b"22")
         expected = {"tree/x": 2, "tree/y/z": 2}
         try:
             upload.publish(replace=True)
@@ -632,9 +567,9 @@ class StorageContract:
         assert expected == _sizes(storage)
 
     def test_a_staged_path_where_nothing_was_written_cannot_be_finished(self) -> None:
-        """A trainer that wrote elsewhere has no checkpoint."""
-        storage = self.make_storage()
-        _, upload = _port(storage, SupportsPaths).stage("a")
+        """A trainer that wrote to another path has no checkpoint."""
+        storage = _supporting(self.make_storage(), SupportsPaths)
+        _, upload = storage.stage("a")
         with _raises(OSError):
             upload.finish()
         upload.abort()
@@ -644,32 +579,30 @@ class StorageContract:
     # SupportsSweep
 
     def test_sweep_keeps_what_this_writer_has_begun(self) -> None:
-        """A live writer's uploads are never touched."""
-        storage = self.make_storage()
-        sweeps = _port(storage, SupportsSweep)
-        sweeps.prepare()
-        sweeps.prepare()
+        """A live writer's uploads stay as they are."""
+        storage = _supporting(self.make_storage(), SupportsSweep)
+        storage.prepare()
+        storage.prepare()
         upload = storage.upload("a")
         upload.write(b"pay")
-        assert 0 == sweeps.sweep()
+        assert 0 == storage.sweep()
         upload.write(b"load")
         upload.finish()
-        assert 0 == sweeps.sweep()
+        assert 0 == storage.sweep()
         upload.publish(replace=False)
 
         assert b"payload" == _read(storage, "a")
 
     def test_prepare_sweep_and_close_show_no_files(self) -> None:
-        """Housekeeping is not listed, keeps what is published, and can be done twice."""
-        storage = self.make_storage()
-        sweeps = _port(storage, SupportsSweep)
-        sweeps.close()
-        sweeps.prepare()
+        """The staging area is not listed, published files stay, and each call can be repeated."""
+        storage = _supporting(self.make_storage(), SupportsSweep)
+        storage.close()
+        storage.prepare()
         assert {} == _sizes(storage)
         storage.write("a", b"1")
-        sweeps.sweep()
-        sweeps.close()
-        sweeps.close()
+        storage.sweep()
+        storage.close()
+        storage.close()
 
         assert {"a": 1} == _sizes(storage)
 
@@ -691,11 +624,16 @@ def _is_there(storage: Storage, path: str) -> bool:
     return True
 
 
-def _put(storage: Storage, path: str, data: bytes, *, replace: bool = False) -> None:
+def _begin(storage: Storage, path: str, data: bytes) -> Upload:
     upload = storage.upload(path)
+    upload.write(data)
+    upload.finish()
+    return upload
+
+
+def _put(storage: Storage, path: str, data: bytes, *, replace: bool = False) -> None:
+    upload = _begin(storage, path, data)
     try:
-        upload.write(data)
-        upload.finish()
         upload.publish(replace=replace)
     finally:
         upload.abort()
@@ -709,7 +647,8 @@ def _publishes(upload: Upload) -> bool:
     return True
 
 
-def _fill(path: str, upload: Upload, data: bytes) -> Upload:
+def _fill(staged: tuple[str, Upload], data: bytes) -> Upload:
+    path, upload = staged
     Path(path, "y").mkdir(parents=True)
     Path(path, "x").write_bytes(data)
     Path(path, "y", "z").write_bytes(data)
@@ -717,24 +656,21 @@ def _fill(path: str, upload: Upload, data: bytes) -> Upload:
     return upload
 
 
-def _port(storage: Storage, port: type[P]) -> P:
-    if isinstance(storage, port):
-        return storage
-    import pytest
-
-    pytest.skip(f"{type(storage).__name__} is no {port.__name__}")
-
-
-@contextlib.contextmanager
-def _if_able() -> Iterator[None]:
+def _copy(storage: SupportsCopy, source: str, path: str) -> None:
     try:
-        yield
+        storage.copy(source, path)
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
-        import pytest
+        raise unittest.SkipTest(str(error)) from error
 
-        pytest.skip(str(error))
+
+def _supporting(storage: Storage, port: type) -> Any:
+    """Return the storage, or skip the test if it does not support the port."""
+    if not isinstance(storage, port):
+        msg = f"{type(storage).__name__} does not support {port.__name__}"
+        raise unittest.SkipTest(msg)
+    return storage
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from checkpointer.errors import CorruptError, NotFoundError, RecordError, Storag
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Entry, Record, commit_order
-from checkpointer.storage.access import access_advice
+from checkpointer.storage.opening import access_advice
 from checkpointer.tools.query import name_like
 
 __all__ = ["Catalog", "look_at"]

@@ -32,10 +32,10 @@ from checkpointer.commit.index import load, record_path
 from checkpointer.commit.index import save as save_index
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import NameTakenError, StorageError
-from checkpointer.ports import Stat, Storage, Writable
+from checkpointer.ports import Stat, Storage, Upload, Writable
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage import open_storage
-from checkpointer.storage.memory import MemoryStorage, MemoryUpload
+from checkpointer.storage.memory import MemoryStorage
 from checkpointer.storage.owner import new_owner
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.storage.retry import Retry
@@ -123,7 +123,7 @@ class BetweenUploads(MemoryStorage):
             self.before.pop(path)()
         super().write(path, data)
 
-    def upload(self, path: str) -> MemoryUpload:
+    def upload(self, path: str) -> Upload:
         upload = super().upload(path)
         if path in self.before:
             happens, publish = self.before.pop(path), upload.publish
@@ -370,7 +370,7 @@ def test_a_claim_that_could_not_be_removed_does_not_stop_the_next_save(
 def test_a_claim_of_a_machine_that_was_taken_away_does_not_block_the_next_one(tmp_path: Path) -> None:
     """Nobody can ask whether it lives, and it does not take an hour to write a record."""
     gone, storage = faulty_storage(tmp_path, "gone~1~1~a"), faulty_storage(tmp_path)
-    with gone._placing._claim("a"):
+    with gone._publisher._claim("a"):
         [claim] = tmp_path.rglob("claim-*")
         with pytest.raises(NameTakenError):
             publish(storage, "a", NEW, replace=False)

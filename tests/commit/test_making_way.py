@@ -130,7 +130,7 @@ def test_a_claim_of_a_dead_writer_is_swept_and_of_a_live_one_holds(tmp_path: Pat
     storages = [LocalStorage(tmp_path, owner) for owner in owners]
     path, upload = storages[0].stage("a")
     write_folder(path)
-    with upload._claim():
+    with upload._claim():  # type: ignore[attr-defined]
         claims = list(tmp_path.rglob("claim-*"))
         assert 1 == len(claims)
         other, late = storages[1].stage("a")

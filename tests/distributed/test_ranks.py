@@ -135,7 +135,7 @@ class Scripted:
     def gather(self, value: Any) -> list[Any]:
         return [value, value]
 
-    def meet(self, timeout_s: float) -> bool:
+    def barrier(self, timeout_s: float) -> bool:
         return True
 
     def highest(self, *values: float) -> tuple[float, ...]:

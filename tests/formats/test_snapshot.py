@@ -104,7 +104,7 @@ def test_a_snapshot_of_each_kind_is_what_a_blocking_save_writes(name: str) -> No
         assert copy[name].is_meta
         assert (state[name].shape, state[name].stride()) == (copy[name].shape, copy[name].stride())
         return
-    assert Described(saved(state)).words == Described(saved(copy)).words
+    assert Described(saved(state)).parts == Described(saved(copy)).parts
 
 
 def test_a_snapshot_of_everything_together_keeps_what_is_shared() -> None:
@@ -112,7 +112,7 @@ def test_a_snapshot_of_everything_together_keeps_what_is_shared() -> None:
     state = kinds()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert Described(saved(state)).words == Described(saved(Snapshots().take(state).wait())).words
+        assert Described(saved(state)).parts == Described(saved(Snapshots().take(state).wait())).parts
 
 
 def test_a_storage_that_many_share_is_copied_once() -> None:
@@ -277,7 +277,7 @@ def test_changing_the_model_the_moment_observe_returns_changes_nothing_that_is_w
     manager = CheckpointManager(storage, EACH, state=lambda: state, background="wait")
     for step, each in enumerate(grown, start=1):
         state = each.state
-        expected = Described(saved(state)).words
+        expected = Described(saved(state)).parts
         storage.shut()
         manager.observe({}, step=step, epoch=0, epoch_end=False)
         for change in each.changes:
@@ -286,7 +286,7 @@ def test_changing_the_model_the_moment_observe_returns_changes_nothing_that_is_w
         storage.open_gate()
         manager.wait()
         restored = torch.load(storage.open(f"epoch=0-step={step}.ckpt"), weights_only=False)
-        assert expected == Described(restored).words
+        assert expected == Described(restored).parts
     manager.close()
 
 

@@ -1,4 +1,4 @@
-"""The table of storages in the documentation says what each of them really answers."""
+"""The table of storages in the documentation has the capabilities that each storage reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOUNTS: Mapping[str, Callable[[Path], AbstractContextManager[Path]]] = {
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Return the page's table of capabilities: by the name in each row's first cell, its other cells by their head."""
+    """Return the page's table of capabilities: for the name in each row's first cell, its other cells by column."""
     section = PAGE.read_text(encoding="utf-8").partition("\n## What each storage can do\n")[2].partition("\n## ")[0]
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
@@ -63,8 +63,8 @@ def opened(name: str, serve: Serve, folder: Path) -> Iterator[Storage]:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_page_says_what_the_storage_answers(name: str, serve: Serve, tmp_path: Path) -> None:
-    """In the very words that ``verbose`` prints."""
+def test_the_page_has_the_capabilities_that_the_storage_reports(name: str, serve: Serve, tmp_path: Path) -> None:
+    """The page has the same text as ``verbose`` prints."""
     with opened(name, serve, tmp_path) as storage:
         assert isinstance(storage, SupportsSweep)
         storage.prepare()
@@ -72,6 +72,6 @@ def test_the_page_says_what_the_storage_answers(name: str, serve: Serve, tmp_pat
         assert TABLE[name] == dict(storage.capabilities())
 
 
-def test_the_page_leaves_no_tested_storage_out() -> None:
-    """Each server and each filesystem of the tests has its row."""
+def test_the_page_has_every_tested_storage() -> None:
+    """Each server and each filesystem of the tests has a row."""
     assert {*KINDS, *MOUNTS, "memory"} == {*TABLE}

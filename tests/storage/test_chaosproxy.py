@@ -1,4 +1,4 @@
-"""The proxy that breaks connections does what it says, and nothing else."""
+"""The proxy breaks connections as its plan says, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BODY = b"0123456789" * 30_000
 
 
 class Files(http.server.ThreadingHTTPServer):
-    """Keeps what it is sent, and remembers how often."""
+    """Keeps the files that it receives, and counts them."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FilesHandler)
@@ -36,7 +36,7 @@ class Files(http.server.ThreadingHTTPServer):
         self.puts: list[str] = []
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: connections break here on purpose."""
+        """Print nothing, because connections break here on purpose."""
 
 
 class FilesHandler(http.server.BaseHTTPRequestHandler):
@@ -70,7 +70,7 @@ class FilesHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def proxy(files: Files) -> Iterator[ChaosProxy]:
 
 @pytest.fixture
 def client(proxy: ChaosProxy) -> Iterator[http.client.HTTPConnection]:
-    """A connection that is kept from request to request, and opened anew once it broke."""
+    """A connection for all requests, which is opened again after it broke."""
     connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=10)
     yield connection
     connection.close()
@@ -108,7 +108,7 @@ def ask(client: http.client.HTTPConnection, method: str, path: str = "/a", body:
 
 
 def test_without_a_plan_everything_passes(files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection) -> None:
-    """Bodies arrive whole, in both directions, on one connection; requests are noted."""
+    """Bodies arrive complete, in both directions, on one connection; requests are recorded."""
     assert b"200 " == ask(client, "PUT", body=BODY)
     assert b"200 " + BODY == ask(client, "GET")
     assert {"/a": BODY} == files.files
@@ -117,7 +117,7 @@ def test_without_a_plan_everything_passes(files: Files, proxy: ChaosProxy, clien
 
 
 def test_a_request_in_chunks_passes(files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection) -> None:
-    """The next request on the connection is found behind it."""
+    """The proxy finds the next request on the connection after the last chunk."""
     client.request("PUT", "/a", iter([b"12345", b"GET / HTTP/1.1\r\n\r\n"]), encode_chunked=True)
     assert b"" == client.getresponse().read()
     assert b"200 12345GET / HTTP/1.1\r\n\r\n" == ask(client, "GET")
@@ -125,7 +125,7 @@ def test_a_request_in_chunks_passes(files: Files, proxy: ChaosProxy, client: htt
 
 
 def test_what_is_not_http_passes_too() -> None:
-    """Also if the server is the first to speak."""
+    """The server may send the first bytes."""
     with socket.create_server(("127.0.0.1", 0)) as server, ChaosProxy(server.getsockname()[1]) as proxy:
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client:
             theirs, _ = server.accept()
@@ -140,7 +140,7 @@ def test_what_is_not_http_passes_too() -> None:
 def test_refused_connections_are_refused_until_they_are_not(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection
 ) -> None:
-    """Open ones break at once, and the port stays the same."""
+    """Open connections break at once, and the port stays the same."""
     ask(client, "PUT", body=b"1")
     for _ in range(3):
         proxy.plan = Refuse()
@@ -156,7 +156,7 @@ def test_refused_connections_are_refused_until_they_are_not(
 def test_an_upload_that_is_cut_never_arrives(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection, plan: Plan
 ) -> None:
-    """The client sees a broken connection and the server no whole request."""
+    """The client gets a broken connection, and the server gets an incomplete request."""
     proxy.plan = plan
     with pytest.raises((ConnectionError, http.client.HTTPException)):
         ask(client, "PUT", body=BODY)
@@ -166,7 +166,7 @@ def test_an_upload_that_is_cut_never_arrives(
 
 
 def test_nothing_passes_beyond_the_cut() -> None:
-    """The server may lose the last of it to the reset, and gets no byte more than planned."""
+    """The reset may discard the last bytes, but the server never gets more than planned."""
     with socket.create_server(("127.0.0.1", 0)) as server, ChaosProxy(server.getsockname()[1]) as proxy:
         proxy.plan = Cut(up=10)
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client:
@@ -182,7 +182,7 @@ def test_nothing_passes_beyond_the_cut() -> None:
 def test_a_download_is_cut_where_the_plan_says(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection
 ) -> None:
-    """So many times, and then no more."""
+    """The plan is applied ``times`` times."""
     files.files["/a"] = BODY
     proxy.plan = Cut(down=150_000, times=2)
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_a_download_is_cut_where_the_plan_says(
 def test_a_lost_reply_belongs_to_a_request_that_was_applied(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection, nth: int, times: int
 ) -> None:
-    """The n-th that matches, and so many after it; the others are answered."""
+    """The plan applies to the n-th matching request and those after it; the others are answered."""
     proxy.plan = LoseReply(rb"^PUT /record", nth=nth, times=times)
     for number in range(1, 4):
         assert b"200 " == ask(client, "PUT", "/payload", b"x")
@@ -215,7 +215,7 @@ def test_a_lost_reply_belongs_to_a_request_that_was_applied(
 def test_a_request_is_cut_within_its_body(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection, count: int
 ) -> None:
-    """The second that matches, and no other."""
+    """Only the second matching request is cut."""
     proxy.plan = CutRequest(rb"^PUT /record", body=count, nth=2)
     assert b"200 " == ask(client, "PUT", "/payload", b"x")
     assert b"200 " == ask(client, "PUT", "/record1", BODY)
@@ -230,7 +230,7 @@ def test_a_request_is_cut_within_its_body(
 def test_an_answered_request_never_reaches_the_server(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection
 ) -> None:
-    """Its body is read, however long; the request after the last of them passes."""
+    """The proxy reads its whole body; the next request after the last answer passes."""
     proxy.plan = Answer(rb"^PUT ", status=503, code="SlowDown", times=2)
     for _ in range(2):
         answer = ask(client, "PUT", body=BODY)
@@ -243,7 +243,7 @@ def test_an_answered_request_never_reaches_the_server(
 
 
 def test_a_stalled_connection_goes_on_with_the_next_plan(files: Files, proxy: ChaosProxy) -> None:
-    """Nothing is lost meanwhile, and nothing closed."""
+    """Meanwhile no byte is lost, and no connection is closed."""
     files.files["/a"] = BODY
     proxy.plan = Stall()
     impatient = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=0.2)
@@ -260,7 +260,7 @@ def test_a_stalled_connection_goes_on_with_the_next_plan(files: Files, proxy: Ch
 def test_a_delayed_request_is_late_and_whole(
     files: Files, proxy: ChaosProxy, client: http.client.HTTPConnection
 ) -> None:
-    """Chunk by chunk."""
+    """Each chunk is delayed."""
     files.files["/a"] = b"1"
     proxy.plan = Delay(0.05)
 

@@ -1,4 +1,4 @@
-"""A local disk that is full, broken or lying, at every byte and every system call: what was acknowledged is there."""
+"""A local disk is full, broken or wrong at every byte and every system call; acknowledged checkpoints stay."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ from checkpointer.restore.load import verify
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.owner import new_owner
 from checkpointer.testing import MemoryStorage
+from checkpointer.tools.catalog import look_at
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,7 @@ PYTHON = os.path.realpath(sys.executable)
 
 @attrs.frozen
 class Outcome:
-    """What a training said while its system calls were tampered with."""
+    """The reports of a training whose system calls were changed."""
 
     saved: list[int]
     failed: dict[int, str]
@@ -66,11 +67,11 @@ class Outcome:
     closed: bool
     returncode: int
     hits: int
-    """How many system calls were tampered with."""
+    """Number of changed system calls."""
 
 
 def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outcome:
-    """Train, and from the third save on let strace do ``fault`` to ``calls``."""
+    """Train, and from the third save on let strace inject ``fault`` into ``calls``."""
     mounts.need("strace")
     directory.mkdir()
     (directory / FOREIGN).write_bytes(b"mine")
@@ -95,8 +96,8 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
             text=True,
         )
         assert tracer.stderr is not None
-        said = tracer.stderr.readline()
-        assert "attached" in said, said
+        attached = tracer.stderr.readline()
+        assert "attached" in attached, attached
         child.stdin.write("go\n")
         child.stdin.flush()
         lines += child.stdout.read().splitlines(keepends=True)
@@ -111,12 +112,12 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
         child.stdin.close()
         child.stdout.close()
         child.stderr.close()
-    said_words = [line.split(maxsplit=2) for line in lines if line.endswith("\n")]
+    reports = [line.split(maxsplit=2) for line in lines if line.endswith("\n")]
     return Outcome(
-        saved=[int(words[1]) for words in said_words if words[0] == "saved"],
-        failed={int(words[1]): words[2] for words in said_words if words[0] == "failed"},
-        warned=[" ".join(words[1:]) for words in said_words if words[0] == "warned"],
-        closed=["closed"] in said_words,
+        saved=[int(report[1]) for report in reports if report[0] == "saved"],
+        failed={int(report[1]): report[2] for report in reports if report[0] == "failed"},
+        warned=[" ".join(report[1:]) for report in reports if report[0] == "warned"],
+        closed=["closed"] in reports,
         returncode=child.returncode,
         hits=log.read_text().count("(INJECTED)") if log.exists() else 0,
     )
@@ -125,9 +126,9 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
 def every_call(
     base: Path, last: Last, calls: str, fault: str, numbers: range | None = None
 ) -> Iterator[tuple[Path, Outcome, str]]:
-    """Run with the fault at the first call, at the second, and so on until there is none left to hit.
+    """Run with the fault at the first call, at the second, and so on until the training makes fewer calls.
 
-    Of those that only look, every tenth: there are two hundred of them.
+    Of the two hundred calls that only read, every tenth is tried.
     """
     for n in numbers or instants(1000, 10 if calls in (CALLS["stat"], CALLS["open"]) else 1):
         directory = base / f"{n}"
@@ -153,7 +154,7 @@ CALLS = {
 @pytest.mark.parametrize("last", ["link", "copy"])
 @pytest.mark.parametrize("call", [call for call in CALLS if call != "unlink"])
 def test_any_system_call_may_fail_and_nothing_acknowledged_is_lost(tmp_path: Path, call: str, last: Last) -> None:
-    """EIO at the n-th call, for every n: the save fails with a clear error or works, and the next one works."""
+    """EIO at the n-th call, for every n: the save succeeds, or fails with a clear error; the next save succeeds."""
     for directory, outcome, clue in every_call(tmp_path, last, CALLS[call], "error=EIO"):
         assert 0 == outcome.returncode, clue
         assert outcome.closed, clue
@@ -165,7 +166,7 @@ def test_any_system_call_may_fail_and_nothing_acknowledged_is_lost(tmp_path: Pat
 
 @pytest.mark.parametrize("error", ["EACCES", "EPERM"])
 def test_refused_delete_is_a_warning_and_is_tried_again(tmp_path: Path, error: str) -> None:
-    """No save fails for it, and nothing stays that should have gone."""
+    """No save fails because of it, and retired checkpoints are deleted later."""
     for directory, outcome, clue in every_call(tmp_path, "link", CALLS["unlink"], f"error={error}"):
         assert {} == outcome.failed, clue
         assert [1, 2, 3, 4, 5, 6] == outcome.saved, clue
@@ -175,7 +176,7 @@ def test_refused_delete_is_a_warning_and_is_tried_again(tmp_path: Path, error: s
 @pytest.mark.parametrize("last", ["link", "copy"])
 @pytest.mark.parametrize("call", ["fsync", "rename", "link", "unlink", "symlink"])
 def test_killed_instead_of_any_system_call_nothing_acknowledged_is_lost(tmp_path: Path, call: str, last: Last) -> None:
-    """SIGKILL where the n-th call would be, for every n."""
+    """SIGKILL in place of the n-th call, for every n."""
     for directory, outcome, clue in every_call(tmp_path, last, CALLS[call], "error=EIO:signal=KILL"):
         assert -signal.SIGKILL == outcome.returncode, clue
         check_survivor(directory, outcome.saved, policy_of(last), clue)
@@ -192,7 +193,7 @@ def test_full_disk_at_any_system_call_is_a_clear_error(tmp_path: Path, call: str
 
 @pytest.mark.filterwarnings("ignore::checkpointer.CheckpointerWarning")
 def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
-    """A disk that says it wrote all of it and did not: the size tells when the directory is opened."""
+    """If a disk has written less than it reports, the size shows it when the directory is opened."""
     noticed = set()
     for directory, outcome, clue in every_call(tmp_path, "link", CALLS["write"], "retval=10", range(1, 1000)):
         assert [1, 2, 3, 4, 5, 6] == sorted([*outcome.saved, *outcome.failed]), clue
@@ -203,7 +204,7 @@ def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
             restored = run.manager.restore(record.name)
             assert restored is not None
             assert record.step == restored.state["step"], clue
-        if run.manager._directory.damaged:
+        if look_at(LocalStorage(directory, "")).damaged:
             noticed.add("record")
             with pytest.warns(CheckpointerWarning, match=r"restored .* instead of what is newer or better"):
                 run.manager.restore()
@@ -215,7 +216,7 @@ def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
 
 
 def steps_saved(run: Run, steps: range) -> tuple[list[int], list[SaveError]]:
-    """Observe these steps; return those that were acknowledged, and the errors of the others."""
+    """Observe these steps; return the acknowledged steps, and the errors of the others."""
     saved, errors = [], []
     for step in steps:
         try:
@@ -226,7 +227,7 @@ def steps_saved(run: Run, steps: range) -> tuple[list[int], list[SaveError]]:
 
 
 def names_full_disk(error: BaseException | None) -> bool:
-    """Return whether the error, or what it came from, is about a full disk."""
+    """Return whether the error or one of its causes is about a full disk."""
     while error is not None:
         if isinstance(error, NotEnoughSpaceError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
             return True
@@ -244,7 +245,7 @@ FILESYSTEMS: dict[str, mounts.Mount] = {
 @pytest.mark.parametrize("last", ["link", "copy"])
 @pytest.mark.parametrize("kind", FILESYSTEMS)
 def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str, last: Last) -> None:
-    """So many bytes are left, for every number of pages that a save may need: staging, records, alias, index."""
+    """For every number of free pages that a save may need: staging, records, alias, index."""
     failures = 0
     with FILESYSTEMS[kind](tmp_path) as disk:
         for left in instants(40 * 4096, 4096 if kind == "tmpfs" else 1024):
@@ -252,7 +253,7 @@ def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str,
             folder = disk / str(left)
             folder.mkdir()
             (folder / FOREIGN).write_bytes(b"mine")
-            # The state grows, so that the free space is enough for what the last one took.
+            # The state grows, because the check before a save expects the size of the last one.
             run = Run(folder, policy_of(last), filler=10)
             saved, _ = steps_saved(run, range(1, 3))
             run.filler = "x" * 20_000
@@ -271,7 +272,7 @@ def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str,
 
 
 def whole_steps(folder: Path, steps: list[int]) -> set[int]:
-    """Return which of these steps a reader, who writes nothing, can restore."""
+    """Return which of these steps a reader, which does not write, can restore."""
     reader = CheckpointManager(folder, format=PlainFormat())
     whole = set()
     for step in steps:
@@ -289,7 +290,7 @@ def whole_steps(folder: Path, steps: list[int]) -> set[int]:
 @pytest.mark.filterwarnings("ignore::checkpointer.CheckpointerWarning")
 @pytest.mark.parametrize("left", [0, 4096, 8192, 16384])
 def test_manager_on_a_full_disk_says_so_and_can_still_restore(tmp_path: Path, left: int) -> None:
-    """The error names the folder and the reason; a reader needs no space; with space again all is well."""
+    """The error names the folder and the reason. A reader needs no space. Once there is space, saves succeed."""
     with mounts.tmpfs(tmp_path, 4 * mounts.MIB) as disk:
         folder = disk / "run"
         folder.mkdir()
@@ -311,7 +312,7 @@ def test_manager_on_a_full_disk_says_so_and_can_still_restore(tmp_path: Path, le
 
 
 def test_free_space_is_checked_before_writing(tmp_path: Path) -> None:
-    """If the last checkpoint would not fit once more, nothing is staged at all."""
+    """If a checkpoint of the last one's size does not fit, nothing is staged."""
     with mounts.tmpfs(tmp_path, 4 * mounts.MIB) as disk:
         run = Run(disk, policy_of(), filler=200_000)
         run.observe(1)
@@ -325,7 +326,7 @@ def test_free_space_is_checked_before_writing(tmp_path: Path) -> None:
 
 
 def test_so_many_failures_in_a_row_are_tolerated(tmp_path: Path) -> None:
-    """Two warn, the third is raised; a success in between begins the count anew."""
+    """Two failures are warnings, the third is raised. A success resets the count."""
     with mounts.tmpfs(tmp_path, 4 * mounts.MIB) as disk:
         run = Run(disk, policy_of(), filler=200_000, tolerate_failures=2)
         assert run.observe(1)
@@ -346,7 +347,7 @@ def test_so_many_failures_in_a_row_are_tolerated(tmp_path: Path) -> None:
 
 
 def test_publishing_into_a_folder_that_others_prune_never_fails(tmp_path: Path) -> None:
-    """Two writers put files into one folder and delete them, so that it comes and goes."""
+    """Two writers put files into one folder and delete them, so the folder appears and disappears."""
     errors: list[Exception] = []
 
     def work(storage: LocalStorage, name: str) -> None:
@@ -380,7 +381,7 @@ def test_publishing_into_a_folder_that_others_prune_never_fails(tmp_path: Path) 
 
 
 class Lagging:
-    """A storage whose listings show what was there some changes ago; all else is as it is."""
+    """A storage whose listings lag behind by a number of changes."""
 
     def __init__(self, inner: MemoryStorage, lag: int) -> None:
         self.inner = inner
@@ -436,7 +437,7 @@ LAGGED = {
 @pytest.mark.parametrize("lag", [1, 2, 3, 5, 8, 13, 50])
 @pytest.mark.parametrize("name", LAGGED)
 def test_listing_that_lags_is_not_believed_over_what_can_be_opened(name: str, lag: int) -> None:
-    """The newest restores, nothing stays that should go, and another process gives no name twice."""
+    """The newest checkpoint restores, retired ones are deleted, and another process uses no name twice."""
     storage = Lagging(MemoryStorage(), lag)
     run = Run(storage, LAGGED[name], filler=10)
     for step in range(1, 7):
@@ -453,25 +454,25 @@ def test_listing_that_lags_is_not_believed_over_what_can_be_opened(name: str, la
         try:
             again.manager.restore()
         except NoValidCheckpointError:
-            return  # It sees only what is gone: an error, and not a silent start from nothing.
+            return  # It sees only deleted checkpoints: that is an error, not a silent start from nothing.
         visible = [record.step for record in again.manager.records]
         saved, errors = steps_saved(again, range(max(visible, default=0) + 1, 9))
     again.manager.close()
     if visible:
-        assert 8 in saved, "a name that is taken is not given twice, and stops nothing"
-    # One that sees nothing at all is a run of its own: what it may not replace, it says.
+        assert 8 in saved, "a taken name is not used twice, and does not stop the save"
+    # If it sees nothing, it is a new run, which raises if it would replace a file.
     assert not errors or not visible, errors
     check_caught_up(storage.inner, LAGGED[name], {8} if visible else {6})
 
 
 def check_caught_up(storage: MemoryStorage, policy: Policy, steps: set[int]) -> None:
-    """Look with a listing that is true again: each record has its payload, and these steps are among them."""
+    """Check with a current listing that each record has its payload, and that these steps are among them."""
     reader = CheckpointManager(storage, policy, format=PlainFormat())
-    for record in reader._directory.manifest.records:
+    for record in reader.session.manifest.records:
         verify(storage, record)
-    assert steps <= {record.step for record in reader._directory.manifest.records}
+    assert steps <= {record.step for record in reader.session.manifest.records}
     payloads = {path for path in storage.list() if not path.startswith(".checkpointer/")} - {"last.ckpt", "best.ckpt"}
-    assert payloads <= {record.name for record in reader._directory.manifest.records}
+    assert payloads <= {record.name for record in reader.session.manifest.records}
     reader.close()
 
 
@@ -481,7 +482,7 @@ DAY = 86_400.0
 
 
 class SetClock:
-    """A clock that somebody sets."""
+    """A clock that a test sets."""
 
     def __init__(self, now: float) -> None:
         self.now = now
@@ -490,10 +491,10 @@ class SetClock:
         return self.now
 
 
-# Within a process a clock must not go back, and the system's does not: it counts monotonically.
+# Within a process a clock must not go back. The system clock does not, because it counts monotonically.
 @pytest.mark.parametrize(("jump", "restart"), [(-DAY, True), (DAY, True), (-1.0, True), (-1.6e9, True), (DAY, False)])
 def test_clock_that_jumps_neither_stops_saving_nor_loses_anything(tmp_path: Path, jump: float, restart: bool) -> None:
-    """Due and kept by seconds: after the jump there is a save within one interval, and what was kept stays."""
+    """Due and kept by seconds: after the jump a save follows within one interval, and kept checkpoints stay."""
     policy = Policy(EverySeconds(60), [KeepEvery(seconds=120), KeepLast(1)])
     clock = SetClock(1.7e9)
     run = Run(tmp_path, policy, clock=clock)

@@ -1,4 +1,4 @@
-"""What networks and servers do to a save, by a proxy before a real server: an error or a retry, and nothing is lost."""
+"""Faults of networks and servers, made by a proxy for a real server, cause a retry or an error; nothing is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PATIENT = Retry(deadline_s=60.0, first_wait_s=0.01)
 
 @attrs.define
 class Training:
-    """A training whose state is its step, on a directory behind a proxy."""
+    """A training whose state is its step, in a directory behind a proxy."""
 
     server: Server
     proxy: ChaosProxy
@@ -64,7 +64,7 @@ class Training:
         )
 
     def save(self, manager: CheckpointManager) -> bool:
-        """Save the next step, and return whether it was."""
+        """Save the next step, and return whether it was saved."""
         self.step += 1
         is_saved = bool(manager.observe({"loss": self.step}, step=self.step, epoch=0, epoch_end=False))
         if is_saved:
@@ -72,13 +72,13 @@ class Training:
         return is_saved
 
     def check(self, manager: CheckpointManager) -> None:
-        """Nothing acknowledged is lost, the next save works, and nothing of ours lies about."""
+        """Check that no acknowledged step is lost, that the next save succeeds, and that no unfinished file is left."""
         self.proxy.plan = Pass()
         manager.close()
         with self.open(direct=True) as again:
             restored = again.restore()
             assert restored is not None
-            # A save that failed for want of an answer may be there, whole.
+            # A save that failed because a reply was lost may be complete.
             assert restored.step in range(self.acknowledged, self.step + 1)
             assert {"step": restored.step} == restored.state
             self.step = max(self.step, restored.step)
@@ -138,7 +138,7 @@ ONCE: dict[str, tuple[Plan, int]] = {
 
 @pytest.mark.parametrize("fault", ONCE)
 def test_what_passes_is_not_noticed(serve: Serve, fault: str) -> None:
-    """The save goes through, and so does everything after it."""
+    """The save succeeds, and so do all later requests."""
     plan, size = ONCE[fault]
     with behind_proxy(serve("s3"), size=size) as training:
         manager = training.open()
@@ -155,7 +155,7 @@ def test_what_passes_is_not_noticed(serve: Serve, fault: str) -> None:
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "multipart"])
 @pytest.mark.parametrize("plan", [Refuse(), Stall()], ids=["refused", "stalled"])
 def test_an_outage_that_ends_before_the_deadline_is_not_noticed(serve: Serve, plan: Plan, size: int) -> None:
-    """The driver's timeouts end what hangs, or half of our own deadline does."""
+    """The driver's timeouts end a request without a reply, or half of our own deadline does."""
     options = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
     retry = Retry(deadline_s=6.0, first_wait_s=0.01)
     with behind_proxy(serve("s3"), size=size, options=options, retry=retry) as training:
@@ -187,16 +187,16 @@ def test_an_outage_that_ends_before_the_deadline_is_not_noticed(serve: Serve, pl
     ids=["all", "payloads", "records", "completing", "records lost", "payloads lost", "posts lost", "refused"],
 )
 def test_what_does_not_pass_is_an_error_and_training_goes_on(serve: Serve, plan: Plan, size: int) -> None:
-    """A warning, as long as it is tolerated; then an error that says which checkpoint and why; then all is well."""
+    """A tolerated failure is a warning, the next an error that names checkpoint and reason. Later saves succeed."""
     with behind_proxy(serve("s3"), size=size, retry=Retry(deadline_s=1.0 if size == SMALL else 8.0)) as training:
         manager = training.open(tolerate_failures=1)
         assert training.save(manager)
         training.proxy.plan = plan
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             first = training.save(manager)
         if not first:
-            assert any("failure 1 of 1 tolerated" in str(each.message) for each in said)
+            assert any("failure 1 of 1 tolerated" in str(each.message) for each in caught)
             with pytest.raises(SaveError, match=r"step=3\S*.ckpt was not saved .*; older checkpoints are untouched"):
                 training.save(manager)
             training.proxy.plan = Pass()
@@ -207,7 +207,7 @@ def test_what_does_not_pass_is_an_error_and_training_goes_on(serve: Serve, plan:
 
 
 def test_a_read_that_is_cut_goes_on_where_it_was(serve: Serve) -> None:
-    """Three times, and the payload is not read from its beginning each time."""
+    """It is cut three times, and the payload is not read from its beginning again."""
     with behind_proxy(serve("s3"), size=LARGE) as training:
         manager = training.open()
         assert training.save(manager)
@@ -221,7 +221,7 @@ def test_a_read_that_is_cut_goes_on_where_it_was(serve: Serve) -> None:
 
 @pytest.mark.parametrize("name", ["sftp", "ssh"])
 def test_a_session_that_is_cut_within_a_payload_is_an_error_and_the_next_save_works(serve: Serve, name: str) -> None:
-    """It cannot be resumed, and says so."""
+    """A cut upload cannot continue, so the save fails."""
     with behind_proxy(serve(name), size=8 << 20) as training:
         manager = training.open()
         assert training.save(manager)
@@ -240,7 +240,7 @@ def test_a_session_that_is_cut_within_a_payload_is_an_error_and_the_next_save_wo
 def test_a_session_that_is_cut_between_payloads_is_opened_anew(
     serve: Serve, name: str, what: str, direction: str
 ) -> None:
-    """Whatever the next request is."""
+    """The next request may be a list, a restore or a save."""
     with behind_proxy(serve(name), size=SMALL) as training:
         manager = training.open()
         assert training.save(manager)
@@ -256,10 +256,10 @@ def test_a_session_that_is_cut_between_payloads_is_opened_anew(
 
 
 @pytest.mark.parametrize(("name", "options"), [("sftp", {}), ("ssh", {"keepalive_interval": 1})])
-def test_a_server_that_says_nothing_any_more_is_an_error_and_not_waited_for_for_ever(
+def test_a_server_that_stops_answering_is_an_error_within_the_deadline(
     serve: Serve, name: str, options: dict[str, Any]
 ) -> None:
-    """Connections stay open, and nothing passes: paramiko and asyncssh would wait without end by themselves."""
+    """Connections stay open without data. By themselves paramiko and asyncssh would wait forever."""
     with behind_proxy(serve(name), size=SMALL, options=options, retry=Retry(deadline_s=3.0)) as training:
         manager = training.open()
         assert training.save(manager)
@@ -272,11 +272,11 @@ def test_a_server_that_says_nothing_any_more_is_an_error_and_not_waited_for_for_
             training.check(manager)
 
 
-# What is wrong from the start
+# Wrong options
 
 
 def test_a_webhdfs_server_that_never_answers_is_an_error() -> None:
-    """``requests`` would wait without end by itself."""
+    """By itself ``requests`` would wait forever."""
     pytest.importorskip("requests")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"webhdfs://127.0.0.1:{silent.getsockname()[1]}/runs"
@@ -284,8 +284,8 @@ def test_a_webhdfs_server_that_never_answers_is_an_error() -> None:
             CheckpointManager(url, POLICY, state=dict, storage_options={"retry": Retry(deadline_s=1.0)})
 
 
-def told(error: BaseException) -> str:
-    """Return all that a log would show of an error, with its causes."""
+def shown(error: BaseException) -> str:
+    """Return the text of an error in a log, with its causes."""
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
@@ -306,35 +306,35 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("state", [dict, None], ids=["writer", "reader"])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_from_the_start_is_said_at_construction(
+def test_a_wrong_option_is_an_error_at_construction(
     serve: Serve, wrong: str, state: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the URL, and without a secret."""
+    """The error shows the URL, and no secret."""
     url, change = WRONG[wrong]
     options = {**serve("s3").storage_options, "retry": Retry(deadline_s=1.0), **change()}
     caplog.set_level(logging.DEBUG, logger="checkpointer")
     with pytest.raises(StorageError, match=url) as caught:
         CheckpointManager(url, POLICY, state=state, format=PlainFormat(), storage_options=options)
-    for text in (told(caught.value), caplog.text):
+    for text in (shown(caught.value), caplog.text):
         assert SECRET not in text
         assert "not-the-secret" not in text
 
 
 @pytest.mark.parametrize("name", ["sftp", "ssh"])
-def test_a_wrong_password_is_said_at_construction_and_never_shown(
+def test_a_wrong_password_is_an_error_at_construction_and_never_shown(
     serve: Serve, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may be in the URL."""
+    """The password may be in the URL."""
     server = serve(name)
-    url = server.fresh().replace("@127", ":tell-nobody@127")
+    url = server.fresh().replace("@127", ":not-shown@127")
     options = {"look_for_keys": False, "allow_agent": False} if name == "sftp" else {"known_hosts": None}
     with pytest.raises(StorageError, match=rf"cannot connect to {name}://127\.0\.0\.1:{server.port}") as caught:
         CheckpointManager(url, POLICY, state=dict, storage_options={**options, "retry": Retry(deadline_s=1.0)})
-    assert "tell-nobody" not in told(caught.value) + caplog.text
+    assert "not-shown" not in shown(caught.value) + caplog.text
 
 
 def test_credentials_are_neither_logged_nor_stored(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Not in a record, an index, a marker, a payload, a log line or a repr."""
+    """They are not in a record, an index, a marker, a payload, a log line or a repr."""
     server = serve("s3")
     url = server.fresh()
     caplog.set_level(logging.DEBUG, logger="checkpointer")

@@ -1,4 +1,4 @@
-"""The storage contract, and what is special, on filesystems that are really mounted."""
+"""The storage contract, and special cases, on filesystems that are really mounted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import mounts
 from support.fault_me import FOREIGN, Run, check_survivor, policy_of
+from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Naming, Policy
 from checkpointer.commit.index import record_path
@@ -41,7 +42,7 @@ MOUNTS: dict[str, mounts.Mount] = {
 
 
 class OnMount(StorageContract):
-    """The contract below a mount point; each storage of a test has a folder of its own."""
+    """The contract below a mount point; each storage of a test has its own folder."""
 
     mount: Callable[[Path], contextlib.AbstractContextManager[Path]]
 
@@ -78,9 +79,9 @@ class TestExfat(OnMount):
     mount = staticmethod(mounts.exfat)
 
     def test_any_name_can_be_written_published_listed_read_and_deleted(self) -> None:
-        """What exFAT takes; for what it does not take, an error says so, and nothing is there."""
+        """exFAT refuses some names: the error says so, and no file is left."""
         storage = self.make_storage()
-        for name in ("two words.ckpt", "größe-模型-🚀.ckpt", "n" * 240, "hash#percent%20.ckpt", "a/b/deep.ckpt"):
+        for name in ("with space.ckpt", "größe-模型-🚀.ckpt", "n" * 240, "hash#percent%20.ckpt", "a/b/deep.ckpt"):
             storage.write(name, b"1")
             assert {name} == set(storage.list())
             storage.delete(name)
@@ -95,7 +96,7 @@ class TestExfat(OnMount):
         assert {} == dict(storage.list())
 
     def test_links_are_refused_and_leave_nothing(self) -> None:
-        """`OSError` says that there are none: what the port allows."""
+        """The port allows an `OSError` if links are impossible."""
         storage = self.make_storage()
         assert isinstance(storage, LocalStorage)
         storage.write("a", b"1")
@@ -105,7 +106,7 @@ class TestExfat(OnMount):
                 make("a", "link")
         assert {"a", "link"} == set(storage.list())
 
-    # No links, no promises about them.
+    # These tests need links.
     test_a_symlink_follows_its_target = None  # type: ignore[assignment]
     test_a_hard_link_survives_what_happens_to_its_target = None  # type: ignore[assignment]
     test_links_swing_over_what_is_there = None  # type: ignore[assignment]
@@ -131,8 +132,8 @@ def on(*kinds: str) -> pytest.MarkDecorator:
 
 
 @on(*MOUNTS)
-def test_what_a_filesystem_can_do_is_found_out_by_trying(disk: Path, request: pytest.FixtureRequest) -> None:
-    """Links, and who refuses a taken name where there are none."""
+def test_the_capabilities_of_a_filesystem_are_probed(disk: Path, request: pytest.FixtureRequest) -> None:
+    """Without links, a claim refuses a taken name."""
     links = ("link, refused by the filesystem", "hard link", "symlink")
     none = ("rename, under a claim", "through this process", "none")
     found = LocalStorage(disk, new_owner()).capabilities()
@@ -145,7 +146,7 @@ def test_what_a_filesystem_can_do_is_found_out_by_trying(disk: Path, request: py
 @on(*MOUNTS)
 @pytest.mark.parametrize("last", ["link", "copy"])
 def test_aliases_name_the_newest_and_best_whatever_links_there_are(disk: Path, last: Literal["link", "copy"]) -> None:
-    """Symbolic link, hard link or copy: after each save the alias reads as the state it names."""
+    """An alias is a symlink, hard link or copy; after each save it has the content of its checkpoint."""
     folder = disk / "run"
     folder.mkdir()
     (folder / FOREIGN).write_bytes(b"mine")
@@ -161,7 +162,7 @@ def test_aliases_name_the_newest_and_best_whatever_links_there_are(disk: Path, l
 
 @on(*MOUNTS)
 def test_folder_that_a_trainer_writes_is_published_whole(disk: Path) -> None:
-    """A name that a folder has is never replaced, whether the filesystem would say ENOTEMPTY or EEXIST."""
+    """A folder is never replaced, whether the filesystem raises ENOTEMPTY or EEXIST."""
     (disk / "model.d").mkdir()
     (disk / "model.d/theirs").write_bytes(b"mine")
 
@@ -179,14 +180,14 @@ def test_folder_that_a_trainer_writes_is_published_whole(disk: Path) -> None:
         for record in manager.records:
             assert b"weights" == (disk / record.name / "deep/weights").read_bytes()
     assert b"mine" == (disk / "model.d/theirs").read_bytes()
-    # Where there are no links, a folder has no alias, and a warning says so.
+    # Without links a folder has no alias, and a warning says so.
     assert (disk / "last.d/deep/weights").exists() or 4 == len(caught)
     assert all("the alias last.d could not be made" in str(warning.message) for warning in caught)
 
 
 @on("tmpfs", "ext4", "xfs", "exfat")
 def test_folder_never_replaces_a_folder_that_is_not_empty(disk: Path) -> None:
-    """Replacing is refused with what the filesystem says; without ``replace`` the name is simply taken."""
+    """Replacing it raises the filesystem's error; without ``replace`` the name counts as taken."""
     storage = LocalStorage(disk / "run", new_owner())
     storage.write("tree/old", b"1")
     path, upload = storage.stage("tree")
@@ -203,14 +204,14 @@ def test_folder_never_replaces_a_folder_that_is_not_empty(disk: Path) -> None:
 
 
 def test_read_only_directory_is_an_error_for_a_writer_and_none_for_a_reader(tmp_path: Path) -> None:
-    """At construction, not at the first save."""
+    """The error comes at construction, not at the first save."""
     run = Run(tmp_path / "run", policy_of())
     run.observe(1)
     run.manager.close()
     with mounts.read_only(tmp_path / "run", tmp_path) as folder:
         with pytest.raises(StorageError, match=f"cannot write to {folder}: Read-only file system; choose a directory"):
             Run(folder, policy_of())
-        reader = CheckpointManager(folder, format=run.manager._format)
+        reader = CheckpointManager(folder, format=PlainFormat())
         restored = reader.restore()
         assert restored is not None
         assert 1 == restored.state["step"]
@@ -218,7 +219,7 @@ def test_read_only_directory_is_an_error_for_a_writer_and_none_for_a_reader(tmp_
 
 
 def test_mount_that_refuses_every_rename_is_an_error_that_costs_nothing(tmp_path: Path) -> None:
-    """Nothing can be committed there, and nothing is left there."""
+    """Nothing is committed, and no file is left."""
     with mounts.bindfs(tmp_path, "--rename-deny") as folder:
         refused = f"cannot write to {folder}: Operation not permitted; choose a directory"
         with pytest.raises(StorageError, match=refused):
@@ -231,10 +232,10 @@ LONG = "größe 模型 " + "n" * (255 - len("größe 模型 -1.ckpt".encode()))
 
 @on("tmpfs", "ext4", "xfs", "no chmod")
 @pytest.mark.parametrize(
-    "template", ["two words {step}", "größe-模型-🚀-{step}", LONG + "-{step}", "é" * 120 + "/{step}"]
+    "template", ["with space {step}", "größe-模型-🚀-{step}", LONG + "-{step}", "é" * 120 + "/{step}"]
 )
 def test_any_name_that_the_filesystem_takes_can_be_saved_found_and_retired(disk: Path, template: str) -> None:
-    """With spaces, other alphabets and 255 bytes; aliases too."""
+    """Names have spaces, other alphabets and 255 bytes; aliases too."""
     name = Naming(template, auto_insert=False, last="l" * 250, best="b" * 250)
     policy = Policy(EVERY, [KeepLast(2)], name=name, last="link")
     folder = disk / "a run"
@@ -246,7 +247,7 @@ def test_any_name_that_the_filesystem_takes_can_be_saved_found_and_retired(disk:
         run.manager.pin(decision.name)
         run.manager.unpin(decision.name)
         run.manager.close()
-    reader = CheckpointManager(folder, policy, format=run.manager._format)
+    reader = CheckpointManager(folder, policy, format=PlainFormat())
     assert [3, 4] == [record.step for record in reader.records]
     assert 2 == len([p for p in folder.rglob("*.ckpt") if ".checkpointer" not in p.parts and not p.is_symlink()])
     assert 2 == len(list((folder / ".checkpointer/records").rglob("*.json")))
@@ -254,7 +255,7 @@ def test_any_name_that_the_filesystem_takes_can_be_saved_found_and_retired(disk:
 
 
 def test_record_of_a_long_name_lies_under_a_short_one_that_no_other_has() -> None:
-    """At most 255 bytes per part, readable at its start; names that differ only at their end stay apart."""
+    """A part has at most 255 bytes and a readable start; names that differ only at the end get different paths."""
     long = ["x" * 254 + end for end in "abc"] + ["é" * 127, "a/" + "模" * 85]
     paths = [record_path(name) for name in long]
     assert len(paths) == len({*paths})
@@ -267,7 +268,7 @@ def test_record_of_a_long_name_lies_under_a_short_one_that_no_other_has() -> Non
 def test_relative_directory_and_home_are_fixed_when_the_manager_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later ``chdir`` or another ``HOME`` moves nothing."""
+    """A later ``chdir`` or another ``HOME`` has no effect."""
     for name in ("here", "elsewhere", "home"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -285,7 +286,7 @@ def test_relative_directory_and_home_are_fixed_when_the_manager_is_made(
 
 @on("exfat", "ext4")
 def test_names_that_differ_only_by_case_lose_nothing(disk: Path) -> None:
-    """Where case does not count the second gets a version, and others' files keep their content."""
+    """If the filesystem ignores case, the second gets a version. Files of other programs keep their content."""
     (disk / "LAST.ckpt").write_bytes(b"mine")
     (disk / "Model-1.ckpt").write_bytes(b"mine")
     with warnings.catch_warnings():
@@ -309,7 +310,7 @@ def test_names_that_differ_only_by_case_lose_nothing(disk: Path) -> None:
 
 @on("exfat")
 def test_alias_is_not_put_over_the_slot_of_another_that_differs_by_case(disk: Path) -> None:
-    """The slot is a checkpoint; its name is taken in any case."""
+    """The slot is a checkpoint, so its name is taken in upper and lower case."""
     first = Run(disk, policy_of("copy"), label="a")
     for step in (1, 2, 3, 4):
         first.observe(step)
@@ -332,7 +333,7 @@ def test_alias_is_not_put_over_the_slot_of_another_that_differs_by_case(disk: Pa
 def test_temporary_directory_is_never_used_for_a_payload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, temporary: str
 ) -> None:
-    """A payload of 4 MB is saved and restored while TMPDIR has 64 KiB, or is not there."""
+    """A payload of 4 MB is saved and restored while TMPDIR has 64 KiB, or does not exist."""
     if format == "safetensors":
         pytest.importorskip("safetensors")
     with mounts.tmpfs(tmp_path, 64 << 10) as tiny:

@@ -1,4 +1,4 @@
-"""The storage on the page about own storages is real: as short as it says, and it holds the contract."""
+"""The storage on the page about own storages works: it has at most 30 lines, and passes the contract."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICY = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)], l
 
 
 def run(*blocks: str) -> dict[str, Any]:
-    """Return what these blocks define, each seeing what came before."""
+    """Run these blocks one after the other, and return their names."""
     names: dict[str, Any] = {"__name__": "own_storage"}
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
@@ -28,7 +28,7 @@ def run(*blocks: str) -> dict[str, Any]:
 
 
 class TestOnThePage(StorageContract):
-    """The first block, on a file."""
+    """The first block, with a file."""
 
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> Iterator[None]:
@@ -46,7 +46,7 @@ class TestOnThePage(StorageContract):
 
 @pytest.fixture
 def storages(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
-    """Two of them on one file."""
+    """Two storages on one file."""
     make = run(BLOCKS[0])["SqliteStorage"]
     both = make(tmp_path / "runs.db"), make(tmp_path / "runs.db")
     yield both
@@ -55,14 +55,14 @@ def storages(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def test_it_is_as_short_as_the_page_says() -> None:
-    """Imports and empty lines do not count."""
+    """Imports and empty lines are not counted."""
     lines = [line for line in BLOCKS[0].splitlines() if line.strip() and not re.match("import|from", line)]
     assert len(lines) <= 30
     assert "in 30 lines" in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_example_is_the_one_on_the_page() -> None:
-    """One text, in two places."""
+    """The example and the page have the same text."""
     example = (PAGE.parents[1] / "examples" / "own_storage.py").read_text(encoding="utf-8")
     imports, code = BLOCKS[0].split("BELOW", 1)
     assert f"BELOW{code}" in example
@@ -70,7 +70,7 @@ def test_the_example_is_the_one_on_the_page() -> None:
 
 
 def test_the_other_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the page."""
+    """They run in the order of the page."""
     monkeypatch.chdir(tmp_path)
     names = run(*BLOCKS)
 
@@ -80,7 +80,7 @@ def test_the_other_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_manager_saves_and_another_restores(storages: tuple[Any, Any]) -> None:
-    """Aliases and retirement included."""
+    """It also makes aliases and retires checkpoints."""
     steps = iter((1, 2, 3))
     with CheckpointManager(storages[0], POLICY, state=lambda: {"step": next(steps)}) as manager:
         for step, loss in enumerate((0.5, 0.1, 0.3), start=1):
@@ -97,7 +97,7 @@ def test_a_manager_saves_and_another_restores(storages: tuple[Any, Any]) -> None
 
 @pytest.mark.slow
 def test_a_kill_at_any_operation_loses_nothing(tmp_path: Path) -> None:
-    """As on a disk: what was acknowledged restores."""
+    """An acknowledged checkpoint restores, as on a disk."""
     make = run(BLOCKS[0])["SqliteStorage"]
     at = 0
     while True:

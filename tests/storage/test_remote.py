@@ -1,7 +1,8 @@
-"""The parts of remote storage that need no server: what is tried again, where a cut read goes on, how names travel."""
+"""The parts of remote storage that need no server: retries, cut reads, errors, times and names."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import errno
@@ -35,15 +36,15 @@ QUICK = Retry(deadline_s=30, first_wait_s=0.001)
 
 
 class ClientPayloadError(Exception):
-    """As aiohttp's, which is no `OSError`."""
+    """Like aiohttp's error, which is not an `OSError`."""
 
 
 class EndpointConnectionError(type("ConnectionError", (Exception,), {})):  # type: ignore[misc]
-    """As botocore's: of a kind that only shares its name with Python's."""
+    """Like botocore's error, whose base class only has the name of Python's."""
 
 
 class HttpResponseError(Exception):
-    """As Azure's, with the status in an attribute."""
+    """Like Azure's error, with the status in an attribute."""
 
     def __init__(self, status_code: int) -> None:
         super().__init__(status_code)
@@ -68,8 +69,8 @@ class HttpResponseError(Exception):
     ],
     ids=repr,
 )
-def test_what_passes_by_itself_is_transient(error: Exception) -> None:
-    """The network, and a server that is overloaded."""
+def test_failures_of_network_and_server_are_transient(error: Exception) -> None:
+    """The same request may succeed soon."""
     assert is_transient(error)
 
 
@@ -88,13 +89,13 @@ def test_what_passes_by_itself_is_transient(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_what_stays_as_it_is_is_not_transient(error: BaseException) -> None:
-    """Trying again would only delay the error."""
+def test_permanent_errors_are_not_transient(error: BaseException) -> None:
+    """A repeat would only delay the error."""
     assert not is_transient(error)
 
 
 def failing(*errors: Exception) -> Callable[[], str]:
-    """Return a function that raises these, one at a time, and then succeeds."""
+    """Return a function that raises these errors, one at each call, and then succeeds."""
     left = [*errors]
 
     def do() -> str:
@@ -106,7 +107,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 
 
 def test_transient_errors_are_tried_again_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """What failed, why, and when the next attempt comes."""
+    """The log has the request, the error, and the time of the next attempt."""
     caplog.set_level(logging.WARNING, "checkpointer")
 
     assert "done" == QUICK(failing(ConnectionResetError("cut"), TimeoutError("slow")), "writing a")
@@ -114,20 +115,40 @@ def test_transient_errors_are_tried_again_and_logged(caplog: pytest.LogCaptureFi
     assert caplog.messages[0].startswith("writing a failed (ConnectionResetError: cut); next attempt in ")
 
 
-def test_permanent_errors_are_raised_at_once() -> None:
-    """And as they are."""
-    with pytest.raises(PermissionError, match="no"):
-        QUICK(failing(PermissionError("no")), "writing a")
+def in_a_thread(do: Callable[[], str]) -> str:
+    return QUICK(do, "a request")
+
+
+def in_a_loop(do: Callable[[], str]) -> str:
+    async def request() -> str:
+        return do()
+
+    return asyncio.run(QUICK.run(lambda: request(), "a request"))
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
+def test_a_request_is_repeated_until_it_succeeds(run: Callable[[Callable[[], str]], str]) -> None:
+    """The result is that of the last attempt, and every coroutine is awaited."""
+    assert "done" == run(failing(ConnectionResetError("once"), TimeoutError("twice")))
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_a_loop])
+def test_a_permanent_error_is_not_repeated(run: Callable[[Callable[[], str]], str]) -> None:
+    """It is raised unchanged at the first attempt."""
+    do = failing(PermissionError("not yours"))
+    with pytest.raises(PermissionError, match="not yours"):
+        run(do)
+    assert "done" == do()
 
 
 def test_the_last_error_is_raised_when_the_deadline_has_passed() -> None:
-    """Nothing is tried for ever."""
+    """Repeats end at the deadline."""
     with pytest.raises(ConnectionResetError, match="third"):
         Retry(deadline_s=0)(failing(ConnectionResetError("third")), "writing a")
 
 
 class CutStream(io.BytesIO):
-    """A file whose connection is cut at every read after the first few bytes."""
+    """A file whose connection is cut at each read after the first few bytes."""
 
     def __init__(self, data: bytes, after: int, details: Mapping[str, Any]) -> None:
         super().__init__(data)
@@ -144,7 +165,7 @@ class CutStream(io.BytesIO):
 
 
 def test_a_cut_read_goes_on_where_it_was() -> None:
-    """Each connection gives seven bytes; all arrive, in order."""
+    """Each connection delivers seven bytes; all bytes arrive in order."""
     data = bytes(range(100))
     opened: list[CutStream] = []
 
@@ -158,7 +179,7 @@ def test_a_cut_read_goes_on_where_it_was() -> None:
 
 
 def test_a_file_that_was_replaced_between_two_connections_is_not_mixed() -> None:
-    """The first part of one file and the rest of another are nobody's checkpoint."""
+    """The first part of one file and the rest of another are not a checkpoint."""
     tags = iter("ab")
 
     def begin() -> CutStream:
@@ -169,7 +190,7 @@ def test_a_file_that_was_replaced_between_two_connections_is_not_mixed() -> None
 
 
 def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -> None:
-    """A record that another writer commits at this moment is no error."""
+    """If another writer replaces a record at this moment, that is not an error."""
     streams = iter([CutStream(b"old", 0, {"ETag": "a"}), CutStream(b"new", 7, {"ETag": "b"})])
 
     with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
@@ -177,7 +198,7 @@ def test_a_file_that_was_replaced_before_its_first_byte_is_read_as_it_is_now() -
 
 
 def test_a_file_that_became_shorter_before_its_first_byte_is_read_as_it_is_now() -> None:
-    """S3 refuses a range that is behind the end of what is there by now."""
+    """S3 refuses a range beyond the end of the new file."""
 
     class Shorter(CutStream):
         def read(self, size: int | None = -1, /) -> bytes:
@@ -190,7 +211,7 @@ def test_a_file_that_became_shorter_before_its_first_byte_is_read_as_it_is_now()
 
 
 def test_a_file_that_was_replaced_after_its_last_byte_was_read_whole() -> None:
-    """Its end is known from its size: the question whether there is more would be answered by another file."""
+    """Its end is known from its size. A request for more would read the other file."""
     streams = iter([CutStream(b"old", 3, {"size": 3, "ETag": "a"}), CutStream(b"new", 7, {"size": 3, "ETag": "b"})])
 
     with reader(lambda: next(streams), "a", QUICK, contextlib.nullcontext()) as stream:
@@ -198,13 +219,13 @@ def test_a_file_that_was_replaced_after_its_last_byte_was_read_whole() -> None:
 
 
 def test_errors_of_drivers_come_out_as_os_errors() -> None:
-    """With what the driver said."""
+    """They keep the driver's message."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] listing: ClientPayloadError: cut$"), as_os_errors("listing"):
         raise ClientPayloadError("cut")
 
 
 def test_os_errors_of_drivers_come_out_as_what_their_number_means() -> None:
-    """SMB's "no such file" is none of Python's."""
+    """SMB's error for a missing file is not a `FileNotFoundError`."""
 
     class DriverError(OSError):
         pass
@@ -223,15 +244,15 @@ def test_os_errors_of_drivers_come_out_as_what_their_number_means() -> None:
     ],
     ids=repr,
 )
-def test_a_refusal_is_known_in_the_words_of_each_driver(error: Exception) -> None:
-    """Exclusive creation fails in as many ways as there are drivers."""
+def test_a_refusal_is_recognised_for_each_driver(error: Exception) -> None:
+    """Drivers report a failed exclusive creation in different ways."""
     assert is_refusal(error)
     assert not is_refusal(OSError(errno.EINVAL, "bucket name"))
 
 
 @given(st.text())
 def test_escaped_names_come_back(name: str) -> None:
-    """And hold none of what the server cannot take."""
+    """Escaped names have none of the characters that the server refuses."""
     unsafe = '"*:<>?|'
     assert name == unescaped(escaped(name, unsafe), unsafe)
     assert not set(unsafe).intersection(escaped(name, unsafe))
@@ -247,14 +268,14 @@ def test_escaped_names_come_back(name: str) -> None:
     ],
     ids=str,
 )
-def test_times_are_read_from_whatever_the_driver_calls_them(info: Mapping[str, Any]) -> None:
-    """Objects, numbers, text, milliseconds."""
+def test_times_are_read_under_every_name_and_type(info: Mapping[str, Any]) -> None:
+    """Drivers use datetimes, numbers, text and milliseconds."""
     assert 1767225600.0 == modified_s(info)
     assert 1767225600.0 == stat_of(info, has_tags=True).modified_s
 
 
-def test_tags_are_believed_only_where_they_change_with_the_content() -> None:
-    """WsgiDAV makes one of the second, the size and an inode that is used again."""
+def test_tags_are_used_only_if_they_change_with_the_content() -> None:
+    """WsgiDAV builds tags from the second, the size and an inode, which may be used again."""
     info = {"size": 3, "etag": "abc", "modified": datetime.datetime.fromtimestamp(5, datetime.timezone.utc)}
 
     assert ("abc", None) == (stat_of(info, has_tags=True).version, stat_of(info, has_tags=True).modified_s)
@@ -262,7 +283,7 @@ def test_tags_are_believed_only_where_they_change_with_the_content() -> None:
 
 
 def test_a_password_in_the_url_is_never_shown() -> None:
-    """Neither by the storage nor by what it raises."""
+    """Neither the storage nor its errors show it."""
     assert "sftp://host/runs" == without_password("sftp://me:secret@host/runs")
     assert "sftp://host/a@b" == without_password("sftp://me:se@cret@host/a@b")
     with pytest.raises((StorageError, OSError)) as caught:
@@ -271,20 +292,20 @@ def test_a_password_in_the_url_is_never_shown() -> None:
 
 
 def test_verbose_says_what_the_storage_can_do(caplog: pytest.LogCaptureFixture) -> None:
-    """Once, at the start."""
+    """It is logged once, at the start."""
     caplog.set_level(logging.INFO, "checkpointer")
     policy = Policy(EverySteps(1), [KeepLast(1)])
     with CheckpointManager("memory://verbose", policy, state=dict, verbose=True):
         pass
 
-    # Whether the server refuses to create what is there is up to fsspec: older ones overwrite in memory.
-    words = [text for text in caplog.messages if text.startswith("memory://verbose: replace: PUT; create: ")]
-    assert 1 == len(words)
-    assert words[0].endswith("; copy: on the server")
+    # Older versions of fsspec overwrite an existing file in memory, so `create` is not checked.
+    found = [text for text in caplog.messages if text.startswith("memory://verbose: replace: PUT; create: ")]
+    assert 1 == len(found)
+    assert found[0].endswith("; copy: on the server")
 
 
-def test_a_trainer_writes_to_a_url_that_nobody_has() -> None:
-    """Where nothing can be staged: never to an alias or another checkpoint, and dead half-way nothing counts."""
+def test_a_trainer_writes_to_an_unused_url() -> None:
+    """Nothing can be staged there. It is never an alias or another checkpoint, and half a write does not count."""
     filesystem = fsspec.filesystem("memory")
     urls: list[str] = []
 

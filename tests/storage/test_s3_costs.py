@@ -1,4 +1,4 @@
-"""What a save and an opening cost on S3: requests and bytes, counted on their way to the server."""
+"""The requests and bytes of a save and an opening on S3, counted by a proxy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server(serve: Serve, proxy: CountingProxy) -> Server:
 
 @pytest.mark.parametrize("how", ["copy", "link"])
 def test_an_alias_costs_no_uploaded_bytes(server: Server, proxy: CountingProxy, how: Literal["copy", "link"]) -> None:
-    """The server copies: beside the payload itself go only records and the heads of requests."""
+    """The server copies. Beside the payload only records and request heads are sent."""
     policy = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)], last=how, best=how)
     state = {"w": "x" * 40 * MIB}
     with CheckpointManager(
@@ -71,7 +71,7 @@ ALIAS = {"list": 3, "copy": 1}
 def test_a_save_costs_these_requests(
     server: Server, proxy: CountingProxy, size: int, save: dict[str, int], last: Literal["copy"] | None
 ) -> None:
-    """More than these would be needless; fewer are welcome here."""
+    """If a change needs fewer requests, lower these numbers."""
     policy = Policy(EverySteps(1), [KeepLast(1)], last=last)
     options = dict(server.storage_options)
     with CheckpointManager(
@@ -87,7 +87,7 @@ def test_a_save_costs_these_requests(
 def test_a_save_that_retires_for_a_better_one_looks_at_it_with_one_request(
     server: Server, proxy: CountingProxy
 ) -> None:
-    """One more than a save that retires for what it has just written, however many are kept."""
+    """It needs one request more than a save that retires its predecessor, whatever the number of checkpoints."""
     policy = Policy(EverySteps(1), [KeepBest(3, "loss", mode="min"), KeepLast(1)])
     with CheckpointManager(
         server.fresh(), policy, state=dict, format=LargeFormat(10), storage_options=server.storage_options
@@ -99,7 +99,7 @@ def test_a_save_that_retires_for_a_better_one_looks_at_it_with_one_request(
 
 
 def test_a_save_costs_no_more_requests_when_there_are_many_checkpoints(server: Server, proxy: CountingProxy) -> None:
-    """And they are few."""
+    """A save needs at most 20 requests."""
     url, options = server.fresh(), server.storage_options
     counts = []
     with CheckpointManager(
@@ -115,7 +115,7 @@ def test_a_save_costs_no_more_requests_when_there_are_many_checkpoints(server: S
 
 
 def test_opening_costs_one_listing_and_one_read_of_the_index(server: Server, proxy: CountingProxy) -> None:
-    """However many records there are; without an index each of them is read."""
+    """The number of records does not matter; without an index each record is read."""
     url, policy = server.fresh(), Policy(EverySteps(1), [KeepAll()])
     storage = open_storage(url, new_owner(), server.storage_options)
     assert isinstance(storage, FsspecStorage)
@@ -139,7 +139,7 @@ def test_opening_costs_one_listing_and_one_read_of_the_index(server: Server, pro
 
 
 def test_the_mark_of_a_writer_costs_a_put_and_a_delete(server: Server, proxy: CountingProxy) -> None:
-    """One when it opens the directory, one when it closes it."""
+    """It is written when the directory is opened, and deleted when it is closed."""
     url, options = server.fresh(), server.storage_options
     with CheckpointManager(url, Policy(EverySteps(1), [KeepAll()]), state=dict, storage_options=options) as manager:
         manager.observe({}, step=1, epoch=0)
@@ -154,7 +154,7 @@ def test_the_mark_of_a_writer_costs_a_put_and_a_delete(server: Server, proxy: Co
 
 
 def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Server, proxy: CountingProxy) -> None:
-    """Nothing per record: 10 000 of them, or a tenth of that for `sampling`."""
+    """Records need no request of their own. There are 10 000 of them, or a tenth of that for `sampling`."""
     count = 10_000 if EVERY == 1 else 1000
     url = server.fresh()
     storage = open_storage(url, new_owner(), server.storage_options)
@@ -170,15 +170,15 @@ def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Serv
     with CheckpointManager(url, storage_options=server.storage_options) as manager:
         assert count == len(manager.session.manifest.records)
 
-    # The records, their payloads and the index itself are one object more than a multiple of 1000.
+    # Records, payloads and the index together are one object more than a multiple of 1000.
     assert {"list": 2 * count // 1000 + 1, "HEAD": 1, "GET": 1} == proxy.kinds
 
 
 def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:
-    """The server keeps, and charges for, their parts until somebody aborts them."""
+    """The server keeps their parts, and charges for them, until they are aborted."""
     url, options = server.fresh(), server.storage_options
     owner = new_owner()
-    dead, other = (open_storage(url, who, options) for who in (owner, new_owner()))
+    dead, other = (open_storage(url, each, options) for each in (owner, new_owner()))
     assert isinstance(dead, S3Storage)
     assert isinstance(other, S3Storage)
     uploads = [storage.upload("a.ckpt") for storage in (dead, other)]

@@ -1,4 +1,4 @@
-"""Servers for tests start once, are shared, and are gone afterwards, whatever became of those who used them."""
+"""Servers for tests start once, are shared, and end afterwards, even if their users were killed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def wait_until_gone(pid: int) -> None:
 
 
 def test_a_server_is_shared_and_ends_with_its_last_user(tmp_path: Path) -> None:
-    """The second user does not start another, and may go without taking it along."""
+    """The second user does not start another server, and may end before the first."""
     with shared(Pages, tmp_path) as first:
         with shared(Pages, tmp_path) as second:
             assert first == second
@@ -92,8 +92,8 @@ def test_a_server_is_shared_and_ends_with_its_last_user(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_ends_though_all_its_users_were_killed(tmp_path: Path) -> None:
-    """With the first of two it stays, with the second it goes."""
+def test_a_server_ends_after_all_its_users_were_killed(tmp_path: Path) -> None:
+    """It runs while one of two users is alive, and ends after the second."""
     command = [sys.executable, "-c", USER, str(tmp_path), str(Path(__file__).parent)]
     users = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
@@ -110,8 +110,8 @@ def test_a_server_ends_though_all_its_users_were_killed(tmp_path: Path) -> None:
     wait_until_gone(pid)
 
 
-def test_a_server_that_a_test_has_killed_is_no_trouble(tmp_path: Path) -> None:
-    """Nor one that is reached through another port."""
+def test_a_test_may_kill_its_server(tmp_path: Path) -> None:
+    """A test may also use it through another port."""
     with running(Pages, tmp_path) as server:
         assert "http://127.0.0.1:1234" == attrs.evolve(server, port=1234).url
         os.kill(server.pids[0], signal.SIGKILL)
@@ -120,7 +120,7 @@ def test_a_server_that_a_test_has_killed_is_no_trouble(tmp_path: Path) -> None:
 
 
 def test_fresh_urls_differ(tmp_path: Path) -> None:
-    """Below the server's own."""
+    """They are below the server's URL."""
     server = Pages(tmp_path, 80, ())
     one, other = server.fresh(), server.fresh()
 
@@ -128,14 +128,14 @@ def test_fresh_urls_differ(tmp_path: Path) -> None:
     assert one.startswith("http://127.0.0.1:80/")
 
 
-def test_a_server_that_does_not_start_says_what_its_log_says(tmp_path: Path) -> None:
-    """And the test that wants it fails: it is installed."""
+def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
+    """The test fails, because the server is installed."""
     with pytest.raises(RuntimeError, match=re.compile("the pages server ended.*no disk", re.DOTALL)):
         launch(Broken, tmp_path)
 
 
 def test_what_is_not_installed_is_named() -> None:
-    """Programs and modules, and what to run."""
+    """The message names programs and modules, and the command that installs them."""
     reason = missing(["sh", "no-such-program"], ["json", "no_such_module"])
 
     assert "not installed: no-such-program, Python module no_such_module; run: make servers" == reason
@@ -148,7 +148,7 @@ def test_what_is_not_installed_is_named() -> None:
 def test_a_missing_part_skips_unless_it_is_required(
     monkeypatch: pytest.MonkeyPatch, required: str, outcome: str
 ) -> None:
-    """A run that is meant to use a server does not pass without it."""
+    """A required server must not be skipped."""
     monkeypatch.setenv("CHECKPOINTER_REQUIRE", required)
     expected = {"skip": pytest.skip.Exception, "fail": pytest.fail.Exception}[outcome]
 

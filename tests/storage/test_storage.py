@@ -1,4 +1,4 @@
-"""The storage contract for every backend, what only a disk can do wrong, and the storage that dies."""
+"""The storage contract for each backend, the faults of disks, and the storage that dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from checkpointer.ports import (
     Upload,
 )
 from checkpointer.storage import LocalStorage, open_storage
-from checkpointer.storage.local import LocalUpload
 from checkpointer.storage.owner import is_dead, is_live, new_owner
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.testing import (
@@ -66,30 +65,13 @@ class TestLocalStorage(StorageContract):
         return LocalStorage(self.folder / "runs", new_owner())
 
 
-class TestLocalStorageReachedRelatively(StorageContract):
-    """The working directory changes after the storage was made, and its root does not."""
-
-    @pytest.fixture(autouse=True)
-    def _use_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = tmp_path
-        self.monkeypatch = monkeypatch
-
-    def make_storage(self) -> Storage:
-        for name in ("here", "elsewhere"):
-            (self.folder / name).mkdir(exist_ok=True)
-        self.monkeypatch.chdir(self.folder / "here")
-        storage = LocalStorage("runs/digits", new_owner())
-        self.monkeypatch.chdir(self.folder / "elsewhere")
-        return storage
-
-
 class TestFsspecStorage(StorageContract):
     def make_storage(self) -> Storage:
         return FsspecStorage(f"memory://{uuid.uuid4().hex}/runs")
 
 
 class TestCrashingStorage(TestLocalStorage):
-    """One that never crashes is like the one inside."""
+    """If it never crashes, it works like its inner storage."""
 
     def make_storage(self) -> Storage:
         return CrashingStorage(super().make_storage(), at=0)
@@ -149,13 +131,13 @@ class WritesThroughLinks(MemoryStorage):
         (Appends, "test_write_replaces_the_whole_file"),
         (OneVersion, "test_the_version_changes_whenever_a_file_is_rewritten"),
         (KeepsQuietOnMissing, "test_opening_what_is_missing_raises_file_not_found"),
-        (FailsOnDeletingTwice, "test_delete_removes_a_file_and_only_that"),
+        (FailsOnDeletingTwice, "test_delete_removes_a_file_or_folder_and_only_that"),
         (ReplacesAlways, "test_publish_refuses_a_taken_name_and_leaves_it"),
         (WritesThroughLinks, "test_writing_to_a_link_replaces_the_link"),
     ],
 )
 def test_contract_notices_a_broken_storage(broken: type[Storage], test: str) -> None:
-    """Each of these breaks one promise, and its test fails."""
+    """Each of these storages breaks one promise, and the test of that promise fails."""
 
     class Broken(StorageContract):
         def make_storage(self) -> Storage:
@@ -166,7 +148,7 @@ def test_contract_notices_a_broken_storage(broken: type[Storage], test: str) -> 
 
 
 def test_contract_asks_for_a_storage() -> None:
-    """A subclass without `make_storage` says what is missing."""
+    """The error of a subclass without `make_storage` names the method."""
     with pytest.raises(NotImplementedError, match=r"must override make_storage\(\)"):
         StorageContract().test_an_empty_storage_lists_nothing()
 
@@ -177,7 +159,7 @@ def test_testing_exports_these_names() -> None:
 
 
 def test_testing_needs_no_pytest() -> None:
-    """It can be imported where pytest is not installed."""
+    """It can be imported if pytest is not installed."""
     code = "import sys; sys.modules['pytest'] = None; import checkpointer.testing"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(testing.__file__).parents[2])
 
@@ -203,7 +185,7 @@ def staged(storage: LocalStorage) -> list[Path]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of the kernel, in order: the durability of a file, of a folder, and changes of names."""
+    """The kernel calls, in order: fsync of a file, fsync of a folder, and changes of names."""
     seen: list[str] = []
 
     def record(name: str, label: Callable[..., str]) -> None:
@@ -246,7 +228,7 @@ def publish_staged(storage: LocalStorage) -> None:
 def test_bytes_are_durable_before_their_name_and_the_name_before_the_return(
     local: LocalStorage, calls: list[str], act: Callable[[LocalStorage], None]
 ) -> None:
-    """Otherwise a power loss leaves a name with half of its bytes, or no name for an acknowledged save."""
+    """Otherwise a power loss leaves a name with half of its bytes, or an acknowledged save without a name."""
     local.write("there", b"0")
     calls.clear()
 
@@ -256,7 +238,7 @@ def test_bytes_are_durable_before_their_name_and_the_name_before_the_return(
 
 
 def test_each_new_folder_is_durable_before_a_file_is_named_in_it(local: LocalStorage, calls: list[str]) -> None:
-    """A file in a folder that a power loss removes is lost with it."""
+    """If a power loss removes a folder, the files in it are lost."""
     local.prepare()
     calls.clear()
 
@@ -266,7 +248,7 @@ def test_each_new_folder_is_durable_before_a_file_is_named_in_it(local: LocalSto
 
 
 def test_a_deletion_is_durable(local: LocalStorage, calls: list[str]) -> None:
-    """A retired checkpoint does not come back."""
+    """A retired checkpoint does not reappear after a power loss."""
     local.write("a", b"1")
     local.write("tree/b", b"1")
     calls.clear()
@@ -279,7 +261,7 @@ def test_a_deletion_is_durable(local: LocalStorage, calls: list[str]) -> None:
 
 
 def test_a_staged_folder_is_durable_with_all_its_entries(local: LocalStorage, calls: list[str]) -> None:
-    """Two files in two folders are four things to sync."""
+    """Two files in two folders need four syncs."""
     path, upload = local.stage("tree")
     Path(path, "below").mkdir(parents=True)
     Path(path, "x").write_bytes(b"1")
@@ -295,7 +277,7 @@ def test_a_staged_folder_is_durable_with_all_its_entries(local: LocalStorage, ca
 def test_without_hard_links_a_new_name_is_published_and_a_taken_one_refused(
     local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """FAT, some FUSE mounts and some network shares have no links, and refuse them with different errors."""
+    """FAT, some FUSE mounts and some network shares refuse links with different errors."""
 
     def link(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -320,7 +302,7 @@ def test_without_hard_links_a_new_name_is_published_and_a_taken_one_refused(
 def test_a_full_disk_is_not_taken_for_a_disk_without_links(
     local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """The error of a link on a full disk is reported as it is."""
+    """The error of a link on a full disk is raised unchanged."""
 
     def link(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -334,7 +316,7 @@ def test_a_full_disk_is_not_taken_for_a_disk_without_links(
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EEXIST])
 def test_a_link_whose_reply_was_lost_is_a_link(local: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """A network mount that repeats its request gets an error for the link that the first request has made."""
+    """If a network mount repeats its request, it gets an error because its first request has made the link."""
     make_link = os.link
 
     def link(source: Any, target: Any) -> None:
@@ -348,7 +330,7 @@ def test_a_link_whose_reply_was_lost_is_a_link(local: LocalStorage, monkeypatch:
     assert [] == staged(local)
 
 
-def begin(root: Path, owner: str) -> LocalUpload:
+def begin(root: Path, owner: str) -> Upload:
     upload = LocalStorage(root, owner).upload("a")
     upload.write(b"unfinished")
     upload.finish()
@@ -356,7 +338,7 @@ def begin(root: Path, owner: str) -> LocalUpload:
 
 
 def test_sweep_removes_what_a_dead_owner_left(tmp_path: Path) -> None:
-    """And counts it; a second sweep finds nothing."""
+    """It returns their number; a second sweep finds nothing."""
     owner = new_owner()
     begin(tmp_path, owner)
     storage = LocalStorage(tmp_path, new_owner())
@@ -371,7 +353,7 @@ def test_sweep_removes_what_a_dead_owner_left(tmp_path: Path) -> None:
 
 
 def test_sweep_removes_what_a_killed_process_left(tmp_path: Path) -> None:
-    """A real one, with ``kill -9``: kept while it lives, gone afterwards."""
+    """The files of a process are kept while it runs, and removed after ``kill -9``."""
     code = (
         "import sys, time\nfrom checkpointer.storage.owner import new_owner\n"
         "from checkpointer.storage import LocalStorage\n"
@@ -395,7 +377,7 @@ def test_sweep_removes_what_a_killed_process_left(tmp_path: Path) -> None:
 
 
 def test_sweep_keeps_what_a_live_owner_writes(tmp_path: Path) -> None:
-    """However old its folder is: a large upload takes long."""
+    """The age of its folder does not matter, because a large upload takes long."""
     upload = begin(tmp_path, new_owner())
     make_older(tmp_path, 48 * 3600)
     assert 0 == LocalStorage(tmp_path, new_owner()).sweep()
@@ -406,10 +388,8 @@ def test_sweep_keeps_what_a_live_owner_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("hours", "num_swept"), [(0, 0), (23, 0), (25, 1)])
 @pytest.mark.parametrize("owner", [f"not-{socket.gethostname()}~1~2~abcdef", "no owner id"])
-def test_sweep_waits_a_day_for_an_owner_that_cannot_be_asked(
-    tmp_path: Path, owner: str, hours: int, num_swept: int
-) -> None:
-    """Nobody here can tell whether a process on another host lives."""
+def test_sweep_waits_a_day_for_an_unknown_owner(tmp_path: Path, owner: str, hours: int, num_swept: int) -> None:
+    """A process on another host cannot be checked from here."""
     begin(tmp_path, owner)
     make_older(tmp_path, hours * 3600)
     storage = LocalStorage(tmp_path, new_owner())
@@ -424,7 +404,7 @@ def make_older(root: Path, seconds: float) -> None:
 
 
 def test_close_removes_only_its_own_staging(tmp_path: Path) -> None:
-    """Two managers of one owner share a folder."""
+    """Two storages of one owner have different staging folders."""
     owner = new_owner()
     one, other = LocalStorage(tmp_path, owner), LocalStorage(tmp_path, owner)
     uploads = [storage.upload("a") for storage in (one, other)]
@@ -438,7 +418,7 @@ def test_close_removes_only_its_own_staging(tmp_path: Path) -> None:
 
 
 class FullDisk(LocalStorage):
-    """Whatever is staged goes to ``/dev/full``, where the kernel has no space left."""
+    """Each staged file is a link to ``/dev/full``, where every write fails with ENOSPC."""
 
     def _new_staged(self) -> Path:
         path = super()._new_staged()
@@ -449,7 +429,7 @@ class FullDisk(LocalStorage):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("size", [10, 5 << 20])
 def test_a_full_disk_is_an_os_error_and_abort_leaves_nothing(tmp_path: Path, size: int) -> None:
-    """Found while writing or while finishing, as the buffer has it; the old file stays."""
+    """The error comes from `write` or from `finish`, depending on the buffer; the old file stays."""
     LocalStorage(tmp_path, new_owner()).write("a", b"old")
     storage = FullDisk(tmp_path, new_owner())
     upload = storage.upload("a")
@@ -472,7 +452,7 @@ def write_and_finish(upload: Upload, data: bytes) -> None:
 
 @contextlib.contextmanager
 def no_privileges() -> Iterator[None]:
-    """Not as root, whom no permission stops."""
+    """Run as an ordinary user, because permissions do not apply to root."""
     if os.geteuid() != 0:
         yield
         return
@@ -485,7 +465,7 @@ def no_privileges() -> Iterator[None]:
 
 @pytest.fixture
 def read_only() -> Iterator[Path]:
-    # Not below tmp_path, which only its owner may enter.
+    # It is not below tmp_path, because only the owner may enter that.
     folder = Path(tempfile.mkdtemp())
     (folder / "a").write_bytes(b"1")
     folder.chmod(0o555)
@@ -495,8 +475,8 @@ def read_only() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions")
-def test_a_read_only_directory_is_said_by_prepare_and_can_be_read(read_only: Path) -> None:
-    """The message names its owner and mode, and says what to do; restoring from it works."""
+def test_a_read_only_directory_fails_in_prepare_and_can_be_read(read_only: Path) -> None:
+    """The message names its owner and mode, and says what to do; reading from it works."""
     storage = LocalStorage(read_only, new_owner())
     advice = rf"{read_only} belongs to .*\(uid {os.geteuid()}\) with mode dr-xr-xr-x.*chown"
     with no_privileges():
@@ -510,8 +490,8 @@ def test_a_read_only_directory_is_said_by_prepare_and_can_be_read(read_only: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions")
-def test_a_closed_directory_is_said_with_its_owner_and_mode(read_only: Path) -> None:
-    """Nothing is said of credentials or a network, whoever asks; a save that is refused says it too."""
+def test_a_directory_without_permission_is_shown_with_its_owner_and_mode(read_only: Path) -> None:
+    """The error of each caller has it, a failed save included; it does not mention credentials or a network."""
     (read_only / "closed").mkdir()
     manager = CheckpointManager(read_only / "closed", Policy(EverySteps(1), [KeepLast(1)]), state=dict)
     (read_only / "closed").chmod(0o000)
@@ -529,8 +509,8 @@ def test_a_closed_directory_is_said_with_its_owner_and_mode(read_only: Path) -> 
     manager.close()
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
-    """Neither as the root nor above it."""
+def test_a_file_is_not_a_directory(tmp_path: Path) -> None:
+    """It cannot be the root or a parent of the root."""
     (tmp_path / "file").write_bytes(b"1")
     with pytest.raises(StorageError, match="file is a file; the manager needs a folder"):
         LocalStorage(tmp_path / "file", new_owner())
@@ -541,7 +521,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 
 
 def test_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell would have it, and a shell does not inside quotes."""
+    """A shell does not expand it inside quotes."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -555,7 +535,7 @@ def test_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_moved_directory_keeps_its_links(local: LocalStorage, tmp_path: Path) -> None:
-    """They are relative."""
+    """The links are relative."""
     local.write("deep/a", b"1")
     local.symlink("deep/a", "last")
     local.symlink("deep/a", "other/last")
@@ -565,7 +545,7 @@ def test_a_moved_directory_keeps_its_links(local: LocalStorage, tmp_path: Path) 
 
 
 def test_unfinished_writes_are_not_listed_even_when_asked_for(local: LocalStorage) -> None:
-    """No prefix shows them."""
+    """They are hidden for every prefix."""
     upload = local.upload("a")
     upload.write(b"1")
     upload.finish()
@@ -576,7 +556,7 @@ def test_unfinished_writes_are_not_listed_even_when_asked_for(local: LocalStorag
 
 
 def test_deleting_the_last_file_of_a_folder_removes_the_folder_but_never_the_root(local: LocalStorage) -> None:
-    """And none that holds somebody else's file."""
+    """A folder with a file of another program stays too."""
     root = Path(str(local))
     for name in ("a/b/c", "d/e/f", "d/theirs"):
         local.write(name, b"1")
@@ -594,7 +574,7 @@ def test_deleting_the_last_file_of_a_folder_removes_the_folder_but_never_the_roo
 
 
 def test_the_root_of_a_filesystem_is_a_storage_too() -> None:
-    """Paths are not cut where there is no folder above."""
+    """Paths stay complete if the root has no parent."""
     name = uuid.uuid4().hex
     storage = FsspecStorage("memory://")
     storage.write(f"{name}/a", b"1")
@@ -605,13 +585,13 @@ def test_the_root_of_a_filesystem_is_a_storage_too() -> None:
 
 
 def test_an_unknown_protocol_says_what_to_install() -> None:
-    """Before anything is trained."""
+    """The error comes before the training starts."""
     with pytest.raises(StorageError, match=r"no driver for nosuch:// .*; install it"):
         open_storage("nosuch://bucket", new_owner())
 
 
 def test_open_storage_takes_paths_urls_storages_and_none(tmp_path: Path) -> None:
-    """And refuses what is none of these."""
+    """It refuses other values."""
     mine = MemoryStorage()
     assert mine is open_storage(mine, "me")
     assert isinstance(open_storage(None, "me"), MemoryStorage)
@@ -626,14 +606,14 @@ def test_open_storage_takes_paths_urls_storages_and_none(tmp_path: Path) -> None
 # CrashingStorage
 
 
-def test_crash_is_no_exception() -> None:
-    """``except Exception`` must not survive the death of its process."""
+def test_crash_is_not_an_exception() -> None:
+    """``except Exception`` must not catch the death of its process."""
     assert not issubclass(Crash, Exception)
 
 
 @pytest.mark.parametrize("make", [MemoryStorage, lambda: FsspecStorage("memory://ports")])
 def test_crashing_storage_supports_what_the_storage_inside_does(make: Callable[[], Storage]) -> None:
-    """By `isinstance`, which since Python 3.12 looks up attributes statically."""
+    """`isinstance` agrees, which looks up attributes statically since Python 3.12."""
     inner = make()
     outer = CrashingStorage(inner)
     twice = CrashingStorage(outer)
@@ -648,14 +628,14 @@ def test_crashing_storage_supports_what_the_storage_inside_does(make: Callable[[
 
 
 def test_crashing_storage_supports_all_that_a_disk_does(local: LocalStorage) -> None:
-    """Links, free space, paths and sweeping; copying is not among them."""
+    """A disk supports links, free space, paths and sweeping, but not copying."""
     assert [SupportsLinks, SupportsFreeSpace, SupportsPaths, SupportsSweep] == [
         port for port in PORTS if isinstance(CrashingStorage(local), port)
     ]
 
 
 def everything(storage: Storage) -> None:
-    """One operation of each kind, and two uploads; the numbers are those of `WHAT`."""
+    """Make one operation of each kind, and two uploads; the numbers are positions in `WHAT`."""
     assert isinstance(storage, SupportsSweep)
     assert isinstance(storage, SupportsLinks)
     assert isinstance(storage, SupportsPaths)
@@ -689,7 +669,7 @@ WHAT = [
 
 
 def test_operations_are_counted_and_none_is_fatal_at_zero(local: LocalStorage) -> None:
-    """So that a test knows how many there are to die at."""
+    """A test can find out how many operations it can die at."""
     storage = CrashingStorage(local, at=0)
     everything(storage)
 
@@ -703,7 +683,7 @@ def test_operations_are_counted_and_none_is_fatal_at_zero(local: LocalStorage) -
 def test_each_operation_can_be_the_last(
     local: LocalStorage, at: int, what: str, when: Literal["before", "halfway", "after"]
 ) -> None:
-    """The effect is there or not, as asked; nothing later happens; what was staged stays, unpublished."""
+    """The effect happens or not, as chosen. No later operation happens. Staged files stay, unpublished."""
     storage = CrashingStorage(local, at=at, when=when)
     with pytest.raises(Crash) as caught:
         everything(storage)
@@ -721,7 +701,7 @@ def test_each_operation_can_be_the_last(
 
 
 def test_halfway_through_an_upload_half_of_the_data_is_staged(local: LocalStorage) -> None:
-    """Also of data whose items are larger than a byte."""
+    """Half is counted in bytes, also if items are larger than a byte."""
     storage = CrashingStorage(local, at=3, when="halfway")
     upload = storage.upload("a")
     upload.write(b"1234")
@@ -747,7 +727,7 @@ def test_halfway_through_deleting_a_folder_half_of_its_files_are_gone() -> None:
 
 
 def test_halfway_through_copying_a_folder_half_of_its_files_are_there() -> None:
-    """And those that were there before are not."""
+    """The former files of the target are deleted."""
     inner = FsspecStorage(f"memory://{uuid.uuid4().hex}")
     for name in ("a/x", "a/y", "b/old"):
         inner.write(name, b"1")
@@ -759,8 +739,8 @@ def test_halfway_through_copying_a_folder_half_of_its_files_are_there() -> None:
     assert ["a/x", "a/y", "b/x"] == sorted(inner.list())
 
 
-def test_the_dead_do_nothing(local: LocalStorage) -> None:
-    """Not even clear up."""
+def test_a_dead_process_does_nothing(local: LocalStorage) -> None:
+    """A dead process does not clean up."""
     storage: Storage = CrashingStorage(local, at=2, when="after")
     upload = storage.upload("a")
     with pytest.raises(Crash, match=r"operation 2 \(upload.write\), after"):
@@ -786,8 +766,8 @@ def test_the_dead_do_nothing(local: LocalStorage) -> None:
     assert [b"1"] == [path.read_bytes() for path in staged(local)]
 
 
-def test_the_dead_hold_no_files_open(local: LocalStorage) -> None:
-    """A test that crashes hundreds of times must not run out of descriptors, nor into a ResourceWarning."""
+def test_a_dead_process_holds_no_files_open(local: LocalStorage) -> None:
+    """A test that crashes hundreds of times must not use up descriptors or cause a ResourceWarning."""
     storage = CrashingStorage(local, at=3)
     upload = storage.upload("a")
     upload.write(b"1")
@@ -800,7 +780,7 @@ def test_the_dead_hold_no_files_open(local: LocalStorage) -> None:
 
 
 def test_an_operation_that_fails_can_be_the_last_too() -> None:
-    """The dead report no error."""
+    """A dead process reports no error."""
     inner = MemoryStorage()
     inner.write("a", b"theirs")
     upload = CrashingStorage(inner, at=3, when="after").upload("a")
@@ -812,8 +792,8 @@ def test_an_operation_that_fails_can_be_the_last_too() -> None:
 
 
 @pytest.mark.parametrize(("at", "when"), [(-1, "before"), (1, "sometimes")])
-def test_crashing_storage_refuses_what_means_nothing(at: int, when: Any) -> None:
-    """With what it expected."""
+def test_crashing_storage_refuses_wrong_arguments(at: int, when: Any) -> None:
+    """The error has the expected values."""
     with pytest.raises(ValueError, match="expected at >= 0"):
         CrashingStorage(MemoryStorage(), at=at, when=when)
 
@@ -821,8 +801,8 @@ def test_crashing_storage_refuses_what_means_nothing(at: int, when: Any) -> None
 # FakeClock and die
 
 
-def test_fake_clock_moves_only_when_told() -> None:
-    """And never back."""
+def test_fake_clock_moves_only_by_advance() -> None:
+    """It never moves back."""
     clock = FakeClock()
     assert 0.0 == clock.time() == clock.time()
     clock.advance(1.5)
@@ -834,7 +814,7 @@ def test_fake_clock_moves_only_when_told() -> None:
 
 
 def test_die_makes_an_owner_dead() -> None:
-    """Twice does no harm."""
+    """A second call does nothing."""
     owner = new_owner()
     assert is_live(owner)
     die(owner)

@@ -1,4 +1,4 @@
-"""The storage contract on real servers: what one of them cannot do is found here, and not in somebody's training."""
+"""The storage contract on real servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 class ServerContract(StorageContract):
-    """A storage in a fresh folder of the server of this name each time."""
+    """Each storage has a new folder on the server of this name."""
 
     server: str
 
@@ -37,13 +37,13 @@ class ServerContract(StorageContract):
 
 
 class TestS3(ServerContract):
-    """SeaweedFS, which has conditional PUT."""
+    """SeaweedFS has conditional PUT."""
 
     server = "s3"
 
 
 class TestS3WithoutConditions(ServerContract):
-    """rclone, which ignores them, and answers 500 for a key below another."""
+    """rclone ignores conditions, and answers 500 for a key below another key."""
 
     server = "rclone"
 

@@ -1,4 +1,4 @@
-"""A payload that takes long to write says how far it is."""
+"""A payload that takes long to write logs its progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.ports import Writable
-from checkpointer.storage.transfer import Transfer
+from checkpointer.storage.progress import Transfer
 from checkpointer.testing import FakeClock, MemoryStorage
 
 POLICY = Policy(EverySteps(1), [KeepLast(1)])
 
 
 class Slow(MemoryStorage):
-    """Takes as many seconds for each chunk of a payload as it is told."""
+    """Takes ``seconds`` for each chunk of a payload."""
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Slow(MemoryStorage):
 
 
 class Megabytes(PlainFormat):
-    """Pads the state to a payload of so many chunks of a megabyte."""
+    """Writes a payload of ``state["megabytes"]`` chunks of a megabyte."""
 
     def write(self, state: Any, stream: Writable) -> None:
         for _ in range(state["megabytes"]):
@@ -48,8 +48,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "MB/s" in record.getMessage()]
 
 
-def test_a_manager_says_how_far_a_long_save_is(caplog: pytest.LogCaptureFixture) -> None:
-    """Every ten seconds; how much there will be it can tell from the last checkpoint, and not before there is one."""
+def test_a_manager_logs_the_progress_of_a_long_save(caplog: pytest.LogCaptureFixture) -> None:
+    """It logs every ten seconds. The last checkpoint, if there is one, gives the expected size."""
     clock, state = FakeClock(), {"megabytes": 5}
     storage = Slow(clock)
     caplog.set_level(logging.INFO, "checkpointer")
@@ -68,8 +68,8 @@ def test_a_manager_says_how_far_a_long_save_is(caplog: pytest.LogCaptureFixture)
     ] == lines(caplog)
 
 
-def test_a_first_save_does_not_guess(caplog: pytest.LogCaptureFixture) -> None:
-    """There is nothing to guess from."""
+def test_a_first_save_logs_no_expected_size(caplog: pytest.LogCaptureFixture) -> None:
+    """Before the first save no size is known."""
     clock = FakeClock()
     storage = Slow(clock)
     storage.seconds = 10.0
@@ -80,8 +80,8 @@ def test_a_first_save_does_not_guess(caplog: pytest.LogCaptureFixture) -> None:
     assert ["epoch=0-step=1.ckpt: 1.0 MB written (0.1 MB/s)"] == lines(caplog)
 
 
-def test_a_fetch_from_the_mirror_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """And here it is known how much there is."""
+def test_a_fetch_from_the_mirror_logs_its_progress(caplog: pytest.LogCaptureFixture) -> None:
+    """Its size is known from the record."""
     mirror = MemoryStorage()
     with CheckpointManager(mirror, POLICY, state=lambda: {"megabytes": 9}, format=Megabytes()) as manager:
         manager.observe({}, step=1, epoch=0)
@@ -96,35 +96,35 @@ def test_a_fetch_from_the_mirror_says_how_far_it_is(caplog: pytest.LogCaptureFix
 
 
 class Zeros(Megabytes):
-    """Reads what `Megabytes` writes."""
+    """Reads a payload of `Megabytes`."""
 
     def read(self, stream: Any, *, weights_only: bool, map_location: Any) -> Any:
         return {"megabytes": len(stream.read()) // 1_000_000}
 
 
 @pytest.mark.parametrize(
-    ("of", "expected"),
+    ("size", "is_copy", "expected"),
     [
-        (("of about", 3_400_000_000), "a.ckpt: 1.2 of about 3.4 GB written (120 MB/s)"),
-        (("of", 1_200_000_000), "a.ckpt: 1.2 of 1.2 GB written (120 MB/s)"),
-        (("of about", 1_000_000_000), "a.ckpt: 1.2 GB written (120 MB/s)"),
-        (None, "a.ckpt: 1.2 GB written (120 MB/s)"),
+        (3_400_000_000, False, "a.ckpt: 1.2 of about 3.4 GB written (120 MB/s)"),
+        (1_200_000_000, True, "a.ckpt: 1.2 of 1.2 GB copied (120 MB/s)"),
+        (1_000_000_000, False, "a.ckpt: 1.2 GB written (120 MB/s)"),
+        (None, False, "a.ckpt: 1.2 GB written (120 MB/s)"),
     ],
 )
 def test_amounts_have_the_unit_of_the_whole(
-    of: tuple[str, int] | None, expected: str, caplog: pytest.LogCaptureFixture
+    size: int | None, is_copy: bool, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And one that has outgrown what was expected expects nothing more."""
+    """A payload that is larger than expected has no expected size."""
     caplog.set_level(logging.INFO, "checkpointer")
     clock = FakeClock()
-    transfer = Transfer(Counting(clock), "a.ckpt", clock, of=of)
+    transfer = Transfer(Counting(clock), "a.ckpt", clock, expected=size, is_copy=is_copy)
 
     assert 1_200_000_000 == transfer.write(b"")
     assert [expected] == lines(caplog)
 
 
 class Counting:
-    """Says that it has written 1.2 GB, in ten seconds."""
+    """Returns that it has written 1.2 GB in ten seconds."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._fake = clock

@@ -1,1 +1,1 @@
-"""What tests share: helpers, programs that are killed, and real servers."""
+"""Shared by the tests: helpers, programs that tests kill, and real servers."""

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through two pipes: no driver, no package, no port."""
+"""Controls a headless Chromium through two pipes, without a driver, a package or a port."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-"""Where it is; None if there is none."""
+"""Path of the program; None if it is not installed."""
 
 
 class Page:
-    """One page of it."""
+    """One page of the browser."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands = commands
@@ -25,15 +25,15 @@ class Page:
         self._left = b""
         self._number = 0
         self._session = ""
-        self.said: list[str] = []
-        """Errors of the page's scripts and what it was refused, in words."""
+        self.errors: list[str] = []
+        """Errors of the page's scripts, and its refused requests."""
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._send(f"{domain}.enable")
 
     def open(self, path: Path, *, width: int = 1240, height: int = 1500, look: str = "light") -> None:
-        """Show a file, and wait until it is there."""
+        """Open a file, and wait until it is shown."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._send("Emulation.setDeviceMetricsOverride", **size)
         self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": look}])
@@ -42,7 +42,7 @@ class Page:
             pass
 
     def run(self, script: str) -> Any:
-        """Return what a script comes to."""
+        """Run a script and return its result."""
         result = self._send("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -60,11 +60,11 @@ class Page:
             self._send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], **button)
 
     def screenshot(self) -> bytes:
-        """Return what is to be seen, as a PNG."""
+        """Return the visible part as a PNG."""
         return base64.b64decode(self._send("Page.captureScreenshot")["data"])
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close the pipe."""
         self._answers.close()
 
     def _send(self, method: str, **params: Any) -> Any:
@@ -91,19 +91,19 @@ class Page:
     def _note(self, event: Any) -> None:
         params = event.get("params", {})
         if event.get("method") == "Runtime.exceptionThrown":
-            self.said.append(str(params["exceptionDetails"]))
+            self.errors.append(str(params["exceptionDetails"]))
         elif event.get("method") == "Log.entryAdded":
-            self.said.append(params["entry"]["text"])
+            self.errors.append(params["entry"]["text"])
         elif event.get("method") == "Network.requestWillBeSent":
             url = params["request"]["url"]
             if not url.startswith(("file:", "about:", "data:")):
-                self.said.append(f"asked the network for {url}")
+                self.errors.append(f"requested {url} from the network")
 
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Page]:
     """Start Chromium with an empty profile in a folder."""
-    assert CHROMIUM is not None, "it was asked"
+    assert CHROMIUM is not None, "the test has checked it"
     into, commands = os.pipe()
     answers, out = os.pipe()
     for number in (into, out):

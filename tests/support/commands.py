@@ -1,4 +1,4 @@
-"""Runs the command line in this process: importing torch anew for each command would take seconds."""
+"""Runs the command line in this process, because importing torch again for each command would take seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICY = Policy(EverySteps(1), [KeepBest(2, "loss", mode="min"), KeepLast(1)], l
 
 @attrs.frozen
 class Said:
-    """What a command left: exit code, stdout, stderr."""
+    """The result of a command: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -28,12 +28,12 @@ class Said:
 
     @property
     def data(self) -> Any:
-        """What it printed as JSON."""
+        """Its stdout, parsed as JSON."""
         return json.loads(self.out)
 
 
 def command(*argv: object, columns: int = 160) -> Said:
-    """Run one command, on a terminal so wide."""
+    """Run one command on a terminal of ``columns`` characters."""
     os.environ["COLUMNS"] = str(columns)
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -53,7 +53,7 @@ def train(folder: Path, *losses: float, policy: Policy = POLICY, **kw: Any) -> P
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str]:
-    """Return what a folder holds: that it is the same afterwards means that nothing was changed."""
+    """Return the content of a folder, to check that a command changed nothing."""
     return {
         str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
         for path in sorted(folder.rglob("*"))

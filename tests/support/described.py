@@ -1,4 +1,4 @@
-"""States in words, to compare what was saved with what came back."""
+"""Descriptions of states, to compare a saved state with the restored one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["Described"]
 
 
 class Described:
-    """A state in words: types, values, strides, and which objects and storages are the same."""
+    """A state's types, values and strides, and which objects and storages are shared."""
 
     def __init__(self, state: Any) -> None:
         self._storages: dict[int, int] = {}
         self._objects: dict[int, int] = {}
         self._kept: list[Any] = []
-        self.words = self._words(state)
+        self.parts = self._parts(state)
 
-    def _words(self, value: Any) -> Any:
+    def _parts(self, value: Any) -> Any:
         if isinstance(value, (int, float, str, bytes, type(None), torch.Size, torch.dtype)):
             return type(value).__name__, hex(value) if type(value) is int else repr(value)
         if id(value) in self._objects:
@@ -28,18 +28,18 @@ class Described:
         self._kept.append(value)
         kind = type(value).__name__
         if isinstance(value, torch.Tensor) and value.is_nested:
-            return kind, [self._words(part) for part in value.unbind()]
+            return kind, [self._parts(part) for part in value.unbind()]
         if isinstance(value, torch.Tensor):
-            return kind, self._tensor(value), self._words(dict(value.__dict__))
+            return kind, self._tensor(value), self._parts(dict(value.__dict__))
         if isinstance(value, np.ndarray):
             return kind, value.dtype, value.tolist(), value.flags.f_contiguous
         if isinstance(value, dict):
-            return kind, [(self._words(key), self._words(item)) for key, item in value.items()]
+            return kind, [(self._parts(key), self._parts(item)) for key, item in value.items()]
         if isinstance(value, (list, tuple)):
-            return kind, [self._words(item) for item in value]
+            return kind, [self._parts(item) for item in value]
         if isinstance(value, (set, frozenset)):
-            return kind, sorted(repr(self._words(item)) for item in value)
-        return kind, self._words(vars(value)) if hasattr(value, "__dict__") else str(value)
+            return kind, sorted(repr(self._parts(item)) for item in value)
+        return kind, self._parts(vars(value)) if hasattr(value, "__dict__") else str(value)
 
     def _tensor(self, tensor: torch.Tensor) -> Any:
         whole = (tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.requires_grad, tensor.is_conj())

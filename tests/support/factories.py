@@ -1,4 +1,4 @@
-"""Builds values for tests: say what matters, the rest is filled in."""
+"""Builds values for tests. Pass the fields that matter; the others have defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
 
 RUN = "run-a"
-"""The run that factory records belong to and that factory manifests look from."""
+"""The run of factory records and factory manifests."""
 
 
 def record(name: str | None = None, **kw: Any) -> Record:
@@ -30,7 +30,7 @@ def record(name: str | None = None, **kw: Any) -> Record:
 
 
 def history(*losses: float | None, **kw: Any) -> list[Record]:
-    """Return records ``s1``, ``s2``, ... one per loss; None leaves the metric out."""
+    """Return records ``s1``, ``s2``, ... one per loss; None omits the metric."""
     return [
         record(step=step, metrics={} if loss is None else {"loss": loss}, **kw)
         for step, loss in enumerate(losses, start=1)
@@ -38,12 +38,12 @@ def history(*losses: float | None, **kw: Any) -> list[Record]:
 
 
 def manifest(records: Sequence[Record] = (), **kw: Any) -> Manifest:
-    """Return a manifest seen by the factory's run."""
+    """Return a manifest of the factory's run."""
     return Manifest(**({"records": tuple(records), "run": RUN} | kw))
 
 
 def observation(step: int = 10, **kw: Any) -> Observation:
-    """Return an observation at ``step``; keywords that are no field are metrics."""
+    """Return an observation at ``step``. Keywords that are not fields are metrics."""
     fields: dict[str, Any] = {key: kw.pop(key) for key in ("epoch", "epoch_end", "time", "metrics") if key in kw}
     if "time" not in fields:
         fields["time"] = float(step)

@@ -1,4 +1,4 @@
-"""A little training for tests that break its disk: it prints what was acknowledged, without the ``write`` syscall."""
+"""A small training for tests that break its disk. It prints the acknowledged steps without the ``write`` syscall."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from checkpointer import CheckpointManager, EverySteps, KeepBest, Naming, Policy
 from checkpointer.errors import SaveError
 from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
+from checkpointer.storage import open_storage
 from support.plain_format import PlainFormat
 
 FOREIGN = "theirs.bin"
@@ -22,7 +23,7 @@ WARM = 2
 
 
 def loss_of(step: int) -> float:
-    """Return a loss that falls and rises, so that there is something to retire at most saves."""
+    """Return a loss that falls and rises, so that most saves retire a checkpoint."""
     return float(step * 7919 % 101)
 
 
@@ -52,10 +53,10 @@ class Run:
 def check_survivor(
     directory: str | os.PathLike[str], acknowledged: Iterable[int], policy: Policy, clue: str = ""
 ) -> set[int]:
-    """Check that all that must be there restores, that what is foreign is as it was, and that saving goes on.
+    """Check that the required checkpoints restore, that foreign files are unchanged, and that saving goes on.
 
-    A new manager looks, as after a restart. What must be there: the best and the newest of what was acknowledged or
-    is on record. Returns the steps on record before anything new was saved.
+    A new manager opens the directory, as after a restart. The best and the newest of all acknowledged or recorded
+    checkpoints are required. Returns the recorded steps before the new save.
     """
     folder = Path(directory)
     acknowledged = list(acknowledged)
@@ -63,9 +64,9 @@ def check_survivor(
         warnings.simplefilter("ignore")
         run = Run(folder, policy)
         there = {record.step: record for record in run.manager.records}
-        whole = {step for step, record in there.items() if _is_whole(run, record)}
+        whole = {step for step, record in there.items() if _is_whole(folder, record)}
         newest = max(acknowledged, default=0)
-        # A save that was not acknowledged may be there too, and what it outranks may be gone, but only if it is whole.
+        # An unacknowledged save may exist too. If it is complete, the checkpoints that it outranks may be retired.
         candidates = {*acknowledged, *whole}
         must = {*sorted(candidates, key=loss_of)[:KEPT], max(candidates, default=0)}
         assert must & set(acknowledged) <= whole, f"{clue}: {sorted(must)} of {acknowledged}, whole are {whole}"
@@ -83,9 +84,9 @@ def check_survivor(
     return set(there)
 
 
-def _is_whole(run: Run, record: Any) -> bool:
+def _is_whole(folder: Path, record: Any) -> bool:
     try:
-        verify(run.manager._directory.storage, record)
+        verify(open_storage(folder, ""), record)
     except Exception:
         return False
     return True
@@ -102,32 +103,32 @@ def _check_tidy(folder: Path, names: set[str], policy: Policy, clue: str) -> Non
     assert not staged, clue
 
 
-def say(*words: object) -> None:
-    """Print a line with ``writev``, which no test breaks."""
-    os.writev(1, [(" ".join(map(str, words)) + "\n").encode()])
+def report(*parts: object) -> None:
+    """Print a line with ``writev``, which these tests do not break."""
+    os.writev(1, [(" ".join(map(str, parts)) + "\n").encode()])
 
 
 def main() -> None:
-    """Save a few times, wait to be told that the disk may break, and save again, whatever comes."""
+    """Save a few times, wait for a line on stdin, and save again while the disk may break."""
     directory, last = sys.argv[1], sys.argv[2]
     log = sys.argv[3] if len(sys.argv) > 3 else None
-    warnings.showwarning = lambda message, *_, **__: say("warned", str(message).replace("\n", " "))
+    warnings.showwarning = lambda message, *_, **__: report("warned", str(message).replace("\n", " "))
     warnings.simplefilter("always")
     run = Run(directory, policy_of(last))  # type: ignore[arg-type]
     for step in range(1, WARM + SAVES + 1):
         if step == WARM + 1:
-            say("ready")
+            report("ready")
             sys.stdin.readline()
         try:
             acknowledged = run.observe(step)
         except SaveError as error:
-            say("failed", step, repr(error.__cause__ or error))
+            report("failed", step, repr(error.__cause__ or error))
             continue
         if acknowledged:
-            say("saved", step, os.stat(log).st_size if log else 0)
-    say("done")
+            report("saved", step, os.stat(log).st_size if log else 0)
+    report("done")
     run.manager.close()
-    say("closed")
+    report("closed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder that fsspec reaches as it reaches a server, where a test says what goes wrong before and after a request."""
+"""A folder that fsspec reaches like a server. A test chooses the errors before and after a request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Hook = Callable[[str, str], None]
 
 
 class FaultyFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """``faulty:///path``. What a hook raises after a request is a reply that was lost: it has been carried out."""
+    """``faulty:///path``. If a hook raises after a request, the request was applied and its reply is lost."""
 
     protocol = "faulty"
     cachable = False
     refuses: ClassVar[bool] = False
-    """Whether a rename onto an existing file is refused, as by WebDAV, SMB and HDFS."""
+    """Whether a rename onto an existing file fails, as on WebDAV, SMB and HDFS."""
     hooks: ClassVar[dict[str, Hook]] = {}
     """Called ``"before"`` and ``"after"`` each request, with its method and path."""
 

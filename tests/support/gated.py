@@ -1,4 +1,4 @@
-"""A storage whose payloads wait at a gate: a save is in flight for exactly as long as a test wants it to be."""
+"""A storage whose payloads wait at a gate, so that a test decides when a save ends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from checkpointer.ports import Upload
 from checkpointer.testing import MemoryStorage
 
 PATIENCE_S = 60.0
-"""Only a test that fails waits so long."""
+"""Only a failing test waits so long, in seconds."""
 
 
 class GatedStorage(MemoryStorage):
-    """Open at first; while it is shut, a payload stays unpublished. ``broken`` fails every payload with that error."""
+    """Its gate is open at first. While it is shut, payloads stay unpublished. ``broken`` is raised by every payload."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = threading.Event()
         self.gate.set()
         self.arrived = threading.Semaphore(0)
-        """Released once for each payload that has come to the gate."""
+        """Released once for each payload that reaches the gate."""
         self.broken: BaseException | None = None
 
     def upload(self, path: str) -> Any:
@@ -35,7 +35,7 @@ class GatedStorage(MemoryStorage):
         self.gate.set()
 
     def await_arrival(self) -> None:
-        assert self.arrived.acquire(timeout=PATIENCE_S), "no payload came"
+        assert self.arrived.acquire(timeout=PATIENCE_S), "no payload reached the gate"
 
 
 class _GatedUpload:
@@ -48,8 +48,8 @@ class _GatedUpload:
 
     def finish(self) -> None:
         self._storage.arrived.release()
-        if threading.current_thread() is not threading.main_thread():  # Which would wait for itself.
-            assert self._storage.gate.wait(PATIENCE_S), "nobody opened the gate"
+        if threading.current_thread() is not threading.main_thread():  # The main thread would wait for itself.
+            assert self._storage.gate.wait(PATIENCE_S), "the gate was not opened"
         if self._storage.broken is not None:
             raise self._storage.broken
         self._inner.finish()
@@ -62,7 +62,7 @@ class _GatedUpload:
 
 
 class _Opening(threading.Condition):
-    """Opens a gate when somebody waits for news."""
+    """Opens a gate when a thread waits for this condition."""
 
     def __init__(self, storage: GatedStorage) -> None:
         super().__init__()
@@ -74,6 +74,6 @@ class _Opening(threading.Condition):
 
 
 def open_when_waited_for(manager: CheckpointManager, storage: GatedStorage) -> None:
-    """Let the gate open at the moment the loop waits for the writer, and no earlier."""
+    """Open the gate at the moment when the loop waits for the writer, not earlier."""
     assert manager._background is not None
     manager._background._news = _Opening(storage)

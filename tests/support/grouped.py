@@ -1,4 +1,4 @@
-"""Runs a function in a process group of its own, and signals the group from outside, as a scheduler does."""
+"""Runs a function in its own process group, and signals the group from another process, as a scheduler does."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 PATIENCE_S = 120.0
 
 Wait = Callable[[], None]
-"""Waits until the signal has been sent; a second call, and one where none is sent, returns at once."""
+"""Waits until the signal was sent. A second call, or a call without a signal, returns at once."""
 
 
 def in_group(
     function: Callable[..., Any], *args: Any, number: int | None = signal.SIGTERM, start: str = "forkserver"
 ) -> tuple[int, Any]:
-    """Call ``function(wait, *args)``, and signal its group once it waits; return the exit code and what it returned.
+    """Call ``function(wait, *args)``, signal its group once it waits, and return its exit code and result.
 
-    The signal comes from another process than the parent of the workers that the function starts, and the group is not
-    the test's own. With ``start="fork"`` what the test has imported is there at once.
+    The signal does not come from the parent of the workers that the function starts, and the group is not the test's.
+    With ``start="fork"`` the modules of the test need not be imported again.
     """
     context: Any = multiprocessing.get_context(start)
     ours, theirs = context.Pipe()

@@ -1,6 +1,6 @@
-"""Kills a Trainer at every change that its sixth step's save makes on the disk, and lets another one resume.
+"""Kills a Trainer at every n-th change that its sixth step's save makes on the disk, and resumes with another one.
 
-One process imports everything; each training is a fork of it. Prints a line of JSON per kill: of every n-th.
+One process imports everything, and each training is a fork of it. It prints a line of JSON for each kill.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 from hf_tiny import At, make_trainer, weights_of
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 
@@ -25,11 +25,11 @@ POLICY = Policy(EverySteps(3), [KeepLast(1)], last="link")
 KILLED = 9
 CALLS = {"open", "mkdir", "write", "close", "rename", "replace", "unlink", "rmdir", "symlink", "link", "__exit__"}
 CALLS |= {"serialize_file", "write_record", "write_end_of_file", "remove", "flush", "writelines"}
-"""C functions that may change what is on the disk."""
+"""C functions that may change files."""
 
 
 class KillAt(TrainerCallback):
-    """Ends the process when the files have changed for the n-th time since the save was begun."""
+    """Ends the process when the files have changed for the n-th time since the save began."""
 
     def __init__(self, directory: Path, count: int) -> None:
         self.directory, self.left, self.seen = directory, count, snapshot(directory)
@@ -52,7 +52,7 @@ class KillAt(TrainerCallback):
 
 
 def snapshot(directory: Path) -> dict[str, int]:
-    """Return the size of each file; a folder or link counts too."""
+    """Return the size of each file, folder and link."""
     found = {}
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
@@ -78,9 +78,16 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def train(directory: Path, attached: bool, report: Path, *killing: TrainerCallback) -> None:
-    """Train to the end, resuming if there is anything, and report how it went."""
+    """Train to the end, from the newest checkpoint if there is one, and report the result."""
     warnings.simplefilter("ignore")
     trainer = make_trainer(directory, POLICY, attached=attached, max_steps=9, callbacks=killing)
+    result = resumed(trainer, directory)
+    kept = sorted(record.name for record in CheckpointManager(directory).records)
+    report.write_text(json.dumps({**result, "kept": kept}))
+
+
+def resumed(trainer: Trainer, directory: Path) -> dict[str, Any]:
+    """Train from the newest checkpoint, and return the step where it began and a digest of its weights."""
     begins: list[int] = []
 
     class Begins(TrainerCallback):
@@ -90,13 +97,11 @@ def train(directory: Path, attached: bool, report: Path, *killing: TrainerCallba
     trainer.add_callback(Begins())
     trainer.train(resume_from_checkpoint=bool(list(directory.glob("checkpoint-*"))))
     weights = b"".join(tensor.numpy().tobytes() for tensor in weights_of(trainer).values())
-    kept = sorted(record.name for record in CheckpointManager(directory).records)
-    result = {"begin": begins[0], "weights": xxhash.xxh3_128_hexdigest(weights), "kept": kept}
-    report.write_text(json.dumps(result))
+    return {"begin": begins[0], "weights": xxhash.xxh3_128_hexdigest(weights)}
 
 
 def tear(directory: Path) -> bool:
-    """Cut in half what was written last and is not on record, as a kill within the writer's own code would."""
+    """Truncate the last written file without a record to half, as a kill within the writer's own code would."""
     torn = directory / "checkpoint-6"
     if not torn.is_dir() or (directory / ".checkpointer/records/checkpoint-6.json").exists():
         return False
@@ -108,7 +113,7 @@ def tear(directory: Path) -> bool:
 
 
 def kill_and_resume(base: Path, attached: bool, count: int, torn: bool) -> dict[str, Any] | None:
-    """Return how the resume went; None if the save was over before the kill, or there was nothing to tear."""
+    """Return the result of the resume; None if the save ended before the kill, or no file could be truncated."""
     directory = base.with_name(f"{base.name}-{count}-{torn}")
     shutil.copytree(base, directory, symlinks=True)
     report = directory.with_suffix(".json")
@@ -135,7 +140,7 @@ def main(folder: str, how: str, every: str, first: str = "1") -> None:
     print(json.dumps(json.loads(report.read_text())), flush=True)
     assert KILLED == forked(lambda: train(base, attached, report, At(3, lambda: os._exit(KILLED))))
     for torn in (False,) if attached else (False, True):
-        # Twice as many points of the one, which is what a kill leaves, as of the other.
+        # Torn files are tried half as often, because a kill leaves whole writes more often.
         step = int(every) * (1 + torn)
         count = int(first)
         while (result := kill_and_resume(base, attached, count, torn)) is not None:

@@ -1,44 +1,55 @@
-"""A little training that `test_kill.py` kills: its state is a counter, and it prints each step it was acknowledged."""
+"""A small training that `test_kill.py` kills: its state is a counter, and it prints each acknowledged step."""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Listener, Policy, Record
 from support.plain_format import PlainFormat
 
 
-class Acknowledged(Listener):
-    """In the background a save is acknowledged by this call."""
+def new_state() -> dict[str, Any]:
+    """Return a state of 100 kB before its first step."""
+    return {"step": 0, "filler": "x" * 100_000}
+
+
+def report(*parts: object) -> None:
+    """Print a line in one piece, so that a kill does not cut it."""
+    os.write(1, (" ".join(map(str, parts)) + "\n").encode())
+
+
+def train_until_killed(manager: CheckpointManager, state: dict[str, Any], *, reports: bool = True) -> NoReturn:
+    """Restore, and then save each step; report each acknowledged one, unless a listener does."""
+    if (restored := manager.restore()) is not None:
+        state.update(restored.state)
+    report("restored", state["step"])
+    while True:
+        step = state["step"] = state["step"] + 1
+        if manager.observe({"loss": (step * 7919) % 101}, step=step, epoch=0, epoch_end=False) and reports:
+            report("saved", step)
+
+
+class Reporting(Listener):
+    """Reports a save in the background, which this call acknowledges."""
 
     def on_saved(self, record: Record) -> None:
-        print("saved", record.step, flush=True)
+        report("saved", record.step)
 
 
-def main() -> None:
-    """Train on until killed."""
-    state: dict[str, Any] = {"step": 0, "filler": "x" * 100_000}
-    policy = Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")], last=sys.argv[2], best="link")  # type: ignore[arg-type]
-    background = sys.argv[3:] == ["background"]
+def main(directory: str, last: Any, *how: str) -> None:
+    state, background = new_state(), how == ("background",)
     manager = CheckpointManager(
-        sys.argv[1],
-        policy,
+        directory,
+        Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")], last=last, best="link"),
         state=lambda: state,
         format=PlainFormat(),
-        listeners=[Acknowledged()] if background else [],
+        listeners=[Reporting()] if background else [],
         background="wait" if background else None,
     )
-    restored = manager.restore()
-    if restored is not None:
-        state = restored.state
-    print("restored", state["step"], flush=True)
-    while True:
-        step = state["step"] + 1
-        state["step"] = step
-        if manager.observe({"loss": (step * 7919) % 101}, step=step, epoch=0, epoch_end=False) and not background:
-            print("saved", step, flush=True)
+    train_until_killed(manager, state, reports=not background)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""A folder with one file, ``disk.img``, that logs each write and flush it gets: ``logdisk.py MOUNTPOINT IMAGE LOG``."""
+"""Mounts a folder with one file, ``disk.img``, and logs its writes and flushes: ``logdisk.py MOUNTPOINT IMAGE LOG``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "/disk.img"
 
 
 def events(log: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield where each write ends in the log, and what it wrote where; flushes are left out."""
+    """Yield for each write the position of its end in the log, its offset and its data; flushes are omitted."""
     data = log.read_bytes()
     position = 0
     while position < len(data):

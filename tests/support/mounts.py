@@ -1,4 +1,4 @@
-"""Real filesystems for tests: each is mounted below the test's own folder, and unmounted whatever happens."""
+"""Real filesystems for tests. Each is mounted below the test's own folder, and always unmounted."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
+from support.servers.fixtures import lacks
 
 MIB = 1 << 20
 Mount = Callable[[Path], contextlib.AbstractContextManager[Path]]
 
 
-def is_required(part: str) -> bool:
-    """Return whether ``CHECKPOINTER_REQUIRE`` (comma separated) says that a missing part is a failure, not a skip."""
-    return part in os.environ.get("CHECKPOINTER_REQUIRE", "").split(",")
-
-
 def need(*programs: str, fuse: bool = False, loop: bool = False, part: str = "mounts") -> None:
-    """Skip the test, or fail it where ``part`` is required, unless these programs run here as root."""
+    """Skip the test, or fail it if ``part`` is required, unless these programs can run here as root."""
     missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
     if os.geteuid() != 0:
         missing.append("root")
@@ -32,18 +27,16 @@ def need(*programs: str, fuse: bool = False, loop: bool = False, part: str = "mo
 
 
 def give_up(missing: list[str], part: str = "mounts") -> None:
-    """Skip the test if anything is missing; fail it where ``part`` is required."""
-    if missing and is_required(part):
-        pytest.fail(f"CHECKPOINTER_REQUIRE names {part}, and this machine lacks {', '.join(missing)}")
+    """Skip the test if a part is missing; fail it if ``part`` is required."""
     if missing:
-        pytest.skip(f"this machine lacks {', '.join(missing)}")
+        lacks(part, f"this machine lacks {', '.join(missing)}")
 
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
 def sh(*command: object) -> str:
-    """Run a program, and return what it prints; an error shows what it said."""
+    """Run a program and return its output; a failure shows its messages."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env={**os.environ, "PATH": _PATH}
     )
@@ -52,7 +45,7 @@ def sh(*command: object) -> str:
 
 
 def _mount(*command: object) -> None:
-    """Mount; a kernel or container that refuses it lacks the part as well."""
+    """Mount. If the kernel or container refuses it, the part counts as missing."""
     try:
         sh(*command)
     except AssertionError as error:
@@ -60,7 +53,7 @@ def _mount(*command: object) -> None:
 
 
 def unmount(target: Path) -> None:
-    """Unmount; if something still looks at it for a moment, wait, and in the end detach it all the same."""
+    """Unmount. If the mount is in use, try again for 10 s, and then detach it."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -107,7 +100,7 @@ def tmpfs(base: Path, size: int = 64 * MIB) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def loop(base: Path, kind: str, size: int) -> Iterator[Path]:
-    """Mount a fresh image of its own through a loop device, which goes when it is unmounted; it is held in memory."""
+    """Mount a new image, which is held in memory, through a loop device."""
     need("mount", "losetup", f"mkfs.{kind}", loop=True)
     with tmpfs(base / f"{kind}-memory", 2 * size) as memory:
         disk = image(memory / "disk.img", kind, size)
@@ -121,13 +114,13 @@ def ext4(base: Path, size: int = 64 * MIB) -> contextlib.AbstractContextManager[
 
 
 def xfs(base: Path, size: int = 320 * MIB) -> contextlib.AbstractContextManager[Path]:
-    """Mount an XFS of ``size`` bytes; it takes no less than 300 MiB."""
+    """Mount an XFS of ``size`` bytes, at least 300 MiB."""
     return loop(base, "xfs", size)
 
 
 @contextlib.contextmanager
 def read_only(folder: Path, base: Path) -> Iterator[Path]:
-    """Show a folder under another path, where nothing can be written."""
+    """Mount a folder under another path, read-only."""
     need("mount")
     with mounted(base / "read-only", "mount", "--bind", folder, base / "read-only") as path:
         sh("mount", "-o", "remount,ro,bind", path)
@@ -136,7 +129,7 @@ def read_only(folder: Path, base: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def bindfs(base: Path, *options: str) -> Iterator[Path]:
-    """Show a folder through FUSE, with something refused, such as ``--chmod-deny``."""
+    """Mount a folder through FUSE, with ``options`` that refuse requests, such as ``--chmod-deny``."""
     need("bindfs", "mount", fuse=True)
     source = base / "source"
     source.mkdir(parents=True, exist_ok=True)
@@ -145,13 +138,13 @@ def bindfs(base: Path, *options: str) -> Iterator[Path]:
 
 
 def no_chmod(base: Path) -> contextlib.AbstractContextManager[Path]:
-    """Mount what refuses chmod and chown."""
+    """Mount a filesystem that refuses chmod and chown."""
     return bindfs(base, "--chmod-deny", "--chown-deny")
 
 
 @contextlib.contextmanager
 def _by_fuse(base: Path, kind: str, driver: str, size: int) -> Iterator[Path]:
-    # NTFS adds little to the others: it is tried where it is there.
+    # NTFS adds little to the others, so it is a part of its own.
     need(driver, f"mkfs.{kind}", "losetup", "mount", fuse=True, loop=True, part="ntfs" if kind == "ntfs" else "mounts")
     disk = base / f"{kind}.img"
     disk.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +160,7 @@ def _by_fuse(base: Path, kind: str, driver: str, size: int) -> Iterator[Path]:
 
 
 def exfat(base: Path, size: int = 64 * MIB) -> contextlib.AbstractContextManager[Path]:
-    """Mount an exFAT: names differ by more than case, there are no links, and times are whole seconds."""
+    """Mount an exFAT: it ignores case, has no links, and stores times in whole seconds."""
     return _by_fuse(base, "exfat", "mount.exfat-fuse", size)
 
 
@@ -178,7 +171,7 @@ def ntfs(base: Path, size: int = 64 * MIB) -> contextlib.AbstractContextManager[
 
 @contextlib.contextmanager
 def filled(folder: Path, leave: int) -> Iterator[None]:
-    """Fill the filesystem of ``folder`` until about ``leave`` bytes can still be written; then free it again."""
+    """Fill the filesystem of ``folder`` except for about ``leave`` bytes, and free it again afterwards."""
     ballast = folder / "ballast"
     try:
         with open(ballast, "wb", buffering=0) as stream:

@@ -11,7 +11,7 @@ from checkpointer.ports import Writable
 
 
 class PlainFormat:
-    """JSON, written in several chunks so that a crash can fall between them."""
+    """JSON in several chunks, so that a crash can happen between them."""
 
     name = "plain"
     extension = ".ckpt"

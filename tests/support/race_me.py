@@ -1,4 +1,4 @@
-"""One of several trainings that race for the same names, see `test_races.py`; prints what it was acknowledged."""
+"""One of several trainings that race for the same names, see `test_races.py`. It prints its acknowledged saves."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from support.plain_format import PlainFormat
 
 
 def main() -> None:
-    """Save the same steps as everybody else, as soon as told to."""
+    """Wait for a line on stdin, and save the same steps as the other trainings."""
     url, options, writer, steps = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     warnings.simplefilter("ignore")
     state = {"writer": writer, "filler": "x" * 5000}
     policy = Policy(EverySteps(1), [KeepAll()], name="{step}")
-    # Nobody gives a name of his own to what is taken: then there is a race to lose.
+    # Without versions a taken name is not replaced by another one, so a training can lose the race.
     policy = attrs.evolve(policy, name=attrs.evolve(policy.name, version_counter=sys.argv[5] == "versions"))
     remote = "://" in url
     manager = CheckpointManager(

@@ -1,6 +1,6 @@
-"""Trainings of two ranks over gloo, each rank a fork of one process that has imported everything.
+"""Trainings of two ranks over gloo. Each rank is a fork of one process that has imported everything.
 
-Prints a line of JSON per training: how each rank ended, and what it says.
+It prints a line of JSON for each training: how each rank ended, and its result.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -18,27 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from hf_tiny import At, Text, folders, make_trainer, weights_of
+from hf_tiny import At, Text, folders, make_trainer
 from transformers import TrainerCallback
 
 from checkpointer import CheckpointManager, EverySeconds, EverySteps, KeepBest, KeepLast, Policy
+from support.kill_hf import resumed
+from support.servers.processes import free_ports
 
 POLICY = Policy(EverySteps(3), [KeepBest(1, "eval_loss", mode="min"), KeepLast(2)], last="link", best="link")
 WORLD = 2
 DEAD = 9
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def in_ranks(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run ``work`` on each rank, and return what it returned with how and when its process ended."""
-    port, began = free_port(), time.monotonic()
+    """Run ``work`` on each rank, and return its results, exit statuses and durations."""
+    [port], began = free_ports(1), time.monotonic()
     pids = {}
     for rank in range(WORLD):
         pid = os.fork()
@@ -50,11 +43,11 @@ def in_ranks(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[s
         pid, status = os.wait()
         rank = pids.pop(pid)
         report = folder / f"{rank}.json"
-        said = json.loads(report.read_text()) if report.exists() else {}
+        result = json.loads(report.read_text()) if report.exists() else {}
         report.unlink(missing_ok=True)
-        results[rank] = {**said, "status": os.waitstatus_to_exitcode(status), "took": time.monotonic() - began}
+        results[rank] = {**result, "status": os.waitstatus_to_exitcode(status), "took": time.monotonic() - began}
         if results[rank]["status"] == DEAD:
-            for other in pids:  # As a launcher does once a rank is dead.
+            for other in pids:  # A launcher does the same once a rank is dead.
                 os.kill(other, signal.SIGKILL)
     return results
 
@@ -85,8 +78,7 @@ def _be(rank: int, port: int, work: Callable[[int], dict[str, Any]], folder: Pat
 def train(
     directory: Path, *callbacks: TrainerCallback, policy: Policy | None = POLICY, **changes: Any
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint, and say how it went."""
-    begins: list[int] = []
+    """Train from the newest checkpoint, and return the result."""
     trainer = make_trainer(
         directory,
         policy,
@@ -96,24 +88,13 @@ def train(
         eval_steps=3,
         **changes,
     )
-
-    class Begins(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            begins.append(state.global_step)
-
-    trainer.add_callback(Begins())
-    trainer.train(resume_from_checkpoint=bool(list(directory.glob("checkpoint-*"))))
-    weights = b"".join(tensor.numpy().tobytes() for tensor in weights_of(trainer).values())
-    return {
-        "begin": begins[0],
-        "step": trainer.state.global_step,
-        "best": [trainer.state.best_global_step, trainer.state.best_model_checkpoint, trainer.state.best_metric],
-        "weights": xxhash.xxh3_128_hexdigest(weights),
-    }
+    result, state = resumed(trainer, directory), trainer.state
+    best = [state.best_global_step, state.best_model_checkpoint, state.best_metric]
+    return {**result, "step": state.global_step, "best": best}
 
 
 class SlowOrDead(TrainerCallback):
-    """Makes rank 1 write its random state late, or die before it does."""
+    """Lets rank 1 write its random state late, or die before."""
 
     def __init__(self, rank: int, *, dies_at: int = -1) -> None:
         self.rank, self.dies_at, self.save = rank, dies_at, torch.save
@@ -125,7 +106,7 @@ class SlowOrDead(TrainerCallback):
     def late(self, step: int, *args: Any, **kwargs: Any) -> None:
         time.sleep(0.3)
         if step == self.dies_at:
-            # Rank 0 is done by now, with everything but what this rank owes it.
+            # Rank 0 has finished everything that does not depend on this rank.
             os._exit(DEAD)
         self.save(*args, **kwargs)
 
@@ -144,7 +125,7 @@ class InEvaluation(TrainerCallback):
 
 
 def raise_it() -> None:
-    """Fail as a training does."""
+    """Raise as a failing training does."""
     raise ZeroDivisionError("on one rank")
 
 

@@ -1,4 +1,4 @@
-"""What the tests on S3 servers look at behind the library's back, and the payloads they send."""
+"""For tests on S3 servers: their own connection, which does not use the library, and large payloads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.plain_format import PlainFormat
 from support.servers.server import Server
 
 LARGE = 17 << 20
-"""More than a part: goes as a multipart upload of two."""
+"""More than one part: it is sent as a multipart upload of two parts."""
 
 
 class LargeFormat(PlainFormat):
-    """The same JSON, with so many spaces behind it that it takes so many bytes."""
+    """The same JSON, followed by spaces up to ``size`` bytes."""
 
     def __init__(self, size: int = LARGE) -> None:
         self.size = size
@@ -34,16 +34,12 @@ def filesystem(server: Server) -> Any:
 def objects(server: Server, url: str) -> dict[str, int]:
     """Return the size of every object below the URL, the hidden ones included."""
     root = url.partition("://")[2]
-    return {name[len(root) + 1 :]: int(info["size"]) for name, info in _found(server, root).items()}
-
-
-def _found(server: Server, root: str) -> dict[str, Any]:
     found: dict[str, Any] = filesystem(server).find(root, detail=True)
-    return found
+    return {name[len(root) + 1 :]: int(info["size"]) for name, info in found.items()}
 
 
 def unfinished(server: Server, url: str) -> list[str]:
-    """Return the keys below the URL of which a multipart upload is open."""
+    """Return the keys of the open multipart uploads below the URL."""
     bucket, _, prefix = url.partition("://")[2].partition("/")
     reply = filesystem(server).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
     return [upload["Key"][len(prefix) + 1 :] for upload in reply.get("Uploads", ())]

@@ -1,6 +1,6 @@
-"""How many of the instants at which a test could strike are tried: all, or every n-th if ``CHECKPOINTER_EVERY`` says n.
+"""Selects the instants at which a test strikes: all, or every n-th if ``CHECKPOINTER_EVERY`` is n.
 
-CI tries every tenth: which ones changes from day to day, and the report's head says how to try the same again.
+CI tries every tenth. The selection changes each day, and the head of the report says how to repeat it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ FIRST = int(os.environ.get("CHECKPOINTER_FIRST", time.time() // 86_400)) % EVERY
 
 
 def instants(stop: int, step: int = 1) -> range:
-    """Return the numbers from 1 up to, not including, ``stop`` that are to be tried; ``step`` apart if all are."""
+    """Return the selected numbers from 1 to ``stop`` (exclusive), which are ``step`` apart if all are selected."""
     return range(1 + FIRST * step, stop, EVERY * step) if stop > 1 + FIRST * step else range(1, stop)
 
 
 def some(count: int) -> int:
-    """Return how many of so many random instants are tried."""
+    """Return how many of ``count`` random instants are tried."""
     return max(1, count // EVERY)
 
 
 def described() -> str:
-    """Say which instants are tried, for the head of the report."""
+    """Return the line about the selection, for the head of the report."""
     if EVERY == 1:
         return "instants: all"
     return f"instants: every {EVERY}th (again with CHECKPOINTER_EVERY={EVERY} CHECKPOINTER_FIRST={FIRST})"

@@ -1,4 +1,4 @@
-"""A schedule-free optimizer in a few lines: the model has the weights of training, or those that are measured."""
+"""A small schedule-free optimizer: the model has either the weights of training, or those of evaluation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["ScheduleFree"]
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """Gradients are taken at y, between z, which they move, and x, the average of all z, which is the result."""
+    """Gradients at y move z. The result x is the average of all z, and y lies between x and z."""
 
     def __init__(self, parameters: Iterable[torch.Tensor], lr: float = 0.1) -> None:
         super().__init__(parameters, {"lr": lr, "beta": 0.5, "count": 0, "train_mode": False})
 
     def train(self) -> None:
-        """Have y in the model."""
+        """Put y into the model."""
         self._swap(True, lambda group: 1 - group["beta"])
 
     def eval(self) -> None:
-        """Have x in the model."""
+        """Put x into the model."""
         self._swap(False, lambda group: 1 - 1 / group["beta"])
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A training whose state is spread over several processes."""
+"""A training whose state is sharded over several processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Training:
-    """A sharded net (FSDP2) and its optimizer; every rank sees the same batches."""
+    """A sharded net (FSDP2) and its optimizer; every rank gets the same batches."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -41,6 +41,6 @@ class Training:
         self.step = state["step"]
 
     def whole(self) -> list[list[float]]:
-        """Return all parameters, whole, on every rank."""
+        """Return all parameters, unsharded, on every rank."""
         tensors = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         return [tensor.flatten().tolist() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Runs a function in several real processes that can talk (gloo), and returns what each of them returned."""
+"""Runs a function in several processes with a process group (gloo), and returns the result of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE_S = 120.0
 
 
 class DiedError(Exception):
-    """A process ended without a word."""
+    """A process ended without a result."""
 
 
 def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

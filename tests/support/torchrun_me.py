@@ -1,4 +1,4 @@
-"""A training that torchrun starts: of a plain loop or of a Trainer. Each rank writes down where it begins and is."""
+"""A training for torchrun, by a plain loop or a Trainer. Each rank writes its first step and its progress to files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCHES = 16
 
 
 class Notes:
-    """What this rank writes down."""
+    """The files that this rank writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rank, self.steps = folder, os.environ["RANK"], 0
@@ -38,7 +38,7 @@ class Notes:
 
 
 def train_loop(directory: Path, steps: int, notes: Notes) -> None:
-    """Train up to the end of the epoch that this step is in."""
+    """Train to the end of the epoch that contains this step."""
     import torch
     import torch.distributed as dist
     from checkpointer_torch import Loop
@@ -63,7 +63,7 @@ def train_loop(directory: Path, steps: int, notes: Notes) -> None:
 
 
 def train_trainer(directory: Path, steps: int, notes: Notes) -> None:
-    """Train up to this step, without an evaluation."""
+    """Train to this step, without an evaluation."""
     from hf_tiny import make_trainer
     from transformers import TrainerCallback
 

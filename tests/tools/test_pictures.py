@@ -139,7 +139,7 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
         report(story_of_records(evil, manifest([record(evil, reason=evil, metrics={"loss": 1.0})])), path)
         page.open(path)
         assert (evil, 0) == (page.run("title.textContent"), page.run("document.querySelectorAll('img').length"))
-        assert [] == page.said
+        assert [] == page.errors
 
 
 # The commands

@@ -1,7 +1,7 @@
-"""Real servers for tests: started on free ports of this machine, in a temp folder, and killed by their pid.
+"""Real servers for tests. They run on free ports of this machine, in a temporary folder, and are killed by their pid.
 
-A test asks the session fixture ``serve`` for one by name, such as ``serve("s3").fresh()``; a test that kills its server
-starts one of its own, ``with running(SeaweedFS, tmp_path) as server``.
+A test gets a server by name from the session fixture ``serve``, such as ``serve("s3").fresh()``. A test that kills its
+server starts its own, ``with running(SeaweedFS, tmp_path) as server``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from support.servers.server import Server
 PROGRAM = Path(__file__).resolve().parents[3] / ".servers/node_modules/.bin/azurite-blob"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Not a secret: every Azurite has this account, unless told otherwise."""
+"""Not a secret: every Azurite has this account by default."""
 CONTAINER = "container"
 
 

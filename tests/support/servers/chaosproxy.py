@@ -1,4 +1,4 @@
-"""A TCP proxy that does to a connection what networks and servers do, when a test says so."""
+"""A TCP proxy that breaks connections in the ways that networks and servers do, when a test says so."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ CHUNK = 64 * 1024
 
 @attrs.frozen(eq=False)
 class Pass:
-    """Let everything through."""
+    """Forward everything."""
 
 
 @attrs.frozen(eq=False)
 class Refuse:
-    """Be gone: open connections are reset, new ones are refused."""
+    """Reset open connections, and refuse new ones."""
 
 
 @attrs.frozen(eq=False)
 class Reset:
-    """Reset every connection as soon as it says something."""
+    """Reset every connection at its first byte."""
 
 
 @attrs.frozen(eq=False)
 class Cut:
-    """Reset the connection on which so many bytes have passed since the plan was set; so many times."""
+    """Reset a connection after a number of bytes since the plan was set; ``times`` times."""
 
     up: int | None = None
     """Bytes to the server."""
@@ -43,48 +43,48 @@ class Cut:
 
 @attrs.frozen(eq=False)
 class Stall:
-    """Forward nothing more and close nothing, until there is another plan."""
+    """Forward and close nothing until the plan changes."""
 
 
 @attrs.frozen(eq=False)
 class Delay:
-    """Hold each chunk up for so many seconds."""
+    """Delay each chunk by ``seconds``."""
 
     seconds: float
 
 
 @attrs.frozen(eq=False)
 class LoseReply:
-    """Let HTTP requests through whose head matches, and reset the connection instead of delivering the reply.
+    """Forward an HTTP request whose head matches, and reset the connection when the reply comes.
 
-    The server has applied such a request, and its client cannot know. Heads are matched by ``re.search``.
+    The server has applied the request, and its client does not know. Heads are matched by ``re.search``.
     """
 
     head: bytes
     nth: int = 1
-    """The first of them that is hit, from 1."""
+    """Number of the first matching request that is hit, from 1."""
     times: int = 1
 
 
 @attrs.frozen(eq=False)
 class Answer:
-    """Answer HTTP requests whose head matches with an error, and keep them from the server."""
+    """Answer HTTP requests whose head matches with an error, and do not forward them."""
 
     head: bytes
     status: int = 503
     code: str = "SlowDown"
-    """What S3 calls it."""
+    """S3's name for the error."""
     times: int = 1
 
 
 @attrs.frozen(eq=False)
 class CutRequest:
-    """Reset the connection so many bytes into the body of HTTP requests whose head matches."""
+    """Reset the connection after ``body`` bytes of the body of an HTTP request whose head matches."""
 
     head: bytes
     body: int = 0
     nth: int = 1
-    """The first of them that is hit, from 1."""
+    """Number of the first matching request that is hit, from 1."""
     times: int = 1
 
 
@@ -92,12 +92,12 @@ Plan: TypeAlias = Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answ
 
 
 class ChaosProxy:
-    """Stands in front of a server on 127.0.0.1: ``with ChaosProxy(server.port) as proxy: proxy.plan = Refuse()``.
+    """A proxy for a server on 127.0.0.1: ``with ChaosProxy(server.port) as proxy: proxy.plan = Refuse()``.
 
     Attributes:
-        port: Where it listens.
-        requests: First lines of the HTTP requests that came, the answered ones too.
-        hits: How often a plan has struck since it was set: assert on it, else a test may pass for having missed.
+        port: The proxy's port.
+        requests: First lines of all HTTP requests, including those that the proxy answers.
+        hits: How often the plan was applied since it was set. A test must check it, to be sure that a fault happened.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -109,7 +109,7 @@ class ChaosProxy:
         self._links: set[_Link] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
-        # Bound and never listening: it keeps the port while connections are refused.
+        # It is bound but never listens, to reserve the port while connections are refused.
         self._reserved = _bound(0)
         self.port: int = self._reserved.getsockname()[1]
         self.requests: list[str] = []
@@ -127,7 +127,7 @@ class ChaosProxy:
 
     @property
     def plan(self) -> Plan:
-        """What is done from now on, to open connections as well."""
+        """The plan for all connections, open ones included."""
         return self._plan
 
     @plan.setter
@@ -145,17 +145,17 @@ class ChaosProxy:
         elif self._listener is None:
             self._listen()
 
-    # What the links ask
+    # Called by the links
 
     def wait_while_stalled(self, link: _Link) -> None:
-        """Return once there is another plan, or the link is gone."""
+        """Return once the plan changes, or the link is reset."""
         with self._changed:
             if isinstance(self._plan, Stall):
                 self.hits += 1
             self._changed.wait_for(lambda: not isinstance(self._plan, Stall) or link.is_reset)
 
     def strikes(self, *, head: bytes) -> Plan | None:
-        """Return the plan if it strikes the request, and count it."""
+        """Return the plan if it applies to the request, and count it."""
         with self._lock:
             self.requests.append(head.partition(b"\r\n")[0].decode("latin-1"))
             plan = self._plan
@@ -169,7 +169,7 @@ class ChaosProxy:
             return plan
 
     def room(self, link: _Link, wanted: int, *, up: bool) -> int | None:
-        """Return how many of the bytes pass before the cut, or None if there is none here; count them."""
+        """Return how many of the bytes pass before the cut, or None if they are not cut; count them."""
         with self._lock:
             plan = self._plan
             passed = link.up if up else link.down
@@ -187,7 +187,7 @@ class ChaosProxy:
             return max(0, limit - passed)
 
     def delay(self) -> None:
-        """Wait as the plan says; another plan ends it."""
+        """Wait for the plan's delay, or until the plan changes."""
         with self._changed:
             plan = self._plan
             if isinstance(plan, Delay):
@@ -195,7 +195,7 @@ class ChaosProxy:
                 self._changed.wait_for(lambda: self._plan is not plan, timeout=plan.seconds)
 
     def forget(self, link: _Link) -> None:
-        """Stop keeping a link that has ended."""
+        """Remove a link that has ended."""
         with self._lock:
             self._links.discard(link)
 
@@ -209,7 +209,7 @@ class ChaosProxy:
     def _close_listener(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
-            # close() alone would leave the thread in its accept().
+            # close() alone does not end an accept() in the other thread.
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
@@ -227,7 +227,7 @@ class ChaosProxy:
                 continue
             server.settimeout(None)
             for side in (client, server):
-                # Else each small packet waits for the answer to the one before.
+                # Otherwise each small packet waits for the acknowledgement of the one before.
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = _Link(self, client, server)
             with self._lock:
@@ -245,7 +245,7 @@ class ChaosProxy:
 
 
 class _Link:
-    """One connection of a client, and the one to the server that belongs to it."""
+    """A client's connection, and the matching connection to the server."""
 
     def __init__(self, proxy: ChaosProxy, client: socket.socket, server: socket.socket) -> None:
         self._proxy = proxy
@@ -264,7 +264,7 @@ class _Link:
             if self.is_reset or self._pumps == 0:
                 return
             self.is_reset = True
-        # The other pump may be in a recv() that close() does not end; shutdown() does, and would send a FIN first.
+        # close() does not end a recv() in the other pump. shutdown() does, but without SO_LINGER it would send a FIN.
         for side in (self._client, self._server):
             _linger_none(side)
         with self._proxy._changed:
@@ -274,7 +274,7 @@ class _Link:
                 side.shutdown(socket.SHUT_RD)
 
     def pump_up(self) -> None:
-        """Forward what the client says, request by request if it speaks HTTP."""
+        """Forward the client's bytes; if it uses HTTP, request by request."""
         with self._ending(self._server), self._client.makefile("rb") as stream:
             if re.match(rb"[A-Z]{3,8} ", stream.peek(9)) is None:
                 while data := stream.read1(CHUNK):
@@ -300,11 +300,11 @@ class _Link:
                     return
 
     def pump_down(self) -> None:
-        """Forward what the server says."""
+        """Forward the server's bytes."""
         with self._ending(self._client):
             while data := self._server.recv(CHUNK):
                 if self._loses_reply:
-                    # "100 Continue" only asks for the body: the request is not applied yet.
+                    # "100 Continue" only requests the body; the server has not applied the request yet.
                     interim, data = _split_interim(data)
                     if interim:
                         self._send(interim, up=False)
@@ -327,7 +327,7 @@ class _Link:
 
     def _answer(self, plan: Answer, head: bytes, stream: IO[bytes]) -> None:
         if b"expect: 100-continue" not in head.lower():
-            # Closing with a part of the request unread would send a RST, and the client would not see the answer.
+            # If a part of the request stays unread, closing sends a RST, and the client does not get the answer.
             for _ in _read_body(head, stream):
                 pass
         body = f'<?xml version="1.0"?><Error><Code>{plan.code}</Code><Message>by plan</Message></Error>'.encode()

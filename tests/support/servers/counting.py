@@ -1,4 +1,4 @@
-"""Counts what goes to an S3 server, in front of it: requests by what they are, and bytes."""
+"""A proxy for an S3 server that counts requests by kind, and bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS: Final = (
 
 
 class CountingProxy(ChaosProxy):
-    """Lets everything through."""
+    """Forwards everything."""
 
     def __init__(self, upstream: int) -> None:
         super().__init__(upstream)
@@ -31,7 +31,7 @@ class CountingProxy(ChaosProxy):
         return self
 
     def start(self) -> None:
-        """Count from here."""
+        """Reset the counts."""
         self.kinds: Counter[str] = Counter()
         self.sent = 0
 

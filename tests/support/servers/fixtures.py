@@ -1,4 +1,4 @@
-"""The session fixture that hands out servers, and what happens where one is not installed."""
+"""The session fixture that starts servers, and skips tests if a server is not installed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Serve: TypeAlias = Callable[[str], Server]
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Return a function that gives the server of a name, started when it is first asked for; else skip, see `lacks`."""
+    """Return a function that returns the server of a name, started at its first use. If it is missing, see `lacks`."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers have folders of their own in one that they share.
+        # The workers' folders have one parent in common.
         folder = folder.parent
     failures: dict[str, Exception] = {}
     with contextlib.ExitStack() as stack:
@@ -39,7 +39,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
                 kind.prepare_client()
                 return stack.enter_context(shared(kind, folder / "servers" / name))
             except Exception as error:
-                # Not tried, and waited for, again by each test.
+                # The next test gets this error at once.
                 failures[name] = error
                 raise
 
@@ -47,9 +47,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 
 def lacks(part: str, reason: str) -> NoReturn:
-    """Skip the test for want of a part; fail it where the environment's ``CHECKPOINTER_REQUIRE`` names the part.
+    """Skip the test because a part is missing; fail it if ``CHECKPOINTER_REQUIRE`` names the part.
 
-    Example: ``CHECKPOINTER_REQUIRE=s3,sftp`` makes sure that a run which is meant to use these servers does.
+    Example: with ``CHECKPOINTER_REQUIRE=s3,sftp`` a test run fails if one of these servers is not installed.
     """
     if part in os.environ.get("CHECKPOINTER_REQUIRE", "").replace(",", " ").split():
         pytest.fail(f"{part} is in CHECKPOINTER_REQUIRE, but {reason}", pytrace=False)

@@ -13,7 +13,7 @@ from support.servers.server import Server
 
 BUCKET = "bucket"
 
-# Before anybody imports gcsfs; else it asks for a minute whether the bucket has folders, and no emulator knows.
+# Set before gcsfs is imported. Otherwise it tries for a minute to find out whether the bucket has folders.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 

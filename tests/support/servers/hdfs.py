@@ -1,4 +1,4 @@
-"""Hadoop's NameNode and DataNode, by its native protocol and by WebHDFS; the jars are those of pyspark 2.4.8."""
+"""Hadoop's NameNode and DataNode, by its native protocol and by WebHDFS. The jars come from pyspark 2.4.8."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Hdfs(Server):
     def missing(cls) -> str | None:
         jars = os.environ.get("CHECKPOINTER_HADOOP", "")
         if not jars:
-            return "CHECKPOINTER_HADOOP names no folder of jars; run: CHECKPOINTER_WITH_HDFS=1 .ci/install-servers"
+            return (
+                "CHECKPOINTER_HADOOP is not set to a folder of jars; run: CHECKPOINTER_WITH_HDFS=1 .ci/install-servers"
+            )
         if not list(Path(jars).glob("hadoop-hdfs-*.jar")):
             return f"CHECKPOINTER_HADOOP is {jars}, and no hadoop-hdfs-*.jar is in there"
         absent = [name for name in DEBIAN_JARS if not _debian_jar(name).exists()]
@@ -48,7 +50,7 @@ class Hdfs(Server):
     def prepare_client(cls) -> None:
         from hdfs_native.fsspec import HdfsFileSystem
 
-        # fsspec's own driver of this name wants a libhdfs.so, which comes with a whole Hadoop only.
+        # fsspec's own driver of this name needs a libhdfs.so, which only a complete Hadoop has.
         fsspec.register_implementation("hdfs", HdfsFileSystem, clobber=True)
 
     @classmethod
@@ -72,7 +74,7 @@ class Hdfs(Server):
 
     def prepare(self) -> None:
         fs = fsspec.filesystem(self.url.partition("://")[0], skip_instance_cache=True, **self._address())
-        # Fails until the DataNode has registered.
+        # This fails until the DataNode has registered.
         fs.pipe_file("/ready", b"1")
         fs.rm_file("/ready")
 
@@ -124,7 +126,7 @@ def _configure(folder: Path, rpc: int, http: int) -> Path:
         "dfs.datanode.du.reserved": 0,
         "dfs.namenode.datanode.registration.ip-hostname-check": "false",
     }
-    # The web server wants these, even empty.
+    # The web server needs these folders, even if they are empty.
     for name in ("webapps/hdfs", "webapps/datanode"):
         (folder / name).mkdir(parents=True)
     for name, settings in (("core-site.xml", core), ("hdfs-site.xml", hdfs)):
@@ -135,9 +137,9 @@ def _configure(folder: Path, rpc: int, http: int) -> Path:
 
 
 def _java(conf: Path, jars: str) -> list[str]:
-    # Debian's first: Spark brings a newer jersey, which WebHDFS does not understand.
+    # Debian's jars come first, because WebHDFS does not work with Spark's newer jersey.
     path = os.pathsep.join([str(conf), *(str(_debian_jar(name)) for name in DEBIAN_JARS), f"{Path(jars).resolve()}/*"])
-    opened = [word for package in OPENED for word in ("--add-opens", f"{package}=ALL-UNNAMED")]
+    opened = [part for package in OPENED for part in ("--add-opens", f"{package}=ALL-UNNAMED")]
     opened += ["--add-exports", "java.security.jgss/sun.security.krb5=ALL-UNNAMED"]
     options = ["-Xmx384m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true"]
     return [find_program("java") or "java", *options, *opened, "-cp", path]

@@ -1,4 +1,4 @@
-"""Starts a server and waits until it is ready; one for all workers of a test run, or one for a test alone."""
+"""Starts a server and waits until it is ready: one for all workers of a test run, or one for a single test."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ S = TypeVar("S", bound=Server)
 
 DEADLINE_S = 60.0
 ATTEMPTS = 3
-"""A port that was free may be taken by the time the server binds it."""
+"""Another program may take a free port before the server binds it."""
 
 
 @contextlib.contextmanager
 def running(kind: type[S], folder: Path) -> Iterator[S]:
-    """Run a server of a test's own, which it may kill."""
+    """Run a server for one test, which may kill it."""
     with shared(kind, folder / kind.name) as server:
         try:
             yield server
@@ -35,10 +35,10 @@ def running(kind: type[S], folder: Path) -> Iterator[S]:
 
 @contextlib.contextmanager
 def shared(kind: type[S], folder: Path) -> Iterator[S]:
-    """Run one server for every process that names the same folder: the first starts it, and it ends after the last."""
+    """Run one server for all processes with the same folder. The first starts it, and it ends after the last."""
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.json"
-    # Users are counted by shared locks and not by a number: the kernel takes back those of a worker that was killed.
+    # Users are counted by shared locks, because the kernel releases the lock of a killed worker.
     with open(folder / "users", "a") as users, open(folder / "lock", "a") as starting:
         fcntl.flock(starting, fcntl.LOCK_EX)
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -53,7 +53,7 @@ def shared(kind: type[S], folder: Path) -> Iterator[S]:
 
 
 def _known(kind: type[S], state: Path) -> S | None:
-    """Return the server that another process has started, unless it has ended since."""
+    """Return the server that another process has started; None if it has ended."""
     if not state.exists():
         return None
     known = json.loads(state.read_text())
@@ -62,7 +62,7 @@ def _known(kind: type[S], state: Path) -> S | None:
 
 
 def _stop_without(users: Path, pids: Sequence[int]) -> None:
-    """Leave a process behind that kills the server as soon as nobody holds a lock, however they went."""
+    """Start a process that kills the server as soon as its users hold no lock, even if they were killed."""
     groups = " ".join(f"-{pid}" for pid in pids)
     spawn(["flock", "--exclusive", users, "sh", "-c", f"kill -9 {groups}"], users.with_name("stop.log"))
 
@@ -97,7 +97,7 @@ def launch(kind: type[S], folder: Path) -> S:
 
 
 def restart(server: S) -> S:
-    """Kill a server and start it again, as it was, on its ports and its folder; whoever does that has to kill it."""
+    """Kill a server and start it again on its ports and its folder. The caller has to kill the new one."""
     [pid] = server.pids
     process = Path(f"/proc/{pid}")
     command = process.joinpath("cmdline").read_text().split("\0")[:-1]

@@ -1,4 +1,4 @@
-"""Processes that outlive the test process that started them, and the ports they listen on."""
+"""Processes that may run longer than the test process that started them, and their ports."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody listens on."""
+    """Return free ports of 127.0.0.1."""
     with contextlib.ExitStack() as stack:
-        # All at once, so that they differ.
+        # All are bound at once, so that they differ.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
@@ -24,13 +24,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program of this environment or of the system; sbin counts, whoever runs the tests."""
+    """Return the path of a program of this environment or of the system, sbin included."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin"]
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def missing(programs: Sequence[str] = (), modules: Sequence[str] = ()) -> str | None:
-    """Return which of them are not installed and how to get them, or None."""
+    """Return which of them are not installed and how to install them, or None."""
     absent = [name for name in programs if find_program(name) is None]
     absent += [f"Python module {name}" for name in modules if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}; run: make servers" if absent else None
@@ -40,10 +40,10 @@ def spawn(command: Sequence[str | os.PathLike[str]], log: Path, env: Mapping[str
     """Start a program in a process group of its own and return its pid, which is the group's too."""
     program = find_program(os.fspath(command[0]))
     assert program is not None, command[0]
-    # Not by Popen: whoever started a shared server is not who stops it, and Popen warns of children left running.
+    # Not by Popen, because it warns of running children: one process starts a shared server, and another stops it.
     return os.posix_spawn(
         program,
-        [program, *(os.fspath(word) for word in command[1:])],
+        [program, *(os.fspath(part) for part in command[1:])],
         {**os.environ, **(env or {})},
         setsid=True,
         file_actions=[

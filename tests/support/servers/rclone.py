@@ -1,4 +1,4 @@
-"""rclone's S3 server: one of the many that ignore conditional PUT, and have real folders below."""
+"""rclone's S3 server. Like many others it ignores conditional PUT, and stores objects in real folders."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class Rclone(Server):
 
     @property
     def storage_options(self) -> Mapping[str, Any]:
-        # It sends a checksum of the whole file with each part of it.
+        # With each part, rclone sends a checksum of the whole file.
         return {**s3_options(self.port), "config_kwargs": {"response_checksum_validation": "when_required"}}

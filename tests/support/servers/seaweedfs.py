@@ -1,4 +1,4 @@
-"""SeaweedFS: an S3 server that keeps its word, conditional PUT included."""
+"""SeaweedFS, an S3 server that conforms to the protocol, conditional PUT included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY, SECRET, BUCKET = "test-key", "test-secret", "bucket"
 
 
 def s3_options(port: int) -> dict[str, Any]:
-    """Return what a user of s3fs says of a server that is not Amazon's."""
+    """Return the options of s3fs for a server that is not Amazon's."""
     return {
         "key": KEY,
         "secret": SECRET,
@@ -45,7 +45,7 @@ class SeaweedFS(Server):
 
     def prepare(self) -> None:
         fs = fsspec.filesystem("s3", skip_instance_cache=True, **self.storage_options)
-        # The port opens before the filer behind it can take a file.
+        # The port opens before the server can store a file.
         fs.pipe_file(f"{BUCKET}/ready", b"1")
         fs.rm_file(f"{BUCKET}/ready")
 

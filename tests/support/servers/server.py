@@ -1,4 +1,4 @@
-"""A server as its user sees it: the URL and the options that reach it."""
+"""A server as its user sees it: its URL and the options to reach it."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ import attrs
 
 @attrs.frozen
 class Server(abc.ABC):
-    """One server that runs. ``attrs.evolve(server, port=proxy.port)`` is the same one reached through a proxy."""
+    """One running server. ``attrs.evolve(server, port=proxy.port)`` is the same server through a proxy."""
 
     name: ClassVar[str]
-    """What tests and ``CHECKPOINTER_REQUIRE`` call it."""
+    """Its name in tests and in ``CHECKPOINTER_REQUIRE``."""
 
     folder: Path
-    """Where its files, its configuration and its log are."""
+    """Folder of its files, its configuration and its log."""
     port: int
-    """Where it listens on 127.0.0.1."""
+    """Its port on 127.0.0.1."""
     pids: tuple[int, ...]
     """Its process groups."""
 
     @classmethod
     @abc.abstractmethod
     def missing(cls) -> str | None:
-        """Return what is not installed and how to get it, or None."""
+        """Return what is not installed and how to install it, or None."""
 
     @classmethod
     @abc.abstractmethod
     def start(cls, folder: Path) -> Server:
-        """Start it; it need not be ready yet."""
+        """Start the server; it need not be ready yet."""
 
     @classmethod
     def prepare_client(cls) -> None:
-        """Do what a user of this server has to do in his process before he opens the URL."""
+        """Prepare this process to open the URL, as a user of the server has to."""
         return
 
     def prepare(self) -> None:
-        """Make the bucket or share, once the port is open; raise while it cannot be done yet."""
+        """Make the bucket or share, once the port is open; raise if the server is not ready yet."""
         return
 
     @property
     @abc.abstractmethod
     def url(self) -> str:
-        """What a user passes as the directory, without a slash at the end."""
+        """The URL that a user passes as the directory, without a slash at the end."""
 
     @property
     @abc.abstractmethod
     def storage_options(self) -> Mapping[str, Any]:
-        """What a user passes as ``storage_options``."""
+        """The ``storage_options`` that a user passes."""
 
     def fresh(self) -> str:
-        """Return the URL of a folder that nobody has used."""
+        """Return the URL of an unused folder."""
         return f"{self.url}/{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""Samba with a configuration, a password file and a port of its own, by smbprotocol."""
+"""Samba with its own configuration, password file and port, by smbprotocol."""
 
 from __future__ import annotations
 

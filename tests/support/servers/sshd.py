@@ -1,4 +1,4 @@
-"""OpenSSH's server, with keys of its own; by paramiko as ``sftp://``, and by asyncssh as ``ssh://``."""
+"""OpenSSH's server with its own keys, by paramiko as ``sftp://`` and by asyncssh as ``ssh://``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Subsystem sftp internal-sftp
 
 
 class Sftp(Server):
-    """By ``SFTPFileSystem`` of fsspec, which is what ``sftp://`` means until sshfs is installed."""
+    """By ``SFTPFileSystem`` of fsspec, the driver of ``sftp://`` until sshfs is installed."""
 
     name = "sftp"
 
@@ -41,7 +41,7 @@ class Sftp(Server):
 
     @classmethod
     def prepare_client(cls) -> None:
-        # Once sshfs is installed it takes this protocol over: who wants paramiko must say so.
+        # If sshfs is installed, it registers this protocol too, so paramiko must be registered again.
         from fsspec.implementations.sftp import SFTPFileSystem
 
         fsspec.register_implementation("sftp", SFTPFileSystem, clobber=True)
