@@ -78,7 +78,7 @@ def dying(name):
 with make(Path(sys.argv[1])) as manager:
     for name in calls:
         setattr(os, name, dying(name))
-    manager.make_way("step-2")
+    manager.session.make_way("step-2")
     left = 10**9
 """
 
