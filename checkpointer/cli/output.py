@@ -104,5 +104,7 @@ def progress(what: str, total: int) -> Iterator[Bar]:
     """Show how many of so many bytes are done, on a terminal; yields what to tell of more."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    # A bar that was started ends with a newline, even if it is disabled.
+    with bar if console.is_terminal else contextlib.nullcontext():
         yield Bar(bar, bar.add_task(what, total=total))

@@ -203,7 +203,8 @@ def stat_of(info: Mapping[str, Any], *, has_tags: bool) -> Stat:
     size = int(info.get("size") or 0)
     for key in _VERSIONS if has_tags else ():
         if info.get(key):
-            return Stat(size, str(info[key]))
+            # Some versions of adlfs quote an ETag in a listing and not elsewhere.
+            return Stat(size, str(info[key]).strip('"'))
     modified = modified_s(info)
     if modified is None:
         return Stat(size, "")

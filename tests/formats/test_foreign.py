@@ -213,6 +213,26 @@ def test_shards_are_one_set_of_weights(tmp_path: Path) -> None:
     assert same_state(model.state_dict(), fresh.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("said", "tied"),
+    [({}, True), ({"tie_word_embeddings": True}, True)]
+    + [({"tie_word_embeddings": value}, False) for value in (False, None)],
+)
+def test_the_head_that_a_file_lacks_is_the_embedding_unless_the_config_denies_it(
+    tmp_path: Path, said: dict[str, Any], tied: bool
+) -> None:
+    """transformers 4 leaves ``tie_word_embeddings`` out of config.json if it is true."""
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    embedding = torch.arange(6.0).reshape(3, 2)
+    safetensors.save_file({"transformer.wte.weight": embedding}, folder / "model.safetensors")
+    config = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 3, **said}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = exported(tmp_path, "checkpoint-5", tmp_path / "out.pt")
+    expected = {"transformer.wte.weight", "lm_head.weight"} if tied else {"transformer.wte.weight"}
+    assert expected == found.keys()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_an_adapter_is_exported_as_an_adapter(tmp_path: Path) -> None:
     """PEFT's own function takes what was exported and averaged."""

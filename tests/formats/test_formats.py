@@ -259,16 +259,20 @@ def test_refused_containers_keys_and_attributes_are_named() -> None:
 
 
 def test_refused_agrees_with_the_reader_about_allowed_classes() -> None:
-    """An allowed class is not refused any more, but torch fills no defaultdict even then."""
+    """An allowed class is not refused any more, but newer versions of torch fill no defaultdict even then."""
     torch_format = open_format("torch")
     many = [Counter(n) for n in range(3)]
     assert [f"state[{n}]" for n in range(3)] == list(torch_format.refused(many))
     with torch.serialization.safe_globals([Counter, defaultdict, list]):
         assert {} == dict(torch_format.refused(many))
         assert many == round_trip("torch", many)
-        assert ["state['d']"] == list(torch_format.refused({"d": defaultdict(list, a=[1])}))
+        filled = {"d": defaultdict(list, a=[1])}
+        if not torch_format.refused(filled):
+            assert filled == round_trip("torch", filled)
+            return
+        assert ["state['d']"] == list(torch_format.refused(filled))
         with pytest.raises(UnsafePayloadError, match="Can only SETITEM"):
-            round_trip("torch", {"d": defaultdict(list, a=[1])})
+            round_trip("torch", filled)
 
 
 def test_looking_for_refused_values_copies_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,10 @@ def test_the_page_has_the_capabilities_that_the_storage_reports(name: str, serve
         assert isinstance(storage, SupportsSweep)
         storage.prepare()
         assert isinstance(storage, SupportsCapabilities)
-        assert TABLE[name] == dict(storage.capabilities())
+        expected = TABLE[name]
+        if name == "memory" and version("fsspec") < "2024.12":
+            expected = {**expected, "create": TABLE["rclone"]["create"]}
+        assert expected == dict(storage.capabilities())
 
 
 def test_the_page_has_every_tested_storage() -> None:

@@ -172,7 +172,7 @@ def test_json_lines_are_read_as_trainers_write_them() -> None:
         ('{"step": 1}\n{"step": 2\n', "line 2: it is no JSON object"),
         ('{"step": 1}\n[1]\n', "line 2: found [1]; expected a JSON object"),
         ('{"step": 1, "loss": "bad"}\n', "line 1, column 'loss': 'bad' is no number"),
-        ("\0\1step", "has no line of metrics"),
+        ("\1step", "has no line of metrics"),
     ],
 )
 def test_bad_metrics_are_told_with_line_and_column(text: str, expected: str, tmp_path: Path) -> None:

@@ -198,7 +198,10 @@ def _read_index(storage: Storage, path: str) -> dict[str, str]:
 def _tied(config: Any, part: Part, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return the name of the head of a language model that is tied to its embedding: the file has only the latter."""
     match config:
-        case {"tie_word_embeddings": True, "architectures": [str(kind)], "vocab_size": int(size)}:
+        case {"tie_word_embeddings": False | None}:
+            return {}
+        # transformers 4 leaves tie_word_embeddings out if it is true.
+        case {"architectures": [str(kind)], "vocab_size": int(size)}:
             if kind.endswith(_LANGUAGE_MODELS):
                 found = [full for name, full in part.names.items() if name.endswith(_EMBEDDINGS)]
                 if len(found) == 1 and tensors[found[0]].shape[:1] == (size,):
