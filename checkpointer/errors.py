@@ -3,29 +3,29 @@
 ::
 
     CheckpointerError
-    ├── PolicyError        (ValueError)         a policy, trigger, rule or flag that cannot mean anything
+    ├── PolicyError        (ValueError)         a policy, trigger, rule or flag with an invalid value
     ├── NamingError        (ValueError)         a template or name that cannot be used
-    ├── ObservationError   (ValueError)         something the loop reported that cannot be used
+    ├── ObservationError   (ValueError)         the loop reported a value that cannot be used
     │   ├── MetricError    (TypeError)          a metric that is not one number
-    │   └── UnknownValueError (KeyError)        a loop was asked for a value that it does not hold
+    │   └── UnknownValueError (KeyError)        a loop does not hold a value of that name
     ├── RecordError        (ValueError)         a record, index or host state that cannot be read
     │   ├── SchemaError                         ... because a newer version of this library wrote it
     │   └── UntrustedError (RestoreError)       ... because it is not signed with the manager's key
-    ├── StorageError       (OSError)            the directory cannot be used as asked
+    ├── StorageError       (OSError)            the directory cannot be used
     │   ├── AliasInUseError                     two live managers want the same alias
-    │   └── NameTakenError (FileExistsError)    a file appeared under the name that was about to be written
-    ├── SaveError          (RuntimeError)       a checkpoint was not written; everything older is untouched
-    │   └── NotEnoughSpaceError (OSError)       ... because the disk would not hold it
-    ├── RestoreError       (RuntimeError)       nothing could be restored as asked
+    │   └── NameTakenError (FileExistsError)    a file of others has the name that a save needs
+    ├── SaveError          (RuntimeError)       a checkpoint was not written; older ones are untouched
+    │   └── NotEnoughSpaceError (OSError)       ... because the storage has too little room
+    ├── RestoreError       (RuntimeError)       nothing could be restored
     │   ├── NotFoundError  (FileNotFoundError)  no checkpoint of that name, step or path
-    │   ├── CorruptError                        payload and record disagree, or the payload cannot be read
-    │   ├── UnsafePayloadError                  the payload holds what a safe load refuses to unpickle
-    │   ├── MismatchError  (ValueError)         the state is of other objects than those that are to take it
-    │   └── NoValidCheckpointError              there are payloads, but none is valid
+    │   ├── CorruptError                        the payload differs from its record, or cannot be read
+    │   ├── UnsafePayloadError                  the payload holds objects that a safe load refuses
+    │   ├── MismatchError  (ValueError)         the state does not fit the objects that load it
+    │   └── NoValidCheckpointError              there are checkpoints, but none is valid
     ├── RanksError         (RuntimeError)       the processes of a training cannot act together
     └── ClosedError        (RuntimeError)       the manager was closed
 
-    CheckpointerWarning    (UserWarning)        something to act on; training goes on
+    CheckpointerWarning    (UserWarning)        training goes on, but the user should act
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ __all__ = [
 
 
 class CheckpointerError(Exception):
-    """The root: ``except CheckpointerError`` catches whatever this library raises."""
+    """The root: ``except CheckpointerError`` catches every error that this library raises."""
 
 
 class PolicyError(CheckpointerError, ValueError):
-    """A policy, trigger, rule or flag has a value that cannot mean anything."""
+    """A policy, trigger, rule or flag has an invalid value."""
 
 
 class NamingError(CheckpointerError, ValueError):
@@ -80,7 +80,7 @@ class MetricError(ObservationError, TypeError):
 
 
 class UnknownValueError(ObservationError, KeyError):
-    """A loop does not hold the value that was read or written by its name."""
+    """A loop does not hold a value of the name that was read or written."""
 
     __str__ = Exception.__str__  # A KeyError shows its text in quotes.
 
@@ -94,7 +94,7 @@ class SchemaError(RecordError):
 
 
 class StorageError(CheckpointerError, OSError):
-    """The storage refused something the manager cannot do without."""
+    """The storage refused an operation that the manager needs."""
 
 
 class AliasInUseError(StorageError):
@@ -102,19 +102,19 @@ class AliasInUseError(StorageError):
 
 
 class NameTakenError(StorageError, FileExistsError):
-    """A file that is not ours appeared under the name that was about to be written."""
+    """A file of others has the name that a save is about to write."""
 
 
 class SaveError(CheckpointerError, RuntimeError):
-    """A checkpoint could not be written. Nothing older was retired for it."""
+    """A checkpoint could not be written. No older one was retired for it."""
 
 
 class NotEnoughSpaceError(SaveError, OSError):
-    """The storage has less room than the last checkpoint took; nothing was written."""
+    """The storage has less free space than the last checkpoint took; nothing was written."""
 
 
 class RestoreError(CheckpointerError, RuntimeError):
-    """Nothing could be restored as asked."""
+    """Nothing could be restored."""
 
 
 class NotFoundError(RestoreError, FileNotFoundError):
@@ -122,7 +122,7 @@ class NotFoundError(RestoreError, FileNotFoundError):
 
 
 class CorruptError(RestoreError):
-    """A payload differs from what its record says, or cannot be read at all."""
+    """A payload differs from its record, or cannot be read."""
 
 
 class UnsafePayloadError(RestoreError):
@@ -134,15 +134,15 @@ class UntrustedError(RecordError, RestoreError):
 
 
 class MismatchError(RestoreError, ValueError):
-    """A state does not fit the objects that are to take it; the message lists how they differ, by name."""
+    """A state does not fit the objects that load it; the message lists the differences by name."""
 
 
 class NoValidCheckpointError(RestoreError):
-    """There are payloads, but none is valid. Starting over silently would hide that."""
+    """There are checkpoints, but none is valid. A training must not start over silently."""
 
 
 class RanksError(CheckpointerError, RuntimeError):
-    """The processes of a training cannot act together, or another of them failed: the message says which."""
+    """The processes of a training cannot act together, or another process failed; the message names it."""
 
 
 class ClosedError(CheckpointerError, RuntimeError):
@@ -150,11 +150,11 @@ class ClosedError(CheckpointerError, RuntimeError):
 
 
 class CheckpointerWarning(UserWarning):
-    """Something the user should act on, while training goes on."""
+    """Training goes on, but the user should act."""
 
 
 def portable(error: Exception) -> Exception:
-    """Return an error that can be sent to other ranks: itself, or what it says."""
+    """Return an error that can be sent to other ranks: the error itself, or a `RanksError` with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""The checkpoint manager: the one object with state and effects. Everything it decides is decided in `deciding`."""
+"""The checkpoint manager: what a training loop calls. The pure functions of `checkpointer.policy` decide."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ import yaml
 from checkpointer._display import some_of
 from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
-from checkpointer.commit.directory import Directory
+from checkpointer.commit.directory import Directory, created
+from checkpointer.commit.naming import location
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CheckpointerWarning, NotFoundError, PolicyError, SaveError
 from checkpointer.formats import open_format
@@ -48,7 +49,7 @@ from checkpointer.restore import resume
 from checkpointer.restore.load import Restored, Verify
 from checkpointer.restore.load import load as load_verified
 from checkpointer.save.background import Background, Busy, as_busy, copies_of
-from checkpointer.save.executor import Life, SaveExecutor
+from checkpointer.save.executor import KeepAlive, SaveExecutor
 from checkpointer.save.saver import FOLDER, Saver
 from checkpointer.session import Session
 from checkpointer.storage.opening import Where, open_storage
@@ -57,7 +58,7 @@ from checkpointer.storage.owner import new_owner, release
 __all__ = ["MANAGER_OPTIONS", "CheckpointManager", "check_options"]
 
 MIRROR_S: Final = 600.0
-"""Seconds that `CheckpointManager.close` waits for the mirror, if it is not told otherwise."""
+"""Seconds that `CheckpointManager.close` waits for the mirror, without ``timeout=``."""
 _log = logging.getLogger("checkpointer")
 
 
@@ -69,23 +70,23 @@ class CheckpointManager:
         policy: When to save and what to keep; None saves nothing (to look at a directory or restore from it).
         state: Returns the state to save. Called only when a save is due, once per save.
         weights: Returns the weights alone, for ``contents="weights"``; None takes ``state``.
-        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path it is given, or to the URL where
-            the directory is one: there it is a name that nobody has.
+        save: Instead of ``state``: writes a checkpoint (a file or folder) to the path that it gets. If the directory is
+            a URL, it gets a URL with an unused name.
         format: ``"torch"``, ``"safetensors"`` (weights), ``"dcp"`` (a folder) or a `checkpointer.ports.Format`.
         run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
-        label: Tells managers apart that share a directory.
-        listeners: Told when a checkpoint is durable or gone.
+        label: Distinguishes managers that share a directory.
+        listeners: Called when a checkpoint is durable or gone.
         tolerate_failures: How many writes in a row may fail with a warning before `SaveError` is raised: saves, and
             late metrics of a saved step.
         storage_options: What fsspec needs besides the URL, such as credentials; never logged or stored.
-        trust: A key that signs each record; one that it has not signed is neither restored nor touched.
+        trust: A key that signs each record. A record without its signature is neither restored nor changed.
         mirror: A second place to which checkpoints are copied in the background, and from which `restore` fetches
-            what is not here: a path, a URL or a storage, or a `Mirror` that has rules or options of its own. If the
-            mirror cannot be reached, training goes on.
+            missing ones: a path, a URL or a storage, or a `Mirror` that has rules or options of its own. If the mirror
+            cannot be reached, training goes on.
         background: ``"wait"`` or ``"skip"`` copies the state and returns; one thread writes it while the loop goes on.
-            If a save is due while another is still running, ``"wait"`` waits for that one, and ``"skip"`` drops an
-            older one that has not begun. Listeners are called on that thread. None writes in the loop.
-        clock: Where the time comes from.
+            If a save is due while another is unfinished, ``"wait"`` waits for that one, and ``"skip"`` drops an older
+            one that has not begun. Listeners are called on that thread. None writes in the loop.
+        clock: Returns the time.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
     Raises:
@@ -127,15 +128,8 @@ class CheckpointManager:
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
-        if save is not None and (state is not None or weights is not None):
-            msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
-            raise PolicyError(msg)
-        for name, function in (("state", state), ("weights", weights), ("save", save)):
-            check_function(function, f"{name}=", PolicyError)
         busy = as_busy(background)
-        if busy is not None and save is not None:
-            msg = "background= needs state=: what save= writes is read from the live objects while they change"
-            raise PolicyError(msg)
+        _check_functions(state, weights, save, copies=busy is not None)
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
@@ -147,48 +141,46 @@ class CheckpointManager:
         self._clock = clock or SystemClock()
         self._schedule = Schedule(policy.when)
         self._owner = owner = new_owner()
-        life = Life()
-        self._release = weakref.finalize(life, release, owner)
+        keep_alive = KeepAlive()
+        self._release = weakref.finalize(keep_alive, release, owner)
         self._writes = writes = capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
         self._mirror = open_mirror(mirror, policy, storage, trust=trust, copies=writes)
         if self._mirror is not None:
-            weakref.finalize(life, self._mirror.stop)
-        self._directory = Directory(
+            weakref.finalize(keep_alive, self._mirror.stop)
+        self._directory = opened = Directory(
             storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
         )
-        self._say_what_is_below(storage)
-        self._saver = Saver(
-            self._directory, self._format, save, tuple(listeners), self._mirror.update if self._mirror else None
-        )
+        self._report_below()
+        on_change = self._mirror.update if self._mirror else None
+        self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)
         self._background = None
         snapshots: Snapshotting | None = None
         if busy is not None:
-            self._background = Background(busy, self._directory.look, self._schedule.wake)
+            self._background = Background(busy, lambda: opened.manifest, self._schedule.wake)
             own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
             snapshots = own(copies_of(busy))
         self._executor = SaveExecutor(
-            self._saver, self._schedule, self._clock, capture, tolerated, self._background, snapshots, life
+            self._saver, self._schedule, self._clock, capture, tolerated, self._background, snapshots, keep_alive
         )
         level = logging.INFO if verbose else logging.DEBUG
         self.session = Session(self._directory, self._schedule, self._executor, self._mirror, self._clock, level)
         if writes and policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
-            self._directory.say_once("weights", msg)
+            opened.contents.warn_once("weights", msg)
         _log.info("%s: %s", storage, self.policy)
         if writes and verbose and isinstance(storage, SupportsCapabilities):
-            words = "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items())
-            _log.info("%s: %s", storage, words)
-        if missing := self._directory.missing_text:
+            _log.info("%s: %s", storage, "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items()))
+        if missing := opened.lines.missing_text:
             warnings.warn(f"{storage}: {missing}", CheckpointerWarning, stacklevel=2)
         self._schedule.go_on(self._first_progress(), self._clock.time())
-        self._saver.tell("on_opened", self)
+        self._saver.notify("on_opened", self)
 
-    def _say_what_is_below(self, storage: Storage) -> None:
+    def _report_below(self) -> None:
         below = self._directory.below
         if not below:
             return
-        msg = f"{storage}: these directories below have checkpoints of their own: {some_of(below)}"
+        msg = f"{self._directory.storage}: these directories below have checkpoints of their own: {some_of(below)}"
         if self._directory.manifest.records:
             _log.info(msg)
         else:
@@ -201,9 +193,7 @@ class CheckpointManager:
             return manifest.own[-1].progress
         if any(record.label == manifest.label for record in manifest.records):
             return Progress(time=self._clock.time())
-        return Progress(time=self._directory.created(self._clock))
-
-    # The hot path
+        return Progress(time=created(self._directory, self._clock))
 
     def observe(
         self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
@@ -211,15 +201,15 @@ class CheckpointManager:
         """Report what happened, and save if that is due.
 
         Cheap when nothing is due: two comparisons, and the metrics are not looked at. Observing again at a step that
-        is saved attaches the new metrics to its record and ranks it anew, without writing the payload again.
+        is saved attaches the new metrics to its record and ranks it again, without writing the payload again.
 
         Args:
             metrics: What was measured at this step: numbers, numpy scalars or tensors of one element, by name.
             step: Finished optimizer steps.
             epoch: 0-based index of the epoch in progress or just ended.
             epoch_end: Whether this report ends the epoch; None means that each report does.
-            due: Why it is due whatever the trigger says, such as the end of the training: what is kept, and whether
-                it is saved at all, is still the rules' to say.
+            due: Why it is due even if the trigger says no, such as the end of the training. The rules still decide
+                whether it is saved, and what is kept.
 
         Returns:
             `Save` (truthy), `Attach` or `Skip` (falsy), each with its ``reason``.
@@ -228,19 +218,15 @@ class CheckpointManager:
             ObservationError: For a step that went back, or an epoch that ends twice while ``epoch_end`` is None.
             MetricError: If a metric is not one number.
             SaveError: If the checkpoint could not be written; older ones are untouched. With ``background=`` also if
-                an earlier one could not: then this report was not looked at, and may be made again.
+                an earlier one could not: then this report was not used, and may be made again.
         """
         if not due and self._schedule.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
             return self._schedule.quiet
         decision = self.session.decide(metrics, step, epoch, epoch_end=epoch_end, due=due)
         return self._executor.execute(decision) if isinstance(decision, Save) else decision
 
-    # Saving
-
-    # What is under way in the background
-
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until what is being saved in the background is durable. Without ``background=`` nothing ever is.
+        """Wait until every save in the background is durable. Without ``background=`` return True at once.
 
         Ctrl-C ends the wait, not the save.
 
@@ -248,13 +234,13 @@ class CheckpointManager:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Returns:
-            Whether all of it is.
+            Whether every save is durable.
 
         Raises:
             SaveError: If a checkpoint could not be written; older ones are untouched.
         """
         done = self._background is None or self._background.wait(timeout)
-        self._executor.hear()
+        self._executor.collect()
         return done
 
     def rescue(
@@ -265,17 +251,17 @@ class CheckpointManager:
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Decision:
-        """Save now, outside the policy: own name, never over anything, never ranked.
+        """Save now, outside the policy: under a name of its own, over no other checkpoint, and never ranked.
 
-        Counts as newest when restoring, and ``last`` names it; the first regular save after it retires it. If the step
-        is saved already nothing is written. Whatever ``background=`` says, it is durable on return: what is being
-        written is finished first, and its failure is no reason not to rescue.
+        It counts as the newest for `restore`, and ``last`` names it. The next regular save retires it. If the step is
+        saved already, nothing is written. It is durable on return, also with ``background=``: unfinished saves are
+        finished first, and if one fails, the rescue is written nevertheless.
 
         Args:
             reason: Why, for the record.
             step: Finished optimizer steps; None takes the last observation's.
             epoch: 0-based index of the epoch; None takes the last observation's.
-            timeout: Seconds to wait at most for what is being written; None waits as long as it takes.
+            timeout: Seconds to wait at most for unfinished saves; None waits as long as it takes.
 
         Raises:
             ObservationError: If ``step`` is before the step that the run goes on from.
@@ -293,8 +279,6 @@ class CheckpointManager:
             return Skip(reason=f"step {now.step} is saved already as {saved.name}")
         return self._executor.execute(decide_rescue(self.policy, now, self._directory.manifest, reason), at_once=True)
 
-    # Restoring
-
     def restore(
         self,
         which: str | int | None = None,
@@ -307,37 +291,37 @@ class CheckpointManager:
     ) -> Restored | None:
         """Verify and load a checkpoint, and go on with its run from there.
 
-        Checkpoints of the run beyond it are *abandoned* from now on: not ranked, never ``last``, not deleted. With a
-        mirror its checkpoints are candidates too; one that is only there, or damaged here, is fetched first.
+        Later checkpoints of the run are *abandoned* from now on: not ranked, never ``last``, not deleted. With a mirror
+        its checkpoints are candidates, too. If one is only there, or damaged here, it is fetched first.
 
         Args:
             which: None or ``"last"`` for the newest valid one, ``"best"``, a name, or a step.
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
             map_location: Where tensors go, as for ``torch.load``.
             contents: ``"any"`` also takes checkpoints that hold only weights.
-            verify: ``"full"`` compares every byte's digest with the record; ``"size"`` only looks at the size, and is
-                refused under ``trust=``.
-            mmap: Map a local file into memory instead of reading it: many times faster, and the tensors live on its
-                pages. For files that nobody changes in place while the tensors are used; on a network mount, nor
-                deletes. Elsewhere, and for formats that cannot be mapped, it changes nothing.
+            verify: ``"full"`` compares the digest of all bytes with the record. ``"size"`` compares only the size, and
+                is refused with ``trust=``.
+            mmap: Map a local file into memory instead of reading it, which is many times faster. The tensors use its
+                pages, so no program may change the file in place while they are used; on a network mount, nor delete
+                it. If the storage is not local, or the format cannot be mapped, it has no effect.
 
         Returns:
             What was restored, or None if there is no checkpoint at all.
 
         Raises:
-            NoValidCheckpointError: If there are checkpoints, but none is valid: it never starts over silently.
-            NotFoundError: If the name or step asked for is not there.
-            CorruptError: If the checkpoint asked for by name or step is not what was written.
-            UnsafePayloadError: If it holds what a safe load refuses.
-            UntrustedError: If the checkpoint asked for by name is not signed with the manager's key.
-            RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a storage that
-                is not on this machine does not answer.
+            NoValidCheckpointError: If there are checkpoints, but none is valid: a training never starts over silently.
+            NotFoundError: If there is no checkpoint of that name or step.
+            CorruptError: If the checkpoint of that name or step is not as it was written.
+            UnsafePayloadError: If it holds objects that a safe load refuses.
+            UntrustedError: If the checkpoint of that name is not signed with the manager's key.
+            RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a remote storage
+                does not answer.
         """
         if verify not in ("full", "size"):
             msg = f"verify is {verify!r}; expected 'full' or 'size'"
             raise PolicyError(msg)
-        if verify == "size" and self._directory.transaction.trust is not None:
-            msg = "verify='size' would believe payloads that nobody has signed; leave it out, or open without trust="
+        if verify == "size" and self._directory.journal.trust is not None:
+            msg = "verify='size' would load payloads whose bytes are not verified; leave it out, or open without trust="
             raise PolicyError(msg)
 
         directory = self._directory
@@ -361,11 +345,9 @@ class CheckpointManager:
             return self._format
         return self._open_format(record.format)
 
-    # Looking
-
     @property
     def policy(self) -> Policy:
-        """The policy in force; alias names may carry a version if others had the plain ones."""
+        """The policy in force. If other runs have the plain alias names, its aliases have a version."""
         return self._directory.policy
 
     @property
@@ -385,16 +367,14 @@ class CheckpointManager:
 
     def location(self, name: str) -> str:
         """Return the path or URL of the checkpoint of that name, such as ``torch.load`` takes; it need not be there."""
-        return self._directory.location(name)
-
-    # Managing
+        return location(self._directory.storage, name)
 
     def pin(self, name: str) -> None:
-        """Never retire this checkpoint; survives restarts. Raises `NotFoundError` if the run has none of that name."""
+        """Never retire this checkpoint, also after a restart. Raises `NotFoundError` if the run does not have it."""
         self._set_pinned(name, pinned=True)
 
     def unpin(self, name: str) -> None:
-        """Let rules decide on this checkpoint again, from the next save on."""
+        """Let the rules decide about this checkpoint again, from the next save on."""
         self._set_pinned(name, pinned=False)
 
     def _set_pinned(self, name: str, *, pinned: bool) -> None:
@@ -406,9 +386,9 @@ class CheckpointManager:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(r.name for r in own) or 'none'})"
             raise NotFoundError(msg)
         if pinned and name in self.policy.aliases:
-            # The alias is written over at the next save; what is pinned needs a name of its own.
-            self._directory.prepare()
-            record = self._directory.move_slot(record)
+            # The next save overwrites the alias, so a pinned checkpoint needs a name of its own.
+            self._directory.contents.prepare()
+            record = self._directory.names.move_slot(record)
             if record is None:
                 msg = f"{name} is gone, and cannot be pinned"
                 raise NotFoundError(msg)
@@ -423,10 +403,10 @@ class CheckpointManager:
         """
         self._executor.settle()
         by_name = self.policy.scores(self.session.manifest.history)
-        scores = {self._directory.location(name): score for name, score in by_name.items()}
+        scores = {self.location(name): score for name, score in by_name.items()}
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
-            self._directory.check_key()
+            self._directory.contents.check_key()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
             with open(path, "w", encoding="utf-8") as stream:
@@ -439,14 +419,14 @@ class CheckpointManager:
         A second call does nothing. Ctrl-C ends the wait for the writer, and leaves the manager open.
 
         Args:
-            error: What ends the training. A rescue checkpoint is written first, if the policy asks for one; a save
-                that fails then is a warning, so that ``error`` is the one to be seen.
-            timeout: Seconds to wait at most for the writer and then the mirror, with the mirror's progress logged at
-                INFO. A warning then names what is not done, and the next process goes on with the mirror. None waits as
-                long as the writer takes, and 600 s for the mirror.
+            error: The exception that ends the training. If the policy wants a rescue checkpoint, it is written first.
+                A failed save is then only a warning, so that ``error`` is not hidden.
+            timeout: Seconds to wait at most for the writer and then the mirror, whose progress is logged at INFO. A
+                warning names what is not done, and the next process goes on with the mirror. None waits as long as the
+                writer takes, and 600 s for the mirror.
 
         Raises:
-            SaveError: If a checkpoint could not be written in the background; the manager is closed nevertheless.
+            SaveError: If a checkpoint could not be written in the background. The manager is closed nevertheless.
         """
         if self.session.is_closed:
             return
@@ -457,20 +437,20 @@ class CheckpointManager:
         finally:
             self._close(timeout)
             if error is None:
-                self._executor.hear()
+                self._executor.collect()
             else:
                 with _warned(""):
-                    self._executor.hear()
+                    self._executor.collect()
 
     def _close(self, timeout: float | None) -> None:
         started = time.monotonic()
         if self._executor.settle(timeout):
             self._directory.close()
             self._release()
-        else:  # The writer thread still uses the directory: both end with the process.
+        else:  # The writer thread still uses the directory. Both end with the process.
             msg = (
                 f"after {timeout:.1f} s {self._executor.unfinished} is still being written, and close() waits no "
-                "longer. If the process ends before it is, the run goes on from the checkpoint before it"
+                "longer. If the process ends before that, the run goes on from the checkpoint before it"
             )
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
         self.session.is_closed = True
@@ -493,9 +473,20 @@ class CheckpointManager:
         return manifest_html(self.policy, self.session.manifest, str(self._directory.storage))
 
 
+def _check_functions(state: object, weights: object, save: object, *, copies: bool) -> None:
+    if save is not None and (state is not None or weights is not None):
+        msg = "both save= and state= (or weights=) are given; pass the one that takes the state"
+        raise PolicyError(msg)
+    for name, function in (("state", state), ("weights", weights), ("save", save)):
+        check_function(function, f"{name}=", PolicyError)
+    if copies and save is not None:
+        msg = "background= needs state=: what save= writes is read from the live objects while they change"
+        raise PolicyError(msg)
+
+
 @contextlib.contextmanager
 def _warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning: another one has ended the training, and is the one to be seen."""
+    """Turn an error into a warning, so that it does not hide the error that ended the training."""
     try:
         yield
     except Exception as failure:
@@ -513,15 +504,15 @@ MANAGER_OPTIONS: Final = tuple(
     for name, parameter in inspect.signature(CheckpointManager).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
-"""Names of the arguments that `CheckpointManager` takes besides the directory and the policy."""
+"""Names of the arguments of `CheckpointManager` besides the directory and the policy."""
 
 
 def check_options(options: Mapping[str, Any], owner: str, *, own: Iterable[str] = ()) -> None:
-    """Raise unless every option is one that ``owner`` can pass on to `CheckpointManager`.
+    """Raise unless ``owner`` can pass every option on to `CheckpointManager`.
 
     Args:
         options: The options by name.
-        owner: The class that was given them, for the message.
+        owner: The class that got them, for the message.
         own: Arguments of `CheckpointManager` that the owner sets itself.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The part of a manager that training frameworks drive: it decides and commits at moments that the host chooses."""
+"""The part of a manager that training frameworks use: it decides and commits at moments that the host chooses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from checkpointer.commit.directory import Directory
+from checkpointer.commit.naming import address
 from checkpointer.errors import ClosedError
 from checkpointer.mirror.mirror import MirrorThread
 from checkpointer.mirror.plan import MirrorStatus
@@ -59,36 +60,30 @@ class Session:
 
     @property
     def manifest(self) -> Manifest:
-        """The records as this run sees them; before it has saved or restored, as the newest run does."""
-        return self._directory.view
+        """The records as this run sees them; before it has saved or restored, as the newest run sees them."""
+        return self._directory.lines.view
 
     @property
     def mirror_status(self) -> MirrorStatus | None:
-        """How far the mirror is; None without one. Costs no request."""
+        """How far the mirror is; None without one. Sends no request."""
         return self._mirror.status if self._mirror is not None else None
 
     @property
     def background_status(self) -> BackgroundStatus | None:
-        """What the writer thread has to do, and how long the loop has waited for it; None without ``background=``."""
+        """The unfinished work of the writer thread, and its cost for the loop; None without ``background=``."""
         background = self._executor.background
         return background.status if background is not None else None
 
     def decide(
-        self,
-        metrics: Mapping[str, Any],
-        step: int,
-        epoch: int,
-        *,
-        epoch_end: bool | None = None,
-        due: str = "",
+        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
     ) -> Decision:
-        """Decide without writing a payload, for trainers that own the moment: then `commit` what they wrote.
+        """Decide without writing a payload, for trainers that write at another moment: then `commit` the decision.
 
         An `Attach` is carried out at once. Arguments and errors as for `observe`.
         """
         self.check_open()
         now = self._schedule.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
-        self._executor.hear()
+        self._executor.collect()
         decision = self._decide(now, due)
         if isinstance(decision, Attach):
             decision = self._executor.attach(decision)
@@ -115,9 +110,9 @@ class Session:
         if isinstance(decision, Attach):
             apart, why_apart = apart_from_saved(now, manifest.at_step(now.step))
             if why_apart:
-                self._directory.say_once("swapped weights", why_apart)
+                self._directory.contents.warn_once("swapped weights", why_apart)
                 decision = decide(self._directory.policy, apart, manifest, since=self._schedule.since, owed=owed)
-        # A slot is declined by all rules but the alias.
+        # A slot is declined by every rule, and saved only for the alias.
         declined = decision.due if isinstance(decision, Skip) else decision.name in self._directory.policy.aliases
         if declined and not isinstance(decision, Attach) and self._executor.look_before_declining(now):
             decision = decide(
@@ -128,24 +123,24 @@ class Session:
         return decision
 
     def _warn_of_absent(self, now: Observation, seen: frozenset[str]) -> None:
-        # Within the first epoch a metric of its end cannot be there yet; after it, the name is probably wrong.
+        # Within the first epoch a metric of its end is not reported yet. After it, the name is probably wrong.
         if not now.metrics or (now.epoch == 0 and not now.epoch_end):
             return
         have = ", ".join(sorted(seen))
         for name in sorted(self._directory.policy.known_metrics - seen - {"epoch", "step"}):
             msg = f"metric {name!r} was not reported at step {now.step} (have: {have}): not ranked until it is"
-            self._directory.say_once(f"absent {name}", msg)
+            self._directory.contents.warn_once(f"absent {name}", msg)
 
     def commit(self, decision: Decision, path: str | os.PathLike[str] | None = None) -> Decision:
         """Carry out a `Save`.
 
         Args:
-            decision: What `decide` returned; anything but a `Save` is returned as it is.
-            path: Where a trainer has written the checkpoint, inside the directory: it is adopted under that name.
-                None takes the state and writes it.
+            decision: The result of `decide`. If it is not a `Save`, it is returned as it is.
+            path: The checkpoint that a trainer has written inside the directory; it is adopted under that name. None
+                takes the state and writes it.
 
         Returns:
-            The `Save` with what was really retired, or a `Skip` if the write failed and that is tolerated.
+            The `Save` with the names that were retired, or a `Skip` if the write failed and that is tolerated.
 
         Raises:
             SaveError: If the checkpoint could not be written; older ones are untouched.
@@ -158,18 +153,12 @@ class Session:
     def locate(
         self, which: str | int | None = None, *, contents: Literal["full", "any"] = "full"
     ) -> tuple[Record, str] | None:
-        """Do as `restore` does, but do not load: for a trainer that reads its checkpoints itself, folders too.
+        """Do as `restore`, but do not load: for a trainer that reads its checkpoints itself, folders too.
 
-        Args:
-            which: As for `restore`.
-            contents: As for `restore`.
+        Arguments and errors as for `restore`. Files without a record are ignored.
 
         Returns:
-            The record of a checkpoint that is whole, and the path or URL where it lies; None if there is no record:
-            whatever else is in the directory is the trainer's affair.
-
-        Raises:
-            CheckpointError: As `restore`.
+            The record of a whole checkpoint, and its path or URL; None if there is no record.
 
         Example:
             >>> import tempfile
@@ -190,33 +179,32 @@ class Session:
         self._executor.settle()
         found = resume.go_to(which, self._directory, self.on_mirror(), contents, check)
         self.go_on_from(found)
-        return (found.record, self._directory.address(found.record.name)) if found else None
+        return (found.record, address(self._directory.storage, found.record.name)) if found else None
 
     def make_way(self, name: str, stem: str | None = None) -> str | None:
-        """Rename what lies under ``name``, with its record, for a trainer that is about to write there itself.
+        """Rename the file or folder ``name``, with its record, for a trainer that is about to write there itself.
 
         Args:
             name: The name that has to be free, on a local disk.
-            stem: What it is to be called; None puts ``earlier-`` before it. Gets a version if it is taken.
+            stem: The stem of the new name; None puts ``earlier-`` before the old one. If it is taken it gets a version.
 
         Returns:
-            The new name, or None if nothing had the old one.
+            The new name; None if there was nothing under the old one.
 
         Raises:
             StorageError: If the storage has no paths.
         """
         self.check_open()
         self._executor.settle()
-        return self._directory.make_way(
-            name, stem or f"earlier-{name.removesuffix(self._directory.policy.name.suffix)}"
-        )
+        stem = stem or f"earlier-{name.removesuffix(self._directory.policy.name.suffix)}"
+        return self._directory.names.make_way(name, stem)
 
     def state_dict(self, saving: Save | None = None) -> dict[str, Any]:
-        """Return what a host may keep in its own checkpoint, primitives only: its resume is then a restore.
+        """Return the state that a host keeps in its own checkpoint, primitives only: its resume is then a restore.
 
         Args:
-            saving: The decision about the very checkpoint that this goes into: it is taken as carried out. None takes
-                the one that `commit` is at, if it is at one.
+            saving: The decision about the checkpoint that will contain this state: it counts as carried out. None takes
+                the decision that `commit` is carrying out, if there is one.
         """
         saving = saving or self._executor.saving
         regular = saving is not None and saving.kind == "regular"
@@ -232,24 +220,24 @@ class Session:
         """Go on with the run that `state_dict` describes, from the step it was taken at.
 
         Args:
-            state: What `state_dict` returned.
-            source: Name of the checkpoint that a person chose to go on from; it lives while the manager does.
+            state: The result of `state_dict`.
+            source: Name of the checkpoint that the user goes on from; no rule retires it while the manager is open.
 
         Raises:
-            RecordError: If it is not what `state_dict` returned.
+            RecordError: If it is not a result of `state_dict`.
         """
         self.check_open()
-        account = resume.HostState.from_dict(state)
+        host = resume.HostState.from_dict(state)
         self._executor.settle()
-        since = resume.go_on(account, self._directory, self.on_mirror(), source)
-        self._schedule.go_on(since, self._clock.time(), step=account.step, owed=account.owed)
+        since = resume.go_on(host, self._directory, self.on_mirror(), source)
+        self._schedule.go_on(since, self._clock.time(), step=host.step, owed=host.owed)
 
     def on_mirror(self) -> MirrorSnapshot:
-        """Return what the mirror holds now; nothing without one."""
+        """Return the contents of the mirror as they are now; empty without one."""
         return self._mirror.look() if self._mirror is not None else MirrorSnapshot()
 
     def go_on_from(self, restored: Restored | None) -> None:
-        """Count from what was restored: it is the newest state now."""
+        """Count from the restored checkpoint, because it is the newest state now."""
         if restored is not None:
             self._schedule.go_on(restored.record.progress, self._clock.time())
             self._executor.saver.changed()

@@ -58,7 +58,7 @@ def make(directory: Any = None, policy: Policy = BEST_AND_LAST, **kwargs: Any) -
     return CheckpointManager(directory, policy, format=PlainFormat(), **kwargs)
 
 
-def reporting(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
+def writing_manager(directory: Any, policy: Policy, kept: list[dict[str, Any]]) -> CheckpointManager:
     """A manager whose host keeps the manager's own state in the state that is saved."""
 
     def take() -> dict[str, Any]:
@@ -417,7 +417,7 @@ def test_failed_save_raises_and_older_checkpoints_stay() -> None:
 
 
 def test_tolerated_failures_warn_and_then_raise() -> None:
-    """tolerate_failures=1: one warning, then the error; a success in between starts the count anew."""
+    """tolerate_failures=1: one warning, then the error; a success in between resets the count."""
     fail = [True, False, True, True]
 
     class Flaky(PlainFormat):
@@ -447,13 +447,13 @@ def test_shortage_of_space_is_said_before_anything_is_written() -> None:
     manager = make(storage)
     manager.observe({}, step=1, epoch=0)
     before = payloads(storage)
-    with pytest.raises(NotEnoughSpaceError, match=r"1 bytes free, and the last checkpoint took 8; nothing was written"):
+    with pytest.raises(NotEnoughSpaceError, match=r"1 B free, and the last checkpoint took 8 B; nothing was written"):
         manager.observe({}, step=2, epoch=0)
     assert before == payloads(storage)
 
 
 def test_failing_delete_warns_and_is_retried() -> None:
-    """A retired checkpoint whose payload cannot go does not count any more, and goes later."""
+    """A retired checkpoint whose payload cannot be deleted does not count, and is deleted later."""
 
     class Stuck(MemoryStorage):
         stuck = True
@@ -466,7 +466,7 @@ def test_failing_delete_warns_and_is_retried() -> None:
     storage = Stuck()
     manager = make(storage, Policy(EverySteps(1), [KeepLast(1)]))
     manager.observe({}, step=1, epoch=0)
-    with pytest.warns(CheckpointerWarning, match=r"step=1.ckpt could not be deleted .*tried again"):
+    with pytest.warns(CheckpointerWarning, match=r"step=1.ckpt could not be deleted .*tries again"):
         manager.observe({}, step=2, epoch=0)
     assert ["epoch=0-step=2"] == names(manager)
     storage.stuck = False
@@ -477,21 +477,21 @@ def test_failing_delete_warns_and_is_retried() -> None:
 def test_listeners_are_called_after_durability_and_may_fail() -> None:
     """on_saved sees the payload in place, on_retired its absence; a broken one only warns."""
     storage = MemoryStorage()
-    called: list[tuple[str, int, bool]] = []
+    events: list[tuple[str, int, bool]] = []
 
-    class Called(Listener):
+    class Recorder(Listener):
         def on_saved(self, record: Record) -> None:
-            called.append(("saved", record.step, record.name in storage.list()))
+            events.append(("saved", record.step, record.name in storage.list()))
 
         def on_retired(self, record: Record) -> None:
-            called.append(("retired", record.step, record.name in storage.list()))
+            events.append(("retired", record.step, record.name in storage.list()))
             raise ValueError("tracker down")
 
-    manager = make(storage, Policy(EverySteps(1), [KeepLast(1)]), listeners=[Called()])
+    manager = make(storage, Policy(EverySteps(1), [KeepLast(1)]), listeners=[Recorder()])
     manager.observe({}, step=1, epoch=0)
-    with pytest.warns(CheckpointerWarning, match=r"Called.on_retired failed .*tracker down.*the checkpoint is fine"):
+    with pytest.warns(CheckpointerWarning, match=r"Recorder.on_retired failed .*tracker down.*the checkpoint is fine"):
         manager.observe({}, step=2, epoch=0)
-    assert [("saved", 1, True), ("retired", 1, False), ("saved", 2, True)] == called
+    assert [("saved", 1, True), ("retired", 1, False), ("saved", 2, True)] == events
 
 
 def test_trainer_owned_writing_gets_a_staged_path(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_a_state_taken_while_saving_is_that_after_the_save(tmp_path: Path) -> No
     """A host that keeps it in the very file goes on where the file ends: its first step owes nothing."""
     kept: list[dict[str, Any]] = []
     policy = Policy(EverySteps(10), [KeepLast(2)], name="{step}")
-    with reporting(tmp_path, policy, kept) as manager:
+    with writing_manager(tmp_path, policy, kept) as manager:
         manager.observe({}, step=10, epoch=0, epoch_end=False)
     with make(tmp_path, policy) as manager:
         manager.session.load_state_dict(kept[0])
@@ -594,7 +594,7 @@ def test_an_end_of_epoch_at_a_saved_step_is_not_made_up_for_later() -> None:
     storage = MemoryStorage()
     policy = Policy(AnyOf(EveryEpochs(1), EverySteps(4)), [KeepLast(9)])
     kept: list[dict[str, Any]] = []
-    with reporting(storage, policy, kept) as manager:
+    with writing_manager(storage, policy, kept) as manager:
         manager.observe({}, step=4, epoch=0, epoch_end=False)
         assert "attached the end of its epoch" in manager.observe({}, step=4, epoch=0, epoch_end=True).reason
         assert manager.records[0].epoch_end
@@ -654,7 +654,7 @@ def test_state_dict_carries_primitives_and_resumes_the_run(tmp_path: Path) -> No
 
 
 def test_to_yaml_writes_paths_and_scores(tmp_path: Path) -> None:
-    """Best first, by full path, in best_k_models.yaml by default."""
+    """Best first, by full path, in best_k_models.yaml unless another path is given."""
     with make(tmp_path, Policy(EverySteps(1), [KeepBest(2, "loss", mode="min")])) as manager:
         for step, loss in enumerate([0.9, 0.4, 0.6], start=1):
             manager.observe({"loss": loss}, step=step, epoch=0)
@@ -712,6 +712,21 @@ def test_verbose_logs_the_plan_and_each_decision(caplog: pytest.LogCaptureFixtur
     )
 
 
+def test_the_plan_says_that_last_saves_every_due_point(caplog: pytest.LogCaptureFixture) -> None:
+    """With ``last=`` a step is saved even if no rule keeps it, which the rules do not show."""
+    with caplog.at_level(logging.INFO, logger="checkpointer"):
+        make(policy=Policy(EverySteps(5), [KeepLast(1)], last="copy"))
+    plan = "memory: save every 5 steps; keep the newest; last -> copy, so every due point is saved"
+    assert plan == caplog.messages[0]
+
+
+def test_the_facade_has_these_names_and_no_others() -> None:
+    """The session has the names that only adapters need."""
+    actions = {"observe", "restore", "rescue", "pin", "unpin", "wait", "close", "location", "to_yaml"}
+    values = {"policy", "records", "best", "last", "session"}
+    assert actions | values == {name for name in dir(make()) if not name.startswith("_")}
+
+
 def test_fixed_name_is_replaced_with_the_counter_off(tmp_path: Path) -> None:
     """Old or new, never neither, and never a second file."""
     policy = Policy(EverySteps(1), [KeepLast(1)], name=Naming("model", version_counter=False))
@@ -744,7 +759,7 @@ def test_records_and_decisions_can_be_copied_and_pickled() -> None:
 
 
 def test_to_yaml_lists_only_the_best_k() -> None:
-    """What is only kept as the last is not among the best."""
+    """A checkpoint that is kept only as the last is not listed."""
     manager = make()
     for step, loss in enumerate([0.1, 0.2, 0.9], start=1):
         manager.observe({"loss": loss}, step=step, epoch=0)

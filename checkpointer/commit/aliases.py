@@ -1,47 +1,54 @@
-"""The aliases of one run in one directory: which names are free for them, and what they point to."""
+"""The aliases of one run in one directory: which names are free, which manager owns them, and what they point to."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from typing import Literal
 
 import attrs
 
-from checkpointer.commit import index
-from checkpointer.commit.transaction import Transaction
-from checkpointer.errors import CheckpointerWarning
+from checkpointer.commit.index import HOME, Listing, json_name, read_bounded, record_path
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.signing import check_signature, signed
+from checkpointer.commit.transaction import duplicate
+from checkpointer.errors import AliasInUseError, CheckpointerWarning, RecordError
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Stat, SupportsLinks, SupportsPaths
+from checkpointer.records.codec import parse_json
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import SCHEMA, Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
+from checkpointer.storage.owner import is_live
 
-__all__ = ["Aliases"]
+__all__ = ["Aliases", "claim", "is_marked", "make_alias", "marker_path", "read_marker", "release"]
 
 
 @attrs.define
 class Aliases:
-    """Chooses alias names that replace nothing of others, and swings them; the directory tells it what is there."""
+    """Chooses alias names that replace no file of others, and points them to checkpoints."""
 
-    transaction: Transaction
+    journal: Journal
     asked: Policy
-    """The policy with the alias names that were asked for."""
-    listing: index.Listing
-    """What the directory held when it was opened."""
+    """The policy with the alias names that the user chose."""
+    listing: Listing
+    """The contents of the directory when it was opened."""
     _pointed: dict[str, str] = attrs.field(factory=dict, init=False)
-    """Token of the checkpoint that each alias was pointed to."""
+    """Token of the checkpoint that each alias points to."""
     _made: dict[str, Stat] = attrs.field(factory=dict, init=False)
-    """What the file of each alias looked like when it was made, or found to be ours; where a look costs no request."""
+    """The file of each alias when it was made or found to be ours, where a look costs no request."""
     _claimed: set[str] = attrs.field(factory=set, init=False)
-    """Names that are this manager's, even if the marks that say so are deleted."""
+    """Names that this manager owns, even if their markers are deleted."""
 
-    def settle(self, manifest: Manifest, say: Callable[[str, str], None], *, slots: bool, claim: bool) -> Policy:
-        """Return the policy with alias names that are free; with ``claim`` keep them, and ``say`` where they differ.
+    def settle(self, manifest: Manifest, warn_once: Callable[[str, str], None], *, slots: bool, claims: bool) -> Policy:
+        """Return the policy with alias names that are free.
 
-        ``slots``: a checkpoint of another run under the alias counts as well.
+        With ``slots`` a checkpoint of another run makes a name taken, too. With ``claims`` this manager claims the
+        names, and warns if one differs from the name that the user chose.
         """
         naming = self.asked.name
         for field in ("last", "best"):
@@ -50,26 +57,25 @@ class Aliases:
             stem = getattr(self.asked.name, field)
             name = naming.free_name(stem, _Blocked(self, manifest, slots))
             naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
-            if claim:
-                self.transaction.claim(name, manifest.label)
+            if claims:
+                claim(self.journal, name, manifest.label)
                 self._claimed.add(name)
-            if claim and name != stem + naming.suffix:
-                say(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
+            if claims and name != stem + naming.suffix:
+                warn_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
 
     def point(self, policy: Policy, manifest: Manifest) -> Manifest:
-        """Let ``last`` and ``best`` name what they should; return the manifest without slots that made way for one."""
-        history = manifest.history
-        newest = manifest.newest
+        """Point ``last`` and ``best`` to their checkpoints; return the manifest without the slots that they replace."""
         for alias, how in policy.aliases.items():
-            target = newest if alias == policy.name.last_file else policy.best_of(history)
+            is_last = alias == policy.name.last_file
+            target = manifest.newest if is_last else policy.best_of(manifest.history)
             if target is None:
                 self._remove_dangling(alias)
             if target is None or target.name == alias or self._pointed.get(alias) == target.token:
                 continue
             slot = manifest.by_name.get(alias) or next((r for r in manifest.aside if r.name == alias), None)
             try:
-                self.transaction.alias(alias, how, target, slot=slot)
+                make_alias(self.journal, alias, target, how, slot=slot)
             except OSError as error:
                 msg = f"the alias {alias} could not be made ({error}); {target.name} itself is saved"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=5)
@@ -81,8 +87,8 @@ class Aliases:
         return manifest
 
     def _remove_dangling(self, alias: str) -> None:
-        """Remove a link whose target is gone, when nothing takes its place; a copy is a whole checkpoint and stays."""
-        storage = self.transaction.storage
+        """Remove a link if its target is gone. A copy is a whole checkpoint, and stays."""
+        storage = self.journal.storage
         if isinstance(storage, SupportsLinks) and storage.list(alias):
             try:
                 storage.open(alias).close()
@@ -94,68 +100,65 @@ class Aliases:
                 return
 
     def forget(self, alias: str | None = None) -> None:
-        """Count an alias, or all, as pointing nowhere: something else has taken its place, or its owner is another."""
+        """Count an alias, or all, as pointing to nothing, because its file or its owner has changed."""
         if alias is None:
             self._pointed.clear()
         else:
             self._pointed.pop(alias, None)
             self._remember(alias)
 
-    def replaced(self, policy: Policy, manifest: Manifest) -> list[str]:
-        """Return the aliases in whose place others have put files of their own."""
-        return [alias for alias in policy.aliases if self.is_blocked(alias, manifest, slots=True)]
-
     def is_blocked(self, alias: str, manifest: Manifest, *, slots: bool) -> bool:
-        """Return whether the alias would replace a file of others; ``slots``: or a checkpoint of another run."""
+        """Return whether the alias would replace a file of others; with ``slots`` also a checkpoint of another run."""
         record = manifest.by_name.get(alias)
         if record is None and slots:
-            record = self.transaction.committed(alias)
+            entry = self.journal.find(alias)
+            record = entry.record if entry is not None and entry.status == "committed" else None
         if record is not None and (record.run, record.label) != (manifest.run, manifest.label):
             return slots
-        if index.record_path(alias) in self.listing.damaged:
+        if record_path(alias) in self.listing.damaged:
             return True
         if not self._is_taken(alias, manifest):
             return False
-        if alias not in self._claimed and record is None and not self.transaction.is_marked(alias):
+        if alias not in self._claimed and record is None and not is_marked(self.journal, alias):
             return True
         return not self._is_ours(alias, manifest)
 
     def _is_taken(self, alias: str, manifest: Manifest) -> bool:
-        """Return whether a file has the name; where case does not tell names apart, the storage knows."""
-        listed = self.transaction.storage.list
+        listed = self.journal.storage.list
         if self._is_near:
             return bool(listed(alias))
+        # If the storage ignores case, only the storage can say whether a name is taken.
         folded = alias.casefold()
         foreign = manifest.foreign
         return alias in foreign or (any(name.casefold() == folded for name in foreign) and bool(listed(alias)))
 
     @property
     def _is_near(self) -> bool:
-        return isinstance(self.transaction.storage, SupportsLinks)
+        return isinstance(self.journal.storage, SupportsLinks)
 
     def _is_ours(self, alias: str, manifest: Manifest) -> bool:
-        """Return whether what has the name of an alias is a link or copy of a checkpoint, or a checkpoint.
+        """Return whether the file at an alias is a checkpoint, or a link or copy of one.
 
-        Where a look costs a request, only the size is known, from when the directory was opened.
+        If a look costs a request, only the size counts that the file had when the directory was opened.
         """
         if not self._is_near:
             found = self.listing.files.get(alias)
             known = self._known(manifest)
             return found is None or alias in self._claimed or any(record.size == found.size for record in known)
-        there = self.transaction.storage.list(alias).get(alias)
+        there = self.journal.storage.list(alias).get(alias)
         if there is None:
-            return False  # A folder: an alias of one is a link.
+            return False  # A folder: an alias of a folder is a link.
         if self._made.get(alias) != there:
-            if not self._leads_to_one(alias, manifest):
+            if not self._leads_to_checkpoint(alias, manifest):
                 return False
             self._made[alias] = there
         return True
 
-    def _leads_to_one(self, alias: str, manifest: Manifest) -> bool:
+    def _leads_to_checkpoint(self, alias: str, manifest: Manifest) -> bool:
         """Return whether a file is a link within the directory, or has the bytes of a checkpoint."""
-        storage = self.transaction.storage
+        storage = self.journal.storage
         slot = manifest.by_name.get(alias) if alias not in self._made else None
-        if slot is not None and self.transaction.has_payload(slot):
+        if slot is not None and self.journal.has_payload(slot):
             return True
         alike = [*self._known(manifest)]
         if isinstance(storage, SupportsPaths):
@@ -170,19 +173,16 @@ class Aliases:
         with contextlib.suppress(FileNotFoundError):
             found = [digest_of(storage, alias, algorithm) for algorithm in {*map(algorithm_of, digests)}]
             return any(digest in digests for _, digest in filter(None, found))
-        return True  # A link that leads nowhere.
+        return True  # A link whose target is gone.
 
     def _known(self, manifest: Manifest) -> Iterator[Record]:
-        """Yield every record that an alias may have been made of: retired or replaced ones too, if they are there."""
+        """Yield each record that an alias may be a copy of, with the retired and replaced ones that are listed."""
         entries = self.listing.entries.values()
         replaced = (entry.previous for entry in entries if entry.previous is not None)
         return chain(manifest.records, manifest.aside, (entry.record for entry in entries), replaced)
 
     def _remember(self, alias: str) -> None:
-        """Note what the file of an alias looks like that was made a moment ago."""
-        if alias not in self._claimed:
-            return
-        there = self.transaction.storage.list(alias).get(alias) if self._is_near else None
+        there = self.journal.storage.list(alias).get(alias) if self._is_near and alias in self._claimed else None
         if there is not None:
             self._made[alias] = there
 
@@ -196,7 +196,7 @@ def _is_same_file(path: str, other: str) -> bool:
 
 @attrs.frozen
 class _Blocked:
-    """The alias names that are not free, as a container that is asked name by name."""
+    """The alias names that are not free, as a container that is searched name by name."""
 
     aliases: Aliases
     manifest: Manifest
@@ -204,3 +204,65 @@ class _Blocked:
 
     def __contains__(self, alias: object) -> bool:
         return self.aliases.is_blocked(str(alias), self.manifest, slots=self.slots)
+
+
+def make_alias(
+    journal: Journal, alias: str, target: Record, how: Literal["link", "copy"], *, slot: Record | None = None
+) -> None:
+    """Point ``alias`` to the target's payload (step 6). ``slot``: the checkpoint that has this very name now."""
+    if slot is not None:
+        # A newer checkpoint is committed. Until the alias is made, the retired record names the payload under it.
+        journal.put(Entry(record=slot, status="retired", owner=journal.owner))
+    duplicate(journal.storage, target.name, alias, how)
+    if slot is not None:
+        journal.delete(slot.name)
+
+
+# Markers: a small file for each alias that names its owner
+
+
+def marker_path(alias: str) -> str:
+    """Return the path of the file that names the owner of an alias."""
+    return f"{HOME}/aliases/{json_name(alias)}"
+
+
+def claim(journal: Journal, alias: str, label: str) -> None:
+    """Mark ``alias`` as owned by this manager; raise `AliasInUseError` if another live manager owns it."""
+    other = read_marker(journal, alias).get("owner", "")
+    if other != journal.owner and is_live(other):
+        pid = other.split("~")[1]
+        msg = (
+            f"the alias {alias!r} in {journal.storage} is kept by another live manager (process {pid}); "
+            "close that one, or give this one another label and alias: label='b', Naming(last='last-b')"
+        )
+        raise AliasInUseError(msg)
+    _mark(journal, alias, label, journal.owner)
+
+
+def release(journal: Journal, aliases: Iterable[str]) -> None:
+    """Mark this manager's aliases as owned by no manager; the links themselves stay."""
+    for alias in aliases:
+        marker = read_marker(journal, alias)
+        if marker.get("owner") == journal.owner:
+            _mark(journal, alias, marker.get("label", ""), "")
+
+
+def is_marked(journal: Journal, alias: str) -> bool:
+    """Return whether this library made the alias."""
+    return bool(read_marker(journal, alias))
+
+
+def _mark(journal: Journal, alias: str, label: str, owner: str) -> None:
+    marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": owner}
+    journal.storage.write(marker_path(alias), json.dumps(signed(marker, journal.trust)).encode())
+
+
+def read_marker(journal: Journal, alias: str) -> dict[str, str]:
+    """Return the text values of a marker; empty if there is none that can be trusted."""
+    path = marker_path(alias)
+    try:
+        data = parse_json(read_bounded(journal.storage, path), path)
+        check_signature(data, path, journal.trust)
+    except (FileNotFoundError, RecordError):
+        return {}
+    return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}

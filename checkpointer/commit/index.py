@@ -1,4 +1,4 @@
-"""Reads every record of a directory with one listing and one cache read; the cache is never believed over a record."""
+"""Reads every record of a directory with one listing and one cache read. A record overrides the cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 HOME: Final = ".checkpointer"
-"""Folder of everything that is not a payload or alias."""
+"""Folder of every file that is not a payload or alias."""
 RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
 _JSON: Final = ".json"
@@ -42,24 +42,24 @@ MAX_INDEX_BYTES: Final = 1 << 30
 
 
 def record_path(name: str) -> str:
-    """Return where the record of the payload ``name`` lies."""
+    """Return the path of the record of the payload ``name``."""
     return f"{RECORDS}/{json_name(name)}"
 
 
 def json_name(name: str) -> str:
-    """Return ``name`` with ``.json`` at its end; where that is too long for a file, with a digest in its middle."""
+    """Return ``name`` with ``.json`` at its end. If that is too long for a file, a digest replaces its middle."""
     folder, slash, last = name.rpartition("/")
     data = last.encode()
     if len(data) + len(_JSON) > MAX_PART_BYTES:
         digest = xxhash.xxh3_64_hexdigest(data)
         room = MAX_PART_BYTES - len(_JSON) - len(digest) - 1
-        # A character that is cut in two is left out.
+        # A character that would be cut in two is left out.
         last = f"{data[:room].decode(errors='ignore')}~{digest}"
     return f"{folder}{slash}{last}{_JSON}"
 
 
 def directories_below(paths: Iterable[str], inside: str = HOME) -> list[str]:
-    """Return the folders below a directory that hold files of their own ``inside``, sorted.
+    """Return the folders below a directory that have a folder ``inside`` with files, sorted.
 
     Example:
         >>> directories_below(["a.ckpt", "b/c/.checkpointer/records/d.ckpt.json", "b/c/d.ckpt"])
@@ -71,20 +71,20 @@ def directories_below(paths: Iterable[str], inside: str = HOME) -> list[str]:
 
 @attrs.frozen(kw_only=True)
 class Listing:
-    """What a directory holds."""
+    """The contents of a directory."""
 
     entries: dict[str, Entry]
     """Each readable record file by its path."""
     damaged: dict[str, RecordError]
-    """Each record file that cannot be read or believed by its path, with what is wrong."""
+    """Each record file that cannot be read or trusted by its path, with the error."""
     files: Mapping[str, Stat]
     """Every file of the directory."""
     reads: int = 0
-    """How many record files had to be read, because the index did not know them."""
+    """How many record files were read, because the index did not have them."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes under each name that is not our own: the size of a file, the sum of a folder's."""
+        """Bytes of each file and folder outside `HOME`."""
         sizes: dict[str, int] = {}
         for path, stat in self.files.items():
             if path.startswith(f"{HOME}/"):
@@ -95,7 +95,7 @@ class Listing:
 
     @property
     def foreign(self) -> frozenset[str]:
-        """Every name in use, folders included, that no record names."""
+        """The name of each file and folder that no record names."""
         known = {entry.record.name for entry in self.entries.values()}
         names: set[str] = set()
         for path in self.files:
@@ -104,16 +104,16 @@ class Listing:
             folders = [path[:i] for i, char in enumerate(path) if char == "/"]
             if not known.intersection(folders):
                 names.update(folders, [path])
-        # What stands beside an unreadable record is somebody's checkpoint: its name stays taken. (That of a name too
-        # long to be read off its path is among the files anyway.)
+        # The payload beside a damaged record may be a checkpoint, so its name stays taken. (If the name is too long to
+        # be read from the record's path, it is among the files anyway.)
         names.update(path[len(RECORDS) + 1 : -len(_JSON)] for path in self.damaged)
         return frozenset(names)
 
 
 def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
-    """Read all records, from the index where the listing shows that a record file is unchanged.
+    """Read all records. If the listing shows that a record file is unchanged, the index replaces it.
 
-    With a key, whatever it has not signed is damaged, in the index as in the records.
+    With a key, a record or index entry without its signature counts as damaged.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
@@ -131,7 +131,7 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
             reads += entry is None
             entries[path] = entry or read_entry(storage, path, trust)
         except FileNotFoundError:
-            continue  # Retired by a live manager since the listing.
+            continue  # A live manager has retired it since the listing.
         except SchemaError:
             raise
         except RecordError as error:
@@ -140,27 +140,27 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
 
 
 def read_entry(storage: Storage, path: str, trust: HMACKey | None) -> Entry:
-    """Read one record file; raises `RecordError` if it cannot be read, or the key has not signed it."""
-    entry = _believed(parse_json(read_bounded(storage, path), path), path, trust)
+    """Read one record file. Raises `RecordError` if it cannot be read, or does not have the signature of the key."""
+    entry = _checked(parse_json(read_bounded(storage, path), path), path, trust)
     if record_path(entry.record.name) != path:
-        msg = f"{path}: it is the record of {entry.record.name!r}; a record lies under its payload's name"
+        msg = f"{path}: it is the record of {entry.record.name!r}; a record has the name of its payload"
         raise RecordError(msg)
     return entry
 
 
-def _believed(data: object, where: str, trust: HMACKey | None) -> Entry:
-    # First whether the data is ours at all: what is not may say anything, such as that it has a later schema.
+def _checked(data: object, where: str, trust: HMACKey | None) -> Entry:
+    # The signature comes first, because unsigned data may contain anything, such as a later schema.
     check_signature(data, where, trust)
     entry = Entry.from_dict(data, where)
     for record in (entry.record, entry.previous):
         if trust is not None and record is not None and not is_cryptographic(record.digest):
-            msg = f"{where}: its digest {record.digest} can be forged; under trust= only sha256 is believed"
+            msg = f"{where}: its digest {record.digest} can be forged; with trust= only sha256 is accepted"
             raise UntrustedError(msg)
     return entry
 
 
 def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """Read a small file, or as much of a large one as shows that it is too large."""
+    """Read a file, and of a file over the limit only one byte more than the limit."""
     return read_whole(lambda: storage.open(path), limit + 1)
 
 
@@ -176,13 +176,13 @@ def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
 
 
 def _is_racy(stat: Stat, files: Mapping[str, Stat]) -> bool:
-    """Return whether a record may have been rewritten since the index was, without a sign of it in its version."""
+    """Return whether a record may have been rewritten after the index, although its version is the same."""
     written = files[INDEX].modified_s if INDEX in files else None
     return stat.modified_s is not None and (written is None or stat.modified_s >= written)
 
 
 def _index_limit(files: Mapping[str, Stat]) -> int:
-    """Return the most bytes that an index of these records has: of a larger one not even the reading is worth it."""
+    """Return the most bytes that an index of these records can have; a larger one is not read to its end."""
     records = [(path, stat.size) for path, stat in files.items() if path.startswith(f"{RECORDS}/")]
     # Text that is not ASCII takes up to three times as much in the index as in a record.
     return min(MAX_INDEX_BYTES, 1024 + sum(256 + 6 * len(path) + 4 * size for path, size in records))
@@ -192,7 +192,7 @@ def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey
     match cached.get(path):
         case [size, version, data] if size == stat.size and version == stat.version != "":
             try:
-                entry = _believed(data, f"{INDEX}, in {path!r}", trust)
+                entry = _checked(data, f"{INDEX}, in {path!r}", trust)
             except RecordError:
                 return None
             return entry if record_path(entry.record.name) == path else None
@@ -201,7 +201,7 @@ def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey
 
 
 def save(storage: Storage, listing: Listing) -> None:
-    """Write the cache of these records, but for those that may change without a sign of it in their version."""
+    """Write the cache of these records, without those that may change while their version stays the same."""
     times = [
         s.modified_s for path, s in listing.files.items() if path.startswith(f"{HOME}/") and s.modified_s is not None
     ]
@@ -211,7 +211,7 @@ def save(storage: Storage, listing: Listing) -> None:
         for path, entry in listing.entries.items()
         if entry.status == "committed"
         and (stat := listing.files.get(path)) is not None
-        # Written in the very second of the listing: again, by another writer, before the index is.
+        # A record of the newest second may be written again in that second, before the index is written.
         and (stat.modified_s is None or stat.modified_s < newest)
     }
     storage.write(INDEX, json.dumps({"schema": SCHEMA, "entries": entries}, separators=(",", ":")).encode())

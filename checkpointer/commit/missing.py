@@ -1,36 +1,28 @@
-"""Says in a sentence which checkpoints lost payload or record, and what that means for the newest and the best."""
+"""The message about checkpoints that lost payload or record, and about what becomes the newest and the best."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
+from checkpointer._display import some_of
 from checkpointer.policy.policy import Policy
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 
 __all__ = ["few_names", "missing_text"]
 
-_FEW: Final = 3
-
 
 def few_names(records: Sequence[Record]) -> str:
-    """Return the names of the first few, and how many more there are."""
-    more = f" and {len(records) - _FEW} more" if len(records) > _FEW else ""
-    return ", ".join(record.name for record in records[:_FEW]) + more
+    """Return the names of the first three records, and how many more there are."""
+    return some_of([record.name for record in records], 3)
 
 
 def missing_text(
     policy: Policy, before: Manifest, now: Manifest, missing: Sequence[Record], unrecorded: Sequence[Record] = ()
 ) -> str:
-    """Return what to say of checkpoints that do not count any more, at least one.
+    """Return the message about checkpoints that do not count any more.
 
-    Args:
-        policy: Says which is the best.
-        before: The records as if all payloads were there.
-        now: The records whose payload is there.
-        missing: The records whose payload is gone, or has another size.
-        unrecorded: The records that were deleted, while their payload is there.
+    The payload of the ``missing`` ones is gone or has another size; the record of the ``unrecorded`` ones was deleted.
     """
     texts = []
     if missing:
@@ -38,7 +30,7 @@ def missing_text(
         texts += [f"{few_names(missing)} {are} gone, or {have} another size than {their}, and {do} not count"]
     if unrecorded:
         _, have, _, do = _agreeing(unrecorded)
-        texts += [f"{few_names(unrecorded)} {have} no record any more, only a payload, and {do} not count"]
+        texts += [f"{few_names(unrecorded)} {have} a payload but no record any more, and {do} not count"]
     tokens = {record.token for record in (*missing, *unrecorded)}
     pairs = {
         "newest": (before.newest, now.newest),
@@ -51,5 +43,5 @@ def missing_text(
 
 
 def _agreeing(records: Sequence[Record]) -> tuple[str, str, str, str]:
-    """Return the words of a sentence that agree with how many records it is about."""
+    """Return the parts of a sentence that agree with the number of records."""
     return ("is", "has", "its record says", "does") if len(records) == 1 else ("are", "have", "their records say", "do")

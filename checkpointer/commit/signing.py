@@ -1,4 +1,4 @@
-"""Trust: a secret key signs each record, so that who can write to the storage cannot plant a checkpoint."""
+"""Signs each record with a secret key, so that another writer to the storage cannot plant a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MAKE_ONE: Final = 'make one with: python -c "import secrets; print(secrets.toke
 
 
 class HMACKey:
-    """A secret key that signs and verifies. Never shown: not in its repr, not in an error, not in a pickle.
+    """A secret key that signs and verifies. It appears in no repr, error or pickle.
 
     Args:
         key: At least 16 random bytes.
 
     Raises:
-        PolicyError: If the key is too short, or no bytes.
+        PolicyError: If the key is too short, or is not bytes.
 
     Example:
         >>> from checkpointer import HMACKey
@@ -45,7 +45,7 @@ class HMACKey:
             msg = f"the key is a {type(key).__name__}; pass bytes, or use HMACKey.from_env or HMACKey.from_file"
             raise PolicyError(msg)
         _check_length(key, "the key")
-        # What is kept is the keyed hash, not the key: nothing that prints or copies attributes finds it.
+        # The object keeps the keyed hash instead of the key, so code that prints or copies attributes does not find it.
         self._mac: Final = hmac.new(key, digestmod=hashlib.sha256)
 
     @classmethod
@@ -64,12 +64,12 @@ class HMACKey:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> HMACKey:
-        """Take the key from a file, without the one newline that may end it.
+        """Take the key from a file, without a newline at its end.
 
-        The file's permissions are not judged: secrets that a container is given are often readable by everybody in it.
+        The file's permissions are not checked, because every process in a container can often read its secrets.
 
         Raises:
-            PolicyError: If there is no such file, or it holds no key.
+            PolicyError: If the file cannot be read, or does not hold a key.
         """
         where = os.fspath(path)
         try:
@@ -79,7 +79,7 @@ class HMACKey:
             msg = f"the key file {where} cannot be read ({error.strerror}); {_MAKE_ONE}"
             raise PolicyError(msg) from error
         if len(key) > MAX_KEY_BYTES:
-            msg = f"{where} is larger than {MAX_KEY_BYTES} bytes, so it is no key file; {_MAKE_ONE}"
+            msg = f"{where} is larger than {MAX_KEY_BYTES} bytes, so it is not a key file; {_MAKE_ONE}"
             raise PolicyError(msg)
         key = key.removesuffix(b"\n").removesuffix(b"\r")
         _check_length(key, f"the key in {where}")
@@ -92,14 +92,14 @@ class HMACKey:
         return _SCHEME + mac.hexdigest()
 
     def verify(self, data: bytes, signature: str) -> bool:
-        """Return whether this key made the signature of ``data``; takes as long whatever the signature is."""
+        """Return whether this key made the signature of ``data``, in a time that does not depend on the signature."""
         return hmac.compare_digest(self.sign(data).encode(), signature.encode(errors="replace"))
 
     def __repr__(self) -> str:
         return "<HMACKey, hidden>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "a key is not pickled or copied; make it anew where it is needed: HMACKey.from_env or HMACKey.from_file"
+        msg = "a key is not pickled or copied; make it again where it is needed: HMACKey.from_env or HMACKey.from_file"
         raise TypeError(msg)
 
 
@@ -126,9 +126,9 @@ def signed(data: Mapping[str, Any], trust: HMACKey | None) -> dict[str, Any]:
 
 
 def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
-    """Raise `UntrustedError` unless the key made the signature in ``data``; without a key nothing is asked.
+    """Raise `UntrustedError` unless the key made the signature in ``data``. Without a key nothing is checked.
 
-    What is no object has nothing to sign; its reader refuses it anyway.
+    If ``data`` is not an object, its reader refuses it anyway.
     """
     if trust is None or not isinstance(data, dict):
         return
@@ -136,7 +136,7 @@ def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
     if signature is None:
         msg = (
             f"{where} is not signed: it was planted, or saved without trust=. It is left alone; if you know that it "
-            "is yours, restore it without trust= and save it anew, into another directory"
+            "is yours, restore it without trust= and save it again, into another directory"
         )
         raise UntrustedError(msg)
     plain = {key: value for key, value in data.items() if key != SIGNATURE}
@@ -144,7 +144,7 @@ def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
         if isinstance(signature, str) and trust.verify(_canonical(plain), signature):
             return
     except (ValueError, RecursionError):
-        pass  # Nothing that we sign is nested so deeply, or not a number.
+        pass  # Signed data is never nested so deeply, and has no NaN.
     msg = (
         f"{where} has a signature that this key did not make for it: it was changed, it was signed with another key, "
         "or the key given here is the wrong one. It is left alone; pass the key that the run was saved with"
@@ -153,5 +153,5 @@ def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
 
 
 def _canonical(data: Mapping[str, Any]) -> bytes:
-    """Return the one JSON text of ``data``, whatever the order and layout in its file."""
+    """Return the JSON text of ``data`` that does not depend on order and layout in its file."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

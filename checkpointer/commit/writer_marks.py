@@ -1,7 +1,7 @@
-"""Marks of the processes that write to a directory, so that no command changes it under one of them.
+"""Marks of the processes that write to a directory, so that no command changes it at the same time.
 
-A manager writes its mark before its first change, and removes it when it is closed. A mark holds nothing that a save
-depends on: without it, or with a stale one, a run saves and restores as ever.
+A manager writes its mark before its first change, and removes it when it is closed. No save depends on a mark: if it
+is missing or stale, a run saves and restores as before.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ _JSON: Final = ".json"
 
 
 def mark(storage: Storage, owner: str) -> None:
-    """Say that this writer is at work.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
+    """Mark this writer as running. Raises `StorageError` if the mark cannot be written."""
     data = {"schema": SCHEMA, "owner": owner, "machine": machine()}
     try:
         storage.write(_path(owner), json.dumps(data).encode())
@@ -38,12 +34,12 @@ def mark(storage: Storage, owner: str) -> None:
 
 
 def is_marked(storage: Storage, owner: str) -> bool:
-    """Return whether the mark of this writer is there."""
+    """Return whether the mark of this writer exists."""
     return bool(storage.list(_path(owner)))
 
 
 def unmark(storage: Storage, owner: str) -> None:
-    """Say that this writer has ended. A mark that is gone is gone already."""
+    """Remove the mark of this writer, if it exists."""
     with contextlib.suppress(OSError):
         storage.delete(_path(owner))
 
@@ -58,10 +54,7 @@ def writers_in(storage: Storage, files: Iterable[str] | None = None) -> list[str
 def clear_ended(storage: Storage, owners: Iterable[str], *, force: bool = False) -> list[str]:
     """Remove the marks of writers that have certainly ended, and return the owners of the others.
 
-    Args:
-        storage: Where the marks are.
-        owners: Whose marks, from `writers_in`.
-        force: Take also those for ended that are not certainly alive: they are on another machine.
+    With ``force`` also remove the marks of writers on other machines, which may be alive.
     """
     left = []
     for owner in owners:
@@ -75,10 +68,7 @@ def clear_ended(storage: Storage, owners: Iterable[str], *, force: bool = False)
 def refuse_if_live(storage: Storage, place: str, others: Iterable[str] = ()) -> None:
     """Raise `AliasInUseError` if a process writes to the directory, or may do so on another machine.
 
-    Args:
-        storage: The directory.
-        place: Its path or URL, for the message.
-        others: Owners of unfinished writes and of aliases; they count if they are certainly alive.
+    ``others`` are owners of unfinished writes and aliases. They count only if they are certainly alive.
     """
     owners = [owner for owner in others if is_live(owner)]
     owners += [owner for owner in writers_in(storage) if not _has_ended(storage, owner)]
@@ -94,7 +84,7 @@ def refuse_if_live(storage: Storage, place: str, others: Iterable[str] = ()) -> 
 
 
 def describe(owner: str) -> str:
-    """Return which process it is, and where if it is elsewhere."""
+    """Return a text that names the process, and its machine if it is another one."""
     pid = owner.split("~")[1] if "~" in owner else owner
     return f"process {pid}" if is_live(owner) else f"process {pid} on another machine ({host_of(owner)})"
 

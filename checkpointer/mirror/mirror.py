@@ -1,8 +1,8 @@
-"""The second tier: copies committed checkpoints to another storage in the background, and fetches them from there.
+"""The mirror thread copies committed checkpoints to a second storage, and lists it for a restore.
 
-A mirror is an ordinary directory, with records, aliases and rules of its own. What is on it and what is missing
-follows from the records on both sides: a copy has the token of its original, whatever name it has there. So nothing
-needs to be remembered across restarts, and a copy that was interrupted is simply still missing.
+A mirror is an ordinary directory, with records, aliases and rules of its own. The records on both sides determine what
+is missing: a copy has the token of its original, and maybe another name. So the thread needs no state of its own after
+a restart, and an interrupted copy is simply still missing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import random
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from typing import TypeVar
 
 import attrs
@@ -24,11 +25,7 @@ from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import (
-    CheckpointerWarning,
-    CorruptError,
-    StorageError,
-)
+from checkpointer.errors import CheckpointerWarning, CorruptError, StorageError
 from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
@@ -48,76 +45,62 @@ T = TypeVar("T")
 PROGRESS_S = 5.0
 """Seconds between two lines of progress while `MirrorThread.close` waits."""
 LOOK_S = 60.0
-"""Seconds that a restore waits for the mirror's listing before it goes on without."""
+"""Seconds that a restore waits for the mirror's listing before it goes on without it."""
 
 _log = logging.getLogger("checkpointer")
 
 
 class MirrorThread:
-    """Keeps a copy of what a directory has, on a thread of its own: its caller never waits for the mirror's storage.
+    """Copies what a directory has on a thread of its own, so that the loop never waits for the mirror's storage.
 
-    Args:
-        mirror: What was asked for; its storage is opened on the thread.
-        policy: What lives on the mirror, and under which names.
-        source: The storage that is mirrored.
-        trust: The key that signs the mirror's records, and without which none of them is believed.
-        copies: Whether to copy; without it the mirror is only looked at.
+    ``policy`` has the rules and names on the mirror. Without ``copies`` the mirror is only read.
     """
 
-    def __init__(
-        self,
-        mirror: Mirror,
-        policy: Policy,
-        source: Storage,
-        *,
-        trust: HMACKey | None,
-        copies: bool,
-    ) -> None:
-        self._where = mirror.where
+    def __init__(self, mirror: Mirror, policy: Policy, source: Storage, *, trust: HMACKey | None, copies: bool) -> None:
+        self._mirror = mirror
         self._policy = policy
         self._source = source
-        self._options = mirror.options
         self._trust = trust
         self._copies = copies
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
-        # Guarded by the condition, which nobody holds while waiting for a storage:
-        self._news = threading.Condition()
+        # The condition guards these. It is never held during a request to a storage:
+        self._condition = threading.Condition()
         self._here: Manifest | None = None
         self._done: Manifest | None = None
-        self._told: dict[str, Record] = {}
+        self._announced: dict[str, Record] = {}
         self._finishing = False
         self._stopped = False
-        # Written by the thread alone, read by anybody:
+        # Only the thread writes these; other threads read them:
         self._there = Manifest()
         self._skipped: frozenset[tuple[str, str]] = frozenset()
         self._error = ""
-        # The thread's own:
+        # Only the thread uses these:
         self._directory: Directory | None = None
         self._owner = ""
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def __str__(self) -> str:
-        return without_password(str(self._where))
+        return without_password(str(self._mirror.where))
 
     def update(self, manifest: Manifest) -> None:
-        """Take in what there is to mirror now. Returns at once."""
+        """Mirror these records from now on. Returns at once."""
         if not self._copies:
             return
-        with self._news:
+        with self._condition:
             if self._stopped or self._finishing:
                 return
             self._here = manifest
             if manifest.own:
-                self._told[manifest.own[-1].token] = manifest.own[-1]
+                self._announced[manifest.own[-1].token] = manifest.own[-1]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="checkpointer-mirror", daemon=True)
                 self._thread.start()
-            self._news.notify_all()
+            self._condition.notify_all()
 
     @property
     def status(self) -> MirrorStatus:
-        """How far the copies are, without asking the mirror."""
+        """How far the copies are. Sends no request to the mirror."""
         return MirrorStatus(behind=tuple(record.name for record in self._missing), error=self._error)
 
     @property
@@ -126,13 +109,13 @@ class MirrorThread:
         return plan(self._policy, here, self._there, self._skipped).missing if here is not None else ()
 
     def close(self, timeout: float) -> None:
-        """Wait until everything is mirrored, ``timeout`` seconds at most; warn about what is not."""
+        """Wait up to ``timeout`` seconds until all is mirrored; warn about what is not."""
         thread = self._thread
         if os.getpid() != self._pid:
-            return  # In a forked child there is nothing to wait for, and the lock may have been held.
-        with self._news:
+            return  # A forked child has no such thread, and the condition may have been held during the fork.
+        with self._condition:
             self._finishing = True
-            self._news.notify_all()
+            self._condition.notify_all()
         deadline = time.monotonic() + timeout
         while thread is not None and thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             missing = self._missing
@@ -147,131 +130,127 @@ class MirrorThread:
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
 
     def stop(self) -> None:
-        """Let the thread end after what it is doing, finished or not."""
-        # In a forked child there is no thread, and its lock may have been held.
+        """Let the thread end after its current action, even if something is missing."""
         if os.getpid() == self._pid:
-            with self._news:
+            with self._condition:
                 self._stopped = True
-                self._news.notify_all()
+                self._condition.notify_all()
 
     # On the thread
 
     def _run(self) -> None:
         failures = 0
-        while self._await_news():
+        while self._wait_for_change():
             try:
                 self._catch_up()
             except SamePlaceError as error:
                 self._failed(error)
                 return
-            except Exception as error:  # Whatever is wrong with the mirror, training goes on.
+            except Exception as error:  # An error of the mirror does not end the training.
                 failures += 1
                 self._failed(error)
                 self._pause(retry_after(failures, random.random()))
             else:
                 failures = 0
         if self._directory is not None:
-            # All is copied; what is left unsaid here is said anew by the next process.
+            # Everything is copied. The next process writes again what close() could not write.
             with contextlib.suppress(Exception):
                 self._directory.close()
             release(self._owner)
 
-    def _await_news(self) -> bool:
-        """Wait for something to do; return whether there is any."""
-        with self._news:
-            self._news.wait_for(lambda: self._stopped or self._finishing or self._here is not self._done)
+    def _wait_for_change(self) -> bool:
+        """Wait until something is to be mirrored; return False at the end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopped or self._finishing or self._here is not self._done)
             return not self._stopped and self._here is not self._done
 
     def _pause(self, seconds: float) -> None:
-        """Wait; news do not cut it short, but the end of the training does, once."""
-        with self._news:
+        """Wait. A new checkpoint does not end the wait, but the end of the training does, once."""
+        with self._condition:
             was_finishing = self._finishing
-            self._news.wait_for(lambda: self._stopped or self._finishing != was_finishing, seconds)
+            self._condition.wait_for(lambda: self._stopped or self._finishing != was_finishing, seconds)
 
     def _failed(self, error: Exception) -> None:
-        kind = StorageError if isinstance(error, SamePlaceError) else type(error)
-        self._error = f"{kind.__name__}: {error}"
-        if self._error not in self._said:
-            self._said.add(self._error)
-            again = "" if isinstance(error, SamePlaceError) else ", and it is tried again"
+        is_same_place = isinstance(error, SamePlaceError)
+        self._error = f"{(StorageError if is_same_place else type(error)).__name__}: {error}"
+        if self._error not in self._logged:
+            self._logged.add(self._error)
+            again = "" if is_same_place else ", and the mirror tries again"
             _log.warning("mirror %s: %s; training goes on%s", self, self._error, again)
-        # The next try starts from what is really there. A new owner, so that it may finish what this one left.
+        # The next try lists the mirror again, as a new owner, so that it may finish what this one left.
         self._directory = None
         release(self._owner)
 
     def _catch_up(self) -> None:
-        """Copy one after the other, looking anew before each what is missing by now; return when nothing is."""
+        """Copy one checkpoint after the other, with a new plan before each; return when nothing is missing."""
         while not self._stopped:
-            with self._news:
-                here, told = self._here, dict(self._told)
-            assert here is not None, "there are news"
-            directory = self._connected(here)
+            with self._condition:
+                here, announced = self._here, dict(self._announced)
+            assert here is not None, "the thread waits for it"
+            directory = self._connect(here)
             self._there = directory.manifest
-            self._say_lost(here, told)
+            self._log_lost(here, announced)
             todo = plan(self._policy, here, self._there, self._skipped)
             for record in todo.changed:
                 directory.rewrite(record)
             if todo.missing:
                 self._copy(todo.missing[0], directory)
             aside = directory.manifest.aside
-            directory.look_before_retiring(spare=todo.kept)
+            directory.looks.before_retiring(spare=todo.kept)
             if directory.manifest.aside is not aside:
-                continue  # It is copied again.
+                continue  # Something is gone, and is copied again.
             directory.point_aliases()
             directory.retire(spare=todo.kept)
             self._there = directory.manifest
             if todo.missing:
                 continue
-            if directory.transaction.unfinished:
-                msg = f"{', '.join(directory.transaction.unfinished)} could not be deleted"
+            if directory.journal.unfinished:
+                msg = f"{', '.join(directory.journal.unfinished)} could not be deleted"
                 raise StorageError(msg)
-            self._caught_up(here)
+            if self._error:
+                _log.info("mirror %s: caught up", self)
+            self._error = ""
+            self._logged.clear()
+            with self._condition:
+                self._done = here
             return
 
-    def _caught_up(self, here: Manifest) -> None:
-        if self._error:
-            _log.info("mirror %s: caught up", self)
-        self._error = ""
-        self._said.clear()
-        with self._news:
-            self._done = here
-
-    def _connected(self, here: Manifest) -> Directory:
+    def _connect(self, here: Manifest) -> Directory:
         if self._directory is None:
             self._owner = new_owner()
-            storage = open_storage(self._where, self._owner, self._options)
+            storage = open_storage(self._mirror.where, self._owner, self._mirror.options)
             refuse_same(self._source, storage)
             refuse_same_by_trial(self._source, storage)
             self._directory = Directory(
                 storage, self._owner, self._policy, run=here.run, label=here.label, writes=True, trust=self._trust
             )
-        self._directory.see(here.run, here.line)
+        self._directory.lines.see(here.run, here.line)
         self._directory.note(here.seen)
         self._directory.begin()
         return self._directory
 
     def _copy(self, record: Record, directory: Directory) -> None:
         try:
-            directory.add(directory.copy_in(record, self._source, record.name))
+            directory.copy_in(record, self._source, record.name)
         except CorruptError as error:
-            # Retired, replaced or damaged here. If it only has another name by now, it is tried under that one.
+            # It was retired, replaced, renamed or damaged here. If it was renamed, it is copied under its new name.
             self._skipped |= {(record.token, record.name)}
             _log.warning("mirror %s: %s; it is not mirrored", self, error)
 
-    def _say_lost(self, here: Manifest, told: Mapping[str, Record]) -> None:
-        unsaid = [record for record in told.values() if (record.token, record.name) not in self._skipped]
-        names = [record.name for record in lost(self._policy, here, self._there, unsaid)]
+    def _log_lost(self, here: Manifest, announced: Mapping[str, Record]) -> None:
+        candidates = [record for record in announced.values() if (record.token, record.name) not in self._skipped]
+        names = [record.name for record in lost(self._policy, here, self._there, candidates)]
         if names:
             _log.warning("mirror %s: retired here before they could be mirrored: %s", self, ", ".join(names))
         waiting = {record.token for record in here.own} - {record.token for record in self._there.records}
-        with self._news:
-            for token in told.keys() - waiting:
-                del self._told[token]
+        with self._condition:
+            for token in announced.keys() - waiting:
+                del self._announced[token]
 
-    # For a restore, on its thread
+    # On the thread of a restore
 
     def look(self, seconds: float = LOOK_S) -> MirrorSnapshot:
-        """Return what the mirror holds; if it does not say so in time, that is a problem that the fetcher carries."""
+        """Return what the mirror holds. If it does not answer in time, the snapshot has that as a problem."""
         try:
             return _within(seconds, self._look)
         except Exception as error:
@@ -279,10 +258,10 @@ class MirrorThread:
             return MirrorSnapshot(problems=(f"what the mirror {self} may hold, which could not be reached ({why})",))
 
     def _look(self) -> MirrorSnapshot:
-        # Its own storage: the thread's may be in the middle of something.
+        # A storage of its own, because the thread may be using the other one.
         owner = new_owner()
         try:
-            storage = open_storage(self._where, owner, self._options)
+            storage = open_storage(self._mirror.where, owner, self._mirror.options)
             listing = load(storage, self._trust)
         finally:
             release(owner)
@@ -292,7 +271,7 @@ class MirrorThread:
 
 
 def _candidates(listing: Listing) -> Iterator[Record]:
-    """Yield the records that may have a payload. Which of them has is proven by digest when one is fetched."""
+    """Yield the records that may have a payload. A fetch proves by digest whether they do."""
     for entry in listing.entries.values():
         if entry.status == "committed":
             yield entry.record
@@ -303,36 +282,29 @@ def _candidates(listing: Listing) -> Iterator[Record]:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what ``call`` returns or raise what it raises, but raise `TimeoutError` if it takes longer."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    """Return or raise what ``call`` does; raise `TimeoutError` if it takes longer."""
+    answer: Future[T] = Future()
 
     def work() -> None:
         try:
-            answers.put((call(), None))
-        except BaseException as error:  # It belongs to the one who asked.
-            answers.put((None, error))
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
 
     threading.Thread(target=work, name="checkpointer-mirror-look", daemon=True).start()
-    try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
+    if not wait_for([answer], seconds).done:
         msg = f"no answer within {seconds:g} s"
-        raise TimeoutError(msg) from None
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
-# Construction
+        raise TimeoutError(msg)
+    return answer.result()
 
 
 def open_mirror(
     mirror: Mirror | Where | None, policy: Policy, source: Storage, *, trust: HMACKey | None, copies: bool
 ) -> MirrorThread | None:
-    """Return what keeps the mirror, or None if none is asked for. Does not touch its storage.
+    """Return the thread of a mirror, or None without one. Does not connect to its storage.
 
     Raises:
-        StorageError: If it is the directory itself.
+        StorageError: If the mirror is the directory itself.
     """
     if mirror is None:
         return None

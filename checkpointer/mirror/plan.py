@@ -1,4 +1,4 @@
-"""What a mirror is asked to be, and what would bring it up to date. Pure: it follows from the records on both sides."""
+"""The settings of a mirror, and the plan that brings it up to date: a pure function of the records on both sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from checkpointer.storage.opening import Where
 __all__ = ["Mirror", "MirrorStatus", "Plan", "lost", "plan", "retry_after"]
 
 RETRY_S: Final = (1.0, 60.0)
-"""Least and most seconds between two tries."""
+"""Minimum and maximum seconds between two tries."""
 
 
 def _as_rules(keep: Iterable[Rule | Limit] | None) -> tuple[Rule | Limit, ...] | None:
@@ -46,35 +46,35 @@ class Mirror:
 
 @attrs.frozen(kw_only=True)
 class MirrorStatus:
-    """How far the mirror is."""
+    """How far the copies are."""
 
     behind: tuple[str, ...] = ()
-    """Checkpoints that its rules want and that it is not known to have, newest first."""
+    """Checkpoints that its rules keep and that it is not known to have, newest first."""
     error: str = ""
-    """Why the last try failed; empty if it did not."""
+    """The error of the last try; empty if it succeeded."""
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What would bring a mirror up to date."""
+    """The changes that bring a mirror up to date."""
 
     missing: tuple[Record, ...] = ()
-    """Records as they are here, newest first, that the mirror's rules keep and the mirror has not got."""
+    """Records of the directory, newest first, that the mirror's rules keep and that the mirror does not have."""
     changed: tuple[Record, ...] = ()
-    """Records as the mirror should have them: metrics and pins that came later."""
+    """Records of the mirror with metrics and pins that were added here later."""
     kept: frozenset[str] = frozenset()
     """Names on the mirror that its rules keep, once nothing is missing."""
 
 
 def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[str, str]] = frozenset()) -> Plan:
-    """Compare two manifests, the second seen as the first sees its own; ``skip`` has tokens and names to leave out."""
+    """Compare two manifests, both from the view of the first one's run; ``skip`` has tokens and names to leave out."""
     copies = {record.token: record for record in there.seen_by(here.run, here.line).own}
     changed = {}
     for record in here.own:
         copy = copies.get(record.token)
         if copy is not None and (wanted := attrs.evolve(record, name=copy.name)) != copy:
             changed[copy.name] = wanted
-    # Under names that no file can have: which one they get is another question.
+    # Under names that no file can have, because their names on the mirror are not known yet.
     absent = {f"\0{r.token}": r for r in here.live if r.token not in copies and (r.token, r.name) not in skip}
     resumed = here.by_name[here.resumed].token if here.resumed in here.by_name else ""
     would_be = attrs.evolve(
@@ -92,15 +92,15 @@ def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[
     return Plan(missing=tuple(missing), changed=tuple(changed.values()), kept=frozenset(kept))
 
 
-def lost(policy: Policy, here: Manifest, there: Manifest, told: Iterable[Record]) -> tuple[Record, ...]:
-    """Return which of the records ``told`` of the mirror would have kept, but are gone here before it had them."""
+def lost(policy: Policy, here: Manifest, there: Manifest, announced: Iterable[Record]) -> tuple[Record, ...]:
+    """Return the announced records that the mirror would keep, but that are gone here before it had them."""
     have = {record.token for record in (*here.own, *there.records)}
-    gone = {record.token: record for record in told if record.token not in have}
+    gone = {record.token: record for record in announced if record.token not in have}
     wide = attrs.evolve(here, records=(*here.records, *gone.values()))
     return tuple(record for record in plan(policy, wide, there).missing if record.token in gone)
 
 
 def retry_after(failures: int, dice: float) -> float:
-    """Return seconds to wait after so many failures in a row; ``dice`` in [0, 1) spreads writers that fail at once."""
+    """Return seconds to wait after so many failures in a row; ``dice`` in [0, 1) spreads writers that fail together."""
     least, most = RETRY_S
     return min(most, least * 2.0 ** min(failures - 1, 30)) * (1 + dice) / 2

@@ -1,28 +1,24 @@
-"""Gets from a mirror what a restore needs and the directory has not, or has no more as it was written."""
+"""Fetches checkpoints from a mirror that the directory does not have, or has only damaged."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import attrs
 
+from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import (
     CheckpointerWarning,
     CorruptError,
-    NotFoundError,
-    RecordError,
     RestoreError,
     StorageError,
 )
-from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage, SupportsFreeSpace
-from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
-from checkpointer.restore.load import Restored, choose, holding_on_to, verify
+from checkpointer.restore.load import Restored, raising_unreachable, verify
 
 __all__ = ["MirrorSnapshot"]
 
@@ -31,43 +27,26 @@ _log = logging.getLogger("checkpointer")
 
 @attrs.frozen(kw_only=True)
 class MirrorSnapshot:
-    """What a mirror held when a restore looked, and how to get it."""
+    """The contents of a mirror when a restore looked, and a way to fetch them."""
 
     storage: Storage | None = None
     records: Mapping[str, Record] = attrs.field(factory=dict)
     """Its records by token."""
     problems: tuple[str, ...] = ()
-    """What could not be read, in words."""
-
-    def choose(
-        self,
-        which: str | int | None,
-        policy: Policy,
-        view: Manifest,
-        contents: Literal["full", "any"],
-        damaged: Mapping[str, RecordError],
-    ) -> tuple[Record, ...]:
-        """Do as `restoring.choose` does; what is not found may be where nobody could look."""
-        try:
-            return choose(which, policy, view, contents, damaged=damaged)
-        except NotFoundError as error:
-            if not self.problems:
-                raise
-            msg = f"{error}; not looked at: {'; '.join(self.problems)}"
-            raise NotFoundError(msg) from error
+    """Messages about what could not be read."""
 
     def load(self, directory: Directory, load: Callable[[Record], Restored], record: Record) -> Restored:
-        """Load a checkpoint from here; before that fetch it if only the mirror has it whole.
+        """Load a checkpoint from the directory. If only the mirror has it whole, fetch it first.
 
         Raises:
-            CorruptError: If no copy is what was written.
+            CorruptError: If no copy is as it was written.
             RestoreError: If it has to be fetched, and there is no room.
-            StorageError: If fetching it failed.
+            StorageError: If the fetch failed.
         """
         copy = self.records.get(record.token)
-        here = (*directory.manifest.records, *directory.manifest.aside)
-        with holding_on_to(record, directory.storage):
-            if copy is not None and record.token not in {other.token for other in here}:
+        here = {other.token for other in (*directory.manifest.records, *directory.manifest.aside)}
+        with raising_unreachable(record, directory.storage):
+            if copy is not None and record.token not in here:
                 return load(self._fetch(copy, directory))
             try:
                 return load(record)
@@ -81,21 +60,27 @@ class MirrorSnapshot:
 
     def _fetch(self, copy: Record, directory: Directory, *, replaces: Record | None = None) -> Record:
         assert self.storage is not None, "a record was read from it"
-        self._check_space(copy, directory.storage)
-        directory.prepare()
+        storage = directory.storage
+        free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
+        if free is not None and free < copy.size:
+            msg = (
+                f"{copy.name} has to be fetched from {self.storage} and takes {size_text(copy.size)}, but {storage} "
+                f"has {size_text(free)} free; nothing was restored. Free some space, or restore a smaller one by name"
+            )
+            raise RestoreError(msg)
+        directory.contents.prepare()
         try:
             fetched = directory.copy_in(copy, self.storage, copy.name, replaces=replaces)
         except CorruptError:
             raise
-        except Exception as error:  # Each driver has its own, and an older checkpoint may do.
+        except Exception as error:  # Each driver has its own errors. An older checkpoint may be here.
             msg = f"{copy.name} could not be fetched from {self.storage} ({type(error).__name__}: {error})"
             raise StorageError(msg) from error
-        directory.add(fetched)
-        _log.info("fetched %s (%d bytes) from %s", fetched.name, fetched.size, self.storage)
+        _log.info("fetched %s (%s) from %s", fetched.name, size_text(fetched.size), self.storage)
         return fetched
 
     def _fetch_again(self, record: Record, copy: Record, directory: Directory, error: Exception) -> Record:
-        """Fetch what is damaged here. Only a file of the size we wrote is surely ours to replace."""
+        """Fetch a checkpoint that is damaged here. Replace the file only if its size is that of our payload."""
         files = directory.storage.list(record.name)
         is_ours = not files or (set(files) == {record.name} and files[record.name].size == record.size)
         try:
@@ -103,20 +88,9 @@ class MirrorSnapshot:
         except (CorruptError, OSError) as failure:
             msg = f"{error}; {failure}"
             raise (CorruptError if isinstance(error, CorruptError) else StorageError)(msg) from error
-        if is_ours:
-            return fetched
-        # What lies there is not what the record says; it stays, but as a file of others.
-        directory.disown(record)
+        if not is_ours:
+            directory.disown(record)
         return fetched
-
-    def _check_space(self, copy: Record, storage: Storage) -> None:
-        free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
-        if free is not None and free < copy.size:
-            msg = (
-                f"{copy.name} has to be fetched from {self.storage} and takes {copy.size} bytes, but {storage} has "
-                f"{free} free; nothing was restored. Free some space, or restore a smaller one by name"
-            )
-            raise RestoreError(msg)
 
 
 def _is_whole(storage: Storage, record: Record) -> bool:

@@ -1,4 +1,4 @@
-"""Restore: choose a checkpoint, verify it, load it, and fall back to the next newest valid one, saying why."""
+"""Verifies and loads a checkpoint, and falls back to the next valid one with a warning that says why."""
 
 from __future__ import annotations
 
@@ -8,33 +8,22 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import attrs
 
-from checkpointer._display import some_of
-from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
-from checkpointer.errors import (
-    CheckpointerWarning,
-    CorruptError,
-    NotFoundError,
-    NoValidCheckpointError,
-    RecordError,
-    RestoreError,
-    UntrustedError,
-)
+from checkpointer.commit.index import RECORDS
+from checkpointer.commit.naming import address, location
+from checkpointer.errors import CheckpointerWarning, CorruptError, NoValidCheckpointError, RestoreError
 from checkpointer.formats import format_of
-from checkpointer.policy.policy import Policy
 from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
-from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.storage.digests import VerifiedReader, algorithm_of, digest_of, files_of
 
-__all__ = ["Restored", "Verify", "check_empty", "choose", "holding_on_to", "load", "load_first_valid", "verify"]
+__all__ = ["Restored", "Verify", "load", "load_first_valid", "raising_unreachable", "verify"]
 
 Verify = Literal["full", "size"]
-"""How a payload is held against its record before it is loaded."""
+"""How a payload is compared with its record before it is loaded."""
 
 _CHUNK = 4 << 20
 _FEW = 5
@@ -42,7 +31,7 @@ _FEW = 5
 
 
 class _GoneError(CorruptError):
-    """Raised for a payload that is not there at all."""
+    """Raised if the payload does not exist at all."""
 
 
 @attrs.frozen(kw_only=True)
@@ -50,7 +39,7 @@ class Restored:
     """A checkpoint that was verified and loaded."""
 
     record: Record
-    """What is known about it: name, step, epoch, metrics, time."""
+    """Its name, step, epoch, metrics and time."""
     state: Any
     """The state, as the ``state`` callable returned it."""
 
@@ -61,7 +50,7 @@ class Restored:
 
     @property
     def epoch(self) -> int:
-        """0-based index of the epoch in progress or just ended when the state was taken."""
+        """0-based index of the epoch that was in progress or had just ended when the state was taken."""
         return self.record.epoch
 
     @property
@@ -70,86 +59,27 @@ class Restored:
         return self.record.progress.epochs
 
 
-def choose(
-    which: str | int | None,
-    policy: Policy,
-    manifest: Manifest,
-    contents: Literal["full", "any"],
-    *,
-    damaged: Mapping[str, RecordError] = MappingProxyType({}),
-) -> tuple[Record, ...]:
-    """Return the records to try, in order. Only the newest and the best have others to fall back to.
-
-    ``damaged`` are the record files that cannot be read or believed, by their paths.
-
-    Raises:
-        NotFoundError: If no record has that name or step.
-        CorruptError: If the record of that name cannot be read.
-        UntrustedError: If the record of that name is not signed with the manager's key.
-        RestoreError: If the record named has only weights, and ``contents="full"``.
-    """
-    aliases = {policy.name.last_file: "last", policy.name.best_file: "best"}
-    if isinstance(which, str) and which not in manifest.by_name:
-        which = aliases.get(which, which)
-    if which in (None, "last"):
-        return tuple(r for r in reversed(manifest.live) if contents == "any" or r.contents == "full")
-    if which == "best":
-        return _best_first(policy, manifest, contents)
-    record = _named(which, policy, manifest, damaged)
-    if contents == "full" and record.contents == "weights":
-        msg = f"{record.name} holds only weights and cannot resume a run; pass contents='any' to load them"
-        raise RestoreError(msg)
-    return (record,)
-
-
-def _best_first(policy: Policy, manifest: Manifest, contents: Literal["full", "any"]) -> tuple[Record, ...]:
-    if policy.ranking is None:
-        msg = "there is no best: no rule of the policy ranks; add KeepBest(k, metric, mode=...) to keep"
-        raise RestoreError(msg)
-    return tuple(policy.best_first(r for r in manifest.history if contents == "any" or r.contents == "full"))
-
-
-def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged: Mapping[str, RecordError]) -> Record:
-    names = [] if which is None or isinstance(which, int) else [which, f"{which}{policy.name.suffix}"]
-    if isinstance(which, int):
-        # An abandoned checkpoint may be asked for by its step, if no other has that step.
-        found = [r for r in manifest.own if r.step == which]
-        found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", r.serial))
-    else:
-        found = [r for name in names if (r := manifest.by_name.get(name))][:1]
-    if found:
-        return found[-1]
-    for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
-        raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
-    newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
-    have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
-    refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
-    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
-    raise NotFoundError(msg)
-
-
 def verify(storage: Storage, record: Record) -> None:
-    """Compare a payload with its record; raise `CorruptError` that says how they differ."""
-    _listed(storage, record)
+    """Compare a payload with its record; raise `CorruptError` with the difference."""
+    _list(storage, record)
     _verify_digest(storage, record)
+
+
+def _list(storage: Storage, record: Record) -> Mapping[str, int]:
+    """Return the payload's files; raise before any byte is read if their size is not as recorded."""
+    files = files_of(storage, record.name, record.size)
+    if not files:
+        msg = f"{record.name} is gone, though its record is there"
+        raise _GoneError(msg)
+    size = sum(files.values())
+    if size != record.size:
+        msg = f"{record.name} has {size} bytes where its record says {record.size}"
+        raise CorruptError(msg)
+    return files
 
 
 def _verify_digest(storage: Storage, record: Record) -> None:
     _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
-
-
-def _listed(storage: Storage, record: Record) -> Mapping[str, int]:
-    """Return the payload's files, if they are there and as large as the record says: before anything is read."""
-    files = files_of(storage, record.name, record.size)
-    size = sum(files.values())
-    if not files:
-        msg = f"{record.name} is gone, though its record is there"
-        raise _GoneError(msg)
-    elif size != record.size:
-        msg = f"{record.name} has {size} bytes where its record says {record.size}"
-    else:
-        return files
-    raise CorruptError(msg)
 
 
 def _compare(record: Record, found: tuple[int, str] | None) -> None:
@@ -168,27 +98,27 @@ def load(
     verify: Verify = "full",
     mmap: bool = False,
 ) -> Restored:
-    """Verify and load one checkpoint: what is loaded is what was verified, whatever happens in between.
+    """Verify and load one checkpoint. The loaded bytes are the verified ones, even if the file changes in between.
 
     A folder, and a file that is mapped, are verified first, and then opened again by the code that reads them.
     """
     payload = open_format(record)
     options = {"weights_only": weights_only, "map_location": map_location}
-    if set(_listed(storage, record)) != {record.name}:
-        if verify == "full":
-            _verify_digest(storage, record)
-        return Restored(record=record, state=_read_folder(storage, record, payload, options))
-    if isinstance(payload, FolderFormat):
+    is_folder = set(_list(storage, record)) != {record.name}
+    if not is_folder and isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
-    if mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping):
-        if verify == "full":
-            _verify_digest(storage, record)
-        with storage.open(record.name) as stream:
-            payload = format_of(stream, payload)
-        assert isinstance(payload, SupportsMapping)  # The formats that are exchanged both are.
-        return Restored(record=record, state=payload.read_mapped(storage.local_path(record.name), **options))
+    is_mapped = mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping)
+    if verify == "full" and (is_folder or is_mapped):
+        _verify_digest(storage, record)
+    if is_folder:
+        return Restored(record=record, state=_read_folder(storage, record, payload, options))
+    assert not isinstance(payload, FolderFormat), "it raises above"
     with storage.open(record.name) as remote:
+        if is_mapped:
+            mapped = format_of(remote, payload)
+            assert isinstance(mapped, SupportsMapping), "both formats that format_of exchanges are"
+            return Restored(record=record, state=mapped.read_mapped(location(storage, record.name), **options))
         if verify == "size":
             return Restored(record=record, state=format_of(remote, payload).read(remote, **options))
         with _nearby(remote, storage, record) as near:
@@ -204,20 +134,17 @@ def load(
 
 
 def _read_folder(storage: Storage, record: Record, payload: Format | FolderFormat, options: Mapping[str, Any]) -> Any:
-    path = _address(storage, record.name)
-    if isinstance(payload, FolderFormat) and path:
-        return payload.read_folder(path, **options)
+    if isinstance(payload, FolderFormat) and isinstance(storage, SupportsPaths | SupportsURLs):
+        return payload.read_folder(address(storage, record.name), **options)
     msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
     raise RestoreError(msg)
 
 
 @contextlib.contextmanager
 def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[BinaryIO]:
-    """Bring what lies elsewhere here once, for it is read twice; where there is room for it."""
-    if not isinstance(storage, SupportsURLs) or isinstance(storage, SupportsPaths):
-        yield stream
-        return
-    if shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
+    """Copy a remote payload to this machine, because it is read twice; if there is no room, read it twice there."""
+    is_remote = isinstance(storage, SupportsURLs) and not isinstance(storage, SupportsPaths)
+    if not is_remote or shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
         yield stream
         return
     with tempfile.TemporaryFile() as copy:
@@ -226,18 +153,12 @@ def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[Bina
         yield copy
 
 
-def _address(storage: Storage, name: str) -> str:
-    """Return the path or URL by which others than the storage read a payload; empty if there is none."""
-    if isinstance(storage, SupportsPaths):
-        return storage.local_path(name)
-    return storage.url(name) if isinstance(storage, SupportsURLs) else ""
-
-
 @contextlib.contextmanager
-def holding_on_to(record: Record, storage: Storage) -> Iterator[None]:
-    """Let a storage elsewhere that does not answer end the restore: its checkpoint is not bad, only out of reach.
+def raising_unreachable(record: Record, storage: Storage) -> Iterator[None]:
+    """If a remote storage does not answer, raise `RestoreError`, which ends the restore.
 
-    Going on from an older one would abandon it. A file on this machine that cannot be read stays so.
+    The checkpoint is not bad, and going on from an older one would abandon it. If a local file cannot be read, that is
+    an error of this checkpoint alone.
     """
     try:
         yield
@@ -246,7 +167,7 @@ def holding_on_to(record: Record, storage: Storage) -> Iterator[None]:
             raise
         msg = (
             f"{record.name} in {storage} could not be read ({type(error).__name__}: {error}); nothing was restored, "
-            "for going on from an older checkpoint would abandon it. Try again, or restore one by name or step"
+            "because going on from an older checkpoint would abandon it. Try again, or restore one by name or step"
         )
         raise RestoreError(msg) from error
 
@@ -261,7 +182,7 @@ def load_first_valid(
 
     Raises:
         NoValidCheckpointError: If there were candidates or damaged records, and none is valid.
-        UnsafePayloadError: At once: an older checkpoint holds the same kind of objects.
+        UnsafePayloadError: At once, because an older checkpoint holds the same kind of objects.
     """
     problems = list(bad)
     all_gone = not problems
@@ -276,51 +197,17 @@ def load_first_valid(
             continue
         if problems:
             instead = f"restored {record.name} (step {record.step}) instead of what is newer or better"
-            msg = f"{instead}: {_few(problems)}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warnings.warn(f"{instead}: {_few(problems)}", CheckpointerWarning, stacklevel=3)
         return restored
     if problems:
         way_out = "restore one by name, or use an empty directory"
         if all_gone:
-            way_out = (
-                f"put a payload back, or to begin anew remove the records in {RECORDS} too, or use another directory"
-            )
+            way_out = f"put a payload back, or to start over remove the records in {RECORDS}, or use another directory"
         msg = f"no valid checkpoint: {_few(problems)}. Training does not start over silently: {way_out}"
         raise NoValidCheckpointError(msg)
     return None
 
 
 def _few(problems: Sequence[str]) -> str:
-    """Return the first few, and how many more there are."""
     more = f"; and {len(problems) - _FEW} more" if len(problems) > _FEW else ""
     return "; ".join(problems[:_FEW]) + more
-
-
-def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage | None) -> None:
-    """Raise unless there is really nothing to restore, so that training does not start over silently.
-
-    Without ``storage`` files that no record names count for nothing.
-    """
-    if manifest.live:
-        msg = "there are only weights, which cannot resume a run; pass contents='any' to load them"
-        raise RestoreError(msg)
-    if which not in (None, "last", policy.name.last_file):
-        msg = f"there is no {which!r}: no checkpoint of the run is ranked"
-        raise NotFoundError(msg)
-    if storage is None:
-        return
-    suffix, there = policy.name.suffix, storage.list()
-    below = [] if manifest.records else directories_below(there, RECORDS)
-    if below:
-        msg = (
-            f"{storage} has no checkpoint of its own, and these directories below have: {some_of(below)}. Training "
-            "does not start over silently: name one of them, or use an empty directory"
-        )
-        raise NoValidCheckpointError(msg)
-    files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
-    if files and not manifest.records:
-        msg = (
-            f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "
-            "silently: load one of them yourself, or use an empty directory"
-        )
-        raise NoValidCheckpointError(msg)

@@ -1,4 +1,4 @@
-"""Goes on from what was saved: from a checkpoint that is chosen and loaded, or from what a host kept of a manager."""
+"""Goes on with a run, from a checkpoint that is selected and loaded, or from the state that a host has saved."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import attrs
 
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
-from checkpointer.errors import RecordError
+from checkpointer.errors import NotFoundError, RecordError
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore.fetch import MirrorSnapshot
-from checkpointer.restore.load import Restored, check_empty, load_first_valid
+from checkpointer.restore.load import Restored, load_first_valid
+from checkpointer.restore.select import check_empty, select
 
 __all__ = ["HostState", "go_on", "go_to"]
 
@@ -27,52 +28,47 @@ def go_to(
     *,
     strict: bool = False,
 ) -> Restored | None:
-    """Load a checkpoint, from the mirror if need be, and let the directory go on from there.
+    """Load a checkpoint, fetched from the mirror if necessary, and let the directory go on from there.
 
-    Args:
-        which: As for `CheckpointManager.restore`.
-        directory: Where it is looked for.
-        found: What the mirror holds.
-        contents: As for `CheckpointManager.restore`.
-        load: Loads a checkpoint that is in the directory.
-        strict: Whether files that no record names are an error if there is no checkpoint.
-
-    Returns:
-        What ``load`` returned, or None if there is no checkpoint at all.
-
-    Raises:
-        CheckpointError: As `CheckpointManager.restore`.
+    Arguments, result and errors are those of `CheckpointManager.restore`. With ``strict`` files without a record are an
+    error if there is no checkpoint.
     """
-    view = directory.widened(found.records.values())
+    view = directory.lines.widened(found.records.values())
     policy = directory.policy
-    chosen = found.choose(which, policy, view, contents, damaged=directory.damaged)
+    try:
+        candidates = select(which, policy, view, contents, damaged=directory.damaged)
+    except NotFoundError as error:
+        if not found.problems:
+            raise
+        msg = f"{error}; not looked at: {'; '.join(found.problems)}"
+        raise NotFoundError(msg) from error
     if which is None or which in ("last", "best") or which in policy.aliases:
         bad = (*map(str, directory.damaged.values()), *found.problems)
-        restored = load_first_valid(chosen, partial(found.load, directory, load), directory.set_aside, bad)
+        restored = load_first_valid(candidates, partial(found.load, directory, load), directory.contents.set_aside, bad)
         if restored is None:
             check_empty(which, policy, view, directory.storage if strict else None)
             return None
     else:
-        restored = found.load(directory, load, chosen[0])
-    directory.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
+        restored = found.load(directory, load, candidates[0])
+    directory.lines.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
     return restored
 
 
 @attrs.frozen(kw_only=True)
 class HostState:
-    """What a host may keep of a manager in a checkpoint of its own: enough to go on with the run from there."""
+    """The state of a manager in a checkpoint of its host, from which the run can go on."""
 
     run: str
     line: Line
     step: int
-    """The last one observed."""
+    """The last observed step."""
     since: Progress
-    """From when the trigger counts."""
+    """The point from which the trigger counts."""
     owed: str
-    """Why a due point is still open; empty if none is."""
+    """The reason of an unanswered due point; empty if there is none."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as primitives."""
+        """Return the state as primitives."""
         return {
             "schema": SCHEMA,
             "run": self.run,
@@ -84,7 +80,7 @@ class HostState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> HostState:
-        """Return what `to_dict` was called on; `RecordError` for anything else."""
+        """Return the state that `to_dict` has written. Raises `RecordError` for other data."""
         try:
             return cls(
                 run=str(state["run"]),
@@ -98,12 +94,12 @@ class HostState:
             raise RecordError(msg) from error
 
 
-def go_on(account: HostState, directory: Directory, found: MirrorSnapshot, source: str) -> Progress:
-    """Let the directory go on with the run at the account's step, and return from when the trigger counts."""
-    directory.widened(found.records.values())
+def go_on(host: HostState, directory: Directory, found: MirrorSnapshot, source: str) -> Progress:
+    """Let the directory go on with the run at the host's step; return the point from which the trigger counts."""
+    directory.lines.widened(found.records.values())
     for problem in found.problems:
-        directory.say_once(problem, f"went on without {problem}")
-    directory.resume_run(account.run, account.line, account.step, source)
-    saved = directory.manifest.at_step(account.step)
-    # The state may lie in what somebody else saved, before this step was saved here or its epoch's end attached.
-    return account.since.later(saved.progress) if saved else account.since
+        directory.contents.warn_once(problem, f"went on without {problem}")
+    directory.lines.resume_run(host.run, host.line, host.step, source)
+    saved = directory.manifest.at_step(host.step)
+    # The host may have taken the state before this step was saved here, or before the metrics of its epoch were added.
+    return host.since.later(saved.progress) if saved else host.since

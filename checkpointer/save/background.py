@@ -1,8 +1,8 @@
-"""One writer thread behind the manager: it carries decisions out in order, while the loop goes on."""
+"""The writer thread: it executes jobs in order while the loop goes on."""
 
 from __future__ import annotations
 
-import concurrent.futures.thread as _executors  # Its exit hook must be older than ours, and so run after it.
+import concurrent.futures.thread  # noqa: F401  Its exit hook must be registered before ours, so that it runs later.
 import logging
 import os
 import threading
@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import attrs
 
@@ -22,39 +22,39 @@ from checkpointer.records.manifest import Manifest
 __all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy", "copies_of", "finish_at_exit"]
 
 Busy = Literal["wait", "skip"]
-"""What a save does that is due while another is still running."""
+"""What happens if a save is due while another is unfinished."""
 
 POLL_S: Final = 1.0
-"""Seconds after which a waiting thread looks whether the writer still lives."""
+"""Seconds between two checks of a waiting thread that the writer thread is alive."""
 
 _log = logging.getLogger("checkpointer")
 
 
 @attrs.frozen(kw_only=True)
 class BackgroundStatus:
-    """What the writer thread has to do, and what it cost the loop so far."""
+    """The unfinished work of the writer thread, and its cost for the loop so far."""
 
     unfinished: tuple[str, ...] = ()
-    """Names of the checkpoints that are being written or wait for it, oldest first."""
+    """Names of the checkpoints that are being written or wait for their turn, oldest first."""
     num_waits: int = 0
-    """How many times the loop waited because a save was due while another was running."""
+    """How often the loop waited because a save was due while another was unfinished."""
     waited_s: float = 0.0
-    """Seconds it waited in all."""
+    """Seconds that the loop waited in total."""
     num_skipped: int = 0
-    """How many saves made way for a newer one before they were begun (``background="skip"``)."""
+    """How many saves were dropped for a newer one before they began (``background="skip"``)."""
 
 
 @attrs.define
 class Job:
-    """One decision on its way."""
+    """One decision that the writer thread executes."""
 
     decision: Save | Attach
     work: Callable[[Job], None]
-    """Carries it out; called with the job, on the writer thread."""
+    """Executes the decision; called with the job, on the writer thread."""
     drop: Callable[[], None]
-    """Gives up what the work would need; called if it is not begun."""
+    """Releases what the work needs; called if the work is never begun."""
     is_saved: bool = False
-    """Whether the checkpoint counts: set by the work, as soon as it is committed."""
+    """Whether the checkpoint counts: the work sets it after the commit."""
 
 
 @attrs.frozen
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def as_busy(background: object) -> Busy | None:
-    """Return what ``background=`` stands for, None for writing in the loop."""
+    """Check the argument ``background=``. None writes in the loop."""
     if background is None or background == "wait" or background == "skip":
         return background
     msg = f"background is {background!r}; expected 'wait', 'skip' or None"
@@ -75,18 +75,15 @@ def as_busy(background: object) -> Busy | None:
 
 
 def copies_of(busy: Busy) -> int:
-    """Return how many copies of a state there are at a time: the one that is being written, and one that waits."""
+    """Return how many copies of a state exist at a time: the one that is being written, and one that waits."""
     return 1 if busy == "wait" else 2
 
 
 class Background:
-    """Does jobs in order on a thread that lives as long as there are any.
+    """Executes jobs in order on a thread, which ends when there are none.
 
-    Args:
-        busy: ``"wait"``: a save waits until the one before is done; ``"skip"``: it takes the place of one that has not
-            begun.
-        manifest: Returns the manifest as the jobs have left it.
-        on_failure: Called on the writer thread after a job has failed, when `hear` has it to tell.
+    ``manifest`` returns the records as the finished jobs have left them. ``on_failure`` is called on the thread after a
+    job has failed, when `collect` can return its outcome.
     """
 
     def __init__(self, busy: Busy, manifest: Callable[[], Manifest], on_failure: Callable[[], None]) -> None:
@@ -100,10 +97,10 @@ class Background:
         finish_at_exit(self)
 
     def _start_over(self) -> None:
-        """Begin with nothing to do, as in a forked child: the jobs are its parent's, and so is the thread."""
+        """Begin without jobs. In a forked child the jobs and the thread belong to the parent."""
         self._pid = os.getpid()
-        self._news = threading.Condition()
-        # The first is being done; the others have not begun.
+        self._condition = threading.Condition()
+        # The first job is running; the others have not begun.
         self._jobs: deque[Job] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._before = Manifest()
@@ -113,28 +110,26 @@ class Background:
         if os.getpid() != self._pid:
             self._start_over()
 
-    # For the loop
-
     @property
     def is_here(self) -> bool:
-        """Whether the caller is the writer thread itself, as a listener is."""
+        """Whether the caller runs on the writer thread, as a listener does."""
         self._check_process()
         return threading.current_thread() is self._thread
 
     @property
     def status(self) -> BackgroundStatus:
-        """What there is to do, without waiting for it."""
+        """The unfinished work. Does not wait for it."""
         self._check_process()
-        with self._news:
+        with self._condition:
             names = tuple(job.decision.name for job in self._jobs if isinstance(job.decision, Save))
         return BackgroundStatus(
             unfinished=names, num_waits=self._num_waits, waited_s=self._waited_s, num_skipped=self._num_skipped
         )
 
     def outlook(self, policy: Policy) -> Manifest:
-        """Return the manifest as it will be once every job is done."""
+        """Return the records as they will be once every job is done."""
         self._check_process()
-        with self._news:
+        with self._condition:
             if not self._jobs:
                 return self._manifest()
             manifest = self._before
@@ -143,12 +138,12 @@ class Background:
             return manifest
 
     def make_room(self, step: int) -> list[int]:
-        """Wait until another save may be taken, or drop one that has not begun; return the steps that were dropped."""
+        """Wait until another save may begin, or drop one that has not begun; return the dropped steps."""
         self._check_process()
         if self._busy == "skip":
             return self._drop_waiting(step)
         started = time.monotonic()
-        with self._news:
+        with self._condition:
             running = [job.decision.name for job in self._jobs if isinstance(job.decision, Save)]
             while any(isinstance(job.decision, Save) for job in self._jobs):
                 self._wait_a_little(None)
@@ -161,15 +156,15 @@ class Background:
         return []
 
     def _drop_waiting(self, step: int) -> list[int]:
-        with self._news:
+        with self._condition:
             waiting = [job for job in list(self._jobs)[1:] if isinstance(job.decision, Save)]
             steps = {job.decision.observation.step for job in waiting}
-            # Metrics of a step that is not saved have nowhere to go.
+            # If a step is not saved, its late metrics are dropped, too.
             dropped = [job for job in list(self._jobs)[1:] if job.decision.observation.step in steps]
             for job in dropped:
                 self._jobs.remove(job)
             self._num_skipped += len(waiting)
-            self._news.notify_all()
+            self._condition.notify_all()
         for job in dropped:
             job.drop()
         for job in waiting:
@@ -177,18 +172,18 @@ class Background:
         return sorted(steps)
 
     def submit(self, job: Job) -> None:
-        """Have a job done. Returns at once.
+        """Queue a job. Returns at once.
 
         Raises:
-            RuntimeError: If no thread can be started.
+            RuntimeError: If the thread cannot be started.
         """
         self._check_process()
-        with self._news:
+        with self._condition:
             if not self._jobs:
                 self._before = self._manifest()
             self._jobs.append(job)
             if self._thread is None or not self._thread.is_alive():
-                # Not a daemon: the interpreter waits for it.
+                # The interpreter waits for it, because it is not a daemon.
                 self._thread = threading.Thread(target=self._run, name="checkpointer-writer", daemon=False)
                 try:
                     self._thread.start()
@@ -198,11 +193,11 @@ class Background:
                     raise
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until every job is done, at most so many seconds; return whether all are. On the thread: at once."""
+        """Wait up to ``timeout`` seconds until every job is done; return whether it is. On the thread: True at once."""
         if self.is_here:
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._news:
+        with self._condition:
             while self._jobs:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
@@ -210,18 +205,18 @@ class Background:
         return True
 
     def finish(self) -> None:
-        """Wait until every job is done, at the end of the program."""
+        """Wait until every job is done; called at the end of the program."""
         self.wait()
 
     def _wait_a_little(self, deadline: float | None) -> None:
         if self._thread is None or not self._thread.is_alive():
-            self._lose()
+            self._drop_all()
             return
         left = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - time.monotonic()))
-        self._news.wait(left)
+        self._condition.wait(left)
 
-    def _lose(self) -> None:
-        """Say of each job that it will not be done."""
+    def _drop_all(self) -> None:
+        """Record an error for each job that a vanished thread left."""
         while self._jobs:
             job = self._jobs.popleft()
             error = SaveError(f"the writer thread is gone, and {job.decision.name} with it")
@@ -229,36 +224,34 @@ class Background:
             self._outcomes.append(Outcome(job.decision, job.is_saved, error))
             job.drop()
 
-    def hear(self) -> Outcome | None:
-        """Return how the next job ended that nobody has heard of; None if there is none."""
+    def collect(self) -> Outcome | None:
+        """Return how the next finished job ended, once for each job; None if there are no more."""
         self._check_process()
-        with self._news:
+        with self._condition:
             if self._jobs and (self._thread is None or not self._thread.is_alive()):
-                self._lose()
+                self._drop_all()
             return self._outcomes.popleft() if self._outcomes else None
-
-    # On the thread
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
             error: BaseException | None = None
             try:
                 job.work(job)
-            except BaseException as failure:  # Whatever it is, the loop has to know.
+            except BaseException as failure:  # The loop raises it.
                 error = failure
-                # At once, for it may be the end of the program, and nobody asks any more.
+                # At once, because at the end of the program the loop does not collect outcomes any more.
                 _log.error("%s: %s: %s", job.decision.name, type(error).__name__, error)
-            with self._news:
+            with self._condition:
                 self._before = self._manifest()
                 self._jobs.popleft()
                 self._outcomes.append(Outcome(job.decision, job.is_saved, error))
-                self._news.notify_all()
+                self._condition.notify_all()
             if error is not None:
                 self._on_failure()
             del job, error
 
     def _next(self) -> Job | None:
-        with self._news:
+        with self._condition:
             if self._jobs:
                 return self._jobs[0]
             self._thread = None
@@ -266,35 +259,25 @@ class Background:
 
 
 class _Unfinished(Protocol):
-    """What the program must not end without."""
-
     def finish(self) -> object:
-        """Wait until all is done: nothing else is going to come."""
+        """Wait until all work is done."""
         ...
 
 
-_live: weakref.WeakSet[_Unfinished] = weakref.WeakSet()
+_unfinished: weakref.WeakSet[_Unfinished] = weakref.WeakSet()
 
 
 def finish_at_exit(unfinished: _Unfinished) -> None:
-    """Have the interpreter wait for it, if it is still there at the end of the main thread."""
-    _live.add(unfinished)
+    """Wait for this object's work when the main thread ends, if it still exists then."""
+    _unfinished.add(unfinished)
 
 
 def _finish_all() -> None:
-    for unfinished in list(_live):
+    for unfinished in list(_unfinished):
         unfinished.finish()
 
 
-def _at_exit(call: Callable[[], Any]) -> None:
-    """Have it called when the main thread ends, while executors (and so storages that use them) still work.
-
-    The interpreter would wait for the thread anyway, but turns executors off before it does.
-    """
-    assert _executors is not None, "it is imported for its hook"
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        register(call)
-
-
-_at_exit(_finish_all)
+# The interpreter also waits for the thread, but shuts executors down before. A storage may need them.
+_register_at_exit = getattr(threading, "_register_atexit", None)
+if _register_at_exit is not None:
+    _register_at_exit(_finish_all)

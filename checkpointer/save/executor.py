@@ -1,4 +1,4 @@
-"""Carries decisions out, in the loop or on the writer thread, and hears in the loop what became of them there."""
+"""Executes decisions in the loop or on the writer thread, and reports in the loop how they ended."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from checkpointer.save.background import Background, Job, Outcome
 from checkpointer.save.saver import Saver
 from checkpointer.storage.opening import access_advice
 
-__all__ = ["Life", "SaveExecutor"]
+__all__ = ["KeepAlive", "SaveExecutor"]
 
 
-class Life:
-    """Its end is the end of a manager that nobody closed: what is still under way holds on to it too."""
+class KeepAlive:
+    """Garbage-collected when neither a manager nor an unfinished save refers to it: then the owner is released."""
 
 
 @attrs.define
 class SaveExecutor:
-    """What lies between a decision and its effects: taking the state, writing it here or behind, failing."""
+    """Takes the state, writes it in the loop or in the background, and handles failures."""
 
     saver: Saver
-    pacing: Schedule
+    schedule: Schedule
     clock: Clock
     capture: Callable[[], Any] | None
-    """Returns the state, or the weights; None if there is nothing to take, or a trainer writes by itself."""
+    """Returns the state or the weights; None if a trainer writes its checkpoints itself."""
     tolerated: int
     """How many saves in a row may fail with a warning."""
     background: Background | None
-    """Writes on its thread; None if all is written in the loop."""
+    """Writes on its thread; None if the loop writes."""
     snapshots: Snapshotting | None
-    """Copies what is written behind the loop."""
-    life: Life
+    """Copies what the background writes."""
+    keep_alive: KeepAlive
     saving: Save | None = attrs.field(default=None, init=False)
-    """What is being saved while the state is taken: a host's state that holds ours is taken as if it were done."""
+    """The save whose state is being taken: a host's state that contains ours is taken as if it were done."""
     saved_steps: set[int] = attrs.field(factory=set, init=False)
-    """Steps that were saved, whatever was retired since."""
+    """Steps that were saved, also if their checkpoint is retired by now."""
     reported: frozenset[str] = attrs.field(default=frozenset(), init=False)
     """Names of the metrics that were reported so far."""
     _failures: int = attrs.field(default=0, init=False)
 
     def outlook(self) -> Manifest:
-        """Return the records as they will be once every save that is under way is done."""
+        """Return the records as they will be once every unfinished save is done."""
         directory = self.saver.directory
         if self.background is None:
             directory.note(self.reported)
@@ -64,33 +64,21 @@ class SaveExecutor:
         return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
 
     def look_before_declining(self, now: Observation) -> bool:
-        """Set aside what is gone, if the observation is declined for it; return whether it is.
-
-        Not while a save or late metrics are under way: the writer thread changes the records then, and looks itself
-        before it retires anything.
-        """
-        if self.background is not None and not self.background.wait(0):
-            return False
-        return self.saver.directory.look_before_declining(now)
-
-    # Carrying out
+        """Set aside what is gone, if the rules decline the observation for it; return whether something is gone."""
+        # While a save is unfinished the writer thread changes the records, and looks itself before it retires.
+        return self.settle(0) and self.saver.directory.looks.before_declining(now)
 
     def execute(self, decision: Save, path: str | os.PathLike[str] | None = None, *, at_once: bool = False) -> Decision:
-        """Carry out a save, here or on the writer thread; return it, or a `Skip` if it failed and that is tolerated.
+        """Carry out a save; return it, or a `Skip` if it failed and the failure is tolerated.
 
-        Args:
-            decision: The save.
-            path: Where a trainer has written the payload; None takes the state.
-            at_once: Write it here in any case. Nothing else may be under way.
-
-        Raises:
-            SaveError: If it could not be written, or an earlier one could not.
+        The payload is the one that a trainer has written to ``path``, or the state. With ``at_once`` the loop writes
+        it; then no other save may be unfinished. Raises `SaveError` if this save or an earlier one failed.
         """
         if not at_once:
             if self.background is not None and path is None and not self.background.is_here:
-                return self._hand_over(decision, self.background)
+                return self._submit(decision, self.background)
             self.settle()
-            self.hear()
+            self.collect()
         with self._as_if_done(decision):
             state = self._take_state() if path is None and self.saver.save is None else None
             decision = self._marked(decision, state)
@@ -99,29 +87,28 @@ class SaveExecutor:
                 record = self.saver.write(decision, state, path)
             except AliasInUseError:
                 raise
-            except Exception as error:  # Whatever went wrong with the write, older checkpoints are still there.
+            except Exception as error:  # After any error the older checkpoints are still there.
                 self._answer(decision)
                 return self._failed(decision, error)
             self._failures = 0
             self._answer(decision, is_saved=True)
             return attrs.evolve(decision, name=record.name, retire=self.saver.finish(record))
 
-    def _hand_over(self, decision: Save, background: Background) -> Decision:
-        """Copy the state and have it written: the decision is carried out, or the loop will hear why not."""
-        assert self.snapshots is not None, "they come with the background"
+    def _submit(self, decision: Save, background: Background) -> Decision:
+        """Copy the state and let the writer thread write it."""
+        assert self.snapshots is not None, "the manager passes both"
         self.saved_steps.difference_update(background.make_room(decision.observation.step))
-        self.hear()
+        self.collect()
         with self._as_if_done(decision):
             state = self._take_state()
         decision = self._marked(decision, state)
         snapshot: Taken | None = None
         try:
-            # Here, once: it may move a slot, which decisions have to see.
+            # In the loop, once, because it may rename a slot that the next decisions refer to.
             self.saver.directory.begin()
             snapshot = self.snapshots.take(state)
-            background.submit(
-                Job(decision, functools.partial(self._write_behind, snapshot, self.reported), snapshot.release)
-            )
+            work = functools.partial(self._write_snapshot, snapshot, self.reported)
+            background.submit(Job(decision, work, snapshot.release))
         except AliasInUseError:
             raise
         except Exception as error:
@@ -132,8 +119,7 @@ class SaveExecutor:
         self._answer(decision, is_saved=True)
         return decision
 
-    def _write_behind(self, snapshot: Taken, reported: frozenset[str], job: Job) -> None:
-        """Write a snapshot, on the writer thread."""
+    def _write_snapshot(self, snapshot: Taken, reported: frozenset[str], job: Job) -> None:
         assert isinstance(job.decision, Save), "only a save has a snapshot"
         try:
             self.saver.directory.note(reported)
@@ -144,29 +130,22 @@ class SaveExecutor:
         self.saver.finish(record)
 
     def attach(self, decision: Attach) -> Attach | Skip:
-        """Give a saved step its new metrics, in its turn; return the decision, or a `Skip` if a failure is tolerated.
-
-        Raises:
-            SaveError: If the record could not be written.
-        """
+        """Add new metrics to a saved step, after the unfinished saves; return a `Skip` if a failure is tolerated."""
         try:
-            self._attach(decision)
+            if self.background is None or self.background.is_here:
+                self.saver.attach(decision)
+                return decision
+            self.saver.directory.begin()
+            try:
+                self.background.submit(Job(decision, lambda job: self.saver.attach(decision), lambda: None))
+            except RuntimeError:  # The thread cannot be started.
+                self.settle()
+                self.saver.attach(decision)
         except AliasInUseError:
             raise
         except OSError as error:
             return self._failed(decision, error)
         return decision
-
-    def _attach(self, decision: Attach) -> None:
-        if self.background is None or self.background.is_here:
-            self.saver.attach(decision)
-            return
-        self.saver.directory.begin()
-        try:
-            self.background.submit(Job(decision, lambda job: self.saver.attach(decision), lambda: None))
-        except RuntimeError:  # No thread can be started.
-            self.settle()
-            self.saver.attach(decision)
 
     def _take_state(self) -> Any:
         if self.capture is None:
@@ -175,10 +154,10 @@ class SaveExecutor:
         return self.capture()
 
     def _marked(self, decision: Save, state: Any) -> Save:
-        """Return the decision with a reason that says so, if the state has weights that no validation measures."""
+        """If the state has weights that no validation measures, add that to the reason."""
         directory, decision = self.saver.directory, marked(decision, states_in(state))
         if doubt := ranking_doubt(decision, directory.policy.known_metrics):
-            directory.say_once("swapped weights", doubt)
+            directory.contents.warn_once("swapped weights", doubt)
         return decision
 
     @contextlib.contextmanager
@@ -190,13 +169,13 @@ class SaveExecutor:
             self.saving = None
 
     def _answer(self, decision: Save, *, is_saved: bool = False) -> None:
-        """Count a due point as answered, whether or not the write succeeds: the next one is another."""
+        """Count a due point as answered, even if the write failed: the next one is another."""
         if decision.kind == "regular" and is_saved:
             self.saved_steps.add(decision.observation.step)
-        self.pacing.take(decision, decision.observation, self.clock.time())
+        self.schedule.take(decision, decision.observation, self.clock.time())
 
     def _failed(self, decision: Save | Attach, error: BaseException) -> Skip:
-        """Raise what a failed save raises, or warn of it if that is tolerated."""
+        """Warn about a failure if it is tolerated, else raise it."""
         self._failures += 1
         is_save = isinstance(decision, Save)
         what = "was not saved" if is_save else "did not get its new metrics"
@@ -209,16 +188,10 @@ class SaveExecutor:
         warnings.warn(tolerated, CheckpointerWarning, stacklevel=6)
         return Skip(reason=msg, due=is_save)
 
-    # Hearing
-
     def settle(self, timeout: float | None = None) -> bool:
-        """Have nothing under way, so that the directory can be changed from here; failures are heard of later.
+        """Wait up to ``timeout`` seconds until no save is unfinished; return whether that is so. None has no limit.
 
-        Args:
-            timeout: Seconds to wait at most; None waits as long as it takes.
-
-        Returns:
-            Whether nothing is under way.
+        Failures are raised later, by `collect`.
         """
         return self.background is None or self.background.wait(timeout)
 
@@ -227,29 +200,28 @@ class SaveExecutor:
         """Names of the checkpoints that are being written, for a message."""
         return ", ".join(self.background.status.unfinished) if self.background is not None else ""
 
-    def hear(self) -> None:
-        """Take in how the saves in the background ended; raise for one that failed, if that is not tolerated."""
+    def collect(self) -> None:
+        """Collect how the saves in the background ended; raise the failure of one, if it is not tolerated."""
         if self.background is None or self.background.is_here:
             return
-        self.pacing.calm()
+        self.schedule.calm()
         try:
-            while (outcome := self.background.hear()) is not None:
+            while (outcome := self.background.collect()) is not None:
                 self._take_in(outcome)
         except BaseException:
-            self.pacing.wake()  # There may be more to hear.
+            self.schedule.wake()  # More outcomes may be left.
             raise
 
     def _take_in(self, outcome: Outcome) -> None:
         error, decision = outcome.error, outcome.decision
         if error is None:
             self._failures = 0 if isinstance(decision, Save) else self._failures
-            return
-        if not outcome.is_saved:
+        elif outcome.is_saved:
+            msg = f"{decision.name} is saved, but a step after it failed ({type(error).__name__}: {error})"
+            raise SaveError(msg) from error
+        else:
             if isinstance(decision, Save):
                 self.saved_steps.discard(decision.observation.step)
             if isinstance(error, AliasInUseError):
                 raise error
             self._failed(decision, error)
-            return
-        msg = f"{decision.name} is saved, but what comes after it was not done ({type(error).__name__}: {error})"
-        raise SaveError(msg) from error

@@ -1,25 +1,21 @@
-"""Carries decisions out, in the order of the crash argument: payload and record, aliases, retirement, listeners."""
+"""Carries decisions out in the order of the crash argument: payload and record, aliases, retirement, listeners."""
 
 from __future__ import annotations
 
 import os
 import uuid
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal
 
 import attrs
 
+from checkpointer._display import size_text, some_of
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
-from checkpointer.errors import (
-    CheckpointerError,
-    CheckpointerWarning,
-    NameTakenError,
-    NotEnoughSpaceError,
-    SaveError,
-)
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import FolderFormat, Format, Listener, SupportsFreeSpace, SupportsPaths, SupportsURLs
 from checkpointer.records.manifest import Manifest
@@ -29,22 +25,20 @@ __all__ = ["FOLDER", "Saver"]
 
 FOLDER: Final = "folder"
 """Format name of a payload that a trainer wrote as a folder."""
-
 MAX_REASON: Final = 2000
-"""Characters of a reason that are kept."""
-
+"""Most characters of a reason in a record."""
 MAX_PATHS: Final = 3
-"""How many values of one class a warning names."""
+"""Most values of one class that a warning names."""
 
 
 @attrs.frozen
 class Saver:
-    """The effects of a decision on one directory. One thread at a time may use it: the executor ensures that."""
+    """The effects of a decision on one directory. The executor ensures that one thread at a time uses it."""
 
     directory: Directory
     format: Format | FolderFormat
     save: Callable[[str], None] | None
-    """Writes a checkpoint to the path it is given, instead of ``format``."""
+    """Writes a checkpoint to a path, instead of ``format``."""
     listeners: tuple[Listener, ...]
     on_change: Callable[[Manifest], None] | None
     """Called with the records after each change, as for a mirror; must return at once."""
@@ -54,56 +48,52 @@ class Saver:
 
         The payload is ``state``, or what ``save`` writes, or what a trainer has written to ``path``.
         """
-        self.directory.begin()
+        directory = self.directory
+        directory.begin()
+        transaction = directory.transaction
         decision = decision if path is not None else self._with_free_name(decision)
         draft = self._draft(decision)
         check_readable(draft)
-        transaction = self.directory.transaction
         if path is not None:
             draft = self._adopted(draft, os.fspath(path))
             check_readable(draft)
             return transaction.adopt(draft, replaces=self._rescued(draft))
-        last = self._last_size()
-        self._check_space(last)
-        there = self.directory.manifest.by_name.get if decision.replaces else self.directory.lost
+        last_size = self._last_size()
+        self._check_space(last_size)
+        there = directory.manifest.by_name.get if decision.replaces else directory.names.lost
         replaces = there(decision.name)
-        over_alias = decision.name in self.directory.policy.aliases
+        over_alias = decision.name in directory.policy.aliases
         write = self._write_path(state)
         if write is not None:
-            if not isinstance(self.directory.storage, SupportsPaths):
+            if not isinstance(directory.storage, SupportsPaths):
                 return self._write_by_url(draft, write)
-            return transaction.commit_path(
-                draft,
-                write,
-                replaces=replaces,
-                over_alias=over_alias,
-                own_name=lambda: self.directory.own_name(draft),
-            )
+            own_name = partial(directory.names.own, draft)
+            return transaction.commit_path(draft, write, replaces=replaces, over_alias=over_alias, own_name=own_name)
         payload = self.format
-        assert not isinstance(payload, FolderFormat), "it is no folder"
+        assert not isinstance(payload, FolderFormat), "_write_path handles it"
         commit = partial(
             transaction.commit,
             draft,
             lambda stream: payload.write(state, stream),
             replaces=replaces,
             over_alias=over_alias,
-            expected=last,
+            expected=last_size,
         )
         try:
             return commit()
         except FileNotFoundError:
-            # The directory or the staged file was removed during the write. The second try makes it anew.
+            # The directory or the staged file was removed during the write. The second try makes it again.
             return commit()
 
     def _with_free_name(self, decision: Save) -> Save:
-        """Return the decision under a name that nobody has taken since the directory was listed."""
-        directory = self.directory
-        if decision.name in directory.policy.aliases and directory.spare_aliases():
-            decision = self._again(decision)
-        if decision.replaces and decision.name not in directory.policy.aliases and self._is_lost(decision.name):
-            decision = self._again(decision)
-        while not (decision.replaces or decision.name in directory.policy.aliases or directory.is_free(decision.name)):
-            decision = self._again(decision)
+        """Return the decision under a name that no other writer has taken since the directory was listed."""
+        directory, aliases = self.directory, self.directory.policy.aliases
+        if decision.name in aliases and directory.contents.spare_aliases():
+            decision, aliases = self._decide_again(decision), directory.policy.aliases
+        if decision.replaces and decision.name not in aliases and self._is_lost(decision.name):
+            decision = self._decide_again(decision)
+        while not (decision.replaces or decision.name in aliases or directory.names.is_free(decision.name)):
+            decision = self._decide_again(decision)
         return decision
 
     def _is_lost(self, name: str) -> bool:
@@ -111,27 +101,27 @@ class Saver:
         directory = self.directory
         if name not in directory.manifest.by_name:  # With background= it may have been lost since the decision.
             return True
-        return directory.policy.name.version_counter and directory.look_before_replacing(name)
+        return directory.policy.name.version_counter and directory.looks.before_replacing(name)
 
-    def _again(self, decision: Save) -> Save:
-        """Return the decision as it is now that the records are others."""
+    def _decide_again(self, decision: Save) -> Save:
+        """Return the decision with the name that follows from the records as they are now."""
         directory, now = self.directory, decision.observation
         again: Decision
         if decision.kind == "rescue":
             again = decide_rescue(directory.policy, now, directory.manifest, decision.reason)
         else:
             again = decide(directory.policy, now, directory.manifest, owed=decision.reason)
-        if not isinstance(again, Save):  # A rule of one's own may think otherwise by now.
-            return attrs.evolve(decision, name=directory.own_name(directory.manifest.draft("", now)), replaces=False)
+        if not isinstance(again, Save):  # A rule of the user may decide otherwise now.
+            return attrs.evolve(decision, name=directory.names.own(directory.manifest.draft("", now)), replaces=False)
         return attrs.evolve(decision, name=again.name, replaces=again.replaces)
 
     def _write_path(self, state: Any) -> Callable[[str], None] | None:
-        """Return what writes to a path, be it the trainer or a format of folders; None for a format of files."""
+        """Return a function that writes to a path, from the trainer or a folder format; None for a file format."""
         if self.save is not None:
             return self.save
         self._warn_of_refused(state)
         payload = self.format
-        return (lambda path: payload.write_folder(state, path)) if isinstance(payload, FolderFormat) else None
+        return partial(payload.write_folder, state) if isinstance(payload, FolderFormat) else None
 
     def _draft(self, decision: Save) -> Record:
         return self.directory.manifest.draft(
@@ -163,105 +153,101 @@ class Saver:
         return attrs.evolve(draft, format=FOLDER if is_folder else draft.format)
 
     def _rescued(self, draft: Record) -> Record | None:
-        """Return the rescue that has the draft's name and is of the same step: a regular checkpoint replaces it."""
+        """Return the rescue of the draft's name and step, because a regular checkpoint may replace it."""
         taken = self.directory.manifest.by_name.get(draft.name)
         if taken is None or (taken.kind, draft.kind) != ("rescue", "regular"):
             return None
         return taken if (taken.run, taken.step) == (draft.run, draft.step) else None
 
     def _write_by_url(self, draft: Record, write: Callable[[str], None]) -> Record:
-        """Let what writes to a path write to a name that nobody has: never over an alias or another checkpoint."""
+        """Let the trainer write to a URL with an unused name, never over an alias or another checkpoint."""
         storage = self.directory.storage
         if not isinstance(storage, SupportsURLs):
             what = "save=" if self.save is not None else f"format={self.format.name!r}"
             msg = f"{what} needs a directory with paths or URLs, and {storage} has neither"
             raise SaveError(msg)
-        name = self.directory.free_name(draft)
+        name = self.directory.names.free(draft)
         return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), lambda: write(storage.url(name)))
 
     def _last_size(self) -> int | None:
-        """Return the size (bytes) of the last checkpoint with the same contents: the next one has about as many."""
+        """Return the size (bytes) of the last checkpoint with the same contents, as an estimate for the next one."""
         contents = self.directory.policy.contents
         return next((r.size for r in reversed(self.directory.manifest.own) if r.contents == contents), None)
 
-    def _check_space(self, last: int | None) -> None:
+    def _check_space(self, last_size: int | None) -> None:
         storage = self.directory.storage
         free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
-        if last is not None and free is not None and free < last:
+        if last_size is not None and free is not None and free < last_size:
             msg = (
-                f"{storage} has {free} bytes free, and the last checkpoint took {last}; nothing was written. "
-                "Free some space, or keep fewer checkpoints"
+                f"{storage} has {size_text(free)} free, and the last checkpoint took {size_text(last_size)}; nothing "
+                "was written. Free some space, or keep fewer checkpoints"
             )
             raise NotEnoughSpaceError(msg)
 
     def _warn_of_refused(self, state: Any) -> None:
-        paths: dict[str, list[str]] = {}
+        paths = defaultdict(list)
         for path, kind in self.format.refused(state).items():
-            paths.setdefault(kind, []).append(path)
+            paths[kind].append(path)
         for kind, places in paths.items():
-            more = f" and {len(places) - MAX_PATHS} more" if len(places) > MAX_PATHS else ""
             are = "are" if len(places) > 1 else "is a"
             msg = (
-                f"{', '.join(places[:MAX_PATHS])}{more} {are} {kind}, which a safe load refuses: restore() will need "
+                f"{some_of(places, MAX_PATHS)} {are} {kind}, which a safe load refuses: restore() will need "
                 "weights_only=False, or torch.serialization.add_safe_globals. Save tensors, numbers, text and "
                 "containers of them instead"
             )
-            self.directory.say_once(f"refused {kind}", msg)
+            self.directory.contents.warn_once(f"refused {kind}", msg)
 
     def finish(self, record: Record) -> tuple[str, ...]:
-        """Do what comes after the commit (steps 6 to 8), and return the names of what was retired."""
+        """Take steps 6 to 8, which follow the commit, and return the names of the retired checkpoints."""
         self.directory.add(record)
-        retired: tuple[str, ...] = ()
         is_sure = self._look(record)
-        if record.kind == "regular":
+        if record.kind == "regular" or self._move_slot(record):
             self.directory.point_aliases()
-            retired = self._retire() if is_sure else ()
-        else:
-            self._point_to_rescue(record)
+        retired = self._retire() if record.kind == "regular" and is_sure else ()
         self.changed()
-        self.tell("on_saved", record)
+        self.notify("on_saved", record)
         return retired
 
-    def _point_to_rescue(self, rescue: Record) -> None:
-        """Let ``last`` name a rescue. A regular checkpoint that has no name but the alias gets its own name first."""
+    def _move_slot(self, rescue: Record) -> bool:
+        """Before ``last`` names a rescue, give a regular checkpoint that has no name but the alias its own name."""
         directory = self.directory
         slot = directory.manifest.by_name.get(directory.policy.name.last_file) if directory.policy.last else None
         try:
             if slot is not None:
-                directory.move_slot(slot)
+                directory.names.move_slot(slot)
         except (OSError, CheckpointerError) as error:
             msg = f"{slot} keeps the alias {directory.policy.name.last_file} ({error}); {rescue.name} itself is saved"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
-            return
-        directory.point_aliases()
+            return False
+        return True
 
     def attach(self, decision: Attach) -> None:
-        """Give a saved step its new metrics. One whose save has failed since the decision gets none."""
-        self.directory.begin()
-        manifest = self.directory.manifest
-        record = manifest.by_name.get(decision.name) or manifest.at_step(decision.observation.step)
-        if record is not None and self.directory.is_gone(record):
+        """Add new metrics to the record of a saved step. If its save has failed meanwhile, do nothing."""
+        directory = self.directory
+        directory.begin()
+        record = directory.manifest.by_name.get(decision.name) or directory.manifest.at_step(decision.observation.step)
+        if record is not None and directory.looks.is_gone(record):
             record = None
-        if record is not None and record.name in self.directory.policy.aliases:
-            # A slot is overwritten by the next save; with its new metrics it may be one that a rule keeps.
-            record = self.directory.move_slot(record)
+        if record is not None and record.name in directory.policy.aliases:
+            # The next save overwrites a slot. With its new metrics a rule may keep it, so it gets its own name.
+            record = directory.names.move_slot(record)
         if record is None:
             return
         record = record.attached(decision.observation)
-        self.directory.rewrite(record)
+        directory.rewrite(record)
         is_sure = self._look()
-        self.directory.point_aliases()
+        directory.point_aliases()
         if is_sure:
             self._retire()
         self.changed()
-        self.tell("on_attached", record)
+        self.notify("on_attached", record)
 
     def _look(self, sure: Record | None = None) -> bool:
-        """Set aside what is gone; return whether the storage has answered, so that something may be retired."""
+        """Set aside what is gone; return whether the storage has answered, so that checkpoints may be retired."""
         try:
-            self.directory.look_before_retiring(sure=sure)
+            self.directory.looks.before_retiring(sure=sure)
         except OSError as error:
-            msg = f"nothing is retired, because what would be kept could not be looked at ({error}); the next save will"
+            msg = f"no checkpoint is retired, because the look at the kept ones failed ({error}); the next save retries"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
             return False
         return True
@@ -274,21 +260,21 @@ class Saver:
     def _retire(self) -> tuple[str, ...]:
         retired = self.directory.retire()
         for record in retired:
-            self.tell("on_retired", record)
+            self.notify("on_retired", record)
         return tuple(record.name for record in retired)
 
-    def tell(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
-        """Tell the listeners (step 8)."""
+    def notify(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
+        """Call the listeners (step 8). An error of a listener does not end the training."""
         for listener in self.listeners:
             try:
                 getattr(listener, event, lambda _: None)(what)
-            except Exception as error:  # A broken tracker must not end the training.
+            except Exception as error:
                 on = f" on {what.name}" if isinstance(what, Record) else ""
                 msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=5)
 
 
 def _short(reason: str) -> str:
-    """Return what a record keeps of a reason: a rescue's is the text of any exception, of any length."""
+    """Shorten a reason for the record, because the reason of a rescue is the text of an exception."""
     text = reason.encode(errors="backslashreplace").decode()
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

@@ -90,11 +90,16 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
-        try:
-            self._write(self._within(path), data)
-        except FileNotFoundError:
-            # The directory was removed meanwhile, and the staged file with it.
-            self._write(self._within(path), data)
+        target = self._within(path)
+        for is_retry in (False, True):
+            try:
+                self._write(target, data)
+                _sync_folder(target.parent)
+                return
+            except FileNotFoundError:
+                # The directory was removed meanwhile, and the staged file with it.
+                if is_retry:
+                    raise
 
     def _write(self, target: Path, data: bytes) -> None:
         staged = self._new_staged()
@@ -107,7 +112,6 @@ class LocalStorage:
             # On a full disk the staged part must not keep its space.
             _discard(staged)
             raise
-        _sync_folder(target.parent)
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`; the folders above that are empty then are removed too, up to the root."""

@@ -14,6 +14,7 @@ import attrs
 
 from checkpointer._display import some_of
 from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
@@ -217,22 +218,20 @@ def _is_called_last(name: str) -> bool:
 # Making records
 
 
-def adopt(
-    catalog: Catalog, adoption: Adoption, transaction: Transaction, *, run: str | None = None
-) -> Iterator[Record]:
+def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | None = None) -> Iterator[Record]:
     """Make a record of each, oldest step first: its digest is taken, its payload stays where and as it is.
 
     Args:
         catalog: The directory, as it was looked at.
         adoption: What `find_foreign` found.
-        transaction: Writes to the same storage.
+        journal: Writes to the same storage.
         run: Id of the run that they become part of; None makes a new one for each folder.
 
     Yields:
         Each record, once it is there.
 
     Raises:
-        UntrustedError: If the directory has signed records, and the transaction has no key.
+        UntrustedError: If the directory has signed records, and the journal has no key.
 
     Example:
         >>> import io, torch
@@ -242,13 +241,13 @@ def adopt(
         >>> torch.save({"model": {"w": torch.ones(1)}, "step": 7, "val_loss": 0.5}, stream)
         >>> storage.write("a.pt", stream.getvalue())
         >>> catalog = look_at(storage)
-        >>> (record,) = adopt(catalog, find_foreign(catalog), Transaction(storage, "me"))
+        >>> (record,) = adopt(catalog, find_foreign(catalog), Journal(storage, "me"))
         >>> record.step, dict(record.metrics)
         (7, {'val_loss': 0.5})
     """
-    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
-    if isinstance(transaction.storage, SupportsSweep):
-        transaction.storage.prepare()
+    refuse_unsigned(catalog.signed, catalog.place, journal.trust)
+    if isinstance(journal.storage, SupportsSweep):
+        journal.storage.prepare()
     # What lies in two folders is of two trainings: as one run, a policy would keep the best of both only.
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
@@ -271,7 +270,7 @@ def adopt(
             serial=serial + number,
             token=uuid.uuid4().hex,
         )
-        yield transaction.adopt(draft)
+        yield Transaction(journal).adopt(draft)
 
 
 def _time(catalog: Catalog, name: str) -> float:

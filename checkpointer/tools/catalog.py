@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from checkpointer.commit import index
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Manifest
@@ -153,7 +154,7 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     except OSError as error:
         msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error
-    found = Transaction(storage, "", trust).recover(listing, write=False)
+    found = recover(Journal(storage, "", trust), listing, write=False)
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
         place=str(storage),

@@ -9,7 +9,10 @@ from typing import Literal
 import attrs
 
 from checkpointer._display import size_text
+from checkpointer.commit.aliases import claim, make_alias, release
 from checkpointer.commit.index import HOME
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import settle
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
@@ -150,7 +153,7 @@ def copy(
     """
     refuse_same(source.storage, storage)
     refuse_unsigned(source.signed, source.place, trust)
-    transaction = Transaction(storage, owner, trust)
+    journal = Journal(storage, owner, trust)
     target = look_at(storage, trust)
     refuse_unsigned(target.signed, target.place, trust)
     refuse_if_live(storage, target.place)
@@ -159,14 +162,14 @@ def copy(
     on_plan(plan)
     if isinstance(storage, SupportsSweep):
         storage.prepare()
-        transaction.sweep()
-    if _clear(source, target, plan, transaction):
+        storage.sweep()
+    if _clear(source, target, plan, journal):
         target = look_at(storage, trust)
         plan = plan_copying(source, target, records)
     counted = CountingStorage(source.storage, on_bytes)
     without_payload = {record.name: record for record in target.missing}
     for record in plan.missing:
-        transaction.copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
+        Transaction(journal).copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
     if _CREATED in source.files and _CREATED not in target.files:
         with source.storage.open(_CREATED) as stream:
             storage.write(_CREATED, stream.read())
@@ -174,9 +177,9 @@ def copy(
     for alias, name, how in plan.aliases:
         if target.aliases.get(alias) == name:
             continue
-        transaction.claim(alias, by_name[name].label)
-        transaction.alias(alias, how if isinstance(storage, SupportsLinks) else "copy", by_name[name], slot=None)
-        transaction.release([alias])
+        claim(journal, alias, by_name[name].label)
+        make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
+        release(journal, [alias])
     return plan
 
 
@@ -190,7 +193,7 @@ def _check_space(plan: Copying, storage: Storage) -> None:
         raise NotEnoughSpaceError(msg)
 
 
-def _clear(source: Catalog, target: Catalog, plan: Copying, transaction: Transaction) -> bool:
+def _clear(source: Catalog, target: Catalog, plan: Copying, journal: Journal) -> bool:
     """Finish what an interrupted copy of the same checkpoints left; return whether there was any."""
     tokens = {record.token for record in plan.missing}
     left = [entry for entry in target.unfinished if entry.status == "pending" and entry.record.token in tokens]
@@ -201,12 +204,12 @@ def _clear(source: Catalog, target: Catalog, plan: Copying, transaction: Transac
                 "machine; wait for its end, or remove its record"
             )
             raise StorageError(msg)
-        if transaction.settle(entry, write=True) is None:
+        if settle(journal, entry, write=True) is None:
             # Of a folder, files may be there one by one: those that are as in the source are of that copy.
             inside = {
                 path: stat.size for path, stat in source.files.items() if path.startswith(f"{entry.record.name}/")
             }
             for path, stat in target.files.items():
                 if inside.get(path) == stat.size:
-                    transaction.storage.delete(path)
+                    journal.storage.delete(path)
     return bool(left)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from checkpointer.commit.index import HOME, parse_json, read_bounded
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import retire
 from checkpointer.commit.signing import refuse_unsigned
-from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import RestoreError
 from checkpointer.policy.decide import explain
@@ -103,28 +104,28 @@ class _Why:
         return f"not of {rule}"
 
 
-def prune(catalog: Catalog, pruning: Pruning, transaction: Transaction) -> tuple[Record, ...]:
+def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record, ...]:
     """Remove what goes, by the steps of `checkpointer.commit.transaction`: a kill in between leaves nothing half.
 
     Returns:
         What is gone. What would not go is warned of, and its record says that it is to.
 
     Raises:
-        UntrustedError: If the directory has signed records, and the transaction has no key.
+        UntrustedError: If the directory has signed records, and the journal has no key.
         AliasInUseError: If a process writes to the directory, or may do so on another machine.
         RestoreError: If records are damaged: what they stand for may be what the policy would keep.
     """
-    refuse_unsigned(catalog.signed, catalog.place, transaction.trust)
-    refuse_if_live(transaction.storage, catalog.place, _owners(catalog))
+    refuse_unsigned(catalog.signed, catalog.place, journal.trust)
+    refuse_if_live(journal.storage, catalog.place, _owners(catalog))
     if catalog.damaged:
         msg = (
             f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and what they were might be better "
             "than what is kept; nothing was removed. Mend or remove them first"
         )
         raise RestoreError(msg)
-    if isinstance(transaction.storage, SupportsSweep):
-        transaction.storage.prepare()
-    return tuple(transaction.retire(pruning.records))
+    if isinstance(journal.storage, SupportsSweep):
+        journal.storage.prepare()
+    return tuple(retire(journal, pruning.records))
 
 
 def _owners(catalog: Catalog) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import attrs
 
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import finish
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.storage.owner import is_dead, is_live
@@ -47,19 +48,19 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
     """
     before = look_at(storage, trust)
     refuse_unsigned(before.signed, before.place, trust)
-    transaction = Transaction(storage, owner, trust)
+    journal = Journal(storage, owner, trust)
     staged = 0
     if isinstance(storage, SupportsSweep):
         storage.prepare()
-        staged = transaction.sweep()
+        staged = storage.sweep()
     left = []
     finished = []
     for listed in before.unfinished:
-        entry = transaction.refreshed(listed)
+        entry = journal.find(listed.record.name)
         if entry is None or entry.status == "committed":
             continue  # Its writer has finished it meanwhile.
         if is_dead(entry.owner) or (force and not is_live(entry.owner)):
-            transaction.finish(entry, write=True)
+            finish(journal, entry, write=True)
             finished.append(entry.record.name)
         else:
             left.append(entry.record.name)

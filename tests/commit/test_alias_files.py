@@ -67,12 +67,12 @@ PUTS = pytest.mark.parametrize("put", [put_file, put_link, put_folder])
 
 
 def content(path: Path) -> bytes:
-    """Return what was put there, whatever it is."""
+    """Return a snapshot of the planted file, link or folder."""
     return (path / "theirs" if path.is_dir() else path).read_bytes()
 
 
 def replaced() -> Any:
-    """What saves here has to say that the alias has another name."""
+    """A save in the block must warn that the alias has another name."""
     return pytest.warns(CheckpointerWarning, match=r"last\.ckpt is not this run's; the alias is last-v1\.ckpt instead")
 
 
@@ -159,7 +159,7 @@ def test_elsewhere_a_file_of_another_size_under_an_alias_stays() -> None:
 
 @HOWS
 def test_the_aliases_of_a_copied_directory_are_its_own(tmp_path: Path, how: How) -> None:
-    """With links followed or not: a copy of a checkpoint under the alias is no file of others."""
+    """With links followed or not: a copy of a checkpoint under the alias counts as ours."""
     with opened(tmp_path / "run", policy(how)) as manager:
         save(manager, 0.1, 0.2)
     for symlinks in (True, False):

@@ -47,7 +47,7 @@ class Run:
     ) -> None:
         self.step = 0
         self.saved: list[int] = []
-        """Steps that the listeners were told of."""
+        """Steps that were reported to the listeners."""
         self.manager = CheckpointManager(
             storage,
             policy,
@@ -191,7 +191,7 @@ def test_dying_while_another_run_s_checkpoint_is_written_over_leaves_it_or_the_n
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_dying_at_any_operation_in_the_background_loses_nothing(name: str, when: When) -> None:
-    """Every n, whether the loop or the writer thread dies of it: what listeners were told of is there."""
+    """Every n, whether the loop or the writer thread dies of it: what was reported to listeners is there."""
     policy = POLICIES[name]
 
     def make() -> MemoryStorage:

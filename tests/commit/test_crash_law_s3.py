@@ -60,6 +60,6 @@ def test_dying_at_any_operation_on_s3_loses_nothing(serve: Serve, name: str, whe
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])
 @pytest.mark.parametrize("at", [36, 37, 44], ids=["write", "finish", "publish"])
 def test_dying_within_a_multipart_upload_loses_nothing(serve: Serve, at: int, when: When) -> None:
-    """Of the second save: parts that nobody completed are gone after the next start."""
+    """Uncompleted parts of the second save are gone after the next start."""
     policy = Policy(EverySteps(1), [KeepLast(1)], last=None)
     crash_and_recover(serve("s3"), policy, 1, at=at, when=when, format=LargeFormat(), losses=(0.9, 0.4))

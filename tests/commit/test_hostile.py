@@ -1,4 +1,4 @@
-"""What somebody with access to the storage puts there: nothing runs, nothing leaves the directory, nothing hangs."""
+"""Planted files in the storage: none of them runs, leaves the directory, or makes a command hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from checkpointer import (
     Policy,
 )
 from checkpointer.clock import SystemClock
-from checkpointer.commit.directory import Directory
+from checkpointer.commit.directory import Directory, created
 from checkpointer.commit.index import load, record_path
 from checkpointer.errors import (
     NamingError,
@@ -71,7 +71,7 @@ def plain(directory: Any, policy: Policy = ALL, state: Any = dict, **kw: Any) ->
 
 
 def plant(folder: Path, name: str, data: bytes, **kw: Any) -> Record:
-    """Put a payload with a record that agrees with it, as anybody without the key can."""
+    """Put a payload with a record that agrees with it, as an attacker without the key can."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -186,7 +186,7 @@ def test_huge_numbers_are_refused(field: str, value: int) -> None:
 
 
 def test_a_message_about_hostile_data_is_short() -> None:
-    """Neither lists that share lists, nor long texts, nor huge numbers fill a log."""
+    """Lists that share lists, long texts and huge numbers do not fill a log."""
     laugh: Any = "ha"
     for _ in range(60):
         laugh = [laugh] * 9
@@ -241,7 +241,7 @@ def test_a_message_about_hostile_data_is_short() -> None:
     ],
 )
 def test_policies_are_bounded(text: str, message: str) -> None:
-    """A file of a few kilobytes takes neither all the memory nor all the time."""
+    """A file of a few kilobytes does not take all the memory or time."""
     with pytest.raises(PolicyError, match=message):
         Policy.from_yaml(text)
 
@@ -256,13 +256,13 @@ def test_a_hostile_start_time_is_not_believed(tmp_path: Path, data: bytes) -> No
     (tmp_path / ".checkpointer/directory.json").write_bytes(data)
     storage = LocalStorage(tmp_path, new_owner())
     directory = Directory(storage, new_owner(), ALL, run=None, label="", writes=False)
-    assert directory.created(clock) > 1e9
-    assert directory.created(clock) < 1e12
+    assert created(directory, clock) > 1e9
+    assert created(directory, clock) < 1e12
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{" * 10_000, b'{"owner": 3}', b'{"owner": "a~\xc2\xb2~c~d"}', DEEP])
 def test_a_hostile_alias_marker_marks_nothing_or_harms_nothing(tmp_path: Path, data: bytes) -> None:
-    """A manager opens and saves, whatever the marker says."""
+    """A manager opens and saves with any marker."""
     (tmp_path / ".checkpointer/aliases").mkdir(parents=True)
     (tmp_path / ".checkpointer/aliases/last.ckpt.json").write_bytes(data)
     with plain(tmp_path, Policy(EverySteps(1), [KeepLast(1)], last="link")) as manager:
@@ -385,7 +385,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_name_that_some_system_takes_elsewhere_is_refused(name: str) -> None:
-    """Above, absolute, another drive, our own folder however it is spelled, or too long: neither read nor written."""
+    """Above, absolute, another drive, our own folder in any spelling, or too long: not read and not written."""
     with pytest.raises(RecordError, match="'name' is"):
         Record.from_dict(record().to_dict() | {"name": name}, "f")
     with pytest.raises(NamingError):
@@ -396,7 +396,7 @@ def test_a_name_that_some_system_takes_elsewhere_is_refused(name: str) -> None:
     "name", ["a", "a/b", "...a", ".hidden", "größe: 1", "a b", "x" * 250, "checkpointer/x", "a.ckpt."]
 )
 def test_an_odd_name_within_the_directory_is_fine(name: str) -> None:
-    """What is unusual is not thereby hostile."""
+    """An unusual name is not hostile."""
     assert name == Record.from_dict(record().to_dict() | {"name": name}, "f").name
     assert name == check_name(name)
 
@@ -442,7 +442,7 @@ CHANGES: dict[str, Callable[[LocalStorage], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_nothing_is_changed_through_a_linked_folder(tmp_path: Path, change: Callable[[LocalStorage], Any]) -> None:
-    """A link that somebody put into the directory leads our writes and deletes nowhere."""
+    """A planted link in the directory does not redirect our writes and deletes."""
     outside = tmp_path / "outside"
     (outside / "deeper").mkdir(parents=True)
     for name in ("x", "deeper/x"):
@@ -459,7 +459,7 @@ def test_nothing_is_changed_through_a_linked_folder(tmp_path: Path, change: Call
 
 
 def test_a_directory_that_is_itself_a_link_is_fine(tmp_path: Path) -> None:
-    """Whoever names the directory knows where it leads."""
+    """The user who names the directory knows where the link leads."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to("disk")
     with plain(tmp_path / "run") as manager:
@@ -485,7 +485,7 @@ def test_sweeping_goes_through_no_link(tmp_path: Path, link: str) -> None:
     assert (old / "precious").exists()
 
 
-# Files that are no files
+# Pipes, devices and links in a circle
 
 
 @pytest.mark.parametrize("kind", ["pipe", "loop", "dangling", "device"])
@@ -506,7 +506,7 @@ def test_what_is_no_file_neither_hangs_nor_stops_the_manager(tmp_path: Path, kin
 
 
 def test_a_folder_payload_with_undecodable_names_is_corrupt_not_a_crash(tmp_path: Path) -> None:
-    """Names that are no text are digested as the bytes they are."""
+    """Names that are not text are digested as bytes."""
     plant(tmp_path, "a.ckpt", b"{}")
     (tmp_path / "a.ckpt").unlink()
     (tmp_path / "a.ckpt").mkdir()

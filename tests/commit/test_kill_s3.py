@@ -86,7 +86,7 @@ def trainings(**arguments: Any) -> Iterator[Trainings]:
 def test_killed_at_random_instants_nothing_acknowledged_is_lost(
     serve: Serve, last: str | None, size: int, kills: int, delay: float
 ) -> None:
-    """What dead writers left is swept; an upload and objects of others stay."""
+    """Uploads of ended writers are swept; an upload and objects of others stay."""
     server, dice = serve("s3"), random.Random(20)
     url, options = server.fresh(), dict(server.storage_options)
     bucket, _, prefix = url.partition("://")[2].partition("/")

@@ -108,7 +108,7 @@ def test_pinning_changes_neither_line_nor_run() -> None:
 
 
 def test_host_that_resumes_before_every_record_forks() -> None:
-    """State taken at step 15, a record only at 20: the record is abandoned, and step 20 is saved anew."""
+    """State taken at step 15, a record only at 20: the record is abandoned, and step 20 is saved again."""
     storage = MemoryStorage()
     policy = Policy(EverySteps(10), [KeepLast(1)])
     run = Run(storage, policy)
@@ -282,8 +282,8 @@ def test_ctrl_c_while_the_payload_streams_is_a_ctrl_c() -> None:
         manager.observe({}, step=1, epoch=0)
 
 
-def test_slot_that_moves_aside_moves_over_nobody() -> None:
-    """A stranger took the name since the directory was listed."""
+def test_slot_that_moves_aside_replaces_no_file() -> None:
+    """Another program took the name since the directory was listed."""
     storage = MemoryStorage()
     run = Run(storage, SLOT)
     run.observe(1, 0.1)

@@ -30,6 +30,7 @@ from checkpointer import (
 )
 from checkpointer.commit.index import load, record_path
 from checkpointer.commit.index import save as save_index
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.ports import Stat, Storage, Upload, Writable
@@ -148,7 +149,7 @@ def draft(run: str, **fields: Any) -> Record:
 def test_a_slot_that_moves_does_not_take_a_name_that_another_host_is_about_to_write() -> None:
     """It moves to the next version."""
     storage = BetweenUploads()
-    there = Transaction(storage, "there~1~1~b")
+    there = Transaction(Journal(storage, "there~1~1~b"))
     name = "epoch=0-step=1.ckpt"
     theirs: list[Record] = []
 
@@ -200,7 +201,7 @@ def test_a_record_rewritten_in_the_second_in_which_it_was_listed_is_not_hidden_b
 
 
 def test_a_mirror_that_is_the_directory_itself_under_another_name_retires_nothing(tmp_path: Path) -> None:
-    """Text does not tell: links, mounts, ports and passwords spell one place in many ways."""
+    """The text is not enough: links, mounts, ports and passwords spell one place in many ways."""
     policy = Policy(EverySteps(1), [KeepAll()])
     tiers: dict[str, Any] = {"mirror": Mirror(f"faulty://{tmp_path}", keep=[KeepLast(1)], options=QUICK)}
     manager = CheckpointManager(tmp_path, policy, state=lambda: {"w": 1}, format=PlainFormat(), **tiers)
@@ -236,7 +237,7 @@ def test_a_wrong_clock_here_does_not_sweep_what_a_live_writer_elsewhere_needs(
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["sftp", "ssh"])
 def test_deleting_a_link_to_a_folder_leaves_what_is_in_the_folder(serve: Serve, server: str) -> None:
-    """Somebody has moved a checkpoint to a larger disk."""
+    """A user has moved a checkpoint to a larger disk."""
     running = serve(server)
     url = running.fresh()
     here = Path(url[url.index("/", len(f"{server}://")) :])
@@ -251,9 +252,9 @@ def test_deleting_a_link_to_a_folder_leaves_what_is_in_the_folder(serve: Serve, 
 
 @pytest.mark.parametrize("when", ["x.ckpt", ".checkpointer/records/x.ckpt.json"])
 def test_of_two_hosts_that_race_for_one_name_one_wins_and_keeps_its_checkpoint(when: str) -> None:
-    """Neither can tell whether the other lives: what the other has announced, or committed, is not cleared away."""
+    """Neither knows whether the other is alive, so neither removes a record that the other announced or committed."""
     storage = BetweenUploads()
-    here, there = Transaction(storage, "here~1~1~a"), Transaction(storage, "there~1~1~b")
+    here, there = Transaction(Journal(storage, "here~1~1~a")), Transaction(Journal(storage, "there~1~1~b"))
     outcomes: dict[str, object] = {}
 
     def save(writer: Transaction, run: str) -> None:
@@ -346,7 +347,7 @@ def test_a_lost_reply_does_not_fool_the_probe(
 
 
 def test_a_claim_of_ours_whose_reply_was_lost_does_not_stop_us(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
-    """It is nobody else's."""
+    """It does not belong to another manager."""
     storage = faulty_storage(tmp_path)
     storage.prepare()
     faulty.hooks["after"] = fail_at("open wb", "claim-", 1, LOST)
@@ -357,7 +358,7 @@ def test_a_claim_of_ours_whose_reply_was_lost_does_not_stop_us(faulty: type[Faul
 def test_a_claim_that_could_not_be_removed_does_not_stop_the_next_save(
     faulty: type[FaultyFileSystem], tmp_path: Path
 ) -> None:
-    """Its writer lives, but holds it no more."""
+    """Its writer is alive, but has released it."""
     storage = faulty_storage(tmp_path)
     storage.prepare()
     faulty.hooks["before"] = fail_at("rm", "claim-", 1, PermissionError("no"))
@@ -368,7 +369,7 @@ def test_a_claim_that_could_not_be_removed_does_not_stop_the_next_save(
 
 
 def test_a_claim_of_a_machine_that_was_taken_away_does_not_block_the_next_one(tmp_path: Path) -> None:
-    """Nobody can ask whether it lives, and it does not take an hour to write a record."""
+    """Its host cannot be asked, and no record takes an hour to write."""
     gone, storage = faulty_storage(tmp_path, "gone~1~1~a"), faulty_storage(tmp_path)
     with gone._publisher._claim("a"):
         [claim] = tmp_path.rglob("claim-*")
@@ -409,7 +410,7 @@ class Died(BaseException):
 def test_dead_anywhere_in_a_replacement_or_deletion_there_is_one_truth(
     faulty: type[FaultyFileSystem], tmp_path: Path, nth: int, renames: int, truth: bytes, *, deletes: bool
 ) -> None:
-    """Where a server cannot replace: old or new, listed as it is read; once deleted it does not come back."""
+    """If a server cannot replace, a reader sees old or new bytes, and a deleted file does not come back."""
     faulty.refuses = True
     storage = faulty_storage(tmp_path)
     storage.prepare()
@@ -466,7 +467,7 @@ def test_a_folder_that_another_writer_has_removed_is_made_anew(faulty: type[Faul
 
 
 def test_what_others_have_swept_is_not_taken_for_published(faulty: type[FaultyFileSystem], tmp_path: Path) -> None:
-    """A staged file that is gone is no lost reply: what lies under the name is the old one."""
+    """A staged file that is gone does not mean a lost reply: the old file has the name."""
     storage = faulty_storage(tmp_path)
     storage.prepare()
     storage.write("a", OLD)
@@ -506,7 +507,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_anew(times: int) -> 
 
 
 def test_a_record_that_never_stands_still_is_an_error() -> None:
-    """Nobody rewrites one so often."""
+    """No manager rewrites one so often."""
     storage = Replaced(0)
     with CheckpointManager(storage, POLICY, state=dict) as manager:
         manager.observe({"loss": 0.5}, 1, 0)

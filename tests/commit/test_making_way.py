@@ -36,7 +36,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name != ".checkpointer")
 
 
-def test_a_checkpoint_moves_with_its_record_and_a_stranger_s_without(tmp_path: Path) -> None:
+def test_a_checkpoint_moves_with_its_record_and_a_file_of_others_without(tmp_path: Path) -> None:
     """Under a name with a version if the first is taken; nothing moves if nothing is there."""
     with make(tmp_path) as manager:
         for step in (1, 2):

@@ -76,7 +76,7 @@ def links(folder: Path) -> dict[str, str]:
 
 
 def gone() -> Any:
-    """What opens or saves here has to say that payloads are gone."""
+    """The block must warn that payloads are gone."""
     return pytest.warns(CheckpointerWarning, match="not count")
 
 
@@ -98,7 +98,7 @@ def test_better_checkpoints_are_not_retired_for_files_that_are_gone(tmp_path: Pa
 
 
 def test_a_truncated_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
-    """Of another size it is not what was written, and it is not touched either."""
+    """A file of another size is not the payload, and it is not touched."""
     with opened(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])) as manager:
         save(manager, 0.1, 0.2)
         os.truncate(tmp_path / "epoch=0-step=1.ckpt", 3)
@@ -113,7 +113,7 @@ def test_a_file_whose_record_was_deleted_does_not_push_out_a_checkpoint(tmp_path
         save(manager, 0.1, 0.2)
         (tmp_path / record_path("epoch=0-step=1.ckpt")).unlink()
         expected = (
-            r"^epoch=0-step=1.ckpt has no record any more, only a payload, and does not count; "
+            r"^epoch=0-step=1.ckpt has a payload but no record any more, and does not count; "
             r"the best is epoch=0-step=2.ckpt now, not epoch=0-step=1.ckpt$"
         )
         with pytest.warns(CheckpointerWarning, match=expected):
@@ -122,7 +122,7 @@ def test_a_file_whose_record_was_deleted_does_not_push_out_a_checkpoint(tmp_path
     assert (tmp_path / "epoch=0-step=1.ckpt").exists()
 
 
-def test_what_lost_its_record_and_what_lost_its_payload_are_apart_from_saved(tmp_path: Path) -> None:
+def test_a_lost_record_and_a_lost_payload_have_different_messages(tmp_path: Path) -> None:
     """One warning names both, each with what is true of it."""
     with opened(tmp_path, ALL) as manager:
         save(manager, 0.1, 0.2, 0.3)
@@ -130,8 +130,8 @@ def test_what_lost_its_record_and_what_lost_its_payload_are_apart_from_saved(tmp
             (tmp_path / record_path(name)).unlink()
         (tmp_path / "epoch=0-step=3.ckpt").unlink()
         expected = (
-            r"^epoch=0-step=3.ckpt is gone, .* does not count; epoch=0-step=1.ckpt, epoch=0-step=2.ckpt have no record "
-            r"any more, only a payload, and do not count; the best is epoch=0-step=4.ckpt now"
+            r"^epoch=0-step=3.ckpt is gone, .* does not count; epoch=0-step=1.ckpt, epoch=0-step=2.ckpt have a payload "
+            r"but no record any more, and do not count; the best is epoch=0-step=4.ckpt now"
         )
         with pytest.warns(CheckpointerWarning, match=expected):
             save(manager, 0.4, start=4)
@@ -159,7 +159,7 @@ def test_thinning_keeps_the_next_of_an_interval_whose_first_is_gone(tmp_path: Pa
 
 
 def test_a_rule_of_ones_own_is_asked_what_it_keeps(tmp_path: Path) -> None:
-    """What it keeps is looked at before something goes."""
+    """The manager looks at the kept ones before it retires another."""
 
     class KeepOdd:
         def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
@@ -255,7 +255,7 @@ class RemovedStorage(LocalStorage):
         self.left -= self.is_armed
         if self.left == 0 and not self.is_done:
             self.is_done = True
-            os.rename(self.root, f"{self.root}-removed")  # In one step, whatever another thread writes there.
+            os.rename(self.root, f"{self.root}-removed")  # In one step, even if another thread writes there.
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """List, and lose it all before or after."""
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_is_to_be_replaced_may_be_lost_before_the_save_begins(
 
 
 def test_a_directory_that_is_removed_without_a_ranking_keeps_its_alias(tmp_path: Path) -> None:
-    """Nothing has to be looked at to retire there; the mark of the alias is made anew nevertheless."""
+    """A retirement needs no look there; the marker of the alias is written again nevertheless."""
     folder, policy = tmp_path / "run", Policy(EverySteps(1), [KeepLast(1)], last="link")
     with opened(folder, policy) as manager:
         save(manager, None, None)
@@ -471,7 +471,7 @@ def test_nothing_is_retired_while_the_storage_does_not_answer() -> None:
     with opened(storage, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])) as manager:
         save(manager, 0.1, 0.2)
         storage.error = OSError("no route to host")
-        with pytest.warns(CheckpointerWarning, match="nothing is retired, .*no route to host"):
+        with pytest.warns(CheckpointerWarning, match="no checkpoint is retired, .*no route to host"):
             save(manager, 0.3, start=3)
         storage.error = None
         save(manager, 0.4, start=4)
@@ -502,7 +502,7 @@ def test_a_new_process_counts_only_what_is_there(tmp_path: Path) -> None:
 
 
 def test_better_ones_are_not_retired_by_a_new_process_either(tmp_path: Path) -> None:
-    """The records of what is gone are no reason to let anything go, and stay where they are."""
+    """The records of lost payloads do not let another checkpoint be retired, and stay."""
     for name in trained(tmp_path, BEST_ONLY, 0.1, 0.2):
         (tmp_path / name).unlink()
     with gone():
@@ -518,7 +518,7 @@ def test_better_ones_are_not_retired_by_a_new_process_either(tmp_path: Path) -> 
 
 
 def test_only_records_without_payloads_are_an_error_that_names_them(tmp_path: Path) -> None:
-    """Somebody expects checkpoints there: no training starts over silently."""
+    """The user expects checkpoints there, so the training does not start over silently."""
     for name in trained(tmp_path, ALL, 0.1, 0.2):
         (tmp_path / name).unlink()
     with gone():
@@ -547,12 +547,12 @@ def test_a_payload_that_comes_back_counts_again_and_its_name_stayed_taken(tmp_pa
 
 
 def test_the_error_for_many_payloads_that_are_gone_is_short_and_its_way_out_works(tmp_path: Path) -> None:
-    """It names the newest few and how many more there are; with the records removed a run begins anew."""
+    """It names the newest few and how many more there are; if the records are removed, a run starts over."""
     for name in trained(tmp_path, ALL, *[0.1] * 9):
         (tmp_path / name).unlink()
     expected = (
         r"step=9.ckpt is gone, .*step=5.ckpt is gone, though its record is there; and 4 more\. Training does not start "
-        r"over silently: put a payload back, or to begin anew remove the records in \.checkpointer/records too, or use"
+        r"over silently: put a payload back, or to start over remove the records in \.checkpointer/records, or use"
     )
     with gone():
         manager = opened(tmp_path, ALL)
@@ -607,7 +607,7 @@ def test_without_a_version_counter_a_folder_that_is_gone_gives_its_name_free(tmp
 
 
 def test_a_payload_that_comes_back_before_the_restore_is_restored(tmp_path: Path) -> None:
-    """What counts is what is there then."""
+    """The payloads that are there at that time count."""
     trained(tmp_path, ALL, 0.3, 0.1)
     payload = tmp_path / "epoch=0-step=2.ckpt"
     data = payload.read_bytes()
@@ -654,7 +654,7 @@ def test_a_folder_without_one_of_its_files_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_listing_that_lags_hides_no_checkpoint() -> None:
-    """What can be opened is there, whatever the listing says."""
+    """A payload that can be opened is there, even if the listing lacks it."""
     storage = Far()
     trained(storage, ALL, 0.1, 0.2)
     storage.unlisted = {"epoch=0-step=2.ckpt"}
@@ -716,7 +716,7 @@ def test_what_is_gone_from_a_mirror_is_copied_there_again(tmp_path: Path) -> Non
 def test_going_back_says_what_a_restart_would_do(
     tmp_path: Path, which: str | int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is written by a restore: until the next save a restart goes on from the newest, as before."""
+    """A restore writes nothing: until the next save a restart goes on from the newest, as before."""
     trained(tmp_path, ALL, 0.1, 0.2)
     caplog.set_level(logging.WARNING, "checkpointer")
     with opened(tmp_path, ALL) as manager:
@@ -762,7 +762,7 @@ BY = ("--by", "loss", "--mode", "min")
 
 
 def test_commands_name_no_file_that_is_gone(run: Path, tmp_path: Path) -> None:
-    """Neither the paths that scripts read, nor what is listed, nor what is averaged; it is said on stderr."""
+    """It changes no path, list or average that scripts read; stderr names it."""
     assert f"{run}/epoch=2-step=30.ckpt\n" == command("last", run).out
     assert f"{run}/epoch=1-step=20.ckpt\n" == command("best", run, *BY).out
     said = command("ls", run)
@@ -814,7 +814,7 @@ def test_what_is_gone_is_not_copied(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_brings_again_what_is_gone_there(tmp_path: Path) -> None:
-    """What the target lost is missing there; its record is no reason to refuse."""
+    """A lost checkpoint is missing in the target; its record does not block the copy."""
     train(tmp_path / "run", 0.1, 0.2)
     command("copy", tmp_path / "run", tmp_path / "copy")
     (tmp_path / "copy/epoch=1-step=20.ckpt").unlink()

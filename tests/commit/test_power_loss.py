@@ -135,7 +135,7 @@ def test_power_loss_takes_what_was_not_synced(tmp_path: Path, kind: str) -> None
 def train(folder: Path, last: Last, *, fsync: bool, log: Path | None = None) -> list[tuple[int, int]]:
     """Save in another process; return each acknowledged step and how long the disk's log was by then.
 
-    Without ``fsync`` strace tells the process that its files are durable, and does nothing.
+    Without ``fsync`` strace reports success to the process, and does nothing.
     """
     command = [sys.executable, "-m", "support.fault_me", str(folder), last, *([str(log)] if log else [])]
     if not fsync:
@@ -144,13 +144,13 @@ def train(folder: Path, last: Last, *, fsync: bool, log: Path | None = None) -> 
         command = ["strace", "-f", "-qq", "-o", os.devnull, *lie, *command]
     done = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=120)
     assert 0 == done.returncode, done.stderr
-    words = [line.split() for line in done.stdout.splitlines()]
-    return [(int(word[1]), int(word[2])) for word in words if word[0] == "saved"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return [(int(line[1]), int(line[2])) for line in lines if line[0] == "saved"]
 
 
 @attrs.frozen
 class Recording:
-    """What the disk got while a training saved on it."""
+    """The writes that the disk got while a training saved on it."""
 
     base: Path
     """The disk before, with an empty filesystem."""

@@ -58,8 +58,8 @@ def race(url: str, options: dict[str, Any], num_writers: int, names: str) -> dic
     return said
 
 
-def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, losers_are_told: bool) -> None:
-    """Every acknowledged checkpoint is there with its writer's bytes, and nobody was acknowledged another's."""
+def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, losers_get_errors: bool) -> None:
+    """Every acknowledged checkpoint is there with the bytes of its writer, and with no other bytes."""
     storage = open_storage(url, new_owner(), options)
     records = {entry.record.name: entry.record for entry in index.load(storage).entries.values()}
     acknowledged = Counter(line.split()[1] for lines in said.values() for line in lines if line.startswith("saved"))
@@ -67,7 +67,7 @@ def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, lose
     assert acknowledged
     for writer, lines in said.items():
         failures = {line.split(maxsplit=1)[1] for line in lines if line.startswith("failed")}
-        assert failures <= ({"NameTakenError"} if losers_are_told else set()), sorted(failures)
+        assert failures <= ({"NameTakenError"} if losers_get_errors else set()), sorted(failures)
         for name in (line.split()[1] for line in lines if line.startswith("saved")):
             restored = restoring.load(
                 storage, lambda record: PlainFormat(), records[name], weights_only=True, map_location="cpu"
@@ -80,7 +80,7 @@ def check(url: str, options: dict[str, Any], said: dict[str, list[str]], *, lose
 @pytest.mark.parametrize("names", ["same", "versions"])
 def test_writers_on_a_local_disk(tmp_path: Path, names: str) -> None:
     """The filesystem refuses the second."""
-    check(str(tmp_path), {}, race(str(tmp_path), {}, 4, names), losers_are_told=True)
+    check(str(tmp_path), {}, race(str(tmp_path), {}, 4, names), losers_get_errors=True)
 
 
 @pytest.mark.parametrize("names", ["same", "versions"])
@@ -89,7 +89,7 @@ def test_writers_on_a_server(serve: Serve, server: str, names: str) -> None:
     """With conditional PUT, without, over ssh, and where renames refuse what is there."""
     running = serve(server)
     url, options = running.fresh(), dict(running.storage_options)
-    check(url, options, race(url, options, 3, names), losers_are_told=True)
+    check(url, options, race(url, options, 3, names), losers_get_errors=True)
 
 
 @pytest.mark.parametrize(("server", "how"), [("s3", "refused by the server"), ("rclone", "by claims")])

@@ -1,4 +1,4 @@
-"""Trust: with a key, what it has not signed is neither restored, nor ranked, nor touched."""
+"""With a key, a record without its signature is not restored, ranked or touched."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMACKey, KeepAll, KeepBest, Policy
 from checkpointer.commit.index import load
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import Recovered, recover
 from checkpointer.commit.signing import check_signature, signed
-from checkpointer.commit.transaction import Recovered, Transaction
 from checkpointer.errors import (
     CorruptError,
     NoValidCheckpointError,
@@ -61,7 +62,7 @@ def train(directory: Path, losses: list[float], trust: HMACKey | None = KEY, pol
 
 
 def record_file(directory: Path, step: int) -> Path:
-    """Where the record of a step lies."""
+    """Return the path of the record of a step."""
     return directory / f".checkpointer/records/epoch=0-step={step}.ckpt.json"
 
 
@@ -96,7 +97,7 @@ def test_a_key_signs_and_verifies() -> None:
 
 @pytest.mark.parametrize("show", [repr, str, lambda key: f"{key!r:>30}", lambda key: str({"trust": key})])
 def test_a_key_is_never_shown(show: Callable[[HMACKey], object]) -> None:
-    """Neither printed nor formatted, alone or within something."""
+    """It is not in a printed or formatted text, alone or inside another object."""
     text = str(show(KEY))
     assert SECRET.decode() not in text
     assert SECRET.hex() not in text
@@ -105,7 +106,7 @@ def test_a_key_is_never_shown(show: Callable[[HMACKey], object]) -> None:
 @pytest.mark.parametrize("leak", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
 def test_a_key_is_not_pickled(leak: Callable[[HMACKey], object]) -> None:
     """A manager that is sent to a worker process, or a state that holds a key, must not carry it along."""
-    with pytest.raises(TypeError, match=r"a key is not pickled or copied; make it anew .*HMACKey\.from_env"):
+    with pytest.raises(TypeError, match=r"a key is not pickled or copied; make it again .*HMACKey\.from_env"):
         leak(KEY)
 
 
@@ -143,7 +144,7 @@ def _large_file(folder: Path) -> HMACKey:
         (lambda _: HMACKey.from_env("NO_SUCH_KEY"), r"variable NO_SUCH_KEY is not set; .*secrets\.token_hex"),
         (lambda folder: HMACKey.from_file(folder / "none"), r"none cannot be read \(No such file"),
         (_short_file, r"the key in .*key has 5 bytes.*token_hex"),
-        (_large_file, r"key is larger than 65536 bytes, so it is no key file"),
+        (_large_file, r"key is larger than 65536 bytes, so it is not a key file"),
     ],
     ids=["short", "text", "unset", "no file", "short file", "large file"],
 )
@@ -157,7 +158,7 @@ def test_a_bad_key_says_how_to_make_a_good_one(
 
 
 def test_a_manager_takes_keys_only() -> None:
-    """The bytes themselves would end up in somebody's repr."""
+    """The bytes themselves would end up in a repr."""
     with pytest.raises(PolicyError, match=r"trust is a bytes; pass HMACKey\.from_env"):
         CheckpointManager(None, trust=SECRET)  # type: ignore[arg-type]
 
@@ -303,9 +304,9 @@ def test_a_record_planted_while_training_is_not_written_over(tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:last.ckpt is not this run's")
 def test_a_planted_alias_marker_frees_no_name(tmp_path: Path) -> None:
-    """A stranger's last.ckpt is not replaced because an unsigned marker says that it is ours."""
+    """A file of others is not replaced because an unsigned marker says that it is ours."""
     train(tmp_path, [0.9])
-    (tmp_path / "last.ckpt").write_bytes(b"stranger")
+    (tmp_path / "last.ckpt").write_bytes(b"other")
     markers = tmp_path / ".checkpointer/aliases"
     markers.mkdir()
     (markers / "last.ckpt.json").write_text('{"schema": 1, "alias": "last.ckpt", "label": "", "owner": ""}')
@@ -313,7 +314,7 @@ def test_a_planted_alias_marker_frees_no_name(tmp_path: Path) -> None:
         manager.restore()
         manager.observe({"loss": 0.1}, step=2, epoch=0, epoch_end=False)
         assert "last-v1.ckpt" == manager.policy.name.last_file
-    assert b"stranger" == (tmp_path / "last.ckpt").read_bytes()
+    assert b"other" == (tmp_path / "last.ckpt").read_bytes()
 
 
 def test_a_digest_that_can_be_forged_is_refused(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_a_digest_that_can_be_forged_is_refused(tmp_path: Path) -> None:
 # Everything still works
 
 
-def test_a_signed_directory_lives_through_everything(tmp_path: Path) -> None:
+def test_a_signed_directory_survives_everything(tmp_path: Path) -> None:
     """Saved, ranked, retired, attached, pinned, aliased, relocated and reopened: all of it is signed."""
     with make(tmp_path, FEW) as manager:
         for step, loss in enumerate([0.9, 0.5, 0.7, 0.8], start=1):
@@ -372,13 +373,13 @@ def test_interrupted_saves_are_settled_by_sha256() -> None:
     storage = MemoryStorage()
     storage.write("a.ckpt", b"whole")
     owner = new_owner()
-    transaction = Transaction(storage, owner, KEY)
+    journal = Journal(storage, owner, KEY)
     found = digest_of(storage, "a.ckpt", "sha256")
     assert found is not None
     there = record("a.ckpt", size=found[0], digest=found[1])
-    transaction.put(Entry(record=there, status="pending", owner=owner))
+    journal.put(Entry(record=there, status="pending", owner=owner))
     release(owner)
-    found_out = Transaction(storage, new_owner(), KEY).recover(load(storage, KEY), write=True)
+    found_out = recover(Journal(storage, new_owner(), KEY), load(storage, KEY), write=True)
     assert Recovered(records=(there,), missing=(), left=()) == found_out
     assert ["committed"] == [entry.status for entry in load(storage, KEY).entries.values()]
 
@@ -387,13 +388,13 @@ def test_interrupted_saves_are_settled_by_sha256() -> None:
 
 
 def test_a_reader_without_the_key_reads(tmp_path: Path) -> None:
-    """Signatures are for who has the key; everybody else sees a plain directory."""
+    """Only a reader with the key checks signatures; another reader sees a plain directory."""
     train(tmp_path, [0.9, 0.5])
     assert 2 == restored_step(tmp_path, trust=None)
 
 
 def test_a_writer_without_the_key_is_refused_before_it_changes_anything(tmp_path: Path) -> None:
-    """What it would rewrite (a pin, a metric) would lose its signature, and with it the checkpoint."""
+    """A record that it rewrites (a pin, a metric) would lose its signature, and so the checkpoint."""
     train(tmp_path, [0.9, 0.5])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UntrustedError, match=r"2 checkpoints in .* are signed.*pass trust="):
@@ -417,7 +418,7 @@ def test_untrusted_is_caught_as_either_kind() -> None:
 
 @attrs.define
 class SwappingStorage(MemoryStorage):
-    """Gives other bytes to whoever reads a payload a second time, and the right ones again after that."""
+    """Gives other bytes to the second read of a payload, and the right ones again after that."""
 
     evil: bytes = b""
     swaps: int = attrs.field(default=0, init=False)

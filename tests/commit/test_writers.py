@@ -55,7 +55,7 @@ def test_a_live_manager_without_an_alias_keeps_prune_and_copy_out(tmp_path: Path
         for argv in (("prune", place, "-p", last, "--apply"), ("copy", source, place)):
             said = command(*argv)
             assert (2, True) == (said.code, "is writing to" in said.err), said.err
-        assert 0 == command("prune", place, "-p", last).code  # Telling changes nothing.
+        assert 0 == command("prune", place, "-p", last).code  # A dry run changes nothing.
         assert "writing   process " in command("sweep", place).out
     with CheckpointManager(place, ALL):
         assert [] == writers_in(open_storage(place, ""))
@@ -82,8 +82,8 @@ def test_the_mark_of_a_killed_process_blocks_nothing_and_is_cleared(tmp_path: Pa
     assert 0 == command("prune", run, "-p", last, "--apply").code
 
 
-def test_a_manager_that_nobody_closed_blocks_nothing(tmp_path: Path) -> None:
-    """It is gone, though its process lives."""
+def test_a_manager_that_was_not_closed_blocks_nothing(tmp_path: Path) -> None:
+    """It is gone, though its process is alive."""
     manager = CheckpointManager(tmp_path, ALL, state=dict)
     with pytest.raises(AliasInUseError, match="is writing to here; nothing was changed"):
         refuse_if_live(open_storage(tmp_path, ""), "here")
@@ -92,8 +92,8 @@ def test_a_manager_that_nobody_closed_blocks_nothing(tmp_path: Path) -> None:
     refuse_if_live(open_storage(tmp_path, ""), "here")
 
 
-def test_a_writer_on_another_machine_counts_until_somebody_says_that_it_has_ended(tmp_path: Path, last: Path) -> None:
-    """Nothing here can tell."""
+def test_a_writer_on_another_machine_counts_until_a_user_says_that_it_has_ended(tmp_path: Path, last: Path) -> None:
+    """This machine does not know."""
     run = train(tmp_path / "run", 0.5, 0.4, policy=ALL)
     plant_mark(run, "node7_1234abcd_99~17~5~0123456789ab")
     before = snapshot(run)
@@ -128,7 +128,7 @@ def test_a_mark_from_before_the_last_boot_blocks_nothing(tmp_path: Path) -> None
     assert not is_earlier_boot(f"{name}_{boot}_{space}~1~2~ab", f"{name}_{boot}_{space}")
     assert not is_earlier_boot(f"other_{boot}x_{space}~1~2~ab", f"{name}_{boot}_{space}")
     if not machine():
-        pytest.skip("nothing tells this machine from others")
+        pytest.skip("this machine has no id")
     for of_machine in ("", "another", machine()):
         plant_mark(tmp_path, f"{name}_{boot}x_{space}~1~2~ab", of_machine)
         if of_machine == machine():
@@ -168,7 +168,7 @@ def signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_no_command_changes_a_signed_directory_without_its_key(signed: Path, last: Path, tmp_path: Path) -> None:
-    """Neither by removing, nor by adding; with the key each is done."""
+    """No command removes or adds; with the key each one does."""
     other = train(tmp_path / "other", 0.5, policy=Policy(EverySteps(1), [KeepAll()], name="other-{step}"))
     torch.save({"w": torch.ones(1)}, signed / "step_7.pt")
     before = snapshot(signed)

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
 from checkpointer.commit import transaction
 from checkpointer.commit.index import load
-from checkpointer.commit.transaction import Recovered, Transaction
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.recovery import Recovered, recover
+from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, RestoreError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.records.record import Record
@@ -190,7 +192,7 @@ def test_sweep_leaves_what_was_finished_after_it_had_looked(monkeypatch: pytest.
         storage.write("a.dcp/.metadata", b"all of it")
         looked.append(look(storage))
 
-    Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), write)
+    Transaction(Journal(storage, owner)).commit_named(record(name="a.dcp", format="dcp"), write)
     die(owner)
     monkeypatch.setattr(sweeping, "look_at", look_before)
     assert () == sweeping.sweep(storage, new_owner()).finished
@@ -206,10 +208,10 @@ def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
         raise _KilledError
 
     with pytest.raises(_KilledError):
-        Transaction(storage, owner).commit_named(record(name="a.dcp", format="dcp"), killed)
+        Transaction(Journal(storage, owner)).commit_named(record(name="a.dcp", format="dcp"), killed)
     die(owner)
-    assert Recovered(records=(), missing=(), left=()) == Transaction(storage, new_owner()).recover(
-        load(storage), write=True
+    assert Recovered(records=(), missing=(), left=()) == recover(
+        Journal(storage, new_owner()), load(storage), write=True
     )
     assert ["a.dcp"] == [*storage.list()]
 

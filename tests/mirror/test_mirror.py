@@ -151,7 +151,7 @@ def test_mirror_is_an_ordinary_directory_with_the_same_records(tmp_path: Path) -
 
 @pytest.mark.parametrize("url", ["path", "memory"])
 def test_mirror_has_its_own_retention_and_aliases(tmp_path: Path, url: str) -> None:
-    """One lives here and three there; both have a last."""
+    """One is here and three are there; both have a last."""
     there = str(tmp_path / "there") if url == "path" else f"memory://{tmp_path.name}"
     policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
     with Run(tmp_path / "here", policy, mirror=Mirror(there, keep=[KeepLast(3)])) as run:
@@ -176,7 +176,7 @@ def test_retiring_there_does_not_depend_on_what_is_retired_here() -> None:
 
 
 def test_attached_metrics_reach_the_mirror_without_a_second_upload() -> None:
-    """Only the record is written again, and the rules there rank anew."""
+    """Only the record is written again, and the rules there rank again."""
     there = Remote()
     with Run(None, ALL, mirror=Mirror(there, keep=[KeepBest(1, "val", mode="min"), KeepLast(1)])) as run:
         for step, val in ((1, 0.5), (2, 0.1), (3, 0.3), (4, 0.4)):
@@ -190,7 +190,7 @@ def test_attached_metrics_reach_the_mirror_without_a_second_upload() -> None:
 
 
 def test_pin_reaches_the_mirror() -> None:
-    """A pinned checkpoint lives there too."""
+    """A pinned checkpoint stays there, too."""
     there = MemoryStorage()
     with Run(None, ALL, mirror=Mirror(there, keep=[KeepLast(1)])) as run:
         run.save(0.1)
@@ -215,7 +215,7 @@ def test_slot_is_mirrored_under_a_name_of_its_own() -> None:
     assert ["epoch=0-step=1.ckpt", "epoch=0-step=4.ckpt", "last.ckpt"] == payloads(there)
 
 
-def test_name_that_a_stranger_has_there_is_left_alone() -> None:
+def test_a_file_of_others_there_is_left_alone() -> None:
     """The copy takes the next version; the token says that it is the same checkpoint."""
     there = MemoryStorage()
     there.write("epoch=0-step=1.ckpt", b"theirs")
@@ -334,7 +334,7 @@ def test_tries_come_less_and_less_often(failures: int, dice: float, seconds: flo
 
 
 def test_next_process_goes_on_with_what_the_mirror_has_not_got() -> None:
-    """What was saved while the mirror was down is copied after a restart."""
+    """A save while the mirror was down is copied after a restart."""
     here, there = MemoryStorage(), Remote()
     there.error = OSError("down")
     run = Run(here, ALL, mirror=there)
@@ -476,7 +476,7 @@ def test_newer_one_on_the_mirror_is_fetched() -> None:
     [
         (lambda path: path.unlink(), "epoch=0-step=2.ckpt"),
         (lambda path: path.write_bytes(b"?" + path.read_bytes()[1:]), "epoch=0-step=2.ckpt"),
-        (lambda path: path.write_bytes(b"somebody's own"), "epoch=0-step=2-v1.ckpt"),
+        (lambda path: path.write_bytes(b"a user's own"), "epoch=0-step=2-v1.ckpt"),
     ],
     ids=["gone", "flipped byte", "of another size"],
 )
@@ -499,7 +499,7 @@ def test_damaged_payload_is_fetched_again(tmp_path: Path, damage: Any, name: str
         assert 2 == run.restore()
         assert 2 == len(run.manager.records)
     if name != payload.name:
-        assert b"somebody's own" == payload.read_bytes()
+        assert b"a user's own" == payload.read_bytes()
 
 
 def test_damaged_on_both_sides_falls_back_to_the_next_newest() -> None:
@@ -543,7 +543,7 @@ def test_both_empty_is_a_first_start() -> None:
 
 
 def test_fetch_that_breaks_off_falls_back_and_leaves_nothing_half(tmp_path: Path) -> None:
-    """A network that fails in the middle of a payload, whatever its driver raises."""
+    """A network that fails in the middle of a payload, with any error of a driver."""
 
     class Breaking(Remote):
         def open(self, path: str) -> BinaryIO:
@@ -569,7 +569,7 @@ def test_fetch_that_would_not_fit_is_an_error_that_says_how_much_is_free() -> No
 
     there = MemoryStorage()
     train(MemoryStorage(), there, 0.9)
-    why = "takes 11 bytes, but memory has 3 free; nothing was restored"
+    why = "takes 11 B, but memory has 3 B free; nothing was restored"
     with Run(Full(), ALL, mirror=there) as run, pytest.raises(RestoreError, match=why):
         run.restore()
 
@@ -700,7 +700,7 @@ def test_restore_does_not_wait_for_a_mirror_that_never_answers() -> None:
 
 
 def test_folder_that_changed_is_not_copied_to_where_there_are_only_files(tmp_path: Path) -> None:
-    """What was uploaded of it is taken back."""
+    """Its uploaded files are deleted."""
 
     def save(path: str) -> None:
         Path(path).mkdir()

@@ -22,10 +22,11 @@ from support.sampling import instants
 
 from checkpointer import CheckpointerError, CheckpointManager, EverySteps, HMACKey, KeepLast, Policy
 from checkpointer.clock import SystemClock
-from checkpointer.commit.directory import Directory
+from checkpointer.commit import aliases
+from checkpointer.commit.directory import Directory, created
 from checkpointer.commit.index import INDEX, load, record_path, save
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import signed
-from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import AliasInUseError, PolicyError, RecordError
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.retention import Budget, KeepBest, KeepEvery
@@ -201,15 +202,15 @@ def read_marker(rng: random.Random) -> None:
     marker = {"schema": 1, "alias": "last.ckpt", "label": "", "owner": OWNER}
     storage.write(".checkpointer/aliases/last.ckpt.json", fuzzed(json.dumps(marker).encode(), rng))
     storage.write(".checkpointer/directory.json", fuzzed(b'{"schema": 1, "created": 1700000000.5}', rng))
-    transaction = Transaction(storage, new_owner())
-    transaction.is_marked("last.ckpt")
+    journal = Journal(storage, new_owner())
+    aliases.is_marked(journal, "last.ckpt")
     try:
-        transaction.claim("last.ckpt", "")
+        aliases.claim(journal, "last.ckpt", "")
     except AliasInUseError:
-        assert OWNER == transaction._marker("last.ckpt")["owner"]
-    Transaction(storage, OWNER).release(["last.ckpt"])
+        assert OWNER == aliases.read_marker(journal, "last.ckpt")["owner"]
+    aliases.release(Journal(storage, OWNER), ["last.ckpt"])
     directory = Directory(storage, OWNER, POLICY, run=None, label="", writes=False)
-    assert abs(directory.created(SystemClock())) < float("inf")
+    assert abs(created(directory, SystemClock())) < float("inf")
 
 
 def use_directory(rng: random.Random) -> None:

@@ -56,7 +56,7 @@ def test_a_mapped_payload_outlives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_changed_byte_is_found_by_the_digest_and_not_by_the_size(tmp_path: Path, mmap: bool) -> None:
-    """What ``verify="size"`` gives up, and what it still finds."""
+    """``verify="size"`` misses changed bytes, and finds a changed size."""
     manager = save(tmp_path)
     path = tmp_path / "epoch=0-step=1.ckpt"
     flip(path)
@@ -77,8 +77,8 @@ def test_other_values_of_verify_are_refused(tmp_path: Path) -> None:
 
 
 def test_with_a_key_the_size_alone_is_not_enough(tmp_path: Path) -> None:
-    """A signature says nothing of bytes that nobody has looked at."""
-    with pytest.raises(PolicyError, match="nobody has signed"):
+    """A signature says nothing about bytes that were not read."""
+    with pytest.raises(PolicyError, match="bytes are not verified"):
         save(tmp_path, trust=HMACKey(b"0123456789abcdef")).restore(verify="size")
 
 
@@ -90,7 +90,7 @@ def test_where_nothing_can_be_mapped_it_is_read() -> None:
 
 
 def test_a_torch_file_of_the_old_kind_is_read(tmp_path: Path) -> None:
-    """A trainer may have written it; it is no zip file, which mapping needs."""
+    """A trainer may have written it; it is not a zip file, which mapping needs."""
     with CheckpointManager(tmp_path, EACH, state=dict) as manager:
         decision = manager.session.decide({}, 1, 0, epoch_end=False)
         assert isinstance(decision, Save)

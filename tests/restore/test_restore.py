@@ -52,7 +52,7 @@ def train(directory: Path, losses: list[float], policy: Policy = ALL, start: int
 
 
 def payload(directory: Path, step: int) -> Path:
-    """Where the payload of a step lies."""
+    """Return the path of the payload of a step."""
     return directory / f"epoch=0-step={step}.ckpt"
 
 
@@ -146,7 +146,7 @@ def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> No
 
 
 def test_half_a_record_falls_back_and_its_name_stays_taken(tmp_path: Path) -> None:
-    """A record that cannot be read is said, and its payload is neither used nor overwritten."""
+    """A damaged record is reported, and its payload is not used and not overwritten."""
     train(tmp_path, [0.9, 0.1])
     record = tmp_path / ".checkpointer/records/epoch=0-step=2.ckpt.json"
     record.write_bytes(record.read_bytes()[:100])
@@ -168,7 +168,7 @@ def test_only_half_a_record_is_an_error(tmp_path: Path) -> None:
 
 
 def test_record_of_a_future_schema_is_its_own_error(tmp_path: Path) -> None:
-    """Nothing is guessed about data that a newer version wrote, and nothing changes."""
+    """A record of a newer version is an error, and nothing changes."""
     train(tmp_path, [0.9])
     record = tmp_path / ".checkpointer/records/epoch=0-step=1.ckpt.json"
     record.write_text(record.read_text().replace('"schema": 1', '"schema": 99'))

@@ -1,4 +1,4 @@
-"""Saving in the background: what the loop sees, in which order things happen, and how every end of it is heard of."""
+"""Saving in the background: what the loop sees, in which order things happen, and how every failure is reported."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Training:
 
 
 def test_observe_returns_while_the_payload_is_on_its_way() -> None:
-    """Nothing is on record before it is durable, and the status says what is under way."""
+    """A record appears only when it is durable, and the status names the unfinished saves."""
     training = Training()
     assert training.observe_and_hold(0.5)
     assert [] == training.steps
@@ -140,7 +140,9 @@ def test_decisions_see_the_save_that_is_under_way_as_done() -> None:
     training = Training(Policy(EverySteps(1), [BEST]))
     training.observe_and_hold(0.5)
     assert "1 epochs" not in training.observe(0.9).reason
-    assert "is not in the best 1" in training.manager.observe({"loss": 0.7}, step=3, epoch=0, epoch_end=False).reason
+    assert (
+        "is not in the best by loss" in training.manager.observe({"loss": 0.7}, step=3, epoch=0, epoch_end=False).reason
+    )
     assert isinstance(training.observe(0.4, step=1), Attach)
     assert [] == training.steps
     training.storage.open_gate()
@@ -217,7 +219,7 @@ def test_a_failed_save_is_raised_by_whatever_ends_the_training(end: Callable[[Ch
 
 
 def test_tolerated_failures_are_counted_in_the_order_of_the_saves() -> None:
-    """One in a row is a warning, whenever the loop hears of it; a success in between begins anew."""
+    """One in a row is a warning, whenever the loop collects it; a success in between resets the count."""
     training = Training(tolerate_failures=1)
     for broken in (True, False, True):
         training.storage.broken = OSError(5, "the disk is on fire") if broken else None
@@ -231,7 +233,7 @@ def test_tolerated_failures_are_counted_in_the_order_of_the_saves() -> None:
 
 
 def test_after_a_failed_save_the_next_decision_does_not_count_on_it() -> None:
-    """What was lost is no rival: a worse one is the best there is."""
+    """A lost checkpoint does not compete: a worse one is the best."""
     training = Training(Policy(EverySteps(1), [BEST]), tolerate_failures=9)
     training.storage.broken = OSError(5, "the disk is on fire")
     training.observe(0.1)
@@ -244,7 +246,7 @@ def test_after_a_failed_save_the_next_decision_does_not_count_on_it() -> None:
 
 
 def test_metrics_for_a_step_whose_save_failed_are_no_second_error() -> None:
-    """The save's own failure is what is heard of."""
+    """The save's own failure is raised."""
     training = Training(tolerate_failures=9)
     training.storage.broken = OSError(5, "the disk is on fire")
     training.observe_and_hold(0.1)
@@ -270,13 +272,13 @@ def test_the_writers_death_is_never_silent(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_thread_that_is_gone_is_found_out() -> None:
-    """Should it vanish without a word, a wait ends, and says so."""
+    """If it vanishes silently, a wait ends with an error."""
     training = Training()
     background: Any = training.manager._background
     thread = threading.Thread(target=lambda: None)
     thread.start()
     thread.join()
-    with background._news:
+    with background._condition:
         training.storage.shut()
     training.observe()
     training.storage.await_arrival()
@@ -289,7 +291,7 @@ def test_a_thread_that_is_gone_is_found_out() -> None:
 
 
 def test_no_thread_to_start_is_a_failed_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine at its limit: the loop hears of it there and then, and nothing is left under way."""
+    """As on a machine at its limit: the loop raises it at once, and nothing is left unfinished."""
     training = Training(tolerate_failures=1)
 
     def refuse(self: threading.Thread) -> None:
@@ -345,7 +347,7 @@ def test_rescue_at_the_step_that_is_under_way_writes_nothing_unless_that_failed(
 
 
 def test_a_wait_that_is_bounded_gives_up_and_what_is_written_is_still_committed() -> None:
-    """Neither a rescue nor close() waits longer than it is told; the writer goes on."""
+    """Neither a rescue nor close() waits longer than its timeout; the writer goes on."""
     training = Training()
     training.observe_and_hold(0.5)
     with pytest.raises(SaveError, match=r"after 0\.1 s epoch=0-step=1\.\w+ is still being written, so no rescue was"):
@@ -376,7 +378,7 @@ def test_leaving_the_with_block_by_an_exception_shows_that_exception() -> None:
 
 
 def test_close_in_an_except_block_raises_the_writers_error_with_the_other_behind_it() -> None:
-    """Neither of the two is lost."""
+    """Both are kept."""
     training = Training()
     training.storage.broken = OSError(5, "the disk is on fire")
     training.observe()
@@ -406,7 +408,7 @@ def test_restore_waits_for_what_is_under_way() -> None:
 
 
 def test_restore_works_after_a_failed_save_whose_error_is_still_raised_later() -> None:
-    """Whoever restores wants a state; the next report says what went wrong."""
+    """A restore returns a state; the next report raises the failure."""
     training = Training()
     training.observe(0.5)
     training.manager.wait()
@@ -443,7 +445,7 @@ def test_state_dict_while_a_save_is_under_way_takes_it_as_done() -> None:
 
 
 def test_decide_and_commit_go_through_the_writer_and_adopting_waits() -> None:
-    """The pair for trainers that own the moment; what they wrote themselves is adopted there and then."""
+    """The pair for trainers that choose the moment; a file that they wrote is adopted at once."""
     training = Training(Policy(EverySteps(1), [KeepLast(2)]))
     open_when_waited_for(training.manager, training.storage)
     training.storage.shut()
@@ -479,8 +481,8 @@ def test_a_listener_may_use_the_manager() -> None:
     assert [f"epoch=0-step={step}.ckpt" for step in (1, 2, 3)] == names
 
 
-def test_the_mirror_hears_of_a_checkpoint_once_it_is_durable() -> None:
-    """It copies from the directory, so it must not be told of what is not there."""
+def test_the_mirror_gets_a_checkpoint_once_it_is_durable() -> None:
+    """It copies from the directory, so it must not get a record before its payload is there."""
     mirror = MemoryStorage()
     training = Training(Policy(EverySteps(1), [KeepLast(1)]), mirror=mirror)
     training.observe_and_hold()
@@ -504,8 +506,8 @@ def test_what_a_trainer_writes_cannot_be_written_behind_its_back() -> None:
         CheckpointManager(None, EACH, save=lambda path: None, background="wait")
 
 
-def test_a_manager_that_is_dropped_lives_until_its_save_is_done() -> None:
-    """Its owner must not count as dead, nor its staging area as abandoned, while the writer is at work."""
+def test_a_manager_that_is_dropped_exists_until_its_save_is_done() -> None:
+    """While the writer works, its owner counts as alive, and its staging folder is not swept."""
     from checkpointer.storage.owner import is_live
 
     training = Training()
@@ -546,7 +548,7 @@ SCRIPTS = st.lists(
 
 
 class Scripted:
-    """Carries a script out, and notes whatever the loop can see."""
+    """Runs a script, and notes what the loop can see."""
 
     def __init__(self, policy: Policy, *, background: Any) -> None:
         self.training = Training(policy, background=background)
@@ -570,7 +572,7 @@ class Scripted:
             if manager.last is not None:
                 manager.pin(manager.last.name)
         elif action == "rescue":
-            self.noted.append(_words(manager.rescue("asked for")))
+            self.noted.append(_as_text(manager.rescue("asked for")))
         elif action == "restore":
             restored = manager.restore()
             self.noted.append(None if restored is None else (restored.step, restored.state))
@@ -589,7 +591,7 @@ class Scripted:
         except Exception as error:
             self.noted.append(f"{type(error).__name__}: {error}")
             return
-        self.noted.append(_words(decision))
+        self.noted.append(_as_text(decision))
 
     def end(self) -> tuple[Any, ...]:
         manager = self.training.manager
@@ -602,7 +604,7 @@ class Scripted:
         return self.noted, facts, files
 
 
-def _words(decision: Any) -> Any:
+def _as_text(decision: Any) -> Any:
     return type(decision).__name__, getattr(decision, "name", ""), getattr(decision, "retire", ()), decision.reason
 
 
@@ -692,7 +694,7 @@ threading._register_atexit(gate.set)  # Registered last, it is called first: the
 
 
 def test_a_program_that_ends_without_close_says_what_it_could_not_write(tmp_path: Path) -> None:
-    """Nobody is left to raise it to, and it is said nevertheless."""
+    """No caller is left to raise it to, and it is logged nevertheless."""
     done = run("storage.broken = True; gate.set()", str(tmp_path))
     assert "epoch=0-step=1.ckpt: OSError: [Errno 5] the disk is on fire" in done.stderr
     assert [] == steps_in(tmp_path)
@@ -702,7 +704,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_save(tmp_path: Path) -> None:
     """The manager stays usable, and what was under way is there in the end."""
     code = """
 import time
-waiting = manager._background._news
+waiting = manager._background._condition
 wait = waiting.wait
 def interrupt(timeout=None):
     waiting.wait = wait
@@ -727,7 +729,7 @@ manager.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_in_a_forked_child_nothing_is_under_way(tmp_path: Path) -> None:
-    """The save is its parent's: it neither waits for a thread that it has not got, nor does it write it again."""
+    """The save belongs to its parent: it does not wait for the parent's thread, and does not write it again."""
     code = """
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Of forking with threads: that is the point.

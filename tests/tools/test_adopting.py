@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from support.commands import command, snapshot, train
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Policy
-from checkpointer.commit.transaction import Transaction
+from checkpointer.commit.journal import Journal
 from checkpointer.errors import NotFoundError, UntrustedError
 from checkpointer.storage import open_storage
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
@@ -287,6 +287,6 @@ def test_a_signed_directory_is_not_adopted_into_without_its_key(tmp_path: Path) 
     storage = open_storage(tmp_path, "me")
     catalog = look_at(storage)
     with pytest.raises(UntrustedError, match="are signed"):
-        list(adopt(catalog, find_foreign(catalog), Transaction(storage, "me")))
+        list(adopt(catalog, find_foreign(catalog), Journal(storage, "me")))
     assert before == snapshot(tmp_path)
     shutil.rmtree(tmp_path)

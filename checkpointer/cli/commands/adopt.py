@@ -8,8 +8,8 @@ import typer
 
 from checkpointer._display import number_text, some_of
 from checkpointer.cli import options, output
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
-from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.records.record import Record
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
@@ -58,7 +58,7 @@ def adopt_command(
             )
             raise NotFoundError(msg)
         if not dry_run:
-            made.extend(adopt(catalog, adoption, Transaction(storage, owner, key), run=run))
+            made.extend(adopt(catalog, adoption, Journal(storage, owner, key), run=run))
     if as_json:
         output.print_json({"adopted": _as_data(adoption, made), "refused": dict(adoption.refused)})
     else:

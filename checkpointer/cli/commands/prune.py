@@ -8,7 +8,7 @@ import typer
 
 from checkpointer._display import size_text
 from checkpointer.cli import options, output
-from checkpointer.commit.transaction import Transaction
+from checkpointer.commit.journal import Journal
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
 
@@ -39,7 +39,7 @@ def prune_command(
     with options.writing(directory, storage_options) as (storage, owner):
         catalog = look_at(storage, key)
         pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
-        gone = prune(catalog, pruning, Transaction(storage, owner, key)) if apply else ()
+        gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
     if catalog.signed and key is None:
         output.say(f"{catalog.signed} checkpoints are signed: without the key this believes unsigned records as well")
     names = [record.name for record in gone]

@@ -1,0 +1,106 @@
+"""Which run and line a process goes on with, before its first save and after it went back to a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import attrs
+
+from checkpointer.commit.contents import Contents
+from checkpointer.commit.missing import missing_text
+from checkpointer.commit.naming import Names
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Line, Record
+
+__all__ = ["Lines"]
+
+_log = logging.getLogger("checkpointer")
+
+
+@attrs.frozen
+class Lines:
+    """Shows the records as a run sees them, and goes on from one of them. Writes nothing."""
+
+    _contents: Contents
+    _names: Names
+
+    @property
+    def view(self) -> Manifest:
+        """The manifest; before this run has saved or restored, as the newest run under the label sees it."""
+        manifest = self._contents.manifest  # Once, because with background= the writer thread replaces it.
+        return manifest if self._contents.is_claimed or manifest.own else self._as_next_process(manifest)
+
+    def _as_next_process(self, manifest: Manifest) -> Manifest:
+        """Return the manifest as the next process sees it if it goes on with the newest run under the label."""
+        # If no payload exists, the newest run is the one whose payloads are gone: a restore reports them.
+        for records in (manifest.records, manifest.aside):
+            labelled = [record for record in records if record.label == manifest.label]
+            if labelled:
+                return manifest.on_newest_line(labelled[-1].run)
+        return manifest
+
+    @property
+    def missing_text(self) -> str:
+        """A message about payloads that were gone at the start; empty if there are none."""
+        view = self.view
+        return missing_text(self._contents.policy, view.everywhere, view, view.aside) if view.aside else ""
+
+    def widened(self, elsewhere: Iterable[Record]) -> Manifest:
+        """Return the view with the records that do not count here: those on the mirror, and those set aside.
+
+        A record that only the mirror has gets the name that it would get here.
+        """
+        contents = self._contents
+        here = {record.token for record in (*contents.manifest.records, *contents.manifest.aside)}
+        taken = set(contents.manifest.taken.union(contents.policy.aliases))
+        found = []
+        for record in elsewhere:
+            if record.token not in here:
+                name = record.name if record.name not in taken else self._names.own(record, taken)
+                taken.add(name)
+                found.append(attrs.evolve(record, name=name))
+        contents.manifest = attrs.evolve(contents.manifest, elsewhere=tuple(found))
+        view, wide = self.view.everywhere, contents.manifest.everywhere
+        if contents.is_on_line:
+            return wide
+        # Before this process has saved or restored, the run goes on from its newest record, here or on the mirror.
+        labelled = [record for record in wide.records if record.label == wide.label]
+        if not contents.is_claimed and not view.own and labelled:
+            view = view.seen_by(labelled[-1].run, labelled[-1].line)
+        return view.seen_by(view.run, view.own[-1].line) if view.own else view
+
+    def resume(self, record: Record, *, protect: bool) -> None:
+        """Go on from this record; ``protect`` keeps it even if no rule does."""
+        contents = self._contents
+        if record.name not in contents.manifest.by_name:
+            contents.manifest = contents.manifest.with_record(record)  # Its payload has come back.
+        self._log_restart(record.step, lambda newest: newest.serial > record.serial)
+        manifest = contents.manifest.resumed_at(record)
+        self._turn_to(attrs.evolve(manifest, resumed=record.name if protect else ""))
+
+    def resume_run(self, run: str, line: Line, step: int, source: str = "") -> None:
+        """Go on with a run whose host was at ``step`` of this line; the checkpoint named ``source`` is kept."""
+        self._log_restart(step, lambda newest: newest.step > step)
+        self._turn_to(attrs.evolve(self._contents.manifest.resumed_from(run, line, step), resumed=source))
+
+    def _log_restart(self, step: int, is_beyond: Callable[[Record], bool]) -> None:
+        """Warn that before the next save only this process knows that the run went back."""
+        newest = self._as_next_process(self._contents.manifest).newest
+        if self._contents.is_prepared and newest is not None and is_beyond(newest):
+            text = "going on from step %d: until the next save, a restart goes on from %s (step %d) again"
+            _log.warning(text, step, newest.name, newest.step)
+
+    def see(self, run: str, line: Line) -> None:
+        """Show the records as this run and line see them from now on."""
+        if (run, line) != (self._contents.manifest.run, self._contents.manifest.line):
+            self._turn_to(self._contents.manifest.seen_by(run, line))
+
+    def _turn_to(self, manifest: Manifest) -> None:
+        contents = self._contents
+        contents.is_claimed = contents.is_on_line = True
+        contents.manifest = manifest
+        # The run changed, so alias ownership is resolved again before the next write.
+        contents.is_begun = False
+        contents.aliases.forget()
+        contents.settle_aliases(claims=False)

@@ -1,0 +1,115 @@
+"""Looks at the storage, so that no checkpoint is retired, replaced or declined in favor of one that was deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Container, Iterable
+
+from checkpointer.commit.aliases import marker_path
+from checkpointer.commit.contents import Contents
+from checkpointer.commit.index import Listing, record_path
+from checkpointer.commit.missing import missing_text
+from checkpointer.commit.writer_marks import is_marked, mark
+from checkpointer.errors import CheckpointerWarning, StorageError
+from checkpointer.policy.decide import Reasons
+from checkpointer.records.record import Observation, Record
+
+__all__ = ["Looks"]
+
+LOOK_EVERY_S = 60.0
+"""Least seconds between two looks for a declined observation, if a look costs a request."""
+
+
+class Looks:
+    """Each method sets aside what is gone, and looks only at the checkpoints that the next change relies on."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._reasons = Reasons(contents.policy, contents.manifest)
+        self._looked_s = -math.inf
+
+    @property
+    def reasons(self) -> Reasons:
+        """Why each checkpoint is kept; computed once for the look and for the retirement after it."""
+        policy, manifest = self._contents.policy, self._contents.manifest
+        if self._reasons.policy is not policy or self._reasons.manifest is not manifest:
+            self._reasons = Reasons(policy, manifest)
+        return self._reasons
+
+    def before_retiring(self, *, sure: Record | None = None, spare: Container[str] = ()) -> None:
+        """Look at what is kept instead of those that are about to be retired; ``sure`` was written a moment ago."""
+        contents = self._contents
+        names = () if sure is not None and sure.kind != "regular" else self.reasons.surplus
+        going = [contents.manifest.by_name[name] for name in names if name not in spare]
+        if going or contents.is_near:
+            self._look_instead_of(going, sure)
+        if contents.is_near:
+            self._claim_again()
+
+    def before_replacing(self, name: str) -> bool:
+        """Look at what is kept instead of the checkpoint of this name; return whether one is gone."""
+        return self._look_instead_of([self._contents.manifest.by_name[name]])
+
+    def before_declining(self, now: Observation) -> bool:
+        """Look at what makes the rules decline the observation; return whether one is gone.
+
+        If a look costs a request, there is at most one a minute, because each step may be declined.
+        """
+        contents = self._contents
+        if not contents.is_near and now.time < self._looked_s + LOOK_EVERY_S:
+            return False
+        self._looked_s = now.time
+        with contextlib.suppress(OSError):
+            return self._look_instead_of([contents.manifest.draft("", now)])
+        return False
+
+    def is_gone(self, record: Record) -> bool:
+        """Return whether a checkpoint was deleted; False if the look would cost a request."""
+        return self._contents.is_near and self.any_gone([record])
+
+    def _look_instead_of(self, going: Iterable[Record], sure: Record | None = None) -> bool:
+        """Look at what is kept instead of others. If a look costs a request, look only at the best."""
+        looks = [r for r in self.reasons.relied_on(going) if sure is None or r.token != sure.token]
+        return self.any_gone(looks if self._contents.is_near else looks[:1])
+
+    def any_gone(self, records: Iterable[Record]) -> bool:
+        """Return whether one of these records is gone; then look at all records."""
+        if all(self.exists(record) for record in records):
+            return False
+        contents = self._contents
+        files = contents.storage.list()
+        sizes = Listing(entries={}, damaged={}, files=files).sizes
+        doubtful = [
+            record
+            for record in contents.manifest.records
+            if sizes.get(record.name) != record.size or record_path(record.name) not in files
+        ]
+        gone = [r for r in doubtful if not self.exists(r) or not contents.journal.has_record(r.name)]
+        if gone:
+            before, contents.manifest = contents.manifest, contents.manifest.without_payload(*gone, there=sizes)
+            unrecorded = [record for record in gone if contents.journal.has_payload(record)]
+            missing = [record for record in gone if record not in unrecorded]
+            text = missing_text(contents.policy, before, contents.manifest, missing, unrecorded)
+            warnings.warn(text, CheckpointerWarning, stacklevel=5)
+        self._claim_again()
+        return bool(gone)
+
+    def exists(self, record: Record) -> bool:
+        """Return whether a payload exists; where it costs no request, whether its record does, too."""
+        if not self._contents.journal.has_payload(record):
+            return False
+        return not self._contents.is_near or bool(self._contents.storage.list(record_path(record.name)))
+
+    def _claim_again(self) -> None:
+        """Write this writer's mark and its alias markers again, if they were deleted."""
+        contents = self._contents
+        storage, owner = contents.storage, contents.journal.owner
+        if contents.is_prepared and not is_marked(storage, owner):
+            with contextlib.suppress(StorageError):  # No save depends on it.
+                mark(storage, owner)
+        if contents.is_begun and not all(storage.list(marker_path(alias)) for alias in contents.policy.aliases):
+            contents.aliases.forget()
+            contents.settle_aliases(claims=True)
+        contents.spare_aliases()

@@ -1,0 +1,109 @@
+"""Selects the checkpoints that a restore tries, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from checkpointer._display import some_of
+from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
+from checkpointer.errors import (
+    CorruptError,
+    NotFoundError,
+    NoValidCheckpointError,
+    RecordError,
+    RestoreError,
+    UntrustedError,
+)
+from checkpointer.policy.policy import Policy
+from checkpointer.ports import Storage
+from checkpointer.records.manifest import Manifest
+from checkpointer.records.record import Record
+
+__all__ = ["check_empty", "select"]
+
+
+def select(
+    which: str | int | None,
+    policy: Policy,
+    manifest: Manifest,
+    contents: Literal["full", "any"],
+    *,
+    damaged: Mapping[str, RecordError] = MappingProxyType({}),
+) -> tuple[Record, ...]:
+    """Return the records to try, in order. Only the newest and the best have others to fall back to.
+
+    ``damaged`` are the record files that cannot be read or trusted, by path.
+
+    Raises:
+        NotFoundError: If no record has that name or step.
+        CorruptError: If the record of that name cannot be read.
+        UntrustedError: If the record of that name is not signed with the manager's key.
+        RestoreError: If the record of that name has only weights, and ``contents="full"``.
+    """
+    aliases = {policy.name.last_file: "last", policy.name.best_file: "best"}
+    if isinstance(which, str) and which not in manifest.by_name:
+        which = aliases.get(which, which)
+    if which in (None, "last"):
+        return tuple(r for r in reversed(manifest.live) if contents == "any" or r.contents == "full")
+    if which == "best":
+        if policy.ranking is None:
+            msg = "there is no best: no rule of the policy ranks; add KeepBest(k, metric, mode=...) to keep"
+            raise RestoreError(msg)
+        return tuple(policy.best_first(r for r in manifest.history if contents == "any" or r.contents == "full"))
+    record = _named(which, policy, manifest, damaged)
+    if contents == "full" and record.contents == "weights":
+        msg = f"{record.name} holds only weights and cannot resume a run; pass contents='any' to load them"
+        raise RestoreError(msg)
+    return (record,)
+
+
+def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged: Mapping[str, RecordError]) -> Record:
+    names = [] if which is None or isinstance(which, int) else [which, f"{which}{policy.name.suffix}"]
+    if isinstance(which, int):
+        # An abandoned checkpoint is found by its step only if no other one has that step.
+        found = [r for r in manifest.own if r.step == which]
+        found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", r.serial))
+    else:
+        found = [r for name in names if (r := manifest.by_name.get(name))][:1]
+    if found:
+        return found[-1]
+    for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
+        raise (UntrustedError if isinstance(refusal, UntrustedError) else CorruptError)(str(refusal)) from refusal
+    newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
+    have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
+    refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
+    msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
+    raise NotFoundError(msg)
+
+
+def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage | None) -> None:
+    """Raise if there is something that a restore could mean, so that training does not start over silently.
+
+    With ``storage`` files without a record count, too.
+    """
+    if manifest.live:
+        msg = "there are only weights, which cannot resume a run; pass contents='any' to load them"
+        raise RestoreError(msg)
+    if which not in (None, "last", policy.name.last_file):
+        msg = f"there is no {which!r}: no checkpoint of the run is ranked"
+        raise NotFoundError(msg)
+    if storage is None or manifest.records:
+        return
+    there = storage.list()
+    below = directories_below(there, RECORDS)
+    if below:
+        msg = (
+            f"{storage} has no checkpoint of its own, but these directories below have: {some_of(below)}. Training "
+            "does not start over silently: name one of them, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
+    suffix = policy.name.suffix
+    files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    if files:
+        msg = (
+            f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "
+            "silently: load one of them yourself, or use an empty directory"
+        )
+        raise NoValidCheckpointError(msg)
