@@ -30,7 +30,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.distributed import shard_writer as behind
+from checkpointer.distributed import shard_writer as writers
 from checkpointer.distributed.ranks import OneRank, TorchMailbox, TorchRanks
 from checkpointer.errors import PolicyError
 from checkpointer.formats import dcp_folder
@@ -41,8 +41,8 @@ PATIENCE_S = 60.0
 
 # Of no type, to be taken apart in the processes of a test.
 FolderModule: Any = dcp_folder
-ShardWriterModule: Any = behind
-ShardWriterClass: Any = behind.ShardWriter
+ShardWriterModule: Any = writers
+ShardWriterClass: Any = writers.ShardWriter
 
 
 @contextlib.contextmanager
@@ -116,23 +116,23 @@ def skip(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
     policy = Policy(EverySteps(1), [KeepAll()])
     with DistributedManager(directory, policy, state=training.state_dict, format="dcp", background="skip") as manager:
-        assert manager._behind is not None, "it writes in the background"
+        assert manager._io.writer is not None, "it writes in the background"
         with gate(directory / "go"):
             manager.observe({}, 1, 0, epoch_end=False)
             if manager.manager is not None:
-                while not manager._behind._told:
+                while not manager._io.writer._posted:
                     time.sleep(0.01)
             alive = []
             for step in (2, 3, 4):
                 torch.distributed.barrier()
                 manager.observe({}, step, 0, epoch_end=False)
-                alive.append(len(manager._behind._copies))
+                alive.append(len(manager._io.writer._copies))
             assert not manager.wait(0.0)
             if rank == 0:
                 (directory / "go").touch()
             assert manager.wait()
-        manager._behind._wait()
-        return names(manager), alive, len(manager._behind._copies)
+        manager._io.writer._join()
+        return names(manager), alive, len(manager._io.writer._copies)
 
 
 @pytest.mark.slow
@@ -197,9 +197,9 @@ def fail_to_copy(rank: int, directory: Path) -> Any:
         lock.clear()
         saved = bool(manager.observe({}, 6, 0, epoch_end=False))
         assert manager.wait()
-        assert manager._behind is not None
-        manager._behind._wait()
-        return saved, len(manager._behind._copies)
+        assert manager._io.writer is not None
+        manager._io.writer._join()
+        return saved, len(manager._io.writer._copies)
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_state_that_one_rank_cannot_copy_is_an_error_on_all(tmp_path: Path) ->
 
 
 def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
-    behind.SILENCE_S = 0.5  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S = 0.5  # type: ignore[misc]
     training = Training(seed=7)
     manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     manager.observe({}, 3, 0, epoch_end=False)
@@ -381,8 +381,8 @@ def destroy_early(rank: int, directory: Path) -> Any:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         (directory / "go").touch()
-        assert manager._behind is not None
-        manager._behind._wait()
+        assert manager._io.writer is not None
+        manager._io.writer._join()
         if manager.manager is not None:
             with pytest.raises(Exception, match=r"destroyed|process group|not been initialized|closed"):
                 manager.manager.wait()
@@ -425,7 +425,7 @@ def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, backgrou
 
 
 def leave_alone(rank: int, directory: Path) -> Any:
-    behind.SILENCE_S = 0.5  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S = 0.5  # type: ignore[misc]
     manager = DistributedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background="wait")
 
     def kill(*args: Any) -> None:
@@ -454,7 +454,7 @@ class Slow(Listener):
 
 
 def close_first(rank: int, directory: Path) -> Any:
-    behind.SILENCE_S, behind.BEAT_S = 0.5, 0.1  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S, writers.HEARTBEAT_S = 0.5, 0.1  # type: ignore[misc]
     policy = Policy(EverySteps(1), [KeepAll()])
     how: Any = {"format": "dcp", "background": "skip", "listeners": [Slow()]}
     manager = DistributedManager(directory, policy, state=lambda: {"w": sharded(rank)}, **how)
@@ -514,10 +514,10 @@ def let_go_late(rank: int, directory: Path, busy: str) -> Any:
     with DistributedManager(
         directory, policy, state=lambda: {"w": sharded(rank)}, format="dcp", background=busy
     ) as manager:
-        assert manager._behind is not None
+        assert manager._io.writer is not None
         for step in range(1, 7):
             manager.observe({}, step, 0, epoch_end=False)
-            alive.append(len(manager._behind._copies))
+            alive.append(len(manager._io.writer._copies))
     return max(alive)
 
 

@@ -82,7 +82,7 @@ def agree(rank: int, at: int) -> Any:
         time.sleep(STEP_S if step < 300 else STEP_S / 5)
         if agreement(rank == 1 and step == at):
             steps.append(step)
-    return steps, agreement.talks
+    return steps, agreement.num_exchanges
 
 
 @pytest.mark.slow
@@ -164,15 +164,15 @@ def test_talking_costs_two_thousandths_of_the_time_and_is_never_far_apart(step_s
     gaps, since = [], 0.0
     for step in range(20_000):
         ranks.now += step_s
-        talks = agreement.talks
+        talks = agreement.num_exchanges
         agreement(False)
-        if agreement.talks > talks:
+        if agreement.num_exchanges > talks:
             gaps.append(ranks.now - since)
             since = ranks.now
         if step == 5_000:
-            talks_then, then = agreement.talks, ranks.now
+            talks_then, then = agreement.num_exchanges, ranks.now
 
-    spent = (agreement.talks - talks_then) * 0.0002
+    spent = (agreement.num_exchanges - talks_then) * 0.0002
     assert spent <= 0.00202 * (ranks.now - then) + 0.0002
     assert max(gaps) <= max(1.0, step_s) + step_s + 0.001
 
@@ -186,9 +186,9 @@ def test_what_talking_costs_is_what_it_takes_the_rank_that_comes_last() -> None:
         ranks.now += 0.005
         agreement(False)
         if step == 5_000:
-            talks, then = agreement.talks, ranks.now
+            talks, then = agreement.num_exchanges, ranks.now
     # This rank waits 3 ms each time; the other one's talk takes 0.1 ms, and each fourth 0.5 ms: on average 0.2 ms.
-    share = (agreement.talks - talks) * 0.0002 / (ranks.now - then)
+    share = (agreement.num_exchanges - talks) * 0.0002 / (ranks.now - then)
     assert 0.0015 < share < 0.00202
 
 
@@ -197,7 +197,7 @@ def test_one_process_agrees_with_itself_at_once() -> None:
     agreement = Agreement(OneRank())
 
     assert [False, True, False] == [agreement(flag) for flag in (False, True, False)]
-    assert 0 == agreement.talks
+    assert 0 == agreement.num_exchanges
     assert [3] == on_every_rank(OneRank(), lambda: 3)
 
 
