@@ -258,7 +258,7 @@ def test_a_rank_killed_while_shards_are_written_leaves_the_older_checkpoint(
     assert not [*(tmp_path / "run" / ".checkpointer").glob("staging/*/*")]
 
 
-def fail_before_writing(rank: int, directory: Path, failing: int, background: bool) -> Any:
+def fail_before_writing(rank: int, directory: Path, failing: int, background: Any) -> Any:
     states: list[Any] = [None if rank == failing else {"w": sharded(rank)}]
     manager = DistributedManager(
         directory, Policy(EverySteps(1), [KeepAll()]), state=lambda: states[0], format="dcp", background=background
@@ -280,10 +280,10 @@ def sharded(rank: int) -> DTensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_cannot_begin_to_write_leaves_no_other_one_waiting(
-    tmp_path: Path, failing: int, background: bool
+    tmp_path: Path, failing: int, background: Any
 ) -> None:
     """Wherever it fails, it is an error on all of that save, and the next one has all shards."""
     first, second = together(2, fail_before_writing, tmp_path / "run", failing, background)
@@ -312,7 +312,7 @@ class UnsendableError(Exception):
         self.lock = lock
 
 
-def fail_unsendably(rank: int, directory: Path, background: bool) -> Any:
+def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
     for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
         writer = FolderModule.FileSystemWriter.write_data
 
@@ -339,8 +339,8 @@ def save_and_wait(manager: DistributedManager, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_path: Path, background: Any) -> None:
     """DCP sends errors by pickling them, and would leave the others waiting."""
     assert ["done", "done"] == together(2, fail_unsendably, tmp_path / "run", background)
     check_shards(tmp_path / "run", [2, 4])
@@ -397,7 +397,7 @@ def test_groups_that_are_destroyed_too_early_are_an_error_and_not_half_a_checkpo
         assert () == manager.records
 
 
-def train_apart(rank: int, directory: Path, background: bool) -> Any:
+def train_apart(rank: int, directory: Path, background: Any) -> Any:
     members = [0, 1] if rank < 2 else [2, 3]
     groups: Any = torch.distributed.new_subgroups_by_enumeration
     group = groups([[0, 1], [2, 3]], backend="gloo")[0]
@@ -413,8 +413,8 @@ def train_apart(rank: int, directory: Path, background: bool) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, background: Any) -> None:
     """Each of two ranks out of four; their groups are made at the same time."""
     assert [[0, 1], [0, 1], [2, 3], [2, 3]] == together(4, train_apart, tmp_path, background)
     for first in (0, 2):
@@ -559,7 +559,7 @@ def test_a_thread_that_cannot_be_started_costs_only_its_own_save(tmp_path: Path)
     check_shards(tmp_path / "run", [1])
 
 
-def save_statefuls(rank: int, directory: Path, background: bool) -> Any:
+def save_statefuls(rank: int, directory: Path, background: Any) -> Any:
     training = Training(seed=7)
     calls: list[bool] = []
 
@@ -584,8 +584,8 @@ def save_statefuls(rank: int, directory: Path, background: bool) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, background: Any) -> None:
     """As in DCP's own examples; taking it may be a collective."""
     assert [([True], True)] * 2 == together(2, save_statefuls, tmp_path / "run", background)
 
