@@ -6,9 +6,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import attrs
+from transformers import TrainerCallback
 
 from checkpointer import CheckpointerWarning, Decision, Policy
 from checkpointer.distributed.ranks import OneRank, TorchRanks
@@ -22,11 +23,6 @@ from checkpointer_transformers.cleanup import clear
 from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
 from checkpointer_transformers.training import Training
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback as Base
-else:
-    from transformers import TrainerCallback as Base
-
 __all__ = ["ASKED", "CheckpointCallback"]
 
 ASKED: Final = "another callback asked for it"
@@ -34,7 +30,7 @@ _CALLBACKS: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 """Every callback of this process."""
 
 
-class CheckpointCallback(Base):
+class CheckpointCallback(TrainerCallback):
     """Lets a `checkpointer.Policy` decide when the Trainer saves, and which of its checkpoints stay.
 
     The Trainer itself writes ``checkpoint-<step>`` into its ``output_dir``, so it can still save and resume all that

@@ -28,33 +28,11 @@ from checkpointer_transformers.trainer_state import (
     write_state,
 )
 
-__all__ = ["Leader", "Saving", "staging_parent"]
-
-
-@attrs.frozen
-class Saving:
-    """What a commit takes from the Trainer."""
-
-    state: Any
-    optimizer: Any = None
-    is_written: bool = attrs.field(kw_only=True)
-    """Whether the Trainer has written the checkpoint under its final name."""
-    owes_evaluation: bool = attrs.field(default=False, kw_only=True)
-    """Whether a resume has to run the evaluation of this step."""
+__all__ = ["Leader", "staging_parent"]
 
 
 class Leader:
-    """Rank 0's manager, and the claim in its folder.
-
-    Args:
-        folder: Where the Trainer writes.
-        policy: The policy with the Trainer's names.
-        output_dir: The folder as the Trainer has it.
-        num_ranks: How many processes write a checkpoint.
-        write: Lets every rank write to a staged path.
-        clock: Where the time comes from.
-        options: Further options of `CheckpointManager`.
-    """
+    """Rank 0's manager, and the claim in its folder; ``write`` lets every rank write to a staged path."""
 
     def __init__(
         self,
@@ -77,9 +55,11 @@ class Leader:
         except BaseException:
             self._release()
             raise
-        self._saving: Saving
+        self._state: Any = None
+        """The Trainer's state at a commit."""
+        self._owes_evaluation = False
+        """Whether a resume from the checkpoint that is being committed has to run the evaluation of its step."""
         self._final: Save
-        """What is being committed."""
 
     def close(self, *, timeout: float | None = None) -> None:
         """Release the folder, and wait as `CheckpointManager.close` does. A second call does nothing."""
@@ -140,8 +120,7 @@ class Leader:
         )
         decision = self._decide(now, "its process was killed before the record was written")
         if isinstance(decision, Save):
-            self._saving = Saving(state, is_written=True, owes_evaluation=owes_evaluation(state))
-            self._final = _named(decision, name)
+            self._state, self._owes_evaluation, self._final = state, owes_evaluation(state), _named(decision, name)
             self._adopt()
 
     def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -195,7 +174,7 @@ class Leader:
         first take the name from a committed checkpoint.
         """
         session, now = self.manager.session, decision.observation
-        rescued = next((record for record in session.manifest.rescues if record.step == now.step), None)
+        rescued = next((r for r in session.manifest.live if r.kind == "rescue" and r.step == now.step), None)
         if rescued is None:
             return None
         merged = attrs.evolve(now, metrics={**rescued.metrics, **now.metrics})
@@ -206,11 +185,13 @@ class Leader:
 
     # Committing
 
-    def commit(self, decision: Save, now: Observation, due: str, saving: Saving) -> Decision:
+    def commit(
+        self, decision: Save, now: Observation, due: str, *, state: Any, optimizer: Any, is_written: bool, owes: bool
+    ) -> Decision:
         """Carry out a decision, with what was measured since."""
-        self._saving = saving
-        self._final = marked(self._completed(decision, now, due), [saving.optimizer])
-        return self._adopt() if saving.is_written else self.manager.session.commit(self._final)
+        self._state, self._owes_evaluation = state, owes
+        self._final = marked(self._completed(decision, now, due), [optimizer])
+        return self._adopt() if is_written else self.manager.session.commit(self._final)
 
     def _completed(self, decision: Save, now: Observation, due: str) -> Save:
         before = decision.observation
@@ -239,14 +220,8 @@ class Leader:
         self._write_state(Path(path))
 
     def _write_state(self, path: Path) -> None:
-        write_state(
-            self._saving.state,
-            path,
-            self.manager,
-            self._final,
-            output_dir=self._output_dir,
-            owes=self._saving.owes_evaluation,
-        )
+        owes, output_dir = self._owes_evaluation, self._output_dir
+        write_state(self._state, path, self.manager, self._final, output_dir=output_dir, owes=owes)
 
 
 def _named(decision: Save, name: str) -> Save:

@@ -11,7 +11,7 @@ from checkpointer import Decision, KeepBest, Observation, Policy, Save, Skip
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.team import Agreement, Broadcast, Team
 from checkpointer.ports import Clock, Ranks
-from checkpointer_transformers.leader import Leader, Saving
+from checkpointer_transformers.leader import Leader
 from checkpointer_transformers.trainer_state import best_of, epoch_of, owes_evaluation
 
 __all__ = ["Training"]
@@ -21,16 +21,7 @@ Phase = Literal["between", "forward", "stepping"]
 
 
 class Training:
-    """The state of one ``Trainer.train`` on one rank; rank 0 also has the `Leader`.
-
-    Args:
-        folder: Where the Trainer writes.
-        policy: The policy with the Trainer's names.
-        ranks: The processes.
-        output_dir: The folder as the Trainer has it.
-        options: Further options of `CheckpointManager`.
-        clock: Rank 0's clock.
-    """
+    """The state of one ``Trainer.train`` on one rank; rank 0 also has the `Leader`."""
 
     def __init__(
         self,
@@ -187,8 +178,8 @@ class Training:
         assert decision is not None, "something is pending"
         if is_written and self.ranks.size > 1:
             self.ranks.gather(None)  # Another rank may still be writing.
-        saving = Saving(state, optimizer, is_written=is_written, owes_evaluation=self.owes_evaluation)
-        self._on_rank_zero(state, lambda leader: leader.commit(decision, self._now(state), self._due, saving))
+        what: Any = {"state": state, "optimizer": optimizer, "is_written": is_written, "owes": self.owes_evaluation}
+        self._on_rank_zero(state, lambda leader: leader.commit(decision, self._now(state), self._due, **what))
         self.pending = None
 
     def _metrics_at(self, step: int) -> dict[str, Any]:

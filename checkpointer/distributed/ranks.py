@@ -152,7 +152,7 @@ class TorchRanks:
 
     def mailbox(self) -> TorchMailbox:
         """See `SupportsMailbox.mailbox`."""
-        return TorchMailbox(TorchRanks(self.group, timeout_s=self._timeout_s))
+        return TorchMailbox(self.group, timeout_s=self._timeout_s)
 
     def close(self) -> None:
         """Destroy the group without communication. A second call does nothing."""
@@ -163,26 +163,17 @@ class TorchRanks:
             dist.destroy_process_group(group)
 
 
-class TorchMailbox:
-    """Messages in the store that the processes used to find each other.
+class TorchMailbox(TorchRanks):
+    """Messages in the store that the processes used to find each other, and a group for their threads."""
 
-    Args:
-        ranks: Ranks that nothing else uses.
-    """
-
-    def __init__(self, ranks: TorchRanks) -> None:
+    def __init__(self, group: Any, *, timeout_s: float) -> None:
         from torch.distributed import distributed_c10d as c10d
 
-        self._ranks = ranks
+        super().__init__(group, timeout_s=timeout_s)
         # An earlier training may have left messages in the store, under groups of the same names.
-        token = ranks.broadcast(uuid.uuid4().hex)
+        token = self.broadcast(uuid.uuid4().hex)
         # All ranks poll this store. Its one connection is blocked while a rank waits in it.
-        self._store = c10d.PrefixStore(token, c10d._get_process_group_store(ranks.group))
-
-    @property
-    def group(self) -> Any:
-        """See `Mailbox.group`."""
-        return self._ranks.group
+        self._store = c10d.PrefixStore(token, c10d._get_process_group_store(self.group))
 
     def post(self, key: str, message: str) -> None:
         """See `Mailbox.post`."""
@@ -191,11 +182,3 @@ class TorchMailbox:
     def look(self, key: str) -> str | None:
         """See `Mailbox.look`."""
         return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def gather(self, value: Any) -> list[Any]:
-        """See `Mailbox.gather`."""
-        return self._ranks.gather(value)
-
-    def close(self) -> None:
-        """See `Mailbox.close`."""
-        self._ranks.close()

@@ -14,7 +14,7 @@ from checkpointer.errors import RanksError
 from checkpointer.ports import FolderFormat, Mailbox, Snapshotting, Taken
 from checkpointer.save.background import finish_at_exit
 
-__all__ = ["NumberedCopies", "NumberedCopy", "ShardWriter"]
+__all__ = ["NumberedCopy", "ShardWriter"]
 
 HEARTBEAT_S: Final = 5.0
 """Seconds between two heartbeats of rank 0."""
@@ -32,15 +32,6 @@ HEARTBEAT: Final = "alive"
 """The mailbox's key of rank 0's heartbeats."""
 
 _log = logging.getLogger("checkpointer")
-
-
-@attrs.define
-class _Copy:
-    """One rank's part of a sharded state, until it is written or released."""
-
-    taken: Taken
-    is_begun: bool = False
-    """Whether rank 0's message about it was read."""
 
 
 class ShardWriter:
@@ -66,7 +57,9 @@ class ShardWriter:
         self._payload = payload
         self._snapshots = snapshots
         self._limit = copies
-        self._copies: dict[int, _Copy] = {}
+        self._copies: dict[int, Taken] = {}
+        self._begun: set[int] = set()
+        """The copies whose message from rank 0 was read."""
         self._released = threading.Condition()
         self._posted: set[int] = set()
         self._thread: threading.Thread | None = None
@@ -84,7 +77,7 @@ class ShardWriter:
             SaveError: If it cannot be copied.
         """
         self._make_room()
-        self._copies[number] = _Copy(self._snapshots.take(state))
+        self._copies[number] = self._snapshots.take(state)
         before = self._thread
         try:
             if self._rank:
@@ -104,9 +97,9 @@ class ShardWriter:
         """Release cancelled copies, and wait a moment until the memory of written ones is released."""
         if not self._rank or self._mailbox is None:
             return
-        for number, copy in list(self._copies.items()):
+        for number in self._copies.keys() - self._begun:
             # Its own thread reads the message only after the copy before it is written, which may take long.
-            if not copy.is_begun and self._mailbox.look(str(number)) == CANCELLED:
+            if self._mailbox.look(str(number)) == CANCELLED:
                 self._forget(number)
         with self._released:
             self._released.wait_for(lambda: len(self._copies) < self._limit, RELEASE_TIMEOUT_S)
@@ -115,7 +108,7 @@ class ShardWriter:
         with self._released:
             copy = self._copies.pop(number, None)
             if copy is not None:
-                copy.taken.release()
+                copy.release()
             self._released.notify_all()
 
     def finish(self, timeout: float | None = None) -> bool:
@@ -151,7 +144,7 @@ class ShardWriter:
         if copy is None:
             msg = f"rank {self._rank} has already released its copy of the state"
             raise RanksError(msg)
-        return copy.taken.wait()
+        return copy.wait()
 
     def write(self, number: int, path: str) -> None:
         """Write a copy to a new folder, together with the other ranks. On rank 0."""
@@ -243,8 +236,7 @@ class ShardWriter:
             raise
         except Exception as error:  # Rank 0 may still wait for this rank, which has to report the error.
             return "?", error
-        if (copy := self._copies.get(number)) is not None:
-            copy.is_begun = True
+        self._begun.add(number)
         return message, None
 
     def _check_heartbeat(self, mailbox: Mailbox) -> None:
@@ -262,26 +254,6 @@ def _start(target: Callable[[], None], *, daemon: bool) -> threading.Thread:
     thread = threading.Thread(target=target, name="checkpointer-shards", daemon=daemon)
     thread.start()
     return thread
-
-
-@attrs.define
-class NumberedCopies:
-    """Copies of a state that all ranks take under one number, for rank 0's manager."""
-
-    writer: ShardWriter
-    copy: Callable[[int], None]
-    """Lets every rank copy what it has taken."""
-    _next: int = attrs.field(default=0, init=False)
-
-    def take(self, state: Any) -> NumberedCopy:
-        """See `checkpointer.ports.Snapshotting`."""
-        number, self._next = self._next, self._next + 1
-        try:
-            self.copy(number)
-        except BaseException:
-            self.writer.release(number)
-            raise
-        return NumberedCopy(number, self.writer)
 
 
 @attrs.frozen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from checkpointer.distributed.shard_writer import NumberedCopies, NumberedCopy, ShardWriter
+from checkpointer.distributed.shard_writer import NumberedCopy, ShardWriter
 from checkpointer.distributed.team import Team
 from checkpointer.errors import PolicyError
 from checkpointer.formats import open_format
@@ -45,6 +45,7 @@ class StateIO:
     ) -> None:
         self._ranks, self._state = ranks, state
         self.team = Team(ranks, {"take": self._take, "write": self._write, "read": self._read, "copy": self._copy})
+        self._num_copies = 0
         self._taken: Any = None
         self.loaded: Any = None
         """What this rank has read."""
@@ -72,7 +73,7 @@ class StateIO:
         """Release what was taken and read."""
         self._taken = self.loaded = None
 
-    # The ports FolderFormat and SupportsSnapshots, on rank 0
+    # The ports FolderFormat, SupportsSnapshots and Snapshotting, on rank 0
 
     @property
     def name(self) -> str:
@@ -104,10 +105,21 @@ class StateIO:
         refused: Mapping[str, str] = self.payload.refused(here)
         return refused
 
-    def snapshots(self, copies: int) -> NumberedCopies:
+    def snapshots(self, copies: int) -> StateIO:
         """See `SupportsSnapshots.snapshots`."""
+        return self
+
+    def take(self, state: Any) -> NumberedCopy:
+        """See `Snapshotting.take`: all ranks copy their parts under one number."""
         assert self.writer is not None, "the manager saves in the background"
-        return NumberedCopies(self.writer, lambda number: self.team.call("copy", number))
+        self._num_copies += 1
+        copy = NumberedCopy(self._num_copies, self.writer)
+        try:
+            self.team.call("copy", copy.number)
+        except BaseException:
+            copy.release()
+            raise
+        return copy
 
     # What all ranks are called for
 

@@ -1,4 +1,4 @@
-"""Shards written behind the training (gloo): what is written is what was copied, by all ranks or by none."""
+"""Shards written in the background (gloo): what is written is what was copied, by all ranks or by none."""
 
 from __future__ import annotations
 
@@ -237,12 +237,14 @@ def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dying", "while_writing"), [(0, True), (1, True), (0, False)], ids=["rank 0", "rank 1", "rank 0 before its word"]
+    ("dying", "while_writing"),
+    [(0, True), (1, True), (0, False)],
+    ids=["rank 0", "rank 1", "rank 0 before its message"],
 )
 def test_a_rank_killed_while_shards_are_written_leaves_the_older_checkpoint(
     tmp_path: Path, dying: int, while_writing: bool
 ) -> None:
-    """The others come to an end: rank 0 with an error, the rest without waiting for a word that never comes."""
+    """The others end: rank 0 with an error, the other ranks without waiting for a message that never comes."""
     results = together(2, die, tmp_path / "run", dying, while_writing)
 
     assert isinstance(results[dying], DiedError)
@@ -443,7 +445,7 @@ def leave_alone(rank: int, directory: Path) -> Any:
 
 @pytest.mark.slow
 def test_a_rank_that_ends_without_close_does_not_wait_for_ever_for_one_that_was_killed(tmp_path: Path) -> None:
-    """The interpreter waits for the thread, and the thread for a word that does not come."""
+    """The interpreter waits for the thread, and the thread for a message that does not come."""
     killed, left = together(2, leave_alone, tmp_path / "run")
     assert (DiedError, KeyboardInterrupt) == (type(killed), type(left))
 
@@ -468,8 +470,8 @@ def close_first(rank: int, directory: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_rank_that_closes_waits_for_the_word_of_a_rank_0_that_is_busy(tmp_path: Path) -> None:
-    """Not for a time, but for as long as it shows that it lives."""
+def test_a_rank_that_closes_waits_for_the_message_of_a_rank_0_that_is_busy(tmp_path: Path) -> None:
+    """Not for a fixed time, but as long as rank 0 sends heartbeats."""
     assert ["closed", "closed"] == together(2, close_first, tmp_path / "run")
     check_shards(tmp_path / "run", [1, 2])
 
@@ -479,7 +481,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
         raise OSError(28, "no space left on device")
 
     FolderModule.FileSystemWriter.write_data = fail
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointerWarning)
         try:
             with DistributedManager(
@@ -492,7 +494,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
                 manager.observe({}, 3, 0, epoch_end=False)
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            return [str(warning.message)[:34] for warning in told]
+            return [str(warning.message)[:34] for warning in caught]
 
 
 @pytest.mark.slow
@@ -625,7 +627,7 @@ def leave(rank: int, directory: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_shards_under_way_are_written_although_nobody_closes_the_managers(tmp_path: Path) -> None:
+def test_shards_under_way_are_written_although_the_managers_are_not_closed(tmp_path: Path) -> None:
     """The interpreter waits, on each rank."""
     assert ["KeyboardInterrupt()"] * 2 == [repr(result) for result in together(2, leave, tmp_path / "run")]
     with CheckpointManager(tmp_path / "run") as manager:
@@ -656,7 +658,7 @@ def test_shards_go_to_a_bucket_behind_the_training(serve: Serve) -> None:
 
 
 def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> None:
-    """There is nobody to leave word for."""
+    """There is only one rank, so nothing is posted."""
     state = {"w": torch.zeros(3)}
     with DistributedManager(
         tmp_path, POLICY, ranks=OneRank(), state=lambda: state, format="dcp", background="wait"
@@ -673,8 +675,8 @@ def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> No
 
 
 @attrs.frozen
-class Deaf(OneRank):
-    """Two ranks whose threads cannot talk."""
+class WithoutMailbox(OneRank):
+    """Two ranks whose threads cannot communicate."""
 
     @property
     def size(self) -> int:
@@ -683,12 +685,12 @@ class Deaf(OneRank):
 
 def test_ranks_whose_threads_cannot_work_together_are_refused(tmp_path: Path) -> None:
     """The error says what is missing."""
-    with pytest.raises(PolicyError, match=r"Deaf has no mailbox\(\); leave background= out"):
-        DistributedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background="wait")
+    with pytest.raises(PolicyError, match=r"WithoutMailbox has no mailbox\(\); leave background= out"):
+        DistributedManager(tmp_path, POLICY, ranks=WithoutMailbox(), state=dict, format="dcp", background="wait")
 
 
-def test_somebody_elses_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
-    """Nobody knows which process group it talks in."""
+def test_another_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
+    """The process group that it uses is not known."""
     with pytest.raises(PolicyError, match="format='dcp'"):
         DistributedManager(
             tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background="wait"
@@ -699,7 +701,7 @@ def look(rank: int) -> Any:
     ranks = TorchRanks()
     mailbox, other = ranks.mailbox(), ranks.mailbox()
     # As in a training that comes after another, with groups of the same names.
-    again = TorchMailbox(mailbox._ranks)
+    again = TorchMailbox(mailbox.group, timeout_s=PATIENCE_S)
     before = mailbox.look("1")
     torch.distributed.barrier()
     if rank == 0:
@@ -707,13 +709,13 @@ def look(rank: int) -> Any:
         mailbox.post("1", "before")
         mailbox.post("1", "runs/é")
     torch.distributed.barrier()
-    words = before, mailbox.look("0"), mailbox.look("1"), other.look("1"), again.look("1")
+    found = before, mailbox.look("0"), mailbox.look("1"), other.look("1"), again.look("1")
     for closed in (mailbox, other, ranks, mailbox):
         closed.close()
-    return words
+    return found
 
 
 @pytest.mark.slow
-def test_a_word_in_the_mailbox_is_read_by_all_ranks() -> None:
+def test_a_message_in_the_mailbox_is_read_by_all_ranks() -> None:
     """Also an empty one; and what is left in one mailbox is not in another."""
     assert [(None, "", "runs/é", None, None)] * 2 == together(2, look)

@@ -227,9 +227,9 @@ def test_an_exception_goes_on_unchanged_and_leaves_a_rescue_if_the_state_is_one(
         assert "rescue: ZeroDivisionError: the training breaks" == records(tmp_path)["checkpoint-6"].reason
         assert str(tmp_path / "checkpoint-6") == last_valid_checkpoint(tmp_path)
         return
-    words = "the weights were changing" if where == "stepping" else "a save failed"
+    why = "the weights were changing" if where == "stepping" else "a save failed"
     failure = ZeroDivisionError if where == "stepping" else RuntimeError
-    with pytest.raises(failure), pytest.warns(CheckpointerWarning, match=words):
+    with pytest.raises(failure), pytest.warns(CheckpointerWarning, match=why):
         trainer.train()
     assert ["checkpoint-4"] == list(records(tmp_path))
     assert ["checkpoint-4", "last"] == folders(tmp_path)
