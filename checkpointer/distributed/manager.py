@@ -64,7 +64,7 @@ class DistributedManager:
     because taking it may be a collective. With ``format="dcp"`` each rank writes and reads its own shards, and the
     checkpoint counts once all ranks have written; with another format rank 0 writes its state, and every rank reads it.
 
-    Each method is a collective, and the properties show what was known after the last one.
+    All ranks call each method, except `location`. The properties show what was known after the last decision.
 
     Args:
         directory: As for `CheckpointManager`; all ranks name the same one.
@@ -150,7 +150,7 @@ class DistributedManager:
             naming=manager.policy.name,
             rescues=manager.policy.rescue,
             names=tuple(record.name for record in records),
-            changed=tuple(record for record in records if known.get(record.name) != record),
+            changed=tuple(r for r in records if (old := known.get(r.name)) is not r and old != r),
             best=manager.best,
             last=manager.last,
             base=manager.location("x").removesuffix("x"),
