@@ -1,4 +1,4 @@
-"""Checkpoints for the Hugging Face Trainer: it writes them, and a policy says when and which of them stay."""
+"""Checkpoints for the Hugging Face Trainer: it writes them, and a policy decides when and which of them stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(msg)
     for package in ("transformers", "accelerate"):
         spec = find_spec(package)
-        if spec is None or spec.origin is None:  # A folder of that name is no package.
+        if spec is None or spec.origin is None:  # A folder may have that name too.
             hint = "pip install 'torch-checkpointer[transformers]'"
             msg = f"{__name__}.{name} needs {package}, which is not installed: {hint}"
             raise ImportError(msg)

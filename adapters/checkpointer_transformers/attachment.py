@@ -1,4 +1,4 @@
-"""What no callback can do alone: stage a checkpoint and rename it once, rescue, and save at the very end."""
+"""What a callback cannot do alone: stage a checkpoint and rename it once, rescue, and save at the very end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
-from checkpointer import CheckpointerWarning, Save
+from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
 from checkpointer.hosts.loader_workers import Workers, deliver
-from checkpointer_transformers.callback import CheckpointCallback
+from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
+from checkpointer_transformers.leader import staging_parent
 from checkpointer_transformers.trainer_state import evaluated
-from checkpointer_transformers.training import ASKED, Training, holder_of
+from checkpointer_transformers.training import Training
 
 __all__ = ["attach"]
 
@@ -27,14 +28,13 @@ _LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
 
 
 def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
-    """Give a Trainer's `CheckpointCallback` a hold on the Trainer; call it before ``train``, on every rank.
+    """Let a Trainer's `CheckpointCallback` replace methods of the Trainer; call it before ``train``, on every rank.
 
-    From then on a checkpoint is written beside its place and gets there in one rename. A signal on any rank makes all
-    ranks save at the same step and stop; once ``train`` has cleaned up the signal is raised again, on every rank, so
-    that what it did before it does still. An evaluation of the training ends after a batch then, and the next training
-    runs it again. An exception in a training of one process makes a rescue, unless it struck
-    while weights and optimizer were changing; it goes on unchanged. The end of the training is saved if a rule keeps
-    it.
+    From then on a checkpoint is staged, and gets its name in one rename. After a signal on any rank, all ranks save at
+    the same step and stop. Once ``train`` has cleaned up, every rank raises the signal again for its earlier handler.
+    If the signal comes within an evaluation of the training, the evaluation ends after a batch, and the next training
+    runs it again. After an exception in a training of one process a rescue is saved, unless weights and optimizer
+    were changing, and the exception goes on unchanged. The end of the training is saved if a rule keeps it.
 
     Args:
         trainer: The Trainer.
@@ -53,27 +53,27 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
         msg = "this Trainer has no CheckpointCallback; pass one: Trainer(..., callbacks=[CheckpointCallback(policy)])"
         raise PolicyError(msg)
     (callback,) = found
-    if isinstance(getattr(trainer.train, "__self__", None), _Hold):
+    if isinstance(getattr(trainer.train, "__self__", None), _Attachment):
         msg = "this Trainer is attached to its CheckpointCallback already; call attach once"
         raise PolicyError(msg)
-    _Hold(trainer, callback, tuple(signals)).take()
+    _Attachment(trainer, callback, tuple(signals)).install()
 
 
-class _Hold:
-    """Stands between a Trainer and five of its methods."""
+class _Attachment:
+    """Replaces five methods of a Trainer."""
 
     def __init__(self, trainer: Any, callback: CheckpointCallback, signals: tuple[int, ...]) -> None:
         self._trainer, self._callback, self._signals = trainer, callback, signals
         self._before: dict[int, Any] = {}
-        """What each signal did before."""
+        """The earlier handler of each signal."""
         self._save, self._train = trainer._save_checkpoint, trainer.train
         self._load_best = trainer._load_best_model
         self._evaluate, self._load_random = trainer._evaluate, trainer._load_rng_state
         self._ignored: Any = None
-        """Keys of the model's output that no evaluation gathers."""
+        """Keys of the model's output that evaluations do not gather."""
 
-    def take(self) -> None:
-        """Stand there."""
+    def install(self) -> None:
+        """Replace the methods."""
         self._callback._at_end = self.save_end
         trainer = self._trainer
         trainer._save_checkpoint, trainer._load_best_model, trainer.train = self.save, self.load_best, self.train
@@ -82,22 +82,22 @@ class _Hold:
     # Saving
 
     def save(self, model: Any, trial: Any = None, **kwargs: Any) -> None:
-        """Take the place of ``_save_checkpoint``: what is pending is staged and committed, and anything else asked."""
+        """Replace ``_save_checkpoint``: stage and commit what is pending, and ask the policy about anything else."""
         training, state = self._callback._training, self._trainer.state
         if training is None:
             self._save(model, trial, **kwargs)
             return
-        if training.pending is None and not isinstance(training.report(state, due=ASKED), Save):
+        if not (training.pending or training.report(state, due=ASKED)):
             return
         with self._writing(training, lambda: self._save(model, trial, **kwargs)):
-            training.commit(state, self._trainer.optimizer, written=False)
+            training.commit(state, self._trainer.optimizer, is_written=False)
 
     @contextlib.contextmanager
     def _writing(self, training: Training, write: Callable[[], None]) -> Iterator[None]:
         trainer = self._trainer
 
         def write_to(path: str) -> None:
-            trainer._get_output_dir = lambda trial=None: holder_of(path)
+            trainer._get_output_dir = lambda trial=None: staging_parent(path)
             try:
                 write()
             finally:
@@ -111,7 +111,7 @@ class _Hold:
             training.write = None
 
     def save_now(self) -> None:
-        """Save what is pending, and tell the other callbacks."""
+        """Save what is pending, and call the other callbacks."""
         trainer = self._trainer
         trainer._save_checkpoint(trainer.model, getattr(trainer, "_trial", None))
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
@@ -119,7 +119,7 @@ class _Hold:
     # Evaluations
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the place of ``_evaluate``, which the training calls: a signal ends it, and the Trainer saves next."""
+        """Replace ``_evaluate``, which the training calls: a signal ends it, and the Trainer saves next."""
         callback, trainer = self._callback, self._trainer
         training = callback._training
         if training is None:
@@ -130,7 +130,7 @@ class _Hold:
             metrics = self._evaluate(*args, **kwargs)
         except EvaluationEnded:
             watch.undo()
-            if trainer.state.global_step:  # Else there is nothing to save before the first step.
+            if trainer.state.global_step:  # Before the first step there is nothing to save.
                 callback._is_stopped(training, trainer.state, trainer.control)
             # The Trainer looks for its best metric next.
             name = trainer.args.metric_for_best_model
@@ -142,7 +142,7 @@ class _Hold:
         return metrics
 
     def load_random(self, checkpoint: str | None) -> None:
-        """Take the place of ``_load_rng_state``; then run the evaluation that the checkpoint owes."""
+        """Replace ``_load_rng_state``; then run the evaluation that the checkpoint owes."""
         self._load_random(checkpoint)
         training, trainer = self._callback._training, self._trainer
         if training is None or not training.owes_evaluation or trainer.eval_dataset is None:
@@ -159,11 +159,11 @@ class _Hold:
         if training is None or training.stopping or training.ended or not state.global_step:
             return
         training.ended = True
-        if isinstance(training.report(state, due="the training ends"), Save):
+        if training.report(state, due="the training ends"):
             self.save_now()
 
     def load_best(self) -> None:
-        """Take the place of ``_load_best_model``: afterwards the weights are no longer those of the last step."""
+        """Replace ``_load_best_model``: afterwards the weights are not those of the last step."""
         self.save_end()
         training = self._callback._training
         if training is None or not training.stopping:
@@ -172,7 +172,7 @@ class _Hold:
     # Signals and exceptions
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the place of ``train``."""
+        """Replace ``train``."""
         callback = self._callback
         self._ignored = kwargs.get("ignore_keys_for_eval", args[2] if len(args) > 2 else None)
         with self._handling(), self._covering():
@@ -208,7 +208,7 @@ class _Hold:
     @contextlib.contextmanager
     def _handling(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            msg = "train() does not run in the main thread: no signal can be caught"
+            msg = "train() does not run in the main thread, so signals cannot be caught"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
             yield
             return
@@ -225,7 +225,7 @@ class _Hold:
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         if self._callback._training is None:
-            # Nothing is trained yet, or any more: there is nothing to rescue.
+            # Outside of the training there is nothing to rescue.
             self._give_back(number)
             signal.raise_signal(number)
         self._callback._signal = number
@@ -237,14 +237,13 @@ class _Hold:
             return
         if not training.policy.rescue or not state.global_step:
             return
-        why = _obstacle(training)
-        if why:
-            warnings.warn(f"no rescue checkpoint: {why}", CheckpointerWarning, stacklevel=4)
+        if obstacle := _obstacle(training):
+            warnings.warn(f"no rescue checkpoint: {obstacle}", CheckpointerWarning, stacklevel=4)
             return
         try:
-            if isinstance(training.rescue(state, f"{type(error).__name__}: {error}"), Save):
+            if training.rescue(state, f"{type(error).__name__}: {error}"):
                 self.save_now()
-        except Exception as failure:  # The error that ended the training is the one to be seen.
+        except Exception as failure:  # The error that ended the training must be the one that is raised.
             msg = f"no rescue checkpoint could be written: {failure!r}"
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
@@ -261,8 +260,8 @@ def _covered(make: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
 
 def _obstacle(training: Training) -> str:
     if training.ranks.size > 1:
-        # The others may be waiting elsewhere: the exception has to be seen instead.
+        # The others may be waiting elsewhere, so the exception has to end this rank.
         return "one rank alone cannot save"
     if training.failing:
-        return "it was a save that failed"
+        return "a save failed"
     return "the weights were changing" if training.phase == "stepping" else ""

@@ -1,14 +1,19 @@
-"""The Trainer's callback: its events become observations, and decisions become ``control.should_save``."""
+"""The Trainer's callback: it turns events into observations, and decisions into ``control.should_save``."""
 
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from checkpointer import Decision, Policy, Save
-from checkpointer.distributed.ranks import OneRank, TorchRanks, on_rank_zero
+import attrs
+from transformers import TrainerCallback
+
+from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer.distributed.ranks import OneRank, TorchRanks
+from checkpointer.distributed.team import on_rank_zero
 from checkpointer.errors import PolicyError
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import check_options
@@ -16,38 +21,34 @@ from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
 from checkpointer_transformers.cleanup import clear
 from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
-from checkpointer_transformers.training import ASKED, Training, as_written, folder_of
+from checkpointer_transformers.training import Training
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback as Base
-else:
-    from transformers import TrainerCallback as Base
+__all__ = ["ASKED", "CheckpointCallback"]
 
-__all__ = ["CheckpointCallback"]
-
-_LIVING: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
-"""Every callback there is."""
+ASKED: Final = "another callback asked for it"
+_CALLBACKS: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+"""Every callback of this process."""
 
 
-class CheckpointCallback(Base):
-    """Says when the Trainer saves, and which of its checkpoints stay: a `checkpointer.Policy` decides.
+class CheckpointCallback(TrainerCallback):
+    """Lets a `checkpointer.Policy` decide when the Trainer saves, and which of its checkpoints stay.
 
-    The Trainer itself writes ``checkpoint-<step>`` into its ``output_dir``, so whatever it can save and resume, it
-    still can. It needs ``save_strategy="no"``, and ``save_total_limit`` left out. Once a checkpoint is written by all
-    ranks it gets a record, and counts. What a training that was killed has left half-way is moved aside when the next
-    Trainer is made, so that ``resume_from_checkpoint=True`` is safe. `attach` adds what no callback can do.
+    The Trainer itself writes ``checkpoint-<step>`` into its ``output_dir``, so it can still save and resume all that
+    it could before. It needs ``save_strategy="no"``, and ``save_total_limit`` left out. Once all ranks have written a
+    checkpoint it gets a record, and counts. An unfinished checkpoint of a killed training is renamed when the next
+    Trainer is made, so that ``resume_from_checkpoint=True`` is safe. `attach` adds what a callback cannot do.
 
     Args:
         policy: When to save and what to keep. Names are the Trainer's; the template is not used.
-        directory: The Trainer's ``output_dir``, to say so; None takes that.
-        grace_s: Seconds between a signal and the kill that follows it, if that is known: with `attach`, the end of a
-            stopped training waits for the mirror no longer than that.
-        clock: Where the time comes from, on rank 0.
-        **options: What else `checkpointer.CheckpointManager` takes, such as ``listeners``, ``trust`` or ``mirror``.
+        directory: The Trainer's ``output_dir``, if you want to name it here too.
+        grace_s: Seconds between a signal and the kill that follows it, if known. With `attach`, the end of a stopped
+            training waits for the mirror no longer than that.
+        clock: Rank 0's clock.
+        **options: Further options of `checkpointer.CheckpointManager`, such as ``listeners``, ``trust``, ``mirror``.
 
     Raises:
         PolicyError: For an option that `checkpointer.CheckpointManager` does not have. When the Trainer is made, if
-            its arguments would fight the callback; names each change to make.
+            its arguments contradict the callback; the message names each change to make.
 
     Example:
         >>> from checkpointer import EverySteps, KeepBest, KeepLast, Policy
@@ -70,10 +71,10 @@ class CheckpointCallback(Base):
             raise PolicyError(msg)
         for name in ("state", "weights", "save", "format", "run", "label"):
             if name in options:
-                msg = f"{name}= is given, but it is the Trainer that writes, and the run is its own; leave it out"
+                msg = f"{name}= is given, but the Trainer writes the checkpoints, and names the run; leave it out"
                 raise PolicyError(msg)
         check_options(options, type(self).__name__)
-        self.policy = as_written(policy)
+        self.policy = _with_trainer_names(policy)
         self.directory = directory
         self._clock = clock
         self._options: Mapping[str, Any] = options
@@ -84,36 +85,36 @@ class CheckpointCallback(Base):
         self._at_batch: Callable[[], None] | None = None
         """Ends an evaluation of the training after a batch, if the callback is attached and one is running."""
         self._signal = 0
-        """Number of the signal that came; 0 if none did."""
+        """Number of the signal that this rank got; 0 without one."""
         self._grace_s = grace_s
         self._grace = Grace(grace_s)
         self._stopped_by = 0
         """Number of the signal that ended the training, on every rank."""
         self._state: Any = None
-        _LIVING.add(self)
+        _CALLBACKS.add(self)
 
     # Begin and end
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse what would fight, and move aside what must not be resumed from."""
+        """Refuse arguments that contradict the policy, and rename what must not be resumed from."""
         refuse(args, self.policy)
         self._at_end = None
-        self._meet(state)
+        self._check_single(state)
         folder = self._folder(args)
-        on_rank_zero(self._talk(args), lambda: clear(folder, self._options))
+        on_rank_zero(self._open_ranks(args), lambda: clear(folder, self._options))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the directory, and go on with the run that was resumed."""
         if self._state is None:
             self.on_init_end(args, state, control)
         refuse(args, self.policy)  # They may have been changed since.
-        self._meet(state)
+        self._check_single(state)
         if state.is_hyper_param_search:
             msg = "hyperparameter_search writes each trial to a folder of its own, which no policy can span; train each"
             raise PolicyError(msg)
-        # A batch that did not fit in memory begins the training anew without ending it; so does an exception.
+        # After an exception, or a batch that did not fit in memory, the Trainer begins anew without an end.
         again = self._training.state_dict() if self._training is not None else {}
-        for other in (self, *_LIVING):
+        for other in (self, *_CALLBACKS):
             if other._training is not None and other._training.folder == self._folder(args):
                 other._close()
         self._signal = self._stopped_by = 0
@@ -121,7 +122,7 @@ class CheckpointCallback(Base):
         self._training = Training(
             self._folder(args),
             self.policy,
-            self._talk(args),
+            self._open_ranks(args),
             output_dir=args.output_dir,
             options=self._options,
             clock=self._clock,
@@ -139,10 +140,10 @@ class CheckpointCallback(Base):
         if training is not None:
             training.close(timeout=self._grace.left)
 
-    def _meet(self, state: Any) -> None:
-        """Refuse a second callback in one Trainer: they share its state."""
+    def _check_single(self, state: Any) -> None:
+        """Refuse a second callback in one Trainer: both get its state."""
         self._state = state
-        for other in _LIVING:
+        for other in _CALLBACKS:
             if other is not self and other._state is state:
                 msg = (
                     "two CheckpointCallbacks in one Trainer would own the same checkpoint-<step>; make one policy of "
@@ -151,8 +152,8 @@ class CheckpointCallback(Base):
                 raise PolicyError(msg)
 
     def _folder(self, args: Any) -> Path:
-        folder = folder_of(args.output_dir)
-        if self.directory is not None and folder_of(os.fspath(self.directory)) != folder:
+        folder = _absolute(args.output_dir)
+        if self.directory is not None and _absolute(self.directory) != folder:
             msg = (
                 f"directory is {os.fspath(self.directory)!r}, and the Trainer writes to output_dir="
                 f"{args.output_dir!r}; name one in both, or leave directory out"
@@ -160,7 +161,7 @@ class CheckpointCallback(Base):
             raise PolicyError(msg)
         return folder
 
-    def _talk(self, args: Any) -> Ranks:
+    def _open_ranks(self, args: Any) -> Ranks:
         if self._ranks is None:
             self._ranks = TorchRanks() if args.world_size > 1 else OneRank()
         return self._ranks
@@ -168,7 +169,7 @@ class CheckpointCallback(Base):
     # Steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that the passes begin: what is measured from now on is of no whole step."""
+        """Note that the passes begin: what is measured from now on does not belong to a finished step."""
         if self._training is not None:
             self._training.phase, self._training.pending = "forward", None
 
@@ -183,10 +184,10 @@ class CheckpointCallback(Base):
         if training is None:
             return
         training.phase = "between"
-        if training.stopping:  # An evaluation before this step was ended: what it belongs to is saved.
+        if training.stopping:  # A signal ended an evaluation before this step, and that state is saved.
             control.should_save = control.should_evaluate = False
             return
-        due = not training.is_quiet(state, epoch_of(state)) and not training.is_waiting()
+        due = not training.is_quiet(state, epoch_of(state)) and not training.is_waiting
         called = training.agreed(flag=bool(self._signal), attached=self._at_end is not None)
         if not (due or called or control.should_save):
             return
@@ -213,29 +214,28 @@ class CheckpointCallback(Base):
 
     def _report(self, training: Training, state: Any, control: Any, *, epoch_end: bool = False, due: str = "") -> None:
         due = due or (ASKED if control.should_save else "")
-        decision = training.report(state, epoch_end=epoch_end, due=due)
-        control.should_save = isinstance(decision, Save)
+        control.should_save = bool(training.report(state, epoch_end=epoch_end, due=due))
 
     def _is_stopped(self, training: Training, state: Any, control: Any) -> bool:
-        """Rescue and stop if a signal came on any rank; all ranks come here at the same step."""
+        """Rescue and stop if any rank got a signal; all ranks come here at the same step."""
         signals = [number for number in training.ranks.gather(self._signal) if number]
         if not signals:
             return False
         self._stopped_by = signals[0]
-        self._grace.begin()  # Here for a rank that got no signal itself.
+        self._grace.begin()  # A rank that got no signal itself begins here.
         training.owes_evaluation = bool(training.owes_evaluation or control.should_evaluate)
         decision: Decision | None = training.pending or training.report(state)
-        if not isinstance(decision, Save):
+        if not decision:
             decision = training.rescue(state, f"signal {signals[0]}")
         training.stopping = control.should_training_stop = True
         control.should_evaluate = control.should_log = False
-        control.should_save = isinstance(decision, Save)
+        control.should_save = bool(decision)
         return True
 
     # Evaluations
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the evaluation after this batch if a signal came, and `attach` is there to see to it."""
+        """End the evaluation after this batch if a rank got a signal, and the callback is attached."""
         if self._at_batch is not None:
             self._at_batch()
 
@@ -246,10 +246,10 @@ class CheckpointCallback(Base):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Take in what one evaluation set gave; it was logged just before, unless the Trainer's `log` is overridden.
+        """Take in the metrics of one evaluation set, in case the Trainer's `log` is overridden and did not log them.
 
-        A signal that came meanwhile stops the training here if it did not end the evaluation: the Trainer saves next,
-        before another step.
+        A signal within an evaluation that was not ended stops the training here: the Trainer saves next, before
+        another step.
         """
         self._measured(state, control, numbers_of(metrics or {}), anew=True)
         training = self._training
@@ -257,7 +257,6 @@ class CheckpointCallback(Base):
             self._stop_if_asked(training, state, control)
 
     def _stop_if_asked(self, training: Training, state: Any, control: Any) -> None:
-        """Stop where every rank comes, and another step would take the time that is left."""
         if self._at_end is None or training.stopping:
             return
         if any(training.ranks.highest(float(self._signal))):
@@ -265,30 +264,42 @@ class CheckpointCallback(Base):
 
     def _measured(self, state: Any, control: Any, metrics: Mapping[str, Any], *, anew: bool) -> None:
         training = self._training
-        # Outside a training, or within a step, it says nothing about the state that would be saved.
+        # Outside a training, or within a step, a metric is not of the state that would be saved.
         if training is None or training.phase != "between" or not state.global_step or not metrics:
             return
-        is_new = training.measured(state.global_step, metrics, anew=anew)
-        if training.pending is not None or training.stopping or (anew and not is_new):
-            return
-        if training.is_saved(state) or not training.is_quiet(state, training.epochs(state)):
-            decision = training.report(state)
-            control.should_save = control.should_save or isinstance(decision, Save)
+        if training.measured(state, metrics, anew=anew):
+            control.should_save = bool(training.report(state)) or control.should_save
 
     # Saving
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Commit what the Trainer has written, unless `attach` has done so already.
 
-        A signal that came meanwhile stops an attached training here, before another step.
+        A signal within the save stops an attached training here, before another step.
         """
         training = self._training
         if training is None:
             return
         if self._at_end is not None:
             self._stop_if_asked(training, state, control)
-            return
-        if training.pending is None and not isinstance(training.report_written(state), Save):
-            training.warn_of_stranger(state)
-            return
-        training.commit(state, kwargs.get("optimizer"), written=True)
+        elif training.pending or training.report(state, due=ASKED, is_written=True):
+            training.commit(state, kwargs.get("optimizer"), is_written=True)
+        else:
+            msg = (
+                f"checkpoint-{state.global_step} was written because another callback set should_save after this one, "
+                "and the policy did not ask for it: it is neither ranked nor removed, and if it was there before, its "
+                "record no longer fits it. Put CheckpointCallback behind that callback, or attach(trainer)"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+
+def _with_trainer_names(policy: Policy) -> Policy:
+    """Return the policy with the names that the Trainer gives: folders called ``checkpoint-<step>``."""
+    naming = attrs.evolve(
+        policy.name, template="checkpoint-{step}", auto_insert=False, join="-", extension="", version_counter=True
+    )
+    return attrs.evolve(policy, name=naming)
+
+
+def _absolute(directory: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))

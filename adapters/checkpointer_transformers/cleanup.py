@@ -1,4 +1,4 @@
-"""Before a training: what the Trainer would resume from and must not is moved aside, and never deleted."""
+"""Before a training: checkpoints that the Trainer must not resume from are renamed, and never deleted."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from checkpointer_transformers.lock import Claim
 __all__ = ["Found", "by_name", "clear", "look"]
 
 _ASIDE: Final = f"{HOME}/aside"
-"""Where the records of what was moved aside lie."""
+"""Where the records of renamed checkpoints are."""
 
 
 @attrs.frozen(kw_only=True)
 class Found:
-    """A name that the Trainer takes for a checkpoint's."""
+    """A checkpoint by the Trainer's naming."""
 
     name: str
     record: Record | None
     """None if the callback has not committed it."""
     problem: str | None
-    """Why nothing must be resumed from it; None if it is whole."""
+    """Why it cannot be resumed from; None if it is whole."""
 
 
 def look(storage: Storage, folder: Path, records: Mapping[str, Record], claim: Claim) -> Iterator[Found]:
@@ -65,7 +65,7 @@ def _differs(storage: Storage, record: Record, *, thoroughly: bool) -> str | Non
 
 
 def clear(folder: Path, options: Mapping[str, Any]) -> None:
-    """Move aside what is not whole, and say so; nothing else changes, and nothing if somebody trains here now."""
+    """Rename what is not whole, with a warning. If a live process trains here, nothing changes."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     owner = new_owner()
@@ -76,13 +76,13 @@ def clear(folder: Path, options: Mapping[str, Any]) -> None:
             return
         for found in list(look(storage, folder, _settled(storage, owner, options), claim)):
             if found.problem is not None:
-                _move_aside(storage, folder, found)
+                _rename(storage, folder, found)
     finally:
         release(owner)
 
 
 def _settled(storage: Storage, owner: str, options: Mapping[str, Any]) -> Mapping[str, Record]:
-    """Return the records, after what a dead process left half-way is finished."""
+    """Return the records, after a dead process's unfinished changes are finished or undone."""
     if not storage.list(HOME):
         return {}
     sweep(storage, owner, options.get("trust"))
@@ -94,19 +94,19 @@ def by_name(catalog: Catalog) -> Mapping[str, Record]:
     return {record.name: record for record in catalog.with_missing.records}
 
 
-def _move_aside(storage: Storage, folder: Path, found: Found) -> None:
-    words = f"{folder / found.name} is no whole checkpoint: {found.problem}"
+def _rename(storage: Storage, folder: Path, found: Found) -> None:
+    msg = f"{folder / found.name} is not a whole checkpoint: {found.problem}"
     if (folder / found.name).exists():
         name = _free(folder, f"incomplete-{found.name}" if found.record is None else f"damaged-{found.name}")
         os.rename(folder / found.name, folder / name)
-        words += f". It is {name} now, so that nothing resumes from it; delete it if you do not need it"
+        msg += f". It is {name} now, so that nothing resumes from it; delete it if you do not need it"
     if found.record is not None:
         path = folder / record_path(found.name)
         (folder / _ASIDE).mkdir(exist_ok=True)
         aside = _free(folder / _ASIDE, path.name)
         os.replace(path, folder / _ASIDE / aside)
-        words += f". Its record is {_ASIDE}/{aside} now"
-    warnings.warn(words, CheckpointerWarning, stacklevel=2)
+        msg += f". Its record is {_ASIDE}/{aside} now"
+    warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
 
 def _free(folder: Path, stem: str) -> str:

@@ -25,7 +25,7 @@ class EvaluationEnded(BaseException):
 
 
 class Watch:
-    """Watches one evaluation, from before its first batch.
+    """Watches one evaluation, and ends it after a batch if a rank has to stop.
 
     Args:
         model: The model that is evaluated.

@@ -29,7 +29,7 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
         trust: The key, if the records are signed.
 
     Returns:
-        The path, or None if there is nothing to resume from: a training starts from the beginning.
+        The path, or None if there is nothing to resume from.
 
     Raises:
         NoValidCheckpointError: If checkpoints were committed, and none of them is whole.

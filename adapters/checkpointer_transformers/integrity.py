@@ -1,4 +1,4 @@
-"""Whether a folder that the Trainer wrote is all there, told from the folder alone."""
+"""Whether a folder that the Trainer wrote is whole, as far as the folder alone shows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 __all__ = ["STATE_FILE", "checkpoints_of", "problem_of", "step_of"]
 
 STATE_FILE: Final = "trainer_state.json"
-"""The Trainer's account of the training; it writes this file last."""
+"""The Trainer's state of the training; it writes this file last."""
 
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS: Final = re.compile(
@@ -26,7 +26,7 @@ _MAX_HEADER: Final = 100_000_000
 
 
 def step_of(name: str) -> int | None:
-    """Return the step in a name that the Trainer takes for a checkpoint's; None for any other name."""
+    """Return the step in a checkpoint's name as the Trainer reads it; None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -40,10 +40,10 @@ def checkpoints_of(folder: Path) -> list[str]:
 
 
 def problem_of(folder: Path, *, ranks: int | None = None) -> str | None:
-    """Return why a folder is no whole checkpoint, or None if it looks like one.
+    """Return why a folder is not a whole checkpoint, or None if it looks like one.
 
-    Looks at what is there and how the files end: a torn file is found, one whose bytes were changed is not. What the
-    Trainer writes before `STATE_FILE` must be there with it.
+    Compares which files exist and how they end: it finds a torn file, but not changed bytes. All that the Trainer
+    writes before `STATE_FILE` must be there with it.
 
     Args:
         folder: The folder.
@@ -69,7 +69,7 @@ def _missing(folder: Path, names: set[str], ranks: int | None) -> str | None:
         return "the random state of some ranks is missing"
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if index in names and (absent := _shards(folder / index) - names):
-            return f"{index} names {', '.join(sorted(absent))}, and there is none"
+            return f"{index} names {', '.join(sorted(absent))}, which is missing"
     return None
 
 
@@ -118,7 +118,7 @@ def _is_whole_safetensors(path: Path) -> bool:
 
 
 def _is_old_torch(path: Path) -> bool:
-    """Return whether it is a file of torch before 1.6, or of pickle: that is not torn ends as a pickle does."""
+    """Return whether it is a whole file of torch before 1.6, or of pickle: it then ends as a pickle does."""
     with open(path, "rb") as stream:
         begins = stream.read(1) == b"\x80"
         stream.seek(0, os.SEEK_END)

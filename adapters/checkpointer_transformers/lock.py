@@ -1,4 +1,4 @@
-"""Who trains into a folder, and which checkpoint is being written: what a later process must know after a kill."""
+"""Which process trains into a folder, and which checkpoint it is writing: a later process reads it after a kill."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _PATH: Final = f"{HOME}/transformers.json"
 
 @attrs.frozen(kw_only=True)
 class Claim:
-    """A note in the folder, replaced in one step each time."""
+    """A small file in the folder, replaced in one step each time."""
 
     owner: str = ""
-    """Process that trains."""
+    """The process that trains."""
     writing: str = ""
-    """The checkpoint that the Trainer is writing under its final name, and that counts once it has a record."""
+    """The checkpoint that the Trainer is writing under its final name; it counts once it has a record."""
     ranks: int = 1
     """How many processes write it."""
     state: Mapping[str, Any] = attrs.field(factory=dict)
-    """The manager's state once it is written; a training that is killed before may not have put it in there."""
+    """The manager's state once it is written, because a killed training may not have put it into the checkpoint."""
 
     @property
     def is_live(self) -> bool:
-        """Whether that process certainly lives."""
+        """Whether that process is certainly alive."""
         return bool(self.owner) and is_live(self.owner)
 
     def put(self, storage: Storage) -> None:
@@ -42,7 +42,7 @@ class Claim:
 
     @classmethod
     def of(cls, storage: Storage) -> Claim:
-        """Read what the folder says."""
+        """Read the folder's claim."""
         try:
             data: Any = parse_json(read_bounded(storage, _PATH), _PATH)
         except (FileNotFoundError, RecordError):

@@ -1,4 +1,4 @@
-"""What the Trainer's own account says of the best checkpoint and of the run, told from the records."""
+"""The Trainer's own state: the best checkpoint by the records, the run, and what was logged."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ __all__ = [
 ]
 
 _KEY: Final = "checkpointer"
-"""Where the manager's state lies among what the Trainer keeps for callbacks: the one place that takes any name."""
+"""The manager's state has this key in what the Trainer keeps for callbacks, which takes any name."""
 _OWES: Final = "owes_evaluation"
 """Whether a signal left out the evaluation of that step, or ended it."""
 _SUMMARY: Final = "train_runtime"
-"""Is in the log that the Trainer writes about a whole training, which belongs to no step."""
+"""This key is only in the log of a whole training, which does not belong to a step."""
 
 
 @attrs.frozen(kw_only=True)
 class Best:
-    """The best checkpoint in the Trainer's words; plain values, for they are sent to other ranks."""
+    """The best checkpoint in the Trainer's terms; plain values, because they are sent to other ranks."""
 
     metric: float | None = None
     step: int | None = None
     name: str | None = None
 
     def show(self, state: Any, output_dir: str) -> None:
-        """Let the Trainer's state say it."""
+        """Write it into the Trainer's state."""
         state.best_metric = self.metric
         state.best_model_checkpoint = None if self.name is None else os.path.join(output_dir, self.name)
         if hasattr(state, "best_global_step"):  # Older ones do not have it.
@@ -51,7 +51,7 @@ class Best:
 
 
 def best_of(policy: Policy, manifest: Manifest) -> Best | None:
-    """Return the best of the records; None if no rule ranks, and it is the Trainer's own to say."""
+    """Return the best of the records; None if the policy has no ranked rule, so that the Trainer's own best stays."""
     if policy.ranking is None:
         return None
     best = policy.best_of(manifest.history)
@@ -81,7 +81,7 @@ def evaluated(name: str) -> str:
 
 
 def logged_at(state: Any, step: int) -> dict[str, Any]:
-    """Return the metrics that the Trainer's own account has of a step."""
+    """Return the metrics that the Trainer's own log has of a step."""
     logs = [log for log in state.log_history if log.get("step") == step]
     return {key: value for log in logs for key, value in numbers_of(log).items() if key != "step"}
 
@@ -93,7 +93,7 @@ def _is_number(value: Any) -> bool:
 
 
 def owes_evaluation(state: Any) -> bool:
-    """Return whether the checkpoint that the Trainer resumed from was saved in the place of an evaluation."""
+    """Return whether the checkpoint that the Trainer resumed from was saved before an evaluation that was due."""
     return bool(saved_state(state).get(_OWES))
 
 
@@ -106,7 +106,7 @@ def saved_state(state: Any) -> Mapping[str, Any]:
 def write_state(
     state: Any, folder: Path, manager: CheckpointManager, decision: Save, *, output_dir: str, owes: bool
 ) -> None:
-    """Write the Trainer's account into the checkpoint again, as it will be once that is committed.
+    """Write the Trainer's state into the checkpoint again, as it will be once that is committed.
 
     ``owes``: whether a resume has to run the evaluation of this step.
     """

@@ -1,4 +1,4 @@
-"""Several processes (gloo) and one directory: rank 0 decides, each writes what is its own, all know the same."""
+"""Several processes (gloo) and one directory: rank 0 decides, each writes its own part, all know the same."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ STEP_S = 0.005
 
 @attrs.define
 class Counting:
-    """Counts how often the ranks talk."""
+    """Counts how often the ranks communicate."""
 
     ranks: TorchRanks
-    talks: int = 0
+    num_calls: int = 0
 
     def __getattr__(self, name: str) -> Any:
         if name in ("broadcast", "gather", "highest", "barrier"):
-            self.talks += 1
+            self.num_calls += 1
         return getattr(self.ranks, name)
 
 
@@ -60,20 +60,20 @@ def count(rank: int, directory: Path) -> Any:
         return {"rank": rank}
 
     policy = Policy(AnyOf(EverySteps(10), EveryEpochs(1)), [KeepBest(1, "loss", mode="min"), KeepLast(1)], last="link")
-    told = []
+    seen = []
     with DistributedManager(directory, policy, ranks=ranks, state=state) as manager:
-        opened = ranks.talks
+        opened = ranks.num_calls
         for step in range(1, 31):
-            before = ranks.talks
-            # Ranks measure different things: what rank 0 says counts.
+            before = ranks.num_calls
+            # Ranks measure different things: rank 0's metrics count.
             decision = manager.observe(
                 {"loss": 1 / step + rank * step}, step, (step - 1) // 15, epoch_end=step % 15 == 0
             )
-            told.append((bool(decision), ranks.talks > before))
+            seen.append((bool(decision), ranks.num_calls > before))
         assert manager.best is not None
         assert manager.last is not None
         shown = manager.best.name, manager.last.name
-    return opened, told, len(taken), shown
+    return opened, seen, len(taken), shown
 
 
 def test_an_option_that_no_manager_has_is_refused_on_every_rank() -> None:
@@ -84,14 +84,14 @@ def test_an_option_that_no_manager_has_is_refused_on_every_rank() -> None:
         DistributedManager(None, ranks=OneRank(), state=dict, tolerate_failure=3)
 
 
-def test_ranks_talk_only_when_something_is_due_and_know_the_same(tmp_path: Path) -> None:
+def test_ranks_communicate_only_when_something_is_due_and_know_the_same(tmp_path: Path) -> None:
     """Step and epoch triggers are functions of their arguments: an observation that is not due costs no collective."""
     first, second = together(2, count, tmp_path / "run")
 
     assert first == second
-    _, told, taken, shown = first
-    assert [10, 15, 20, 30] == [step + 1 for step, (saved, _) in enumerate(told) if saved]
-    assert all(saved == talked for saved, talked in told)
+    _, seen, taken, shown = first
+    assert [10, 15, 20, 30] == [step + 1 for step, (saved, _) in enumerate(seen) if saved]
+    assert all(saved == called for saved, called in seen)
     assert 4 == taken
     with CheckpointManager(tmp_path / "run") as manager:
         assert 30 == manager.records[-1].step
@@ -105,21 +105,21 @@ def keep_time(rank: int, directory: Path) -> Any:
     ranks: Any = Counting(TorchRanks())
     saved = []
     with DistributedManager(directory, Policy(EverySeconds(0.3), [KeepLast(1)]), ranks=ranks, state=dict) as manager:
-        opened = ranks.talks
+        opened = ranks.num_calls
         for step in range(1, 301):
             time.sleep(STEP_S)
             if manager.observe({}, step, 0, epoch_end=False):
                 saved.append(step)
-        return saved, ranks.talks - opened
+        return saved, ranks.num_calls - opened
 
 
-def test_a_time_trigger_saves_at_the_same_step_everywhere_and_talks_seldom(tmp_path: Path) -> None:
+def test_a_time_trigger_saves_at_the_same_step_everywhere_and_communicates_seldom(tmp_path: Path) -> None:
     """Rank 0's clock counts; the ranks agree every few steps, not at each."""
-    (saved, talks), other = together(2, keep_time, tmp_path / "run")
+    (saved, calls), other = together(2, keep_time, tmp_path / "run")
 
-    assert (saved, talks) == other
+    assert (saved, calls) == other
     assert saved
-    assert talks < 300
+    assert calls < 300
 
 
 def observe_all(rank: int, directory: Path) -> Any:
@@ -232,7 +232,7 @@ def damage_and_restore(rank: int, directory: Path) -> Any:
         if rank == 0:
             shard = next((directory / "epoch=0-step=6.dcp").glob("*.distcp"))
             shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", CheckpointerWarning)
             restored = manager.restore()
         assert restored is not None
@@ -241,7 +241,7 @@ def damage_and_restore(rank: int, directory: Path) -> Any:
     with pytest.raises(RestoreError) as caught:
         manager.restore(3)
     manager.close()
-    return restored.step, int(restored.state["step"]), [str(w.message)[:60] for w in told], str(caught.value)[:90]
+    return restored.step, int(restored.state["step"]), [str(w.message)[:60] for w in warned], str(caught.value)[:90]
 
 
 def test_damaged_shards_are_found_and_the_older_checkpoint_is_restored_by_all(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def fail(rank: int, directory: Path, failing: tuple[int, ...]) -> Any:
 
 
 def test_an_error_on_all_ranks_is_rescued_and_one_on_a_single_rank_is_seen_as_itself(tmp_path: Path) -> None:
-    """Saving shards takes all: nobody waits for those that will not come."""
+    """Saving shards needs all ranks, so a rank does not wait for one that will not come."""
     both = together(2, fail, tmp_path / "both", (0, 1))
     single = together(2, fail, tmp_path / "single", (1,))
 

@@ -1,4 +1,4 @@
-"""Shards written behind the training (gloo): what is written is what was copied, by all ranks or by none."""
+"""Shards written in the background (gloo): what is written is what was copied, by all ranks or by none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.distributed import shard_writer as behind
+from checkpointer.distributed import shard_writer as writers
 from checkpointer.distributed.ranks import OneRank, TorchMailbox, TorchRanks
 from checkpointer.errors import PolicyError
 from checkpointer.formats import dcp_folder
@@ -41,8 +41,8 @@ PATIENCE_S = 60.0
 
 # Of no type, to be taken apart in the processes of a test.
 FolderModule: Any = dcp_folder
-ShardWriterModule: Any = behind
-ShardWriterClass: Any = behind.ShardWriter
+ShardWriterModule: Any = writers
+ShardWriterClass: Any = writers.ShardWriter
 
 
 @contextlib.contextmanager
@@ -116,23 +116,23 @@ def skip(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
     policy = Policy(EverySteps(1), [KeepAll()])
     with DistributedManager(directory, policy, state=training.state_dict, format="dcp", background="skip") as manager:
-        assert manager._behind is not None, "it writes in the background"
+        assert manager._io.writer is not None, "it writes in the background"
         with gate(directory / "go"):
             manager.observe({}, 1, 0, epoch_end=False)
             if manager.manager is not None:
-                while not manager._behind._told:
+                while not manager._io.writer._posted:
                     time.sleep(0.01)
             alive = []
             for step in (2, 3, 4):
                 torch.distributed.barrier()
                 manager.observe({}, step, 0, epoch_end=False)
-                alive.append(len(manager._behind._copies))
+                alive.append(len(manager._io.writer._copies))
             assert not manager.wait(0.0)
             if rank == 0:
                 (directory / "go").touch()
             assert manager.wait()
-        manager._behind._wait()
-        return names(manager), alive, len(manager._behind._copies)
+        manager._io.writer._join()
+        return names(manager), alive, len(manager._io.writer._copies)
 
 
 @pytest.mark.slow
@@ -197,9 +197,9 @@ def fail_to_copy(rank: int, directory: Path) -> Any:
         lock.clear()
         saved = bool(manager.observe({}, 6, 0, epoch_end=False))
         assert manager.wait()
-        assert manager._behind is not None
-        manager._behind._wait()
-        return saved, len(manager._behind._copies)
+        assert manager._io.writer is not None
+        manager._io.writer._join()
+        return saved, len(manager._io.writer._copies)
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_state_that_one_rank_cannot_copy_is_an_error_on_all(tmp_path: Path) ->
 
 
 def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
-    behind.SILENCE_S = 0.5  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S = 0.5  # type: ignore[misc]
     training = Training(seed=7)
     manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     manager.observe({}, 3, 0, epoch_end=False)
@@ -237,12 +237,14 @@ def die(rank: int, directory: Path, dying: int, while_writing: bool) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dying", "while_writing"), [(0, True), (1, True), (0, False)], ids=["rank 0", "rank 1", "rank 0 before its word"]
+    ("dying", "while_writing"),
+    [(0, True), (1, True), (0, False)],
+    ids=["rank 0", "rank 1", "rank 0 before its message"],
 )
 def test_a_rank_killed_while_shards_are_written_leaves_the_older_checkpoint(
     tmp_path: Path, dying: int, while_writing: bool
 ) -> None:
-    """The others come to an end: rank 0 with an error, the rest without waiting for a word that never comes."""
+    """The others end: rank 0 with an error, the other ranks without waiting for a message that never comes."""
     results = together(2, die, tmp_path / "run", dying, while_writing)
 
     assert isinstance(results[dying], DiedError)
@@ -258,7 +260,7 @@ def test_a_rank_killed_while_shards_are_written_leaves_the_older_checkpoint(
     assert not [*(tmp_path / "run" / ".checkpointer").glob("staging/*/*")]
 
 
-def fail_before_writing(rank: int, directory: Path, failing: int, background: bool) -> Any:
+def fail_before_writing(rank: int, directory: Path, failing: int, background: Any) -> Any:
     states: list[Any] = [None if rank == failing else {"w": sharded(rank)}]
     manager = DistributedManager(
         directory, Policy(EverySteps(1), [KeepAll()]), state=lambda: states[0], format="dcp", background=background
@@ -280,10 +282,10 @@ def sharded(rank: int) -> DTensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_cannot_begin_to_write_leaves_no_other_one_waiting(
-    tmp_path: Path, failing: int, background: bool
+    tmp_path: Path, failing: int, background: Any
 ) -> None:
     """Wherever it fails, it is an error on all of that save, and the next one has all shards."""
     first, second = together(2, fail_before_writing, tmp_path / "run", failing, background)
@@ -312,7 +314,7 @@ class UnsendableError(Exception):
         self.lock = lock
 
 
-def fail_unsendably(rank: int, directory: Path, background: bool) -> Any:
+def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
     for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
         writer = FolderModule.FileSystemWriter.write_data
 
@@ -339,8 +341,8 @@ def save_and_wait(manager: DistributedManager, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_an_error_that_cannot_be_sent_to_other_ranks_reaches_them_as_text(tmp_path: Path, background: Any) -> None:
     """DCP sends errors by pickling them, and would leave the others waiting."""
     assert ["done", "done"] == together(2, fail_unsendably, tmp_path / "run", background)
     check_shards(tmp_path / "run", [2, 4])
@@ -381,8 +383,8 @@ def destroy_early(rank: int, directory: Path) -> Any:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         (directory / "go").touch()
-        assert manager._behind is not None
-        manager._behind._wait()
+        assert manager._io.writer is not None
+        manager._io.writer._join()
         if manager.manager is not None:
             with pytest.raises(Exception, match=r"destroyed|process group|not been initialized|closed"):
                 manager.manager.wait()
@@ -397,7 +399,7 @@ def test_groups_that_are_destroyed_too_early_are_an_error_and_not_half_a_checkpo
         assert () == manager.records
 
 
-def train_apart(rank: int, directory: Path, background: bool) -> Any:
+def train_apart(rank: int, directory: Path, background: Any) -> Any:
     members = [0, 1] if rank < 2 else [2, 3]
     groups: Any = torch.distributed.new_subgroups_by_enumeration
     group = groups([[0, 1], [2, 3]], backend="gloo")[0]
@@ -413,8 +415,8 @@ def train_apart(rank: int, directory: Path, background: bool) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, background: Any) -> None:
     """Each of two ranks out of four; their groups are made at the same time."""
     assert [[0, 1], [0, 1], [2, 3], [2, 3]] == together(4, train_apart, tmp_path, background)
     for first in (0, 2):
@@ -425,7 +427,7 @@ def test_two_trainings_apart_from_each_other_do_not_mix(tmp_path: Path, backgrou
 
 
 def leave_alone(rank: int, directory: Path) -> Any:
-    behind.SILENCE_S = 0.5  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S = 0.5  # type: ignore[misc]
     manager = DistributedManager(directory, POLICY, state=Training(seed=7).state_dict, format="dcp", background="wait")
 
     def kill(*args: Any) -> None:
@@ -443,7 +445,7 @@ def leave_alone(rank: int, directory: Path) -> Any:
 
 @pytest.mark.slow
 def test_a_rank_that_ends_without_close_does_not_wait_for_ever_for_one_that_was_killed(tmp_path: Path) -> None:
-    """The interpreter waits for the thread, and the thread for a word that does not come."""
+    """The interpreter waits for the thread, and the thread for a message that does not come."""
     killed, left = together(2, leave_alone, tmp_path / "run")
     assert (DiedError, KeyboardInterrupt) == (type(killed), type(left))
 
@@ -454,7 +456,7 @@ class Slow(Listener):
 
 
 def close_first(rank: int, directory: Path) -> Any:
-    behind.SILENCE_S, behind.BEAT_S = 0.5, 0.1  # type: ignore[misc]
+    writers.HEARTBEAT_TIMEOUT_S, writers.HEARTBEAT_S = 0.5, 0.1  # type: ignore[misc]
     policy = Policy(EverySteps(1), [KeepAll()])
     how: Any = {"format": "dcp", "background": "skip", "listeners": [Slow()]}
     manager = DistributedManager(directory, policy, state=lambda: {"w": sharded(rank)}, **how)
@@ -468,8 +470,8 @@ def close_first(rank: int, directory: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_rank_that_closes_waits_for_the_word_of_a_rank_0_that_is_busy(tmp_path: Path) -> None:
-    """Not for a time, but for as long as it shows that it lives."""
+def test_a_rank_that_closes_waits_for_the_message_of_a_rank_0_that_is_busy(tmp_path: Path) -> None:
+    """Not for a fixed time, but as long as rank 0 sends heartbeats."""
     assert ["closed", "closed"] == together(2, close_first, tmp_path / "run")
     check_shards(tmp_path / "run", [1, 2])
 
@@ -479,7 +481,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
         raise OSError(28, "no space left on device")
 
     FolderModule.FileSystemWriter.write_data = fail
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointerWarning)
         try:
             with DistributedManager(
@@ -492,7 +494,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
                 manager.observe({}, 3, 0, epoch_end=False)
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            return [str(warning.message)[:34] for warning in told]
+            return [str(warning.message)[:34] for warning in caught]
 
 
 @pytest.mark.slow
@@ -514,10 +516,10 @@ def let_go_late(rank: int, directory: Path, busy: str) -> Any:
     with DistributedManager(
         directory, policy, state=lambda: {"w": sharded(rank)}, format="dcp", background=busy
     ) as manager:
-        assert manager._behind is not None
+        assert manager._io.writer is not None
         for step in range(1, 7):
             manager.observe({}, step, 0, epoch_end=False)
-            alive.append(len(manager._behind._copies))
+            alive.append(len(manager._io.writer._copies))
     return max(alive)
 
 
@@ -559,7 +561,7 @@ def test_a_thread_that_cannot_be_started_costs_only_its_own_save(tmp_path: Path)
     check_shards(tmp_path / "run", [1])
 
 
-def save_statefuls(rank: int, directory: Path, background: bool) -> Any:
+def save_statefuls(rank: int, directory: Path, background: Any) -> Any:
     training = Training(seed=7)
     calls: list[bool] = []
 
@@ -584,8 +586,8 @@ def save_statefuls(rank: int, directory: Path, background: bool) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True], ids=["in the loop", "behind"])
-def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("background", [None, "wait"], ids=["in the loop", "in the background"])
+def test_whatever_has_a_state_dict_is_asked_for_it_in_the_loop(tmp_path: Path, background: Any) -> None:
     """As in DCP's own examples; taking it may be a collective."""
     assert [([True], True)] * 2 == together(2, save_statefuls, tmp_path / "run", background)
 
@@ -625,7 +627,7 @@ def leave(rank: int, directory: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_shards_under_way_are_written_although_nobody_closes_the_managers(tmp_path: Path) -> None:
+def test_shards_under_way_are_written_although_the_managers_are_not_closed(tmp_path: Path) -> None:
     """The interpreter waits, on each rank."""
     assert ["KeyboardInterrupt()"] * 2 == [repr(result) for result in together(2, leave, tmp_path / "run")]
     with CheckpointManager(tmp_path / "run") as manager:
@@ -656,7 +658,7 @@ def test_shards_go_to_a_bucket_behind_the_training(serve: Serve) -> None:
 
 
 def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> None:
-    """There is nobody to leave word for."""
+    """There is only one rank, so nothing is posted."""
     state = {"w": torch.zeros(3)}
     with DistributedManager(
         tmp_path, POLICY, ranks=OneRank(), state=lambda: state, format="dcp", background="wait"
@@ -673,8 +675,8 @@ def test_one_process_writes_its_folder_behind_the_training(tmp_path: Path) -> No
 
 
 @attrs.frozen
-class Deaf(OneRank):
-    """Two ranks whose threads cannot talk."""
+class WithoutMailbox(OneRank):
+    """Two ranks whose threads cannot communicate."""
 
     @property
     def size(self) -> int:
@@ -683,12 +685,12 @@ class Deaf(OneRank):
 
 def test_ranks_whose_threads_cannot_work_together_are_refused(tmp_path: Path) -> None:
     """The error says what is missing."""
-    with pytest.raises(PolicyError, match=r"Deaf has no mailbox\(\); leave background= out"):
-        DistributedManager(tmp_path, POLICY, ranks=Deaf(), state=dict, format="dcp", background="wait")
+    with pytest.raises(PolicyError, match=r"WithoutMailbox has no mailbox\(\); leave background= out"):
+        DistributedManager(tmp_path, POLICY, ranks=WithoutMailbox(), state=dict, format="dcp", background="wait")
 
 
-def test_somebody_elses_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
-    """Nobody knows which process group it talks in."""
+def test_another_folder_format_is_refused_in_the_background(tmp_path: Path) -> None:
+    """The process group that it uses is not known."""
     with pytest.raises(PolicyError, match="format='dcp'"):
         DistributedManager(
             tmp_path, POLICY, ranks=OneRank(), state=dict, format=dcp_folder.DcpFormat(), background="wait"
@@ -699,7 +701,7 @@ def look(rank: int) -> Any:
     ranks = TorchRanks()
     mailbox, other = ranks.mailbox(), ranks.mailbox()
     # As in a training that comes after another, with groups of the same names.
-    again = TorchMailbox(mailbox._ranks)
+    again = TorchMailbox(mailbox.group, timeout_s=PATIENCE_S)
     before = mailbox.look("1")
     torch.distributed.barrier()
     if rank == 0:
@@ -707,13 +709,13 @@ def look(rank: int) -> Any:
         mailbox.post("1", "before")
         mailbox.post("1", "runs/é")
     torch.distributed.barrier()
-    words = before, mailbox.look("0"), mailbox.look("1"), other.look("1"), again.look("1")
+    found = before, mailbox.look("0"), mailbox.look("1"), other.look("1"), again.look("1")
     for closed in (mailbox, other, ranks, mailbox):
         closed.close()
-    return words
+    return found
 
 
 @pytest.mark.slow
-def test_a_word_in_the_mailbox_is_read_by_all_ranks() -> None:
+def test_a_message_in_the_mailbox_is_read_by_all_ranks() -> None:
     """Also an empty one; and what is left in one mailbox is not in another."""
     assert [(None, "", "runs/é", None, None)] * 2 == together(2, look)

@@ -1,4 +1,4 @@
-"""Several processes (gloo): what one says reaches all, what fails on one is seen by all, and they talk seldom."""
+"""Several processes (gloo): values and errors of one rank reach all, and they communicate seldom."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def failure_of(work: Callable[[], Any]) -> tuple[str, str]:
     return "", ""
 
 
-def talk(rank: int) -> Any:
+def exchange(rank: int) -> Any:
     ranks = TorchRanks()
     failures = [
         failure_of(lambda: on_rank_zero(ranks, fail)),
@@ -63,8 +63,8 @@ def talk(rank: int) -> Any:
 
 @pytest.mark.slow
 def test_what_one_rank_says_or_fails_with_reaches_all() -> None:
-    """Nobody waits for a rank that failed: the same error is raised everywhere, as text where it cannot be sent."""
-    first, second = together(2, talk)
+    """The same error is raised on every rank, as text if it cannot be sent."""
+    first, second = together(2, exchange)
 
     assert ({"from": 0}, [0, 1], (1.0, 0.0), "by 0", [0, 2]) == first[0] == second[0]
     assert [
@@ -82,19 +82,19 @@ def agree(rank: int, at: int) -> Any:
         time.sleep(STEP_S if step < 300 else STEP_S / 5)
         if agreement(rank == 1 and step == at):
             steps.append(step)
-    return steps, agreement.talks
+    return steps, agreement.num_exchanges
 
 
 @pytest.mark.slow
-def test_all_ranks_hear_of_a_flag_at_the_same_step_and_talk_seldom() -> None:
-    """It is raised on one of them only, between two talks."""
-    (steps, talks), (other_steps, other_talks) = together(2, agree, 123)
+def test_all_ranks_get_a_flag_at_the_same_step_and_communicate_seldom() -> None:
+    """It is set on one of them only, between two exchanges."""
+    (steps, count), (other_steps, other_count) = together(2, agree, 123)
 
     assert steps == other_steps
     assert 1 == len(steps)
     assert 123 <= steps[0]
-    assert talks == other_talks
-    assert talks < 400
+    assert count == other_count
+    assert count < 400
 
 
 def die(rank: int) -> str:
@@ -119,7 +119,7 @@ def test_a_rank_that_died_is_an_error_on_the_others() -> None:
 
 @attrs.define
 class Scripted:
-    """Two ranks whose talking costs what a test says, on a clock that it moves."""
+    """Two ranks whose exchange costs as long as the test sets, on a clock that it moves."""
 
     cost_s: float
     now: float = 0.0
@@ -145,50 +145,50 @@ class Scripted:
 
 @attrs.define
 class Late(Scripted):
-    """The other rank comes 3 ms later; its talks take ``cost_s``, and each fourth five times that."""
+    """The other rank comes 3 ms later; its exchanges take ``cost_s``, and each fourth five times that."""
 
-    talks: int = 0
+    count: int = 0
 
     def highest(self, *values: float) -> tuple[float, ...]:
-        before = self.cost_s * (1 if self.talks % 4 else 5)
-        self.talks += 1
-        self.now += 0.003 + self.cost_s * (1 if self.talks % 4 else 5)
+        before = self.cost_s * (1 if self.count % 4 else 5)
+        self.count += 1
+        self.now += 0.003 + self.cost_s * (1 if self.count % 4 else 5)
         return (*values[:2], max(values[2], -before))
 
 
 @pytest.mark.parametrize("step_s", [0.0001, 0.005, 0.3, 5.0])
-def test_talking_costs_two_thousandths_of_the_time_and_is_never_far_apart(step_s: float) -> None:
-    """Steps may be short or long: after a moment, a talk of 0.2 ms costs 0.2 %, and one comes each second at least."""
+def test_agreeing_costs_two_thousandths_of_the_time_and_is_never_far_apart(step_s: float) -> None:
+    """For short and long steps: soon an exchange of 0.2 ms costs 0.2 %, and the ranks make one each second at least."""
     ranks = Scripted(cost_s=0.0002)
     agreement = Agreement(ranks, clock=ranks.time)
     gaps, since = [], 0.0
     for step in range(20_000):
         ranks.now += step_s
-        talks = agreement.talks
+        count = agreement.num_exchanges
         agreement(False)
-        if agreement.talks > talks:
+        if agreement.num_exchanges > count:
             gaps.append(ranks.now - since)
             since = ranks.now
         if step == 5_000:
-            talks_then, then = agreement.talks, ranks.now
+            count_then, then = agreement.num_exchanges, ranks.now
 
-    spent = (agreement.talks - talks_then) * 0.0002
+    spent = (agreement.num_exchanges - count_then) * 0.0002
     assert spent <= 0.00202 * (ranks.now - then) + 0.0002
     assert max(gaps) <= max(1.0, step_s) + step_s + 0.001
 
 
-def test_what_talking_costs_is_what_it_takes_the_rank_that_comes_last() -> None:
-    """On average: a rank that comes early waits as it would in the step, and the quickest talk says too little."""
+def test_an_exchange_costs_what_it_takes_the_rank_that_comes_last() -> None:
+    """On average: a rank that comes early waits as it would in the step, and the quickest exchange is too short."""
     ranks = Late(cost_s=0.0001)
     agreement = Agreement(ranks, clock=ranks.time)
-    talks, then = 0, 0.0
+    count, then = 0, 0.0
     for step in range(20_000):
         ranks.now += 0.005
         agreement(False)
         if step == 5_000:
-            talks, then = agreement.talks, ranks.now
-    # This rank waits 3 ms each time; the other one's talk takes 0.1 ms, and each fourth 0.5 ms: on average 0.2 ms.
-    share = (agreement.talks - talks) * 0.0002 / (ranks.now - then)
+            count, then = agreement.num_exchanges, ranks.now
+    # This rank waits 3 ms each time; the other one's exchange takes 0.1 ms, and each fourth 0.5 ms: on average 0.2 ms.
+    share = (agreement.num_exchanges - count) * 0.0002 / (ranks.now - then)
     assert 0.0015 < share < 0.00202
 
 
@@ -197,7 +197,7 @@ def test_one_process_agrees_with_itself_at_once() -> None:
     agreement = Agreement(OneRank())
 
     assert [False, True, False] == [agreement(flag) for flag in (False, True, False)]
-    assert 0 == agreement.talks
+    assert 0 == agreement.num_exchanges
     assert [3] == on_every_rank(OneRank(), lambda: 3)
 
 

@@ -1,4 +1,4 @@
-"""One scripted training in three hosts: the same losses at the same steps, whoever runs the loop."""
+"""One scripted training in three hosts: the same losses at the same steps, in every host."""
 
 from __future__ import annotations
 

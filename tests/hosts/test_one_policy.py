@@ -51,7 +51,7 @@ POLICIES: dict[str, Make] = {
 
 
 def records_of(host: str, directory: Path, policy: Policy) -> list[dict[str, Any]]:
-    """Return what a training has left, best first, in words that no host owns."""
+    """Return what a training has left, best first, in terms that are the same for every host."""
     with CheckpointManager(directory, policy) as manager:
         ranked = [record.name for record in manager.policy.best_first(manager.session.manifest.history)]
         return [

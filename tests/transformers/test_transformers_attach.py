@@ -59,7 +59,7 @@ def test_a_signal_saves_at_the_step_stops_and_goes_on_to_who_had_it(tmp_path: Pa
         records(tmp_path / "run")["checkpoint-6"].kind,
         records(tmp_path / "run")["checkpoint-6"].reason,
     )
-    assert "checkpoint-4" == os.readlink(tmp_path / "run/last")
+    assert "checkpoint-6" == os.readlink(tmp_path / "run/last")
     resumed = make_trainer(tmp_path / "run", POLICY, attached=True)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights_of(unbroken), weights_of(resumed))
@@ -227,9 +227,9 @@ def test_an_exception_goes_on_unchanged_and_leaves_a_rescue_if_the_state_is_one(
         assert "rescue: ZeroDivisionError: the training breaks" == records(tmp_path)["checkpoint-6"].reason
         assert str(tmp_path / "checkpoint-6") == last_valid_checkpoint(tmp_path)
         return
-    words = "the weights were changing" if where == "stepping" else "it was a save that failed"
+    why = "the weights were changing" if where == "stepping" else "a save failed"
     failure = ZeroDivisionError if where == "stepping" else RuntimeError
-    with pytest.raises(failure), pytest.warns(CheckpointerWarning, match=words):
+    with pytest.raises(failure), pytest.warns(CheckpointerWarning, match=why):
         trainer.train()
     assert ["checkpoint-4"] == list(records(tmp_path))
     assert ["checkpoint-4", "last"] == folders(tmp_path)

@@ -45,7 +45,7 @@ def test_a_half_written_adapter_is_moved_aside(tmp_path: Path) -> None:
     """One without a record, from a Trainer without us."""
     make_trainer(tmp_path, None, model=adapted(), save_strategy="steps", save_steps=5).train()
     (tmp_path / "checkpoint-10/adapter_model.safetensors").unlink()
-    with pytest.warns(CheckpointerWarning, match="checkpoint-10 is no whole checkpoint: it has no weights"):
+    with pytest.warns(CheckpointerWarning, match="checkpoint-10 is not a whole checkpoint: it has no weights"):
         make_trainer(tmp_path, POLICY, model=adapted())
     assert ["checkpoint-5", "incomplete-checkpoint-10"] == folders(tmp_path)
     assert {} == records(tmp_path)

@@ -94,7 +94,7 @@ def test_time_counts_on_the_manager_s_clock(tmp_path: Path) -> None:
 
 
 def test_a_save_that_another_callback_asks_for_is_the_policy_s_to_decide(tmp_path: Path) -> None:
-    """One that comes before ours is heard; what no rule keeps is not written."""
+    """The policy decides on one that comes before ours; what no rule keeps is not written."""
 
     class Asks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -108,8 +108,8 @@ def test_a_save_that_another_callback_asks_for_is_the_policy_s_to_decide(tmp_pat
     assert "another callback asked" in records(tmp_path / "3")["checkpoint-2"].reason
 
 
-def test_what_a_later_callback_lets_the_trainer_write_is_adopted_or_told_of(tmp_path: Path) -> None:
-    """The Trainer has written before we hear of it."""
+def test_what_a_later_callback_lets_the_trainer_write_is_adopted_or_warned_of(tmp_path: Path) -> None:
+    """The Trainer has written before the callback is called."""
 
     class Asks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -258,7 +258,7 @@ def test_the_best_is_true_in_memory_and_in_the_checkpoint_and_is_loaded(tmp_path
 
 
 def test_the_records_say_which_is_best_whatever_the_trainer_s_account_says(tmp_path: Path) -> None:
-    """Somebody's edit of ``trainer_state.json`` does not change the ranking, and a moved folder is no matter."""
+    """An edited ``trainer_state.json`` does not change the ranking, nor does a moved folder."""
     policy = Policy(EverySteps(5), [BEST, KeepLast(1)], best="link")
     make_trainer(tmp_path / "a", policy, scores={5: 0.9, 10: 0.1}, callbacks=[Breaks(9)], eval_steps=5)
     trainer = make_trainer(tmp_path / "a", policy, scores={5: 0.9, 10: 0.1})
@@ -294,7 +294,7 @@ def attrs_no_rescue(policy: Policy) -> Policy:
     return Policy(policy.when, policy.keep, last=policy.last, rescue=False)
 
 
-def test_a_run_that_goes_back_leaves_what_it_abandons_where_nobody_resumes_from_it(tmp_path: Path) -> None:
+def test_a_run_that_goes_back_leaves_what_it_abandons_where_a_trainer_does_not_resume_from_it(tmp_path: Path) -> None:
     """The Trainer would take the highest number; it is renamed, with its record, and not deleted."""
     policy = Policy(EverySteps(2), [KeepLast(2)])
     make_trainer(tmp_path, policy).train()
@@ -347,7 +347,7 @@ def test_a_half_written_checkpoint_is_moved_aside_and_never_deleted(tmp_path: Pa
                 (broken / name).unlink()
             else:
                 os.truncate(broken / name, int((broken / name).stat().st_size * cut))
-            with pytest.warns(CheckpointerWarning, match="checkpoint-20 is no whole checkpoint"):
+            with pytest.warns(CheckpointerWarning, match="checkpoint-20 is not a whole checkpoint"):
                 make_trainer(tmp_path, EACH)
             assert not broken.exists()
     aside = [name for name in folders(tmp_path) if name.startswith("incomplete-checkpoint-20")]
@@ -359,7 +359,7 @@ def test_a_half_written_checkpoint_is_moved_aside_and_never_deleted(tmp_path: Pa
 
 
 class Dies(TrainerCallback):
-    """Ends the process once the Trainer has written its checkpoint of a step, before the callback hears of it."""
+    """Ends the process once the Trainer has written its checkpoint of a step, before the callback is called."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -420,7 +420,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, policy)
     said = [str(warning.message) for warning in warned]
     assert ["checkpoint-10", "checkpoint-6"] == [
-        words.partition(" is no whole")[0].rpartition("/")[2] for words in said
+        text.partition(" is not a whole")[0].rpartition("/")[2] for text in said
     ]
     assert ["checkpoint-8", "damaged-checkpoint-10"] == folders(tmp_path)
     trainer.train(resume_from_checkpoint=True)
@@ -440,7 +440,7 @@ def test_none_valid_is_an_error_and_nothing_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "policy", "words"),
+    ("changes", "policy", "text"),
     [
         ({"save_strategy": "steps"}, EACH, "set save_strategy='no'"),
         ({"save_total_limit": 3}, EACH, "save_total_limit=3: leave it out"),
@@ -455,11 +455,11 @@ def test_none_valid_is_an_error_and_nothing_is_none(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_arguments_that_would_fight_are_refused_with_the_change(
-    tmp_path: Path, changes: dict[str, Any], policy: Policy, words: str
+def test_arguments_that_contradict_the_policy_are_refused_with_the_change(
+    tmp_path: Path, changes: dict[str, Any], policy: Policy, text: str
 ) -> None:
     """When the Trainer is made, before anything is written."""
-    with pytest.raises(PolicyError, match=words):
+    with pytest.raises(PolicyError, match=text):
         make_trainer(tmp_path, policy, **changes)
 
 

@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(went: dict[str, Any]) -> None:
     if not went["attached"]:
         pytest.skip("takes attach()")
     assert [-signal.SIGTERM] * 2 == [rank["status"] for rank in went["signal"]["ranks"]]
-    # A step that the policy saves anyway needs no rescue; which one it is depends on when the ranks talk.
+    # A step that the policy saves anyway needs no rescue; which one it is depends on when the ranks communicate.
     step, kind = max((step, kind) for kind, step in went["signal"]["records"].values())
     assert 4 < step < 10
     assert ("regular" if step % 3 == 0 else "rescue") == kind

@@ -1,0 +1,233 @@
+"""Rank 0's part of a training: it decides, commits, and writes the claim."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+
+from checkpointer import CheckpointManager, Decision, Observation, Policy, Progress, Save, Skip
+from checkpointer.policy.decide import decide_rescue
+from checkpointer.policy.swapped_weights import marked
+from checkpointer.ports import Clock, SupportsSweep
+from checkpointer.storage import open_storage
+from checkpointer.storage.owner import new_owner, release
+from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
+from checkpointer_transformers.lock import Claim
+from checkpointer_transformers.trainer_state import (
+    epoch_of,
+    finished_epochs,
+    logged_at,
+    owes_evaluation,
+    saved_state,
+    write_state,
+)
+
+__all__ = ["Leader", "staging_parent"]
+
+
+class Leader:
+    """Rank 0's manager, and the claim in its folder; ``write`` lets every rank write to a staged path."""
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy,
+        *,
+        output_dir: str,
+        num_ranks: int,
+        write: Callable[[str], None],
+        clock: Clock,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._output_dir, self._num_ranks = folder, output_dir, num_ranks
+        self._write, self._clock = write, clock
+        self._is_closed = False
+        self._owner = new_owner()
+        self._storage = open_storage(folder, self._owner)
+        try:
+            self.manager = CheckpointManager(folder, policy, save=self._save, clock=clock, **options)
+        except BaseException:
+            self._release()
+            raise
+        self._state: Any = None
+        """The Trainer's state at a commit."""
+        self._owes_evaluation = False
+        """Whether a resume from the checkpoint that is being committed has to run the evaluation of its step."""
+        self._final: Save
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """Release the folder, and wait as `CheckpointManager.close` does. A second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.manager.close(timeout=timeout)
+            self._release()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _release(self) -> None:
+        if isinstance(self._storage, SupportsSweep):
+            self._storage.close()
+        release(self._owner)
+
+    # Resuming
+
+    def resume(self, state: Any, again: Mapping[str, Any]) -> Skip:
+        """Go on with the run that the Trainer resumed, or with one that begins ``again``."""
+        step, claim = state.global_step, Claim.of(self._storage)
+        is_claimed = claim.writing == f"checkpoint-{step}"
+        if step:
+            saved = saved_state(state) or (claim.state if is_claimed else {})
+        else:
+            since = attrs.asdict(Progress(time=self._clock.time()))
+            saved = {**again, "step": 0, "since": since, "owed": ""} if again else {}
+        if saved:
+            self.manager.session.load_state_dict(saved, source=self._chosen(step, saved))
+            if is_claimed and claim.state.get("run") == saved.get("run"):
+                self._acknowledge(state, claim)
+        self._claim()
+        return Skip(reason="the training begins")
+
+    def _chosen(self, step: int, saved: Mapping[str, Any]) -> str:
+        """Return the name of the checkpoint that was resumed from, if a person chose it: if its run has a newer one."""
+        records = self.manager.session.manifest
+        record = records.by_name.get(f"checkpoint-{step}")
+        if record is None or record.run != saved.get("run"):
+            return ""
+        is_newest = all(other.step <= step for other in records.records if other.run == record.run)
+        return "" if is_newest else record.name
+
+    def _acknowledge(self, state: Any, claim: Claim) -> None:
+        """Commit the checkpoint that was resumed from, if its process was killed before it had a record."""
+        name, path = claim.writing, self._folder / claim.writing
+        if name in self.manager.session.manifest.by_name or not path.is_dir():
+            return
+        if problem_of(path, ranks=claim.ranks) is not None:
+            return
+        now = Observation(
+            metrics=logged_at(state, state.global_step),
+            step=state.global_step,
+            epoch=epoch_of(state),
+            epoch_end=finished_epochs(state) > epoch_of(state),
+            time=self._clock.time(),
+        )
+        decision = self._decide(now, "its process was killed before the record was written")
+        if isinstance(decision, Save):
+            self._state, self._owes_evaluation, self._final = state, owes_evaluation(state), _named(decision, name)
+            self._adopt()
+
+    def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
+        Claim(owner=self._owner, writing=writing, ranks=self._num_ranks, state=dict(state)).put(self._storage)
+
+    # Deciding
+
+    def _decide(self, now: Observation, due: str) -> Decision:
+        return self.manager.session.decide(now.metrics, now.step, now.epoch, epoch_end=now.epoch_end, due=due)
+
+    def report(self, now: Observation, due: str) -> Decision:
+        """Decide, and prepare the folder for a `Save`."""
+        decision = self._decide(now, due)
+        if not isinstance(decision, Save):
+            return decision
+        promoted = self._promote(decision)
+        return self._prepare(decision) if promoted is None else promoted
+
+    def report_written(self, now: Observation, due: str) -> Decision:
+        """Decide on a checkpoint that the Trainer has written, although the policy did not ask for it."""
+        name = f"checkpoint-{now.step}"
+        if name in self.manager.session.manifest.by_name:
+            return Skip(reason=f"{name} is saved already, and was written over")
+        decision = self._decide(now, due)
+        return _named(decision, name) if isinstance(decision, Save) else decision
+
+    def rescue(self, now: Observation, reason: str) -> Decision:
+        """Decide on a rescue of this step, unless it is saved already."""
+        manifest = self.manager.session.manifest
+        saved = manifest.at_step(now.step)
+        if saved is not None:
+            return Skip(reason=f"step {now.step} is saved already as {saved.name}")
+        return self._prepare(decide_rescue(self.manager.policy, now, manifest, reason))
+
+    def _prepare(self, decision: Save) -> Save:
+        """Free the name that the Trainer will write to, and claim it.
+
+        A checkpoint beyond this step is another run's, or abandoned, and the Trainer would resume from it.
+        """
+        step, session = decision.observation.step, self.manager.session
+        for other in checkpoints_of(self._folder):
+            if (step_of(other) or 0) >= step:
+                session.make_way(other)
+        self._claim(f"checkpoint-{step}", session.state_dict(decision))
+        return _named(decision, f"checkpoint-{step}")
+
+    def _promote(self, decision: Save) -> Skip | None:
+        """Let the rescue of this step count as the regular checkpoint that a rule wants now, without writing it again.
+
+        This happens if a resume runs an evaluation that a signal had left out, for example. A second write would
+        first take the name from a committed checkpoint.
+        """
+        session, now = self.manager.session, decision.observation
+        rescued = next((r for r in session.manifest.live if r.kind == "rescue" and r.step == now.step), None)
+        if rescued is None:
+            return None
+        merged = attrs.evolve(now, metrics={**rescued.metrics, **now.metrics})
+        retire = tuple(name for name in decision.retire if name != rescued.name)
+        regular = attrs.evolve(_named(decision, rescued.name), observation=merged, retire=retire)
+        session.commit(regular, self._folder / rescued.name)
+        return Skip(reason=f"{rescued.name} was a rescue; {decision.reason}", due=True)
+
+    # Committing
+
+    def commit(
+        self, decision: Save, now: Observation, due: str, *, state: Any, optimizer: Any, is_written: bool, owes: bool
+    ) -> Decision:
+        """Carry out a decision, with what was measured since."""
+        self._state, self._owes_evaluation = state, owes
+        self._final = marked(self._completed(decision, now, due), [optimizer])
+        return self._adopt() if is_written else self.manager.session.commit(self._final)
+
+    def _completed(self, decision: Save, now: Observation, due: str) -> Save:
+        before = decision.observation
+        if decision.kind == "rescue" or before.metrics.keys() == now.metrics.keys():
+            return decision
+        again = self._decide(now, due)
+        if isinstance(again, Save):
+            return _named(again, decision.name)
+        return attrs.evolve(decision, observation=attrs.evolve(before, metrics={**before.metrics, **now.metrics}))
+
+    def _adopt(self) -> Decision:
+        """Commit what the Trainer has written under its final name."""
+        path = self._folder / self._final.name
+        self._write_state(path)
+        done = self.manager.session.commit(self._final, path)
+        self._claim()
+        return done
+
+    def _save(self, path: str) -> None:
+        """Let every rank write to a staged path; the manager calls this."""
+        self._write(path)
+        # The Trainer has written a folder of the final name into this one, and every rank has finished.
+        parent = staging_parent(path)
+        os.rename(os.path.join(parent, self._final.name), path)
+        os.rmdir(parent)
+        self._write_state(Path(path))
+
+    def _write_state(self, path: Path) -> None:
+        owes, output_dir = self._owes_evaluation, self._output_dir
+        write_state(self._state, path, self.manager, self._final, output_dir=output_dir, owes=owes)
+
+
+def _named(decision: Save, name: str) -> Save:
+    return attrs.evolve(decision, name=name, replaces=False)
+
+
+def staging_parent(path: str) -> str:
+    """Return the folder in which the Trainer stages the checkpoint that belongs at ``path``."""
+    return f"{path}-in"

@@ -1,0 +1,166 @@
+"""The state of a training of several processes: all ranks take, write and read it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from checkpointer.distributed.shard_writer import NumberedCopy, ShardWriter
+from checkpointer.distributed.team import Team
+from checkpointer.errors import PolicyError
+from checkpointer.formats import open_format
+from checkpointer.ports import FolderFormat, Format, Mailbox, Ranks, SupportsMailbox
+from checkpointer.save.background import Busy, copies_of
+
+if TYPE_CHECKING:
+    from checkpointer.formats.dcp_folder import DcpFormat
+
+__all__ = ["StateIO"]
+
+
+class StateIO:
+    """Takes, writes and reads a state on all ranks, when rank 0's manager asks for it.
+
+    If a checkpoint is a folder, this is the format of rank 0's manager. If it is a file, rank 0 writes it alone.
+
+    Args:
+        ranks: The processes.
+        state: Returns this rank's state.
+        format: As for `CheckpointManager`.
+        storage_options: As for `CheckpointManager`.
+        background: As for `CheckpointManager`.
+
+    Raises:
+        PolicyError: If these ranks, or this format, cannot write in the background.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        state: Callable[[], Any] | None,
+        format: str | Format | FolderFormat,
+        *,
+        storage_options: Mapping[str, Any] | None,
+        background: Busy | None,
+    ) -> None:
+        self._ranks, self._state = ranks, state
+        self.team = Team(ranks, {"take": self._take, "write": self._write, "read": self._read, "copy": self._copy})
+        self._num_copies = 0
+        self._taken: Any = None
+        self.loaded: Any = None
+        """What this rank has read."""
+        self.writer: ShardWriter | None = None
+        if format == "dcp":
+            template = None if state is None else lambda: self._taken
+            self.payload: Any = _dcp(getattr(ranks, "group", None), template, storage_options)
+        else:
+            self.payload = open_format(format, storage_options)
+        self.is_folder = isinstance(self.payload, FolderFormat)
+        if background is not None and self.is_folder:
+            self.writer = _open_writer(ranks, format, storage_options, copies_of(background))
+
+    @property
+    def format(self) -> Any:
+        """The format of rank 0's manager."""
+        return self if self.is_folder else self.payload
+
+    def capture(self) -> Any:
+        """Let all ranks take their states, and return rank 0's. For rank 0's manager, as are the methods below."""
+        self.team.call("take")
+        return self._taken
+
+    def forget(self) -> None:
+        """Release what was taken and read."""
+        self._taken = self.loaded = None
+
+    # The ports FolderFormat, SupportsSnapshots and Snapshotting, on rank 0
+
+    @property
+    def name(self) -> str:
+        """See `FolderFormat.name`."""
+        return str(self.payload.name)
+
+    @property
+    def extension(self) -> str:
+        """See `FolderFormat.extension`."""
+        return str(self.payload.extension)
+
+    def write_folder(self, state: Any, path: str) -> None:
+        """See `FolderFormat.write_folder`."""
+        if isinstance(state, NumberedCopy):
+            state.writer.write(state.number, path)
+        else:
+            self.team.call("write", path)
+
+    def read_folder(self, path: str, **options: Any) -> Any:
+        """See `FolderFormat.read_folder`."""
+        if self._state is not None:
+            self.team.call("take")
+        self.team.call("read", path, options)
+        return self.loaded
+
+    def refused(self, state: Any) -> Mapping[str, str]:
+        """See `FolderFormat.refused`."""
+        here = state.writer.state(state.number) if isinstance(state, NumberedCopy) else state
+        refused: Mapping[str, str] = self.payload.refused(here)
+        return refused
+
+    def snapshots(self, copies: int) -> StateIO:
+        """See `SupportsSnapshots.snapshots`."""
+        return self
+
+    def take(self, state: Any) -> NumberedCopy:
+        """See `Snapshotting.take`: all ranks copy their parts under one number."""
+        assert self.writer is not None, "the manager saves in the background"
+        self._num_copies += 1
+        copy = NumberedCopy(self._num_copies, self.writer)
+        try:
+            self.team.call("copy", copy.number)
+        except BaseException:
+            copy.release()
+            raise
+        return copy
+
+    # What all ranks are called for
+
+    def _take(self) -> None:
+        assert self._state is not None, "rank 0 has one"
+        self._taken = self._state()
+        if self._ranks.rank and not self.is_folder:
+            self._taken = None  # Rank 0 writes its own.
+
+    def _write(self, path: str) -> None:
+        self.payload.write_folder(self._taken, path)
+
+    def _read(self, path: str, options: Mapping[str, Any]) -> None:
+        self.loaded = self.payload.read_folder(path, **options)
+
+    def _copy(self, number: int) -> None:
+        assert self.writer is not None, "the manager saves in the background"
+        self.writer.copy(number, self._taken)
+
+
+def _open_writer(ranks: Ranks, format: object, storage_options: Mapping[str, Any] | None, copies: int) -> ShardWriter:
+    if format != "dcp":
+        msg = (
+            f"format is a {type(format).__name__} that all ranks write, and background= works with format='dcp' "
+            "alone: the process group of another format is not known; leave background= out, or pass 'dcp'"
+        )
+        raise PolicyError(msg)
+    mailbox: Mailbox | None = None
+    if ranks.size > 1:
+        if not isinstance(ranks, SupportsMailbox):
+            msg = (
+                f"background= with format='dcp' needs ranks whose threads can work together, as TorchRanks do, and "
+                f"{type(ranks).__name__} has no mailbox(); leave background= out"
+            )
+            raise PolicyError(msg)
+        mailbox = ranks.mailbox()
+    payload = _dcp(None if mailbox is None else mailbox.group, None, storage_options)
+    return ShardWriter(ranks.rank, mailbox, payload, payload.snapshots(copies), copies)
+
+
+def _dcp(group: Any, template: Callable[[], Any] | None, storage_options: Mapping[str, Any] | None) -> DcpFormat:
+    from checkpointer.formats.dcp_folder import DcpFormat
+
+    return DcpFormat(group, template, storage_options)
