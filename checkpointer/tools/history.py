@@ -16,7 +16,7 @@ from checkpointer.errors import ObservationError
 from checkpointer.policy.yaml_codec import suggest
 from checkpointer.records.record import Observation, Record
 
-__all__ = ["History", "history_of", "read_history"]
+__all__ = ["History", "hichart_from", "read_history"]
 
 MAX_BYTES: Final = 1 << 28
 """A file of metrics larger than this (bytes) is refused."""
@@ -45,11 +45,11 @@ class History:
         return tuple(dict.fromkeys(name for now in self.observations for name in now.metrics))
 
 
-def history_of(records: Sequence[Record]) -> History:
+def hichart_from(records: Sequence[Record]) -> History:
     """Return the history that an old run's records tell: a report at each checkpoint that is still there.
 
     Example:
-        >>> history_of([]).observations
+        >>> hichart_from([]).observations
         ()
     """
     observations = [

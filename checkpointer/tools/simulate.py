@@ -14,7 +14,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.tools.history import History
 
-__all__ = ["Life", "Moment", "Timeline", "simulate"]
+__all__ = ["SimulatedCheckpoint", "Moment", "Timeline", "simulate"]
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +38,7 @@ class Moment:
 
 
 @attrs.frozen(kw_only=True)
-class Life:
+class SimulatedCheckpoint:
     """One checkpoint from its save to its end."""
 
     record: Record
@@ -52,7 +52,7 @@ class Timeline:
 
     policy: Policy
     moments: tuple[Moment, ...]
-    lives: tuple[Life, ...]
+    checkpoints: tuple[SimulatedCheckpoint, ...]
     """Every checkpoint there ever was, in the order of their saves."""
     manifest: Manifest
     """The records at the end."""
@@ -73,7 +73,7 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
 
     Args:
         policy: The policy to try.
-        history: Observations in order, from `checkpointer.tools.history.read_history` or ``history_of``.
+        history: Observations in order, from `checkpointer.tools.history.read_history` or ``hichart_from``.
         size: Bytes of a checkpoint where the history does not know.
 
     Raises:
@@ -93,8 +93,10 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
     _check_told(policy.when, history)
     play = _Play(policy, history, size)
     moments = tuple(map(play.observe, history.observations))
-    lives = tuple(Life(record=record, retired_at=play.retired.get(token)) for token, record in play.born.items())
-    return Timeline(policy=policy, moments=moments, lives=lives, manifest=play.manifest)
+    checkpoints = tuple(
+        SimulatedCheckpoint(record=record, retired_at=play.retired.get(token)) for token, record in play.born.items()
+    )
+    return Timeline(policy=policy, moments=moments, checkpoints=checkpoints, manifest=play.manifest)
 
 
 def _check_told(trigger: Trigger, history: History) -> None:

@@ -30,7 +30,7 @@ from checkpointer import (
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Save
 from checkpointer.testing import FakeClock
-from checkpointer.tools.history import History, history_of, read_history
+from checkpointer.tools.history import History, hichart_from, read_history
 from checkpointer.tools.simulate import simulate
 
 BEST = KeepBest(2, "loss", mode="min")
@@ -130,7 +130,7 @@ def test_what_would_be_lost_is_counted_up_to_the_moment_before_the_save() -> Non
 def test_each_checkpoint_has_a_life() -> None:
     """From its save to its end."""
     timeline = simulate(Policy(EverySteps(10), [KeepLast(1)]), history(1, 1, 1))
-    assert [(10, 20), (20, 30), (30, None)] == [(life.record.step, life.retired_at) for life in timeline.lives]
+    assert [(10, 20), (20, 30), (30, None)] == [(one.record.step, one.retired_at) for one in timeline.checkpoints]
 
 
 # Reading metrics
@@ -236,9 +236,9 @@ def test_an_old_run_is_played_from_its_records(tmp_path: Path) -> None:
     assert (folder / "epoch=1-step=20.ckpt").stat().st_size == data["peak_bytes"]
 
 
-def test_a_history_of_no_records_is_empty() -> None:
+def test_a_hichart_from_no_records_is_empty() -> None:
     """And plays to nothing."""
-    timeline = simulate(Policy(EverySteps(1), [KeepAll()]), history_of([]))
+    timeline = simulate(Policy(EverySteps(1), [KeepAll()]), hichart_from([]))
     assert ((), None, 0) == (timeline.moments, timeline.most_lost, timeline.peak_bytes)
 
 

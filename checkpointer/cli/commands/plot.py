@@ -14,7 +14,7 @@ from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.policy.ranking import Metric
 from checkpointer.policy.yaml_codec import suggest
-from checkpointer.tools.chart.data import Chart, story_of_records, story_of_timeline
+from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.png import plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.query import metric_names
@@ -49,13 +49,13 @@ def plot_command(
     Of a directory it shows what is there; of a file of metrics, what --policy would have made of it.
     """
     options.check_out(out, key_env, key_file)
-    story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
+    chart = chart_from(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
     options.check_extension(out, ".png")
-    plot(story, out)
+    plot(chart, out)
     output.print_line(out)
 
 
-def story_of(
+def chart_from(
     source: str,
     policy: str | None,
     by: str | None,
@@ -73,7 +73,7 @@ def story_of(
             msg = f"{source} is a file of metrics: pass --policy FILE, to see what it would have made of them"
             raise PolicyError(msg)
         history = read_history(Path(source).read_bytes(), source)
-        return story_of_timeline(Path(source).name, simulate(chosen, history, size=as_bytes(size)), history)
+        return chart_of_timeline(Path(source).name, simulate(chosen, history, size=as_bytes(size)), history)
     if (by is None) != (mode is None):
         msg = "--by and --mode belong together: --by val_loss --mode min"
         raise PolicyError(msg)
@@ -84,7 +84,7 @@ def story_of(
         msg = f"no checkpoint of the run has the metric {by!r}{suggest(by, names)}"
         raise PolicyError(msg)
     output.say_damaged(catalog)
-    return story_of_records(
+    return chart_of_records(
         catalog.place,
         manifest,
         policy=chosen,

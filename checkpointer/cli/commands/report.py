@@ -8,7 +8,7 @@ import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.commands.best import By, WhichMode
-from checkpointer.cli.commands.plot import Metrics, Source, story_of
+from checkpointer.cli.commands.plot import Metrics, Source, chart_from
 from checkpointer.cli.commands.simulate import Size
 from checkpointer.tools.chart.html import report
 
@@ -28,7 +28,7 @@ def report_command(
 ) -> None:
     """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark."""
     options.check_out(out, key_env, key_file)
-    story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
+    chart = chart_from(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
     options.check_extension(out, ".html", ".htm")
-    report(story, out)
+    report(chart, out)
     output.print_line(out)

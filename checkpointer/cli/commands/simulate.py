@@ -14,7 +14,7 @@ from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Save, Skip
-from checkpointer.tools.history import History, history_of, read_history
+from checkpointer.tools.history import History, hichart_from, read_history
 from checkpointer.tools.simulate import Moment, Timeline, simulate
 
 PolicyFile = Annotated[
@@ -62,7 +62,7 @@ def read_source(source: str, run: str | None, storage_options: str | None) -> Hi
         return read_history(sys.stdin.buffer.read(), "stdin")
     if os.path.isfile(source):
         return read_history(Path(source).read_bytes(), source)
-    return history_of(options.look(source, storage_options).manifest(run).own)
+    return hichart_from(options.look(source, storage_options).manifest(run).own)
 
 
 def as_bytes(text: str) -> int:
@@ -99,7 +99,7 @@ def as_data(timeline: Timeline) -> dict[str, Any]:
             for moment in timeline.moments
         ],
         "kept": [record.to_dict() for record in timeline.manifest.records],
-        "saved": len(timeline.lives),
+        "saved": len(timeline.checkpoints),
         "peak_bytes": timeline.peak_bytes,
         "most_lost": None if worst is None else {"step": worst.observation.step, "lost_steps": worst.lost_steps},
     }
@@ -138,8 +138,8 @@ def _what(moment: Moment) -> list[str]:
 
 
 def _summary(timeline: Timeline) -> list[str]:
-    saves = len(timeline.lives)
-    retired = sum(life.retired_at is not None for life in timeline.lives)
+    saves = len(timeline.checkpoints)
+    retired = sum(one.retired_at is not None for one in timeline.checkpoints)
     lines = [
         f"{len(timeline.moments)} observations: {saves} saved, {retired} retired, {saves - retired} kept; "
         f"at most {size_text(timeline.peak_bytes)} on disk"

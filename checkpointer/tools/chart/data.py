@@ -1,4 +1,4 @@
-"""What there is to see of a run: each checkpoint's life, the metric, the bytes on disk. Pure; the pictures draw it."""
+"""What there is to see of a run: each checkpoint from save to end, the metric, the bytes on disk. Pure; the pictures draw it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
-from checkpointer.tools.simulate import Life, Timeline
+from checkpointer.tools.simulate import SimulatedCheckpoint, Timeline
 
-__all__ = ["Chart", "ChartItem", "story_of_records", "story_of_timeline"]
+__all__ = ["Chart", "ChartItem", "chart_of_records", "chart_of_timeline"]
 
 Fate = Literal["kept", "retired", "abandoned"]
 
@@ -57,7 +57,7 @@ class Chart:
     """``"min"``, ``"max"``, or empty if nobody said."""
     line: tuple[tuple[int, float], ...]
     """The metric at each step at which it was measured, finite values only."""
-    scenes: tuple[ChartItem, ...]
+    items: tuple[ChartItem, ...]
     """Every checkpoint, in the order of their saves."""
     disk: tuple[tuple[int, int], ...]
     """Bytes on disk from each step on."""
@@ -69,12 +69,12 @@ class Chart:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinities as text."""
         data = attrs.asdict(self, recurse=True)
-        for scene in data["scenes"]:
-            scene["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in scene["metrics"].items()}
+        for item in data["items"]:
+            item["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in item["metrics"].items()}
         return data
 
 
-def story_of_records(
+def chart_of_records(
     title: str,
     manifest: Manifest,
     *,
@@ -83,7 +83,7 @@ def story_of_records(
     aliases: Mapping[str, str] | None = None,
     history: History | None = None,
 ) -> Chart:
-    """Return the story that the records of a directory tell: of what is still there.
+    """Return the chart that the records of a directory tell: of what is still there.
 
     Args:
         title: What to call it.
@@ -95,7 +95,7 @@ def story_of_records(
 
     Example:
         >>> from checkpointer import Manifest
-        >>> story_of_records("empty", Manifest()).scenes
+        >>> chart_of_records("empty", Manifest()).items
         ()
     """
     if metric is None and policy is not None:
@@ -104,7 +104,7 @@ def story_of_records(
     name = metric.name if metric else next(iter(names), "")
     best = next(iter(metric.ranked(manifest.history)), None) if metric else None
     reasons = explain(policy, manifest) if policy else {}
-    scenes = tuple(
+    items = tuple(
         ChartItem(
             **_facts(record),
             fate="kept" if manifest.counts(record) else "abandoned",
@@ -116,26 +116,26 @@ def story_of_records(
         for record in manifest.own
     )
     gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
-    subtitle = str(policy) if policy else f"{len(scenes)} checkpoints"
+    subtitle = str(policy) if policy else f"{len(items)} checkpoints"
     if gone > 0:
         subtitle += f"; {gone} more were retired, or are of what was copied or adopted apart"
     line = _line(history, name) if history else _line_of(manifest.history, name)
-    steps = [*(step for step, _ in line), *(scene.step for scene in scenes)]
+    steps = [*(step for step, _ in line), *(item.step for item in items)]
     return Chart(
         title=title,
         subtitle=subtitle,
         metric=name,
         mode=metric.mode if metric else "",
         line=line,
-        scenes=tuple(attrs.evolve(scene, end=max(steps)) for scene in scenes),
-        disk=_disk(scenes),
+        items=tuple(attrs.evolve(item, end=max(steps)) for item in items),
+        disk=_disk(items),
         first_step=min(steps, default=0),
         last_step=max(steps, default=1),
     )
 
 
-def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
-    r"""Return the story of a simulation: of all that would have been saved, and what became of it.
+def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
+    r"""Return the chart of a simulation: of all that would have been saved, and what became of it.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -143,7 +143,7 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         >>> from checkpointer.tools.simulate import simulate
         >>> history = read_history(b"step,loss\n10,0.5\n20,0.4\n", "metrics.csv")
         >>> timeline = simulate(Policy(EverySteps(10), [KeepLast(1)]), history)
-        >>> [(scene.step, scene.fate, scene.end) for scene in story_of_timeline("try", timeline, history).scenes]
+        >>> [(item.step, item.fate, item.end) for item in chart_of_timeline("try", timeline, history).items]
         [(10, 'retired', 20), (20, 'kept', 20)]
     """
     policy, manifest = timeline.policy, timeline.manifest
@@ -152,7 +152,7 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
     best = policy.best_of(manifest.history)
     newest = manifest.newest
     name = policy.ranking.name if policy.ranking else next(iter(history.metrics), "")
-    scenes = tuple(_scene(life, reasons, best, newest, policy, last) for life in timeline.lives)
+    items = tuple(_item(one, reasons, best, newest, policy, last) for one in timeline.checkpoints)
     worst = timeline.most_lost
     risk = f"; at most {worst.lost_steps} steps at risk" if worst else ""
     return Chart(
@@ -161,7 +161,7 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         metric=name,
         mode=policy.ranking.mode if policy.ranking else "",
         line=_line(history, name),
-        scenes=scenes,
+        items=items,
         disk=tuple((moment.observation.step, moment.bytes) for moment in timeline.moments),
         risk=tuple((moment.observation.step, moment.lost_steps) for moment in timeline.moments),
         first_step=history.observations[0].step if history.observations else 0,
@@ -175,21 +175,21 @@ def _facts(record: Record) -> dict[str, Any]:
     return fields | {"metrics": metrics}
 
 
-def _scene(
-    life: Life,
+def _item(
+    one: SimulatedCheckpoint,
     reasons: Mapping[str, Sequence[str]],
     best: Record | None,
     newest: Record | None,
     policy: Policy,
     last: int,
 ) -> ChartItem:
-    record, lives = life.record, life.retired_at is None
+    record, lives = one.record, one.retired_at is None
     aliases = [policy.name.last_file] if policy.last and lives and record is newest else []
     aliases += [policy.name.best_file] if policy.best and lives and record is best else []
     return ChartItem(
         **_facts(record),
         fate="kept" if lives else "retired",
-        end=last if life.retired_at is None else life.retired_at,
+        end=last if one.retired_at is None else one.retired_at,
         why="; ".join(reasons.get(record.name, ())) if lives else record.reason,
         is_best=lives and record is best,
         aliases=tuple(aliases),
@@ -207,9 +207,9 @@ def _line_of(records: Sequence[Record], name: str) -> tuple[tuple[int, float], .
     return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
 
 
-def _disk(scenes: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
+def _disk(items: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
     total, found = 0, []
-    for scene in scenes:
-        total += scene.size
-        found.append((scene.step, total))
+    for item in items:
+        total += item.size
+        found.append((item.step, total))
     return tuple(sorted(found))
