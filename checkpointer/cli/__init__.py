@@ -1,4 +1,4 @@
-"""The ``checkpointer`` command. It computes nothing: what it shows, the modules beside it return to anybody."""
+"""The ``checkpointer`` command. It computes nothing itself: `checkpointer.tools` has a function for each command."""
 
 from __future__ import annotations
 

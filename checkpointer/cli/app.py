@@ -63,7 +63,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else CANNOT
     except BrokenPipeError:
-        # Whoever read the output has enough of it; Python must not complain of that when it ends.
+        # The reader of the output has closed it: Python must not report that as an error when it ends.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -45,7 +45,7 @@ PolicyFile = Annotated[
 Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
 
 PATIENCE_S: Final = 30.0
-"""Seconds that a server may be away: a training waits for it, somebody at a terminal has a typo in the host's name."""
+"""Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
 
 
 class Mode(str, enum.Enum):
@@ -79,7 +79,7 @@ def _similar(path: Path) -> str:
 
 
 def parse_options(text: str | None) -> dict[str, Any]:
-    """Return storage options; what is in them is told to nobody."""
+    """Return storage options. Their values are never printed."""
     if text is None:
         return {}
     if text.startswith("@"):
@@ -91,7 +91,7 @@ def parse_options(text: str | None) -> dict[str, Any]:
     if isinstance(options, dict):
         return options
     # Not what was given: it holds credentials.
-    msg = '--storage-options is no JSON object; write \'{"key": "value"}\', or @FILE with such text in it'
+    msg = '--storage-options is not a JSON object; write \'{"key": "value"}\', or @FILE with such text in it'
     raise PolicyError(msg)
 
 

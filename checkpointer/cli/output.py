@@ -33,7 +33,7 @@ FOUND_BAD = 1
 
 
 def say(text: str) -> None:
-    """Say something that is no result."""
+    """Print to stderr what is not a result."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(one_line(text)))
 
 
@@ -101,7 +101,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Bar]:
-    """Show how many of so many bytes are done, on a terminal; yields what to tell of more."""
+    """Show how many of so many bytes are done, on a terminal; yields the function that counts more."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)

@@ -50,7 +50,7 @@ _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
 
 MAX_LIST: Final = 1_000_000
-MAX_TOLD: Final = 10
+MAX_PROBLEMS: Final = 10
 
 
 def _as_text(*parts: str) -> str:
@@ -99,14 +99,14 @@ class DcpFormat:
         self._template = template
         self._options = {key: value for key, value in (storage_options or {}).items() if key not in _STORAGE_ONLY}
         if group is None:
-            # That it is alone it was told. Not around each call: filters are not a thread's own.
+            # `no_dist` says already that it is alone. Not around each call, because filters are not a thread's own.
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is no dict, the process group is gone, or without one a tensor is a shard.
+            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard.
         """
         writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
         plain: dict[str, Any] = {}
@@ -115,7 +115,7 @@ class DcpFormat:
             plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
             if self._group is None:
                 _check_whole(plain)
-        except Exception as failure:  # Within DCP's own steps, which tell the other ranks.
+        except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
         with _as_they_are(SaveError):
             save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
@@ -134,7 +134,7 @@ class DcpFormat:
         reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
         reader.weights_only = weights_only
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
-        # Whatever fails on one rank has to fail within DCP's own steps, which tell the others.
+        # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only)
         try:
             with _as_they_are(RestoreError):
@@ -200,7 +200,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Portable:
-    """A writer whose folder can be moved: where it was staged is not told. Its errors reach the other ranks."""
+    """A writer whose folder can be moved: its staging path is not recorded. Its errors reach the other ranks."""
 
     save_id: str
 
@@ -261,7 +261,7 @@ class _Safe:
             with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
                 metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
         except FileNotFoundError as error:
-            msg = f"{self.path} has no {METADATA}, so it is no folder that torch.distributed.checkpoint wrote"
+            msg = f"{self.path} has no {METADATA}, so torch.distributed.checkpoint did not write this folder"
             self.error = CorruptError(msg)
             raise self.error from error
         except RestoreError as error:
@@ -305,14 +305,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         if known is None:
             msg = (
                 f"the metadata names {module}.{name}, which a safe load refuses to unpickle; "
-                "if you trust whoever wrote it, pass weights_only=False"
+                "if you trust its writer, pass weights_only=False"
             )
             raise UnsafePayloadError(msg)
         return known
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads into a template if it is what was saved, and what is no tensor as safely as a torch file is read."""
+    """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
     def __init__(self, *, weights_only: bool) -> None:
         super().__init__()
@@ -373,9 +373,9 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
         elif not holds(value.dtype, dtype):
             problems.append(f"{name} is {dtype} in the checkpoint, and {value.dtype} here cannot hold it")
     if problems:
-        more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
+        more = f" and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         msg = (
-            f"the checkpoint does not fit the state: {'; '.join(problems[:MAX_TOLD])}{more}. Return from "
+            f"the checkpoint does not fit the state: {'; '.join(problems[:MAX_PROBLEMS])}{more}. Return from "
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)

@@ -132,7 +132,7 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
 def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
     flat = read(name).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     size = flat.numel() * flat.element_size()
-    assert size == info.bytes, f"{name} is not what was told of it"
+    assert size == info.bytes, f"{name} has another size than was announced"
     if size:
         stream.write(memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr())))
 

@@ -146,7 +146,7 @@ class _Numbering(ABC):
         """Return the number of a storage's copy; one that many tensors share is copied once."""
         identity = storage._cdata
         if identity not in self._numbers:
-            self.sources[identity] = storage  # While it lives, no other has its address.
+            self.sources[identity] = storage  # While it exists, no other has its address.
             self._numbers[identity] = len(self.copies)
             self.copies.append(self._copy(storage))
         return self._numbers[identity]

@@ -66,7 +66,7 @@ class TorchFormat:
 
         Raises:
             UnsafePayloadError: If ``weights_only`` refuses something in it.
-            CorruptError: If it is no torch file.
+            CorruptError: If it is not a torch file.
         """
         start = stream.tell()
         return self._load(stream, stream, start, map_location=map_location, weights_only=weights_only)
@@ -90,10 +90,10 @@ class TorchFormat:
         except pickle.UnpicklingError as error:
             refused = _refusal(stream, start, error) if weights_only else ""
             if not refused:
-                msg = f"the payload is no torch file that can be read: {_reason(error)}"
+                msg = f"the payload is not a torch file that can be read: {_reason(error)}"
                 raise CorruptError(msg) from error
             msg = (
-                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust whoever "
+                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust "
                 "wrote it, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
             )
             raise UnsafePayloadError(msg) from error
@@ -104,7 +104,7 @@ class TorchFormat:
     def refused(self, state: Any) -> Mapping[str, str]:
         """See `Format.refused`: asks torch itself about every value that is neither a tensor nor plain data.
 
-        A refused key is told as ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
+        A refused key is named ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
 
         Raises:
             SaveError: If a tensor is a shard, whose other parts this process does not have.
@@ -137,7 +137,7 @@ class _Search:
             return
         before = len(self.found)
         if isinstance(value, _CONTAINERS):
-            if id(value) in self._visited:  # A cycle, or told under another path.
+            if id(value) in self._visited:  # A cycle, or named under another path.
                 if id(value) in self._open and isinstance(value, tuple):
                     self.found[path] = f"{class_name(value)} that holds itself"
                 return

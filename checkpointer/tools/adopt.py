@@ -20,14 +20,14 @@ from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records.record import ADOPTED, Contents, Record
-from checkpointer.tools.adoptable import COPIES, Units, find_units, words_of
+from checkpointer.tools.adoptable import COPIES, Units, find_units, parts_of
 from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.foreign import Said, read_file, read_folder
 
 __all__ = ["Adoption", "Found", "adopt", "find_foreign"]
 
 _NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
-"""Words that say nothing of whether a file is a copy."""
+"""Parts of a name that do not say whether a file is a copy."""
 
 
 @attrs.frozen(kw_only=True)
@@ -174,7 +174,7 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
         if item.writer != "torch.save":
             continue
         folder, _, file = item.name.rpartition("/")
-        kind = words_of(item.name) & COPIES
+        kind = parts_of(item.name) & COPIES
         if item.step is not None:
             groups[folder, kind, item.step].append(item)
         digits = tuple(re.findall(r"\d+", file.rpartition(".")[0]))
@@ -204,15 +204,15 @@ def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]
     last = [item for item in found if _is_called_last(item.name)]
     there |= {item.step: item.name for item in found if item not in last}
     for item in last:
-        twin = there.setdefault(item.step, item.name)
-        if twin != item.name:
-            copies[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
+        other = there.setdefault(item.step, item.name)
+        if other != item.name:
+            copies[item.name] = f"it is of the same step as {other}, so it is a copy that is called last"
     return copies
 
 
 def _is_called_last(name: str) -> bool:
-    words = words_of(name) - _NEUTRAL
-    return bool(words) and words <= COPIES - {"best"}
+    parts = parts_of(name) - _NEUTRAL
+    return bool(parts) and parts <= COPIES - {"best"}
 
 
 # Making records

@@ -11,12 +11,12 @@ import attrs
 
 from checkpointer.commit.index import HOME, directories_below
 
-__all__ = ["COPIES", "SUFFIXES", "Units", "find_units", "words_of"]
+__all__ = ["COPIES", "SUFFIXES", "Units", "find_units", "parts_of"]
 
 SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
 """Extensions of files that may be a checkpoint by themselves."""
 COPIES: Final = frozenset({"best", "last", "latest", "newest", "final", "current"})
-"""Words of file names that call a file a copy of another checkpoint."""
+"""Parts of file names that call a file a copy of another checkpoint."""
 _IN_FOLDERS: Final = (*SUFFIXES, ".bin", ".distcp", "/trainer_state.json")
 """What makes a folder one that may be a checkpoint."""
 _NAMED: Final = re.compile(
@@ -32,7 +32,7 @@ _STATE: Final = re.compile(
     r"(?:optim\w*|(?:lr_?)?sched\w*|scaler|random_states?\w*|rng\w*|criterion|counter|brain)"
     r"\.(?:bin|pt|pth|ckpt|pkl|safetensors)|CKPT\.yaml|trainer_state\.json|training_args\.bin"
 )
-_WORD: Final = re.compile(r"[A-Za-z]+")
+_LETTERS: Final = re.compile(r"[A-Za-z]+")
 
 
 @attrs.frozen(kw_only=True)
@@ -97,13 +97,13 @@ def _belongs(name: str, beside: Iterable[str]) -> str:
     with_it = [other for other in others if _EXPORTED.fullmatch(other)] if _EXPORT.fullmatch(name) else []
     if _STATE.fullmatch(name):
         with_it = others
-    elif not any(char.isdigit() for char in name) and not words_of(name) & COPIES:
+    elif not any(char.isdigit() for char in name) and not parts_of(name) & COPIES:
         with_it += [other for other in others if _STATE.fullmatch(other)]
     if not with_it:
         return ""
     return f"it belongs together with {with_it[0]} beside it; put what belongs together into a folder of its own"
 
 
-def words_of(name: str) -> frozenset[str]:
-    """Return the words of a file name without its extension, in lower case."""
-    return frozenset(word.lower() for word in _WORD.findall(name.rpartition("/")[2].rpartition(".")[0]))
+def parts_of(name: str) -> frozenset[str]:
+    """Return the runs of letters in a file name without its extension, in lower case."""
+    return frozenset(part.lower() for part in _LETTERS.findall(name.rpartition("/")[2].rpartition(".")[0]))

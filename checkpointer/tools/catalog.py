@@ -26,7 +26,7 @@ _ALIASES = f"{index.HOME}/aliases/"
 
 @attrs.frozen(kw_only=True)
 class Catalog:
-    """What a directory holds, as it was when somebody looked."""
+    """What a directory held when `look_at` read it."""
 
     place: str
     """The path or URL, without a password."""
@@ -36,7 +36,7 @@ class Catalog:
     missing: tuple[Record, ...] = ()
     """Records whose payload is gone, or has another size: they do not count."""
     aliases: Mapping[str, str]
-    """Each alias that is there, and the name of the checkpoint it stands for; empty if that cannot be told."""
+    """Each alias that is there, and the name of the checkpoint it stands for; empty if that is not known."""
     unfinished: tuple[Entry, ...] = ()
     """Records of writes and removals that were left half-way, or go on right now."""
     damaged: Mapping[str, RecordError] = attrs.field(factory=dict)
@@ -115,7 +115,7 @@ class Catalog:
         if refusal is not None:
             raise refusal
         if aliases.get(which) == "":
-            msg = f"{which} is an alias, and which checkpoint it stands for cannot be told here; name the checkpoint"
+            msg = f"{which} is an alias, and which checkpoint it stands for is not known here; name the checkpoint"
             raise NotFoundError(msg)
         if which == "best":
             msg = f"{self.place} has no best alias; pass a name ('checkpointer best' prints the best by a metric)"
@@ -192,7 +192,7 @@ def _aliases(
 
 
 def _target(storage: Storage, alias: str, listing: index.Listing, records: Sequence[Record]) -> str:
-    """Return the name of the checkpoint that an alias stands for; empty if that cannot be told without reading it."""
+    """Return the name of the checkpoint that an alias stands for; empty if only reading it would show that."""
     if isinstance(storage, SupportsPaths):
         return _local_target(storage, alias, records)
     there = listing.files.get(alias)

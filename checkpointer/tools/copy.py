@@ -126,8 +126,8 @@ def copy(
         owner: Id of this writer, from `checkpointer.storage.owner.new_owner`.
         records: Which checkpoints; None takes all.
         trust: The key of signed records, for both sides.
-        on_plan: Told what has to be done, before anything is.
-        on_bytes: Told how many bytes were read, each time some were.
+        on_plan: Called with the plan before anything is copied.
+        on_bytes: Called with the number of bytes after each read.
 
     Returns:
         What was done.

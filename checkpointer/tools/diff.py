@@ -18,7 +18,7 @@ _CHUNK: Final = 1 << 20
 """Elements that are compared at once, in double precision."""
 
 _UNKNOWN: Final = dict.fromkeys(("norm", "relative", "max", "cosine"), math.nan)
-"""How far tensors differ that are no numbers to torch, such as packed bits."""
+"""How far tensors differ whose values torch cannot subtract, such as packed bits."""
 
 Kind = Literal["same", "changed", "reshaped", "added", "removed"]
 
@@ -73,7 +73,7 @@ def diff(before: Tensors, after: Tensors, match: str = "") -> Iterator[Change]:
 
 
 def diff_values(before: Tensors, after: Tensors, match: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return what is no tensor and differs, before and after; None where it is not there.
+    """Return what differs and is not a tensor, before and after; None where it is not there.
 
     Example:
         >>> from checkpointer.formats.inspection.torch_file import TorchContents

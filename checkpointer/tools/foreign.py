@@ -53,7 +53,7 @@ def read_file(storage: Storage, name: str) -> Said:
     """Return what a file says of itself.
 
     Raises:
-        CorruptError: If it is no checkpoint.
+        CorruptError: If it is not a checkpoint.
     """
     with open_contents(storage, name) as contents:
         if "pytorch-lightning_version" in contents.others or "loops" in _tops(contents):
@@ -135,7 +135,7 @@ def _named_scores(contents: Tensors, place: str) -> Iterator[tuple[str, str, flo
                 found.append((common, monitor, path, score))
     furthest = max((common for common, *_ in found), default=0)
     nearest = [(monitor, path, score) for common, monitor, path, score in found if common == furthest]
-    # Two callbacks with a file of this name each, and nothing tells whose this one is.
+    # Two callbacks with a file of this name each, and it is not known which of them this one is of.
     if len({path for _, path, _ in nearest}) == 1:
         yield from nearest
 
@@ -213,7 +213,7 @@ def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
 
 def _bare(name: str, contents: Tensors) -> Said:
     if not contents.tensors:
-        msg = "there is no tensor in it, so it is no checkpoint"
+        msg = "there is no tensor in it, so it is not a checkpoint"
         raise CorruptError(msg)
     in_name = _from_name(name)
     numbers = dict(_numbers(contents))
@@ -289,8 +289,8 @@ def _from_name(name: str) -> dict[str, float]:
     """
     found = {key: float(value) for key, value in _texts_in_name(name).items()}
     stem = re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
-    for word in ("epoch", "step", "iter"):
-        match = re.search(rf"(?:^|[^A-Za-z]|(?<=global)){word}[-_]?(\d+)(?:$|[^\d.])", stem)
-        if match and word not in found:
-            found[word] = float(match[1])
+    for key in ("epoch", "step", "iter"):
+        match = re.search(rf"(?:^|[^A-Za-z]|(?<=global)){key}[-_]?(\d+)(?:$|[^\d.])", stem)
+        if match and key not in found:
+            found[key] = float(match[1])
     return found

@@ -35,9 +35,9 @@ class History:
     sizes: Mapping[int, int] = attrs.field(factory=dict)
     """Bytes of the checkpoint at a step, where that is known."""
     has_epochs: bool = True
-    """Whether epochs were told, or are all 0."""
+    """Whether epochs are known; else all are 0."""
     has_times: bool = True
-    """Whether times were told, or stand still."""
+    """Whether times are known; else all are equal."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class History:
 
 
 def hichart_from(records: Sequence[Record]) -> History:
-    """Return the history that an old run's records tell: a report at each checkpoint that is still there.
+    """Return the history of an old run's records: a report at each checkpoint that is still there.
 
     Example:
         >>> hichart_from([]).observations
@@ -68,7 +68,7 @@ def read_history(data: bytes, where: str) -> History:
     step are one report, as loggers write a line for each metric. Without ``epoch_end`` an epoch ends at its last line.
 
     Raises:
-        ObservationError: If a value is no number, a step is missing or goes back: the message has line and column.
+        ObservationError: If a value is not a number, a step is missing or goes back: the message has line and column.
 
     Example:
         >>> history = read_history(b"step,epoch,val_loss\n10,0,0.9\n20,1,\n20,1,0.5\n", "metrics.csv")
@@ -81,7 +81,7 @@ def read_history(data: bytes, where: str) -> History:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        msg = f"{where} is no text ({error}); expected CSV with a head, or one JSON object a line"
+        msg = f"{where} is not text ({error}); expected CSV with a head, or one JSON object a line"
         raise ObservationError(msg) from error
     is_json = text.lstrip().startswith("{")
     head, rows = ([], [*_json_rows(text, where)]) if is_json else _csv_rows(text, where)
@@ -112,7 +112,7 @@ def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
             row = {name: cell.strip() for name, cell in named if cell.strip() and name}
             rows += [(reader.line_num, row)] if row else []
     except csv.Error as error:
-        msg = f"{where}, line {reader.line_num}: it is no CSV ({error})"
+        msg = f"{where}, line {reader.line_num}: it is not CSV ({error})"
         raise ObservationError(msg) from error
     return head, rows
 
@@ -124,7 +124,7 @@ def _json_rows(text: str, where: str) -> Iterator[_Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            msg = f"{where}, line {number}: it is no JSON object ({error})"
+            msg = f"{where}, line {number}: it is not a JSON object ({error})"
             raise ObservationError(msg) from error
         if not isinstance(row, dict):
             msg = f"{where}, line {number}: found {brief(row)}; expected a JSON object"
@@ -161,7 +161,7 @@ def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | 
         number = _number(value)
         if number is None:
             msg = (
-                f"{where}, line {line}, column {name!r}: {brief(value)} is no number; "
+                f"{where}, line {line}, column {name!r}: {brief(value)} is not a number; "
                 "mend the cell, or leave it empty where nothing was measured"
             )
             raise ObservationError(msg)

@@ -41,7 +41,7 @@ class Pruning:
 def plan_pruning(
     policy: Policy, manifest: Manifest, aliases: Mapping[str, str] | None = None, *, abandoned: bool = False
 ) -> Pruning:
-    """Work out what a policy keeps of a run. Pure; only the run's own checkpoints are ever told to go.
+    """Work out what a policy keeps of a run. Pure; only the run's own checkpoints are ever removed.
 
     Args:
         policy: What to keep; its trigger does not count.

@@ -53,12 +53,12 @@ class Condition:
         """
         match = _CONDITION.fullmatch(text)
         if match is None:
-            msg = f"{text!r} is no condition; write one such as 'val_loss<0.1', 'step>=1000' or 'kind=rescue'"
+            msg = f"{text!r} is not a condition; write one such as 'val_loss<0.1', 'step>=1000' or 'kind=rescue'"
             raise PolicyError(msg)
         return cls(*match.groups())
 
     def holds(self, record: Record) -> bool:
-        """Return whether the record meets it."""
+        """Return whether it is true of the record."""
         value = _value(record, self.field)
         if value is None:
             return False
@@ -69,7 +69,7 @@ class Condition:
         try:
             return float(self.value)
         except ValueError:
-            msg = f"{self.field}{self.comparison}{self.value}: {self.value!r} is no number, and {self.field} is one"
+            msg = f"{self.field}{self.comparison}{self.value}: {self.value!r} is not a number, and {self.field} is one"
             raise PolicyError(msg) from None
 
 
@@ -91,7 +91,7 @@ def metric_names(records: Iterable[Record]) -> list[str]:
 def select(
     records: Sequence[Record], conditions: Iterable[Condition] = (), *, sort: str = "serial", reverse: bool = False
 ) -> list[Record]:
-    """Return the records that meet all conditions, in order; NaN and a metric that is not there come last.
+    """Return the records for which all conditions hold, in order; NaN and a metric that is not there come last.
 
     Args:
         records: Where to choose from.

@@ -14,7 +14,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.tools.history import History
 
-__all__ = ["SimulatedCheckpoint", "Moment", "Timeline", "simulate"]
+__all__ = ["Moment", "SimulatedCheckpoint", "Timeline", "simulate"]
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +43,7 @@ class SimulatedCheckpoint:
 
     record: Record
     retired_at: int | None = None
-    """Step at which it went; None if it lives."""
+    """Step at which it was retired; None if it is kept."""
 
 
 @attrs.frozen(kw_only=True)
@@ -77,8 +77,8 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
         size: Bytes of a checkpoint where the history does not know.
 
     Raises:
-        ObservationError: If the policy's trigger counts what the history does not tell, epochs or seconds.
-        NamingError: If the template asks for a metric that nobody reports.
+        ObservationError: If the policy's trigger counts what the history does not have, epochs or seconds.
+        NamingError: If the template asks for a metric that is never reported.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -90,7 +90,7 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
         >>> timeline.peak_bytes
         100
     """
-    _check_told(policy.when, history)
+    _check_counted(policy.when, history)
     play = _Play(policy, history, size)
     moments = tuple(map(play.observe, history.observations))
     checkpoints = tuple(
@@ -99,7 +99,7 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
     return Timeline(policy=policy, moments=moments, checkpoints=checkpoints, manifest=play.manifest)
 
 
-def _check_told(trigger: Trigger, history: History) -> None:
+def _check_counted(trigger: Trigger, history: History) -> None:
     for part in _parts(trigger):
         if isinstance(part, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
             msg = f"the policy saves {part}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"

@@ -24,7 +24,7 @@ class Swept:
     finished: tuple[str, ...]
     """Checkpoints whose write or removal was brought to its end."""
     left: tuple[str, ...]
-    """Those that stay half-way, since their writer lives or is on another machine."""
+    """Those that stay half-way, because their writer is running or is on another machine."""
     writers: tuple[str, ...] = ()
     """Processes that write to the directory, or may do so on another machine."""
 

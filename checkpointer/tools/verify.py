@@ -28,7 +28,7 @@ class Finding:
 
     name: str
     problem: str = ""
-    """What is wrong, in words; empty if nothing is."""
+    """What is wrong; empty if nothing is."""
     calls: tuple[str, ...] = ()
     """What an ordinary unpickler would call in it; known only where its contents were looked at."""
 
@@ -81,7 +81,7 @@ def verify_all(
         catalog: The directory, as `checkpointer.tools.catalog.look_at` returns it.
         records: Which of its checkpoints.
         depth: How closely to look.
-        on_bytes: Told how many bytes were read, each time some were.
+        on_bytes: Called with the number of bytes after each read.
 
     Example:
         >>> from checkpointer.tools.catalog import look_at

@@ -1,4 +1,4 @@
-"""What trackers share: they know the manager they listen to, and tell when best or last has moved."""
+"""What trackers share: they know the manager they listen to, and report when best or last has moved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Following(Listener):
 
     def __init__(self) -> None:
         self._manager: weakref.ref[CheckpointManager] | None = None
-        self._told: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
 
     # What a tracker says
 
@@ -32,7 +32,7 @@ class Following(Listener):
     def _point(self, alias: str, record: Record) -> None:
         """Let ``best`` or ``last`` name another checkpoint."""
 
-    # What the manager tells
+    # What the manager reports
 
     def on_opened(self, manager: CheckpointManager) -> None:
         """See `Listener.on_opened`."""
@@ -54,6 +54,6 @@ class Following(Listener):
         names = [alias for alias, target in now.items() if target is not None and target.name == record.name]
         self._put(record, manager.location(record.name), names)
         for alias, target in now.items():
-            if target is not None and self._told.get(alias) != target.token:
-                self._told[alias] = target.token
+            if target is not None and self._reported.get(alias) != target.token:
+                self._reported[alias] = target.token
                 self._point(alias, target)

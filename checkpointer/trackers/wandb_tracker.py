@@ -15,7 +15,7 @@ class WandbTracker(Following):
     """Logs committed checkpoints as versions of one W&B artifact, once they are durable; works offline.
 
     Each version has the record as its metadata, and the aliases that it had when it was logged. An alias that comes
-    to an older version later, because a metric was attached, is told by the run's summary (``checkpoint/best``,
+    to an older version later, because a metric was attached, is in the run's summary (``checkpoint/best``,
     ``checkpoint/last``), which is right offline too. Nothing is removed from W&B.
 
     Args:

@@ -93,8 +93,8 @@ def test_a_typo_in_a_field_or_condition_names_the_nearest(run: Path) -> None:
     said = command("ls", run, "--sort", "los")
     assert (2, "checkpointer: no checkpoint has 'los' (did you mean 'loss'?)\n") == (said.code, said.err)
     assert "did you mean 'loss'?" in command("ls", run, "-w", "losss<1").err
-    assert "is no condition; write one such as" in command("ls", run, "-w", "best").err
-    assert "'x' is no number" in command("ls", run, "-w", "loss<x").err
+    assert "is not a condition; write one such as" in command("ls", run, "-w", "best").err
+    assert "'x' is not a number" in command("ls", run, "-w", "loss<x").err
 
 
 def test_what_records_say_cannot_drive_the_terminal(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_storage_options_are_never_told(tmp_path: Path) -> None:
     """They hold credentials."""
     said = command("ls", tmp_path, "--storage-options", '{"secret": "hunter2"')
     assert (2, "") == (said.code, said.out)
-    assert "is no JSON object" in said.err
+    assert "is not a JSON object" in said.err
     assert "hunter2" not in said.err
     said = command("ls", "nosuch://user:hunter2@host/path")
     assert 2 == said.code
@@ -371,7 +371,7 @@ def test_a_copy_is_not_guessed_to_be_of_what_was_written_in_the_same_second() ->
     catalog = look_at(storage)
     assert {"last.ckpt": "", "best.ckpt": ""} == catalog.aliases
     assert 3 == catalog.find("last").step
-    with pytest.raises(NotFoundError, match="best is an alias, and which checkpoint it stands for cannot be told"):
+    with pytest.raises(NotFoundError, match="best is an alias, and which checkpoint it stands for is not known"):
         catalog.find("best")
 
 

@@ -36,7 +36,7 @@ def test_every_command_takes_a_url(kind: str, serve: Serve, tmp_path: Path) -> N
     assert there("last").out.strip().endswith("-step=30.ckpt")
     if kind == "sftp":  # Whose copy a file is, a time in whole seconds does not tell.
         said = command("best", url, "--storage-options", options)
-        assert (2, True) == (said.code, "does not tell what its best alias is a copy of" in said.err), said
+        assert (2, True) == (said.code, "does not say which checkpoint its best alias is a copy of" in said.err), said
     else:
         assert there("best").out.strip().endswith("-step=20.ckpt")
     assert "2 x 3" in there("show", "20").out

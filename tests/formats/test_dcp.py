@@ -257,7 +257,7 @@ def test_damaged_metadata_is_corrupt(folder: Path) -> None:
         with pytest.raises(CorruptError):
             read(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(CorruptError, match=r"no folder that torch\.distributed\.checkpoint wrote"):
+    with pytest.raises(CorruptError, match=r"did not write this folder\.distributed\.checkpoint wrote"):
         read(folder)
 
 

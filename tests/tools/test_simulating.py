@@ -159,7 +159,7 @@ def test_json_lines_are_read_as_trainers_write_them() -> None:
     [
         (
             "step,loss\n10,0.5\n20,oops\n",
-            "line 3, column 'loss': 'oops' is no number; mend the cell, or leave it empty",
+            "line 3, column 'loss': 'oops' is not a number; mend the cell, or leave it empty",
         ),
         ("step,loss\n,0.5\n", "line 2: the column 'step' is empty; every line needs its step"),
         ("step,loss\n20,1\n10,1\n", "line 3: the step went back from 20 to 10"),
@@ -169,9 +169,9 @@ def test_json_lines_are_read_as_trainers_write_them() -> None:
         ("step,loss\n1,1,1\n", "line 2: 3 cells, and the head has 2"),
         ("step,time\n1,inf\n", "the time is inf; expected seconds"),
         ("", "has no line of metrics; expected CSV with a head"),
-        ('{"step": 1}\n{"step": 2\n', "line 2: it is no JSON object"),
+        ('{"step": 1}\n{"step": 2\n', "line 2: it is not a JSON object"),
         ('{"step": 1}\n[1]\n', "line 2: found [1]; expected a JSON object"),
-        ('{"step": 1, "loss": "bad"}\n', "line 1, column 'loss': 'bad' is no number"),
+        ('{"step": 1, "loss": "bad"}\n', "line 1, column 'loss': 'bad' is not a number"),
         ("\1step", "has no line of metrics"),
     ],
 )

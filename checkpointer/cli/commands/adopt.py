@@ -18,7 +18,7 @@ from checkpointer.tools.catalog import look_at
 
 def adopt_command(
     directory: options.Directory,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made.")] = False,
     step: Annotated[
         list[str] | None,
         typer.Option(

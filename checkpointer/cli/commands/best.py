@@ -75,7 +75,7 @@ def best_first(
     if not ranked:
         have = ", ".join(metric_names(manifest.history)) or "none"
         unknown = any(alias.startswith("best") for alias, target in catalog.aliases.items() if not target)
-        why = "does not tell what its best alias is a copy of" if unknown else "has no best alias"
+        why = "does not say which checkpoint its best alias is a copy of" if unknown else "has no best alias"
         msg = f"which is best? {catalog.place} {why}; pass --by METRIC --mode min or max (metrics: {have})"
         raise NotFoundError(msg)
     return ranked

@@ -50,7 +50,7 @@ def copy_command(
         if name and alias not in made and records is None:
             output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
         if not name:
-            why = f"{catalog.place} does not tell what it is a copy of"
+            why = f"{catalog.place} does not say which checkpoint it is a copy of"
             output.say(f"{alias} was not copied: {why}; the next save makes it anew")
     output.leave_if(output.say_damaged(catalog) or (records is None and bool(catalog.missing)))
 

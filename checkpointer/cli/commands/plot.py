@@ -44,7 +44,7 @@ def plot_command(
     key_env: options.KeyEnv = None,
     key_file: options.KeyFile = None,
 ) -> None:
-    """Draw a run: the metric and what was kept of it, the life of each checkpoint, bytes on disk.
+    """Draw a run: the metric and what was kept of it, each checkpoint from save to end, bytes on disk.
 
     Of a directory it shows what is there; of a file of metrics, what --policy would have made of it.
     """

@@ -20,7 +20,7 @@ PolicyFile = Annotated[
 def prune_command(
     directory: options.Directory,
     policy: PolicyFile,
-    apply: Annotated[bool, typer.Option("--apply", help="Really remove it; else it is only told.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove it. Without this it is only shown.")] = False,
     abandoned: Annotated[
         bool, typer.Option("--abandoned", help="Also what the run left behind when it went back to an earlier step.")
     ] = False,
@@ -30,7 +30,7 @@ def prune_command(
     key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what a policy would remove of a run, and why; with --apply remove it.
+    """Show what a policy would remove of a run, and why; with --apply remove it.
 
     Other runs, files that no record names, what is pinned and what an alias names are never removed.
     """

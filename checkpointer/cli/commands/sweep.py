@@ -36,7 +36,7 @@ def sweep_command(
     for name in swept.finished:
         output.print_line(f"finished  {name}")
     for name in swept.left:
-        output.print_line(f"left      {name}: its writer lives, or is on another machine")
+        output.print_line(f"left      {name}: its writer is running, or is on another machine")
     for writer in swept.writers:
         output.print_line(f"writing   {writer}")
     output.print_line(

@@ -1,4 +1,4 @@
-"""Tells what kind of file a payload is from its first bytes; an extension or a record may say something else."""
+"""Finds the kind of a file from its first bytes, because an extension or a record may be wrong."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
     """Return what the next pickle of a stream holds: plain data, `Global`, `Call` and `Persistent`.
 
     Raises:
-        CorruptError: If it is no pickle, or too large to be one of a checkpoint.
+        CorruptError: If it is not a pickle, or too large to be one of a checkpoint.
 
     Example:
         >>> import io, pickle

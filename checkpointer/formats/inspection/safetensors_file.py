@@ -65,15 +65,15 @@ class SafetensorsContents:
         self.calls: tuple[str, ...] = ()
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, tuple[int, int]] = {}
-        for name, told in header.items():
-            self.tensors[name], self._offsets[name] = _tensor(name, told)
+        for name, entry in header.items():
+            self.tensors[name], self._offsets[name] = _tensor(name, entry)
         # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
         tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
         self.parts = flat({name: name for name in self.tensors} | tied)
         self._size = stream.seek(0, 2)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with tensors whose bytes are not all there, in words."""
+        """Return a message for each tensor whose bytes are not all there."""
         size = self._size - self._start
         return [
             f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self._offsets.items() if end > size
@@ -124,13 +124,13 @@ def _header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
         msg = f"its safetensors header cannot be read ({error})"
         raise CorruptError(msg) from error
     if not isinstance(header, dict):
-        msg = "its safetensors header is no JSON object"
+        msg = "its safetensors header is not a JSON object"
         raise CorruptError(msg)
     return header, 8 + length
 
 
-def _tensor(name: str, told: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    match told:
+def _tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
             dtype = TORCH_NAMES.get(dtype, dtype)
             if dtype == _PAIRS and shape and isinstance(shape[-1], int) and shape[-1] % 2 == 0:
@@ -139,5 +139,5 @@ def _tensor(name: str, told: Any) -> tuple[TensorInfo, tuple[int, int]]:
                 info = TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
                 if dtype not in ITEM_SIZES or numel_of(info.shape) * ITEM_SIZES[dtype] == end - start:
                     return info, (start, end)
-    msg = f"its safetensors header says {told!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
+    msg = f"its safetensors header says {entry!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
     raise CorruptError(msg)

@@ -110,7 +110,7 @@ class Tensors(Protocol):
 
     @property
     def others(self) -> Mapping[str, Any]:
-        """What is no tensor, by name: plain values as they are, objects as a few words in angle brackets."""
+        """Everything but tensors, by name: plain values as they are, objects as a short text in angle brackets."""
         ...
 
     @property
@@ -124,7 +124,7 @@ class Tensors(Protocol):
         ...
 
     def problems(self) -> Iterable[str]:
-        """Return what is wrong with tensors whose bytes are not all there, in words."""
+        """Return a message for each tensor whose bytes are not all there."""
         ...
 
     def read(self, name: str) -> Any:

@@ -105,7 +105,7 @@ class TorchContents:
         return stored.make(name, read)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with tensors whose bytes are not all there, in words."""
+        """Yield a message for each tensor whose bytes are not all there."""
         for name, stored in self._stored.items():
             for ref, needs in stored.needs():
                 where = self._ranges.get(ref.key)
@@ -226,7 +226,7 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
     for key in map(str, keys):
         size = int.from_bytes(stream.read(8), "little") * sizes.get(key, 1)
         start = stream.tell()
-        # A file that was cut ends within a storage: `problems` tells which tensors that concerns.
+        # A file that was cut ends within a storage: `problems` names the tensors that lack bytes.
         ranges[key] = _Range(start, min(size, end - start))
         stream.seek(min(start + size, end))
     return TorchContents(stream, root, ranges, pickled)

@@ -1,4 +1,4 @@
-"""What there is to see of a run: each checkpoint from save to end, the metric, the bytes on disk. Pure; the pictures draw it."""
+"""What a chart of a run shows: each checkpoint from save to end, the metric, the bytes on disk. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ChartItem:
     step: int
     epoch: int
     time: float
-    """Seconds since the Unix epoch; 0 if nobody told."""
+    """Seconds since the Unix epoch; 0 if not known."""
     size: int
     """Bytes."""
     metrics: Mapping[str, float]
@@ -50,11 +50,11 @@ class Chart:
 
     title: str
     subtitle: str
-    """The policy in words, or what else there is to say."""
+    """The policy as text, or a summary."""
     metric: str
     """Name of the metric that is drawn; empty if there is none."""
     mode: str
-    """``"min"``, ``"max"``, or empty if nobody said."""
+    """``"min"``, ``"max"``, or empty if not known."""
     line: tuple[tuple[int, float], ...]
     """The metric at each step at which it was measured, finite values only."""
     items: tuple[ChartItem, ...]
@@ -83,7 +83,7 @@ def chart_of_records(
     aliases: Mapping[str, str] | None = None,
     history: History | None = None,
 ) -> Chart:
-    """Return the chart that the records of a directory tell: of what is still there.
+    """Return the chart of a directory's records: of the checkpoints that are still there.
 
     Args:
         title: What to call it.
@@ -183,15 +183,15 @@ def _item(
     policy: Policy,
     last: int,
 ) -> ChartItem:
-    record, lives = one.record, one.retired_at is None
-    aliases = [policy.name.last_file] if policy.last and lives and record is newest else []
-    aliases += [policy.name.best_file] if policy.best and lives and record is best else []
+    record, is_kept = one.record, one.retired_at is None
+    aliases = [policy.name.last_file] if policy.last and is_kept and record is newest else []
+    aliases += [policy.name.best_file] if policy.best and is_kept and record is best else []
     return ChartItem(
         **_facts(record),
-        fate="kept" if lives else "retired",
+        fate="kept" if is_kept else "retired",
         end=last if one.retired_at is None else one.retired_at,
-        why="; ".join(reasons.get(record.name, ())) if lives else record.reason,
-        is_best=lives and record is best,
+        why="; ".join(reasons.get(record.name, ())) if is_kept else record.reason,
+        is_best=is_kept and record is best,
         aliases=tuple(aliases),
     )
 

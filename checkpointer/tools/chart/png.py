@@ -26,7 +26,7 @@ DISK: Final = "#0f766e"
 _LEAST: Final = 8
 """Room for so many bars, also if there are fewer."""
 _NAMED: Final = 16
-"""With more lives than this, only those that are kept have their name beside them."""
+"""With more checkpoints than this, only those that are kept have their name beside them."""
 
 
 def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -135,10 +135,10 @@ def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
     """Say beside a point that it is the best, or what alias names it."""
     if item.is_best:
         axes.scatter([item.step], [value], marker="*", s=190, color=BEST, edgecolors=INK, linewidths=0.7, zorder=5)
-    words = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
-    if not words:
+    labels = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
+    if not labels:
         return
-    text = f"{', '.join(dict.fromkeys(words))}: {number_text(value, 4)}"
+    text = f"{', '.join(dict.fromkeys(labels))}: {number_text(value, 4)}"
     above = 11 if chart.mode == "max" or not item.is_best else -16
     axes.annotate(
         _text(text, 40), (item.step, value), xytext=(0, above), textcoords="offset points", zorder=6,
@@ -176,7 +176,7 @@ def _bars(axes: Any, chart: Chart) -> None:
     least = (right - left) * 0.006
     bars = []
     for number, item in enumerate(chart.items):
-        # One that lives on has no end: its bar runs out of the picture.
+        # A checkpoint that is kept has no end: its bar runs out of the picture.
         end = right if item.fate == "kept" else max(item.end, item.step + least)
         low, high = -number - height / 2, -number + height / 2
         bars.append([(item.step, low), (end, low), (end, high), (item.step, high)])
