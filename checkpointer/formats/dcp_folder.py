@@ -42,7 +42,7 @@ from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
 
-__all__ = ["DcpFormat"]
+__all__ = ["DcpFormat", "Reader"]
 
 METADATA: Final = ".metadata"
 
@@ -53,13 +53,12 @@ MAX_LIST: Final = 1_000_000
 MAX_PROBLEMS: Final = 10
 
 
-def _as_text(*parts: str) -> str:
-    return "/".join(parts)
-
-
 _METADATA_GLOBALS: Final = {
     ("torch", "Size"): torch.Size,
-    **{("pathlib", name): _as_text for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
+    **{
+        ("pathlib", name): (lambda *parts: "/".join(parts))
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     **{
@@ -113,8 +112,8 @@ class DcpFormat:
         error: Exception | None = None
         try:
             plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
-            if self._group is None:
-                _check_whole(plain)
+            for keys, leaf in tree_flatten_with_path(plain)[0] if self._group is None else ():
+                check_whole(leaf, f"state{keystr(keys)}")
         except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
         with _as_they_are(SaveError):
@@ -122,26 +121,25 @@ class DcpFormat:
             self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
 
     def snapshots(self, copies: int) -> Snapshotting:
-        """See `SupportsSnapshots.snapshots`: whatever has a ``state_dict`` is asked for it in the loop."""
+        """See `SupportsSnapshots.snapshots`: ``state_dict`` of stateful objects is called in the loop."""
         return _PlainSnapshots(Snapshots(copies, takes_shards=self._group is not None))
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
-        """See `FolderFormat.read_folder`; with a template ``map_location`` counts for nothing.
+        """See `FolderFormat.read_folder`; with a template ``map_location`` is ignored.
 
         Raises:
             RestoreError: If the template lacks what the folder has, or the other way round.
         """
-        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
+        reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only = weights_only
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only)
-        try:
-            with _as_they_are(RestoreError):
-                load(state, storage_reader=reader, planner=planner, **self._who(RestoreError))
-        except RestoreError as error:
-            raise reader.error or error from None
-        return _moved(state, map_location) if self._template is None else state
+        reader.load_into(state, planner, **self._who(RestoreError))
+        if self._template is not None:
+            return state
+        device = torch.device(map_location or "cpu")
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     def _who(self, kind: type[CheckpointerError]) -> dict[str, Any]:
         if self._group is None:
@@ -165,18 +163,34 @@ def _plain(state: Any) -> dict[str, Any]:
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
 
 
-def _check_whole(state: Any) -> None:
-    leaves, _ = tree_flatten_with_path(state)
-    for path, leaf in leaves:
-        check_whole(leaf, f"state{keystr(path)}")
-
-
 @attrs.frozen
 class _PlainSnapshots:
     snapshots: Snapshots
 
     def take(self, state: Any) -> Taken:
         return self.snapshots.take(_plain(state))
+
+
+@contextlib.contextmanager
+def _portably() -> Iterator[None]:
+    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
+    try:
+        yield
+    except Exception as error:
+        raise portable(error) from error
+
+
+@contextlib.contextmanager
+def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
+    """Raise what a rank has raised instead of DCP's bundle; an error of another kind becomes a ``kind``."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
+            raise cause from None
+        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
+        raise kind(msg) from cause
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -186,17 +200,17 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__()
         self._error = error
 
+    @_portably()
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        with _portably():
-            if self._error is not None:
-                raise self._error
-            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        if self._error is not None:
+            raise self._error
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
+    @_portably()
     def create_local_plan(self) -> SavePlan:
-        with _portably():
-            return super().create_local_plan()
+        return super().create_local_plan()
 
 
 class _Portable:
@@ -207,21 +221,21 @@ class _Portable:
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
+    @_portably()
     def set_up_storage_writer(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
+        return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def prepare_local_plan(self, plan: SavePlan) -> Any:
-        with _portably():
-            return super().prepare_local_plan(plan)  # type: ignore[misc]
+        return super().prepare_local_plan(plan)  # type: ignore[misc]
 
+    @_portably()
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().write_data(*args, **kwargs)  # type: ignore[misc]
+        return super().write_data(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def finish(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().finish(*args, **kwargs)  # type: ignore[misc]
+        return super().finish(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Writer(_Portable, FileSystemWriter):
@@ -243,20 +257,25 @@ class _Safe:
 
     weights_only = True
     error: RestoreError | None = None
-    """What is wrong with the folder: DCP passes on no more than its text."""
+    """The error of the folder: DCP passes on its text only."""
     fs: Any
     path: str
     load_id: str
 
+    def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
+        """Read the folder into a state."""
+        try:
+            with _as_they_are(RestoreError):
+                load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
+        except RestoreError as error:
+            raise self.error or error from None
+
+    @_portably()
     def read_data(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().read_data(*args, **kwargs)  # type: ignore[misc]
+        return super().read_data(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with _portably():
-            return self._read_metadata()
-
-    def _read_metadata(self) -> Metadata:
         try:
             with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
                 metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
@@ -271,7 +290,7 @@ class _Safe:
         return metadata
 
 
-class _Reader(_Safe, FileSystemReader):  # type: ignore[misc]
+class Reader(_Safe, FileSystemReader):  # type: ignore[misc]
     """Reads a path."""
 
 
@@ -379,30 +398,3 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)
-
-
-def _moved(state: Any, map_location: Any) -> Any:
-    device = torch.device(map_location or "cpu")
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
-
-
-@contextlib.contextmanager
-def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
-    """Raise what a rank has raised instead of DCP's bundle; what is none of ours becomes a ``kind``."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
-            raise cause from None
-        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
-        raise kind(msg) from cause
-
-
-@contextlib.contextmanager
-def _portably() -> Iterator[None]:
-    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
-    try:
-        yield
-    except Exception as error:
-        raise portable(error) from error

@@ -19,11 +19,11 @@ from checkpointer.ports import Writable
 __all__ = ["TorchFormat"]
 
 _CONTAINERS: Final = (dict, list, tuple, set)
-# The containers that a safe load builds whatever they hold.
+# The containers that a safe load builds, with any content.
 _SAFE_CONTAINERS: Final = frozenset({dict, list, tuple, set, OrderedDict, Counter})
 # A pickle gives larger integers four bytes for their length, and a safe load knows no such instruction.
 _MAX_INT: Final = 1 << (255 * 8 - 1)
-# What is refused, where others of the same class are not.
+# Values that are refused although others of the same class are not.
 _DETAILS: Final[Mapping[type, str]] = {int: " of 2040 bits or more", bytes: " without content"}
 
 
@@ -62,7 +62,7 @@ class TorchFormat:
             raise SaveError(msg) from error
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
-        """See `Format.read`. That the disk or the memory gives up says nothing of the payload, and passes unchanged.
+        """See `Format.read`. Errors of the disk or of memory say nothing about the payload and pass unchanged.
 
         Raises:
             UnsafePayloadError: If ``weights_only`` refuses something in it.
@@ -94,7 +94,7 @@ class TorchFormat:
                 raise CorruptError(msg) from error
             msg = (
                 f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust "
-                "wrote it, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
+                "its writer, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
             )
             raise UnsafePayloadError(msg) from error
         except Exception as error:  # Damaged bytes fail anywhere in torch: IndexError, AssertionError, struct.error...
@@ -231,7 +231,7 @@ def _unsafe_alone(value: Any) -> list[str]:
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer, pickle_module=_Skeleton)
-    except Exception as error:  # What cannot even be pickled will be an error of the save itself.
+    except Exception as error:  # If it cannot be pickled, the save itself fails.
         return [str(error) or type(error).__name__]
     buffer.seek(0)
     if names := _unsafe_globals(buffer):

@@ -307,7 +307,7 @@ def test_safetensors_says_what_it_cannot_hold() -> None:
 
 
 def test_safetensors_refuses_what_its_file_would_lose() -> None:
-    """A reserved name, a key that is no text, and tensors without values."""
+    """A reserved name, a key that is not text, and tensors without values."""
     with pytest.raises(SaveError, match=r"'__metadata__' is reserved in safetensors"):
         round_trip("safetensors", {"__metadata__": torch.ones(1)})
     with pytest.raises(SaveError, match=r"the key 3 is a int; safetensors holds only"):
@@ -352,12 +352,12 @@ def test_importing_formats_imports_no_format() -> None:
 
 
 def test_own_format_is_taken_as_it_is() -> None:
-    """Whoever has a Format passes it."""
+    """A Format of the user is passed as it is."""
     own = open_format("torch")
     assert own is open_format(own)
 
 
 def test_unknown_format_lists_the_known() -> None:
-    """A typo is told at construction."""
+    """A typo is an error at construction."""
     with pytest.raises(PolicyError, match=r"'pickle' is not known \(known: torch, safetensors, dcp\)"):
         open_format("pickle")
