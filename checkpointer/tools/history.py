@@ -1,4 +1,4 @@
-"""What a training measured, read from a file or from records, as the observations that a manager would have seen."""
+"""Reads the metrics of a training from a file or from records, as the observations that a manager would get."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from checkpointer.errors import ObservationError
 from checkpointer.policy.yaml_codec import suggest
 from checkpointer.records.record import Observation, Record
 
-__all__ = ["History", "hichart_from", "read_history"]
+__all__ = ["History", "history_of", "read_history"]
 
 MAX_BYTES: Final = 1 << 28
 """A file of metrics larger than this (bytes) is refused."""
@@ -45,13 +45,8 @@ class History:
         return tuple(dict.fromkeys(name for now in self.observations for name in now.metrics))
 
 
-def hichart_from(records: Sequence[Record]) -> History:
-    """Return the history of an old run's records: a report at each checkpoint that is still there.
-
-    Example:
-        >>> hichart_from([]).observations
-        ()
-    """
+def history_of(records: Sequence[Record]) -> History:
+    """Return the history of an old run's records: a report at each checkpoint that is still there."""
     observations = [
         Observation(metrics=r.metrics, step=r.step, epoch=r.epoch, epoch_end=r.epoch_end, time=r.time)
         for r in records
@@ -102,7 +97,7 @@ def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
         head = [name.strip() for name in next(reader, [])]
         twice = [name for name in head if head.count(name) > 1]
         if twice:
-            msg = f"{where}, line 1: the column {twice[0]!r} stands there twice"
+            msg = f"{where}, line 1: two columns have the name {twice[0]!r}"
             raise ObservationError(msg)
         for cells in reader:
             if len(cells) > len(head) and any(cell.strip() for cell in cells):
@@ -147,7 +142,10 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
         ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
         when = row.get(time, 0.0) if time else 0.0
-        observations.append(_observation(f"{where}, line {line}", metrics, row[step], at_epoch, ended, when))
+        if not math.isfinite(when):
+            msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
+            raise ObservationError(msg)
+        observations.append(Observation(metrics=metrics, step=row[step], epoch=at_epoch, epoch_end=ended, time=when))
     return History(observations=tuple(observations), has_epochs=epoch is not None, has_times=time is not None)
 
 
@@ -162,7 +160,7 @@ def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | 
         if number is None:
             msg = (
                 f"{where}, line {line}, column {name!r}: {brief(value)} is not a number; "
-                "mend the cell, or leave it empty where nothing was measured"
+                "correct the cell, or leave it empty if nothing was measured"
             )
             raise ObservationError(msg)
         if name in whole:
@@ -196,7 +194,7 @@ def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
         if before and row[step] < before[step]:
             msg = (
                 f"{where}, line {line}: the step went back from {before[step]} to {row[step]}; "
-                "play each training's metrics by itself"
+                "pass the metrics of one training at a time"
             )
             raise ObservationError(msg)
         if before and row[step] == before[step]:
@@ -205,12 +203,3 @@ def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
         carried = {name: before[name] for name in _EPOCHS if name in before}
         merged.append((line, carried | row))
     return merged
-
-
-def _observation(
-    where: str, metrics: Mapping[str, float], step: int, epoch: int, epoch_end: bool, time: float
-) -> Observation:
-    if not math.isfinite(time):
-        msg = f"{where}: the time is {time!r}; expected seconds"
-        raise ObservationError(msg)
-    return Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=epoch_end, time=time)

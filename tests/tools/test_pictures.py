@@ -45,7 +45,7 @@ def pixels(data: bytes, color: str) -> int:
 # The chart
 
 
-def test_a_simulations_story_knows_every_life() -> None:
+def test_the_chart_of_a_simulation_has_every_checkpoint() -> None:
     """Also of what is retired."""
     chart = tried()
     assert [(10, "retired", 30), (20, "retired", 60), (30, "retired", 40)] == [
@@ -56,7 +56,7 @@ def test_a_simulations_story_knows_every_life() -> None:
     assert 2 * 10**6 == chart.disk[-1][1]
 
 
-def test_a_directorys_story_is_of_what_is_there() -> None:
+def test_the_chart_of_a_directory_has_what_is_there() -> None:
     """And says how many are not."""
     found = [*records_of(0.5, 0.3), record(step=9, metrics={"loss": float("nan")}, kind="rescue")]
     chart = chart_of_records("run", manifest(found), metric=Metric("loss", mode="min"))
@@ -70,7 +70,7 @@ def test_a_directorys_story_is_of_what_is_there() -> None:
 
 
 def test_the_picture_shows_what_is_kept_retired_and_best() -> None:
-    """By colour, since nobody reads pixels."""
+    """The colours are compared."""
     data = plot(tried())
     assert (1080, 1440) == image.imread(io.BytesIO(data)).shape[:2]
     for color, least in ((KEPT, 2000), (RETIRED, 2000), (BEST, 60)):
@@ -163,13 +163,13 @@ def test_plot_and_report_say_what_is_wrong_and_write_nothing(tmp_path: Path) -> 
     """As every command."""
     (tmp_path / "m.csv").write_bytes(CSV)
     folder = train(tmp_path / "run", 0.9)
-    for name in ("plot", "report"):
+    for name, out in (("plot", tmp_path / "out.png"), ("report", tmp_path / "out.html")):
         for source, more, expected in (
             (tmp_path / "m.csv", (), "pass --policy FILE"),
             (tmp_path / "nothing", (), "there is no directory"),
             (folder, ("--by", "los", "--mode", "min"), "did you mean 'loss'?"),
             (folder, ("--by", "loss"), "belong together"),
         ):
-            said = command(name, source, tmp_path / "out", *more)
+            said = command(name, source, out, *more)
             assert (2, "", True) == (said.code, said.out, expected in said.err), said
-            assert not (tmp_path / "out").exists()
+            assert not out.exists()

@@ -1,4 +1,4 @@
-"""What a chart of a run shows: each checkpoint from save to end, the metric, the bytes on disk. Pure."""
+"""The data of a chart of a run: each checkpoint from save to end, the metric, the bytes on disk. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import attrs
 
+from checkpointer._display import count_text
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import Observation, Record
 from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import SimulatedCheckpoint, Timeline
@@ -46,7 +47,7 @@ class ChartItem:
 
 @attrs.frozen(kw_only=True)
 class Chart:
-    """What a picture shows."""
+    """The content of a chart."""
 
     title: str
     subtitle: str
@@ -62,7 +63,7 @@ class Chart:
     disk: tuple[tuple[int, int], ...]
     """Bytes on disk from each step on."""
     risk: tuple[tuple[int, int], ...] = ()
-    """Steps that dying at a step would have cost; known of what was simulated."""
+    """Steps that a crash at each step would have lost; known only if it was simulated."""
     first_step: int = 0
     last_step: int = 1
 
@@ -92,11 +93,6 @@ def chart_of_records(
         metric: Ranks instead of the policy's.
         aliases: Aliases, and the names they stand for.
         history: Everything that was measured, for the line.
-
-    Example:
-        >>> from checkpointer import Manifest
-        >>> chart_of_records("empty", Manifest()).items
-        ()
     """
     if metric is None and policy is not None:
         metric = policy.ranking
@@ -116,10 +112,10 @@ def chart_of_records(
         for record in manifest.own
     )
     gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
-    subtitle = str(policy) if policy else f"{len(items)} checkpoints"
+    subtitle = str(policy) if policy else count_text(len(items), "checkpoint")
     if gone > 0:
-        subtitle += f"; {gone} more were retired, or are of what was copied or adopted apart"
-    line = _line(history, name) if history else _line_of(manifest.history, name)
+        subtitle += f"; {gone} more were retired, or were not copied"
+    line = _line(history.observations if history else manifest.history, name)
     steps = [*(step for step, _ in line), *(item.step for item in items)]
     return Chart(
         title=title,
@@ -154,13 +150,13 @@ def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
     name = policy.ranking.name if policy.ranking else next(iter(history.metrics), "")
     items = tuple(_item(one, reasons, best, newest, policy, last) for one in timeline.checkpoints)
     worst = timeline.most_lost
-    risk = f"; at most {worst.lost_steps} steps at risk" if worst else ""
+    risk = f"; at most {count_text(worst.lost_steps, 'step')} at risk" if worst else ""
     return Chart(
         title=title,
         subtitle=f"{policy}{risk}",
         metric=name,
         mode=policy.ranking.mode if policy.ranking else "",
-        line=_line(history, name),
+        line=_line(history.observations, name),
         items=items,
         disk=tuple((moment.observation.step, moment.bytes) for moment in timeline.moments),
         risk=tuple((moment.observation.step, moment.lost_steps) for moment in timeline.moments),
@@ -170,9 +166,8 @@ def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    metrics = dict(record.metrics)
-    fields = {field: getattr(record, field) for field in ("name", "step", "epoch", "time", "size", "kind")}
-    return fields | {"metrics": metrics}
+    fields = ("name", "step", "epoch", "time", "size", "kind", "metrics")
+    return {field: getattr(record, field) for field in fields}
 
 
 def _item(
@@ -196,14 +191,8 @@ def _item(
     )
 
 
-def _line(history: History | None, name: str) -> tuple[tuple[int, float], ...]:
-    observations = history.observations if history else ()
-    values = ((now.step, now.metrics[name]) for now in observations if name in now.metrics)
-    return tuple((step, value) for step, value in values if math.isfinite(value))
-
-
-def _line_of(records: Sequence[Record], name: str) -> tuple[tuple[int, float], ...]:
-    values = ((record.step, record.metrics[name]) for record in records if name in record.metrics)
+def _line(reports: Sequence[Record | Observation], name: str) -> tuple[tuple[int, float], ...]:
+    values = ((report.step, report.metrics[name]) for report in reports if name in report.metrics)
     return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
 
 

@@ -30,7 +30,7 @@ def report(chart: Chart, path: str | os.PathLike[str] | None = None) -> str:
     """
     template = resources.files("checkpointer.tools.chart").joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps(chart.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Whatever a name says, it cannot end the element that it stands in.
+    # With these escapes a name cannot end the element that it is in.
     for char in "<>&\u2028\u2029":
         data = data.replace(char, f"\\u{ord(char):04x}")
     page = template.replace("__CHART__", data)

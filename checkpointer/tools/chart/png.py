@@ -24,9 +24,9 @@ RESCUE: Final = "#dc2626"
 BEST: Final = "#f59e0b"
 DISK: Final = "#0f766e"
 _LEAST: Final = 8
-"""Room for so many bars, also if there are fewer."""
+"""There is room for at least so many bars."""
 _NAMED: Final = 16
-"""With more checkpoints than this, only those that are kept have their name beside them."""
+"""If there are more checkpoints than this, only those that are kept have a label."""
 
 
 def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -52,7 +52,7 @@ def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        msg = "drawing needs a package more: pip install 'torch-checkpointer[plot]'"
+        msg = "drawing needs one more package: pip install 'torch-checkpointer[plot]'"
         raise ImportError(msg) from error
     figure = Figure(figsize=(10, 7.5), dpi=144, facecolor="white")
     FigureCanvasAgg(figure)
@@ -90,7 +90,7 @@ def _title(figure: Any, chart: Chart) -> None:
 
 
 def _quiet(axes: Any) -> None:
-    """Take away what is not data."""
+    """Hide everything but the data."""
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0, labelsize=8, colors="#52606d")
@@ -132,7 +132,7 @@ def _points(axes: Any, points: list[tuple[ChartItem, float]], zorder: int) -> No
 
 
 def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
-    """Say beside a point that it is the best, or what alias names it."""
+    """Label a point that is the best or has an alias."""
     if item.is_best:
         axes.scatter([item.step], [value], marker="*", s=190, color=BEST, edgecolors=INK, linewidths=0.7, zorder=5)
     labels = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
