@@ -1,4 +1,4 @@
-"""The ``checkpointer`` command. It computes nothing: what it shows, the modules beside it return to anybody."""
+"""The ``checkpointer`` command. It computes nothing itself: `checkpointer.tools` has a function for each command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
-        text = "checkpointer: the command line needs packages more: pip install 'torch-checkpointer[cli]'\n"
+        text = "checkpointer: the command line needs more packages: pip install 'torch-checkpointer[cli]'\n"
         sys.stderr.write(text)
         sys.exit(2)
     sys.exit(run(argv))

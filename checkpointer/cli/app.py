@@ -1,4 +1,4 @@
-"""The application: every command by its name, and what becomes of errors and warnings."""
+"""The application: every command by its name, and how errors and warnings are printed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from checkpointer.cli.options import expanded
 from checkpointer.cli.output import say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.storage.drivers import without_password
@@ -52,7 +53,8 @@ def _root(
 
 
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"checkpointer.cli.commands.{_name}"), f"{_name}_command"))
+    _module = importlib.import_module(f"checkpointer.cli.commands.{_name}")
+    app.command(_name)(expanded(getattr(_module, f"{_name}_command")))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +65,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else CANNOT
     except BrokenPipeError:
-        # Whoever read the output has enough of it; Python must not complain of that when it ends.
+        # The reader of the output has closed it: Python must not report that as an error when it ends.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

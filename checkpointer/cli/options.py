@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import enum
+import functools
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_type_hints
 
 import attrs
 import typer
@@ -17,8 +19,10 @@ import typer
 from checkpointer._display import some_of
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.errors import NameTakenError, PolicyError, StorageError
+from checkpointer.errors import NameTakenError, NotFoundError, PolicyError, StorageError
 from checkpointer.policy.policy import Policy
+from checkpointer.policy.ranking import Metric
+from checkpointer.policy.yaml_codec import suggest
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -42,22 +46,98 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 PolicyFile = Annotated[
     str | None, typer.Option("--policy", "-p", metavar="FILE", help="A policy as YAML, as Policy.to_yaml writes it.")
 ]
+RequiredPolicyFile = Annotated[
+    str, typer.Option("--policy", "-p", metavar="FILE", help="The policy, as YAML.", show_default=False)
+]
 Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
 
 PATIENCE_S: Final = 30.0
-"""Seconds that a server may be away: a training waits for it, somebody at a terminal has a typo in the host's name."""
+"""Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
 
 
 class Mode(str, enum.Enum):
-    """Which value of a metric is best."""
+    """The best value of a metric: the smallest or the largest."""
 
     MIN = "min"
     MAX = "max"
 
 
-def open_place(directory: str, storage_options: str | None = None, owner: str = "") -> Storage:
-    """Return the storage; raise unless a local directory is there: looking must not make it."""
-    storage = _open(directory, owner, storage_options)
+# Groups of options
+
+
+@attrs.frozen(kw_only=True)
+class Access:
+    """Options that open a directory."""
+
+    storage_options: StorageOptions = None
+    key_env: KeyEnv = None
+    key_file: KeyFile = None
+
+    @property
+    def key(self) -> HMACKey | None:
+        """The key of signed records, if one is asked for."""
+        if self.key_env is not None and self.key_file is not None:
+            msg = "both --key-env and --key-file are given; pass one"
+            raise PolicyError(msg)
+        if self.key_env is not None:
+            return HMACKey.from_env(self.key_env)
+        return None if self.key_file is None else HMACKey.from_file(self.key_file)
+
+
+@attrs.frozen(kw_only=True)
+class Ranking:
+    """Options that say which checkpoint is best."""
+
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="METRIC", help="The metric that says which checkpoint is best.")
+    ] = None
+    mode: Annotated[Mode | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")] = None
+    policy: PolicyFile = None
+
+    def metric(self, names: Iterable[str]) -> Metric | None:
+        """Return the metric that ``--by`` names; None if it is not given."""
+        if (self.by is None) != (self.mode is None):
+            msg = "--by and --mode belong together: --by val_loss --mode min"
+            raise PolicyError(msg)
+        if self.by is None or self.mode is None:
+            return None
+        known = dict.fromkeys(names)
+        if self.by not in known:
+            msg = f"no checkpoint of the run has the metric {self.by!r}{suggest(self.by, known)}"
+            raise NotFoundError(msg)
+        return Metric(self.by, mode=self.mode.value)
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose groups of options are expanded: each field becomes an option, after the command's own."""
+    hints = get_type_hints(command, include_extras=True)
+    del hints["return"]
+    groups = {name: kind for name, kind in hints.items() if attrs.has(kind)}
+    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    parameters = [parameter for parameter in own if parameter.name not in groups]
+    for kind in groups.values():
+        types = get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+            for f in attrs.fields(kind)
+        ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        made = {name: kind(**{f.name: given.pop(f.name) for f in attrs.fields(kind)}) for name, kind in groups.items()}
+        command(**given, **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+# Directories
+
+
+def open_place(directory: str, access: Access, owner: str = "") -> Storage:
+    """Return the storage. Raise unless a local directory exists, because a command that reads must not make it."""
+    storage = _open(directory, owner, access.storage_options)
     if isinstance(storage, SupportsPaths) and not os.path.isdir(path := storage.local_path("").rstrip("/")):
         msg = f"there is no directory {path}{_similar(Path(path))}"
         raise StorageError(msg)
@@ -79,7 +159,7 @@ def _similar(path: Path) -> str:
 
 
 def parse_options(text: str | None) -> dict[str, Any]:
-    """Return storage options; what is in them is told to nobody."""
+    """Return storage options. Their values are never printed."""
     if text is None:
         return {}
     if text.startswith("@"):
@@ -90,23 +170,13 @@ def parse_options(text: str | None) -> dict[str, Any]:
         options = None
     if isinstance(options, dict):
         return options
-    # Not what was given: it holds credentials.
-    msg = '--storage-options is no JSON object; write \'{"key": "value"}\', or @FILE with such text in it'
+    # The message does not quote the text, because it holds credentials.
+    msg = '--storage-options is not a JSON object; write \'{"key": "value"}\', or @FILE with such text in it'
     raise PolicyError(msg)
 
 
-def key_of(key_env: str | None, key_file: str | None) -> HMACKey | None:
-    """Return the key, if one is asked for."""
-    if key_env is not None and key_file is not None:
-        msg = "both --key-env and --key-file are given; pass one"
-        raise PolicyError(msg)
-    if key_env is not None:
-        return HMACKey.from_env(key_env)
-    return None if key_file is None else HMACKey.from_file(key_file)
-
-
 def read_policy(path: str) -> Policy:
-    """Read a policy file; what is wrong with it names the file."""
+    """Read a policy file; an error names the file."""
     try:
         return Policy.from_yaml(Path(path))
     except PolicyError as error:
@@ -114,35 +184,18 @@ def read_policy(path: str) -> Policy:
         raise PolicyError(msg) from error
 
 
-def look(
-    directory: str, storage_options: str | None = None, key_env: str | None = None, key_file: str | None = None
-) -> Catalog:
-    """Look at a directory; raise if there is nothing to see.
-
-    Raises:
-        StorageError: If there is no such directory, or no record in it.
-    """
-    catalog = look_anyway(directory, storage_options, key_env, key_file)
-    refuse_empty(catalog)
-    return catalog
-
-
-def look_anyway(
-    directory: str, storage_options: str | None = None, key_env: str | None = None, key_file: str | None = None
-) -> Catalog:
-    """Look at a directory, with a record in it or without.
-
-    Raises:
-        StorageError: If there is no such directory.
-    """
-    catalog = look_at(open_place(directory, storage_options), key_of(key_env, key_file))
+def look(directory: str, access: Access, *, empty: bool = False) -> Catalog:
+    """Look at a directory. If it may be ``empty``, it need not have a record."""
+    catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
+    if not empty:
+        refuse_empty(catalog)
     return catalog
 
 
 def refuse_empty(catalog: Catalog) -> None:
-    """Raise `StorageError` if a directory has no record, with what to do about what it has."""
+    """Raise `StorageError` if a directory has no record, with the next step for what it holds."""
     if catalog.has_records:
         return
     files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
@@ -161,43 +214,28 @@ def refuse_empty(catalog: Catalog) -> None:
     raise StorageError(msg)
 
 
-def check_out(path: str, key_env: str | None, key_file: str | None) -> None:
-    """Refuse a new file that would replace a checkpoint or an alias, or lie in a signed directory without its key.
-
-    Raises:
-        NameTakenError: If a directory above has a checkpoint or an alias at this path.
-        UntrustedError: If a directory above is signed, and there is no key.
-    """
-    key = key_of(key_env, key_file)
-    place = Path(path).absolute()
+def check_out(path: str, access: Access, *known: str) -> None:
+    """Refuse a new file that would replace a checkpoint or an alias, or lie in a signed directory without its key."""
+    place, key = Path(path).absolute(), access.key
     for folder in place.parents:
         if (folder / HOME).is_dir():
-            catalog = look_at(open_place(str(folder)), key)
+            catalog = look_at(open_place(str(folder), Access()), key)
             refuse_unsigned(catalog.signed, folder, key)
             name = place.relative_to(folder).as_posix()
             if name in catalog.aliases or (folder / record_path(name)).exists():
                 msg = f"{path} is a checkpoint of {folder}, which is not replaced; name a new file"
                 raise NameTakenError(msg)
-
-
-def check_extension(path: str, *known: str) -> None:
-    """Refuse a new file whose extension says that it is something else.
-
-    Raises:
-        PolicyError: If it has none of the extensions that are ``known``.
-    """
-    if not path.lower().endswith(known):
+    if known and not path.lower().endswith(known):
         msg = f"the extension of {path!r} is not {' or '.join(known)}, which is what is written; name such a file"
         raise PolicyError(msg)
 
 
 @contextlib.contextmanager
-def writing(directory: str, storage_options: str | None = None, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
-    """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not be there."""
+def writing(directory: str, access: Access, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
+    """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not exist."""
     owner = new_owner()
     try:
-        opened = _open(directory, owner, storage_options) if new else None
-        storage = opened or open_place(directory, storage_options, owner)
+        storage = _open(directory, owner, access.storage_options) if new else open_place(directory, access, owner)
         yield storage, owner
         if isinstance(storage, SupportsSweep):
             storage.close()

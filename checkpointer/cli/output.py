@@ -1,4 +1,4 @@
-"""How commands speak: results on stdout, all else on stderr, and what storage says without its control characters."""
+"""What commands print: results on stdout, all else on stderr, and text from storage without control characters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 from rich.console import Console
@@ -16,16 +16,17 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
 
-from checkpointer._display import one_line
+from checkpointer._display import count_text, one_line
 from checkpointer.cli.tables import width
 from checkpointer.commit.missing import few_names
+from checkpointer.errors import NotFoundError
+from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
 
 FOUND_BAD = 1
@@ -33,12 +34,12 @@ FOUND_BAD = 1
 
 
 def say(text: str) -> None:
-    """Say something that is no result."""
+    """Print a message to stderr; results go to stdout."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(one_line(text)))
 
 
 def print_line(text: str) -> None:
-    """Print one line of a result, whatever the width, as a script would read it."""
+    """Print one line of a result, not folded to the width, for scripts."""
     sys.stdout.write(one_line(text) + "\n")
 
 
@@ -63,17 +64,32 @@ def print_text(text: str) -> None:
         sys.stdout.write(line + "\n")
 
 
+def print_path(catalog: Catalog, record: Record, *, as_json: bool) -> None:
+    """Print where a checkpoint lies, and leave with 1 if a record is damaged: it may be that of a better one."""
+    path = catalog.location(record.name)
+    if as_json:
+        print_json(record.to_dict() | {"path": path})
+    else:
+        print_line(path)
+    leave_if(say_damaged(catalog))
+
+
+def no_checkpoint(catalog: Catalog) -> NotFoundError:
+    """Return the error of a directory in which no checkpoint counts, and say what is damaged."""
+    say_damaged(catalog)
+    return NotFoundError(f"{catalog.place} has no checkpoint that counts")
+
+
 def say_damaged(catalog: Catalog) -> bool:
-    """Say which records cannot be read, have no payload or are half-way; return whether something is damaged."""
+    """Report records that cannot be read, have no payload or are half-way; return whether one is damaged."""
     for error in catalog.damaged.values():
         say(f"damaged: {error}")
     if catalog.missing:
-        count = len(catalog.missing)
-        what = f"{few_names(catalog.missing)} ({count} checkpoint{'s' if count > 1 else ''}, not counted)"
+        what = f"{few_names(catalog.missing)} ({count_text(len(catalog.missing), 'checkpoint')}, not counted)"
         say(f"payload gone, or of another size than its record says: {what}; 'checkpointer verify' says more")
     half_way = [entry.record.name for entry in catalog.unfinished]
     if half_way:
-        say(f"half-way: {', '.join(half_way)}; a live writer goes on with it, 'checkpointer sweep' ends a dead one's")
+        say(f"half-way: {', '.join(half_way)}; a running writer finishes it; if it ended, run 'checkpointer sweep'")
     return bool(catalog.damaged)
 
 
@@ -83,28 +99,20 @@ def leave_if(bad: bool) -> None:
         raise typer.Exit(FOUND_BAD)
 
 
-class Bar:
-    """Shows on a terminal's stderr how many of so many bytes are done."""
+class Bar(Protocol):
+    """Counts bytes on a progress bar."""
 
-    def __init__(self, bar: Progress, task: TaskID) -> None:
-        self._bar = bar
-        self._task = task
-
-    def expect(self, total: int) -> None:
-        """Say how many bytes there will be."""
-        self._bar.update(self._task, total=total)
-
-    def __call__(self, count: int) -> None:
-        """Say that so many more are done."""
-        self._bar.update(self._task, advance=count)
+    def __call__(self, count: int = 0, *, total: int | None = None) -> None:
+        """Count so many more bytes as done; ``total`` replaces the number that is expected."""
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Bar]:
-    """Show how many of so many bytes are done, on a terminal; yields what to tell of more."""
+    """Show on a terminal's stderr how many of so many bytes are done."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(what, total=total)
     # A bar that was started ends with a newline, even if it is disabled.
     with bar if console.is_terminal else contextlib.nullcontext():
-        yield Bar(bar, bar.add_task(what, total=total))
+        yield lambda count=0, *, total=None: bar.update(task, advance=count, total=total)

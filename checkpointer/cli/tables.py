@@ -1,4 +1,4 @@
-"""Tables of plain columns, quick for ten thousand rows; where they are too wide, one column is folded."""
+"""Tables of plain columns, quick for ten thousand rows. If a table is too wide, one column is folded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Cell = str | Sequence[tuple[str, str]]
 
 _GAP: Final = "  "
 _LEAST: Final = 20
-"""Columns that the folded column has at least."""
+"""Least width of the folded column."""
 _WIDE: Final = 200
-"""Width of what goes to a file or another program: a name is not folded there."""
+"""Width of output to a file or another program: a name is not folded there."""
 _STYLES: Final = {"bold": "1", "dim": "2", "green": "32", "red": "1;31"}
 
 
@@ -78,8 +78,11 @@ class Table:
     def _lines(self, row: Sequence[Sequence[tuple[str, str]]], widths: Sequence[int]) -> list[list[tuple[str, str]]]:
         """Return a row as lines that each have one line of every cell."""
         cells = [list(cell) for cell in row]
+        size = widths[self._folded]
         cells[self._folded] = [
-            (part, style) for text, style in cells[self._folded] for part in _fold(text, widths[self._folded])
+            (part, style)
+            for text, style in cells[self._folded]
+            for part in (textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text])
         ]
         count = max(map(len, cells))
         return [[cell[number] if number < len(cell) else ("", "") for cell in cells] for number in range(count)]
@@ -91,7 +94,3 @@ class Table:
             shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_coloured and style and text else text
             parts.append(room + shown if is_right else shown + room)
         return _GAP.join(parts).rstrip()
-
-
-def _fold(text: str, size: int) -> list[str]:
-    return textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text]

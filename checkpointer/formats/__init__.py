@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, Literal, overload
 
 from checkpointer.errors import PolicyError
-from checkpointer.formats.inspection.file_kind import sniff
 from checkpointer.ports import FolderFormat, Format
 
 __all__ = ["format_of", "open_format"]
@@ -59,15 +58,10 @@ def format_of(stream: BinaryIO, expected: Format) -> Format:
     """Return the format to read a file with: what its bytes say, where they say something else than was expected.
 
     Only ``"torch"`` and ``"safetensors"`` are exchanged: what the bytes of another format look like is its own affair.
-
-    Example:
-        >>> import io, torch
-        >>> stream = io.BytesIO()
-        >>> open_format("safetensors").write({"w": torch.ones(2)}, stream)
-        >>> format_of(stream, open_format("torch")).name
-        'safetensors'
     """
     if expected.name not in ("torch", "safetensors"):
         return expected
+    from checkpointer.formats.inspection.payload import sniff
+
     found = sniff(stream)
     return expected if found in (None, expected.name) else open_format(found)

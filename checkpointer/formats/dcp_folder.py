@@ -42,7 +42,7 @@ from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
 
-__all__ = ["DcpFormat"]
+__all__ = ["DcpFormat", "Reader"]
 
 METADATA: Final = ".metadata"
 
@@ -50,16 +50,15 @@ _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
 
 MAX_LIST: Final = 1_000_000
-MAX_TOLD: Final = 10
-
-
-def _as_text(*parts: str) -> str:
-    return "/".join(parts)
+MAX_PROBLEMS: Final = 10
 
 
 _METADATA_GLOBALS: Final = {
     ("torch", "Size"): torch.Size,
-    **{("pathlib", name): _as_text for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
+    **{
+        ("pathlib", name): (lambda *parts: "/".join(parts))
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     **{
@@ -99,49 +98,48 @@ class DcpFormat:
         self._template = template
         self._options = {key: value for key, value in (storage_options or {}).items() if key not in _STORAGE_ONLY}
         if group is None:
-            # That it is alone it was told. Not around each call: filters are not a thread's own.
+            # `no_dist` says already that it is alone. Not around each call, because filters are not a thread's own.
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is no dict, the process group is gone, or without one a tensor is a shard.
+            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard.
         """
         writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
         plain: dict[str, Any] = {}
         error: Exception | None = None
         try:
             plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
-            if self._group is None:
-                _check_whole(plain)
-        except Exception as failure:  # Within DCP's own steps, which tell the other ranks.
+            for keys, leaf in tree_flatten_with_path(plain)[0] if self._group is None else ():
+                check_whole(leaf, f"state{keystr(keys)}")
+        except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
         with _as_they_are(SaveError):
             save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
             self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
 
     def snapshots(self, copies: int) -> Snapshotting:
-        """See `SupportsSnapshots.snapshots`: whatever has a ``state_dict`` is asked for it in the loop."""
+        """See `SupportsSnapshots.snapshots`: ``state_dict`` of stateful objects is called in the loop."""
         return _PlainSnapshots(Snapshots(copies, takes_shards=self._group is not None))
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
-        """See `FolderFormat.read_folder`; with a template ``map_location`` counts for nothing.
+        """See `FolderFormat.read_folder`; with a template ``map_location`` is ignored.
 
         Raises:
             RestoreError: If the template lacks what the folder has, or the other way round.
         """
-        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
+        reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only = weights_only
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
-        # Whatever fails on one rank has to fail within DCP's own steps, which tell the others.
+        # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only)
-        try:
-            with _as_they_are(RestoreError):
-                load(state, storage_reader=reader, planner=planner, **self._who(RestoreError))
-        except RestoreError as error:
-            raise reader.error or error from None
-        return _moved(state, map_location) if self._template is None else state
+        reader.load_into(state, planner, **self._who(RestoreError))
+        if self._template is not None:
+            return state
+        device = torch.device(map_location or "cpu")
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     def _who(self, kind: type[CheckpointerError]) -> dict[str, Any]:
         if self._group is None:
@@ -165,18 +163,34 @@ def _plain(state: Any) -> dict[str, Any]:
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
 
 
-def _check_whole(state: Any) -> None:
-    leaves, _ = tree_flatten_with_path(state)
-    for path, leaf in leaves:
-        check_whole(leaf, f"state{keystr(path)}")
-
-
 @attrs.frozen
 class _PlainSnapshots:
     snapshots: Snapshots
 
     def take(self, state: Any) -> Taken:
         return self.snapshots.take(_plain(state))
+
+
+@contextlib.contextmanager
+def _portably() -> Iterator[None]:
+    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
+    try:
+        yield
+    except Exception as error:
+        raise portable(error) from error
+
+
+@contextlib.contextmanager
+def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
+    """Raise what a rank has raised instead of DCP's bundle; an error of another kind becomes a ``kind``."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
+            raise cause from None
+        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
+        raise kind(msg) from cause
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -186,42 +200,42 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__()
         self._error = error
 
+    @_portably()
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        with _portably():
-            if self._error is not None:
-                raise self._error
-            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        if self._error is not None:
+            raise self._error
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
+    @_portably()
     def create_local_plan(self) -> SavePlan:
-        with _portably():
-            return super().create_local_plan()
+        return super().create_local_plan()
 
 
 class _Portable:
-    """A writer whose folder can be moved: where it was staged is not told. Its errors reach the other ranks."""
+    """A writer whose folder can be moved: its staging path is not recorded. Its errors reach the other ranks."""
 
     save_id: str
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
+    @_portably()
     def set_up_storage_writer(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
+        return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def prepare_local_plan(self, plan: SavePlan) -> Any:
-        with _portably():
-            return super().prepare_local_plan(plan)  # type: ignore[misc]
+        return super().prepare_local_plan(plan)  # type: ignore[misc]
 
+    @_portably()
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().write_data(*args, **kwargs)  # type: ignore[misc]
+        return super().write_data(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def finish(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().finish(*args, **kwargs)  # type: ignore[misc]
+        return super().finish(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Writer(_Portable, FileSystemWriter):
@@ -243,25 +257,30 @@ class _Safe:
 
     weights_only = True
     error: RestoreError | None = None
-    """What is wrong with the folder: DCP passes on no more than its text."""
+    """The error of the folder: DCP passes on its text only."""
     fs: Any
     path: str
     load_id: str
 
+    def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
+        """Read the folder into a state."""
+        try:
+            with _as_they_are(RestoreError):
+                load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
+        except RestoreError as error:
+            raise self.error or error from None
+
+    @_portably()
     def read_data(self, *args: Any, **kwargs: Any) -> Any:
-        with _portably():
-            return super().read_data(*args, **kwargs)  # type: ignore[misc]
+        return super().read_data(*args, **kwargs)  # type: ignore[misc]
 
+    @_portably()
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with _portably():
-            return self._read_metadata()
-
-    def _read_metadata(self) -> Metadata:
         try:
             with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
                 metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
         except FileNotFoundError as error:
-            msg = f"{self.path} has no {METADATA}, so it is no folder that torch.distributed.checkpoint wrote"
+            msg = f"{self.path} has no {METADATA}, so torch.distributed.checkpoint did not write this folder"
             self.error = CorruptError(msg)
             raise self.error from error
         except RestoreError as error:
@@ -271,7 +290,7 @@ class _Safe:
         return metadata
 
 
-class _Reader(_Safe, FileSystemReader):  # type: ignore[misc]
+class Reader(_Safe, FileSystemReader):  # type: ignore[misc]
     """Reads a path."""
 
 
@@ -305,14 +324,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         if known is None:
             msg = (
                 f"the metadata names {module}.{name}, which a safe load refuses to unpickle; "
-                "if you trust whoever wrote it, pass weights_only=False"
+                "if you trust its writer, pass weights_only=False"
             )
             raise UnsafePayloadError(msg)
         return known
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads into a template if it is what was saved, and what is no tensor as safely as a torch file is read."""
+    """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
     def __init__(self, *, weights_only: bool) -> None:
         super().__init__()
@@ -373,36 +392,9 @@ def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:
         elif not holds(value.dtype, dtype):
             problems.append(f"{name} is {dtype} in the checkpoint, and {value.dtype} here cannot hold it")
     if problems:
-        more = f" and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
+        more = f" and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         msg = (
-            f"the checkpoint does not fit the state: {'; '.join(problems[:MAX_TOLD])}{more}. Return from "
+            f"the checkpoint does not fit the state: {'; '.join(problems[:MAX_PROBLEMS])}{more}. Return from "
             "state= what was saved (get_state_dict of torch.distributed.checkpoint.state_dict fills in an optimizer's)"
         )
         raise RestoreError(msg)
-
-
-def _moved(state: Any, map_location: Any) -> Any:
-    device = torch.device(map_location or "cpu")
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
-
-
-@contextlib.contextmanager
-def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
-    """Raise what a rank has raised instead of DCP's bundle; what is none of ours becomes a ``kind``."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
-            raise cause from None
-        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
-        raise kind(msg) from cause
-
-
-@contextlib.contextmanager
-def _portably() -> Iterator[None]:
-    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
-    try:
-        yield
-    except Exception as error:
-        raise portable(error) from error

@@ -1,10 +1,8 @@
-"""Writes weights one tensor at a time, as safetensors or as a torch file: never more of them in memory than one."""
+"""Writes weights as safetensors or as a torch file, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
-import ctypes
 import io
-import json
 import os
 import pickle
 import uuid
@@ -15,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from checkpointer.errors import NameTakenError, PolicyError, SaveError
-from checkpointer.formats.inspection.safetensors_file import entry
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo
+from checkpointer.formats.inspection.pickled_tensors import STORAGES
+from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
+from checkpointer.formats.inspection.tensors import TensorInfo, memory_at, memory_of
 
 __all__ = ["WeightsFormat", "format_by_name", "write_weights"]
 
@@ -24,6 +23,7 @@ WeightsFormat = Literal["safetensors", "torch"]
 
 _TORCH: Final = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 
+_STORAGES: Final = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNED: Final = 64
 _LOCAL_HEADER: Final = 30
 _ZIP64_EXTRA: Final = 20
@@ -32,15 +32,7 @@ Read = Callable[[str], Any]
 
 
 def format_by_name(path: str | os.PathLike[str]) -> WeightsFormat:
-    """Return the format that the extension of a file of weights stands for.
-
-    Raises:
-        PolicyError: If it stands for none.
-
-    Example:
-        >>> format_by_name("w.safetensors"), format_by_name("w.pth")
-        ('safetensors', 'torch')
-    """
+    """Return the format that the extension of a file of weights stands for."""
     name = os.path.basename(path).lower()
     if name.endswith(".safetensors"):
         return "safetensors"
@@ -98,7 +90,7 @@ def write_weights(
             stream.flush()
             os.fsync(stream.fileno())
         size = staged.stat().st_size
-        # A link never replaces a file that appeared meanwhile; where there are no links, it is looked once more.
+        # A link never replaces a file that appeared meanwhile. A disk without links has a short race here.
         try:
             os.link(staged, target)
         except FileExistsError:
@@ -112,29 +104,11 @@ def write_weights(
 
 
 def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors, key=lambda name: -ITEM_SIZES.get(tensors[name].dtype, 1))
-    offset = 0
-    for name in order:
-        info = tensors[name]
-        header[name] = entry(info, offset)
-        if header[name] is None or name == "__metadata__":
+    for name, info in tensors.items():
+        if entry(info, 0) is None or name == "__metadata__":
             msg = f"{name} is {info.kind}; safetensors has no such dtype or name: write a torch file (--format torch)"
             raise SaveError(msg)
-        offset += info.bytes
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)
-    stream.write(len(data).to_bytes(8, "little") + data)
-    for name in order:
-        _write_tensor(stream, name, tensors[name], read)
-
-
-def _write_tensor(stream: Any, name: str, info: TensorInfo, read: Read) -> None:
-    flat = read(name).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    size = flat.numel() * flat.element_size()
-    assert size == info.bytes, f"{name} is not what was told of it"
-    if size:
-        stream.write(memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr())))
+    write_safetensors(stream, tensors.values(), read)
 
 
 def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
@@ -145,11 +119,10 @@ def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read
         for number, (name, info) in enumerate(tensors.items()):
             if info.is_dense:
                 with archive.open(_member(stream, number, info.bytes), "w") as part:
-                    _write_tensor(part, name, info, read)
+                    part.write(memory_of(read(name)))
         for number, storage in enumerate(storages, start=len(tensors)):
             with archive.open(_member(stream, number, storage.nbytes()), "w") as part:
-                if storage.nbytes():
-                    part.write(memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())))
+                part.write(memory_at(storage.data_ptr(), storage.nbytes()))
         archive.writestr("archive/version", "3\n")
 
 
@@ -169,21 +142,21 @@ def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
 
 
 class _Storage:
-    """What torch's pickle refers to: the bytes of one tensor, in a file beside it."""
+    """A storage in torch's pickle: the bytes of one tensor, in a file beside it."""
 
     def __init__(self, kind: Any, key: int, count: int) -> None:
         self.id = ("storage", kind, str(key), "cpu", count)
 
 
 class _Tensor:
-    """What torch's unpickler makes a tensor of."""
+    """A tensor in torch's pickle."""
 
     def __init__(self, key: int, info: TensorInfo) -> None:
         import torch
 
         self._info = info
         stride = tuple(torch.empty(info.shape, device="meta").stride())
-        kind = getattr(torch, _LEGACY.get(info.dtype, ""), None)
+        kind = getattr(torch, _STORAGES.get(info.dtype, ""), None)
         storage = _Storage(kind or torch.UntypedStorage, key, info.numel if kind else info.bytes)
         hooks: OrderedDict[str, Any] = OrderedDict()
         args: tuple[Any, ...] = (storage, 0, info.shape, stride, False, hooks)
@@ -193,22 +166,6 @@ class _Tensor:
 
     def __reduce__(self) -> Any:
         return self._made
-
-
-_LEGACY: Final = {
-    "float64": "DoubleStorage",
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage",
-    "int32": "IntStorage",
-    "int16": "ShortStorage",
-    "int8": "CharStorage",
-    "uint8": "ByteStorage",
-    "bool": "BoolStorage",
-    "complex128": "ComplexDoubleStorage",
-    "complex64": "ComplexFloatStorage",
-}
 
 
 class _Pickler(pickle.Pickler):

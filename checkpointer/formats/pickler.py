@@ -37,7 +37,7 @@ _ITEMS: Final = (list, tuple, set, frozenset, deque)
 
 
 class Pickler(pickle.Pickler):
-    """Pickles tensors with their bytes, whatever their class would pickle instead."""
+    """Pickles tensors with their bytes, even if their class pickles something else."""
 
     takes_shards = False
     """Whether a DTensor of which other processes hold a part is pickled."""
@@ -55,11 +55,7 @@ class ByValue:
 
 
 def by_value(value: Any, *, takes_shards: bool = False) -> Any:
-    """Return ``value``, or a plain tensor on the same memory if its class pickles a reference to that memory.
-
-    Raises:
-        SaveError: For a DTensor of which other processes hold a part.
-    """
+    """Return ``value``, or a plain tensor on the same memory if its class pickles a reference to that memory."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, torch.nn.Parameter):
         return value
@@ -76,11 +72,7 @@ class _ShardError(SaveError):
 
 
 def check_whole(tensor: Any, path: str = "") -> None:
-    """Raise if other processes hold parts of a tensor, as of a DTensor or a ShardedTensor.
-
-    Raises:
-        SaveError: It names the path, and says how to save sharded state.
-    """
+    """Raise if other processes hold parts of a tensor, as of a DTensor or a ShardedTensor."""
     if not _is_shard(tensor):
         return
     msg = f"that other processes hold parts of, and this checkpoint would hold one part alone; {HOW_TO_SAVE_SHARDS}"

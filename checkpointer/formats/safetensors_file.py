@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError
-from checkpointer.formats.inspection.safetensors_file import SafetensorsContents, entry
+from checkpointer.formats.inspection.safetensors_file import SafetensorsContents, entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.formats.pickler import check_whole, class_name, is_whole_dtensor
 from checkpointer.ports import Writable
@@ -20,7 +19,7 @@ __all__ = ["SafetensorsFormat"]
 try:
     from safetensors.torch import load_file as _load_file
 except ImportError as error:
-    msg = "format='safetensors' needs a package more: pip install 'torch-checkpointer[safetensors]'"
+    msg = "format='safetensors' needs one more package: pip install 'torch-checkpointer[safetensors]'"
     raise ImportError(msg) from error
 
 import torch
@@ -31,14 +30,13 @@ _ALWAYS: Final = frozenset(
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     }
 )
-"""What every version of safetensors holds."""
+"""Dtypes that every version of safetensors holds."""
 
 
 class SafetensorsFormat:
     """Writes and reads safetensors. Tied tensors are written once per name.
 
-    The `format <https://huggingface.co/docs/safetensors>`_: 8 bytes with the header's length (little-endian), the
-    header as JSON, then each tensor's bytes. It is written here, since the package's own writer wants a path or a copy.
+    The writer of the package needs a path or a copy, so the file is written here.
 
     Example:
         >>> import io, torch
@@ -59,22 +57,8 @@ class SafetensorsFormat:
         Raises:
             SaveError: If ``state`` is not a flat mapping of text to tensors of a known dtype.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
         tensors = _tensors(state)
-        for key, tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            header[key] = entry(_info(key, tensor), offset)
-            offset += size
-        data = json.dumps(header).encode()
-        data += b" " * (-len(data) % 8)  # The tensors' bytes begin at a multiple of 8.
-        stream.write(len(data).to_bytes(8, "little"))
-        stream.write(data)
-        for _, tensor in tensors:
-            # One tensor at a time is made contiguous and brought to the CPU: never a second copy of the state.
-            flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            if flat.numel():
-                stream.write(_memory(flat))
+        write_safetensors(stream, [_info(key, tensor) for key, tensor in tensors.items()], tensors.__getitem__)
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         """See `Format.read`; nothing in a safetensors file can run code."""
@@ -106,29 +90,18 @@ class SafetensorsFormat:
         return {}
 
 
-def _memory(flat: torch.Tensor) -> memoryview:
-    """Return a contiguous CPU tensor's own memory; by address, since torch can be installed without numpy."""
-    size = flat.numel() * flat.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(flat.data_ptr()))
-
-
-def _tensors(state: Any) -> list[tuple[str, torch.Tensor]]:
-    """Return names and tensors in the order of the file: wide dtypes first, so that every tensor is aligned."""
+def _tensors(state: Any) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping):
         msg = (
             f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors: pass "
             "weights=model.state_dict with contents='weights', or use format='torch'"
         )
         raise SaveError(msg)
-    tensors = [(key, _local(value)) for key, value in state.items()]
-    for key, value in tensors:
+    # A DTensor that is whole in this process is its own memory.
+    tensors = {key: value.to_local() if is_whole_dtensor(value) else value for key, value in state.items()}
+    for key, value in tensors.items():
         _check(key, value)
-    return sorted(tensors, key=lambda item: -item[1].element_size())
-
-
-def _local(value: Any) -> Any:
-    """Return the memory of a DTensor that is whole in this process; anything else as it is."""
-    return value.to_local() if is_whole_dtensor(value) else value
+    return tensors
 
 
 def _check(key: Any, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Copies of a state in host memory that is used again: what is written later is what was there now.
+"""Copies a state into host memory that is used again, so that a later write sees the state of now.
 
 A state is taken apart as `torch.save` does it, by pickling: so views, strides, shared storages, tied weights and
 everything else that a payload would hold come out as they went in, and what it would not hold fails here already.
@@ -11,7 +11,6 @@ import copyreg
 import io
 import pickle
 import sys
-from abc import ABC, abstractmethod
 from collections import ChainMap, Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -37,7 +36,7 @@ class Snapshot:
     _buffers: list[tuple[_Key, Any]]
     _events: list[Any]
     _sources: list[Any]
-    """Storages that are being copied: their memory must not be given to others before."""
+    """Storages that are being copied: their memory must not be freed before."""
     _give_back: Callable[[list[tuple[_Key, Any]]], None]
 
     def wait(self) -> Any:
@@ -80,7 +79,7 @@ class Snapshots:
     _streams: dict[Any, Any] = attrs.field(factory=dict, init=False)
 
     def take(self, state: Any) -> Snapshot:
-        """Copy a state: for CPU tensors at once, for CUDA tensors before whatever the current stream does next.
+        """Copy a state: for CPU tensors at once, for CUDA tensors before the next operation of the current stream.
 
         Raises:
             SaveError: If a part of it cannot be pickled: then `torch.save` could not write it either.
@@ -101,14 +100,14 @@ class Snapshots:
         return Snapshot(copy, copying.buffers, events, sources, self._give_back)
 
     def _uncopied(self, state: Any, error: Exception) -> str:
-        what = culprit(state, lambda part: self._round_trip(part, _Lending()))
+        what = culprit(state, lambda part: self._round_trip(part, _Numbering()))
         return f"{what or f'{type(error).__name__}: {error}'}, or pass background=None"
 
     def _round_trip(self, state: Any, copying: _Numbering) -> Any:
         return _round_trip(state, copying, takes_shards=self.takes_shards)
 
     def _buffer(self, key: _Key) -> Any:
-        # One operation, for the thread that writes gives buffers back at any time.
+        # One operation, because the writer thread gives buffers back at any time.
         free = self._free.get(key)
         try:
             return free.pop() if free else _allocate(key)
@@ -120,7 +119,7 @@ class Snapshots:
             self._free.setdefault(key, []).append(buffer)
 
     def _trim(self, used: Counter[_Key]) -> None:
-        """Let go of buffers that such a state does not need."""
+        """Free the buffers that such a state does not need."""
         for key in list(self._free):
             del self._free[key][used[key] * (self.copies - 1) :]
             if not self._free[key]:
@@ -134,8 +133,8 @@ class Snapshots:
         return self._streams[device]
 
 
-class _Numbering(ABC):
-    """The storages of one state, by number."""
+class _Numbering:
+    """The storages of one state, by number. They are not copied, which is enough to try whether a state can be."""
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
@@ -146,18 +145,10 @@ class _Numbering(ABC):
         """Return the number of a storage's copy; one that many tensors share is copied once."""
         identity = storage._cdata
         if identity not in self._numbers:
-            self.sources[identity] = storage  # While it lives, no other has its address.
+            self.sources[identity] = storage  # While it exists, no other has its address.
             self._numbers[identity] = len(self.copies)
             self.copies.append(self._copy(storage))
         return self._numbers[identity]
-
-    @abstractmethod
-    def _copy(self, storage: Any) -> Any:
-        """Return what takes the place of a storage."""
-
-
-class _Lending(_Numbering):
-    """Copies nothing: to find out whether a state can be taken apart and put together."""
 
     def _copy(self, storage: Any) -> Any:
         return storage

@@ -19,11 +19,11 @@ from checkpointer.ports import Writable
 __all__ = ["TorchFormat"]
 
 _CONTAINERS: Final = (dict, list, tuple, set)
-# The containers that a safe load builds whatever they hold.
+# The containers that a safe load builds, with any content.
 _SAFE_CONTAINERS: Final = frozenset({dict, list, tuple, set, OrderedDict, Counter})
 # A pickle gives larger integers four bytes for their length, and a safe load knows no such instruction.
 _MAX_INT: Final = 1 << (255 * 8 - 1)
-# What is refused, where others of the same class are not.
+# Values that are refused although others of the same class are not.
 _DETAILS: Final[Mapping[type, str]] = {int: " of 2040 bits or more", bytes: " without content"}
 
 
@@ -62,11 +62,11 @@ class TorchFormat:
             raise SaveError(msg) from error
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
-        """See `Format.read`. That the disk or the memory gives up says nothing of the payload, and passes unchanged.
+        """See `Format.read`. Errors of the disk or of memory say nothing about the payload and pass unchanged.
 
         Raises:
             UnsafePayloadError: If ``weights_only`` refuses something in it.
-            CorruptError: If it is no torch file.
+            CorruptError: If it is not a torch file.
         """
         start = stream.tell()
         return self._load(stream, stream, start, map_location=map_location, weights_only=weights_only)
@@ -90,11 +90,11 @@ class TorchFormat:
         except pickle.UnpicklingError as error:
             refused = _refusal(stream, start, error) if weights_only else ""
             if not refused:
-                msg = f"the payload is no torch file that can be read: {_reason(error)}"
+                msg = f"the payload is not a torch file that can be read: {_reason(error)}"
                 raise CorruptError(msg) from error
             msg = (
-                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust whoever "
-                "wrote it, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
+                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust "
+                "its writer, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
             )
             raise UnsafePayloadError(msg) from error
         except Exception as error:  # Damaged bytes fail anywhere in torch: IndexError, AssertionError, struct.error...
@@ -104,7 +104,7 @@ class TorchFormat:
     def refused(self, state: Any) -> Mapping[str, str]:
         """See `Format.refused`: asks torch itself about every value that is neither a tensor nor plain data.
 
-        A refused key is told as ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
+        A refused key is named ``state['ids'] (key 3)``, an attribute of a tensor as ``state['w'].note``.
 
         Raises:
             SaveError: If a tensor is a shard, whose other parts this process does not have.
@@ -137,7 +137,7 @@ class _Search:
             return
         before = len(self.found)
         if isinstance(value, _CONTAINERS):
-            if id(value) in self._visited:  # A cycle, or told under another path.
+            if id(value) in self._visited:  # A cycle, or named under another path.
                 if id(value) in self._open and isinstance(value, tuple):
                     self.found[path] = f"{class_name(value)} that holds itself"
                 return
@@ -231,7 +231,7 @@ def _unsafe_alone(value: Any) -> list[str]:
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer, pickle_module=_Skeleton)
-    except Exception as error:  # What cannot even be pickled will be an error of the save itself.
+    except Exception as error:  # If it cannot be pickled, the save itself fails.
         return [str(error) or type(error).__name__]
     buffer.seek(0)
     if names := _unsafe_globals(buffer):

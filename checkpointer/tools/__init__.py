@@ -1,1 +1,1 @@
-"""What the commands do: look at directories, verify, clean up, copy, compare, simulate."""
+"""The functions beneath the commands: look at directories, verify, clean up, copy, compare, simulate."""

@@ -1,4 +1,4 @@
-"""Makes records of checkpoints that others wrote: Lightning, the Hugging Face Trainer, or a bare ``torch.save``."""
+"""Makes records of checkpoints that Lightning, the Hugging Face Trainer or a bare ``torch.save`` wrote."""
 
 from __future__ import annotations
 
@@ -19,35 +19,27 @@ from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
-from checkpointer.records.record import ADOPTED, Contents, Record
-from checkpointer.tools.adoptable import COPIES, Units, find_units, words_of
+from checkpointer.records.record import ADOPTED, Record
 from checkpointer.tools.catalog import Catalog
-from checkpointer.tools.foreign import Said, read_file, read_folder
+from checkpointer.tools.foreign import COPIES, Said, Units, find_units, parts_of, read_file, read_folder
 
 __all__ = ["Adoption", "Found", "adopt", "find_foreign"]
 
 _NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
-"""Words that say nothing of whether a file is a copy."""
+"""Parts of a name that do not say whether a file is a copy."""
 
 
 @attrs.frozen(kw_only=True)
-class Found:
-    """What a file or folder says of itself."""
+class Found(Said):
+    """A file or folder that says its step, or is given it."""
 
-    name: str
     step: int
     epoch: int = 0
-    epoch_end: bool = True
-    metrics: Mapping[str, float] = attrs.field(factory=dict)
-    format: str = "torch"
-    contents: Contents = "full"
-    writer: str
-    """Who wrote it: ``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
 
 
 @attrs.frozen(kw_only=True)
 class Adoption:
-    """What can be made records of, and what cannot."""
+    """Files and folders that can be adopted, and those that cannot."""
 
     found: tuple[Found, ...]
     """In the order of their steps."""
@@ -58,27 +50,18 @@ class Adoption:
 def find_foreign(
     catalog: Catalog, steps: Mapping[str, int] | None = None, *, steps_per_epoch: int | None = None
 ) -> Adoption:
-    """Look at what no record names, and find step, epoch and scores in it. Nothing is unpickled, and nothing changed.
+    """Find step, epoch and scores of the files that have no record. Nothing is unpickled, and nothing is changed.
 
-    Lightning: ``global_step``, ``epoch``, the scores in the file's name, and those of a ``ModelCheckpoint`` that names
-    this very file. The HF Trainer: ``trainer_state.json`` of each ``checkpoint-N``, with what was logged at that step.
-    Anything else: numbers at the top of the saved dict, and ``name=value`` in the file's name. Several files that
-    belong together are a folder that is adopted as a whole, or are left. What lies in a directory with records of its
-    own is left out.
+    The page of the command says which keys and names count for which writer. Files that belong together are adopted
+    as a folder, or are left. A directory below that has records of its own is left out.
 
     Args:
         catalog: The directory, from `checkpointer.tools.catalog.look_at`.
-        steps: Steps by name, for what does not say its own.
-        steps_per_epoch: Optimizer steps of an epoch, for what says its epoch only: the step is the product of both.
+        steps: Steps by name, for files that do not have their own.
+        steps_per_epoch: Optimizer steps of an epoch. If a file has an epoch only, its step is the product of both.
 
     Raises:
-        NotFoundError: If ``steps`` names what cannot be adopted.
-
-    Example:
-        >>> from checkpointer.tools.catalog import look_at
-        >>> from checkpointer.testing import MemoryStorage
-        >>> find_foreign(look_at(MemoryStorage())).found
-        ()
+        NotFoundError: If ``steps`` has a name that cannot be adopted.
     """
     steps = steps or {}
     taken = {record.name for record in catalog.records} | set(catalog.aliases)
@@ -93,11 +76,15 @@ def find_foreign(
             refused[name] = str(error).removeprefix(f"{name}: ")
     said = [_with_step(item, steps.get(item.name), steps_per_epoch) for item in read]
     refused |= _parts(read, steps) | _parts(said)
-    refused |= {item.name: _no_step(item) for item in said if item.step is None and item.name not in refused}
-    found = [_found(item) for item in said if item.name not in refused]
+    found = []
+    for item in said:
+        if item.step is None:
+            refused.setdefault(item.name, _no_step(item))
+        elif item.name not in refused:
+            found.append(Found(**(attrs.asdict(item, recurse=False) | {"epoch": item.epoch or 0})))
     refused |= _copies(found, catalog.records)
-    found = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
-    return Adoption(found=tuple(found), refused=refused)
+    kept = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
+    return Adoption(found=tuple(kept), refused=refused)
 
 
 def _check_steps(steps: Mapping[str, int], units: Units) -> None:
@@ -112,7 +99,7 @@ def _check_steps(steps: Mapping[str, int], units: Units) -> None:
         if whole:
             msg = f"{name} is a part of {whole}, which is adopted as a whole or not at all; pass --step {whole}=STEP"
         else:
-            msg = f"{name} is given a step, but there is nothing of that name to adopt (have: {some_of(there)})"
+            msg = f"{name} is given a step, but no file or folder to adopt has that name (have: {some_of(there)})"
         raise NotFoundError(msg)
 
 
@@ -149,32 +136,24 @@ def _with_step(said: Said, step: int | None, steps_per_epoch: int | None) -> Sai
 def _no_step(said: Said) -> str:
     how = "pass its step: --step NAME=STEP"
     if said.epoch is not None:
-        return f"it says its epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
+        return f"it has an epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
     if said.writer == "a trainer":
-        return f"it is a folder of files that belong together, and says no step; to adopt it as a whole {how}"
-    return f"it says no step and no epoch, in it or in its name; {how}"
-
-
-def _found(said: Said) -> Found:
-    assert said.step is not None, "the others are refused"
-    return Found(**(attrs.asdict(said, recurse=False) | {"epoch": said.epoch or 0}))
+        return f"it is a folder of files that belong together, and has no step; to adopt it as a whole {how}"
+    return f"neither the file nor its name has a step or an epoch; {how}"
 
 
 def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
-    """Return the files that share a folder and a step: of a pair such as generator and discriminator, or of two runs.
+    """Return the files that share a folder and a step, such as a generator and its discriminator, or two runs.
 
-    As two checkpoints of one run, a policy that keeps one of them would remove half of what belongs together.
-
-    Args:
-        said: What the files say.
-        given: Files whose step was given; files that all are among these are compared by the given steps only.
+    If they were two checkpoints of one run, a policy could keep one and remove the other. If all files of a group are
+    ``given`` their steps, only these steps count.
     """
     groups: dict[tuple[object, ...], list[Said]] = defaultdict(list)
     for item in said:
         if item.writer != "torch.save":
             continue
         folder, _, file = item.name.rpartition("/")
-        kind = words_of(item.name) & COPIES
+        kind = parts_of(item.name) & COPIES
         if item.step is not None:
             groups[folder, kind, item.step].append(item)
         digits = tuple(re.findall(r"\d+", file.rpartition(".")[0]))
@@ -187,39 +166,39 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
         is_open = any(item.name not in given for item in group)
         for number, item in enumerate(group) if is_one and is_open and len(group) > 1 else ():
             parts[item.name] = (
-                f"it is of the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
+                f"it has the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
                 "runs, and prune would remove one without the other; put what belongs together into a folder"
             )
     steps = {(item.name.rpartition("/")[0], item.step) for item in said if item.name in parts and item.step is not None}
     for item in said:
         if item.writer == "torch.save" and (item.name.rpartition("/")[0], item.step) in steps:
-            parts.setdefault(item.name, "it is of the same step as several files that belong together")
+            parts.setdefault(item.name, "it has the same step as several files that belong together")
     return parts
 
 
 def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]:
-    """Return the files that are called last, and are of the same step as another checkpoint."""
+    """Return the files that are called last and have the step of another checkpoint."""
     copies: dict[str, str] = {}
     there = {record.step: record.name for record in records}
     last = [item for item in found if _is_called_last(item.name)]
     there |= {item.step: item.name for item in found if item not in last}
     for item in last:
-        twin = there.setdefault(item.step, item.name)
-        if twin != item.name:
-            copies[item.name] = f"it is of the same step as {twin}, so it is a copy that is called last"
+        other = there.setdefault(item.step, item.name)
+        if other != item.name:
+            copies[item.name] = f"it has the same step as {other}, so it is a copy that is called last"
     return copies
 
 
 def _is_called_last(name: str) -> bool:
-    words = words_of(name) - _NEUTRAL
-    return bool(words) and words <= COPIES - {"best"}
+    parts = parts_of(name) - _NEUTRAL
+    return bool(parts) and parts <= COPIES - {"best"}
 
 
 # Making records
 
 
 def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | None = None) -> Iterator[Record]:
-    """Make a record of each, oldest step first: its digest is taken, its payload stays where and as it is.
+    """Make a record of each, oldest step first. Its digest is computed; its payload is not changed.
 
     Args:
         catalog: The directory, as it was looked at.
@@ -228,7 +207,7 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
         run: Id of the run that they become part of; None makes a new one for each folder.
 
     Yields:
-        Each record, once it is there.
+        Each record, once it is durable.
 
     Raises:
         UntrustedError: If the directory has signed records, and the journal has no key.
@@ -248,7 +227,7 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
     refuse_unsigned(catalog.signed, catalog.place, journal.trust)
     if isinstance(journal.storage, SupportsSweep):
         journal.storage.prepare()
-    # What lies in two folders is of two trainings: as one run, a policy would keep the best of both only.
+    # Two folders are two trainings. If they were one run, a policy would keep only the best of both.
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())

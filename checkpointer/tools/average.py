@@ -26,7 +26,7 @@ def average(sources: Sequence[tuple[str, Weights]]) -> Weights:
     """Return the mean of several weights, computed when each tensor is read: memory is about five times its own.
 
     Floating-point and complex tensors are averaged in double precision and rounded once; counters and masks are those
-    of the first. The mean of weights that one training went through often does better than each of them.
+    of the first. The mean of several weights of one training is often better than each of them.
 
     Args:
         sources: Weights, each with a name for messages, at least one.

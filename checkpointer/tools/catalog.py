@@ -1,4 +1,4 @@
-"""Looks at a directory and changes nothing: its checkpoints, what names them, what is damaged or left half-way."""
+"""Looks at a directory and changes nothing: checkpoints, aliases, damaged records, unfinished writes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import access_advice
 from checkpointer.tools.query import name_like
 
-__all__ = ["Catalog", "look_at"]
+__all__ = ["Catalog", "location", "look_at"]
 
 _ALIASES = f"{index.HOME}/aliases/"
 
 
 @attrs.frozen(kw_only=True)
 class Catalog:
-    """What a directory holds, as it was when somebody looked."""
+    """The content of a directory when `look_at` read it."""
 
     place: str
     """The path or URL, without a password."""
@@ -36,7 +36,7 @@ class Catalog:
     missing: tuple[Record, ...] = ()
     """Records whose payload is gone, or has another size: they do not count."""
     aliases: Mapping[str, str]
-    """Each alias that is there, and the name of the checkpoint it stands for; empty if that cannot be told."""
+    """Each alias that is there, and the name of the checkpoint it stands for; empty if that is not known."""
     unfinished: tuple[Entry, ...] = ()
     """Records of writes and removals that were left half-way, or go on right now."""
     damaged: Mapping[str, RecordError] = attrs.field(factory=dict)
@@ -46,7 +46,7 @@ class Catalog:
     foreign: frozenset[str] = frozenset()
     """Names in use that no record names."""
     signed: int = 0
-    """How many records carry a signature."""
+    """Number of records with a signature."""
 
     @property
     def has_records(self) -> bool:
@@ -64,11 +64,7 @@ class Catalog:
         return tuple(dict.fromkeys((r.run, r.label) for r in reversed(self.records)))[::-1]
 
     def manifest(self, run: str | None = None, label: str | None = None) -> Manifest:
-        """Return the records as a run sees them; None stands for the run, or the label, of the newest checkpoint.
-
-        Raises:
-            NotFoundError: If there is no such run.
-        """
+        """Return the records as a run sees them; None stands for the run, or the label, of the newest checkpoint."""
         own = [r for r in self.records if run in (None, r.run) and label in (None, r.label)]
         if not own:
             if run is None and label is None:
@@ -84,7 +80,7 @@ class Catalog:
 
     @property
     def with_missing(self) -> Catalog:
-        """The same as if every payload were there: for looking at what is wrong."""
+        """The same directory, with the records that have no payload among the others."""
         records = sorted((*self.records, *self.missing), key=commit_order)
         return attrs.evolve(self, records=tuple(records), missing=())
 
@@ -115,7 +111,7 @@ class Catalog:
         if refusal is not None:
             raise refusal
         if aliases.get(which) == "":
-            msg = f"{which} is an alias, and which checkpoint it stands for cannot be told here; name the checkpoint"
+            msg = f"{which} is an alias, and which checkpoint it stands for is not known here; name the checkpoint"
             raise NotFoundError(msg)
         if which == "best":
             msg = f"{self.place} has no best alias; pass a name ('checkpointer best' prints the best by a metric)"
@@ -124,28 +120,28 @@ class Catalog:
 
     def location(self, name: str) -> str:
         """Return the full path or URL of a file."""
-        return self.storage.local_path(name) if isinstance(self.storage, SupportsPaths) else f"{self.place}/{name}"
+        return location(self.storage, name)
 
     def aliases_of(self, record: Record) -> list[str]:
         """Return the aliases that stand for a checkpoint."""
         return [alias for alias, target in self.aliases.items() if target == record.name]
 
 
+def location(storage: Storage, name: str) -> str:
+    """Return the full path or URL of a file in a storage."""
+    return storage.local_path(name) if isinstance(storage, SupportsPaths) else f"{storage}/{name}"
+
+
 def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
-    """Read what a directory says of itself. Nothing is written, locked, claimed, loaded or unpickled.
+    """Read the records and the listing of a directory. Nothing is written, locked, claimed, loaded or unpickled.
 
     Args:
         storage: Where to look, as `checkpointer.storage.open_storage` returns it.
-        trust: The key of a signed directory; what it has not signed is damaged.
+        trust: The key of a signed directory; a record without its signature is damaged.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
-
-    Example:
-        >>> from checkpointer.testing import MemoryStorage
-        >>> look_at(MemoryStorage()).records
-        ()
     """
     try:
         listing = index.load(storage, trust)
@@ -185,26 +181,22 @@ def _aliases(
             data = index.parse_json(index.read_bounded(storage, path), path)
             alias = data.get("alias") if isinstance(data, dict) else None
             if not isinstance(alias, str) or path != f"{_ALIASES}{index.json_name(alias)}":
-                continue  # Whatever it is, we did not write it.
+                continue  # This library did not write it.
             if alias not in names and (alias in listing.files or alias in tops):
                 aliases[alias] = _target(storage, alias, listing, records)
     return dict(sorted(aliases.items(), reverse=True))
 
 
 def _target(storage: Storage, alias: str, listing: index.Listing, records: Sequence[Record]) -> str:
-    """Return the name of the checkpoint that an alias stands for; empty if that cannot be told without reading it."""
+    """Return the name of the checkpoint that an alias stands for; empty if only reading it would show that."""
     if isinstance(storage, SupportsPaths):
         return _local_target(storage, alias, records)
     there = listing.files.get(alias)
     if there is None or not there.version or there.modified_s is not None:
-        return ""  # A time says nothing of whose copy this is.
+        return ""  # A time does not show of which checkpoint it is a copy.
     # A copy that the server made has the tag of its original.
-    same = [record.name for record in records if _is_same(listing.files.get(record.name), there)]
-    return same[-1] if same else ""
-
-
-def _is_same(one: Stat | None, other: Stat) -> bool:
-    return one is not None and (one.size, one.version) == (other.size, other.version)
+    files = ((record.name, listing.files.get(record.name)) for record in reversed(records))
+    return next((name for name, own in files if own and (own.size, own.version) == (there.size, there.version)), "")
 
 
 def _local_target(storage: SupportsPaths, alias: str, records: Sequence[Record]) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 
-from checkpointer._display import size_text
+from checkpointer._display import count_text, size_text, some_of
 from checkpointer.commit.aliases import claim, make_alias, release
 from checkpointer.commit.index import HOME
 from checkpointer.commit.journal import Journal
@@ -17,7 +17,7 @@ from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
-from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsPaths, SupportsSweep
+from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsSweep
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
@@ -31,12 +31,12 @@ _CREATED = f"{HOME}/directory.json"
 
 @attrs.frozen(kw_only=True)
 class Copying:
-    """What a copy has to do."""
+    """The plan of a copy."""
 
     missing: tuple[Record, ...]
-    """Checkpoints that the destination has not got, oldest first."""
+    """Checkpoints that the destination does not have, oldest first."""
     there: tuple[Record, ...] = ()
-    """Those that an earlier copy brought already."""
+    """Checkpoints that the destination has already."""
     aliases: tuple[tuple[str, str, Literal["link", "copy"]], ...] = ()
     """Each alias, what it stands for, and how it is made."""
 
@@ -47,21 +47,7 @@ class Copying:
 
 
 def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | None = None) -> Copying:
-    """Compare two directories: what has the same token and digest is the same checkpoint.
-
-    Args:
-        source: Where from.
-        target: Where to.
-        records: Which checkpoints; None takes all.
-
-    Raises:
-        NameTakenError: If the destination has something else under a name that is to be copied. Nothing was changed.
-
-    Example:
-        >>> from checkpointer.testing import MemoryStorage
-        >>> plan_copying(look_at(MemoryStorage()), look_at(MemoryStorage())).missing
-        ()
-    """
+    """Compare two directories. Checkpoints with the same token and digest are the same; None takes all ``records``."""
     wanted = tuple(source.records if records is None else records)
     copies = {(record.token, record.digest) for record in target.records}
     missing = tuple(record for record in wanted if (record.token, record.digest) not in copies)
@@ -70,15 +56,14 @@ def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | N
     half_way = {entry.record.name for entry in target.unfinished}
     in_the_way = [record.name for record in missing if record.name in taken and record.name not in half_way]
     if in_the_way:
-        more = f" and {len(in_the_way) - 3} more" if len(in_the_way) > 3 else ""
         msg = (
-            f"{target.place} has other files under the names {', '.join(in_the_way[:3])}{more}; nothing was copied. "
+            f"{target.place} has other files under the names {some_of(in_the_way, 3)}; nothing was copied. "
             "Copy to an empty directory"
         )
         raise NameTakenError(msg)
     by_name = {record.name: record for record in wanted}
     aliases = tuple(
-        (alias, name, "link" if _is_link(source.storage, alias) else "copy")
+        (alias, name, "link" if os.path.islink(source.location(alias)) else "copy")
         for alias, name in source.aliases.items()
         if name in by_name and (alias not in taken or _goes_on(target, alias, by_name[name]))
     )
@@ -99,10 +84,6 @@ def _goes_on(target: Catalog, alias: str, record: Record) -> bool:
     if named is None or (named.run, named.label) != (record.run, record.label):
         return False
     return named.serial <= record.serial
-
-
-def _is_link(storage: Storage, alias: str) -> bool:
-    return isinstance(storage, SupportsPaths) and os.path.islink(storage.local_path(alias))
 
 
 def copy(
@@ -126,15 +107,15 @@ def copy(
         owner: Id of this writer, from `checkpointer.storage.owner.new_owner`.
         records: Which checkpoints; None takes all.
         trust: The key of signed records, for both sides.
-        on_plan: Told what has to be done, before anything is.
-        on_bytes: Told how many bytes were read, each time some were.
+        on_plan: Called with the plan before anything is copied.
+        on_bytes: Called with the number of bytes after each read.
 
     Returns:
         What was done.
 
     Raises:
         StorageError: If both are the same place.
-        NotEnoughSpaceError: If the destination has not got the room. Nothing was changed.
+        NotEnoughSpaceError: If the destination has too little space. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
         AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
         CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
@@ -187,8 +168,8 @@ def _check_space(plan: Copying, storage: Storage) -> None:
     free = storage.free_space() if isinstance(storage, SupportsFreeSpace) else None
     if free is not None and free < plan.bytes:
         msg = (
-            f"{storage} has {size_text(free)} free, and {len(plan.missing)} checkpoints take {size_text(plan.bytes)}; "
-            "nothing was copied. Free some space, or copy fewer"
+            f"{storage} has {size_text(free)} free, and {count_text(len(plan.missing), 'checkpoint')} need "
+            f"{size_text(plan.bytes)}; nothing was copied. Free some space, or copy fewer"
         )
         raise NotEnoughSpaceError(msg)
 
@@ -205,11 +186,9 @@ def _clear(source: Catalog, target: Catalog, plan: Copying, journal: Journal) ->
             )
             raise StorageError(msg)
         if settle(journal, entry, write=True) is None:
-            # Of a folder, files may be there one by one: those that are as in the source are of that copy.
-            inside = {
-                path: stat.size for path, stat in source.files.items() if path.startswith(f"{entry.record.name}/")
-            }
+            # Files of a folder are copied one by one: those with the size of the source's are from that copy.
             for path, stat in target.files.items():
-                if inside.get(path) == stat.size:
+                own = source.files.get(path) if path.startswith(f"{entry.record.name}/") else None
+                if own is not None and own.size == stat.size:
                     journal.storage.delete(path)
     return bool(left)

@@ -1,4 +1,4 @@
-"""What differs between two payloads, tensor by tensor, with two tensors in memory at a time."""
+"""Compares two payloads tensor by tensor, with two tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _CHUNK: Final = 1 << 20
 """Elements that are compared at once, in double precision."""
 
 _UNKNOWN: Final = dict.fromkeys(("norm", "relative", "max", "cosine"), math.nan)
-"""How far tensors differ that are no numbers to torch, such as packed bits."""
+"""The difference of tensors that torch cannot subtract, such as packed bits."""
 
 Kind = Literal["same", "changed", "reshaped", "added", "removed"]
 
 
 @attrs.frozen(kw_only=True)
 class Change:
-    """What became of one tensor."""
+    """The change of one tensor."""
 
     name: str
     kind: Kind
     before: TensorInfo | None = None
     after: TensorInfo | None = None
     norm: float = 0.0
-    """Euclidean norm of the difference; NaN where torch cannot compute with the elements."""
+    """Euclidean norm of the difference; NaN if torch cannot compute with the elements."""
     relative: float = 0.0
     """The same, divided by the norm of what was there before; infinite if that was 0."""
     max: float = 0.0
@@ -73,7 +73,7 @@ def diff(before: Tensors, after: Tensors, match: str = "") -> Iterator[Change]:
 
 
 def diff_values(before: Tensors, after: Tensors, match: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return what is no tensor and differs, before and after; None where it is not there.
+    """Return what differs and is not a tensor, before and after; None where it is not there.
 
     Example:
         >>> from checkpointer.formats.inspection.torch_file import TorchContents
@@ -148,11 +148,11 @@ def _difference(raw_x: Any, raw_y: Any, x: Any, y: Any) -> Any:
 
     delta = y - x
     if raw_x.dtype == raw_y.dtype and raw_x.dtype in (torch.int64, torch.uint64):
-        # Integers beyond 2 ** 53 are not all doubles. Of one sign, their difference fits their own type.
+        # Integers beyond 2 ** 53 are not all doubles. If both have one sign, their difference fits their own type.
         one, two = raw_x.view(torch.int64), raw_y.view(torch.int64)
         return torch.where((one < 0) == (two < 0), (two - one).double(), delta)
     if not delta.sum().isfinite():
-        # What is NaN or infinite in both did not change.
+        # An element that is NaN or infinite in both did not change.
         delta.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
     return delta
 

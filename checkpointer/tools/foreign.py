@@ -1,23 +1,26 @@
-"""Reads what a checkpoint that others wrote says of itself: step, epoch and scores. Nothing is unpickled."""
+"""Finds checkpoints that other programs wrote, and reads their step, epoch and scores. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeGuard
 
 import attrs
 
+from checkpointer.commit.index import HOME, directories_below
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Contents
+from checkpointer.tools.catalog import location
 
-__all__ = ["Said", "read_file", "read_folder"]
+__all__ = ["COPIES", "Said", "Units", "find_units", "parts_of", "read_file", "read_folder"]
 
 MAX_STATE_BYTES: Final = 1 << 26
 _HF_STATE: Final = "trainer_state.json"
@@ -27,20 +30,116 @@ _STEPS: Final = (
 )
 _EPOCHS: Final = ("epoch", "epochs", "current_epoch")
 _HOLDERS: Final = ("", "meta.", "trainer.", "engine.")
-"""Under which keys a counter is believed: the top, and where mmengine and ignite keep theirs."""
+"""A counter counts under these keys only: at the top, and at those of mmengine and ignite."""
 _BESIDE: Final = (*_STEPS, *_EPOCHS, "seed", "version", "batch_size", "num_epochs", "max_epochs", "total_flos", "time")
 _PAIR: Final = re.compile(r"(?:^|[-/])([A-Za-z][\w. ]*)=(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?=-|$)")
+_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
+"""Extensions of files that may be a checkpoint by themselves."""
+COPIES: Final = frozenset({"best", "last", "latest", "newest", "final", "current"})
+"""Parts of file names that call a file a copy of another checkpoint."""
+_IN_FOLDERS: Final = (*_SUFFIXES, ".bin", ".distcp", "/trainer_state.json")
+"""A folder with a file of one of these may be a checkpoint."""
+_NAMED: Final = re.compile(
+    r"(?:(?:checkpoint|ckpt|global_?step|step|epoch|iteration|iter|ep|ba)[-_+=]?\d+[-_+=]?)+"
+    r"|CKPT\+.*|.*\.(?:ckpt|pt|pth|dcp)",
+    re.IGNORECASE,
+)
+"""The name of a folder that is one checkpoint: accelerate's, DeepSpeed's, speechbrain's, Lightning's."""
+_SHARD: Final = re.compile(r".*-\d+-of-\d+\.\w+")
+_EXPORT: Final = re.compile(r"(?:model|pytorch_model|adapter_model|diffusion_pytorch_model|consolidated[\w.]*)\.\w+")
+_EXPORTED: Final = re.compile(r"(?:config|adapter_config|model_index)\.json|.*\.index\.json")
+_STATE: Final = re.compile(
+    r"(?:optim\w*|(?:lr_?)?sched\w*|scaler|random_states?\w*|rng\w*|criterion|counter|brain)"
+    r"\.(?:bin|pt|pth|ckpt|pkl|safetensors)|CKPT\.yaml|trainer_state\.json|training_args\.bin"
+)
+_LETTERS: Final = re.compile(r"[A-Za-z]+")
+
+
+# Files and folders
+
+
+@attrs.frozen(kw_only=True)
+class Units:
+    """Files and folders that may be adopted, and files that may not."""
+
+    files: tuple[str, ...]
+    """Files that may be a checkpoint each."""
+    folders: tuple[str, ...]
+    """Folders that may be a checkpoint each, as a whole."""
+    left: dict[str, str]
+    """Files that may not be adopted, each with the reason."""
+
+
+def find_units(files: Iterable[str], taken: Container[str] = frozenset()) -> Units:
+    """Sort the files of a directory into units. What lies in a directory with records of its own is left out.
+
+    Example:
+        >>> found = find_units(["a.pt", "checkpoint_4/model.pt", "run/.checkpointer/index.json", "run/b.pt"])
+        >>> found.files, found.folders
+        (('a.pt',), ('checkpoint_4',))
+    """
+    paths = sorted(files)
+    below = frozenset(directories_below(paths))
+    beside: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        beside[folder].add(name)
+    units: dict[str, None] = {}
+    alone: list[str] = []
+    left: dict[str, str] = {}
+    for path in paths:
+        above = [path[:i] for i, char in enumerate(path) if char == "/"]
+        is_taken = path in taken or any(folder in taken or folder in below for folder in above)
+        if is_taken or path.startswith(f"{HOME}/") or not path.endswith(_IN_FOLDERS):
+            continue
+        folder, _, name = path.rpartition("/")
+        unit = next((above_it for above_it in above if _is_unit(above_it, beside[above_it])), None)
+        reason = _belongs(name, beside[folder]) if unit is None else ""
+        if unit is not None or (reason and folder):
+            units[unit or folder] = None
+        elif path.endswith(_SUFFIXES) and reason:
+            left[path] = reason
+        elif path.endswith(_SUFFIXES):
+            alone.append(path)
+    return Units(files=tuple(alone), folders=tuple(units), left=left)
+
+
+def _is_unit(folder: str, inside: Container[str]) -> bool:
+    return bool(_NAMED.fullmatch(folder.rpartition("/")[2])) or ".metadata" in inside
+
+
+def _belongs(name: str, beside: Iterable[str]) -> str:
+    """Return why a file is one part of several; empty if it is not."""
+    if _SHARD.fullmatch(name):
+        return "it is one of several shards, and one record names one file or one folder; put them into a folder"
+    others = sorted(other for other in beside if other != name)
+    with_it = [other for other in others if _EXPORTED.fullmatch(other)] if _EXPORT.fullmatch(name) else []
+    if _STATE.fullmatch(name):
+        with_it = others
+    elif not any(char.isdigit() for char in name) and not parts_of(name) & COPIES:
+        with_it += [other for other in others if _STATE.fullmatch(other)]
+    if not with_it:
+        return ""
+    return f"it belongs together with {with_it[0]} beside it; put what belongs together into a folder of its own"
+
+
+def parts_of(name: str) -> frozenset[str]:
+    """Return the runs of letters in a file name without its extension, in lower case."""
+    return frozenset(part.lower() for part in _LETTERS.findall(name.rpartition("/")[2].rpartition(".")[0]))
+
+
+# Their step, epoch and scores
 
 
 @attrs.frozen(kw_only=True)
 class Said:
-    """What a file or folder says of itself."""
+    """The step, epoch and scores in a file or folder."""
 
     name: str
     step: int | None
-    """None if it does not say."""
+    """None if it is not there."""
     epoch: int | None = None
-    """None if it does not say."""
+    """None if it is not there."""
     epoch_end: bool = True
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     format: str = "torch"
@@ -50,41 +149,29 @@ class Said:
 
 
 def read_file(storage: Storage, name: str) -> Said:
-    """Return what a file says of itself.
-
-    Raises:
-        CorruptError: If it is no checkpoint.
-    """
+    """Return step, epoch and scores of a file; raise `CorruptError` if it is not a checkpoint."""
     with open_contents(storage, name) as contents:
         if "pytorch-lightning_version" in contents.others or "loops" in _tops(contents):
-            return _lightning(name, f"{storage}/{name}", contents)
+            return _lightning(name, location(storage, name), contents)
         return _bare(name, contents)
 
 
 def read_folder(storage: Storage, name: str) -> Said:
-    """Return what a folder says of itself, as a whole.
-
-    Raises:
-        CorruptError: If the HF Trainer's state in it cannot be read.
-    """
+    """Return step, epoch and scores of a folder; raise `CorruptError` if the HF Trainer's state is unreadable."""
     files = [path[len(name) + 1 :] for path in storage.list(name)]
     if _HF_STATE in files:
         return _hugging_face(storage, name, files)
     in_name = _from_name(name)
+    # A DCP folder and DeepSpeed's hold an optimizer too, under names that do not say so.
+    is_full = any("optim" in path or path.endswith((".distcp", "model_states.pt")) for path in files)
     return Said(
         name=name,
         step=_first(in_name, _STEPS),
         epoch=_first(in_name, _EPOCHS),
         format="dcp" if ".metadata" in files else "folder",
-        contents=_contents_of(files),
+        contents="full" if is_full else "weights",
         writer="a trainer",
     )
-
-
-def _contents_of(files: Sequence[str]) -> Contents:
-    # A DCP folder and DeepSpeed's hold both, under names that do not say so.
-    is_full = any("optim" in path or path.endswith((".distcp", "model_states.pt")) for path in files)
-    return "full" if is_full else "weights"
 
 
 # Lightning
@@ -135,7 +222,7 @@ def _named_scores(contents: Tensors, place: str) -> Iterator[tuple[str, str, flo
                 found.append((common, monitor, path, score))
     furthest = max((common for common, *_ in found), default=0)
     nearest = [(monitor, path, score) for common, monitor, path, score in found if common == furthest]
-    # Two callbacks with a file of this name each, and nothing tells whose this one is.
+    # If two callbacks have a file of this name, either may have written this one.
     if len({path for _, path, _ in nearest}) == 1:
         yield from nearest
 
@@ -165,7 +252,11 @@ def _number(contents: Tensors, key: str) -> float | None:
     if key in contents.tensors:
         return float(contents.read(key)) if contents.tensors[key].numel == 1 else None
     value = contents.others.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return float(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_rounded(score: float, text: str) -> bool:
@@ -186,14 +277,12 @@ def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         msg = f"its {_HF_STATE} cannot be read ({type(error).__name__}: {error})"
         raise CorruptError(msg) from error
-    logged = [
-        entry for entry in state.get("log_history") or [] if isinstance(entry, dict) and entry.get("step") == step
-    ]
     metrics = {
         key: float(value)
-        for entry in logged
+        for entry in state.get("log_history") or []
+        if isinstance(entry, dict) and entry.get("step") == step
         for key, value in entry.items()
-        if key not in ("step", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key not in ("step", "epoch") and _is_number(value)
     }
     ended = epoch.is_integer() and epoch > 0
     return Said(
@@ -213,7 +302,7 @@ def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
 
 def _bare(name: str, contents: Tensors) -> Said:
     if not contents.tensors:
-        msg = "there is no tensor in it, so it is no checkpoint"
+        msg = "there is no tensor in it, so it is not a checkpoint"
         raise CorruptError(msg)
     in_name = _from_name(name)
     numbers = dict(_numbers(contents))
@@ -249,7 +338,7 @@ def _numbers(contents: Tensors) -> Iterator[tuple[str, float]]:
     """Yield the numbers at the top of a saved dict, tensors of one element included, and those of a dict of metrics."""
     for key, value in contents.others.items():
         name = key.removeprefix("metrics.")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and "." not in name:
+        if _is_number(value) and "." not in name:
             yield name, float(value)
     # A plain state_dict may have weights that are scalars: it has no numbers beside them.
     for key, info in contents.tensors.items() if contents.others else ():
@@ -278,19 +367,19 @@ def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
 
 def _texts_in_name(name: str) -> dict[str, str]:
     """Return what a file name says as ``name=value``."""
-    stem = re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
-    return dict(_PAIR.findall(re.sub(r"-v\d+$", "", stem)))
+    return dict(_PAIR.findall(re.sub(r"-v\d+$", "", _stem(name))))
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
 
 
 def _from_name(name: str) -> dict[str, float]:
-    """Return what a file name says as ``name=value``, and ``epoch`` or ``step`` with a number after it.
-
-    The only place where a name is believed: there is no record that says the step.
-    """
+    """Return what a file name says as ``name=value``, and ``epoch`` or ``step`` with a number after it."""
     found = {key: float(value) for key, value in _texts_in_name(name).items()}
-    stem = re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
-    for word in ("epoch", "step", "iter"):
-        match = re.search(rf"(?:^|[^A-Za-z]|(?<=global)){word}[-_]?(\d+)(?:$|[^\d.])", stem)
-        if match and word not in found:
-            found[word] = float(match[1])
+    stem = _stem(name)
+    for key in ("epoch", "step", "iter"):
+        match = re.search(rf"(?:^|[^A-Za-z]|(?<=global)){key}[-_]?(\d+)(?:$|[^\d.])", stem)
+        if match and key not in found:
+            found[key] = float(match[1])
     return found

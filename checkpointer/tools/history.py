@@ -1,4 +1,4 @@
-"""What a training measured, read from a file or from records, as the observations that a manager would have seen."""
+"""Reads the metrics of a training from a file or from records, as the observations that a manager would get."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class History:
     sizes: Mapping[int, int] = attrs.field(factory=dict)
     """Bytes of the checkpoint at a step, where that is known."""
     has_epochs: bool = True
-    """Whether epochs were told, or are all 0."""
+    """Whether epochs are known; else all are 0."""
     has_times: bool = True
-    """Whether times were told, or stand still."""
+    """Whether times are known; else all are equal."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -46,12 +46,7 @@ class History:
 
 
 def history_of(records: Sequence[Record]) -> History:
-    """Return the history that an old run's records tell: a report at each checkpoint that is still there.
-
-    Example:
-        >>> history_of([]).observations
-        ()
-    """
+    """Return the history of an old run's records: a report at each checkpoint that is still there."""
     observations = [
         Observation(metrics=r.metrics, step=r.step, epoch=r.epoch, epoch_end=r.epoch_end, time=r.time)
         for r in records
@@ -68,7 +63,7 @@ def read_history(data: bytes, where: str) -> History:
     step are one report, as loggers write a line for each metric. Without ``epoch_end`` an epoch ends at its last line.
 
     Raises:
-        ObservationError: If a value is no number, a step is missing or goes back: the message has line and column.
+        ObservationError: If a value is not a number, a step is missing or goes back: the message has line and column.
 
     Example:
         >>> history = read_history(b"step,epoch,val_loss\n10,0,0.9\n20,1,\n20,1,0.5\n", "metrics.csv")
@@ -81,7 +76,7 @@ def read_history(data: bytes, where: str) -> History:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        msg = f"{where} is no text ({error}); expected CSV with a head, or one JSON object a line"
+        msg = f"{where} is not text ({error}); expected CSV with a head, or one JSON object a line"
         raise ObservationError(msg) from error
     is_json = text.lstrip().startswith("{")
     head, rows = ([], [*_json_rows(text, where)]) if is_json else _csv_rows(text, where)
@@ -102,7 +97,7 @@ def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
         head = [name.strip() for name in next(reader, [])]
         twice = [name for name in head if head.count(name) > 1]
         if twice:
-            msg = f"{where}, line 1: the column {twice[0]!r} stands there twice"
+            msg = f"{where}, line 1: two columns have the name {twice[0]!r}"
             raise ObservationError(msg)
         for cells in reader:
             if len(cells) > len(head) and any(cell.strip() for cell in cells):
@@ -112,7 +107,7 @@ def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
             row = {name: cell.strip() for name, cell in named if cell.strip() and name}
             rows += [(reader.line_num, row)] if row else []
     except csv.Error as error:
-        msg = f"{where}, line {reader.line_num}: it is no CSV ({error})"
+        msg = f"{where}, line {reader.line_num}: it is not CSV ({error})"
         raise ObservationError(msg) from error
     return head, rows
 
@@ -124,7 +119,7 @@ def _json_rows(text: str, where: str) -> Iterator[_Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            msg = f"{where}, line {number}: it is no JSON object ({error})"
+            msg = f"{where}, line {number}: it is not a JSON object ({error})"
             raise ObservationError(msg) from error
         if not isinstance(row, dict):
             msg = f"{where}, line {number}: found {brief(row)}; expected a JSON object"
@@ -147,7 +142,10 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
         ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
         when = row.get(time, 0.0) if time else 0.0
-        observations.append(_observation(f"{where}, line {line}", metrics, row[step], at_epoch, ended, when))
+        if not math.isfinite(when):
+            msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
+            raise ObservationError(msg)
+        observations.append(Observation(metrics=metrics, step=row[step], epoch=at_epoch, epoch_end=ended, time=when))
     return History(observations=tuple(observations), has_epochs=epoch is not None, has_times=time is not None)
 
 
@@ -161,8 +159,8 @@ def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | 
         number = _number(value)
         if number is None:
             msg = (
-                f"{where}, line {line}, column {name!r}: {brief(value)} is no number; "
-                "mend the cell, or leave it empty where nothing was measured"
+                f"{where}, line {line}, column {name!r}: {brief(value)} is not a number; "
+                "correct the cell, or leave it empty if nothing was measured"
             )
             raise ObservationError(msg)
         if name in whole:
@@ -196,7 +194,7 @@ def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
         if before and row[step] < before[step]:
             msg = (
                 f"{where}, line {line}: the step went back from {before[step]} to {row[step]}; "
-                "play each training's metrics by itself"
+                "pass the metrics of one training at a time"
             )
             raise ObservationError(msg)
         if before and row[step] == before[step]:
@@ -205,12 +203,3 @@ def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
         carried = {name: before[name] for name in _EPOCHS if name in before}
         merged.append((line, carried | row))
     return merged
-
-
-def _observation(
-    where: str, metrics: Mapping[str, float], step: int, epoch: int, epoch_end: bool, time: float
-) -> Observation:
-    if not math.isfinite(time):
-        msg = f"{where}: the time is {time!r}; expected seconds"
-        raise ObservationError(msg)
-    return Observation(metrics=metrics, step=step, epoch=epoch, epoch_end=epoch_end, time=time)

@@ -1,8 +1,8 @@
-"""What a policy would remove from a directory, and why; and removing it."""
+"""Plans what a policy removes from a directory, with the reasons, and removes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 
@@ -25,12 +25,12 @@ __all__ = ["Pruning", "plan_pruning", "prune"]
 
 @attrs.frozen(kw_only=True)
 class Pruning:
-    """What stays and what goes, each with the reason."""
+    """The checkpoints that stay and those that go, each with the reason."""
 
     kept: Mapping[str, str]
     going: Mapping[str, str]
     records: tuple[Record, ...] = ()
-    """What goes, oldest first."""
+    """The checkpoints that go, oldest first."""
 
     @property
     def bytes(self) -> int:
@@ -41,26 +41,21 @@ class Pruning:
 def plan_pruning(
     policy: Policy, manifest: Manifest, aliases: Mapping[str, str] | None = None, *, abandoned: bool = False
 ) -> Pruning:
-    """Work out what a policy keeps of a run. Pure; only the run's own checkpoints are ever told to go.
+    """Return which checkpoints of a run a policy keeps. Pure; only the run's own checkpoints are ever removed.
 
     Args:
         policy: What to keep; its trigger does not count.
         manifest: The records, as the run sees them.
         aliases: Aliases that are there, and what they stand for: that is kept.
         abandoned: Also remove what the run left behind when it went back to an earlier step.
-
-    Example:
-        >>> from checkpointer import EverySteps, KeepLast, Manifest, Policy
-        >>> plan_pruning(Policy(EverySteps(1), [KeepLast(1)]), Manifest()).going
-        {}
     """
     reasons = {name: "; ".join(why) for name, why in explain(policy, manifest).items()}
     for alias, name in (aliases or {}).items():
         if name:
-            reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} names it")))
+            reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} points to it")))
     kept: dict[str, str] = {}
     going: dict[str, str] = {}
-    why = _Why(policy, manifest)
+    why = _why_not(policy, manifest)
     for record in manifest.own:
         if record.name in reasons:
             kept[record.name] = reasons[record.name]
@@ -71,56 +66,53 @@ def plan_pruning(
         elif abandoned:
             going[record.name] = "abandoned: the run went back to an earlier step"
         else:
-            kept[record.name] = "abandoned, and those were not asked for"
+            kept[record.name] = "abandoned; --abandoned removes it"
     return Pruning(kept=kept, going=going, records=tuple(r for r in manifest.own if r.name in going))
 
 
-class _Why:
-    """Says why no rule keeps a checkpoint; ranks the history once."""
+def _why_not(policy: Policy, manifest: Manifest) -> Callable[[Record], str]:
+    """Return what says why no rule keeps a checkpoint; the history is ranked once."""
+    history = manifest.history
+    ranked = {rule: rule.ranked(history) for rule in policy.rules if isinstance(rule, KeepBest)}
+    places = {rule: {r.name: n for n, r in enumerate(found, start=1)} for rule, found in ranked.items()}
+    newer = {record.name: len(history) - n for n, record in enumerate(history, start=1)}
+    limited = {name for rule in policy.rules for name in rule.keep(history)} if policy.limits else set()
 
-    def __init__(self, policy: Policy, manifest: Manifest) -> None:
-        self._policy = policy
-        history = manifest.history
-        ranked = {rule: rule.ranked(history) for rule in policy.rules if isinstance(rule, KeepBest)}
-        self._places = {rule: {r.name: n for n, r in enumerate(found, start=1)} for rule, found in ranked.items()}
-        self._newer = {record.name: len(history) - n for n, record in enumerate(history, start=1)}
-        kept = {name for rule in policy.rules for name in rule.keep(history)} if policy.limits else set()
-        self._limited = kept
-
-    def __call__(self, record: Record) -> str:
-        if record.kind == "rescue":
-            return "a rescue, and a regular one came after it"
-        if record.name in self._limited:
-            return f"beyond the limit: {' and '.join(map(str, self._policy.limits))}"
-        return "; ".join(self._of(rule, record.name) for rule in self._policy.rules) or "no rule keeps anything"
-
-    def _of(self, rule: Rule, name: str) -> str:
+    def by(rule: Rule, name: str) -> str:
         if isinstance(rule, KeepBest):
-            places = self._places[rule]
-            place = f"#{places[name]} of {len(places)}" if name in places else "not ranked"
+            place = f"#{places[rule][name]} of {len(places[rule])}" if name in places[rule] else "not ranked"
             return f"{place} by {rule.metric}, beyond the best {rule.k}"
         if isinstance(rule, KeepLast):
-            return f"{self._newer[name]} are newer, beyond the last {rule.n}"
-        return f"not of {rule}"
+            return f"{newer[name]} newer, beyond the last {rule.n}"
+        return f"not kept by {rule}"
+
+    def why(record: Record) -> str:
+        if record.kind == "rescue":
+            return "a rescue, and a regular one came after it"
+        if record.name in limited:
+            return f"beyond the limit: {' and '.join(map(str, policy.limits))}"
+        return "; ".join(by(rule, record.name) for rule in policy.rules) or "the policy has no rule"
+
+    return why
 
 
 def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record, ...]:
     """Remove what goes, by the steps of `checkpointer.commit.transaction`: a kill in between leaves nothing half.
 
     Returns:
-        What is gone. What would not go is warned of, and its record says that it is to.
+        What was removed. If a payload cannot be deleted, there is a warning, and its record says that it is to go.
 
     Raises:
         UntrustedError: If the directory has signed records, and the journal has no key.
         AliasInUseError: If a process writes to the directory, or may do so on another machine.
-        RestoreError: If records are damaged: what they stand for may be what the policy would keep.
+        RestoreError: If records are damaged, because the policy might keep their checkpoints.
     """
     refuse_unsigned(catalog.signed, catalog.place, journal.trust)
     refuse_if_live(journal.storage, catalog.place, _owners(catalog))
     if catalog.damaged:
         msg = (
-            f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and what they were might be better "
-            "than what is kept; nothing was removed. Mend or remove them first"
+            f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and their checkpoints may be better "
+            "than those that the policy keeps; nothing was removed. Repair or remove these records first"
         )
         raise RestoreError(msg)
     if isinstance(journal.storage, SupportsSweep):

@@ -1,10 +1,10 @@
-"""Chooses and orders records by what they say: conditions such as ``val_loss<0.1``, keys to sort by."""
+"""Chooses and orders records by conditions such as ``val_loss<0.1`` and keys to sort by."""
 
 from __future__ import annotations
 
-import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -17,8 +17,7 @@ from checkpointer.records.record import Record
 __all__ = ["Condition", "metric_names", "name_like", "select"]
 
 FIELDS: Final = ("name", "step", "epoch", "time", "size", "serial", "kind", "contents", "format", "run", "label")
-"""What a record can be chosen and ordered by, besides its metrics."""
-_NUMBERS: Final = ("step", "epoch", "time", "size", "serial")
+"""Fields that choose and order records, besides their metrics."""
 _OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -33,7 +32,7 @@ _CONDITION: Final = re.compile(r"\s*(.+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
 
 @attrs.frozen
 class Condition:
-    """One condition on a record: a field or metric, a comparison, a value. A metric that is not there never holds.
+    """One condition on a record: a field or metric, a comparison, a value. Without the metric it never holds.
 
     Example:
         >>> Condition.parse("val_loss < 0.1")
@@ -46,19 +45,15 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
-
-        Raises:
-            PolicyError: If it is none.
-        """
+        """Read a condition; raise `PolicyError` if it is not one."""
         match = _CONDITION.fullmatch(text)
         if match is None:
-            msg = f"{text!r} is no condition; write one such as 'val_loss<0.1', 'step>=1000' or 'kind=rescue'"
+            msg = f"{text!r} is not a condition; write one such as 'val_loss<0.1', 'step>=1000' or 'kind=rescue'"
             raise PolicyError(msg)
         return cls(*match.groups())
 
     def holds(self, record: Record) -> bool:
-        """Return whether the record meets it."""
+        """Return whether it is true of the record."""
         value = _value(record, self.field)
         if value is None:
             return False
@@ -69,7 +64,7 @@ class Condition:
         try:
             return float(self.value)
         except ValueError:
-            msg = f"{self.field}{self.comparison}{self.value}: {self.value!r} is no number, and {self.field} is one"
+            msg = f"{self.field}{self.comparison}{self.value}: {self.value!r} is not a number, and {self.field} is one"
             raise PolicyError(msg) from None
 
 
@@ -81,17 +76,13 @@ def _value(record: Record, field: str) -> Any:
 
 def metric_names(records: Iterable[Record]) -> list[str]:
     """Return the names of all metrics, those that most records have first."""
-    counts: dict[str, int] = {}
-    for record in records:
-        for name in record.metrics:
-            counts[name] = counts.get(name, 0) + 1
-    return sorted(counts, key=lambda name: -counts[name])
+    return [name for name, _ in Counter(name for record in records for name in record.metrics).most_common()]
 
 
 def select(
     records: Sequence[Record], conditions: Iterable[Condition] = (), *, sort: str = "serial", reverse: bool = False
 ) -> list[Record]:
-    """Return the records that meet all conditions, in order; NaN and a metric that is not there come last.
+    """Return the records for which all conditions hold, in order; those with NaN or without the metric come last.
 
     Args:
         records: Where to choose from.
@@ -101,10 +92,6 @@ def select(
 
     Raises:
         PolicyError: If no record has such a field or metric; the message says which there are.
-
-    Example:
-        >>> select([], [Condition.parse("step>10")], sort="step")
-        []
     """
     wanted = tuple(conditions)
     known = dict.fromkeys((*FIELDS, *metric_names(records)))
@@ -114,19 +101,16 @@ def select(
             raise PolicyError(msg)
     found = [record for record in records if all(condition.holds(record) for condition in wanted)]
     there = [r for r in found if (value := _value(r, sort)) is not None and value == value]
-    there.sort(key=lambda record: _value(record, sort), reverse=reverse)
-    return there + [record for record in found if _value(record, sort) is None or _is_nan(_value(record, sort))]
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    named = {record.name for record in there}
+    others = [record for record in found if record.name not in named]
+    return sorted(there, key=lambda record: _value(record, sort), reverse=reverse) + others
 
 
 def name_like(wanted: str, records: Sequence[Record]) -> NotFoundError:
     """Return the error for a name that no checkpoint has, with the closest there is."""
     names = dict.fromkeys(record.name for record in records)
     if not names:
-        return NotFoundError(f"no checkpoint {wanted!r}: there is none at all")
+        return NotFoundError(f"no checkpoint {wanted!r}: the directory has none")
     few = dict.fromkeys([*names][-5:])
     hint = suggest(wanted, names)
     return NotFoundError(f"no checkpoint {wanted!r}{hint if 'did you mean' in hint else suggest('', few)}")

@@ -14,23 +14,23 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.tools.history import History
 
-__all__ = ["Life", "Moment", "Timeline", "simulate"]
+__all__ = ["Moment", "SimulatedCheckpoint", "Timeline", "simulate"]
 
 
 @attrs.frozen(kw_only=True)
 class Moment:
-    """What happened at one observation."""
+    """The effect of one observation."""
 
     observation: Observation
     decision: Decision
     retired: tuple[str, ...]
     """Checkpoints that went."""
     num_kept: int
-    """How many checkpoints there are afterwards."""
+    """Number of checkpoints afterwards."""
     bytes: int
-    """What they take."""
+    """Bytes on disk afterwards."""
     peak_bytes: int
-    """What they take before the retired ones go: a save never waits for a delete."""
+    """Bytes on disk before the retired checkpoints go: a save never waits for a delete."""
     lost_steps: int
     """Steps to be trained again if the run died now, before this observation's own checkpoint was there."""
     lost_s: float
@@ -38,12 +38,12 @@ class Moment:
 
 
 @attrs.frozen(kw_only=True)
-class Life:
+class SimulatedCheckpoint:
     """One checkpoint from its save to its end."""
 
     record: Record
     retired_at: int | None = None
-    """Step at which it went; None if it lives."""
+    """Step at which it was retired; None if it is kept."""
 
 
 @attrs.frozen(kw_only=True)
@@ -52,33 +52,33 @@ class Timeline:
 
     policy: Policy
     moments: tuple[Moment, ...]
-    lives: tuple[Life, ...]
+    checkpoints: tuple[SimulatedCheckpoint, ...]
     """Every checkpoint there ever was, in the order of their saves."""
     manifest: Manifest
     """The records at the end."""
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is ever on disk."""
+        """The largest number of bytes on disk."""
         return max((moment.peak_bytes for moment in self.moments), default=0)
 
     @property
     def most_lost(self) -> Moment | None:
-        """The worst moment to die."""
+        """The worst moment for a crash."""
         return max(self.moments, key=lambda moment: (moment.lost_steps, moment.lost_s), default=None)
 
 
 def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
-    r"""Play a policy over a history, by the very `decide` that a manager calls.
+    r"""Play a policy over a history, with the same `decide` that a manager calls.
 
     Args:
         policy: The policy to try.
         history: Observations in order, from `checkpointer.tools.history.read_history` or ``history_of``.
-        size: Bytes of a checkpoint where the history does not know.
+        size: Bytes of a checkpoint, if the history does not have its size.
 
     Raises:
-        ObservationError: If the policy's trigger counts what the history does not tell, epochs or seconds.
-        NamingError: If the template asks for a metric that nobody reports.
+        ObservationError: If the trigger counts epochs or seconds, and the history does not have them.
+        NamingError: If the template asks for a metric that is never reported.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -90,14 +90,16 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
         >>> timeline.peak_bytes
         100
     """
-    _check_told(policy.when, history)
+    _check_counted(policy.when, history)
     play = _Play(policy, history, size)
     moments = tuple(map(play.observe, history.observations))
-    lives = tuple(Life(record=record, retired_at=play.retired.get(token)) for token, record in play.born.items())
-    return Timeline(policy=policy, moments=moments, lives=lives, manifest=play.manifest)
+    checkpoints = tuple(
+        SimulatedCheckpoint(record=record, retired_at=play.retired.get(token)) for token, record in play.born.items()
+    )
+    return Timeline(policy=policy, moments=moments, checkpoints=checkpoints, manifest=play.manifest)
 
 
-def _check_told(trigger: Trigger, history: History) -> None:
+def _check_counted(trigger: Trigger, history: History) -> None:
     for part in _parts(trigger):
         if isinstance(part, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
             msg = f"the policy saves {part}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"
@@ -116,7 +118,7 @@ def _parts(trigger: Trigger) -> Iterator[Trigger]:
 
 
 class _Play:
-    """A manager without a disk: what it keeps between two observations."""
+    """A manager without a disk."""
 
     def __init__(self, policy: Policy, history: History, size: int) -> None:
         self._policy = policy
@@ -173,7 +175,7 @@ class _Play:
         now = decision.observation
         if decision.name in self.manifest.by_name:
             self._remove(self.manifest.by_name[decision.name], now.step)
-        # Not the manifest's own next one: a serial of what is gone must not come again.
+        # The manifest would give a serial of a removed checkpoint again.
         self._serial += 1
         record = self.manifest.draft(
             decision.name,

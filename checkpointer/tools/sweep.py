@@ -1,4 +1,4 @@
-"""Clears away what dead writers left unfinished, and nothing else."""
+"""Removes what dead writers left unfinished, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Swept", "sweep"]
 
 @attrs.frozen(kw_only=True)
 class Swept:
-    """What was cleared away."""
+    """The result of a sweep."""
 
     staged: int
     """Unfinished writes that were removed."""
     finished: tuple[str, ...]
     """Checkpoints whose write or removal was brought to its end."""
     left: tuple[str, ...]
-    """Those that stay half-way, since their writer lives or is on another machine."""
+    """Those that stay half-way, because their writer is running or is on another machine."""
     writers: tuple[str, ...] = ()
     """Processes that write to the directory, or may do so on another machine."""
 
@@ -36,15 +36,10 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
         storage: The directory.
         owner: Id of this writer.
         trust: The key of signed records.
-        force: Take writers on other machines for dead too, because you know that they have ended.
+        force: Count writers on other machines as dead too. The caller knows that they have ended.
 
     Raises:
         UntrustedError: If records are signed, and there is no key.
-
-    Example:
-        >>> from checkpointer.testing import MemoryStorage
-        >>> sweep(MemoryStorage(), "me")
-        Swept(staged=0, finished=(), left=(), writers=())
     """
     before = look_at(storage, trust)
     refuse_unsigned(before.signed, before.place, trust)

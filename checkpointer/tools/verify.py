@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 import attrs
 
@@ -19,18 +19,18 @@ from checkpointer.tools.catalog import Catalog
 __all__ = ["Depth", "Finding", "verify_all", "verify_one"]
 
 Depth = Literal["sizes", "digests", "contents"]
-"""How closely to look: at the listing, at every byte, and into each payload as well."""
+"""Compare sizes with the listing, read every byte, or look into each payload as well."""
 
 
 @attrs.frozen(kw_only=True)
 class Finding:
-    """What was found out about one checkpoint."""
+    """The result for one checkpoint."""
 
     name: str
     problem: str = ""
-    """What is wrong, in words; empty if nothing is."""
+    """The damage; empty if it is sound."""
     calls: tuple[str, ...] = ()
-    """What an ordinary unpickler would call in it; known only where its contents were looked at."""
+    """The functions that an ordinary unpickler would call; empty unless its contents were looked at."""
 
     def __bool__(self) -> bool:
         """Return whether it is sound."""
@@ -38,23 +38,7 @@ class Finding:
 
 
 def verify_one(storage: Storage, record: Record, depth: Depth = "digests") -> Finding:
-    """Verify one checkpoint. Nothing is loaded, and nothing in it runs.
-
-    Args:
-        storage: Where it is.
-        record: What it should be.
-        depth: How closely to look.
-
-    Example:
-        >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
-        >>> from checkpointer.testing import MemoryStorage
-        >>> storage = MemoryStorage()
-        >>> policy = Policy(EverySteps(1), [KeepLast(1)])
-        >>> with CheckpointManager(storage, policy, state=lambda: {"w": 1}) as manager:
-        ...     decision = manager.observe({}, step=1, epoch=0)
-        >>> verify_one(storage, manager.last, "contents")
-        Finding(name='epoch=0-step=1.ckpt', problem='', calls=())
-    """
+    """Verify one checkpoint. Nothing is loaded, and nothing in it runs."""
     try:
         if depth == "sizes":
             _check_size(storage, record)
@@ -62,9 +46,7 @@ def verify_one(storage: Storage, record: Record, depth: Depth = "digests") -> Fi
         verify(storage, record)
         calls = _look_into(storage, record) if depth == "contents" else ()
     except (RestoreError, OSError) as error:
-        text = str(error)
-        problem = text.removeprefix(f"{record.name} ") if text.startswith(f"{record.name} ") else text
-        return Finding(name=record.name, problem=problem)
+        return Finding(name=record.name, problem=str(error).removeprefix(f"{record.name} "))
     return Finding(name=record.name, calls=calls)
 
 
@@ -75,20 +57,24 @@ def verify_all(
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Finding]:
-    """Verify checkpoints one after the other, and then say which record files are damaged.
+    """Verify checkpoints one after the other, then report the record files that are damaged.
 
     Args:
         catalog: The directory, as `checkpointer.tools.catalog.look_at` returns it.
         records: Which of its checkpoints.
         depth: How closely to look.
-        on_bytes: Told how many bytes were read, each time some were.
+        on_bytes: Called with the number of bytes after each read.
 
     Example:
-        >>> from checkpointer.tools.catalog import look_at
+        >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
         >>> from checkpointer.testing import MemoryStorage
-        >>> catalog = look_at(MemoryStorage())
-        >>> list(verify_all(catalog, catalog.records))
-        []
+        >>> from checkpointer.tools.catalog import look_at
+        >>> storage = MemoryStorage()
+        >>> with CheckpointManager(storage, Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"w": 1}) as manager:
+        ...     decision = manager.observe({}, step=1, epoch=0)
+        >>> catalog = look_at(storage)
+        >>> list(verify_all(catalog, catalog.records, "contents"))
+        [Finding(name='epoch=0-step=1.ckpt', problem='', calls=())]
     """
     storage = CountingStorage(catalog.storage, on_bytes)
     listed = {name: stat.size for name, stat in catalog.files.items()}
@@ -102,8 +88,9 @@ def verify_all(
 
 
 def _check_size(storage: Storage, record: Record) -> None:
-    size = sum(stat.size for stat in storage.list(record.name).values())
-    if not size and not storage.list(record.name):
+    files = storage.list(record.name)
+    size = sum(stat.size for stat in files.values())
+    if not files:
         msg = "is gone, though its record is there"
         raise CorruptError(msg)
     if size != record.size:
@@ -114,7 +101,7 @@ def _check_size(storage: Storage, record: Record) -> None:
 def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:
     """Raise unless all that the payload's tensors need is there; return what an unpickler would call."""
     if record.format not in ("torch", "safetensors", "dcp", "folder"):
-        return ()  # A format of the user's own: the digest has to do.
+        return ()  # The digest is all that shows damage in a format of the user's own.
     with open_contents(storage, record.name) as contents:
         problems = list(contents.problems())[:3]
         if problems:
@@ -129,8 +116,9 @@ def _check_sums(storage: Storage, name: str) -> None:
     if name not in storage.list(name):
         return
     with storage.open(name) as stream:
-        if not _is_zip(stream):
+        if stream.read(2) != b"PK":
             return
+        stream.seek(0)
         try:
             with zipfile.ZipFile(stream) as archive:
                 bad = archive.testzip()
@@ -140,9 +128,3 @@ def _check_sums(storage: Storage, name: str) -> None:
     if bad is not None:
         msg = f"its part {bad} has other bytes than its checksum says"
         raise CorruptError(msg)
-
-
-def _is_zip(stream: BinaryIO) -> Any:
-    start = stream.read(2)
-    stream.seek(0)
-    return start == b"PK"

@@ -1,4 +1,4 @@
-"""Listeners that tell experiment trackers what became durable. Each needs its own package, imported when it is made.
+"""Listeners that report durable checkpoints to experiment trackers. Each needs a package, imported when it is made.
 
 ::
 

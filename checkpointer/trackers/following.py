@@ -1,4 +1,4 @@
-"""What trackers share: they know the manager they listen to, and tell when best or last has moved."""
+"""The base of the trackers: it knows its manager, and reports when best or last names another checkpoint."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ if TYPE_CHECKING:
 __all__ = ["Following", "Upload"]
 
 Upload = Literal["all", "best", "none"]
-"""Which checkpoints go to the tracker as files: each, each that is the best when it is saved or ranked, or none."""
+"""The checkpoints that the tracker gets as files: all, those that are the best when saved or ranked, or none."""
 
 
 class Following(Listener):
     """Base of the trackers: keeps the tracker's aliases on the records."""
 
-    def __init__(self) -> None:
+    def __init__(self, upload: Upload = "all") -> None:
         self._manager: weakref.ref[CheckpointManager] | None = None
-        self._told: dict[str, str] = {}
+        self._upload = upload
+        self._reported: dict[str, str] = {}
+        self._there: set[str] = set()
+        """The checkpoints that the tracker has, by `_identity`."""
+        self._step = 0
+        """Step of the checkpoint that was saved or ranked last."""
 
-    # What a tracker says
+    def _identity(self, record: Record) -> str:
+        return record.token
 
     def _put(self, record: Record, where: str, aliases: list[str]) -> None:
         """Take a checkpoint that is new to the tracker; ``where`` is its path or URL."""
 
     def _point(self, alias: str, record: Record) -> None:
         """Let ``best`` or ``last`` name another checkpoint."""
-
-    # What the manager tells
 
     def on_opened(self, manager: CheckpointManager) -> None:
         """See `Listener.on_opened`."""
@@ -52,8 +56,12 @@ class Following(Listener):
             return
         now = {"best": manager.best, "last": manager.last}
         names = [alias for alias, target in now.items() if target is not None and target.name == record.name]
-        self._put(record, manager.location(record.name), names)
+        is_wanted = self._upload == "all" or (self._upload == "best" and "best" in names)
+        self._step = record.step
+        if is_wanted and self._identity(record) not in self._there:
+            self._put(record, manager.location(record.name), names)
+            self._there.add(self._identity(record))
         for alias, target in now.items():
-            if target is not None and self._told.get(alias) != target.token:
-                self._told[alias] = target.token
+            if target is not None and self._reported.get(alias) != target.token:
+                self._reported[alias] = target.token
                 self._point(alias, target)

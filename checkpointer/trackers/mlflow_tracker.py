@@ -14,8 +14,8 @@ __all__ = ["MLflowTracker"]
 class MLflowTracker(Following):
     """Puts committed checkpoints into an MLflow run, once they are durable.
 
-    The tags ``checkpoint.best`` and ``checkpoint.last`` name the best and the newest checkpoint. One at a URL is not
-    uploaded again: a tag ``checkpoint.<name>`` says where it lies. What is retired here is removed there.
+    The tags ``checkpoint.best`` and ``checkpoint.last`` name the best and the newest checkpoint. A checkpoint at a URL
+    is not uploaded again: the tag ``checkpoint.<name>`` has its URL. When a checkpoint is retired, its artifact goes.
 
     Args:
         run_id: The run; None takes the active one, and starts one if there is none.
@@ -39,7 +39,7 @@ class MLflowTracker(Following):
         artifact_path: str = "checkpoints",
         client: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(upload)
         try:
             import mlflow
         except ImportError as error:
@@ -48,18 +48,16 @@ class MLflowTracker(Following):
         active = mlflow.active_run() if run_id is None else None
         self._run = run_id or (active or mlflow.start_run()).info.run_id
         self._client = client or mlflow.MlflowClient()
-        self._upload = upload
         self._folder = artifact_path
-        self._there: set[str] = set()
 
     def _put(self, record: Record, where: str, aliases: list[str]) -> None:
-        if record.name in self._there or self._upload == "none" or (self._upload == "best" and "best" not in aliases):
-            return
         if os.path.exists(where):
             self._client.log_artifact(self._run, where, self._artifact(record).rpartition("/")[0])
         else:
             self._client.set_tag(self._run, f"checkpoint.{record.name}", where)
-        self._there.add(record.name)
+
+    def _identity(self, record: Record) -> str:
+        return record.name  # A checkpoint that replaces another has its artifact.
 
     def _artifact(self, record: Record) -> str:
         return f"{self._folder}/{record.name}"

@@ -33,14 +33,9 @@ class TensorBoardTracker(Following):
                 raise ImportError(msg) from error
             writer = SummaryWriter(writer)
         self._writer = writer
-        self._there: set[str] = set()
-        self._step = 0
 
     def _put(self, record: Record, where: str, aliases: list[str]) -> None:
-        self._step = record.step
-        if record.token not in self._there:
-            self._there.add(record.token)
-            self._writer.add_text("checkpoint", f"`{record.name}`: {record.reason}", record.step)
+        self._writer.add_text("checkpoint", f"`{record.name}`: {record.reason}", record.step)
 
     def _point(self, alias: str, record: Record) -> None:
         self._writer.add_scalar(f"checkpoint/{alias}", record.step, self._step)

@@ -14,9 +14,9 @@ __all__ = ["WandbTracker"]
 class WandbTracker(Following):
     """Logs committed checkpoints as versions of one W&B artifact, once they are durable; works offline.
 
-    Each version has the record as its metadata, and the aliases that it had when it was logged. An alias that comes
-    to an older version later, because a metric was attached, is told by the run's summary (``checkpoint/best``,
-    ``checkpoint/last``), which is right offline too. Nothing is removed from W&B.
+    Each version has the record as its metadata, and the aliases that it had when it was logged. If a metric that is
+    attached later moves an alias to an older version, the run's summary says so (``checkpoint/best``,
+    ``checkpoint/last``), offline too. Nothing is removed from W&B.
 
     Args:
         run: A ``wandb`` run; None takes the active one.
@@ -29,7 +29,7 @@ class WandbTracker(Following):
     """
 
     def __init__(self, run: Any = None, *, upload: Upload = "all", name: str | None = None) -> None:
-        super().__init__()
+        super().__init__(upload)
         try:
             import wandb
         except ImportError as error:
@@ -41,13 +41,9 @@ class WandbTracker(Following):
             raise RuntimeError(msg)
         self._run = active
         self._artifact = wandb.Artifact
-        self._upload = upload
         self._name = name or f"checkpoint-{self._run.id}"
-        self._there: set[str] = set()
 
     def _put(self, record: Record, where: str, aliases: list[str]) -> None:
-        if record.token in self._there or self._upload == "none" or (self._upload == "best" and "best" not in aliases):
-            return
         metadata = {key: value for key, value in record.to_dict().items() if key != "line"}
         artifact = self._artifact(self._name, type="model", metadata=metadata)
         if os.path.isdir(where):
@@ -58,7 +54,6 @@ class WandbTracker(Following):
         else:
             artifact.add_reference(where, checksum=False)
         self._run.log_artifact(artifact, aliases=[*aliases, f"step-{record.step}"])
-        self._there.add(record.token)
 
     def _point(self, alias: str, record: Record) -> None:
         self._run.summary[f"checkpoint/{alias}"] = record.name

@@ -46,7 +46,7 @@ def policy_file(tmp_path: Path, policy: Policy) -> Path:
 # diff
 
 
-def test_diff_tells_norm_largest_element_and_direction(run: Path) -> None:
+def test_diff_shows_norm_largest_element_and_direction(run: Path) -> None:
     """The weights of step 20 are those of step 10 times 0.2 / 0.9."""
     said = command("diff", run, 10, 20, "--json")
     assert 1 == said.code
@@ -57,17 +57,17 @@ def test_diff_tells_norm_largest_element_and_direction(run: Path) -> None:
     assert ((after - before).norm() / before.norm()).item() == pytest.approx(changed["relative"], rel=1e-6)
     assert 3.5 == pytest.approx(changed["max"])
     assert 1.0 == pytest.approx(changed["cosine"])
-    assert "1 of 2 tensors differ, and 0 values" in command("diff", run, 10, 20).out
+    assert "1 of 2 tensors and 0 values differ" in command("diff", run, 10, 20).out
 
 
 def test_diff_of_the_same_exits_with_0(run: Path) -> None:
     """As diff does."""
     said = command("diff", run, 20, "epoch=1-step=20.ckpt")
-    assert (0, "0 of 2 tensors differ, and 0 values\n") == (said.code, said.out)
+    assert (0, "0 of 2 tensors and 0 values differ\n") == (said.code, said.out)
 
 
-def test_diff_tells_what_was_added_removed_and_reshaped(tmp_path: Path) -> None:
-    """And values that are no tensors; NaN in both is no change."""
+def test_diff_shows_what_was_added_removed_and_reshaped(tmp_path: Path) -> None:
+    """Values that are not tensors too; NaN in both counts as the same."""
     nan = float("nan")
     states = [
         {"a": torch.zeros(2), "b": torch.tensor([nan, 1.0]), "c": torch.ones(2), "lr": 0.1},
@@ -87,7 +87,7 @@ def test_diff_tells_what_was_added_removed_and_reshaped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argv", [["plot"], ["report"]])
 def test_a_picture_replaces_no_checkpoint_and_no_alias(tmp_path: Path, argv: list[str]) -> None:
-    """A record still names it, and a link to it is not followed either."""
+    """A record still points to it, and a link to it is not followed either."""
     run = tmp_path / "run"
     train(run, 0.5, policy=Policy(EverySteps(1), [KeepAll()], last="link"))
     names = sorted(path.name for path in run.glob("*.ckpt"))
@@ -98,16 +98,16 @@ def test_a_picture_replaces_no_checkpoint_and_no_alias(tmp_path: Path, argv: lis
     assert (True, before) == ("last.ckpt" in names, snapshot(run))
 
 
-def test_prune_tells_first_and_removes_only_when_asked(run: Path, tmp_path: Path) -> None:
-    """What would go, and why; then it goes, and what stays is whole."""
+def test_prune_reports_first_and_removes_only_when_asked(run: Path, tmp_path: Path) -> None:
+    """The output says what would be removed, and why. With --apply it is removed, and the others stay whole."""
     path = policy_file(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)]))
     before = snapshot(run)
     said = command("prune", run, "-p", path)
     assert 0 == said.code
-    why = "#2 of 4 by loss (min), beyond the best 1; 1 are newer, beyond the last 1"
+    why = "#2 of 4 by loss (min), beyond the best 1; 1 newer, beyond the last 1"
     assert f"drop  epoch=2-step=30.ckpt: {why}" in said.out
     assert "keep  epoch=1-step=20.ckpt: the best by loss (min)" in said.out
-    assert "2 would go" in said.out
+    assert "would remove 2 checkpoints" in said.out
     assert before == snapshot(run)
 
     data = command("prune", run, "-p", path, "--apply", "--json").data
@@ -129,8 +129,8 @@ def test_prune_spares_pinned_aliased_foreign_and_other_runs(tmp_path: Path) -> N
     first = look_at(open_storage(folder, "")).runs[0][0]
     data = command("prune", folder, "-p", path, "--run", first, "--apply", "--json").data
     assert [] == data["removed"]
-    kept = {"epoch=0-step=10.ckpt": "pinned", "epoch=1-step=20.ckpt": "best.ckpt names it"}
-    assert kept | {"epoch=2-step=30.ckpt": "last.ckpt names it"} == data["kept"]
+    kept = {"epoch=0-step=10.ckpt": "pinned", "epoch=1-step=20.ckpt": "best.ckpt points to it"}
+    assert kept | {"epoch=2-step=30.ckpt": "last.ckpt points to it"} == data["kept"]
     data = command("prune", folder, "-p", path, "--apply", "--json").data
     assert ["epoch=0-step=5.ckpt"] == data["removed"]
     assert b"mine" == (folder / "notes.ckpt").read_bytes()
@@ -138,7 +138,7 @@ def test_prune_spares_pinned_aliased_foreign_and_other_runs(tmp_path: Path) -> N
 
 
 def test_prune_leaves_what_is_abandoned_unless_asked(tmp_path: Path) -> None:
-    """Somebody may want to go back there."""
+    """The user may want to go back there."""
     folder = train(tmp_path / "run", 0.9, 0.5, policy=ALL)
     with CheckpointManager(folder, ALL, state=dict) as manager:
         manager.restore(10)
@@ -191,7 +191,7 @@ def test_sweep_removes_what_a_killed_process_left(run: Path) -> None:
     staging = run / ".checkpointer" / "staging"
     assert any(staging.rglob("*"))
     said = command("sweep", run)
-    assert (0, "1 unfinished writes removed, 0 finished, 0 left\n") == (said.code, said.out)
+    assert (0, "1 unfinished write removed, 0 finished, 0 left\n") == (said.code, said.out)
     assert not any(path.is_file() for path in staging.rglob("*"))
     assert 0 == command("verify", run).code
 
@@ -295,18 +295,18 @@ class SmallStorage(MemoryStorage):
         return 1000
 
 
-def test_a_destination_without_room_is_told_before_anything_is_copied(run: Path) -> None:
+def test_a_destination_without_space_is_reported_before_anything_is_copied(run: Path) -> None:
     """Not after the third hour."""
     storage = SmallStorage()
     with pytest.raises(
-        NotEnoughSpaceError, match=r"memory has 1.0 kB free, and 4 checkpoints take .* nothing was copied"
+        NotEnoughSpaceError, match=r"memory has 1.0 kB free, and 4 checkpoints need .* nothing was copied"
     ):
         copy(look_at(open_storage(run, "")), storage, "me")
     assert {} == storage.list()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_a_full_destination_is_told_and_left_as_it_was(run: Path, tmp_path: Path) -> None:
+def test_a_full_destination_is_reported_and_left_as_it_was(run: Path, tmp_path: Path) -> None:
     """A real disk of 64 kB."""
     full = tmp_path / "full"
     full.mkdir()
@@ -325,7 +325,7 @@ def test_a_full_destination_is_told_and_left_as_it_was(run: Path, tmp_path: Path
 
 
 def test_signed_checkpoints_are_copied_with_their_key_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy without signatures would be refused later, by everybody."""
+    """A copy without signatures would be refused later."""
     monkeypatch.setenv("CKPT_KEY", "0f3c5a" * 8)
     folder = train(tmp_path / "run", 0.5, trust=HMACKey.from_env("CKPT_KEY"))
     said = command("copy", folder, tmp_path / "copy")
@@ -342,7 +342,7 @@ def test_signed_checkpoints_are_copied_with_their_key_only(tmp_path: Path, monke
 
 
 def lightning_file(path: Path, step: int, score: float, monitor: str = "val_loss") -> None:
-    """Write what Lightning writes, as far as anybody reads it."""
+    """Write what Lightning writes, as far as adopt reads it."""
     best = {f"/moved/from/{path.name}": torch.tensor(score)}
     callback = {"monitor": monitor, "current_score": torch.tensor(score), "best_k_models": best}
     progress = {"fit_loop": {"epoch_progress": {"current": {"processed": step // 10}}}}
@@ -378,8 +378,8 @@ def test_adopt_reads_what_each_kind_of_writer_wrote(tmp_path: Path) -> None:
     before = snapshot(folder)
 
     per_epoch = ("--steps-per-epoch", 500)
-    told = command("adopt", folder, "--dry-run", *per_epoch)
-    assert (1, before) == (told.code, snapshot(folder))
+    shown = command("adopt", folder, "--dry-run", *per_epoch)
+    assert (1, before) == (shown.code, snapshot(folder))
     said = command("adopt", folder, "--json", *per_epoch)
 
     assert 1 == said.code
@@ -416,7 +416,7 @@ def test_what_was_adopted_can_be_restored_and_gone_on_with(tmp_path: Path) -> No
 
 
 def test_adopt_runs_nothing_that_is_in_the_files(tmp_path: Path) -> None:
-    """A stranger's directory is just what one would adopt."""
+    """adopt is for directories of other programs."""
 
     class Bomb:
         def __reduce__(self) -> Any:

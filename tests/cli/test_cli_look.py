@@ -93,8 +93,8 @@ def test_a_typo_in_a_field_or_condition_names_the_nearest(run: Path) -> None:
     said = command("ls", run, "--sort", "los")
     assert (2, "checkpointer: no checkpoint has 'los' (did you mean 'loss'?)\n") == (said.code, said.err)
     assert "did you mean 'loss'?" in command("ls", run, "-w", "losss<1").err
-    assert "is no condition; write one such as" in command("ls", run, "-w", "best").err
-    assert "'x' is no number" in command("ls", run, "-w", "loss<x").err
+    assert "is not a condition; write one such as" in command("ls", run, "-w", "best").err
+    assert "'x' is not a number" in command("ls", run, "-w", "loss<x").err
 
 
 def test_what_records_say_cannot_drive_the_terminal(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_verify_finds_a_flipped_byte_a_cut_file_and_one_that_is_gone(run: Path) 
 
 
 def test_a_payload_that_is_a_link_now_is_not_what_was_written(run: Path) -> None:
-    """As for a restore: whoever can put a link there decides what is loaded, and when."""
+    """As for a restore: the owner of a link there decides what is loaded, and when."""
     path = run / "epoch=1-step=20.ckpt"
     path.rename(run.parent / "elsewhere")
     path.symlink_to(run.parent / "elsewhere")
@@ -275,7 +275,7 @@ def test_a_directory_that_is_no_good_is_said_on_stderr_and_left_as_it_is(
     assert before == snapshot(tmp_path)
 
 
-def test_a_corrupt_record_is_told_and_the_others_are_listed(run: Path) -> None:
+def test_a_corrupt_record_is_reported_and_the_others_are_listed(run: Path) -> None:
     """One bad file does not hide the good ones, and the exit code says that there is one."""
     (run / record_path("epoch=1-step=20.ckpt")).write_bytes(b"{")
     for argv in (["ls", "--json"], ["last"]):
@@ -288,7 +288,7 @@ def test_a_corrupt_record_is_told_and_the_others_are_listed(run: Path) -> None:
     assert "is not valid JSON" in command("show", run, "epoch=1-step=20.ckpt").err
 
 
-def test_a_typo_in_a_policy_is_told_with_its_place(run: Path, tmp_path: Path) -> None:
+def test_a_typo_in_a_policy_is_reported_with_its_place(run: Path, tmp_path: Path) -> None:
     """The file, the path in it, and the nearest name."""
     (tmp_path / "p.yaml").write_text("when:\n  EverySteps: {n: 1}\nkeep:\n- KeepBset: {k: 1, metric: a, mode: min}\n")
     said = command("ls", run, "-p", tmp_path / "p.yaml")
@@ -308,11 +308,11 @@ def test_signed_directories_need_their_key(tmp_path: Path, monkeypatch: pytest.M
     assert "0f3c5a" not in said.err + said.out
 
 
-def test_storage_options_are_never_told(tmp_path: Path) -> None:
+def test_storage_options_are_never_printed(tmp_path: Path) -> None:
     """They hold credentials."""
     said = command("ls", tmp_path, "--storage-options", '{"secret": "hunter2"')
     assert (2, "") == (said.code, said.out)
-    assert "is no JSON object" in said.err
+    assert "is not a JSON object" in said.err
     assert "hunter2" not in said.err
     said = command("ls", "nosuch://user:hunter2@host/path")
     assert 2 == said.code
@@ -338,7 +338,7 @@ def test_usage_errors_exit_with_2_and_name_the_nearest_command(tmp_path: Path) -
 
 
 def test_what_a_memory_storage_holds_can_be_looked_at_too() -> None:
-    """The commands are thin: whoever imports the library has the same answers."""
+    """The commands are thin: the library gives the same answers."""
     storage = MemoryStorage()
     with CheckpointManager(storage, POLICY, state=dict) as manager:
         manager.observe({"loss": 0.5}, step=10, epoch=0)
@@ -348,14 +348,14 @@ def test_what_a_memory_storage_holds_can_be_looked_at_too() -> None:
 
 
 def test_a_hard_linked_alias_is_recognised_by_its_file(tmp_path: Path) -> None:
-    """Copies of the same size are told apart."""
+    """Copies of the same size are distinguished."""
     folder = train(tmp_path / "run", 0.9, 0.2, 0.5)
     catalog = look_at(open_storage(folder, ""))
     assert {"last.ckpt": "epoch=2-step=30.ckpt", "best.ckpt": "epoch=1-step=20.ckpt"} == catalog.aliases
 
 
 class Seconds(MemoryStorage):
-    """Tells versions by whole seconds, and everything happened in the same one, as over SFTP."""
+    """Distinguishes versions by whole seconds, and everything happened in the same one, as over SFTP."""
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`."""
@@ -363,7 +363,7 @@ class Seconds(MemoryStorage):
 
 
 def test_a_copy_is_not_guessed_to_be_of_what_was_written_in_the_same_second() -> None:
-    """Of three files of one size and time it could be any: then it is said that it cannot be told."""
+    """If three files have one size and time, the output says that the original is not known."""
     storage = Seconds()
     with CheckpointManager(storage, attrs.evolve(POLICY, last="copy"), state=lambda: {"w": 1}) as manager:
         for step, loss in ((1, 0.9), (2, 0.2), (3, 0.5)):
@@ -371,7 +371,7 @@ def test_a_copy_is_not_guessed_to_be_of_what_was_written_in_the_same_second() ->
     catalog = look_at(storage)
     assert {"last.ckpt": "", "best.ckpt": ""} == catalog.aliases
     assert 3 == catalog.find("last").step
-    with pytest.raises(NotFoundError, match="best is an alias, and which checkpoint it stands for cannot be told"):
+    with pytest.raises(NotFoundError, match="best is an alias, and which checkpoint it stands for is not known"):
         catalog.find("best")
 
 
@@ -421,7 +421,7 @@ def test_ls_of_a_directory_of_runs_lists_the_runs(tmp_path: Path) -> None:
         text = command("ls", place)
         assert (0, True, True) == (text.code, "directories below: 2" in text.out, "old/mnist" in text.out)
         one = command("ls", place, "--limit", 1)
-        assert (False, "1 more are not shown" in one.err) == ("old/mnist" in one.out, True)
+        assert (False, "1 more not shown" in one.err) == ("old/mnist" in one.out, True)
         other = command("last", place)
         assert (2, True) == (other.code, "these directories below have: digits, old/mnist" in other.err)
         assert "adopt" not in other.err

@@ -34,9 +34,9 @@ def test_every_command_takes_a_url(kind: str, serve: Serve, tmp_path: Path) -> N
     assert [10, 20, 30] == [record["step"] for record in records]
     assert there("best", "--by", "loss", "--mode", "min").out.strip().endswith("-step=20.ckpt")
     assert there("last").out.strip().endswith("-step=30.ckpt")
-    if kind == "sftp":  # Whose copy a file is, a time in whole seconds does not tell.
+    if kind == "sftp":  # A time in whole seconds does not show of which checkpoint a file is a copy.
         said = command("best", url, "--storage-options", options)
-        assert (2, True) == (said.code, "does not tell what its best alias is a copy of" in said.err), said
+        assert (2, True) == (said.code, "does not say which checkpoint its best alias is a copy of" in said.err), said
     else:
         assert there("best").out.strip().endswith("-step=20.ckpt")
     assert "2 x 3" in there("show", "20").out
@@ -63,7 +63,7 @@ def test_every_command_takes_a_url(kind: str, serve: Serve, tmp_path: Path) -> N
 def test_a_server_that_is_not_there_is_said_in_one_line(serve: Serve) -> None:
     """Exit code 2, half a minute later, and no password in it."""
     options = {**serve("s3").storage_options, "endpoint_url": "http://127.0.0.1:9", "secret": "hunter2"}
-    said = command("ls", "s3://bucket/nobody", "--storage-options", json.dumps(options))
+    said = command("ls", "s3://bucket/absent", "--storage-options", json.dumps(options))
     assert (2, "") == (said.code, said.out)
     assert "hunter2" not in said.err
-    assert "s3://bucket/nobody" in said.err
+    assert "s3://bucket/absent" in said.err

@@ -46,7 +46,7 @@ def net(name: str) -> nn.Module:
 
 
 def same_sums(expected: Mapping[str, list[Any]], state: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether a state is what ``expected.json`` says of it, as far as sums can tell."""
+    """Return whether a state is what ``expected.json`` says of it, as far as sums show."""
     return expected.keys() == state.keys() and all(
         expected[name][0] == [*value.shape] and math.isclose(expected[name][1], value.double().sum(), rel_tol=1e-12)
         for name, value in state.items()

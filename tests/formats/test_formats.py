@@ -175,7 +175,7 @@ def test_every_truncation_is_corrupt(name: Literal["torch", "safetensors"], tmp_
         (tmp_path / "cut").write_bytes(data[:size])
         with open(tmp_path / "cut", "rb") as file:
             for stream in (io.BytesIO(data[:size]), file):
-                with pytest.raises(CorruptError, match=r"cannot be read|no torch file"):
+                with pytest.raises(CorruptError, match=r"cannot be read|not a torch file"):
                     open_format(name).read(stream, weights_only=True, map_location="cpu")
 
 
@@ -184,7 +184,7 @@ def test_damaged_legacy_pickle_is_corrupt() -> None:
     stream = io.BytesIO()
     torch.save({"w": torch.ones(5)}, stream, _use_new_zipfile_serialization=False)
     for position in range(0, len(stream.getvalue()), 7):
-        with pytest.raises(CorruptError, match=r"cannot be read|no torch file"):
+        with pytest.raises(CorruptError, match=r"cannot be read|not a torch file"):
             open_format("torch").read(io.BytesIO(stream.getvalue()[:position]), weights_only=True, map_location="cpu")
 
 
@@ -206,7 +206,7 @@ def test_failing_disk_is_not_a_corrupt_payload() -> None:
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x80\x02garbage", b"PK\x03\x04 cut"])
 def test_garbage_is_corrupt(name: Literal["torch", "safetensors"], data: bytes) -> None:
     """Whatever a disk gives back, the error is ours."""
-    with pytest.raises(CorruptError, match=r"cannot be read|no torch file"):
+    with pytest.raises(CorruptError, match=r"cannot be read|not a torch file"):
         open_format(name).read(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
@@ -307,7 +307,7 @@ def test_safetensors_says_what_it_cannot_hold() -> None:
 
 
 def test_safetensors_refuses_what_its_file_would_lose() -> None:
-    """A reserved name, a key that is no text, and tensors without values."""
+    """A reserved name, a key that is not text, and tensors without values."""
     with pytest.raises(SaveError, match=r"'__metadata__' is reserved in safetensors"):
         round_trip("safetensors", {"__metadata__": torch.ones(1)})
     with pytest.raises(SaveError, match=r"the key 3 is a int; safetensors holds only"):
@@ -352,12 +352,12 @@ def test_importing_formats_imports_no_format() -> None:
 
 
 def test_own_format_is_taken_as_it_is() -> None:
-    """Whoever has a Format passes it."""
+    """A Format of the user is passed as it is."""
     own = open_format("torch")
     assert own is open_format(own)
 
 
 def test_unknown_format_lists_the_known() -> None:
-    """A typo is told at construction."""
+    """A typo is an error at construction."""
     with pytest.raises(PolicyError, match=r"'pickle' is not known \(known: torch, safetensors, dcp\)"):
         open_format("pickle")

@@ -204,7 +204,7 @@ def save(state: Any, *, background: Busy | None) -> tuple[str, Any]:
 @settings(max_examples=100)
 @given(part=STATES)
 def test_a_state_comes_back_equal_or_the_save_names_what_will_not(background: Busy | None, part: Any) -> None:
-    """In the loop and behind it; what a safe load accepts is accepted without a word."""
+    """In the loop and in the background: what a safe load accepts is accepted without a warning."""
     state = {"part": part}
     said, restored = save(state, background=background)
     if comes_back(state):

@@ -114,7 +114,7 @@ def test_what_one_process_has_all_of_is_saved_and_restored(tmp_path: Path) -> No
 
 
 def test_a_folder_that_lacks_shards_is_corrupt(tmp_path: Path) -> None:
-    """Of a tensor that its folder holds half of, the other half would be whatever memory held."""
+    """If a folder holds half of a tensor, the other half would be uninitialised memory."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     folder = tmp_path / "x.dcp"

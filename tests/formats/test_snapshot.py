@@ -38,7 +38,7 @@ class Subclassed(torch.Tensor):
 
 
 class Plain:
-    """An object that is no container."""
+    """An object that is not a container."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight

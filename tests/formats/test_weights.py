@@ -103,7 +103,7 @@ def test_several_sets_of_weights_are_named_and_none_is_chosen(state: Any, names:
 
 
 def test_a_part_is_a_key_or_any_path_of_keys() -> None:
-    """The empty text takes every tensor; what is not there is told with what is."""
+    """The empty text takes every tensor; an absent part is an error that names those that exist."""
     state = {"model": {"encoder.w": torch.ones(2), "head.w": torch.ones(3)}, "ema": W}
     assert ("model", ["encoder.w", "head.w"]) == found(state, "model")
     assert ("model.encoder", ["w"]) == found(state, "model.encoder")
@@ -113,7 +113,7 @@ def test_a_part_is_a_key_or_any_path_of_keys() -> None:
 
 
 def test_modules_in_a_file_of_weights_are_named(tmp_path: Path) -> None:
-    """Of two that fit none is taken by the alphabet, `part` chooses, and export says the same."""
+    """If two fit, neither is taken; `part` chooses, and export says the same."""
     a, b, c = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     policy = Policy(EverySteps(1), [KeepLast(1)], contents="weights")
     with pytest.warns(UserWarning, match="cannot resume"):
@@ -193,7 +193,7 @@ def test_weights_beside_objects_are_read_and_a_restore_says_what_is_refused(tmp_
 
 
 def test_extra_state_is_loaded_and_export_says_that_it_is_left_out(tmp_path: Path) -> None:
-    """It is no tensor, so a file of tensors cannot hold it."""
+    """It is not a tensor, so a file of tensors cannot hold it."""
 
     class Extra(nn.Linear):
         extra: Any = None
@@ -532,7 +532,7 @@ def test_a_legacy_file_that_was_cut_or_changed_is_an_error_of_ours(name: str) ->
             pass
 
 
-def test_averaged_models_and_the_model_are_apart_from_saved() -> None:
+def test_averaged_models_and_the_model_are_distinguished() -> None:
     """`AveragedModel` puts the module under a prefix: both fit, and both are named."""
     model = nn.Linear(2, 2)
     state = {"model": model.state_dict(), "swa": AveragedModel(model).state_dict()}

@@ -19,7 +19,7 @@ from checkpointer.formats.inspection.rebuild import unread_in
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
 
 EVERY: Final = Policy(EverySteps(1), [KeepLast(1)])
-FOREIGN: Final = Path(__file__).parents[1] / "foreign/files"
+FOREIGN: Final = Path(__file__).parents[1] / "formats/foreign/files"
 
 
 class Kind(enum.Enum):

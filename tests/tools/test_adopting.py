@@ -40,7 +40,7 @@ def save(path: Path, state: Any = WEIGHTS) -> None:
 
 
 def lightning(path: Path, step: int, **callbacks: Any) -> None:
-    """Write what Lightning writes, as far as anybody reads it."""
+    """Write what Lightning writes, as far as adopt reads it."""
     state = {"global_step": step, "epoch": step // 10 - 1, "pytorch-lightning_version": "2.6.6", "state_dict": WEIGHTS}
     save(path, {**state, "optimizer_states": [{"state": {}}], "callbacks": callbacks})
 
@@ -152,7 +152,7 @@ def test_an_epoch_alone_is_no_step(tmp_path: Path) -> None:
     for epoch in (3, 4):
         save(tmp_path / f"epoch_{epoch}.pth")
     refused = found_in(tmp_path).refused
-    assert "it says its epoch (4) and no step; pass its step: --step NAME=STEP, or" in refused["epoch_4.pth"]
+    assert "it has an epoch (4) and no step; pass its step: --step NAME=STEP, or" in refused["epoch_4.pth"]
     said = command("adopt", tmp_path, "--steps-per-epoch", 500, "--json").data
     assert [(1500, 3), (2000, 4)] == [(item["step"], item["epoch"]) for item in said["adopted"]]
 
@@ -160,7 +160,9 @@ def test_an_epoch_alone_is_no_step(tmp_path: Path) -> None:
 def test_a_step_for_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     """Not a step that nothing gets."""
     save(tmp_path / "a.pt")
-    with pytest.raises(NotFoundError, match=r"b\.pt is given a step, but there is nothing of that name .*have: a\.pt"):
+    with pytest.raises(
+        NotFoundError, match=r"b\.pt is given a step, but no file or folder to adopt has that name .*have: a\.pt"
+    ):
         found_in(tmp_path, steps={"b.pt": 5})
 
 
@@ -226,7 +228,7 @@ def test_a_folder_is_adopted_as_a_whole_or_left(tmp_path: Path, write: Any, name
 
 
 def test_parts_of_the_directory_itself_are_left(tmp_path: Path) -> None:
-    """Somebody names the export, or the state, as the directory."""
+    """The export, or the state, is named as the directory."""
     export(tmp_path / "bert")
     accelerate(tmp_path / "state")
     for folder in ("bert", "state"):
@@ -254,7 +256,7 @@ def test_two_parts_of_one_step_are_left(tmp_path: Path, state: dict[str, Any]) -
             save(tmp_path / f"{net}_epoch_{epoch}.pth", {**WEIGHTS, **dict.fromkeys(state, epoch)})
     for adoption in (found_in(tmp_path), found_in(tmp_path, steps_per_epoch=10)):
         assert (4, ()) == (len(adoption.refused), adoption.found)
-        assert "is of the same step as netD_epoch_3.pth: they are parts" in adoption.refused["netG_epoch_3.pth"]
+        assert "has the same step as netD_epoch_3.pth: they are parts" in adoption.refused["netG_epoch_3.pth"]
     with_one = found_in(tmp_path, steps={"netD_epoch_3.pth": 300})
     assert (4, ()) == (len(with_one.refused), with_one.found)
 

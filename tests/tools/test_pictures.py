@@ -17,7 +17,7 @@ from support.factories import manifest, record
 from support.servers.fixtures import lacks
 
 from checkpointer import EverySteps, KeepBest, KeepLast, Metric, Policy
-from checkpointer.tools.chart.data import Chart, story_of_records, story_of_timeline
+from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.png import BEST, KEPT, RETIRED, plot
 from checkpointer.tools.history import read_history
@@ -30,9 +30,9 @@ CSV = b"step,epoch,loss\n" + b"".join(
 
 
 def tried(policy: Policy = TRIED) -> Chart:
-    """Return the story of six checkpoints, two of which are kept."""
+    """Return the chart of six checkpoints, two of which are kept."""
     history = read_history(CSV, "metrics.csv")
-    return story_of_timeline("tried", simulate(policy, history, size=10**6), history)
+    return chart_of_timeline("tried", simulate(policy, history, size=10**6), history)
 
 
 def pixels(data: bytes, color: str) -> int:
@@ -42,47 +42,47 @@ def pixels(data: bytes, color: str) -> int:
     return int((abs(picture - wanted).max(axis=-1) < 0.02).sum())
 
 
-# The story
+# The chart
 
 
-def test_a_simulations_story_knows_every_life() -> None:
+def test_the_chart_of_a_simulation_has_every_checkpoint() -> None:
     """Also of what is retired."""
-    story = tried()
+    chart = tried()
     assert [(10, "retired", 30), (20, "retired", 60), (30, "retired", 40)] == [
-        (s.step, s.fate, s.end) for s in story.scenes[:3]
+        (s.step, s.fate, s.end) for s in chart.items[:3]
     ]
-    assert ["last.ckpt"] == [alias for scene in story.scenes for alias in scene.aliases]
-    assert [40] == [scene.step for scene in story.scenes if scene.is_best]
-    assert 2 * 10**6 == story.disk[-1][1]
+    assert ["last.ckpt"] == [alias for item in chart.items for alias in item.aliases]
+    assert [40] == [item.step for item in chart.items if item.is_best]
+    assert 2 * 10**6 == chart.disk[-1][1]
 
 
-def test_a_directorys_story_is_of_what_is_there() -> None:
+def test_the_chart_of_a_directory_has_what_is_there() -> None:
     """And says how many are not."""
     found = [*records_of(0.5, 0.3), record(step=9, metrics={"loss": float("nan")}, kind="rescue")]
-    story = story_of_records("run", manifest(found), metric=Metric("loss", mode="min"))
-    assert [False, True, False] == [scene.is_best for scene in story.scenes]
-    assert ((1, 0.5), (2, 0.3)) == story.line
-    assert "6 more were retired" in story.subtitle
-    assert "nan" == story.to_dict()["scenes"][2]["metrics"]["loss"]
+    chart = chart_of_records("run", manifest(found), metric=Metric("loss", mode="min"))
+    assert [False, True, False] == [item.is_best for item in chart.items]
+    assert ((1, 0.5), (2, 0.3)) == chart.line
+    assert "6 more were retired" in chart.subtitle
+    assert "nan" == chart.to_dict()["items"][2]["metrics"]["loss"]
 
 
 # The picture
 
 
 def test_the_picture_shows_what_is_kept_retired_and_best() -> None:
-    """By colour, since nobody reads pixels."""
+    """The colours are compared."""
     data = plot(tried())
     assert (1080, 1440) == image.imread(io.BytesIO(data)).shape[:2]
     for color, least in ((KEPT, 2000), (RETIRED, 2000), (BEST, 60)):
         assert least < pixels(data, color), color
-    assert 0 == pixels(plot(story_of_records("empty", manifest())), KEPT)
+    assert 0 == pixels(plot(chart_of_records("empty", manifest())), KEPT)
 
 
 @pytest.mark.parametrize("name", ["$x_{$", "a" * 250, "\u202e\x1b[31m", "<b>&"])
 def test_no_name_breaks_the_picture(name: str) -> None:
     """Neither formulas, nor long ones, nor control characters."""
-    story = story_of_records(name, manifest([record(name, metrics={name: 1.0, "y": float("inf")})]))
-    assert b"\x89PNG" == plot(story)[:4]
+    chart = chart_of_records(name, manifest([record(name, metrics={name: 1.0, "y": float("inf")})]))
+    assert b"\x89PNG" == plot(chart)[:4]
 
 
 # The page
@@ -91,12 +91,12 @@ def test_no_name_breaks_the_picture(name: str) -> None:
 def test_the_page_holds_all_it_needs_and_nothing_that_a_name_smuggles_in() -> None:
     """No address to load from, and no element but our own."""
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>.ckpt"
-    page = report(story_of_records(evil, manifest([record(evil, reason=evil, metrics={evil: 1.0})])))
+    page = report(chart_of_records(evil, manifest([record(evil, reason=evil, metrics={evil: 1.0})])))
     assert 2 == page.count("<script")
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found is not None
-    assert evil == json.loads(found[1])["scenes"][0]["name"]
+    assert evil == json.loads(found[1])["items"][0]["name"]
 
 
 @pytest.mark.slow
@@ -112,9 +112,9 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
         assert "tried" == page.run("document.title")
         names = "[...document.querySelectorAll('#rows tr')].map((row) => row.children[1].textContent)"
         assert ["10", "20", "30", "40", "50", "60"] == page.run(names)
-        assert 6 == page.run("document.querySelectorAll('#lives rect').length")
+        assert 6 == page.run("document.querySelectorAll('#bars rect').length")
 
-        page.point("#lives rect.kept")
+        page.point("#bars rect.kept")
         tip = page.run("getComputedStyle(tip).display + ' ' + tip.textContent")
         assert tip.startswith("block epoch=4-step=40.ckpt")
         assert "step 40, epoch 4, 1.0 MB" in tip
@@ -136,7 +136,7 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
         assert "dark" == page.run("getComputedStyle(document.documentElement).colorScheme")
         assert page.run("document.documentElement.scrollWidth <= innerWidth")  # Nothing sticks out on a phone.
 
-        report(story_of_records(evil, manifest([record(evil, reason=evil, metrics={"loss": 1.0})])), path)
+        report(chart_of_records(evil, manifest([record(evil, reason=evil, metrics={"loss": 1.0})])), path)
         page.open(path)
         assert (evil, 0) == (page.run("title.textContent"), page.run("document.querySelectorAll('img').length"))
         assert [] == page.errors
@@ -163,13 +163,13 @@ def test_plot_and_report_say_what_is_wrong_and_write_nothing(tmp_path: Path) -> 
     """As every command."""
     (tmp_path / "m.csv").write_bytes(CSV)
     folder = train(tmp_path / "run", 0.9)
-    for name in ("plot", "report"):
+    for name, out in (("plot", tmp_path / "out.png"), ("report", tmp_path / "out.html")):
         for source, more, expected in (
             (tmp_path / "m.csv", (), "pass --policy FILE"),
             (tmp_path / "nothing", (), "there is no directory"),
             (folder, ("--by", "los", "--mode", "min"), "did you mean 'loss'?"),
             (folder, ("--by", "loss"), "belong together"),
         ):
-            said = command(name, source, tmp_path / "out", *more)
+            said = command(name, source, out, *more)
             assert (2, "", True) == (said.code, said.out, expected in said.err), said
-            assert not (tmp_path / "out").exists()
+            assert not out.exists()

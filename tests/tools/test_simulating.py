@@ -111,15 +111,15 @@ def test_a_simulation_keeps_what_a_manager_keeps(
 
 def test_a_budget_is_simulated_with_the_sizes_there_were() -> None:
     """An old run's records know them."""
-    told = history(0.5, 0.4, 0.3)
-    told = History(observations=told.observations, sizes={10: 100, 20: 300, 30: 100})
-    timeline = simulate(Policy(EverySteps(10), [KeepAll(), Budget(bytes=250)]), told)
+    given = history(0.5, 0.4, 0.3)
+    given = History(observations=given.observations, sizes={10: 100, 20: 300, 30: 100})
+    timeline = simulate(Policy(EverySteps(10), [KeepAll(), Budget(bytes=250)]), given)
     assert [100, 300, 100] == [moment.bytes for moment in timeline.moments]
     assert 400 == timeline.peak_bytes
 
 
 def test_what_would_be_lost_is_counted_up_to_the_moment_before_the_save() -> None:
-    """The worst time to die is just before a checkpoint is there."""
+    """The worst time for a crash is just before a checkpoint is there."""
     timeline = simulate(Policy(EverySteps(20), [KeepLast(1)]), history(1, 1, 1, 1, 1))
     assert [10, 20, 10, 20, 10] == [moment.lost_steps for moment in timeline.moments]
     worst = timeline.most_lost
@@ -127,10 +127,10 @@ def test_what_would_be_lost_is_counted_up_to_the_moment_before_the_save() -> Non
     assert (40, 20) == (worst.observation.step, worst.lost_steps)
 
 
-def test_each_checkpoint_has_a_life() -> None:
+def test_each_checkpoint_is_saved_and_retired_once() -> None:
     """From its save to its end."""
     timeline = simulate(Policy(EverySteps(10), [KeepLast(1)]), history(1, 1, 1))
-    assert [(10, 20), (20, 30), (30, None)] == [(life.record.step, life.retired_at) for life in timeline.lives]
+    assert [(10, 20), (20, 30), (30, None)] == [(one.record.step, one.retired_at) for one in timeline.checkpoints]
 
 
 # Reading metrics
@@ -147,7 +147,7 @@ def test_csv_with_gaps_is_read_as_loggers_write_it() -> None:
 
 
 def test_json_lines_are_read_as_trainers_write_them() -> None:
-    """Hugging Face counts parts of epochs; what is nested is no metric."""
+    """Hugging Face counts parts of epochs; a nested value is not a metric."""
     data = b'{"step": 10, "epoch": 0.5, "loss": 1.5, "note": null}\n\n{"step": 20, "epoch": 1.0, "h": [1, 2]}\n'
     found = read_history(data, "log.jsonl")
     assert [(10, 0), (20, 1)] == [(now.step, now.epoch) for now in found.observations]
@@ -159,24 +159,24 @@ def test_json_lines_are_read_as_trainers_write_them() -> None:
     [
         (
             "step,loss\n10,0.5\n20,oops\n",
-            "line 3, column 'loss': 'oops' is no number; mend the cell, or leave it empty",
+            "line 3, column 'loss': 'oops' is not a number; correct the cell, or leave it empty",
         ),
         ("step,loss\n,0.5\n", "line 2: the column 'step' is empty; every line needs its step"),
         ("step,loss\n20,1\n10,1\n", "line 3: the step went back from 20 to 10"),
         ("stp,loss\n20,1\n", "has no column 'step' (did you mean 'stp'?)"),
         ("step,loss\n1.5,1\n", "line 2, column 'step': '1.5'; expected a whole number"),
-        ("step,loss,loss\n1,1,1\n", "line 1: the column 'loss' stands there twice"),
+        ("step,loss,loss\n1,1,1\n", "line 1: two columns have the name 'loss'"),
         ("step,loss\n1,1,1\n", "line 2: 3 cells, and the head has 2"),
         ("step,time\n1,inf\n", "the time is inf; expected seconds"),
         ("", "has no line of metrics; expected CSV with a head"),
-        ('{"step": 1}\n{"step": 2\n', "line 2: it is no JSON object"),
+        ('{"step": 1}\n{"step": 2\n', "line 2: it is not a JSON object"),
         ('{"step": 1}\n[1]\n', "line 2: found [1]; expected a JSON object"),
-        ('{"step": 1, "loss": "bad"}\n', "line 1, column 'loss': 'bad' is no number"),
+        ('{"step": 1, "loss": "bad"}\n', "line 1, column 'loss': 'bad' is not a number"),
         ("\1step", "has no line of metrics"),
     ],
 )
-def test_bad_metrics_are_told_with_line_and_column(text: str, expected: str, tmp_path: Path) -> None:
-    """Nobody searches ten thousand lines for one word."""
+def test_bad_metrics_are_reported_with_line_and_column(text: str, expected: str, tmp_path: Path) -> None:
+    """The message says where to look among ten thousand lines."""
     path = tmp_path / "metrics.csv"
     path.write_text(text)
     (tmp_path / "p.yaml").write_text(Policy(EverySteps(1), [KeepAll()]).to_yaml())
@@ -189,7 +189,7 @@ def test_bad_metrics_are_told_with_line_and_column(text: str, expected: str, tmp
 @pytest.mark.parametrize(
     ("when", "column"), [(EveryEpochs(1), "epoch"), (AnyOf(EverySteps(9), EverySeconds(60)), "time")]
 )
-def test_a_trigger_that_counts_what_nobody_told_is_refused(when: Any, column: str) -> None:
+def test_a_trigger_that_counts_an_absent_column_is_refused(when: Any, column: str) -> None:
     """It would never be due, and look like a policy that saves nothing."""
     with pytest.raises(ObservationError, match=f"the metrics have no column '{column}'"):
         simulate(Policy(when, [KeepAll()]), read_history(b"step,loss\n10,1\n", "metrics.csv"))
@@ -222,7 +222,7 @@ def test_simulate_prints_the_timeline_and_what_it_comes_to(tmp_path: Path) -> No
         "40 0.5 2 3.0 MB 10 + epoch=3-step=40.ckpt",
         "- epoch=2-step=30.ckpt",
         "4 observations: 4 saved, 2 retired, 2 kept; at most 4.5 MB on disk",
-        "the most to lose: 10 steps, by dying at step 10",
+        "worst case: a crash at step 10 loses 10 steps",
         "best: epoch=1-step=20.ckpt, loss (min)",
     ] == lines
 

@@ -1,4 +1,4 @@
-"""Trackers hear of checkpoints once they are durable, and their aliases follow the records."""
+"""Trackers are called for checkpoints once they are durable, and their aliases follow the records."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ def train(directory: Path | None, tracker: Listener) -> None:
         manager.observe({"loss": 0.1}, 4, 0, epoch_end=False)
 
 
-class Telling(Listener):
-    """Writes down what it hears."""
+class Collecting(Listener):
+    """Collects its calls."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []
 
     def on_opened(self, manager: Any) -> None:
-        self.heard.append(("opened", type(manager).__name__))
+        self.calls.append(("opened", type(manager).__name__))
 
     def on_saved(self, record: Any) -> None:
-        self.heard.append(("saved", record.name))
+        self.calls.append(("saved", record.name))
 
     def on_attached(self, record: Any) -> None:
-        self.heard.append(("attached", f"{record.name} {record.metrics['loss']}"))
+        self.calls.append(("attached", f"{record.name} {record.metrics['loss']}"))
 
     def on_retired(self, record: Any) -> None:
-        self.heard.append(("retired", record.name))
+        self.calls.append(("retired", record.name))
 
 
-def test_a_listener_hears_of_all_that_happens_to_a_checkpoint() -> None:
+def test_a_listener_is_called_for_every_change_of_a_checkpoint() -> None:
     """First of the manager, then of what is there, what was attached, what is gone."""
-    listener = Telling()
+    listener = Collecting()
     train(None, listener)
 
-    assert ("opened", "CheckpointManager") == listener.heard[0]
+    assert ("opened", "CheckpointManager") == listener.calls[0]
     assert ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt", "step=4.ckpt"] == [
-        name for event, name in listener.heard if event == "saved"
+        name for event, name in listener.calls if event == "saved"
     ]
     assert ["step=1.ckpt", "step=3.ckpt", "step=2.ckpt"] == [
-        name for event, name in listener.heard if event == "retired"
+        name for event, name in listener.calls if event == "retired"
     ]
-    assert ("attached", "step=4.ckpt 0.1") == listener.heard[-1]
+    assert ("attached", "step=4.ckpt 0.1") == listener.calls[-1]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -1,4 +1,4 @@
-"""``checkpointer adopt``: make records of what others wrote."""
+"""``checkpointer adopt``: make records of checkpoints that other programs wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from checkpointer._display import number_text, some_of
+from checkpointer._display import count_text, number_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
@@ -18,35 +18,31 @@ from checkpointer.tools.catalog import look_at
 
 def adopt_command(
     directory: options.Directory,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be made.")] = False,
+    access: options.Access,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the records that would be made.")] = False,
     step: Annotated[
         list[str] | None,
-        typer.Option(
-            "--step", metavar="NAME=STEP", help="The step of a file that does not say it; may be given again."
-        ),
+        typer.Option("--step", metavar="NAME=STEP", help="The step of a file that has none; may be given again."),
     ] = None,
     steps_per_epoch: Annotated[
         int | None,
         typer.Option(
-            "--steps-per-epoch", metavar="N", min=1, help="For files that say their epoch only: step = epoch x N."
+            "--steps-per-epoch", metavar="N", min=1, help="For files with an epoch and no step: step = epoch x N."
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="ID", help="The run they are of; else a new one for each folder.")
+        str | None, typer.Option("--run", metavar="ID", help="The run of the records; else a new run for each folder.")
     ] = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Make records of checkpoints that Lightning, the HF Trainer or torch.save wrote, so that they can be managed.
 
     Step, epoch and scores are read from the files, without unpickling them. The files stay as they are.
-    Exits with 1 if some could not be understood.
+    Exits with 1 if some files are left.
     """
-    steps, key = dict(map(_step, step or ())), options.key_of(key_env, key_file)
+    steps, key = dict(map(_step, step or ())), access.key
     made: list[Record] = []
-    with options.writing(directory, storage_options) as (storage, owner):
+    with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
         refuse_unsigned(catalog.signed, catalog.place, key)
         adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch)
@@ -77,16 +73,8 @@ def _step(text: str) -> tuple[str, int]:
 def _as_data(adoption: Adoption, made: list[Record]) -> list[dict[str, object]]:
     if made:
         return [record.to_dict() for record in made]
-    return [
-        {
-            "name": item.name,
-            "step": item.step,
-            "epoch": item.epoch,
-            "metrics": dict(item.metrics),
-            "writer": item.writer,
-        }
-        for item in adoption.found
-    ]
+    fields = ("name", "step", "epoch", "metrics", "writer")
+    return [{field: getattr(item, field) for field in fields} for item in adoption.found]
 
 
 def _print(adoption: Adoption, *, dry_run: bool) -> None:
@@ -96,5 +84,5 @@ def _print(adoption: Adoption, *, dry_run: bool) -> None:
         output.print_line(f"{'would adopt' if dry_run else 'adopted'}  {item.name}: {what} ({item.writer})")
     for name, why in adoption.refused.items():
         output.print_line(f"left  {name}: {why}")
-    count, left = len(adoption.found), len(adoption.refused)
-    output.print_line(f"{count} {'would be ' if dry_run else ''}adopted, {left} left as they are")
+    count, left = count_text(len(adoption.found), "checkpoint"), len(adoption.refused)
+    output.print_line(f"{count} {'would be ' if dry_run else ''}adopted, {left} left unchanged")

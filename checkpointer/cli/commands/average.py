@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from checkpointer._display import count_text
 from checkpointer.cli import options, output
-from checkpointer.cli.commands.best import By, WhichMode, best_first
+from checkpointer.cli.commands.best import best_first
 from checkpointer.cli.commands.export import AsFormat, Only, format_of, weights_in, write
 from checkpointer.errors import PolicyError
 from checkpointer.formats.export import WeightsFormat
@@ -21,25 +22,21 @@ from checkpointer.tools.catalog import Catalog
 
 def average_command(
     directory: options.Directory,
+    access: options.Access,
+    ranking: options.Ranking,
     names: Annotated[
         list[str] | None, typer.Argument(help="Names, steps or aliases; or else --best.", show_default=False)
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
     best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
-    by: By = None,
-    mode: WhichMode = None,
-    policy: options.PolicyFile = None,
     format: AsFormat = None,
     only: Only = None,
     run: options.Run = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Average weights: of the checkpoints named, or of the best K by a metric. Each is verified first.
+    """Average the weights of the named checkpoints, or of the best K by a metric. Each is verified first.
 
-    Computed tensor by tensor in double precision; counters are those of the first.
+    The mean is computed tensor by tensor in double precision; counters are those of the first checkpoint.
     """
     if not out:
         msg = "--out is missing; name the new file, such as --out averaged.safetensors"
@@ -47,14 +44,14 @@ def average_command(
     if bool(names) == (best is not None):
         msg = "name the checkpoints, or pass --best K with --by METRIC --mode min or max, or a --policy"
         raise PolicyError(msg)
-    options.check_out(out, key_env, key_file)
-    catalog = options.look(directory, storage_options, key_env, key_file)
+    options.check_out(out, access)
+    catalog = options.look(directory, access)
     written_as = format_of(out, format)
     records = [catalog.find(name) for name in names or ()]
     if best is not None:
-        records = best_first(catalog, catalog.manifest(run), by, mode, policy)[:best]
+        records = best_first(catalog, catalog.manifest(run), ranking)[:best]
         if len(records) < best:
-            output.say(f"only {len(records)} checkpoints are ranked, so their mean is taken")
+            output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
     _average(catalog, records, out, written_as, only, as_json=as_json)
 
 

@@ -6,33 +6,31 @@ from typing import Annotated
 
 import typer
 
-from checkpointer._display import size_text
+from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.tools.copy import Copying, copy
 
 
 def copy_command(
     source: Annotated[str, typer.Argument(help="Where from: a path or URL.", show_default=False)],
-    target: Annotated[str, typer.Argument(help="Where to; it need not be there.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="Where to; it need not exist.", show_default=False)],
+    access: options.Access,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")
     ] = None,
-    storage_options: options.StorageOptions = None,
     target_options: Annotated[
         str | None, typer.Option("--target-options", metavar="JSON", help="As --storage-options, for the target.")
     ] = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Copy checkpoints with their records and aliases, each verified on the way. Run it again to go on.
 
-    What the target has already is left alone; what is damaged is not copied, and nothing is ever replaced.
+    Checkpoints that the target has are left alone; damaged ones are not copied, and nothing is ever replaced.
     """
-    catalog = options.look(source, storage_options, key_env, key_file)
+    catalog = options.look(source, access)
     records = None if only is None else [catalog.find(name) for name in only]
     with (
-        options.writing(target, target_options, new=True) as (storage, owner),
+        options.writing(target, options.Access(storage_options=target_options), new=True) as (storage, owner),
         output.progress("copying", 0) as bar,
     ):
         done = copy(
@@ -40,8 +38,8 @@ def copy_command(
             storage,
             owner,
             records=records,
-            trust=options.key_of(key_env, key_file),
-            on_plan=lambda plan: bar.expect(plan.bytes),
+            trust=access.key,
+            on_plan=lambda plan: bar(total=plan.bytes),
             on_bytes=bar,
         )
     _say(done, str(storage), as_json=as_json)
@@ -50,8 +48,8 @@ def copy_command(
         if name and alias not in made and records is None:
             output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
         if not name:
-            why = f"{catalog.place} does not tell what it is a copy of"
-            output.say(f"{alias} was not copied: {why}; the next save makes it anew")
+            why = f"{catalog.place} does not say which checkpoint it is a copy of"
+            output.say(f"{alias} was not copied: {why}; the next save makes it again")
     output.leave_if(output.say_damaged(catalog) or (records is None and bool(catalog.missing)))
 
 
@@ -70,4 +68,5 @@ def _say(done: Copying, place: str, *, as_json: bool) -> None:
         output.print_line(f"copied  {record.name}")
     for alias, name, how in done.aliases:
         output.print_line(f"{how:6}  {alias} -> {name}")
-    output.print_line(f"{len(done.missing)} copied to {place} ({size_text(done.bytes)}), {len(done.there)} were there")
+    copied = count_text(len(done.missing), "checkpoint")
+    output.print_line(f"{copied} copied to {place} ({size_text(done.bytes)}), {len(done.there)} already there")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import attrs
 import typer
 
-from checkpointer._display import number_text
+from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table
 from checkpointer.formats.inspection.payload import open_contents
@@ -20,21 +20,19 @@ def diff_command(
     directory: options.Directory,
     before: Annotated[str, typer.Argument(metavar="A", help="A name, step or alias.", show_default=False)],
     after: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    access: options.Access,
     other: Annotated[
         str | None, typer.Option("--in", metavar="DIRECTORY", help="Where B is, if not in the same directory.")
     ] = None,
     match: Annotated[str, typer.Option("--match", help="Only what has this in its name.")] = "",
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor: norm and largest element of the difference, cosine, added, removed.
 
     Exits with 1 if they differ, as diff does.
     """
-    catalog = options.look(directory, storage_options, key_env, key_file)
-    second = catalog if other is None else options.look(other, storage_options, key_env, key_file)
+    catalog = options.look(directory, access)
+    second = catalog if other is None else options.look(other, access)
     one, two = catalog.find(before), second.find(after)
     with (
         open_contents(catalog.storage, one.name) as old,
@@ -47,17 +45,11 @@ def diff_command(
             advance(change.before.bytes if change.before else 0)
         values = diff_values(old, new, match)
     if as_json:
-        output.print_json(
-            {"before": one.name, "after": two.name, "tensors": changes_as_data(changes), "values": values}
-        )
+        tensors = [attrs.asdict(change) for change in changes]
+        output.print_json({"before": one.name, "after": two.name, "tensors": tensors, "values": values})
     else:
         _print(changes, values)
     output.leave_if(any(changes) or bool(values))
-
-
-def changes_as_data(changes: list[Change]) -> list[dict[str, Any]]:
-    """Return changes as JSON shows them."""
-    return [attrs.asdict(change) for change in changes]
 
 
 def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
@@ -72,8 +64,8 @@ def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
         for name, (one, two) in values.items():
             table.add(name, str(one), str(two))
         table.print()
-    count = sum(map(bool, changes))
-    output.print_line(f"{count} of {len(changes)} tensors differ, and {len(values)} values")
+    differ = f"{sum(map(bool, changes))} of {count_text(len(changes), 'tensor')}"
+    output.print_line(f"{differ} and {count_text(len(values), 'value')} differ")
 
 
 def _shape(change: Change) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from checkpointer._display import size_text, some_of
+from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.errors import RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
@@ -18,7 +18,7 @@ from checkpointer.restore.load import verify
 
 
 class Format(str, enum.Enum):
-    """What can be written."""
+    """The formats that can be written."""
 
     SAFETENSORS = "safetensors"
     TORCH = "torch"
@@ -34,7 +34,7 @@ Only = Annotated[
 ]
 AsFormat = Annotated[
     Format | None,
-    typer.Option("--format", help="Else what OUT's extension says: .safetensors; .pt, .pth, .ckpt, .bin for torch."),
+    typer.Option("--format", help="Else OUT's extension decides: .safetensors; .pt, .pth, .ckpt, .bin for torch."),
 ]
 
 
@@ -42,16 +42,14 @@ def export_command(
     directory: options.Directory,
     name: Annotated[str, typer.Argument(help="A name, step or alias.", show_default=False)],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new file.", show_default=False)],
+    access: options.Access,
     format: AsFormat = None,
     only: Only = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
-    options.check_out(out, key_env, key_file)
-    catalog = options.look(directory, storage_options, key_env, key_file)
+    options.check_out(out, access)
+    catalog = options.look(directory, access)
     record = catalog.find(name)
     written_as = format_of(out, format)
     verify(catalog.storage, record)
@@ -93,4 +91,4 @@ def write(weights: Weights, out: str, format: WeightsFormat, names: list[str], *
     if left_out:
         output.say(f"left out, because they are not tensors: {some_of(left_out)}")
     under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
-    output.print_line(f"{out}: {len(weights.tensors)} tensors, {under}, {size_text(size)}")
+    output.print_line(f"{out}: {count_text(len(weights.tensors), 'tensor')}, {under}, {size_text(size)}")

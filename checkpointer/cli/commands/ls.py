@@ -1,4 +1,4 @@
-"""``checkpointer ls``: what there is, and why."""
+"""``checkpointer ls``: the checkpoints of a directory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import attrs
 import typer
 
-from checkpointer._display import age_text, number_text, size_text, some_of
+from checkpointer._display import age_text, count_text, number_text, size_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table, width
-from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CheckpointerError
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
@@ -20,13 +19,14 @@ from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.query import Condition, metric_names, select
 
 MOST_RUNS = 200
-"""Of a directory of runs so many are looked into, unless more are asked for."""
+"""So many runs of a directory are looked into, unless more are asked for."""
 _DIGITS = 4
-"""Of a metric."""
+"""Digits of a metric."""
 
 
 def ls_command(
     directory: options.Directory,
+    access: options.Access,
     policy: options.PolicyFile = None,
     sort: Annotated[str, typer.Option("--sort", "-s", help="A field (step, size, time, ...) or a metric.")] = "serial",
     reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")] = False,
@@ -37,22 +37,18 @@ def ls_command(
     metric: Annotated[list[str] | None, typer.Option("--metric", "-m", help="To show; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Show at most so many.")] = None,
     run: options.Run = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
 
-    With a policy, why is what keeps each one; without, what it was saved for. Of a directory of runs it lists the runs.
+    With a policy, why is what keeps each one; without, what it was saved for. If only the directories below have
+    checkpoints, it lists those directories.
     """
-    catalog = options.look_anyway(directory, storage_options, key_env, key_file)
+    catalog = options.look(directory, access, empty=True)
     below = catalog.below
     if below and not catalog.has_records:
-        runs = [
-            _run(directory, name, storage_options, options.key_of(key_env, key_file)) for name in below[: _most(limit)]
-        ]
-        _say_runs(catalog, runs, len(below), as_json=as_json)
+        runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
+        _print_runs(catalog, runs, len(below), as_json=as_json)
         return
     options.refuse_empty(catalog)
     chosen = None if policy is None else options.read_policy(policy)
@@ -62,7 +58,7 @@ def ls_command(
     found = select(records, map(Condition.parse, where or ()), sort=sort, reverse=reverse)[:limit]
     reasons = why(catalog, chosen)
     if as_json:
-        output.print_json([as_data(catalog, record, reasons) for record in found])
+        output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
         _print(catalog, found, reasons, metric or _metrics(found, chosen))
     if below:
@@ -72,28 +68,24 @@ def ls_command(
 
 @attrs.frozen(kw_only=True)
 class _Run:
-    """What a directory below holds."""
+    """A directory below, in one line."""
 
     directory: str
     path: str
     checkpoints: int = 0
     step: int | None = None
-    """Of its newest checkpoint."""
+    """Step of its newest checkpoint."""
     bytes: int = 0
     time: float | None = None
-    """Of its newest checkpoint, in seconds since the Unix epoch."""
+    """Time of its newest checkpoint, in seconds since the Unix epoch."""
     error: str = ""
     """Why it cannot be looked at."""
 
 
-def _most(limit: int | None) -> int:
-    return MOST_RUNS if limit is None else limit
-
-
-def _run(directory: str, name: str, storage_options: str | None, key: HMACKey | None) -> _Run:
+def _run(directory: str, name: str, access: options.Access) -> _Run:
     place = f"{directory.rstrip('/')}/{name}"
     try:
-        records = look_at(options.open_place(place, storage_options), key).records
+        records = look_at(options.open_place(place, access), access.key).records
     except (CheckpointerError, OSError) as error:
         return _Run(directory=name, path=place, error=str(error))
     return _Run(
@@ -106,7 +98,7 @@ def _run(directory: str, name: str, storage_options: str | None, key: HMACKey | 
     )
 
 
-def _say_runs(catalog: Catalog, runs: list[_Run], count: int, *, as_json: bool) -> None:
+def _print_runs(catalog: Catalog, runs: list[_Run], count: int, *, as_json: bool) -> None:
     if as_json:
         output.print_json([attrs.asdict(run) for run in runs])
     else:
@@ -120,7 +112,7 @@ def _say_runs(catalog: Catalog, runs: list[_Run], count: int, *, as_json: bool) 
             table.add(str(run.checkpoints), step, size_text(run.bytes), age, name)
         table.print()
     if len(runs) < count:
-        output.say(f"{count - len(runs)} more are not shown; --limit N shows more")
+        output.say(f"{count - len(runs)} more not shown; --limit N shows more")
 
 
 def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
@@ -139,9 +131,9 @@ def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
     return reasons
 
 
-def as_data(catalog: Catalog, record: Record, reasons: dict[str, str]) -> dict[str, Any]:
+def as_data(catalog: Catalog, record: Record, reason: str) -> dict[str, Any]:
     """Return a record as JSON shows it."""
-    more = {"path": catalog.location(record.name), "aliases": catalog.aliases_of(record), "why": reasons[record.name]}
+    more = {"path": catalog.location(record.name), "aliases": catalog.aliases_of(record), "why": reason}
     return record.to_dict() | more
 
 
@@ -153,48 +145,37 @@ def _metrics(records: list[Record], policy: Policy | None) -> list[str]:
 
 
 def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], metrics: list[str]) -> None:
-    count = len(records) if len(records) == len(catalog.records) else f"{len(records)} of {len(catalog.records)}"
+    some = "" if len(records) == len(catalog.records) else f"{len(records)} of "
     total = size_text(sum(record.size for record in records))
-    output.print_line(f"{catalog.place}: {count} checkpoints, {total}")
-    several = len(catalog.runs) > 1
+    output.print_line(f"{catalog.place}: {some}{count_text(len(catalog.records), 'checkpoint')}, {total}")
     now = time.time()
     columns = {
         "step": [str(record.step) for record in records],
         "epoch": [str(record.epoch) for record in records],
-        **{name: [_metric(record, name) for record in records] for name in metrics},
-        **({"run": [record.run for record in records]} if several else {}),
+        **{
+            name: [number_text(r.metrics[name], _DIGITS) if name in r.metrics else "" for r in records]
+            for name in metrics
+        },
+        **({"run": [record.run for record in records]} if len(catalog.runs) > 1 else {}),
         "size": [size_text(record.size) for record in records],
         "age": [age_text(now - record.time) for record in records],
     }
     longest = max((len(record.name) for record in records), default=0)
     columns = _fitting(columns, metrics, width() - longest)
-    names = _aliases_by_name(catalog)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in catalog.aliases.items():
+        aliases.setdefault(name, []).append(alias)
     table = Table(*columns, "name", right=tuple(columns))
     for number, record in enumerate(records):
         cells = [values[number] for values in columns.values()]
-        table.add(*cells, _lines(record, names.get(record.name, []), reasons[record.name]))
+        title = (record.name, "bold" if record.kind == "regular" else "red")
+        named = [(f"<- {alias}", "green") for alias in aliases.get(record.name, [])]
+        table.add(*cells, [title, *named, (reasons[record.name], "dim")])
     table.print()
-
-
-def _aliases_by_name(catalog: Catalog) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for alias, name in catalog.aliases.items():
-        names.setdefault(name, []).append(alias)
-    return names
-
-
-def _lines(record: Record, aliases: list[str], reason: str) -> list[tuple[str, str]]:
-    name = (record.name, "bold" if record.kind == "regular" else "red")
-    return [name, *((f"<- {alias}", "green") for alias in aliases), (reason, "dim")]
-
-
-def _metric(record: Record, name: str) -> str:
-    return number_text(record.metrics[name], _DIGITS) if name in record.metrics else ""
 
 
 def _fitting(columns: dict[str, list[str]], metrics: list[str], width: int) -> dict[str, list[str]]:
     """Leave out the last metrics, all but one, until the rest fits beside the names."""
-    columns = dict(columns)
     for name in reversed(metrics[1:]):
         if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) <= width:
             break

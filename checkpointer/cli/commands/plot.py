@@ -6,15 +6,13 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import attrs
 import typer
 
 from checkpointer.cli import options, output
-from checkpointer.cli.commands.best import By, WhichMode
 from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
-from checkpointer.policy.ranking import Metric
-from checkpointer.policy.yaml_codec import suggest
-from checkpointer.tools.chart.data import Chart, story_of_records, story_of_timeline
+from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.png import plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.query import metric_names
@@ -26,69 +24,55 @@ Source = Annotated[
         metavar="SOURCE", help="A directory; or a file of metrics, to play --policy over.", show_default=False
     ),
 ]
-Metrics = Annotated[
-    str | None, typer.Option("--metrics", metavar="FILE", help="All that was measured, for the line of the metric.")
-]
+
+
+@attrs.frozen(kw_only=True)
+class Drawing:
+    """Options that say what a chart shows."""
+
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="FILE", help="All that was measured, for the line of the metric."),
+    ] = None
+    size: Size = "0"
+    run: options.Run = None
 
 
 def plot_command(
     source: Source,
     out: Annotated[str, typer.Argument(metavar="OUT.png", help="The picture; replaced if there.", show_default=False)],
-    policy: options.PolicyFile = None,
-    by: By = None,
-    mode: WhichMode = None,
-    metrics: Metrics = None,
-    size: Size = "0",
-    run: options.Run = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
+    ranking: options.Ranking,
+    drawing: Drawing,
+    access: options.Access,
 ) -> None:
-    """Draw a run: the metric and what was kept of it, the life of each checkpoint, bytes on disk.
+    """Draw a run: the metric and what was kept of it, each checkpoint from save to end, bytes on disk.
 
-    Of a directory it shows what is there; of a file of metrics, what --policy would have made of it.
+    If SOURCE is a directory, it shows what is there; if it is a file of metrics, what --policy would have saved.
     """
-    options.check_out(out, key_env, key_file)
-    story = story_of(source, policy, by, mode, metrics, size, run, storage_options, (key_env, key_file))
-    options.check_extension(out, ".png")
-    plot(story, out)
+    options.check_out(out, access, ".png")
+    plot(chart_from(source, ranking, drawing, access), out)
     output.print_line(out)
 
 
-def story_of(
-    source: str,
-    policy: str | None,
-    by: str | None,
-    mode: options.Mode | None,
-    metrics: str | None,
-    size: str,
-    run: str | None,
-    storage_options: str | None,
-    keys: tuple[str | None, str | None],
-) -> Chart:
+def chart_from(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:
     """Return what is to be shown."""
-    chosen = None if policy is None else options.read_policy(policy)
+    policy = None if ranking.policy is None else options.read_policy(ranking.policy)
     if os.path.isfile(source):
-        if chosen is None:
-            msg = f"{source} is a file of metrics: pass --policy FILE, to see what it would have made of them"
+        if policy is None:
+            msg = f"{source} is a file of metrics: pass --policy FILE, to see what it would have saved"
             raise PolicyError(msg)
         history = read_history(Path(source).read_bytes(), source)
-        return story_of_timeline(Path(source).name, simulate(chosen, history, size=as_bytes(size)), history)
-    if (by is None) != (mode is None):
-        msg = "--by and --mode belong together: --by val_loss --mode min"
-        raise PolicyError(msg)
-    catalog = options.look(source, storage_options, *keys)
-    manifest = catalog.manifest(run)
-    names = dict.fromkeys(metric_names(manifest.own))
-    if by is not None and by not in names:
-        msg = f"no checkpoint of the run has the metric {by!r}{suggest(by, names)}"
-        raise PolicyError(msg)
+        timeline = simulate(policy, history, size=as_bytes(drawing.size))
+        return chart_of_timeline(Path(source).name, timeline, history)
+    catalog = options.look(source, access)
+    manifest, metrics = catalog.manifest(drawing.run), drawing.metrics
+    metric = ranking.metric(metric_names(manifest.own))
     output.say_damaged(catalog)
-    return story_of_records(
+    return chart_of_records(
         catalog.place,
         manifest,
-        policy=chosen,
-        metric=Metric(by, mode=mode.value) if by and mode else None,
+        policy=policy,
+        metric=metric,
         aliases=catalog.aliases,
         history=None if metrics is None else read_history(Path(metrics).read_bytes(), metrics),
     )

@@ -6,42 +6,38 @@ from typing import Annotated
 
 import typer
 
-from checkpointer._display import size_text
+from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.commit.journal import Journal
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
 
-PolicyFile = Annotated[
-    str, typer.Option("--policy", "-p", metavar="FILE", help="What to keep, as YAML.", show_default=False)
-]
-
 
 def prune_command(
     directory: options.Directory,
-    policy: PolicyFile,
-    apply: Annotated[bool, typer.Option("--apply", help="Really remove it; else it is only told.")] = False,
+    policy: options.RequiredPolicyFile,
+    access: options.Access,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
     abandoned: Annotated[
-        bool, typer.Option("--abandoned", help="Also what the run left behind when it went back to an earlier step.")
+        bool, typer.Option("--abandoned", help="Also abandoned checkpoints: the run went back to a step before them.")
     ] = False,
     run: options.Run = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what a policy would remove of a run, and why; with --apply remove it.
+    """Show which checkpoints of a run a policy would remove, and why; with --apply remove them.
 
     Other runs, files that no record names, what is pinned and what an alias names are never removed.
     """
-    chosen, key = options.read_policy(policy), options.key_of(key_env, key_file)
-    options.look(directory, storage_options, key_env, key_file)
-    with options.writing(directory, storage_options) as (storage, owner):
+    chosen, key = options.read_policy(policy), access.key
+    options.look(directory, access)
+    with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
         pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
     if catalog.signed and key is None:
-        output.say(f"{catalog.signed} checkpoints are signed: without the key this believes unsigned records as well")
+        output.say(
+            f"{count_text(catalog.signed, 'signed record')}: without the key, unsigned records are believed as well"
+        )
     names = [record.name for record in gone]
     if as_json:
         data = {"kept": dict(pruning.kept), "going": dict(pruning.going), "bytes": pruning.bytes, "removed": names}
@@ -56,10 +52,8 @@ def _print(pruning: Pruning, removed: int | None) -> None:
         output.print_line(f"keep  {name}: {why}")
     for name, why in pruning.going.items():
         output.print_line(f"{'drop' if removed is None else 'gone'}  {name}: {why}")
-    size, count = size_text(pruning.bytes), len(pruning.going)
+    size, count, kept = size_text(pruning.bytes), len(pruning.going), len(pruning.kept)
     if removed is None:
-        output.print_line(
-            f"{count} would go ({size}), {len(pruning.kept)} stay; nothing was changed, --apply removes them"
-        )
+        output.print_line(f"would remove {count_text(count, 'checkpoint')} ({size}), keep {kept}; --apply removes them")
     else:
-        output.print_line(f"{removed} of {count} gone ({size}), {len(pruning.kept)} stay")
+        output.print_line(f"removed {removed} of {count_text(count, 'checkpoint')} ({size}), kept {kept}")

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpointer._display import age_text, number_text, size_text
+from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.commands.ls import why
+from checkpointer.cli.commands.ls import as_data, why
 from checkpointer.cli.tables import Table
 from checkpointer.errors import CheckpointerError, RestoreError
 from checkpointer.formats.inspection.payload import open_contents
@@ -22,22 +22,20 @@ from checkpointer.tools.catalog import Catalog
 def show_command(
     directory: options.Directory,
     name: Annotated[str, typer.Argument(help="A name, a step, `last` or `best`.", show_default=False)],
+    access: options.Access,
     match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
     policy: options.PolicyFile = None,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show a record, and the tensors of its payload with shape, dtype and bytes. Nothing is unpickled or loaded."""
-    catalog = options.look(directory, storage_options, key_env, key_file)
+    catalog = options.look(directory, access)
     record = catalog.find(name)
-    reasons = why(catalog, None if policy is None else options.read_policy(policy))
+    reason = why(catalog, None if policy is None else options.read_policy(policy))[record.name]
     try:
         with open_contents(catalog.storage, record.name) as contents:
-            _show(catalog, record, reasons[record.name], contents, match, as_json=as_json)
+            _show(catalog, record, reason, contents, match, as_json=as_json)
     except CheckpointerError as error:
-        _show(catalog, record, reasons[record.name], None, match, as_json=as_json)
+        _show(catalog, record, reason, None, match, as_json=as_json)
         output.say(f"its tensors cannot be shown: {error}")
         output.leave_if(bad=True)
 
@@ -54,11 +52,7 @@ def _show(
 
 
 def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str) -> dict[str, Any]:
-    data = record.to_dict() | {
-        "path": catalog.location(record.name),
-        "aliases": catalog.aliases_of(record),
-        "why": reason,
-    }
+    data = as_data(catalog, record, reason)
     if contents is None:
         return data
     tensors = [
@@ -77,7 +71,8 @@ def _where(contents: Tensors) -> str:
         found = weights_of(contents)
     except RestoreError as error:
         return str(error)
-    return f"{len(found.tensors)} tensors, {f'under {found.prefix!r}' if found.prefix else 'all there are'}"
+    under = f"under {found.prefix!r}" if found.prefix else "all there are"
+    return f"{count_text(len(found.tensors), 'tensor')}, {under}"
 
 
 def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
@@ -112,7 +107,8 @@ def _print_contents(contents: Tensors, match: str) -> None:
     output.print_line("")
     table.print()
     total = size_text(sum(info.bytes for info in tensors))
-    output.print_line(f"{len(tensors)} tensors, {sum(info.numel for info in tensors)} elements, {total}")
+    elements = count_text(sum(info.numel for info in tensors), "element")
+    output.print_line(f"{count_text(len(tensors), 'tensor')}, {elements}, {total}")
     output.print_line(f"weights: {_where(contents)}")
     others = {key: value for key, value in contents.others.items() if match in key}
     if others:

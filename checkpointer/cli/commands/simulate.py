@@ -1,4 +1,4 @@
-"""``checkpointer simulate``: a policy played over what a training measured."""
+"""``checkpointer simulate``: a policy played over the metrics of a training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpointer._display import age_text, number_text, size_text
+from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.tables import Table
 from checkpointer.errors import ObservationError
@@ -17,10 +17,6 @@ from checkpointer.policy.decide import Attach, Save, Skip
 from checkpointer.tools.history import History, history_of, read_history
 from checkpointer.tools.simulate import Moment, Timeline, simulate
 
-PolicyFile = Annotated[
-    str,
-    typer.Option("--policy", "-p", metavar="FILE", help="The policy to try, as YAML.", show_default=False),
-]
 Source = Annotated[
     str,
     typer.Argument(
@@ -28,41 +24,41 @@ Source = Annotated[
     ),
 ]
 Size = Annotated[
-    str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 2.4GB, where it is not known.")
+    str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 2.4GB, if it is not known.")
 ]
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def simulate_command(
     metrics: Source,
-    policy: PolicyFile,
+    policy: options.RequiredPolicyFile,
+    access: options.Access,
     size: Size = "0",
     everything: Annotated[
-        bool, typer.Option("--all", help="Print each observation, also where nothing was due.")
+        bool, typer.Option("--all", help="Print every observation, even if nothing was due.")
     ] = False,
     run: options.Run = None,
-    storage_options: options.StorageOptions = None,
     as_json: options.Json = False,
 ) -> None:
-    """Play a policy over a history, and print what it would have saved, kept and retired.
+    """Play a policy over a history, and print what it would save, keep and retire.
 
-    It calls the same decision that a manager calls. "at risk" is what would be trained again if the run died just
-    before that step's checkpoint was there.
+    It calls the same decision that a manager calls. "at risk" is the number of steps that a crash just before the
+    checkpoint of that step would lose.
     """
-    timeline = simulate(options.read_policy(policy), read_source(metrics, run, storage_options), size=as_bytes(size))
+    timeline = simulate(options.read_policy(policy), _read_source(metrics, run, access), size=as_bytes(size))
     if as_json:
-        output.print_json(as_data(timeline))
+        output.print_json(_as_data(timeline))
     else:
         _print(timeline, everything=everything)
 
 
-def read_source(source: str, run: str | None, storage_options: str | None) -> History:
+def _read_source(source: str, run: str | None, access: options.Access) -> History:
     """Return the history in a file, on stdin, or of a directory's records."""
     if source == "-":
         return read_history(sys.stdin.buffer.read(), "stdin")
     if os.path.isfile(source):
         return read_history(Path(source).read_bytes(), source)
-    return history_of(options.look(source, storage_options).manifest(run).own)
+    return history_of(options.look(source, access).manifest(run).own)
 
 
 def as_bytes(text: str) -> int:
@@ -72,11 +68,11 @@ def as_bytes(text: str) -> int:
     try:
         return max(0, round(float(number) * _UNITS[unit]))
     except (KeyError, ValueError, OverflowError):
-        msg = f"the size {text!r} is none; write bytes, or such as 350MB or 2.4GB"
+        msg = f"{text!r} is not a size; write a number of bytes, 350MB or 2.4GB"
         raise ObservationError(msg) from None
 
 
-def as_data(timeline: Timeline) -> dict[str, Any]:
+def _as_data(timeline: Timeline) -> dict[str, Any]:
     """Return a timeline as JSON shows it."""
     worst = timeline.most_lost
     return {
@@ -99,7 +95,7 @@ def as_data(timeline: Timeline) -> dict[str, Any]:
             for moment in timeline.moments
         ],
         "kept": [record.to_dict() for record in timeline.manifest.records],
-        "saved": len(timeline.lives),
+        "saved": len(timeline.checkpoints),
         "peak_bytes": timeline.peak_bytes,
         "most_lost": None if worst is None else {"step": worst.observation.step, "lost_steps": worst.lost_steps},
     }
@@ -107,7 +103,7 @@ def as_data(timeline: Timeline) -> dict[str, Any]:
 
 def _print(timeline: Timeline, *, everything: bool) -> None:
     output.print_text(str(timeline.policy))
-    shown = [moment for moment in timeline.moments if everything or _happened(moment)]
+    shown = [m for m in timeline.moments if everything or not isinstance(m.decision, Skip) or m.decision.due]
     ranked = timeline.policy.ranking.name if timeline.policy.ranking else ""
     columns = ("step", *([ranked] if ranked else []), "kept", "on disk", "at risk")
     table = Table(*columns, "what", right=columns)
@@ -121,12 +117,8 @@ def _print(timeline: Timeline, *, everything: bool) -> None:
         output.print_line(line)
 
 
-def _happened(moment: Moment) -> bool:
-    return not isinstance(moment.decision, Skip) or moment.decision.due
-
-
 def _what(moment: Moment) -> list[str]:
-    """Return what happened, a line for each checkpoint that came or went."""
+    """Return what happened, a line for each checkpoint that was saved or retired."""
     decision = moment.decision
     if isinstance(decision, Save):
         first = f"+ {decision.name}"
@@ -138,16 +130,17 @@ def _what(moment: Moment) -> list[str]:
 
 
 def _summary(timeline: Timeline) -> list[str]:
-    saves = len(timeline.lives)
-    retired = sum(life.retired_at is not None for life in timeline.lives)
+    observations, saves = count_text(len(timeline.moments), "observation"), len(timeline.checkpoints)
+    retired = sum(one.retired_at is not None for one in timeline.checkpoints)
     lines = [
-        f"{len(timeline.moments)} observations: {saves} saved, {retired} retired, {saves - retired} kept; "
+        f"{observations}: {saves} saved, {retired} retired, {saves - retired} kept; "
         f"at most {size_text(timeline.peak_bytes)} on disk"
     ]
     worst = timeline.most_lost
     if worst is not None:
         seconds = f" ({age_text(worst.lost_s)})" if worst.lost_s else ""
-        lines.append(f"the most to lose: {worst.lost_steps} steps{seconds}, by dying at step {worst.observation.step}")
+        lost = f"{count_text(worst.lost_steps, 'step')}{seconds}"
+        lines.append(f"worst case: a crash at step {worst.observation.step} loses {lost}")
     best = timeline.policy.best_of(timeline.manifest.history)
     if best is not None and timeline.policy.ranking is not None:
         lines.append(f"best: {best.name}, {timeline.policy.ranking}")

@@ -1,4 +1,4 @@
-"""``checkpointer verify``: whether each checkpoint is what was written."""
+"""``checkpointer verify``: compare each checkpoint with its record."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from checkpointer.tools.verify import Depth, Finding, verify_all
 
 def verify_command(
     directory: options.Directory,
+    access: options.Access,
     names: Annotated[
         list[str] | None, typer.Argument(help="Names, steps or aliases; none: all.", show_default=False)
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,
-    storage_options: options.StorageOptions = None,
-    key_env: options.KeyEnv = None,
-    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare payloads with the sizes and digests that were taken when they were written. Nothing is loaded.
+    """Compare payloads with the sizes and digests in their records. Nothing is loaded.
 
-    Exits with 1 if one differs, is gone, or a record cannot be read.
+    Exits with 1 if a payload differs or is gone, or a record cannot be read.
     """
     if deep and quick:
         msg = "both --deep and --quick are given; pass one"
         raise PolicyError(msg)
     depth: Depth = "contents" if deep else "sizes" if quick else "digests"
-    catalog = options.look(directory, storage_options, key_env, key_file).with_missing
+    catalog = options.look(directory, access).with_missing
     records = [catalog.find(name) for name in names] if names else [*catalog.records]
     total = sum(record.size for record in records)
     with output.progress("verifying", total) as advance:

@@ -1,7 +1,7 @@
-"""Reads what a pickle says, and runs nothing: to call something is, in here, to note what would have been called.
+"""Reads what a pickle says, and runs nothing: an instruction to call something is noted, not carried out.
 
-Python's own unpickler finds classes and calls them, which is why a pickle can run anything. This one has no way to call
-or import: a class is its name, and an object is the name of what would make it with the arguments for that.
+Python's own unpickler finds classes and calls them, so a pickle can run anything. This one cannot call or import: a
+class is its name, and an object is the name and the arguments of the call that would make it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Global:
 
 @attrs.define(eq=False)
 class Call:
-    """What an unpickler would have called, and with what."""
+    """A call that an unpickler would have made."""
 
     what: Any
     args: Any
     state: Any = None
-    """What would have been put into the object afterwards."""
+    """The state that the object would get afterwards."""
     items: list[Any] = attrs.field(factory=list)
-    """What would have been appended, or set as pairs."""
+    """Items that would be appended, or pairs that would be set."""
 
 
 @attrs.frozen(eq=False)
@@ -52,18 +52,11 @@ class Persistent:
     id: Any
 
 
-class _Mark:
-    pass
-
-
-_MARK: Final = _Mark()
+_MARK: Final = object()
 
 
 def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
     """Return what the next pickle of a stream holds: plain data, `Global`, `Call` and `Persistent`.
-
-    Raises:
-        CorruptError: If it is no pickle, or too large to be one of a checkpoint.
 
     Example:
         >>> import io, pickle
@@ -77,7 +70,8 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
                 msg = f"the pickle has more than {limit} instructions; no checkpoint's has"
                 raise CorruptError(msg)
             machine.step(opcode.name, argument)
-        return machine.result()
+        (value,) = machine._stack
+        return value
     except (CorruptError, OSError, MemoryError):
         raise
     except Exception as error:  # Damaged bytes fail anywhere: IndexError, KeyError, ValueError, TypeError...
@@ -91,11 +85,6 @@ class _Machine:
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-
-    def result(self) -> Any:
-        """Return what is left at the end."""
-        (value,) = self._stack
-        return value
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out one instruction."""
@@ -123,11 +112,11 @@ class _Machine:
         items.reverse()
         return items
 
-    def _forget_to_mark(self, _: Any) -> None:
-        self._pop_to_mark()
-
     def _put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
+
+    def _get(self, index: int) -> None:
+        self._stack.append(self._memo[index])
 
     def _global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
@@ -158,37 +147,29 @@ class _Machine:
         if isinstance(self._stack[-1], Call):
             self._stack[-1].state = state
 
+    def _extend(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        (target.items if isinstance(target, Call) else target).extend(values)
+
     def _append(self, _: Any) -> None:
-        value = self._stack.pop()
-        self._extend(self._stack[-1], [value])
+        self._extend([self._stack.pop()])
 
     def _appends(self, _: Any) -> None:
-        values = self._pop_to_mark()
-        self._extend(self._stack[-1], values)
+        self._extend(self._pop_to_mark())
 
-    def _extend(self, target: Any, values: list[Any]) -> None:
-        if isinstance(target, Call):
-            target.items.extend(values)
-        else:
-            target.extend(values)
-
-    def _set_item(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._set(self._stack[-1], [key, value])
-
-    def _set_items(self, _: Any) -> None:
-        pairs = self._pop_to_mark()
-        self._set(self._stack[-1], pairs)
-
-    def _set(self, target: Any, flat: list[Any]) -> None:
-        pairs = zip(flat[::2], flat[1::2], strict=True)
+    def _update(self, flat: list[Any]) -> None:
+        target, pairs = self._stack[-1], zip(flat[::2], flat[1::2], strict=True)
         if isinstance(target, Call):
             target.items.extend(pairs)
         else:
             target.update((_as_key(key), value) for key, value in pairs)
 
-    def _pop(self, _: Any) -> None:
-        self._stack.pop()
+    def _set_item(self, _: Any) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._update([key, value])
+
+    def _set_items(self, _: Any) -> None:
+        self._update(self._pop_to_mark())
 
     def _persistent(self, _: Any) -> None:
         self._stack.append(Persistent(self._stack.pop()))
@@ -235,29 +216,22 @@ def _made(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], None]:
     return act
 
 
-def _get(machine: _Machine, index: int) -> None:
-    machine._stack.append(machine._memo[index])
-
-
 def _pairs(flat: list[Any]) -> dict[Any, Any]:
     return {_as_key(key): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
-_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], object]]] = {
     "TUPLE": _made(tuple),
     "LIST": _made(list),
     "DICT": _made(_pairs),
     "FROZENSET": _made(lambda items: Call(Global("builtins", "frozenset"), (items,))),
-    "POP_MARK": _Machine._forget_to_mark,
-    "GET": _get,
-    "BINGET": _get,
-    "LONG_BINGET": _get,
-    "PUT": lambda machine, index: machine._put(index),
-    "BINPUT": lambda machine, index: machine._put(index),
-    "LONG_BINPUT": lambda machine, index: machine._put(index),
+    "POP_MARK": lambda machine, _: machine._pop_to_mark(),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine._extension),
     "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
     "DUP": lambda machine, _: machine._stack.append(machine._stack[-1]),
-    "POP": _Machine._pop,
+    "POP": lambda machine, _: machine._stack.pop(),
     "GLOBAL": _Machine._global,
     "STACK_GLOBAL": _Machine._stack_global,
     "REDUCE": _Machine._reduce,
@@ -273,9 +247,6 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "SETITEMS": _Machine._set_items,
     "PERSID": lambda machine, argument: machine._stack.append(Persistent(argument)),
     "BINPERSID": _Machine._persistent,
-    "EXT1": _Machine._extension,
-    "EXT2": _Machine._extension,
-    "EXT4": _Machine._extension,
 }
 
 

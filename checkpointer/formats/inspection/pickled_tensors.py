@@ -1,7 +1,9 @@
-"""What tensors in a pickle are: dtype, shape, and which bytes of which storages they are made of."""
+"""Reads the tensors in a pickle: dtype, shape, and the bytes of the storages that they are made of."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -11,13 +13,13 @@ import attrs
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.pickle import Call, Global, Persistent
 from checkpointer.formats.inspection.pickled_values import args_of
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED, numel_of
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED
 
-__all__ = ["MAX_EXPANDED_BYTES", "StorageRef", "Stored", "is_known"]
+__all__ = ["MAX_EXPANDED_BYTES", "STORAGES", "StorageRef", "Stored", "is_known"]
 
 MAX_EXPANDED_BYTES: Final = 1 << 30
 """A tensor that repeats its memory, or is sparse, is not read if its elements would take more than this."""
-_STORAGES: Final = {
+STORAGES: Final = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -36,6 +38,7 @@ _STORAGES: Final = {
     "QUInt4x2Storage": "quint4x2",
     "QUInt2x4Storage": "quint2x4",
 }
+"""The dtype of each class of storages."""
 _SCHEMES: Final = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 _UNWRAPPED: Final = {
     "_rebuild_parameter",
@@ -43,7 +46,7 @@ _UNWRAPPED: Final = {
     "_rebuild_device_tensor_from_cpu_tensor",
 }
 _STRIDED: Final = {"_rebuild_tensor": None, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
-"""What makes a strided tensor, and which of its arguments has the flags."""
+"""Functions that make a strided tensor, and the position of the argument with the flags."""
 
 Read = Callable[["StorageRef", int, int], bytearray]
 """Returns bytes of a storage: from where, and how many."""
@@ -78,7 +81,7 @@ class StorageRef:
             case (_, Global(name=name), key, _, _, *rest):
                 offset = rest[0][1] if rest and isinstance(rest[0], tuple) and len(rest[0]) == 3 else 0
                 if isinstance(offset, int) and 0 <= offset < 1 << 62:
-                    return cls(str(key), _STORAGES.get(name, "uint8"), offset)
+                    return cls(str(key), STORAGES.get(name, "uint8"), offset)
         return None
 
 
@@ -146,60 +149,49 @@ class Strided(Stored):
         self.check_size(name)
         if not length:
             return torch.empty(self.shape, dtype=dtype)
-        try:
+        with _corrupt(f"{name} ({self.dtype})"):
             data = torch.frombuffer(read(self.storage, start, length), dtype=torch.uint8)
             tensor = data.view(dtype).as_strided(self.shape, self.stride)
-        except (RuntimeError, TypeError) as error:
-            if isinstance(error, CorruptError):
-                raise
-            msg = f"{name} ({self.dtype}) cannot be made of what is there: {error}"
-            raise CorruptError(msg) from error
         if self.conj and tensor.is_complex():
             tensor = tensor.conj().resolve_conj()
         return tensor.neg() if self.neg else tensor
 
     def check_size(self, name: str) -> None:
         """Raise if a few bytes stand for very many elements."""
-        length, size = _bytes(self.dtype, self.span), _bytes(self.dtype, numel_of(self.shape))
+        length, size = _bytes(self.dtype, self.span), _bytes(self.dtype, math.prod(self.shape))
         if size > length and size > MAX_EXPANDED_BYTES:
             msg = f"{name} repeats {length} bytes to {size}; load the checkpoint itself"
             raise CorruptError(msg)
 
 
 @attrs.frozen(kw_only=True)
-class Quantised(Stored):
+class Quantised(Strided):
     """A tensor of integers, with the scales that make numbers of them."""
 
-    storage: StorageRef
-    offset: int
-    stride: tuple[int, ...]
     scheme: str
     parameters: tuple[Any, ...]
     """Scale and zero point; or scales, zero points (tensors) and axis."""
 
     def needs(self) -> Iterator[tuple[StorageRef, int]]:
         """See `Stored.needs`."""
-        yield from self._integers().needs()
+        yield from super().needs()
         for part in self.parameters:
             if isinstance(part, Stored):
                 yield from part.needs()
 
-    def _integers(self) -> Strided:
-        return Strided(dtype=self.dtype, shape=self.shape, stride=self.stride, storage=self.storage, offset=self.offset)
-
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*quantize")  # That torch will drop them is not news here.
+            warnings.filterwarnings("ignore", message=".*quantize")  # torch will drop them: that is known here.
             return self._make(name, read)
 
     def _make(self, name: str, read: Read) -> Any:
         import torch
 
-        self._integers().check_size(name)
+        self.check_size(name)
         parts = [part.make(name, read) if isinstance(part, Stored) else part for part in self.parameters]
         dtype = getattr(torch, self.dtype, None)
-        try:
+        with _corrupt(name):
             if self.scheme == "per_tensor_affine":
                 empty = torch._empty_affine_quantized(self.shape, scale=parts[0], zero_point=parts[1], dtype=dtype)
             else:
@@ -210,9 +202,6 @@ class Quantised(Stored):
                 empty = torch._empty_per_channel_affine_quantized(
                     self.shape, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
                 )
-        except (RuntimeError, TypeError, IndexError, ValueError) as error:
-            msg = f"{name} cannot be made of what is there: {error}"
-            raise CorruptError(msg) from error
         return self._fill(empty, read)
 
     def _fill(self, empty: Any, read: Read) -> Any:
@@ -223,7 +212,7 @@ class Quantised(Stored):
             start, length = self.storage.offset + self.offset, storage.nbytes()
         else:
             item = ITEM_SIZES[self.dtype]
-            start, length = (self.storage.offset + self.offset) * item, self._integers().span * item
+            start, length = (self.storage.offset + self.offset) * item, self.span * item
         if not length:
             return empty
         data = torch.frombuffer(read(self.storage, start, length), dtype=torch.uint8).untyped_storage()
@@ -249,7 +238,7 @@ class Sparse(Stored):
 
         parts: list[Any] = [part.make(name, read) for part in self.parts]
         shape: Any = self.shape
-        try:
+        with _corrupt(name):
             if self.layout == "sparse_coo":
                 indices, values = parts
                 return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
@@ -258,12 +247,21 @@ class Sparse(Stored):
             return torch.sparse_compressed_tensor(
                 compressed, plain, values, shape, layout=layout, check_invariants=True
             )
-        except (RuntimeError, TypeError, IndexError, ValueError) as error:
-            msg = f"{name} cannot be made of what is there: {error}"
-            raise CorruptError(msg) from error
 
 
 _COMPRESSED: Final = ("sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
+
+
+@contextlib.contextmanager
+def _corrupt(name: str) -> Iterator[None]:
+    """Turn the errors of torch into one that says that the tensor cannot be made."""
+    try:
+        yield
+    except CorruptError:
+        raise
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        msg = f"{name} cannot be made of what is there: {error}"
+        raise CorruptError(msg) from error
 
 
 def _bytes(dtype: str, count: int) -> int:

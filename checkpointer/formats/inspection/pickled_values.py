@@ -1,21 +1,23 @@
-"""What values in a pickle are, apart from tensors: containers, modules, numbers, and objects known by name."""
+"""Reads the values in a pickle that are not tensors: containers, modules, numbers, and objects known by name."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
-from checkpointer.formats.inspection.numpy_scalars import scalar_of
 from checkpointer.formats.inspection.pickle import Call, Global
 
 __all__ = [
     "args_of",
     "as_data",
+    "bytes_of",
     "children_of",
     "is_container_call",
     "is_module",
     "kind_of",
     "pairs_of",
+    "scalar_of",
     "sequence_of",
     "shown",
     "state_children",
@@ -27,6 +29,9 @@ _SEQUENCES: Final = {("builtins", "set"), ("builtins", "frozenset"), ("builtins"
 _PLAIN: Final = _MAPPINGS | _SEQUENCES | {("builtins", "complex"), ("torch", "device"), ("_codecs", "encode")}
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
 _NUMPY_SCALAR: Final = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
+_TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
+"""The code in `struct` of each numpy dtype."""
 _ABSENT: Final = object()
 
 
@@ -73,23 +78,23 @@ def sequence_of(value: Any) -> list[Any] | None:
 def children_of(
     value: Any,
 ) -> tuple[Literal["mapping", "other"], Mapping[str, Any], Iterator[tuple[str, Any]]] | None:
-    """Return a container's kind, its versions and what it holds; None for what is none, or holds numbers alone."""
+    """Return a container's kind, its versions and what it holds; None for anything else, and for numbers alone."""
     pairs = pairs_of(value)
     if pairs is not None:
         return ("mapping", versions_of(value), ((_key(key), child) for key, child in pairs)) if pairs else None
     if isinstance(value, (list, tuple)):
         # A list of ten thousand numbers is one thing.
-        return None if all(_is_plain(item) for item in value) else ("other", {}, _numbered(value))
+        return (
+            None
+            if all(_is_plain(item) for item in value)
+            else ("other", {}, ((str(number), item) for number, item in enumerate(value)))
+        )
     if not isinstance(value, Call) or not isinstance(value.what, Global) or kind_of(value) in _NUMPY_SCALAR:
         return None
     inside = [*_parts("args", value.args), *_parts("state", value.state), *(enumerate(value.items))]
-    # What an object is made of is shown if there is a tensor in it.
+    # The parts of an object are shown if there is a tensor among them.
     found = [(_key(key), part) for key, part in inside if not _is_plain(part)]
     return ("other", {}, iter(found)) if found else None
-
-
-def _numbered(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((str(number), value) for number, value in enumerate(values))
 
 
 def versions_of(value: Any) -> Mapping[str, Any]:
@@ -100,9 +105,7 @@ def versions_of(value: Any) -> Mapping[str, Any]:
 
 
 def _key(key: Any) -> str:
-    return (
-        key if isinstance(key, str) else str(key) if isinstance(key, (int, float, bool)) else f"<{type(key).__name__}>"
-    )
+    return str(key) if isinstance(key, (str, int, float, bool)) else f"<{type(key).__name__}>"
 
 
 def _parts(name: str, value: Any) -> Iterable[tuple[Any, Any]]:
@@ -126,30 +129,60 @@ def is_module(call: Call) -> bool:
 def state_children(call: Call) -> Iterator[tuple[str, Any, bool]]:
     """Yield what a module holds: first what its ``state_dict`` has, then what else may have a tensor in it."""
     parameters, buffers, modules = ([*(pairs_of(call.state[key]) or ())] for key in _MODULE)
-    not_saved = set(filter(_is_text, sequence_of(call.state.get("_non_persistent_buffers_set")) or ()))
+    names = sequence_of(call.state.get("_non_persistent_buffers_set")) or ()
+    not_saved = {name for name in names if isinstance(name, str)}
     yield from ((_key(key), child, True) for key, child in parameters if child is not None)
     yield from ((_key(key), child, key not in not_saved) for key, child in buffers if child is not None)
     yield from ((_key(key), child, True) for key, child in modules if child is not None)
     for key, child in call.state.items():
-        # What begins with an underscore is torch's own: hooks, and the names of buffers.
+        # Names with an underscore are torch's own: hooks, and the names of buffers.
         if not str(key).startswith("_") and not _is_plain(child):
             yield _key(key), child, False
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 # Values
 
 
-def as_data(value: Any) -> Any:
-    """Return a value that holds nothing but plain data as Python has it; None if it holds anything else.
+def scalar_of(value: Any) -> bool | int | float | None:
+    """Return the number that a numpy scalar is; None for anything else.
 
-    Example:
-        >>> as_data({"a": [1, 2.5], "b": ("x", None)})
-        {'a': [1, 2.5], 'b': ('x', None)}
+    Neither numpy nor unpickling is needed for it.
     """
+    args = _numpy_args(value, "scalar")
+    if args is None or len(args) != 2 or not isinstance(args[0], Call):
+        return None
+    dtype, data = _numpy_args(args[0], "dtype"), bytes_of(args[1])
+    code = _CODES.get(str(dtype[0])) if dtype else None
+    if code is None or data is None or struct.calcsize(code) != len(data):
+        return None
+    # The state of a dtype is (version, byte order, ...).
+    state = args[0].state
+    order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
+    number: bool | int | float = struct.unpack(order + code, data)[0]
+    return number
+
+
+def _numpy_args(value: Any, name: str) -> tuple[Any, ...] | None:
+    module, found = kind_of(value) or ("", "")
+    return value.args if module.partition(".")[0] == "numpy" and found == name and args_of(value) else None
+
+
+def bytes_of(value: Any) -> bytes | None:
+    """Return bytes; an old pickle holds them as text and an encoding."""
+    if isinstance(value, bytes):
+        return value
+    match value:
+        case Call(what=Global(module="_codecs", name="encode"), args=(str() as text, "latin1")):
+            try:
+                return text.encode("latin1")
+            except UnicodeEncodeError:
+                return None
+        case _:
+            return None
+
+
+def as_data(value: Any) -> Any:
+    """Return a value that holds nothing but plain data as Python has it; None if it holds anything else."""
     try:
         found = _as_data(value, 20)
     except RecursionError:
@@ -162,7 +195,8 @@ def _as_data(value: Any, levels: int) -> Any:
         return value
     pairs, sequence = pairs_of(value), sequence_of(value)
     if not levels or (pairs is None and sequence is None):
-        return _number(value)
+        number = scalar_of(value)
+        return _ABSENT if number is None else number
     if pairs is not None:
         items = {key: _as_data(child, levels - 1) for key, child in pairs if _is_plain(key)}
         return _ABSENT if _ABSENT in items.values() else items
@@ -172,12 +206,6 @@ def _as_data(value: Any, levels: int) -> Any:
     return tuple(found) if isinstance(value, tuple) else found
 
 
-def _number(value: Any) -> Any:
-    """Return the number that a numpy scalar is."""
-    number = scalar_of(value)
-    return _ABSENT if number is None else number
-
-
 def shown(value: Any) -> Any:
     """Return a leaf as it may be shown."""
     if value is None or isinstance(value, (str, int, float, bool)):
@@ -185,9 +213,9 @@ def shown(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, Call):
-        number = _number(value)
+        number = scalar_of(value)
         what = value.what if isinstance(value.what, Global) else "a call"
-        return f"<object by {what}>" if number is _ABSENT else number
+        return f"<object by {what}>" if number is None else number
     if isinstance(value, (list, tuple)) and len(value) <= 8 and all(_is_plain(item) for item in value):
         return [shown(item) for item in value]
     if isinstance(value, (list, tuple, dict, set)):

@@ -8,14 +8,15 @@ from typing import Any
 
 import attrs
 
-from checkpointer.formats.inspection.numpy_scalars import bytes_of, scalar_of
 from checkpointer.formats.inspection.pickle import Call, Global, Persistent
 from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import (
     args_of,
+    bytes_of,
     is_module,
     kind_of,
     pairs_of,
+    scalar_of,
     sequence_of,
     state_children,
     versions_of,
@@ -43,23 +44,7 @@ class Unread:
 
 
 def rebuilt(root: Any, tensor: Callable[[Stored], Any]) -> Any:
-    """Return the state that a pickle holds. A pickled module becomes its ``state_dict``.
-
-    Args:
-        root: What `read_pickle` returned.
-        tensor: Reads a tensor.
-
-    Raises:
-        RecursionError: If it is nested too deeply.
-        TypeError, ValueError: If it is not what Python would have pickled.
-
-    Example:
-        >>> import argparse, io, pickle
-        >>> from checkpointer.formats.inspection.pickle import read_pickle
-        >>> data = pickle.dumps({"step": 400, "args": argparse.Namespace(lr=0.1)})
-        >>> rebuilt(read_pickle(io.BytesIO(data)), lambda _: None)
-        {'step': 400, 'args': <argparse.Namespace, not unpickled>}
-    """
+    """Return the state that a pickle holds. A pickled module becomes its ``state_dict``."""
     return _Rebuilding(tensor).make(root)
 
 
@@ -129,7 +114,8 @@ class _Rebuilding:
             return OrderedDict(self._state_of(call))
         sequence, number, data = sequence_of(call), scalar_of(call), bytes_of(call)
         if sequence is not None:
-            return _sequence(call.what.name)([*map(self.make, sequence)])
+            kind: Any = {"set": set, "frozenset": frozenset}.get(call.what.name, list)
+            return (_torch("Size") if call.what.name == "Size" else kind)([*map(self.make, sequence)])
         if number is not None:
             return number
         return _plain(call) if data is None else data
@@ -142,29 +128,22 @@ class _Rebuilding:
                 yield f"{prefix}{key}", self.make(child)
 
 
-def _sequence(name: str) -> Callable[[list[Any]], Any]:
-    if name == "Size":
-        import torch
-
-        return torch.Size
-    return {"set": set, "frozenset": frozenset}.get(name, list)
-
-
 def _plain(call: Call) -> Any:
     """Return a plain value that a call makes."""
     args, kind = args_of(call), kind_of(call)
     if kind == ("builtins", "complex") and all(isinstance(arg, (int, float)) for arg in args) and len(args) <= 2:
         return complex(*args)
     if kind == ("torch", "device"):
-        import torch
-
-        return torch.device(*args)
+        return _torch("device")(*args)
     return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
 
 
 def _named(found: Global) -> Any:
-    if found.module == "torch" and found.name in ITEM_SIZES:
-        import torch
+    is_dtype = found.module == "torch" and found.name in ITEM_SIZES
+    return (_torch(found.name) if is_dtype else None) or Unread(str(found))
 
-        return getattr(torch, found.name, None) or Unread(str(found))
-    return Unread(str(found))
+
+def _torch(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name, None)

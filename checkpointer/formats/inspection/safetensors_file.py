@@ -1,18 +1,25 @@
-"""Looks into a safetensors file: its header says where each tensor lies."""
+"""Looks into a safetensors file, and writes one: its header says where each tensor lies.
+
+The `format <https://huggingface.co/docs/safetensors>`_: 8 bytes with the length of the header (little-endian), the
+header as JSON, then the bytes of each tensor.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.file_kind import MAX_HEADER_BYTES
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo, numel_of
-from checkpointer.formats.inspection.weight_sets import flat
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors, memory_of, read_exactly
+from checkpointer.ports import Writable
 
-__all__ = ["TORCH_NAMES", "SafetensorsContents", "entry"]
+__all__ = ["MAX_HEADER_BYTES", "SafetensorsContents", "entry", "write_safetensors"]
 
-TORCH_NAMES: Final = {
+MAX_HEADER_BYTES: Final = 100_000_000
+"""A longer header is refused, as the format itself says."""
+
+_TORCH_NAMES: Final = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -35,7 +42,7 @@ TORCH_NAMES: Final = {
     "F4": "float4_e2m1fn_x2",
 }
 """torch's name of each dtype."""
-_NAMES: Final = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
+_NAMES: Final = {ours: theirs for theirs, ours in _TORCH_NAMES.items()}
 _PAIRS: Final = "float4_e2m1fn_x2"
 """torch counts pairs of these elements, and safetensors counts elements."""
 
@@ -50,30 +57,43 @@ def entry(info: TensorInfo, offset: int) -> dict[str, Any] | None:
     return {"dtype": _NAMES[info.dtype], "shape": shape, "data_offsets": [offset, offset + info.bytes]}
 
 
-class SafetensorsContents:
-    """An opened safetensors file, see `Tensors`.
+def write_safetensors(stream: Writable, infos: Iterable[TensorInfo], read: Callable[[str], Any]) -> None:
+    """Write tensors one at a time, each with an `entry`. Wide dtypes come first, so that each tensor is aligned."""
+    order = sorted(infos, key=lambda info: -ITEM_SIZES.get(info.dtype, 1))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in order:
+        header[info.name] = entry(info, offset)
+        offset += info.bytes
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)  # The tensors' bytes begin at a multiple of 8.
+    stream.write(len(data).to_bytes(8, "little") + data)
+    for info in order:
+        memory = memory_of(read(info.name))
+        assert memory.nbytes == info.bytes, f"{info.name} has another size than was announced"
+        stream.write(memory)
 
-    Raises:
-        CorruptError: If it is none.
-    """
+
+class SafetensorsContents(Tensors):
+    """An opened safetensors file."""
 
     def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
         self._stream = stream
         header, self._start = _header(stream)
         metadata = header.pop("__metadata__", {})
-        self.others: dict[str, Any] = dict(metadata) if isinstance(metadata, dict) else {}
-        self.calls: tuple[str, ...] = ()
-        self.tensors: dict[str, TensorInfo] = {}
+        self.others = dict(metadata) if isinstance(metadata, dict) else {}
         self._offsets: dict[str, tuple[int, int]] = {}
-        for name, told in header.items():
-            self.tensors[name], self._offsets[name] = _tensor(name, told)
+        for name, entry in header.items():
+            self.tensors[name], self._offsets[name] = _tensor(name, entry)
         # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
         tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
-        self.parts = flat({name: name for name in self.tensors} | tied)
+        if self.tensors:
+            self.parts = {"": Part(names={name: name for name in self.tensors} | tied)}
         self._size = stream.seek(0, 2)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with tensors whose bytes are not all there, in words."""
+        """See `Tensors.problems`."""
         size = self._size - self._start
         return [
             f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self._offsets.items() if end > size
@@ -91,21 +111,8 @@ class SafetensorsContents:
         if start == end:
             return torch.empty(info.shape, dtype=dtype)
         self._stream.seek(self._start + start)
-        data = bytearray(end - start)
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            chunk = self._stream.read(min(len(view) - done, 8 << 20))
-            if not chunk:
-                msg = f"the file ends within {name}"
-                raise CorruptError(msg)
-            view[done : done + len(chunk)] = chunk
-            done += len(chunk)
+        data = read_exactly(self._stream, end - start, name)
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
-
-    def value(self, name: str) -> Any:
-        """See `Tensors.value`."""
-        return self.others[name]
 
     def close(self) -> None:
         """See `Tensors.close`."""
@@ -124,20 +131,20 @@ def _header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
         msg = f"its safetensors header cannot be read ({error})"
         raise CorruptError(msg) from error
     if not isinstance(header, dict):
-        msg = "its safetensors header is no JSON object"
+        msg = "its safetensors header is not a JSON object"
         raise CorruptError(msg)
     return header, 8 + length
 
 
-def _tensor(name: str, told: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    match told:
+def _tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            dtype = TORCH_NAMES.get(dtype, dtype)
+            dtype = _TORCH_NAMES.get(dtype, dtype)
             if dtype == _PAIRS and shape and isinstance(shape[-1], int) and shape[-1] % 2 == 0:
                 shape = [*shape[:-1], shape[-1] // 2]
             if all(isinstance(n, int) and n >= 0 for n in shape) and 0 <= start <= end:
                 info = TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
-                if dtype not in ITEM_SIZES or numel_of(info.shape) * ITEM_SIZES[dtype] == end - start:
+                if dtype not in ITEM_SIZES or info.numel * ITEM_SIZES[dtype] == end - start:
                     return info, (start, end)
-    msg = f"its safetensors header says {told!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
+    msg = f"its safetensors header says {entry!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
     raise CorruptError(msg)

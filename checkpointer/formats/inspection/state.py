@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from checkpointer.formats.inspection.tensors import TensorInfo
-from checkpointer.formats.inspection.weight_sets import Branch, Leaf, parts_in
+from checkpointer.formats.inspection.tensors import Branch, Leaf, TensorInfo, Tensors, parts_in
 
 __all__ = ["StateContents"]
 
 
-class StateContents:
-    """A state, such as ``torch.load`` returns it, see `Tensors`.
+class StateContents(Tensors):
+    """A state, such as ``torch.load`` returns it.
 
     Example:
         >>> contents = StateContents({"model": torch.nn.Linear(2, 1).state_dict(), "step": 3})
@@ -23,10 +22,8 @@ class StateContents:
     """
 
     def __init__(self, state: Any) -> None:
-        self._found: dict[str, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self.others: dict[str, Any] = {}
-        self.calls: tuple[str, ...] = ()
+        super().__init__()
+        self._found: dict[str, torch.Tensor] = {}
         tree = self._grow(state, (), frozenset())
         whole = tree if isinstance(tree, Branch) else Branch("mapping", {"": tree})
         self.parts = parts_in(whole, lambda name: self.tensors[name].numel > 1)
@@ -43,29 +40,18 @@ class StateContents:
         return branch
 
     def _leaf(self, value: Any, name: str) -> Leaf:
-        self._found[name] = value
         if not isinstance(value, torch.Tensor):
             self.others[name] = value
             return Leaf(name, is_tensor=False)
         dtype, layout = (str(what).removeprefix("torch.") for what in (value.dtype, value.layout))
         shape = () if torch.nn.parameter.is_lazy(value) else tuple(value.shape)
         self.tensors[name] = TensorInfo(name=name, dtype=dtype, shape=shape, layout=layout)
+        self._found[name] = value
         return Leaf(name)
-
-    def problems(self) -> Iterable[str]:
-        """See `Tensors.problems`."""
-        return ()
 
     def read(self, name: str) -> Any:
         """See `Tensors.read`: the tensor itself."""
         return self._found[name]
-
-    def value(self, name: str) -> Any:
-        """See `Tensors.value`."""
-        return self._found[name]
-
-    def close(self) -> None:
-        """See `Tensors.close`."""
 
 
 def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -73,8 +59,6 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
         return value.state_dict().items()
     if isinstance(value, Mapping):
         return value.items() or None
-    if isinstance(value, (list, tuple)):
-        return (
-            enumerate(value) if any(isinstance(item, (Mapping, torch.Tensor, list, tuple)) for item in value) else None
-        )
+    if isinstance(value, (list, tuple)) and any(isinstance(i, (Mapping, torch.Tensor, list, tuple)) for i in value):
+        return enumerate(value)
     return None

@@ -1,67 +1,56 @@
-"""What a payload holds, tensor by tensor: names, shapes and dtypes first, and the values of one when asked for."""
+"""The content of a payload: name, shape and dtype of each tensor, and the sets of weights among them."""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final, Literal
 
 import attrs
 
-from checkpointer.formats.inspection.weight_sets import Part
+from checkpointer.errors import CorruptError
 
-__all__ = ["ITEM_SIZES", "OPAQUE", "PACKED", "TensorInfo", "Tensors", "numel_of"]
+__all__ = [
+    "ITEM_SIZES",
+    "OPAQUE",
+    "PACKED",
+    "Branch",
+    "Leaf",
+    "Part",
+    "TensorInfo",
+    "Tensors",
+    "memory_at",
+    "memory_of",
+    "parts_in",
+    "read_exactly",
+]
 
-ITEM_SIZES: Final = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "complex128": 16,
-    "complex64": 8,
-    "complex32": 4,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "qint8": 1,
-    "quint8": 1,
-    "qint32": 4,
-    "quint4x2": 1,
-    "quint2x4": 1,
-    "float4_e2m1fn_x2": 1,
-    "bits8": 1,
-    "bits16": 2,
-    "bits1x8": 1,
-    "bits2x4": 1,
-    "bits4x2": 1,
-}
-"""Bytes of one element, by the name torch gives the dtype."""
 PACKED: Final = {"quint4x2": 2, "quint2x4": 4}
 """Elements in one byte, for dtypes that torch packs along the last dimension."""
-_QUANTISED: Final = ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")
+_QUANTISED: Final = ("qint8", "quint8", "qint32", *PACKED)
 OPAQUE: Final = ("float4_e2m1fn_x2", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")
 """Dtypes that torch stores, and cannot compute with."""
-
-
-def numel_of(shape: tuple[int, ...]) -> int:
-    """Return how many elements a tensor of this shape has."""
-    return math.prod(shape)
+_BY_SIZE: Final[dict[int, tuple[str, ...]]] = {
+    16: ("complex128",),
+    8: ("float64", "complex64", "int64", "uint64"),
+    4: ("float32", "complex32", "int32", "uint32", "qint32"),
+    2: ("float16", "bfloat16", "int16", "uint16", "bits16"),
+    1: (
+        *("int8", "uint8", "bool", "qint8", "quint8", "quint4x2", "quint2x4"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        *("float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"),
+    ),
+}
+ITEM_SIZES: Final = {dtype: size for size, dtypes in _BY_SIZE.items() for dtype in dtypes}
+"""Bytes of one element, by the name torch gives the dtype."""
+_CHUNK_BYTES: Final = 8 << 20
 
 
 @attrs.frozen(kw_only=True)
 class TensorInfo:
-    """What is known of a tensor before a byte of it is read."""
+    """Name, dtype and shape of a tensor, known before a byte of it is read."""
 
     name: str
     """Its keys, joined by dots, such as ``"model.0.weight"``."""
@@ -83,49 +72,45 @@ class TensorInfo:
 
     @property
     def kind(self) -> str:
-        """What to call it: its dtype, and its layout if that is not the usual one."""
+        """Its dtype, and its layout if that is not the usual one."""
         return self.dtype if self.layout == "strided" else f"{self.dtype} {self.layout}"
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
-        return numel_of(self.shape)
+        """Number of its elements."""
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements; tensors that share memory count each."""
+        """Bytes of its elements; if tensors share memory, each counts."""
         per_byte = PACKED.get(self.dtype, 1)
         if per_byte > 1 and self.shape:
-            return numel_of(self.shape[:-1]) * -(-self.shape[-1] // per_byte)
+            return math.prod(self.shape[:-1]) * -(-self.shape[-1] // per_byte)
         return self.numel * ITEM_SIZES.get(self.dtype, 1)
 
 
-class Tensors(Protocol):
-    """An opened payload. Nothing in it runs: not when it is opened, not when it is read."""
+class Tensors:
+    """An opened payload. Nothing in it runs, neither when it is opened nor when it is read."""
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
+    calls: tuple[str, ...] = ()
+    """Functions that an ordinary unpickler would call, besides those that make tensors and plain containers."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
         """Every tensor by its name, in the order of the payload."""
-        ...
+        self.others: dict[str, Any] = {}
+        """Everything but tensors, by name: plain values as they are, objects as a short text in angle brackets."""
+        self.parts: dict[str, Part] = {}
+        """Every set of weights by the dotted path to it, in the order of the payload."""
 
     @property
-    def others(self) -> Mapping[str, Any]:
-        """What is no tensor, by name: plain values as they are, objects as a few words in angle brackets."""
-        ...
-
-    @property
-    def parts(self) -> Mapping[str, Part]:
-        """Every set of weights by the dotted path to it, in the order of the payload: see `Part`."""
-        ...
-
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """What an ordinary unpickler would import and call, beyond what tensors and plain containers need."""
-        ...
+    def models(self) -> Mapping[str, Part]:
+        """The sets of weights that may be a model."""
+        return self.parts
 
     def problems(self) -> Iterable[str]:
-        """Return what is wrong with tensors whose bytes are not all there, in words."""
-        ...
+        """Return a message for each tensor whose bytes are not all there."""
+        return ()
 
     def read(self, name: str) -> Any:
         """Return one tensor, on the CPU. Memory: that tensor's own.
@@ -133,12 +118,133 @@ class Tensors(Protocol):
         Raises:
             CorruptError: If its bytes are not there.
         """
-        ...
+        raise NotImplementedError
 
     def value(self, name: str) -> Any:
         """Return one of ``others`` as plain data; None if it is an object that only unpickling would make."""
-        ...
+        return self.others[name]
 
     def close(self) -> None:
         """Close the files."""
-        ...
+
+
+def read_exactly(stream: BinaryIO, size: int, name: str) -> bytearray:
+    """Return the next ``size`` bytes. A remote stream would hold them twice if it were asked for all at once."""
+    data = bytearray(size)
+    view = memoryview(data)
+    done = 0
+    while done < size:
+        chunk = stream.read(min(size - done, _CHUNK_BYTES))
+        if not chunk:
+            msg = f"the file ends within {name}"
+            raise CorruptError(msg)
+        view[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return data
+
+
+def memory_of(tensor: Any) -> memoryview:
+    """Return the elements of a dense tensor as bytes. No copy is made if it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return memory_at(flat.data_ptr(), flat.numel() * flat.element_size(), flat)
+
+
+def memory_at(address: int, size: int, owner: Any = None) -> memoryview:
+    """Return bytes in memory; ``owner`` is kept as long as they are. torch can be installed without numpy."""
+    if not size:
+        return memoryview(b"")
+    array = (ctypes.c_ubyte * size).from_address(address)
+    array.owner = owner  # type: ignore[attr-defined]
+    return memoryview(array)
+
+
+# Sets of weights
+
+
+@attrs.frozen
+class Leaf:
+    """A tensor or a value."""
+
+    name: str
+    """Its name in the payload."""
+    is_tensor: bool = True
+
+
+@attrs.define
+class Branch:
+    """A container or an object, and what it holds."""
+
+    kind: Literal["mapping", "module", "other"]
+    children: dict[str, Branch | Leaf] = attrs.field(factory=dict)
+    versions: Mapping[str, Any] = MappingProxyType({})
+    """``_metadata`` of a ``state_dict``: the version of each module, by the module's path."""
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """A set of weights: the name of each tensor in a ``state_dict``, and its name in the payload."""
+
+    names: Mapping[str, str]
+    values: Mapping[str, str] = MappingProxyType({})
+    """The same for what is not a tensor, such as ``_extra_state``."""
+    versions: Mapping[str, Any] = MappingProxyType({})
+    """As `Branch.versions`."""
+
+
+def parts_in(tree: Branch, counts: Callable[[str], bool] = lambda name: True) -> dict[str, Part]:
+    """Return every set of weights in a tree, by its path.
+
+    A mapping that holds tensors is one, unless another lies within it; then its own tensors are one if one of them
+    ``counts`` as a weight. A pickled module is one. The state of an optimizer is not.
+    """
+    has_part: set[int] = set()
+    found: dict[str, Part] = {}
+    for path, branch, above in reversed([*_branches(tree)]):  # Inner branches come first.
+        part = _part(branch, counts, has_inner=id(branch) in has_part)
+        if part is not None:
+            found[path] = part
+        if above is not None and (part is not None or id(branch) in has_part):
+            has_part.add(id(above))
+    return dict(reversed(found.items()))
+
+
+def _branches(tree: Branch) -> Iterator[tuple[str, Branch, Branch | None]]:
+    """Yield every branch that may be a set of weights or hold one, with its path and what it is in."""
+    todo: list[tuple[str, Branch, Branch | None]] = [("", tree, None)]
+    while todo:
+        path, branch, above = todo.pop()
+        if branch.kind == "mapping" and {"state", "param_groups"} <= branch.children.keys():
+            continue  # An optimizer.
+        yield path, branch, above
+        if branch.kind != "module":
+            todo.extend(
+                (f"{path}.{key}" if path else key, child, branch)
+                for key, child in reversed(branch.children.items())
+                if isinstance(child, Branch) and not key.endswith("_extra_state")
+            )
+
+
+def _part(branch: Branch, counts: Callable[[str], bool], *, has_inner: bool) -> Part | None:
+    if branch.kind == "other":
+        return None
+    leaves = {key: child for key, child in branch.children.items() if isinstance(child, Leaf)}
+    if branch.kind == "module" or not has_inner:
+        if branch.kind != "module" and not any(leaf.is_tensor for leaf in leaves.values()):
+            return None
+        leaves = dict(_leaves(branch))
+    elif not any(leaf.is_tensor and counts(leaf.name) for leaf in leaves.values()):
+        return None
+    names = {name: leaf.name for name, leaf in leaves.items() if leaf.is_tensor}
+    values = {name: leaf.name for name, leaf in leaves.items() if not leaf.is_tensor}
+    return Part(names=names, values=values, versions=branch.versions) if names else None
+
+
+def _leaves(branch: Branch) -> Iterator[tuple[str, Leaf]]:
+    """Yield all leaves beneath, under the names that a ``state_dict`` gives them."""
+    todo: list[tuple[str, Branch | Leaf]] = [("", branch)]
+    while todo:
+        path, node = todo.pop()
+        if isinstance(node, Leaf):
+            yield path, node
+        else:
+            todo.extend((f"{path}.{key}" if path else key, child) for key, child in reversed(node.children.items()))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection import pickled_tensors
-from checkpointer.formats.inspection.pickle import Call, Global, globals_in, persistents_in, read_pickle
+from checkpointer.formats.inspection.pickle import Call, globals_in, persistents_in, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored
 from checkpointer.formats.inspection.pickled_values import (
     as_data,
@@ -21,48 +21,45 @@ from checkpointer.formats.inspection.pickled_values import (
     state_children,
 )
 from checkpointer.formats.inspection.rebuild import rebuilt
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, TensorInfo
-from checkpointer.formats.inspection.weight_sets import Branch, Leaf, parts_in
+from checkpointer.formats.inspection.tensors import (
+    ITEM_SIZES,
+    Branch,
+    Leaf,
+    TensorInfo,
+    Tensors,
+    parts_in,
+    read_exactly,
+)
 
 __all__ = ["TorchContents", "open_legacy", "open_zip"]
 
 MAX_PICKLE_BYTES: Final = 1 << 28
 MIN_STEPS: Final = 2_000_000
 STEPS_PER_BYTE: Final = 4
-"""What is in a pickle is named in at most so many steps for each of its bytes, and `MIN_STEPS` more. A step is a level
-of nesting on the way to an entry. Lists of lists of one list have more entries than that."""
+"""The entries of a pickle are named in at most so many steps per byte, and `MIN_STEPS` more. A step is a level of
+nesting on the way to an entry. A hostile file of lists of lists of one list needs more steps."""
 _LOCAL_HEADER: Final = 30
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _EXTRA: Final = "_extra_state"
 
 
-class TorchContents:
-    """An opened torch file, see `Tensors`.
-
-    Args:
-        stream: The file; it is closed with the contents.
-        root: What the pickle says, as `read_pickle` returns it.
-        ranges: Where the bytes of each storage lie, by its key.
-        size: Bytes of the pickle, which bound the work.
-    """
+class TorchContents(Tensors):
+    """An opened torch file: its pickle from `read_pickle`, and where the bytes of each storage lie, by its key."""
 
     def __init__(self, stream: BinaryIO, root: Any, ranges: Mapping[str, _Range], size: int = 0) -> None:
+        super().__init__()
         self._stream = stream
         self._root = root
         self._ranges = ranges
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self.others: dict[str, Any] = {}
-        self.calls = tuple(sorted(str(found) for found in globals_in(root) if not _is_known(found)))
+        known = (is_container_call, pickled_tensors.is_known)
+        self.calls = tuple(sorted(str(found) for found in globals_in(root) if not any(is_it(found) for is_it in known)))
         tree = _Walk(self._add, MIN_STEPS + STEPS_PER_BYTE * size).walk(root)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
     def _add(self, name: str, value: Any, stored: Stored | None) -> Leaf:
-        count = 2
-        free = name
-        while free in self.tensors or free in self.others:
-            free, count = f"{name}#{count}", count + 1
+        free = _free(name, self.tensors, self.others)
         if stored is None:
             self.others[free] = shown(value)
             self._values[free] = value
@@ -76,11 +73,7 @@ class TorchContents:
         return as_data(self._values[name])
 
     def state(self) -> Any:
-        """Return the whole state; an object that only unpickling would make becomes an `Unread`.
-
-        Raises:
-            CorruptError: If the bytes of a tensor are not there, or if the rest is not what ``torch.save`` writes.
-        """
+        """Return the whole state; an object that only unpickling would make becomes an `Unread`."""
         try:
             return rebuilt(self._root, lambda stored: self._made("a tensor", stored))
         except (RecursionError, TypeError, ValueError) as error:
@@ -97,15 +90,13 @@ class TorchContents:
             if where is None or start + length > where.size:
                 msg = f"{name} lies at bytes {start} to {start + length} of storage {ref.key!r}, which has not so many"
                 raise CorruptError(msg)
-            data = bytearray(length)
             self._stream.seek(where.start(self._stream) + start)
-            _read_into(self._stream, data, name)
-            return data
+            return read_exactly(self._stream, length, name)
 
         return stored.make(name, read)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with tensors whose bytes are not all there, in words."""
+        """See `Tensors.problems`."""
         for name, stored in self._stored.items():
             for ref, needs in stored.needs():
                 where = self._ranges.get(ref.key)
@@ -134,28 +125,11 @@ class _Range:
         return self._start
 
 
-def _read_into(stream: BinaryIO, data: bytearray, name: str) -> None:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        # No stream is asked for gigabytes at once: remote ones would hold them twice.
-        chunk = stream.read(min(len(view) - done, 8 << 20))
-        if not chunk:
-            msg = f"the file ends within {name}"
-            raise CorruptError(msg)
-        view[done : done + len(chunk)] = chunk
-        done += len(chunk)
-
-
 # The two kinds of torch files
 
 
 def open_zip(stream: BinaryIO) -> TorchContents:
-    """Open what ``torch.save`` writes since 1.6; the stream is closed with it.
-
-    Raises:
-        CorruptError: If it is none.
-    """
+    """Open what ``torch.save`` writes since 1.6; the stream is closed with it."""
     try:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
@@ -168,7 +142,8 @@ def open_zip(stream: BinaryIO) -> TorchContents:
                 raise CorruptError(msg)
             root = pickles[0].filename.removesuffix("data.pkl")
             data = _read(stream, pickles[0])
-        ranges = {m.filename.removeprefix(f"{root}data/"): _range(m) for m in members if _is_data(m, root)}
+        folder = f"{root}data/"
+        ranges = {m.filename[len(folder) :]: _range(m) for m in members if m.filename.startswith(folder)}
     except (OSError, MemoryError, CorruptError):
         raise
     except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError...
@@ -188,10 +163,6 @@ def _read(stream: BinaryIO, member: zipfile.ZipInfo) -> bytes:
     return data
 
 
-def _is_data(member: zipfile.ZipInfo, root: str) -> bool:
-    return member.filename.startswith(f"{root}data/")
-
-
 def _range(member: zipfile.ZipInfo) -> _Range:
     if member.compress_type != zipfile.ZIP_STORED:
         msg = f"its {member.filename} is compressed, which torch.save never does"
@@ -203,9 +174,6 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
     """Open what ``torch.save`` wrote before 1.6, under Python 2 too, or any other pickle.
 
     The stream is closed with it.
-
-    Raises:
-        CorruptError: If it is none.
     """
     end = stream.seek(0, io.SEEK_END)
     stream.seek(0)
@@ -226,7 +194,7 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
     for key in map(str, keys):
         size = int.from_bytes(stream.read(8), "little") * sizes.get(key, 1)
         start = stream.tell()
-        # A file that was cut ends within a storage: `problems` tells which tensors that concerns.
+        # A file that was cut ends within a storage: `problems` names the tensors that lack bytes.
         ranges[key] = _Range(start, min(size, end - start))
         stream.seek(min(start + size, end))
     return TorchContents(stream, root, ranges, pickled)
@@ -251,12 +219,7 @@ class _Bounded:
         return self._stream.tell()
 
 
-# What the pickle holds
-
-
-def _is_known(found: Global) -> bool:
-    """Return whether plain containers or tensors need it: a name of torch's own for storages, dtypes and rebuilding."""
-    return is_container_call(found) or pickled_tensors.is_known(found)
+# The entries of a pickle
 
 
 class _Walk:
@@ -285,9 +248,9 @@ class _Walk:
             path[len(frames) - 1 :] = [key]
             stored = Stored.of(value)
             children = None if stored or id(value) in within else _children(key, value)
-            free = _free(key, branch) if is_weight else None
+            free = _free(key, branch.children) if is_weight else None
             if children is None:
-                leaf = self._add(_joined(path) or "(the whole)", value, stored)
+                leaf = self._add(".".join(path[1:]) or "(the whole)", value, stored)
                 if free is not None:
                     branch.children[free] = leaf
                 continue
@@ -306,13 +269,10 @@ class _Walk:
             raise CorruptError(msg)
 
 
-def _joined(path: list[str]) -> str:
-    return ".".join(path[1:])
-
-
-def _free(key: str, branch: Branch) -> str:
-    count, free = 2, key
-    while free in branch.children:
+def _free(key: str, *taken: Container[str]) -> str:
+    """Return the key, with the first number behind it that makes it differ from those that are taken."""
+    free, count = key, 2
+    while any(free in keys for keys in taken):
         free, count = f"{key}#{count}", count + 1
     return free
 

@@ -1,4 +1,4 @@
-"""Answers which tensors of a payload are the model, under which names: for every command and function that asks."""
+"""Finds which tensors of a payload are the model, under which names, for all commands and `load_weights`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import MismatchError, RestoreError
-from checkpointer.formats.inspection.tensors import TensorInfo, Tensors
-from checkpointer.formats.inspection.weight_sets import Part
+from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 
 __all__ = ["Wanted", "Weights", "weights_for", "weights_of"]
 
 _MODELS: Final = frozenset(
     {"model", "state_dict", "model_state_dict", "model_state", "module", "weights", "net", "network"}
 )
-"""The keys under which trainers and people keep the weights of the model."""
+"""The keys under which trainers keep the weights of the model."""
 _BESIDE: Final = (
     "optim",
     "sched",
@@ -30,7 +29,7 @@ _BESIDE: Final = (
     "random",
     "dataloader",
 )
-"""How keys begin under which there is something else than weights."""
+"""Keys that begin so hold something else than weights."""
 _OPTIONAL: Final = "num_batches_tracked"
 """Batch normalisation had no such counter before torch 0.4.1; torch itself loads weights without it."""
 _SHOWN: Final = 6
@@ -38,7 +37,7 @@ _NOTHING: Final = "it holds no weights: there is no mapping of names to tensors 
 
 Shape = tuple[int, ...] | None
 Wanted = Sequence[Mapping[str, Shape]]
-"""What a module wants: each tensor by its name, or by any of several names that it has, with its shape (None: any)."""
+"""The tensors of a module: each by its name, or by all its names, with its shape (None: any)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -51,7 +50,7 @@ class Weights:
     prefix: str = ""
     """The part of the payload that they are of; empty for all of it."""
     values: Mapping[str, Any] = MappingProxyType({})
-    """What a ``state_dict`` holds beside tensors, such as ``_extra_state``; None for what only unpickling makes."""
+    """Values of a ``state_dict`` beside tensors, such as ``_extra_state``; None for an object that is not unpickled."""
     versions: Mapping[str, Any] = MappingProxyType({})
     """The ``_metadata`` of a ``state_dict``."""
 
@@ -116,7 +115,7 @@ def _below(contents: Tensors, path: str) -> Part:
 
 def _candidates(contents: Tensors) -> dict[str, Part]:
     """Return the parts that may be a model's: not what is beside one, nor single numbers, unless there is no other."""
-    parts = getattr(contents, "models", None) or contents.parts
+    parts = contents.models
     likely = {path: part for path, part in parts.items() if not _is_beside(path) and _has_weights(contents, part)}
     return likely or dict(parts)
 
@@ -230,7 +229,7 @@ def weights_for(
         for path, found in renamed.items()
         for prefix, is_whole in _fits(wanted, _shapes(contents, found))
     ]
-    # If a set holds the module's tensors and no others, one that holds others too is of something larger.
+    # If a set holds the tensors of the module and no others, it is preferred to sets that hold more.
     best = [fit for fit in fits if fit[2]] or fits
     if len(best) > 1:
         raise MismatchError(_which(contents, [_path(path, prefix) for path, prefix, _ in best]))
@@ -258,19 +257,14 @@ def _renamed(part: Part, rename: Callable[[str], str | None]) -> Part:
     return attrs.evolve(part, names=names, versions=part.versions if names == part.names else {})
 
 
-def _below_path(versions: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    module = prefix.removesuffix(".")
-    return {path[len(module) :]: v for path, v in versions.items() if path == module or path.startswith(prefix)}
-
-
 def _stripped(part: Part, prefix: str) -> Part:
-    if not prefix:
-        return part
-
     def strip(names: Mapping[str, Any]) -> dict[str, Any]:
         return {name[len(prefix) :]: value for name, value in names.items() if name.startswith(prefix)}
 
-    versions = {path.removeprefix("."): version for path, version in _below_path(part.versions, prefix).items()}
+    if not prefix:
+        return part
+    # The version of the module itself has the module's path as its name.
+    versions = strip({f"{path}." if f"{path}." == prefix else path: v for path, v in part.versions.items()})
     return Part(names=strip(part.names), values=strip(part.values), versions=versions)
 
 

@@ -1,4 +1,4 @@
-"""What there is to see of a run: each checkpoint's life, the metric, the bytes on disk. Pure; the pictures draw it."""
+"""The data of a chart of a run: each checkpoint from save to end, the metric, the bytes on disk. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import attrs
 
+from checkpointer._display import count_text
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import Observation, Record
 from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
-from checkpointer.tools.simulate import Life, Timeline
+from checkpointer.tools.simulate import SimulatedCheckpoint, Timeline
 
-__all__ = ["Chart", "ChartItem", "story_of_records", "story_of_timeline"]
+__all__ = ["Chart", "ChartItem", "chart_of_records", "chart_of_timeline"]
 
 Fate = Literal["kept", "retired", "abandoned"]
 
@@ -30,7 +31,7 @@ class ChartItem:
     step: int
     epoch: int
     time: float
-    """Seconds since the Unix epoch; 0 if nobody told."""
+    """Seconds since the Unix epoch; 0 if not known."""
     size: int
     """Bytes."""
     metrics: Mapping[str, float]
@@ -46,35 +47,35 @@ class ChartItem:
 
 @attrs.frozen(kw_only=True)
 class Chart:
-    """What a picture shows."""
+    """The content of a chart."""
 
     title: str
     subtitle: str
-    """The policy in words, or what else there is to say."""
+    """The policy as text, or a summary."""
     metric: str
     """Name of the metric that is drawn; empty if there is none."""
     mode: str
-    """``"min"``, ``"max"``, or empty if nobody said."""
+    """``"min"``, ``"max"``, or empty if not known."""
     line: tuple[tuple[int, float], ...]
     """The metric at each step at which it was measured, finite values only."""
-    scenes: tuple[ChartItem, ...]
+    items: tuple[ChartItem, ...]
     """Every checkpoint, in the order of their saves."""
     disk: tuple[tuple[int, int], ...]
     """Bytes on disk from each step on."""
     risk: tuple[tuple[int, int], ...] = ()
-    """Steps that dying at a step would have cost; known of what was simulated."""
+    """Steps that a crash at each step would have lost; known only if it was simulated."""
     first_step: int = 0
     last_step: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinities as text."""
         data = attrs.asdict(self, recurse=True)
-        for scene in data["scenes"]:
-            scene["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in scene["metrics"].items()}
+        for item in data["items"]:
+            item["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in item["metrics"].items()}
         return data
 
 
-def story_of_records(
+def chart_of_records(
     title: str,
     manifest: Manifest,
     *,
@@ -83,7 +84,7 @@ def story_of_records(
     aliases: Mapping[str, str] | None = None,
     history: History | None = None,
 ) -> Chart:
-    """Return the story that the records of a directory tell: of what is still there.
+    """Return the chart of a directory's records: of the checkpoints that are still there.
 
     Args:
         title: What to call it.
@@ -92,11 +93,6 @@ def story_of_records(
         metric: Ranks instead of the policy's.
         aliases: Aliases, and the names they stand for.
         history: Everything that was measured, for the line.
-
-    Example:
-        >>> from checkpointer import Manifest
-        >>> story_of_records("empty", Manifest()).scenes
-        ()
     """
     if metric is None and policy is not None:
         metric = policy.ranking
@@ -104,7 +100,7 @@ def story_of_records(
     name = metric.name if metric else next(iter(names), "")
     best = next(iter(metric.ranked(manifest.history)), None) if metric else None
     reasons = explain(policy, manifest) if policy else {}
-    scenes = tuple(
+    items = tuple(
         ChartItem(
             **_facts(record),
             fate="kept" if manifest.counts(record) else "abandoned",
@@ -116,26 +112,26 @@ def story_of_records(
         for record in manifest.own
     )
     gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
-    subtitle = str(policy) if policy else f"{len(scenes)} checkpoints"
+    subtitle = str(policy) if policy else count_text(len(items), "checkpoint")
     if gone > 0:
-        subtitle += f"; {gone} more were retired, or are of what was copied or adopted apart"
-    line = _line(history, name) if history else _line_of(manifest.history, name)
-    steps = [*(step for step, _ in line), *(scene.step for scene in scenes)]
+        subtitle += f"; {gone} more were retired, or were not copied"
+    line = _line(history.observations if history else manifest.history, name)
+    steps = [*(step for step, _ in line), *(item.step for item in items)]
     return Chart(
         title=title,
         subtitle=subtitle,
         metric=name,
         mode=metric.mode if metric else "",
         line=line,
-        scenes=tuple(attrs.evolve(scene, end=max(steps)) for scene in scenes),
-        disk=_disk(scenes),
+        items=tuple(attrs.evolve(item, end=max(steps)) for item in items),
+        disk=_disk(items),
         first_step=min(steps, default=0),
         last_step=max(steps, default=1),
     )
 
 
-def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
-    r"""Return the story of a simulation: of all that would have been saved, and what became of it.
+def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
+    r"""Return the chart of a simulation: of all that would have been saved, and what became of it.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -143,7 +139,7 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         >>> from checkpointer.tools.simulate import simulate
         >>> history = read_history(b"step,loss\n10,0.5\n20,0.4\n", "metrics.csv")
         >>> timeline = simulate(Policy(EverySteps(10), [KeepLast(1)]), history)
-        >>> [(scene.step, scene.fate, scene.end) for scene in story_of_timeline("try", timeline, history).scenes]
+        >>> [(item.step, item.fate, item.end) for item in chart_of_timeline("try", timeline, history).items]
         [(10, 'retired', 20), (20, 'kept', 20)]
     """
     policy, manifest = timeline.policy, timeline.manifest
@@ -152,16 +148,16 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
     best = policy.best_of(manifest.history)
     newest = manifest.newest
     name = policy.ranking.name if policy.ranking else next(iter(history.metrics), "")
-    scenes = tuple(_scene(life, reasons, best, newest, policy, last) for life in timeline.lives)
+    items = tuple(_item(one, reasons, best, newest, policy, last) for one in timeline.checkpoints)
     worst = timeline.most_lost
-    risk = f"; at most {worst.lost_steps} steps at risk" if worst else ""
+    risk = f"; at most {count_text(worst.lost_steps, 'step')} at risk" if worst else ""
     return Chart(
         title=title,
         subtitle=f"{policy}{risk}",
         metric=name,
         mode=policy.ranking.mode if policy.ranking else "",
-        line=_line(history, name),
-        scenes=scenes,
+        line=_line(history.observations, name),
+        items=items,
         disk=tuple((moment.observation.step, moment.bytes) for moment in timeline.moments),
         risk=tuple((moment.observation.step, moment.lost_steps) for moment in timeline.moments),
         first_step=history.observations[0].step if history.observations else 0,
@@ -170,46 +166,39 @@ def story_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    metrics = dict(record.metrics)
-    fields = {field: getattr(record, field) for field in ("name", "step", "epoch", "time", "size", "kind")}
-    return fields | {"metrics": metrics}
+    fields = ("name", "step", "epoch", "time", "size", "kind", "metrics")
+    return {field: getattr(record, field) for field in fields}
 
 
-def _scene(
-    life: Life,
+def _item(
+    one: SimulatedCheckpoint,
     reasons: Mapping[str, Sequence[str]],
     best: Record | None,
     newest: Record | None,
     policy: Policy,
     last: int,
 ) -> ChartItem:
-    record, lives = life.record, life.retired_at is None
-    aliases = [policy.name.last_file] if policy.last and lives and record is newest else []
-    aliases += [policy.name.best_file] if policy.best and lives and record is best else []
+    record, is_kept = one.record, one.retired_at is None
+    aliases = [policy.name.last_file] if policy.last and is_kept and record is newest else []
+    aliases += [policy.name.best_file] if policy.best and is_kept and record is best else []
     return ChartItem(
         **_facts(record),
-        fate="kept" if lives else "retired",
-        end=last if life.retired_at is None else life.retired_at,
-        why="; ".join(reasons.get(record.name, ())) if lives else record.reason,
-        is_best=lives and record is best,
+        fate="kept" if is_kept else "retired",
+        end=last if one.retired_at is None else one.retired_at,
+        why="; ".join(reasons.get(record.name, ())) if is_kept else record.reason,
+        is_best=is_kept and record is best,
         aliases=tuple(aliases),
     )
 
 
-def _line(history: History | None, name: str) -> tuple[tuple[int, float], ...]:
-    observations = history.observations if history else ()
-    values = ((now.step, now.metrics[name]) for now in observations if name in now.metrics)
-    return tuple((step, value) for step, value in values if math.isfinite(value))
-
-
-def _line_of(records: Sequence[Record], name: str) -> tuple[tuple[int, float], ...]:
-    values = ((record.step, record.metrics[name]) for record in records if name in record.metrics)
+def _line(reports: Sequence[Record | Observation], name: str) -> tuple[tuple[int, float], ...]:
+    values = ((report.step, report.metrics[name]) for report in reports if name in report.metrics)
     return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
 
 
-def _disk(scenes: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
+def _disk(items: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
     total, found = 0, []
-    for scene in scenes:
-        total += scene.size
-        found.append((scene.step, total))
+    for item in items:
+        total += item.size
+        found.append((item.step, total))
     return tuple(sorted(found))

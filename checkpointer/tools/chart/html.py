@@ -1,4 +1,4 @@
-"""Makes one HTML page of a story: it needs no network, and what storage says in it is text, never markup."""
+"""Makes one HTML page of a chart: it needs no network, and what storage says in it is text, never markup."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from checkpointer.tools.chart.data import Chart
 __all__ = ["report"]
 
 
-def report(story: Chart, path: str | os.PathLike[str] | None = None) -> str:
-    """Return a story as a self-contained HTML page, and write it to ``path`` if given.
+def report(chart: Chart, path: str | os.PathLike[str] | None = None) -> str:
+    """Return a chart as a self-contained HTML page, and write it to ``path`` if given.
 
     The same as the picture, with details under the pointer, a table that sorts by any column and filters, and a light
     and a dark look. A content policy in the page forbids it to load anything from anywhere.
 
     Args:
-        story: From `checkpointer.tools.chart.data.story_of_records` or ``story_of_timeline``.
+        chart: From `checkpointer.tools.chart.data.chart_of_records` or ``chart_of_timeline``.
         path: The file, replaced if it is there.
 
     Example:
         >>> from checkpointer import Manifest
-        >>> from checkpointer.tools.chart.data import story_of_records
-        >>> report(story_of_records("</script><b>", Manifest())).count("</script>")
+        >>> from checkpointer.tools.chart.data import chart_of_records
+        >>> report(chart_of_records("</script><b>", Manifest())).count("</script>")
         2
     """
     template = resources.files("checkpointer.tools.chart").joinpath("report.html").read_text(encoding="utf-8")
-    data = json.dumps(story.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Whatever a name says, it cannot end the element that it stands in.
+    data = json.dumps(chart.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # With these escapes a name cannot end the element that it is in.
     for char in "<>&\u2028\u2029":
         data = data.replace(char, f"\\u{ord(char):04x}")
-    page = template.replace("__STORY__", data)
+    page = template.replace("__CHART__", data)
     if path is not None:
         Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
     return page
