@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Mirror, Policy
 from checkpointer.policy.retention import Rule
 
 POLICY = Policy(EverySteps(10), [KeepLast(1)], last="link")
@@ -24,7 +24,9 @@ def train(directory: Path, bucket: str, steps: int) -> None:
     torch.manual_seed(0)
     weights = torch.zeros(1000)
     keep: list[Rule] = [KeepBest(2, "loss", mode="min"), KeepLast(1)]
-    with CheckpointManager(directory, POLICY, state=lambda: {"w": weights}, mirror=bucket, mirror_keep=keep) as manager:
+    with CheckpointManager(
+        directory, POLICY, state=lambda: {"w": weights}, mirror=Mirror(bucket, keep=keep)
+    ) as manager:
         restored = manager.restore()
         start = 0
         if restored is not None:
@@ -34,7 +36,7 @@ def train(directory: Path, bucket: str, steps: int) -> None:
             weights += 0.1
             manager.observe({"loss": 1 / step}, step, epoch=0, epoch_end=False)
     print("on the local disk:", *[record.name for record in manager.records])
-    print(manager.mirror)
+    print(manager.session.mirror_status)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
