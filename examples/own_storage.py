@@ -58,7 +58,9 @@ def main() -> None:
         with CheckpointManager(storage, policy) as manager:
             restored = manager.restore()
             print(f"restored step {restored.step}" if restored else "found no checkpoint")
-        print("payloads in the table:", *sorted(name for name in storage.list() if not name.startswith(".checkpointer/")))
+        print(
+            "payloads in the table:", *sorted(name for name in storage.list() if not name.startswith(".checkpointer/"))
+        )
         storage.db.close()
 
 
