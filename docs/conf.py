@@ -15,17 +15,17 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "torch-checkpointer"
-# Links to headings, as repository pages have them.
+# Links to headings work as on the repository's pages.
 myst_heading_anchors = 3
-# Single backticks name an object where there is one, and are code where there is none.
+# If an object has the name in single backticks, they link to it; else they show code.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-# What is documented without them installed must not be imported for it.
+# The pages are built without these packages, so they are not imported.
 autodoc_mock_imports = ["lightning", "pytorch_lightning", "transformers"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-# A word in single backticks may be the name of several attributes.
+# A name in single backticks may belong to several attributes.
 suppress_warnings = ["ref.python"]

@@ -1,6 +1,6 @@
-"""Average the weights of the best three checkpoints of the digits, and compare the mean with the best one alone.
+"""Average the weights of the best three checkpoints of the digits, and compare the mean with the best checkpoint.
 
-Trains first if there is nothing yet. The mean is computed tensor by tensor, so its memory does not grow with the model.
+If the directory is empty, it trains first. The mean is computed one tensor at a time, to save memory.
 """
 
 from __future__ import annotations

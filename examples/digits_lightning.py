@@ -1,6 +1,6 @@
-"""The handwritten digits of ``digits_loop.py``, trained by Lightning; kill it anywhere and run it again.
+"""Train the net of ``digits_loop.py`` with Lightning. Kill it at any time and run it again.
 
-It goes on from the newest checkpoint and ends with the very weights of a run that was never killed.
+It continues from the newest checkpoint. It ends with the same weights as a run that was never killed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ POLICY = Policy(
     keep=[KeepBest(3, "val_loss", mode="min"), KeepLast(1)],
     name="{epoch}-{step}-{val_loss:.3f}",
     last="link",
-    rescue=False,  # Ctrl-C may strike in the middle of a step: go on from the last whole one instead
+    rescue=False,  # Ctrl-C may come in the middle of a step, so resume from the last regular save instead
 )
 
 
 class Digits(pl.LightningModule):
-    """A small convolutional net; what is random in an epoch follows from the epoch."""
+    """A small convolutional net. The epoch is the random seed of its steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Digits(pl.LightningModule):
 
 
 class Batches:
-    """The batches of an epoch, shuffled by its number."""
+    """The batches of an epoch, shuffled with the epoch as the seed."""
 
     def __init__(self, images: Tensor, labels: Tensor, module: pl.LightningModule) -> None:
         self.images, self.labels, self.module = images, labels, module

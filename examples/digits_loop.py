@@ -1,6 +1,6 @@
-"""Train a small convolutional net on handwritten digits; kill it anywhere and run it again.
+"""Train a small convolutional net on handwritten digits. Kill it at any time and run it again.
 
-It goes on from the newest checkpoint and ends with the very weights of a run that was never killed.
+It continues from the newest checkpoint. It ends with the same weights as a run that was never killed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 
 def table_of(manager: CheckpointManager, directory: Path) -> Table:
-    """Return what is kept and why."""
+    """Return a table of the checkpoints and the reasons why they are kept."""
     table = Table("name", "step", "val_loss", "why", "alias", title=f"Kept in {directory}")
     table.columns[0].overflow = "fold"
     reasons = explain(manager.policy, manager.session.manifest)

@@ -1,6 +1,6 @@
-"""The handwritten digits of ``digits_loop.py``, trained by the Trainer of transformers; kill it anywhere, run it again.
+"""Train the net of ``digits_loop.py`` with the Hugging Face Trainer. Kill it at any time and run it again.
 
-It goes on from the newest checkpoint and ends with the very weights of a run that was never killed.
+It continues from the newest checkpoint. It ends with the same weights as a run that was never killed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ POLICY = Policy(
     keep=[KeepBest(3, "eval_loss", mode="min"), KeepLast(1)],
     last="link",
     best="link",
-    rescue=False,  # an exception may strike in the middle of a step: go on from the last whole one instead
+    rescue=False,  # an exception may come in the middle of a step, so resume from the last regular save instead
 )
 
 
 class Digits(nn.Module):
-    """A small convolutional net that also says its loss, as the Trainer has it."""
+    """A small convolutional net that also returns its loss, as the Trainer requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Digits(nn.Module):
 
 
 class Split(Dataset[dict[str, Tensor]]):
-    """One of the splits, image by image."""
+    """One of the splits, one image per item."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -66,7 +66,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def table_of(directory: Path) -> Table:
-    """Return what is kept and why."""
+    """Return a table of the checkpoints and the reasons why they are kept."""
     manager = CheckpointManager(directory, POLICY)
     table = Table("name", "eval_loss", "why", title=f"Kept in {directory}")
     reasons = explain(manager.policy, manager.session.manifest)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             per_device_eval_batch_size=300,
             learning_rate=5e-3,
             eval_strategy="epoch",
-            save_strategy="no",  # the policy says when
+            save_strategy="no",  # the policy decides when
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,

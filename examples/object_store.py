@@ -1,7 +1,7 @@
-"""Train on a machine that may go away: commit to its disk, copy to a bucket, and go on from there on the next one.
+"""Train on a machine that may be taken away: commit to its disk, copy to a bucket, resume on the next machine.
 
-``--bucket`` takes any fsspec URL, such as ``s3://bucket/runs/digits`` or ``gs://...``, with the credentials where their
-drivers look for them; without it the bucket is a place in memory.
+``--bucket`` takes any fsspec URL, such as ``s3://bucket/runs/digits`` or ``gs://...``. The driver reads the credentials
+from its usual places. Without ``--bucket`` the copies stay in memory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def train(directory: Path, bucket: str, steps: int) -> None:
         start = 0
         if restored is not None:
             weights, start = restored.state["w"], restored.step
-        print(f"{'resumed from ' + restored.record.name if restored else 'started anew'} on {directory.name}")
+        print(f"{'resumed from ' + restored.record.name if restored else 'started a new run'} on {directory.name}")
         for step in range(start + 1, steps + 1):
             weights += 0.1
             manager.observe({"loss": 1 / step}, step, epoch=0, epoch_end=False)
-    print("here:", *[record.name for record in manager.records])
+    print("on the local disk:", *[record.name for record in manager.records])
     print(manager.session.mirror_status)
 
 

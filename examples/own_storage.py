@@ -1,4 +1,4 @@
-"""A storage of one's own in 30 lines, everything in one SQLite file: docs/own-storage.md goes through it."""
+"""A storage of your own in 30 lines. It keeps all files in one SQLite file; docs/own-storage.md explains it."""
 
 import io
 import sqlite3
@@ -57,8 +57,10 @@ def main() -> None:
                 print(manager.observe({"loss": loss}, step=step, epoch=0))
         with CheckpointManager(storage, policy) as manager:
             restored = manager.restore()
-            print(f"restored step {restored.step}" if restored else "nothing is there")
-        print("in the table:", *sorted(name for name in storage.list() if not name.startswith(".checkpointer/")))
+            print(f"restored step {restored.step}" if restored else "found no checkpoint")
+        print(
+            "payloads in the table:", *sorted(name for name in storage.list() if not name.startswith(".checkpointer/"))
+        )
         storage.db.close()
 
 

@@ -1,4 +1,4 @@
-"""A policy that lies in a file beside the training's other settings, and is checked before anything is trained."""
+"""Read a policy from a YAML file. A mistake in the file is an error before the training starts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with CheckpointManager(directory, policy, state=lambda: {"w": 1}) as manager:
             for epoch, val_loss in enumerate([0.9, 0.4, 0.6, 0.5, 0.7]):
                 print(manager.observe({"val_loss": val_loss}, step=10 * (epoch + 1), epoch=epoch))
-        print("left:", *sorted(path.name for path in directory.iterdir() if path.suffix == ".ckpt"))
+        print("kept:", *sorted(path.name for path in directory.iterdir() if path.suffix == ".ckpt"))
 
         wrong = Path(folder, "wrong.yaml")
         wrong.write_text(args.policy.read_text().replace("KeepBest", "KeepBset"))
         try:
             Policy.from_yaml(wrong)
         except PolicyError as error:
-            print("a typo:", error)
+            print("error for a typo:", error)
 
 
 if __name__ == "__main__":

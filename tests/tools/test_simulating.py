@@ -245,10 +245,10 @@ def test_a_history_of_no_records_is_empty() -> None:
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_shows_what_simulate_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_choosing_shows_what_simulate_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the metrics of the digits run, in 80 columns."""
     recorded = re.search(
-        r"```console\n\$ checkpointer (simulate .*?)\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S
+        r"```console\n\$ checkpointer (simulate .*?)\n(.*?)\n```", (ROOT / "docs/choosing.md").read_text(), re.S
     )
     assert recorded is not None
     monkeypatch.chdir(ROOT)
