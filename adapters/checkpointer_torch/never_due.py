@@ -21,7 +21,7 @@ def why_silent(when: Trigger, decision: Decision) -> str:
     Example:
         >>> from checkpointer import EveryEpochs, EverySteps
         >>> why_silent(EveryEpochs(1), Skip(reason="not due")).partition(":")[0]
-        'no epoch has ended, but the policy saves at the end of epochs alone (save every 1 epochs)'
+        'no epoch has ended, but the policy saves at the end of epochs alone (save every epoch)'
         >>> why_silent(EverySteps(1), Skip(reason="not due"))
         ''
     """
