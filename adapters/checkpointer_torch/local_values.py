@@ -1,4 +1,4 @@
-"""Values that a program binds anew: a function returns them at each save, and the loop hands them back."""
+"""Values that a program binds anew: a function returns them at each save, and the loop returns the restored ones."""
 
 from __future__ import annotations
 
@@ -14,27 +14,34 @@ from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
 from checkpointer_torch.state_differences import Differences
 
-__all__ = ["CarriedPart"]
+__all__ = ["FunctionPart"]
 
 _ARRAY: Final = "numpy array"
 """Marks a numpy array that is saved as a tensor, because a safe load refuses arrays."""
 
 
-class CarriedPart:
-    """A value that the program binds anew, so that no object can be filled in place.
+class FunctionPart:
+    """A value that the program binds anew, so that a resume cannot fill an object in place.
 
-    `read` gives it back once it was put back, and calls the function before that and after the next save.
+    `read` returns the restored value until the next save, and otherwise calls the function.
     """
 
     def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            msg = f"{name} is a function that needs arguments ({error}); pass one without, such as lambda: value"
+            raise PolicyError(msg) from error
+        except ValueError:  # A builtin may have no signature.
+            pass
         self._name = name
-        self._function = _checked(name, function)
+        self._function = function
         self._restored: list[Any] = []
-        """What a resume has put back, until the next save."""
+        """The value that a resume has put back, until the next save."""
         self._is_read = True
 
     def read(self) -> Any:
-        """Return the value that was put back, or what the function returns now."""
+        """Return the value that was put back, or the function's value now."""
         self._is_read = True
         return self._restored[0] if self._restored else self._function()
 
@@ -58,22 +65,12 @@ class CarriedPart:
         self._restored, self._is_read = [_decoded(state)], False
 
 
-def _checked(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        msg = f"{name} is a function that needs arguments ({error}); pass one without, such as lambda: value"
-        raise PolicyError(msg) from error
-    except ValueError:  # A builtin may have no signature.
-        pass
-    return function
-
-
 def _encoded(value: Any) -> Any:
     """Return the value as a safe load takes it: arrays as tensors, tensors without their graph."""
     if isinstance(value, torch.Tensor):
         return value.detach() if value.grad_fn is not None else value
-    if _is_array(value):
+    numpy = sys.modules.get("numpy")  # A program without numpy does not import it here.
+    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
         return {_ARRAY: torch.from_numpy(value.copy())} if value.ndim else value.item()
     return _mapped(value, _encoded)
 
@@ -88,9 +85,3 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if type(value) is dict:
         return {key: function(item) for key, item in value.items()}
     return type(value)(map(function, value)) if type(value) in (list, tuple) else value
-
-
-def _is_array(value: Any) -> bool:
-    """Return whether it is a numpy array or scalar of numbers; numpy is not imported for the question."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc"

@@ -1,34 +1,65 @@
-"""Dicts, namespaces and dataclasses: values that the training changes are state, the others are settings."""
+"""Objects that a training changes in place: tensors, dicts, namespaces and dataclasses."""
 
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from checkpointer_torch.held_objects import Held
+from checkpointer import CheckpointerWarning
 from checkpointer_torch.state_differences import Differences
 
-__all__ = ["MutablePart"]
+__all__ = ["PLAIN", "Held", "MutablePart"]
 
+PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+"""Types of plain values."""
 _MANY: Final = 1000
 """A dict with more entries is data as a whole, and no entry of it is a setting."""
 _DATA: Final = object()
 """Stands for a value that cannot be a setting."""
-_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+_OWN_REFERENCES: Final = 2
+"""How many references there are while `Held` counts them, if the program has none."""
 
 Keys = tuple[Any, ...]
+
+
+class Held:
+    """An object under its name. If the program binds the name to another object, the loop has the last reference."""
+
+    __slots__ = ("_name", "_was_shared", "thing")
+
+    def __init__(self, name: str, thing: Any) -> None:
+        self._name = name
+        self._was_shared = False
+        self.thing = thing
+
+    def begin(self) -> None:
+        """Remember whether the program has a reference when the training begins."""
+        self._was_shared = sys.getrefcount(self.thing) > _OWN_REFERENCES
+
+    def check(self) -> None:
+        """Warn if the program had a reference, and does not have one any more."""
+        if self._was_shared and sys.getrefcount(self.thing) <= _OWN_REFERENCES:
+            name = self._name
+            msg = (
+                f"{name!r} is saved as the object that was given to the Loop, and the program has no reference to that "
+                f"object any more: if it has bound the name to another one, that one is not saved. Pass "
+                f"{name}=lambda: {name}, and read loop[{name!r}] after resume()"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
 
 class MutablePart:
     """Named values that the training may change in place.
 
-    A value that the saving process never changed, and that is given otherwise now, is a setting: the one given now
+    A value is a setting if the saving process never changed it, and another one is given now: the one given now
     holds. Every other value is put back.
     """
 
     def __init__(
-        self, held: Held, read: Callable[[Any], dict[str, Any]], write: Callable[[Any, dict[str, Any]], None]
+        self, held: Held, read: Callable[[Any], dict[str, Any]], write: Callable[[Any, dict[str, Any]], object]
     ) -> None:
         self.held = held
         self._of = read
@@ -96,6 +127,6 @@ def _flat(values: Mapping[Any, Any], before: Keys = ()) -> Iterator[tuple[Keys, 
 
 
 def _is_setting(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (
-        isinstance(value, (list, tuple)) and len(value) <= _MANY and all(isinstance(item, _PLAIN) for item in value)
+    return isinstance(value, PLAIN) or (
+        isinstance(value, (list, tuple)) and len(value) <= _MANY and all(isinstance(item, PLAIN) for item in value)
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop, read_config
-from checkpointer_torch.training_state import KEY, Training
+from checkpointer_torch.training_state import KEY, TrainingState
 from support.commands import command
 from torch import nn
 
@@ -281,12 +281,12 @@ class TwoRanks(OneRank):
 
 def test_on_several_processes_each_has_its_own_value() -> None:
     """What is carried from batch to batch belongs to the batches that a process has."""
-    (own,) = Training({"h": lambda: "of rank 1"}, OneRank()).take()[KEY]["ranks"]
-    state = Training({"h": lambda: "of rank 0"}, TwoRanks(0, other=own)).take()
+    (own,) = TrainingState({"h": lambda: "of rank 1"}, OneRank()).take()[KEY]["ranks"]
+    state = TrainingState({"h": lambda: "of rank 0"}, TwoRanks(0, other=own)).take()
     for rank in (0, 1):
-        training = Training({"h": lambda: ""}, TwoRanks(rank))
+        training = TrainingState({"h": lambda: ""}, TwoRanks(rank))
         training.put(state, "it", strict=True)
-        assert f"of rank {rank}" == training.value("h")
+        assert f"of rank {rank}" == training.objects["h"]
 
 
 def test_a_function_with_arguments_is_refused_at_once() -> None:

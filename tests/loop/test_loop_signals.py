@@ -187,11 +187,11 @@ def test_the_file_is_looked_for_once_a_second_at_most(tmp_path: Path) -> None:
     file.touch()
     for now[0] in (1.0, 2.0, 3.0):
         requests.look()
-        assert (now[0] == 1.0) == requests.some
+        assert (now[0] == 1.0) == requests.is_pending
         assert ("the file save-now" if now[0] == 1.0 else "") == requests.take().save
     os.utime(file, (0, 0))
     requests.look()
-    assert requests.some, "it was put there again"
+    assert requests.is_pending, "it was put there again"
 
 
 def test_an_exception_is_rescued_and_passes_unchanged(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_an_exception_is_rescued_and_passes_unchanged(tmp_path: Path) -> None:
     assert ["rescue-step=4.ckpt"] == names(tmp_path)
     small = Small()
     loop = Loop(tmp_path, RARELY, **small.objects)
-    with loop, pytest.warns(CheckpointerWarning, match="within step 5: .* is in it"):
+    with loop, pytest.warns(CheckpointerWarning, match="within step 5: .* are in it"):
         assert 4 == loop.resume().step
 
 
