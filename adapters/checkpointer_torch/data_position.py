@@ -61,11 +61,7 @@ class DataPosition:
     # A pass
 
     def begin(self, loader: Any, epoch: int) -> Iterator[Any]:
-        """Return the batches of the epoch: all, or those left after ``used`` if a pass was left within.
-
-        Raises:
-            MismatchError: If the place is not in this loader, and the resume was strict.
-        """
+        """Return the batches of the epoch: all, or those left after ``used`` if a pass was left within."""
         self.given = self.used = self._settle(loader)
         state, before = self._left_off, self._loader
         now = take_random_state()

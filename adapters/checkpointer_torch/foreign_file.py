@@ -35,12 +35,7 @@ class Picked:
 
 
 def picked(content: Any, names: StateMap, source: str) -> Picked:
-    """Return the values that the map finds in a file.
-
-    Args:
-        content: The content of the file.
-        names: The map; a key of the file may lie deeper (``"state.model"``).
-        source: The file's path or URL, for messages.
+    """Return the values that the map finds in a file's content; a key may be deeper in it (``"state.model"``).
 
     Raises:
         MismatchError: If the file has no such key.

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
+import attrs
+
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import Agreement
@@ -44,43 +46,32 @@ class Stopwatch(Listener):
         self.took_s = time.monotonic() - self._since
 
 
+@attrs.define(eq=False)
 class Interruption:
-    """Answers requests at the boundaries of a training.
+    """Answers requests at the boundaries of a training."""
 
-    Args:
-        saver: Saves the rescues.
-        training: The state of the training.
-        ranks: Its processes.
-        requests: The signals and the file.
-        grace: The time between a signal and the kill that follows it.
-        stopwatch: Measures the saves.
-    """
+    _saver: CheckpointManager | DistributedManager
+    _training: TrainingState
+    _ranks: Ranks
+    _requests: Requests
+    _grace: Grace
+    _stopwatch: Stopwatch
+    _agree: Agreement = attrs.field(init=False)
+    _is_alone: bool = attrs.field(init=False)
+    _is_fetching: bool = attrs.field(default=False, init=False)
+    workers: Workers = attrs.field(init=False)
+    _answered: int | None = attrs.field(default=None, init=False)
+    """The signal that ended the training at a boundary."""
+    stopped: str = attrs.field(default="", init=False)
+    """Why the training was stopped at a boundary; empty if it was not."""
 
-    def __init__(
-        self,
-        saver: CheckpointManager | DistributedManager,
-        training: TrainingState,
-        *,
-        ranks: Ranks,
-        requests: Requests,
-        grace: Grace,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self._saver = saver
-        self._training = training
-        self._ranks = ranks
-        self._requests = requests
-        self._grace = grace
-        self._stopwatch = stopwatch
-        self._agree = Agreement(ranks)
-        self._is_alone = ranks.size == 1
-        self._is_fetching = False
+    def __attrs_post_init__(self) -> None:
+        self._agree = Agreement(self._ranks)
+        self._is_alone = self._ranks.size == 1
         # An error within a fetch changes nothing: the training is at a boundary.
-        self.workers = Workers(requests.signals, lambda: requests.stop is not None and not self._is_fetching)
-        self._answered: int | None = None
-        """The signal that ended the training at a boundary."""
-        self.stopped = ""
-        """Why the training was stopped at a boundary; empty if it was not."""
+        self.workers = Workers(
+            self._requests.signals, lambda: self._requests.stop is not None and not self._is_fetching
+        )
 
     def listen(self) -> None:
         """Take the signals over."""
@@ -131,9 +122,7 @@ class Interruption:
     def validated(self, batches: Iterator[T], restore: Callable[[], None]) -> Iterator[T]:
         """Yield the batches of a validation, and answer a signal to stop after any of them.
 
-        Args:
-            batches: The batches; their numbers may differ between ranks.
-            restore: Puts back what the validation changes, before the rescue.
+        ``restore`` puts back the states that the validation changes, before the rescue.
         """
         agreement = Agreement(self._ranks)
 
@@ -193,12 +182,7 @@ class Interruption:
     # The end
 
     def finish(self, error: BaseException | None, save: Callable[[], object]) -> None:
-        """Close the saver, with a rescue if an error or a late signal ends the training.
-
-        Args:
-            error: The error that ended the training; None without one.
-            save: Saves the state at the end of a training without an error.
-        """
+        """Close the saver, after ``save`` or, if an error or a late signal ends the training, after a rescue."""
         is_answered = isinstance(error, StopTraining) or self._is_immediate(error)
         if self._requests.since is not None:
             self._grace.begin(self._requests.since)

@@ -114,14 +114,7 @@ class Loop:
             self._saver = DistributedManager(directory, policy, ranks=self._ranks, **kept)
         file = request_file(directory) if self._ranks.rank == 0 else None
         self._requests = Requests(stop_on, save_on, file)
-        self._interruption = Interruption(
-            self._saver,
-            training,
-            ranks=self._ranks,
-            requests=self._requests,
-            grace=Grace(grace_s),
-            stopwatch=stopwatch,
-        )
+        self._interruption = Interruption(self._saver, training, self._ranks, self._requests, Grace(grace_s), stopwatch)
         self._metrics: Mapping[str, Any] = _NOTHING
         self._reported: frozenset[str] = frozenset()
         """Names of the metrics that `report` was given."""

@@ -12,11 +12,7 @@ __all__ = ["batches_left_over", "batches_unseen", "report_unused", "why_silent"]
 
 
 def why_silent(when: Trigger, decision: Decision) -> str:
-    """Return why nothing is saved in a loop without epochs; empty if the policy can save.
-
-    Args:
-        when: The policy's trigger.
-        decision: The decision on the newest step.
+    """Return why nothing is saved in a loop without epochs, after the newest decision; empty if the policy can save.
 
     Example:
         >>> from checkpointer import EveryEpochs, EverySteps

@@ -172,10 +172,7 @@ def _weights(contents: Tensors) -> dict[str, Any]:
 def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> Found:
     """Read the checkpoint at a path or URL: a file, a managed directory's newest, a Hugging Face directory.
 
-    A checkpoint that has a record is verified.
-
-    Raises:
-        RestoreError: If it does not exist, or cannot be read; the message lists what exists.
+    A checkpoint that has a record is verified. If nothing can be read, the `RestoreError` lists what exists.
     """
     return _Opener(weights_only=weights_only).open(os.fspath(place))
 
@@ -184,9 +181,6 @@ def open_foreign(place: str | os.PathLike[str]) -> Found:
     """Read another program's checkpoint as `open_place` does, or without unpickling if a safe load refuses it.
 
     In the second case an object that only unpickling would make is an `Unread`.
-
-    Raises:
-        RestoreError: As `open_place`.
     """
     try:
         return open_place(place)
@@ -208,16 +202,9 @@ def _whole(contents: Tensors) -> Any:
 def read_place(
     place: str | os.PathLike[str], make: Callable[[Tensors], T], which: str | int | None = None, **options: Any
 ) -> tuple[T, str]:
-    """Return what a function makes of the checkpoint at a path or URL, and where it is. Nothing is unpickled.
+    """Return the result of ``make`` for the checkpoint at a path or URL, and where it is. Nothing is unpickled.
 
-    Args:
-        place: As for `open_place`.
-        make: Gets the contents of the checkpoint; values that it reads lazily are gone when it returns.
-        which: The checkpoint of a managed directory, as for `load_weights`.
-        **options: ``policy``, ``trust`` and ``storage_options``, as for `load_weights`.
-
-    Raises:
-        RestoreError: As `open_place`.
+    ``make`` gets the contents, which are closed when it returns. The options are those of `load_weights`.
     """
     found = _Opener(which=which, make=make, **options).open(os.fspath(place))
     return found.state, found.where

@@ -57,11 +57,7 @@ class ResumedFrom:
     """The random states at the boundary; None for a process that the checkpoint has none of."""
 
     def refuse(self, what: str, otherwise: str) -> None:
-        """Raise, or warn if the resume was not strict.
-
-        Raises:
-            MismatchError: If it was.
-        """
+        """Raise `MismatchError`, or warn if the resume was not strict."""
         if self.is_strict:
             msg = (
                 f"{self.source}: {what}. Give batches() the loader it was saved with; resume(strict=False) {otherwise}"

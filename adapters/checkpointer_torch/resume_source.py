@@ -36,19 +36,7 @@ class Source:
 def find_source(
     saver: CheckpointManager | DistributedManager, directory: Any, from_: Any, *, is_mapped: bool, weights_only: bool
 ) -> Source | None:
-    """Read the state that a resume goes on from; None if the directory is empty, and no other place is given.
-
-    Args:
-        saver: Restores from the directory.
-        directory: The directory, as the loop was given it.
-        from_: See `Loop.resume`.
-        is_mapped: Whether it is another program's file.
-        weights_only: See `Loop.resume`.
-
-    Raises:
-        PolicyError: If another program's file is meant, and ``from_`` is not a path.
-        RestoreError: As for `CheckpointManager.restore` and `open_place`.
-    """
+    """Read the state that a resume goes on from; None if the directory is empty, and no other place is given."""
     which, place = from_, None
     if is_place(from_):
         which = own_name(from_, directory)
@@ -61,7 +49,7 @@ def find_source(
     except NotFoundError as error:
         if not isinstance(which, str) or which in ("last", "best"):
             raise
-        msg = f"{error}; and there is no file or directory {os.path.abspath(os.path.expanduser(which))}"
+        msg = f"{error}; and {os.path.abspath(os.path.expanduser(which))} is neither a file nor a directory"
         raise NotFoundError(msg) from error
     if restored is not None:
         if place is not None:
@@ -83,14 +71,8 @@ def resume_from_adopted(
 ) -> bool:
     """Load the weights of the newest checkpoint if it was adopted, and take step and epoch from its record.
 
-    Another program wrote such a checkpoint, and ``checkpointer adopt`` its record.
-
-    Returns:
-        Whether it was adopted. If not, nothing was done.
-
-    Raises:
-        MismatchError: If the weights do not fit; nothing was loaded.
-        RestoreError: As for `CheckpointManager.restore`.
+    Another program wrote such a checkpoint, and ``checkpointer adopt`` its record. Return False for any other
+    checkpoint, after doing nothing.
     """
     if saver.last is None or not saver.last.is_adopted:
         return False

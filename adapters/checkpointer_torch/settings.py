@@ -77,9 +77,6 @@ def read_config(
 def plain_config(config: Any) -> dict[str, Any]:
     """Return settings as plain data.
 
-    Args:
-        config: A mapping, an ``argparse.Namespace``, a dataclass, an attrs class or a pydantic model.
-
     Raises:
         PolicyError: If a value is not a setting; the message names it.
 

@@ -16,13 +16,12 @@ from torch import nn
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
 from checkpointer_torch.loader_facts import is_stateful, put_loader, take_loader, torch_loader
-from checkpointer_torch.local_values import FunctionPart
 from checkpointer_torch.module_names import plain_state, wrapped_state
-from checkpointer_torch.mutable_values import PLAIN, Held, MutablePart
+from checkpointer_torch.program_values import PLAIN, FunctionPart, Held, MutablePart
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences, compared
 
-__all__ = ["ModulePart", "OptimizerPart", "Part", "StatefulPart", "TensorPart", "part_of", "summary_of"]
+__all__ = ["Part", "part_of", "summary_of"]
 
 _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")
@@ -53,17 +52,14 @@ class ModulePart:
     module: nn.Module
 
     def take(self) -> Any:
-        """See `Part.take`."""
         return plain_state(self.module)
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         if not isinstance(state, Mapping):
             return Differences(missing=("*",))
         return compared(plain_state(self.module), state, types=True)
 
     def put(self, state: Any) -> None:
-        """See `Part.put`."""
         wrapped = wrapped_state(self.module, state)
         for key in compared(self.module.state_dict(), wrapped, types=True).reshaped:
             del wrapped[key]
@@ -80,7 +76,7 @@ class OptimizerPart:
     optimizer: torch.optim.Optimizer
 
     def take(self) -> Any:
-        """See `Part.take`. A `ZeroRedundancyOptimizer` gathers its shards on rank 0, which is a collective."""
+        # A ZeroRedundancyOptimizer gathers its shards on rank 0, which is a collective.
         consolidate = getattr(self.optimizer, "consolidate_state_dict", None)
         if consolidate is None:
             return self.optimizer.state_dict()
@@ -88,7 +84,6 @@ class OptimizerPart:
         return self.optimizer.state_dict() if dist.get_rank(self.optimizer.process_group) == 0 else {}  # type: ignore[attr-defined]
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         here, there = (
             {f"param_groups[{number}].params": len(group["params"]) for number, group in enumerate(groups)}
             for groups in (self.optimizer.param_groups, state["param_groups"])
@@ -111,7 +106,6 @@ class OptimizerPart:
         return differences
 
     def put(self, state: Any) -> None:
-        """See `Part.put`."""
         if not self.compare(state):
             self.optimizer.load_state_dict(state)
 
@@ -123,11 +117,9 @@ class StatefulPart:
     stateful: Any
 
     def take(self) -> Any:
-        """See `Part.take`."""
         return self.stateful.state_dict()
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         own = self.stateful.state_dict()
         if not isinstance(own, Mapping) or not isinstance(state, Mapping):
             return Differences()
@@ -135,7 +127,6 @@ class StatefulPart:
         return compared(tensors, {key: state[key] for key in tensors})
 
     def put(self, state: Any) -> None:
-        """See `Part.put`."""
         self.stateful.load_state_dict(state)
 
 
@@ -146,17 +137,14 @@ class TensorPart:
     held: Held
 
     def take(self) -> Any:
-        """See `Part.take`."""
         self.held.check()
         return self.held.thing.detach()
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         return compared({"value": self.held.thing}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
-        """See `Part.put`."""
         if not self.compare(state):
             self.held.thing.copy_(state)
 
@@ -169,7 +157,6 @@ class PlainPart:
     put: Callable[[Any], object]
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         return Differences()
 
 

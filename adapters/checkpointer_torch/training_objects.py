@@ -9,8 +9,7 @@ from typing import Any
 
 from checkpointer.errors import MismatchError, UnknownValueError
 from checkpointer_torch.loader_facts import torch_loader
-from checkpointer_torch.local_values import FunctionPart
-from checkpointer_torch.mutable_values import MutablePart
+from checkpointer_torch.program_values import FunctionPart, MutablePart
 from checkpointer_torch.state_differences import Differences
 from checkpointer_torch.stateful_objects import (
     ModulePart,
@@ -25,14 +24,7 @@ __all__ = ["TrainingObjects"]
 
 
 class TrainingObjects:
-    """The objects that a `Loop` was given; ``objects[name]`` is a plain value or a function's value.
-
-    Args:
-        objects: The objects by name.
-
-    Raises:
-        PolicyError: If nothing of an object can be saved.
-    """
+    """The objects that a `Loop` was given, by name; ``objects[name]`` is a plain value or a function's value."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self.shared: dict[str, Part] = {}
@@ -101,11 +93,7 @@ class TrainingObjects:
     def settle(
         self, states: Mapping[str, Any], unchanged: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-        """Replace settings among the states by those that are given now.
-
-        Args:
-            states: The saved states.
-            unchanged: The result of `unchanged` at the save.
+        """Replace settings among the saved states by those that are given now.
 
         Returns:
             The shared states; the changed settings, each with the difference; and the plain values given now that the
@@ -126,9 +114,6 @@ class TrainingObjects:
         """Put the shared states back.
 
         Parts that may refuse their state come first: their earlier states are small enough to keep for going back.
-
-        Raises:
-            MismatchError: If a part refuses its state; then nothing was changed.
         """
         large = (ModulePart, OptimizerPart)
         done = []

@@ -17,8 +17,8 @@ from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
 from checkpointer_torch.loader_facts import is_indexed, samplers
-from checkpointer_torch.local_values import FunctionPart
 from checkpointer_torch.position_search import ResumedFrom
+from checkpointer_torch.program_values import FunctionPart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.state_differences import Differences
@@ -50,10 +50,7 @@ class LoopProgress:
 class TrainingState:
     """Takes and puts back all that an exact resume needs.
 
-    Args:
-        objects: The objects of the training, by name.
-        ranks: The processes. Each has its own random numbers, place in the data, and values of functions.
-        config: The settings; None for none.
+    Each process has its own random numbers, place in the data, and values of functions.
     """
 
     def __init__(self, objects: Mapping[str, Any], ranks: Ranks, config: Any = None) -> None:
@@ -168,17 +165,7 @@ class TrainingState:
     def put(
         self, state: Any, source: str, *, strict: bool, advice: str = "Give the loop the objects it was saved with"
     ) -> Differences:
-        """Take a state over and return how it differs.
-
-        Args:
-            state: The saved state.
-            source: Its path or URL, for messages.
-            strict: Whether a difference is an error.
-            advice: How to remove a difference, for the message.
-
-        Raises:
-            MismatchError: If it differs and ``strict`` is true; then nothing was changed.
-        """
+        """Take a state over and return how it differs; if ``strict`` a difference is an error that changes nothing."""
         own = _own_state(state, source)
         ranks = own["ranks"]
         states = {**ranks[self._ranks.rank % len(ranks)]["loaders"], **state}
@@ -220,11 +207,7 @@ class TrainingState:
             _log.warning("%s differs from %s: %s; the setting given here holds", name, source, change)
 
     def put_foreign(self, content: Any, names: StateMap, source: str, *, strict: bool) -> Differences:
-        """Take over a state that another program has saved, and return how it differs.
-
-        Raises:
-            MismatchError: As for `put`, or if the file has no value that the map names.
-        """
+        """Take over a state that another program has saved, and return how it differs."""
         found = picked(content, names, source)
         objects = self.objects
         as_they_are = {name: part.take() for name, part in objects.own.items() if not isinstance(part, FunctionPart)}
@@ -297,9 +280,6 @@ class MeasuredWeights:
     """Knows which weights of a schedule-free optimizer the model has now, and which the last state had.
 
     See `checkpointer.policy.swapped_weights`.
-
-    Args:
-        objects: The objects of the training; optimizers with a ``train_mode`` are schedule-free.
     """
 
     def __init__(self, objects: Iterable[Any]) -> None:
@@ -314,10 +294,8 @@ class MeasuredWeights:
     def rename(self, metrics: Mapping[str, Any], reported: Collection[str], *, step: int) -> Mapping[str, Any]:
         """Return metrics for the checkpoint of a step; a metric of other weights gets a name of its own.
 
-        Args:
-            metrics: The metrics that were measured at this step.
-            reported: Those that a validation measured, so with the weights of ``optimizer.eval()``.
-            step: The step. If its state was taken already, the weights of that state count.
+        A validation measured the ``reported`` ones, so with the weights of ``optimizer.eval()``. If the state of the
+        step was taken already, the weights of that state count.
         """
         has_training = trains(self._optimizers) or (step, True) == self._noted
         if not reported or (step, False) == self._noted or not has_training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import OrderedDict
@@ -87,19 +88,13 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
-    picks = _Picks(module=module, part=part, key_map=key_map, strict=strict)
+    pick = functools.partial(_picked, module=module, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
-        picked, where = picks.pick(StateContents(source), "the state"), "the state"
+        (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
-        picked, where = read_place(
-            source,
-            lambda contents: picks.pick(contents, os.fspath(source)),
-            which,
-            policy=policy,
-            trust=trust,
-            storage_options=storage_options,
-        )
-    state, differences = picked
+        options: dict[str, Any] = {"policy": policy, "trust": trust, "storage_options": storage_options}
+        path = os.fspath(source)
+        (state, differences), where = read_place(path, lambda contents: pick(contents, path), which, **options)
     ModulePart(module).put(state)
     if differences:
         count = len(plain_state(module))
@@ -108,37 +103,31 @@ def load_weights(
     return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
 
 
-@attrs.frozen(kw_only=True)
-class _Picks:
-    """Picks a module's weights out of a payload, and reads those alone."""
-
-    module: nn.Module
-    part: str | None
-    key_map: KeyMap | None
-    strict: bool
-
-    def pick(self, contents: Tensors, where: str) -> tuple[OrderedDict[str, Any], Differences]:
-        own = plain_state(self.module)
-        try:
-            found = weights_for(contents, _wanted(own), self.part, rename=lambda key: _renamed(key, self.key_map))
-        except RestoreError as error:
-            msg = f"{where}: {error}"
-            raise MismatchError(msg) from error
-        there = _outlines(found, own)
-        differences = _without_optional(compared(own, there), own, found)
-        loaded = [key for key in own if key in there and key not in differences.reshaped]
-        if not loaded:
-            msg = (
-                f"{where} is of another model: nothing of it fits. It has {some_of(list(found.tensors), 3)}; wanted "
-                f"are {some_of(list(own), 3)}. Pass key_map= to rename its names"
-            )
-            raise MismatchError(msg)
-        if differences and self.strict:
-            msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
-            raise MismatchError(msg)
-        state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
-        state._metadata = found.versions  # type: ignore[attr-defined]
-        return state, differences
+def _picked(
+    contents: Tensors, where: str, *, module: nn.Module, part: str | None, key_map: KeyMap | None, strict: bool
+) -> tuple[OrderedDict[str, Any], Differences]:
+    """Pick the module's weights out of a payload, and read those alone."""
+    own = plain_state(module)
+    try:
+        found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
+    except RestoreError as error:
+        msg = f"{where}: {error}"
+        raise MismatchError(msg) from error
+    there = _outlines(found, own)
+    differences = _without_optional(compared(own, there), own, found)
+    loaded = [key for key in own if key in there and key not in differences.reshaped]
+    if not loaded:
+        msg = (
+            f"{where} is of another model: nothing of it fits. It has {some_of(list(found.tensors), 3)}; wanted "
+            f"are {some_of(list(own), 3)}. Pass key_map= to rename its names"
+        )
+        raise MismatchError(msg)
+    if differences and strict:
+        msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
+        raise MismatchError(msg)
+    state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
+    state._metadata = found.versions  # type: ignore[attr-defined]
+    return state, differences
 
 
 def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:

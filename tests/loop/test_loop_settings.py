@@ -349,7 +349,7 @@ def test_a_training_goes_on_from_another_programs_file(tmp_path: Path) -> None:
 
 
 def test_a_map_that_does_not_fit_loads_nothing(tmp_path: Path) -> None:
-    """Whether a key is not in the file, an object is not in the map, or there is no file."""
+    """Whether a key is not in the file, an object is not in the map, or the file does not exist."""
     model, optimizer = make_pair()
     torch.save({"state_dict": model.state_dict(), "epoch": -1}, tmp_path / "old.pt")
     with Loop(tmp_path / "run", EVERY, model=model, optimizer=optimizer) as loop:
@@ -374,7 +374,7 @@ def test_a_path_that_is_not_there_is_said_as_such(tmp_path: Path) -> None:
     """Nothing is made at it."""
     with Loop(tmp_path / "run", Policy(EverySteps(1), [KeepLast(1)]), seen=0) as loop:
         for path in (str(tmp_path / "gone" / "old.pt"), "old.pt"):
-            with pytest.raises(NotFoundError, match=r"has no checkpoint; and there is no file or directory /.*old.pt"):
+            with pytest.raises(NotFoundError, match=r"has no checkpoint; and /.*old.pt is neither a file nor"):
                 loop.resume(path)
         with pytest.raises(NotFoundError, match=r"old.pt is not there"):
             loop.resume(tmp_path / "gone" / "old.pt")

@@ -1,20 +1,26 @@
-"""Objects that a training changes in place: tensors, dicts, namespaces and dataclasses."""
+"""Values of the program that a training changes: in place, or by binding their names anew."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import torch
+
 from checkpointer import CheckpointerWarning
+from checkpointer.errors import PolicyError
 from checkpointer_torch.state_differences import Differences
 
-__all__ = ["PLAIN", "Held", "MutablePart"]
+__all__ = ["PLAIN"]
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 """Types of plain values."""
+_ARRAY: Final = "numpy array"
+"""Marks a numpy array that is saved as a tensor, because a safe load refuses arrays."""
 _MANY: Final = 1000
 """A dict with more entries is data as a whole, and no entry of it is a setting."""
 _DATA: Final = object()
@@ -26,7 +32,7 @@ Keys = tuple[Any, ...]
 
 
 class Held:
-    """An object under its name. If the program binds the name to another object, the loop has the last reference."""
+    """Warns if the program had a reference to an object when the training began, and does not have one any more."""
 
     __slots__ = ("_name", "_was_shared", "thing")
 
@@ -36,11 +42,9 @@ class Held:
         self.thing = thing
 
     def begin(self) -> None:
-        """Remember whether the program has a reference when the training begins."""
         self._was_shared = sys.getrefcount(self.thing) > _OWN_REFERENCES
 
     def check(self) -> None:
-        """Warn if the program had a reference, and does not have one any more."""
         if self._was_shared and sys.getrefcount(self.thing) <= _OWN_REFERENCES:
             name = self._name
             msg = (
@@ -70,16 +74,13 @@ class MutablePart:
         return self._of(self.held.thing)
 
     def take(self) -> Any:
-        """See `Part.take`."""
         self.held.check()
         return copy.deepcopy(self._read())
 
     def compare(self, state: Any) -> Differences:
-        """See `Part.compare`."""
         return Differences() if isinstance(state, Mapping) else Differences(missing=("*",))
 
     def put(self, state: Any) -> None:
-        """See `Part.put`."""
         self._write(self.held.thing, copy.deepcopy(state))
 
     def untouched(self) -> dict[str, list[Keys]]:
@@ -130,3 +131,66 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, PLAIN) or (
         isinstance(value, (list, tuple)) and len(value) <= _MANY and all(isinstance(item, PLAIN) for item in value)
     )
+
+
+class FunctionPart:
+    """A value that the program binds anew, so that a resume cannot fill an object in place.
+
+    `read` returns the restored value until the next save, and otherwise calls the function.
+    """
+
+    def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            msg = f"{name} is a function that needs arguments ({error}); pass one without, such as lambda: value"
+            raise PolicyError(msg) from error
+        except ValueError:  # A builtin may have no signature.
+            pass
+        self._name = name
+        self._function = function
+        self._restored: list[Any] = []
+        """The value that a resume has put back, until the next save."""
+        self._is_read = True
+
+    def read(self) -> Any:
+        self._is_read = True
+        return self._restored[0] if self._restored else self._function()
+
+    def take(self) -> Any:
+        if not self._is_read:
+            msg = (
+                f"{self._name!r} was put back by resume(), and the program has not read it: it went on with another "
+                f"value, which is not exact. Read loop[{self._name!r}] after resume()"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        self._restored, self._is_read = [], True
+        return _encoded(self._function())
+
+    def compare(self, state: Any) -> Differences:
+        return Differences()
+
+    def put(self, state: Any) -> None:
+        self._restored, self._is_read = [_decoded(state)], False
+
+
+def _encoded(value: Any) -> Any:
+    """Return the value as a safe load takes it: arrays as tensors, tensors without their graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.grad_fn is not None else value
+    numpy = sys.modules.get("numpy")  # A program without numpy does not import it here.
+    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
+        return {_ARRAY: torch.from_numpy(value.copy())} if value.ndim else value.item()
+    return _mapped(value, _encoded)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) == {_ARRAY}:
+        return value[_ARRAY].numpy()
+    return _mapped(value, _decoded)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if type(value) is dict:
+        return {key: function(item) for key, item in value.items()}
+    return type(value)(map(function, value)) if type(value) in (list, tuple) else value
