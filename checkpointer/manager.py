@@ -196,7 +196,13 @@ class CheckpointManager:
         return Progress(time=created(self._directory, self._clock))
 
     def observe(
-        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int | None = None,
+        *,
+        epoch_end: bool | None = None,
+        due: str = "",
     ) -> Decision:
         """Report what happened, and save if that is due.
 
@@ -206,8 +212,9 @@ class CheckpointManager:
         Args:
             metrics: What was measured at this step: numbers, numpy scalars or tensors of one element, by name.
             step: Finished optimizer steps.
-            epoch: 0-based index of the epoch in progress or just ended.
-            epoch_end: Whether this report ends the epoch; None means that each report does.
+            epoch: 0-based index of the epoch in progress or just ended. None is for loops without epochs: it takes the
+                epoch that is in progress after the last report, which is 0 at the start.
+            epoch_end: Whether this report ends the epoch; None means that each report with an ``epoch`` does.
             due: Why it is due even if the trigger says no, such as the end of the training. The rules still decide
                 whether it is saved, and what is kept.
 

@@ -75,7 +75,13 @@ class Session:
         return background.status if background is not None else None
 
     def decide(
-        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int | None = None,
+        *,
+        epoch_end: bool | None = None,
+        due: str = "",
     ) -> Decision:
         """Decide without writing a payload, for trainers that write at another moment: then `commit` the decision.
 

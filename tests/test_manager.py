@@ -36,6 +36,7 @@ from checkpointer import (
     Save,
     Skip,
 )
+from checkpointer.distributed.ranks import OneRank
 from checkpointer.errors import (
     AliasInUseError,
     ClosedError,
@@ -192,6 +193,33 @@ def test_epoch_that_ends_twice_is_an_error_that_says_what_to_pass() -> None:
     manager.observe({}, step=1, epoch=0)
     with pytest.raises(ObservationError, match="epoch 0 ended at step 1 and again at step 2; pass epoch_end=True"):
         manager.observe({}, step=2, epoch=0)
+
+
+def test_a_loop_without_epochs_names_none() -> None:
+    """The epoch is then the one in progress, also after a restart, and only an end that is stated counts."""
+    storage, policy = MemoryStorage(), Policy(AnyOf(EverySteps(10), EveryEpochs(1)), [KeepLast(9)])
+    with make(storage, policy) as manager:
+        saved = [step for step in range(1, 12) if manager.observe({}, step)]
+        assert [10] == saved
+        assert manager.observe({}, 12, epoch_end=True)
+        assert not manager.observe({"loss": 1.0}, 12), "the same step again is of the same epoch"
+        assert [(0, False), (0, True)] == [(record.epoch, record.epoch_end) for record in manager.records]
+    with make(storage, policy) as manager:
+        manager.restore()
+        assert manager.observe({}, 20)
+        assert manager.observe({}, 21, 4, epoch_end=True)
+        assert manager.observe({}, 30)
+        assert [1, 4, 5] == [record.epoch for record in manager.records[-3:]]
+
+
+def test_every_rank_takes_the_same_epoch_for_a_report_that_names_none() -> None:
+    """The ranks count reports that rank 0's manager does not see."""
+    policy = Policy(EverySteps(10), [KeepLast(9)])
+    with DistributedManager(None, policy, ranks=OneRank(), state=dict, format=PlainFormat()) as manager:
+        for step in range(1, 21):
+            manager.observe({}, step, epoch_end=step == 15)
+        assert manager.manager is not None
+        assert [0, 1] == [record.epoch for record in manager.manager.records]
 
 
 def test_bad_metric_names_itself() -> None:

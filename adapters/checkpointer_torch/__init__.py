@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from checkpointer_torch.loop import Loop
-from checkpointer_torch.loop_progress import Progress
 from checkpointer_torch.settings import read_config
 from checkpointer_torch.signals import StopTraining
+from checkpointer_torch.training_state import LoopProgress
 from checkpointer_torch.weights import LoadedWeights, load_weights
 
-__all__ = ["LoadedWeights", "Loop", "Progress", "StopTraining", "load_weights", "read_config"]
+__all__ = ["LoadedWeights", "Loop", "LoopProgress", "StopTraining", "load_weights", "read_config"]

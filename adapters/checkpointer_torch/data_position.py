@@ -1,44 +1,44 @@
-"""Which batch comes next: a pass through the data that can be taken up again."""
+"""The place in the training data: which batch comes next, in a pass that can be resumed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
+
+import attrs
 
 from checkpointer.errors import MismatchError
 from checkpointer_torch.loader_facts import (
-    described,
-    differing,
+    facts_of,
     is_indexed,
     is_stateful,
-    keeper,
     put_generators,
     set_epoch,
+    stateful_loader,
     take_generators,
     take_loader,
     torch_loader,
 )
 from checkpointer_torch.position_search import (
-    At,
-    Resumed,
-    again,
-    by_index,
-    by_itself,
-    ended,
+    ResumedFrom,
+    begin_pass,
+    go_on_by_index,
+    go_on_by_reading,
+    go_on_by_state,
     is_warm,
     num_iters,
-    started,
+    put_end,
 )
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
-__all__ = ["Feed"]
+__all__ = ["DataPosition"]
 
-_OF_A_RANK = {"batches", "dataset length"}
-"""What another number of processes changes."""
+_OF_A_RANK: Final = {"batches", "dataset length"}
+"""Facts that change with the number of processes."""
 
 
-class Feed:
+class DataPosition:
     """The training data's loader and the pass through it.
 
     A pass is made again from the random states it began with. The batches that were used are skipped by their
@@ -46,24 +46,40 @@ class Feed:
     """
 
     def __init__(self) -> None:
+        self.used = self.given = 0
+        """Batches of this epoch that finished steps have used, and that the loop has got."""
+        self.is_accumulating = False
+        """Whether a step has used more than one batch."""
         self._loader: Any = None
         self._facts: Mapping[str, Any] = {}
         self._began: Mapping[str, Any] | None = None
         self._within = self._is_over = False
-        self._iterator = _Shared()
         self._left_off: dict[str, Any] = {}
-        self._origin = Resumed()
+        self._origin = ResumedFrom()
+        self._iterator = _SharedIterator()
 
     # A pass
 
-    def settle(self, loader: Any, used: int) -> int:
-        """Compare the loader with the one that was left off, and return how many of its batches were used.
+    def begin(self, loader: Any, epoch: int) -> Iterator[Any]:
+        """Return the batches of the epoch: all, or those left after ``used`` if a pass was left within."""
+        self.given = self.used = self._settle(loader)
+        state, before = self._left_off, self._loader
+        now = take_random_state()
+        if state.get("within") and self._origin.random is not None:
+            # The epoch's body may have drawn before it asked for its batches. The process that was left did so too.
+            put_random_state(self._origin.random)
+        try:
+            return self._begun(loader, state, epoch)
+        except MismatchError:
+            self._left_off, self._loader = state, before
+            put_random_state(now)
+            raise
 
-        Raises:
-            MismatchError: If the place is not in this loader, and the resume was strict.
-        """
-        state, origin = self._left_off, self._origin
-        other = differing(state.get("data", {}), described(loader))
+    def _settle(self, loader: Any) -> int:
+        """Compare the loader with the one that was left, and return how many of its batches were used."""
+        state, origin, used = self._left_off, self._origin, self.used
+        then, now = state.get("data", {}), facts_of(loader)
+        other = {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
         if origin.is_of_other_ranks:
             other = {name: values for name, values in other.items() if name not in _OF_A_RANK}
         if not other:
@@ -73,35 +89,20 @@ class Feed:
             origin.warn(f"the data is not the data of the epoch before: {text}; the new epoch begins with it")
             self._left_off = {**state, "differs": True}
             return used
-        batches = "1 batch of this epoch was" if used == 1 else f"{used} batches of this epoch were"
-        what = f"{batches} read from other data: {text}"
+        what = f"{_batches(used)} of this epoch {'was' if used == 1 else 'were'} read from other data: {text}"
         there, here = other.get("batch size", (1, 1))
         if set(other) <= {"batch size", "batches", "workers"} and there and here and is_indexed(loader):
             nearest: int = used * there // here
-            origin.refuse(what, f"goes on at the nearest sample, after {nearest} batches")
+            origin.refuse(what, f"goes on at the nearest sample, after {_batches(nearest)}")
             return nearest
         origin.refuse(what, "begins the epoch anew")
         self._left_off = {}
         return 0
 
-    def begin(self, loader: Any, *, epoch: int, used: int) -> Iterator[Any]:
-        """Return the batches of the epoch: all, or those left after ``used`` if a pass was left off."""
-        state, before = self._left_off, self._loader
-        now = take_random_state()
-        if state.get("within") and self._origin.random is not None:
-            # The epoch's body may have drawn before it asked for its batches; the run that was left had done so too.
-            put_random_state(self._origin.random)
-        try:
-            return self._begun(loader, state, epoch=epoch, used=used)
-        except MismatchError:
-            self._left_off, self._loader = state, before
-            put_random_state(now)
-            raise
-
-    def _begun(self, loader: Any, state: Mapping[str, Any], *, epoch: int, used: int) -> Iterator[Any]:
+    def _begun(self, loader: Any, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
         used_before = self._iterator.begin(loader, self._loader, state, origin=self._origin)
         self._left_off = {}
-        self._loader, self._facts = loader, described(loader)
+        self._loader, self._facts = loader, facts_of(loader)
         set_epoch(loader, epoch)
         is_within = bool(state.get("within"))
         self._within, self._is_over = True, is_within and _is_over(state)
@@ -109,23 +110,20 @@ class Feed:
             self._began = state["began"]
             self._put_end(loader, state)
             return iter(())
-        if is_within and (used or not is_indexed(loader)):
+        if is_within and (self.used or not is_indexed(loader)):
+            used = used_before + self.used
             self._began = state["began"]
-            return self._gone_on(loader, state, At(epoch, used_before + used))
-        return self._anew(loader, state, At(epoch, used_before))
+            # A stateful loader may come from a checkpoint that has no state of it: then it is skipped like another.
+            if is_indexed(loader) and state["began"]:
+                return go_on_by_index(loader, state, epoch=epoch, used=used, origin=self._origin)
+            if stateful_loader(loader) is not None:
+                return go_on_by_state(loader, state, epoch=epoch)
+            return go_on_by_reading(loader, state["began"] or {}, used, origin=self._origin)
+        return self._begin_anew(loader, state, epoch=epoch, used=used_before)
 
-    def _gone_on(self, loader: Any, state: Mapping[str, Any], at: At) -> Iterator[Any]:
-        # A loader that keeps its place, of a checkpoint that has none of that place, is skipped like another.
-        if is_indexed(loader) and state["began"]:
-            return by_index(loader, state, at, origin=self._origin)
-        if keeper(loader) is not None:
-            return by_itself(loader, state, at.epoch)
-        return again(loader, state["began"] or {}, at.used, origin=self._origin)
-
-    def _anew(self, loader: Any, state: Mapping[str, Any], at: At) -> Iterator[Any]:
+    def _begin_anew(self, loader: Any, state: Mapping[str, Any], *, epoch: int, used: int) -> Iterator[Any]:
         if state.get("within"):  # Its first batch was not used: the pass is made again.
-            put_random_state(state["began"]["random"])
-            put_generators(loader, state["began"]["loader"])
+            _put_start(loader, state["began"])
         elif state:
             self._put_end(loader, state)
         warm = is_warm(loader) or state.get("warm", False)
@@ -134,42 +132,52 @@ class Feed:
             began = {"random": take_random_state(), "loader": take_generators(loader), "warm": warm}
             began["iters"] = num_iters(loader, is_warm=warm)
         self._began = began
-        if at.used:
-            return again(loader, began, at.used, origin=self._origin)
-        batches = started(loader, began, at.epoch, origin=self._origin)
-        if not state or keeper(loader) is None:
+        if used:
+            return go_on_by_reading(loader, began, used, origin=self._origin)
+        batches = begin_pass(loader, began, epoch, origin=self._origin)
+        if not state or stateful_loader(loader) is None:
             return batches
-        first = list(itertools.islice(batches, 1))
-        if first:
-            return itertools.chain(first, batches)
-        # Its state was the end of the epoch before, and it gave no more than that end.
-        put_generators(loader, began["loader"])
-        put_random_state(began["random"])
-        return started(loader, began, at.epoch, origin=self._origin)
+        return self._checked(batches, loader, epoch)
+
+    def _checked(self, batches: Iterator[Any], loader: Any, epoch: int) -> Iterator[Any]:
+        """Return the batches of a loader that has taken a state over; begin anew if that was the end of its pass."""
+        assert self._began is not None, "a pass has begun"
+        for first in batches:
+            return itertools.chain([first], batches)
+        _put_start(loader, self._began)
+        return begin_pass(loader, self._began, epoch, origin=self._origin)
 
     def _put_end(self, loader: Any, state: Mapping[str, Any]) -> None:
         """Put a loader where it was at the end of a pass."""
-        if not is_indexed(loader) and keeper(loader) is not None and "loader" in state and not state.get("differs"):
-            is_taken = ended(loader, state["loader"])
+        is_stateful_only = not is_indexed(loader) and stateful_loader(loader) is not None
+        if is_stateful_only and "loader" in state and not state.get("differs"):
+            is_taken = put_end(loader, state["loader"])
             if not is_taken and torch_loader(loader) is not None and not _is_over(state):
                 what = f"the epoch before ended before the end of {type(loader).__name__}, which cannot be begun anew"
                 self._origin.refuse(what, "goes on in that pass")
         put_generators(loader, state.get("generators", ()))
 
+    def give(self) -> None:
+        """Count a batch that the loop gets."""
+        if self.given > self.used:
+            self.is_accumulating = True  # The batch before had no step of its own.
+        self.given += 1
+
     def run_out(self) -> None:
-        """The loader has no more batches."""
+        """Note that the loader has no more batches."""
         self._is_over = True
 
-    def end(self, drawn: int) -> None:
-        """The epoch is over, after so many batches: what comes next is a pass of its own."""
+    def end(self) -> None:
+        """End the epoch; the next one is a pass of its own."""
         self._within = False
         self._left_off = {**self._left_off, "within": False}
         if self._loader is None and self._left_off.get("iterator"):
             is_shared, before = self._left_off["iterator"]
-            self._left_off["iterator"] = [is_shared, before + drawn]
-        self._iterator.drawn += drawn
+            self._left_off["iterator"] = [is_shared, before + self.given]
+        self._iterator.drawn += self.given
         if not self._iterator.is_one:
             self._began = None
+        self.used = self.given = 0
 
     # Taking and putting back
 
@@ -189,25 +197,26 @@ class Feed:
             "iterator": self._iterator.take(),
         }
 
-    def put(self, state: Mapping[str, Any], origin: Resumed) -> None:
+    def put(self, state: Mapping[str, Any], origin: ResumedFrom) -> None:
         """Let the next pass go on from there."""
+        self.given = self.used
         self._loader = self._began = None
         self._within, self._left_off, self._origin = False, dict(state), origin
-        self._iterator = _Shared()
+        self._iterator = _SharedIterator()
 
 
-class _Shared:
-    """How much was drawn of an iterator that several epochs share: it cannot begin anew for an epoch."""
+@attrs.define
+class _SharedIterator:
+    """The count of batches drawn from an iterator that several epochs share: it cannot begin anew for an epoch."""
 
-    def __init__(self) -> None:
-        self.is_one = False
-        self.is_shared: bool | None = None
-        """None until a second epoch shows it."""
-        self.drawn = 0
-        """Batches, in the epochs before this one."""
+    is_one: bool = False
+    is_shared: bool | None = None
+    """None until a second epoch shows it."""
+    drawn: int = 0
+    """Batches, in the epochs before this one."""
 
-    def begin(self, loader: Any, before: Any, state: Mapping[str, Any], *, origin: Resumed) -> int:
-        """Return how many batches the epochs before have drawn of this iterator, if it has to be wound forward."""
+    def begin(self, loader: Any, before: Any, state: Mapping[str, Any], *, origin: ResumedFrom) -> int:
+        """Return how many batches the epochs before have drawn from this iterator, if it has to be read again."""
         self.is_one = isinstance(loader, Iterator) and not is_stateful(loader)
         if not self.is_one:
             self.is_shared, self.drawn = None, 0
@@ -234,8 +243,18 @@ class _Shared:
         return [self.is_shared, self.drawn] if self.is_one else None
 
 
+def _batches(count: int) -> str:
+    return f"{count} batch" if count == 1 else f"{count} batches"
+
+
+def _put_start(loader: Any, began: Mapping[str, Any]) -> None:
+    """Put the random states where they were when a pass began."""
+    put_random_state(began["random"])
+    put_generators(loader, began["loader"])
+
+
 def _is_over(state: Mapping[str, Any]) -> bool:
-    """Return whether a pass has no more batches; a loader of torchdata may know it before it was asked for one more."""
+    """Return whether a pass has no more batches; torchdata's loader may know it before the last ``next``."""
     own = state.get("loader")
     if state.get("over") or not isinstance(own, Mapping):
         return bool(state.get("over"))

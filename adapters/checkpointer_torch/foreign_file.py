@@ -1,4 +1,4 @@
-"""Another program's own file, read as if a Loop had saved it: the way over for a training that has begun elsewhere."""
+"""Reads another program's own file as if a Loop had saved it, for a training that has begun elsewhere."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
 
-__all__ = ["COUNTS", "StateMap", "picked"]
+__all__ = ["StateMap", "picked"]
 
 StateMap = Mapping[str, str | Callable[[Any], Any]]
-"""By object: the key of its state in the file, or a function that makes the state from the file's content."""
-COUNTS: Final = ("epoch", "step")
-"""Names of a map that are the loop's own: the next epoch (0-based), and how many steps are finished."""
+"""For each object the key of its state in the file, or a function that makes the state from the file's content."""
+_COUNTS: Final = ("epoch", "step")
+"""Names in a map for the loop itself: the next epoch (0-based), and how many steps are finished."""
 _WRAPPERS: Final = ("module.", "_orig_mod.")
 """Prefixes that DDP and ``torch.compile`` put before every name of a module."""
 
@@ -34,17 +35,12 @@ class Picked:
 
 
 def picked(content: Any, names: StateMap, source: str) -> Picked:
-    """Return the values that the map finds in a file.
-
-    Args:
-        content: What the file holds.
-        names: The map; a key of the file may lie deeper (``"state.model"``).
-        source: The file's path or URL, for messages.
+    """Return the values that the map finds in a file's content; a key may be deeper in it (``"state.model"``).
 
     Raises:
         MismatchError: If the file has no such key.
-        UnsafePayloadError: If what the map names holds an object that was not unpickled.
-        PolicyError: If a count is not a whole number, or the map has what is neither a key nor a function.
+        UnsafePayloadError: If the map names a value with an object that was not unpickled.
+        PolicyError: If a count is not a whole number, or a value of the map is neither a key nor a function.
 
     Example:
         >>> old = {"state_dict": {"module.w": 1}, "epoch": 3, "best": 0.5}
@@ -59,8 +55,8 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
             raise PolicyError(msg)
     found = {name: key(content) if callable(key) else _looked_up(content, key, source) for name, key in names.items()}
     _check_read(found, names, source)
-    states = {name: _without_wrappers(state) for name, state in found.items() if name not in COUNTS}
-    counts = {name: _as_count(name, found.get(name, 0), source) for name in COUNTS}
+    states = {name: _without_wrappers(state) for name, state in found.items() if name not in _COUNTS}
+    counts = {name: _as_count(name, found.get(name, 0), source) for name in _COUNTS}
     used = {key.partition(".")[0] for key in names.values() if isinstance(key, str)} | set(names.values())
     unused = tuple(str(key) for key in content if key not in used) if isinstance(content, Mapping) else ()
     return Picked(states=states, counts=counts, unused=unused)
@@ -84,7 +80,7 @@ def _looked_up(content: Any, key: str, source: str) -> Any:
     first, _, rest = key.partition(".")
     if rest and isinstance(content, Mapping) and first in content:
         return _looked_up(content[first], rest, source)
-    there = ", ".join(map(str, list(content)[:20])) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    there = some_of(list(map(str, content)), 20) if isinstance(content, Mapping) else f"a {type(content).__name__}"
     msg = f"{source} has no {key!r} (have: {there}), and nothing was loaded; fix the name in map="
     raise MismatchError(msg)
 

@@ -1,8 +1,8 @@
-"""What a loader is: the torch loader within, its samplers and generators, and what a place in it depends on."""
+"""Facts about a loader: the torch loader within it, its samplers and generators, and what a place in it depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import attrs
@@ -11,19 +11,18 @@ from torch.utils.data import DataLoader, IterableDataset
 from checkpointer_torch.random_state import accessors
 
 __all__ = [
-    "Calls",
-    "described",
-    "differing",
+    "FunctionLoader",
+    "facts_of",
     "forget",
     "is_indexed",
     "is_of_torchdata",
     "is_stateful",
     "keep_epoch",
-    "keeper",
     "put_generators",
     "put_loader",
     "samplers",
     "set_epoch",
+    "stateful_loader",
     "take_generators",
     "take_loader",
     "torch_loader",
@@ -35,25 +34,25 @@ _WRAPPED: Final = {
     "accelerate": "base_dataloader",
     "tqdm": "iterable",
 }
-"""Where the loaders of other packages keep the loader that they wrap, batch for batch."""
+"""Attributes in which the loaders of other packages keep the loader that they wrap, batch for batch."""
 _WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
-"""Where samplers, and the nodes of ``torchdata.nodes``, keep one another."""
+"""Attributes in which samplers, and the nodes of ``torchdata.nodes``, keep one another."""
 
 
 @attrs.frozen
-class Calls:
-    """Batches that a function returns. Its place is in the random states, or in a ``state_dict`` of its own."""
+class FunctionLoader:
+    """The batches that a function returns. The random states are their place, or the function's ``state_dict``."""
 
     function: Callable[[], Any]
 
-    def __iter__(self) -> Calls:
+    def __iter__(self) -> FunctionLoader:
         return self
 
     def __next__(self) -> Any:
         return self.function()
 
     def state_dict(self) -> Any:
-        """Return the function's own state; without one it has nothing to restore."""
+        """Return the function's own state; without one there is nothing to restore."""
         return self.function.state_dict() if is_stateful(self.function) else {}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: Any) -> None:
@@ -82,8 +81,8 @@ def is_stateful(thing: Any) -> bool:
     return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
 
 
-def keeper(loader: Any) -> Any:
-    """Return the object whose ``state_dict`` says where the loader is, or None."""
+def stateful_loader(loader: Any) -> Any:
+    """Return the object whose ``state_dict`` has the place of the loader, or None."""
     inner = torch_loader(loader)
     if inner is not None and not is_stateful(inner):
         return None  # The wrapper of accelerate has the methods, and they fail.
@@ -111,35 +110,32 @@ def is_indexed(loader: Any) -> bool:
 
 
 def samplers(loader: Any) -> list[Any]:
-    """Return the samplers of a loader and the samplers within those; of ``torchdata.nodes`` also the nodes.
+    """Return the samplers of a loader and the samplers within those; for ``torchdata.nodes`` also the nodes.
 
-    Of any other iterable they are those of the loaders that it holds.
+    For any other iterable they are those of the loaders that it holds.
     """
-    found: list[Any] = []
-    to_visit = [_inner(loader)]
+    found: dict[int, Any] = {}
     if torch_loader(loader) is None:
-        found += [one for one in getattr(loader, "__dict__", {}).values() if torch_loader(one) is not None]
-        to_visit += found
-    while to_visit:
-        holder = to_visit.pop(0)
+        found = {id(one): one for one in getattr(loader, "__dict__", {}).values() if torch_loader(one) is not None}
+    to_visit = [_inner(loader), *found.values()]
+    for holder in to_visit:  # It grows meanwhile.
         for name in _WITHIN:
             one = getattr(holder, name, None)
-            if one is not None and not any(one is other for other in found):
-                found.append(one)
+            if one is not None and id(one) not in found:
+                found[id(one)] = one
                 to_visit.append(one)
-    return found
+    return list(found.values())
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Set the epoch of a loader, its samplers and its dataset."""
     if "_num_iter_calls" in getattr(loader, "__dict__", {}):
         loader._num_iter_calls = epoch  # Fabric counts passes, and sets that as the epoch of the samplers.
-    done: list[Any] = []
     holders = [loader, _inner(loader), *samplers(loader)]
-    for holder in (*holders, *(getattr(holder, "dataset", None) for holder in holders)):
-        if hasattr(holder, "set_epoch") and not any(holder is other for other in done):
+    holders += [getattr(holder, "dataset", None) for holder in holders]
+    for holder in {id(holder): holder for holder in holders}.values():
+        if hasattr(holder, "set_epoch"):
             holder.set_epoch(epoch)
-            done.append(holder)
 
 
 def keep_epoch(loader: Any, epoch: int) -> None:
@@ -164,18 +160,14 @@ def put_generators(loader: Any, states: Iterable[Any]) -> None:
 
 
 def _generators(loader: Any) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    found: dict[int, Any] = {}
-    for holder in (_inner(loader), *samplers(loader)):
-        for value in list(getattr(holder, "__dict__", {}).values()):
-            access = accessors(value)
-            if access is not None:
-                found.setdefault(id(value), access)
-    return list(found.values())
+    holders = (_inner(loader), *samplers(loader))
+    held = {id(value): value for holder in holders for value in list(getattr(holder, "__dict__", {}).values())}
+    return [access for access in map(accessors, held.values()) if access is not None]
 
 
 def take_loader(loader: Any) -> Any:
     """Return the state of a loader: its own, or the states of its random generators."""
-    stateful = keeper(loader)
+    stateful = stateful_loader(loader)
     if stateful is None:
         return take_generators(loader)
     inner: Any = torch_loader(loader)
@@ -190,7 +182,7 @@ def take_loader(loader: Any) -> Any:
 
 def put_loader(loader: Any, state: Any) -> None:
     """Put a loader into the state that `take_loader` returned."""
-    stateful = keeper(loader)
+    stateful = stateful_loader(loader)
     if stateful is None or isinstance(state, list):
         forget(torch_loader(loader))
         put_generators(loader, state)
@@ -210,21 +202,21 @@ def forget(loader: Any) -> None:
 # What a place depends on
 
 
-def described(loader: Any) -> dict[str, Any]:
+def facts_of(loader: Any) -> dict[str, Any]:
     """Return what must be the same for a place in this loader to be the same; None where it is not known."""
     inner = torch_loader(loader)
     if inner is None:
         return {"loader": _kind(loader), "batches": _length(loader)}
     is_iterable = isinstance(inner.dataset, IterableDataset)
-    batching = [inner, *samplers(inner)]
+    within = samplers(inner)
     facts = {
         "loader": _kind(inner),
         "dataset length": _length(inner.dataset),
-        "batches": None if is_iterable else _length(inner),  # Asking an iterable one makes it warn.
-        "batch size": _first(batching, "batch_size"),
-        "drop_last": _first(batching, "drop_last"),
-        "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(samplers(inner))),
-        "sampler seed": _first(samplers(inner), "seed", "initial_seed"),
+        "batches": None if is_iterable else _length(inner),  # An iterable dataset warns if its length is asked for.
+        "batch size": _first([inner, *within], "batch_size"),
+        "drop_last": _first([inner, *within], "drop_last"),
+        "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(within)),
+        "sampler seed": _first(within, "seed", "initial_seed"),
     }
     if is_iterable or not is_indexed(loader):
         facts["num_workers"] = inner.num_workers
@@ -233,28 +225,18 @@ def described(loader: Any) -> dict[str, Any]:
     return facts
 
 
-def differing(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the facts that differ: what they were and what they are.
-
-    Example:
-        >>> differing({"batch size": 2, "batches": 6}, {"batch size": 4, "batches": 6})
-        {'batch size': (2, 4)}
-    """
-    return {name: (saved[name], here[name]) for name in saved if name in here and saved[name] != here[name]}
-
-
 def _kind(loader: Any) -> str:
-    """Return the class that decides on the order, not the user's own name for it."""
+    """Return the class that decides on the order: a user's subclass may have any name."""
     for kind in type(loader).__mro__:
         if kind.__module__.startswith(("torch.", "torchdata.")):
             return kind.__name__
-    return "function" if isinstance(loader, Calls) else "iterable"
+    return "function" if isinstance(loader, FunctionLoader) else "iterable"
 
 
 def _length(thing: Any) -> int | None:
     try:
         return len(thing)
-    except Exception:  # What has no length says so in many ways.
+    except Exception:  # Objects without a length raise errors of many kinds.
         return None
 
 

@@ -1,10 +1,10 @@
-"""Opens any checkpoint, wherever it lies: a managed directory, a file, a Hugging Face directory."""
+"""Opens any checkpoint at a path or URL: a managed directory, a file, a Hugging Face directory."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -22,10 +22,10 @@ from checkpointer.formats.inspection.torch_file import TorchContents
 from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.ports import Storage, Writable
 from checkpointer.restore.load import verify
-from checkpointer.storage import LocalStorage, open_storage
+from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["Found", "is_place", "open_foreign", "open_place", "own_name", "read_place", "request_file"]
+__all__ = ["Found", "is_place", "open_foreign", "open_place", "own_name", "read_place"]
 
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _log: Final = logging.getLogger("checkpointer.torch")
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Found:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     state: Any
     where: str
@@ -42,23 +42,20 @@ class Found:
 
 
 @attrs.frozen
-class _Reads:
-    """Reads a payload as a format does, and returns what a function makes of its contents."""
+class _InspectingFormat:
+    """A format that returns what a function makes of a payload's contents, without unpickling."""
 
     make: Callable[[Tensors], Any]
     name = "torch"
     extension = ".ckpt"
 
     def write(self, state: Any, stream: Writable) -> None:
-        """See `Format.write`: nothing is written."""
         raise NotImplementedError
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
-        """See `Format.read`; nothing is unpickled."""
         return _Made(self.make(open_stream(stream, "the payload")))
 
     def refused(self, state: Any) -> Mapping[str, str]:
-        """See `Format.refused`."""
         return {}
 
 
@@ -69,7 +66,7 @@ class _Made:
 
 @attrs.frozen(kw_only=True)
 class _Opener:
-    """How to open and read."""
+    """Opens a checkpoint at a path or URL."""
 
     which: str | int | None = None
     policy: Policy | None = None
@@ -77,22 +74,19 @@ class _Opener:
     storage_options: Mapping[str, Any] | None = None
     weights_only: bool = True
     make: Callable[[Tensors], Any] | None = None
-    """Returns what is asked for, out of what a payload holds; None: the state, as it was saved."""
+    """Makes the result from the contents of a payload; None: the state, as it was saved."""
 
     def open(self, place: str) -> Found:
         is_folder, parent, name = _split(place)
-        if is_folder is None:
-            is_folder = bool(self._list(place))
-        if is_folder:
+        if is_folder or (is_folder is None and self._is_folder(place)):
             return self._open_folder(place)
         storage = self._storage(parent)
         try:
-            if storage.list(record_path(name)):
-                return self._restore(parent, name)
+            has_record = bool(storage.list(record_path(name)))
         except OSError as error:
             msg = f"{place} cannot be looked at: {error}"
             raise RestoreError(msg) from error
-        return Found(self._read(storage, name, place), place)
+        return self._restore(parent, name) if has_record else Found(self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
         owner = new_owner()
@@ -101,11 +95,11 @@ class _Opener:
         finally:
             release(owner)
 
-    def _list(self, place: str) -> Mapping[str, Any]:
+    def _is_folder(self, url: str) -> bool:
         try:
-            return self._storage(place).list()
+            return bool(self._storage(url).list())
         except NotADirectoryError:
-            return {}
+            return False
 
     def _open_folder(self, place: str) -> Found:
         storage = self._storage(place)
@@ -131,7 +125,7 @@ class _Opener:
     def _restore(self, directory: str, which: str | int | None) -> Found:
         options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options}
         if self.make is not None:
-            options["format"] = _Reads(self.make)
+            options["format"] = _InspectingFormat(self.make)
         manager = CheckpointManager(directory, self.policy, **options)
         record = _record_of(manager, which)
         storage = self._storage(directory)
@@ -155,18 +149,17 @@ class _Opener:
             with storage.open(path) as stream:
                 if self.make is not None:
                     return self.make(open_stream(stream, where))
-                return self._read_state(stream, where)
+                payload = format_of(stream, open_format("torch"))
+                return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
         except FileNotFoundError as error:
-            names = [*_beside(storage, path)]
-            beside = some_of(names) if names else "no weights at all"
-            msg = f"{where} is not there; beside it: {beside}"
+            folder = path.rpartition("/")[0]
+            beside = [name for name in sorted(storage.list(folder))[:200] if name.endswith(_WEIGHTS)]
+            there = [name for name in beside if not name.startswith(HOME)]
+            msg = f"{where} is not there; beside it: {some_of(there) if there else 'no weights at all'}"
             raise NotFoundError(msg) from error
-
-    def _read_state(self, stream: BinaryIO, where: str) -> Any:
-        payload = format_of(stream, open_format("torch"))
-        try:
-            return payload.read(stream, weights_only=self.weights_only, map_location="cpu")
         except RestoreError as error:
+            if self.make is not None:  # The message names the file already.
+                raise
             msg = f"{where}: {error}"
             raise type(error)(msg) from error
 
@@ -179,10 +172,7 @@ def _weights(contents: Tensors) -> dict[str, Any]:
 def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> Found:
     """Read the checkpoint at a path or URL: a file, a managed directory's newest, a Hugging Face directory.
 
-    What has a record is verified.
-
-    Raises:
-        RestoreError: If there is none, or it cannot be read; the message says what is there.
+    A checkpoint that has a record is verified. If nothing can be read, the `RestoreError` lists what exists.
     """
     return _Opener(weights_only=weights_only).open(os.fspath(place))
 
@@ -191,9 +181,6 @@ def open_foreign(place: str | os.PathLike[str]) -> Found:
     """Read another program's checkpoint as `open_place` does, or without unpickling if a safe load refuses it.
 
     In the second case an object that only unpickling would make is an `Unread`.
-
-    Raises:
-        RestoreError: As `open_place`.
     """
     try:
         return open_place(place)
@@ -213,64 +200,39 @@ def _whole(contents: Tensors) -> Any:
 
 
 def read_place(
-    place: str | os.PathLike[str],
-    make: Callable[[Tensors], T],
-    which: str | int | None = None,
-    *,
-    policy: Policy | None = None,
-    trust: HMACKey | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    place: str | os.PathLike[str], make: Callable[[Tensors], T], which: str | int | None = None, **options: Any
 ) -> tuple[T, str]:
-    """Return what a function makes of the checkpoint at a path or URL, and where it is. Nothing is unpickled.
+    """Return the result of ``make`` for the checkpoint at a path or URL, and where it is. Nothing is unpickled.
 
-    Args:
-        place: As for `open_place`.
-        make: Takes what the checkpoint holds; what it reads lazily is gone when it returns.
-        which: As for `open_place`.
-        policy: As for `open_place`.
-        trust: As for `open_place`.
-        storage_options: As for `open_place`.
-
-    Raises:
-        RestoreError: As `open_place`.
+    ``make`` gets the contents, which are closed when it returns. The options are those of `load_weights`.
     """
-    opener = _Opener(which=which, policy=policy, trust=trust, storage_options=storage_options, make=make)
-    found = opener.open(os.fspath(place))
+    found = _Opener(which=which, make=make, **options).open(os.fspath(place))
     return found.state, found.where
 
 
 def is_place(which: Any) -> bool:
-    """Return whether a path or URL is meant, and not a name: a path that is there, a ``Path``, or a URL."""
+    """Return whether a path or URL is meant, and not a name: a path that exists, a ``Path``, or a URL."""
     if isinstance(which, os.PathLike):
         return True
     return isinstance(which, str) and ("://" in which or os.path.exists(os.path.expanduser(which)))
 
 
 def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:
-    """Return the name that a path or URL has within a directory; None if it is not there."""
+    """Return the name that a path or URL has within a directory; None if it is elsewhere."""
     if not isinstance(directory, (str, os.PathLike)):
         return None
     is_folder, parent, name = _split(os.fspath(place))
     return name if not is_folder and _absolute(parent) == _absolute(os.fspath(directory)) else None
 
 
-def request_file(directory: Any) -> str | None:
-    """Return the file that asks for a save; None where nobody can put one, or looking would take long."""
-    if not isinstance(directory, LocalStorage):
-        if not isinstance(directory, (str, os.PathLike)) or "://" in os.fspath(directory):
-            return None
-        directory = LocalStorage(directory, "")
-    return str(directory.local_path(f"{HOME}/save-now"))
-
-
 def _split(place: str) -> tuple[bool | None, str, str]:
-    """Return whether it is a folder (None: that has to be asked), and its parent and name."""
+    """Return whether it is a folder (None: only the storage knows), and its parent and name."""
     if "://" in place:
         parent, _, name = place.rstrip("/").rpartition("/")
         return None, parent, name
     path = Path(place).expanduser()
     if path.is_symlink() and not path.is_dir():
-        path = path.parent / os.readlink(path)  # An alias: its record is that of what it names.
+        path = path.parent / os.readlink(path)  # An alias: the record is that of its target.
     return path.is_dir(), str(path.parent), path.name
 
 
@@ -279,19 +241,10 @@ def _absolute(place: str) -> str:
 
 
 def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | None:
-    if which is None or which == "last":
-        return manager.last
-    if which == "best":
-        return manager.best
+    if which in (None, "last", "best"):
+        return manager.best if which == "best" else manager.last
     return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)
 
 
 def _is_trainers_folder(storage: Storage, record: Record) -> bool:
     return record.format != "dcp" and set(storage.list(record.name)) - {record.name} != set()
-
-
-def _beside(storage: Storage, path: str) -> Iterator[str]:
-    folder = path.rpartition("/")[0]
-    for name in sorted(storage.list(folder))[:200]:
-        if name.endswith(_WEIGHTS) and not name.startswith(HOME):
-            yield name

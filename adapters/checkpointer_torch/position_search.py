@@ -1,4 +1,4 @@
-"""How the place in a pass is found: by the indices of the batches, by the loader's own state, or by reading again."""
+"""Finds the place in a pass: by the indices of the batches, by the loader's own state, or by reading again."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from checkpointer_torch.loader_facts import (
     is_indexed,
     is_of_torchdata,
     keep_epoch,
-    keeper,
     put_generators,
+    stateful_loader,
     torch_loader,
 )
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
-__all__ = ["At", "Resumed", "again", "by_index", "by_itself", "ended", "is_warm", "num_iters", "started"]
+__all__ = [
+    "ResumedFrom",
+    "begin_pass",
+    "go_on_by_index",
+    "go_on_by_reading",
+    "go_on_by_state",
+    "is_warm",
+    "num_iters",
+    "put_end",
+]
 
 _log: Final = logging.getLogger("checkpointer.torch")
 
@@ -35,24 +44,20 @@ Make = Callable[[], Any]
 
 
 @attrs.frozen(kw_only=True)
-class Resumed:
-    """What the training was resumed from, and how."""
+class ResumedFrom:
+    """The checkpoint that the training was resumed from, and how strictly."""
 
     source: str = ""
     """The checkpoint's name; empty for a training that was not resumed."""
     is_strict: bool = True
     """Whether a place that cannot be restored is an error."""
     is_of_other_ranks: bool = False
-    """Whether the checkpoint is of another number of processes."""
+    """Whether the checkpoint is from another number of processes."""
     random: Mapping[str, Any] | None = None
     """The random states at the boundary; None for a process that the checkpoint has none of."""
 
     def refuse(self, what: str, otherwise: str) -> None:
-        """Raise, or go on with a warning if the resume was not strict.
-
-        Raises:
-            MismatchError: If it was.
-        """
+        """Raise `MismatchError`, or warn if the resume was not strict."""
         if self.is_strict:
             msg = (
                 f"{self.source}: {what}. Give batches() the loader it was saved with; resume(strict=False) {otherwise}"
@@ -61,28 +66,19 @@ class Resumed:
         self.warn(f"{what}; the training {otherwise}")
 
     def warn(self, what: str) -> None:
-        """Warn of what is not exact."""
+        """Warn that something is not exact."""
         warnings.warn(f"{self.source}: {what}", CheckpointerWarning, stacklevel=2)
 
 
-@attrs.frozen
-class At:
-    """A place in the data."""
-
-    epoch: int
-    used: int
-    """Batches of the epoch that were used."""
-
-
-def started(loader: Any, began: Mapping[str, Any], epoch: int, *, origin: Resumed) -> Iterator[Any]:
-    """Return a pass from its beginning, of a loader whose pass before may have been in another process."""
+def begin_pass(loader: Any, began: Mapping[str, Any], epoch: int, *, origin: ResumedFrom) -> Iterator[Any]:
+    """Return a pass from its beginning; the loader's pass before may have been in another process."""
     inner: Any = torch_loader(loader)
     if is_indexed(loader) and is_of_torchdata(inner) and (inner._initial_iter_for_state_dict or inner.next_iter_state):
         forget(inner)  # A pass that was begun for a state_dict() has drawn its random numbers already.
 
     def start(make: Make) -> Any:
         if is_indexed(loader) and began["iters"] != num_iters(loader):
-            return _made(loader, make, began, used=0)[0]
+            return _skipped(loader, make, began, used=0)[0]
         with _as_warm(loader, began["warm"]):
             return make()
 
@@ -92,32 +88,34 @@ def started(loader: Any, began: Mapping[str, Any], epoch: int, *, origin: Resume
     return batches
 
 
-def by_index(loader: Any, state: Mapping[str, Any], at: At, *, origin: Resumed) -> Iterator[Any]:
+def go_on_by_index(
+    loader: Any, state: Mapping[str, Any], *, epoch: int, used: int, origin: ResumedFrom
+) -> Iterator[Any]:
     """Return the batches after those used, which are not read again."""
     inner: Any = torch_loader(loader)
     began, now = state["began"], take_random_state()
     if inner.num_workers and not getattr(inner, "in_order", True):
         what = f"{type(loader).__name__} has in_order=False, so which batches were used is not known"
-        origin.refuse(what, f"skips the first {at.used} batches of the order")
+        origin.refuse(what, f"skips the first {used} batches of the order")
     forget(inner)
 
     def start(make: Make) -> Any:
-        iterator, skipping = _made(loader, make, began, used=at.used)
-        _check_skipped(skipping, loader, origin)
+        iterator, skipping = _skipped(loader, make, began, used=used)
+        skipping.check(type(loader).__name__, origin)
         put_random_state(now)
         return iterator
 
     put_generators(loader, began["loader"])
     put_random_state(began["random"])
-    batches, was_called = _iterated(loader, start, at.epoch)
+    batches, was_called = _iterated(loader, start, epoch)
     if not was_called:
         _refuse_unknown(loader, origin, "reads it again up to the place")
-        batches = _read(batches, at.used)
+        _read(batches, used)
         put_random_state(now)
     return batches
 
 
-def by_itself(loader: Any, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
+def go_on_by_state(loader: Any, state: Mapping[str, Any], *, epoch: int) -> Iterator[Any]:
     """Return the batches that a loader's own state leaves."""
     began, now = state["began"], take_random_state()
 
@@ -126,39 +124,25 @@ def by_itself(loader: Any, state: Mapping[str, Any], epoch: int) -> Iterator[Any
         put_random_state(now)
 
     def start(make: Make) -> Any:
-        iterator = _primed(make())
+        iterator = make()
+        indices = getattr(iterator, "_sampler_iter", None)
+        if isinstance(indices, itertools.islice):  # Torchdata skips in the sampler at the first batch: skip now.
+            iterator._sampler_iter = _primed(indices)
         restore()
         return iterator
 
     if began:
         put_generators(loader, began["loader"])
         put_random_state(began["random"])
-    keeper(loader).load_state_dict(state["loader"])
-    with _once(loader):
+    stateful_loader(loader).load_state_dict(state["loader"])
+    with _without_restart(loader):
         batches, was_called = _iterated(loader, start, epoch)
     if not was_called:
         restore()
     return batches
 
 
-def ended(loader: Any, state: Any) -> bool:
-    """Put a loader with a state where a pass ended, and return whether it has taken that over.
-
-    If it has, its next ``iter`` begins the next pass, as it would have in the process that was left.
-    """
-    stateful, inner, now = keeper(loader), torch_loader(loader), take_random_state()
-    stateful.load_state_dict(state)
-    if is_of_torchdata(inner):
-        inner._get_iterator()  # type: ignore[union-attr]
-        is_taken = True
-    else:
-        with _once(loader):
-            is_taken = not inspect.isgenerator(iter(loader))
-    put_random_state(now)
-    return is_taken
-
-
-def again(loader: Any, began: Mapping[str, Any], used: int, *, origin: Resumed) -> Iterator[Any]:
+def go_on_by_reading(loader: Any, began: Mapping[str, Any], used: int, *, origin: ResumedFrom) -> Iterator[Any]:
     """Return the batches after those used, which are read again."""
     now = take_random_state()
     if used:
@@ -181,8 +165,25 @@ def again(loader: Any, began: Mapping[str, Any], used: int, *, origin: Resumed) 
     return batches
 
 
+def put_end(loader: Any, state: Any) -> bool:
+    """Put a loader with a state where a pass ended, and return whether the loader has taken that over.
+
+    If it has, its next ``iter`` begins the next pass, as it would have in the process that was left.
+    """
+    inner, now = torch_loader(loader), take_random_state()
+    stateful_loader(loader).load_state_dict(state)
+    if is_of_torchdata(inner):
+        inner._get_iterator()  # type: ignore[union-attr]
+        is_taken = True
+    else:
+        with _without_restart(loader):
+            is_taken = not inspect.isgenerator(iter(loader))
+    put_random_state(now)
+    return is_taken
+
+
 def is_warm(loader: Any) -> bool:
-    """Return whether a loader's workers outlive a pass, and are there: then a pass draws no new seed for them."""
+    """Return whether a loader's workers outlive a pass, and run: then a pass draws no new seed for them."""
     inner: Any = torch_loader(loader)
     return inner is not None and inner.persistent_workers and inner._iterator is not None
 
@@ -214,94 +215,71 @@ def _iterated(loader: Any, start: Callable[[Make], Any], epoch: int) -> tuple[It
     try:
         batches = iter(loader)
         if not was_called:  # A generator: it begins when its first batch is asked for.
-            batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
+            batches = _primed(batches)
     finally:
         inner.__dict__.pop("_get_iterator", None)
     return batches, was_called
 
 
-def _refuse_unknown(loader: Any, origin: Resumed, otherwise: str) -> None:
+def _refuse_unknown(loader: Any, origin: ResumedFrom, otherwise: str) -> None:
     kind = type(loader).__name__
     msg = f"iter({kind}) does not begin a pass of DataLoader, so its place cannot be found by index"
     origin.refuse(f"{msg}; give it state_dict and load_state_dict", otherwise)
 
 
-def _read(batches: Iterator[Any], count: int) -> Iterator[Any]:
+def _read(batches: Iterator[Any], count: int) -> None:
     for _ in range(count):
         next(batches, None)
-    return batches
+
+
+def _primed(items: Iterator[Any]) -> Iterator[Any]:
+    """Return the same items, after the first one was read."""
+    return itertools.chain(list(itertools.islice(items, 1)), items)
 
 
 @contextlib.contextmanager
-def _as_warm(loader: Any, was_warm: bool) -> Iterator[None]:
+def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute meanwhile, also one that a ``DataLoader`` refuses to replace."""
+    before = getattr(thing, name)
+    object.__setattr__(thing, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(thing, name, before)
+
+
+def _as_warm(loader: Any, was_warm: bool) -> contextlib.AbstractContextManager[None]:
     """Let a new loader draw its workers' seed elsewhere, if the one before had drawn it in an earlier pass."""
     inner = torch_loader(loader)
     if inner is None or not was_warm or is_warm(loader):
-        yield
-        return
-    own, inner.generator = inner.generator, torch.Generator()
-    try:
-        yield
-    finally:
-        inner.generator = own
+        return contextlib.nullcontext()
+    return _replaced(inner, "generator", torch.Generator())
 
 
-@contextlib.contextmanager
-def _once(loader: Any) -> Iterator[None]:
+def _without_restart(loader: Any) -> contextlib.AbstractContextManager[None]:
     """Let a ``torchdata.nodes.Loader`` that is at its end not begin anew within the epoch."""
     if not getattr(loader, "restart_on_stop_iteration", False):
-        yield
-        return
-    loader.restart_on_stop_iteration = False
-    try:
-        yield
-    finally:
-        loader.restart_on_stop_iteration = True
+        return contextlib.nullcontext()
+    return _replaced(loader, "restart_on_stop_iteration", False)
 
 
-def _primed(iterator: Any) -> Any:
-    """Let torchdata skip in the sampler now, where it would at the first batch."""
-    indices = getattr(iterator, "_sampler_iter", None)
-    if isinstance(indices, itertools.islice):
-        iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
-    return iterator
-
-
-def _made(loader: Any, make: Make, began: Mapping[str, Any], *, used: int) -> tuple[Any, _Skipping]:
+def _skipped(loader: Any, make: Make, began: Mapping[str, Any], *, used: int) -> tuple[Any, _Skipping]:
     """Return an iterator whose sampler has left out the batches used."""
     inner: Any = torch_loader(loader)
     name = "sampler" if inner.batch_sampler is None else "batch_sampler"
-    sampler = getattr(inner, name)
-    skipping = _Skipping(sampler, used, began.get("iters", num_iters(loader)))
-    # DataLoader refuses another sampler; and a new loader would not be the user's class.
-    object.__setattr__(inner, name, skipping)
-    try:
-        with _as_warm(loader, began.get("warm", False)):
-            iterator = make()
-    finally:
-        object.__setattr__(inner, name, sampler)
+    skipping = _Skipping(getattr(inner, name), used, began.get("iters", num_iters(loader)))
+    # A new loader would not be of the user's class, so the sampler of this one is replaced.
+    with _replaced(inner, name, skipping), _as_warm(loader, began.get("warm", False)):
+        iterator = make()
     skipping.skip()
     return iterator, skipping
-
-
-def _check_skipped(skipping: _Skipping, loader: Any, origin: Resumed) -> None:
-    name = type(loader).__name__
-    if skipping.short:
-        what = f"{name} went through its data more than once in the epoch, {skipping.short} batches ago"
-        origin.refuse(what, "goes on at the beginning of the data")
-    if skipping.drew:
-        what = (
-            f"the sampler of {name} draws from the global random numbers all through the epoch, so its order cannot be "
-            "found again; give it a generator of its own"
-        )
-        origin.refuse(what, "goes on with another order")
 
 
 class _Skipping:
     """A sampler that leaves out its first items, once.
 
-    They are drawn when the first one is asked for, or at `skip`: not earlier, since a loader draws the seed of its
-    workers first. A sampler may draw in ``iter``, so that is called as often as for the pass that is made again.
+    They are drawn when the first item is asked for, or at `skip`. They are not drawn earlier, because a loader draws
+    the seed of its workers first. A sampler may draw in ``iter``, so that is called as often as for the original pass.
     """
 
     def __init__(self, sampler: Any, count: int, num_iters: int) -> None:
@@ -310,9 +288,9 @@ class _Skipping:
         self._num_iters = num_iters
         self._items: Iterator[Any] = iter(())
         self._is_done = False
-        self.short = 0
+        self._missing = 0
         """Items that were to be left out, and were not there."""
-        self.drew = False
+        self._drew = False
         """Whether items after the first one drew from the global random numbers."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -327,21 +305,31 @@ class _Skipping:
         self.skip()
         return next(self._items)
 
+    def __len__(self) -> int:
+        return len(self._sampler)
+
     def skip(self) -> None:
         """Draw what is to be left out."""
         if self._is_done:
             return
         while self._num_iters:
             iter(self)
-        self._is_done, end = True, object()
-        if not self._count:
-            return
-        left = self._count - (next(self._items, end) is not end)
-        first = take_random_state()
-        while left and next(self._items, end) is not end:
-            left -= 1
-        self.short = left
-        self.drew = not same_random_state(first, take_random_state())
+        self._is_done = True
+        if self._count:
+            drawn = len(list(itertools.islice(self._items, 1)))
+            first = take_random_state()
+            drawn += sum(1 for _ in itertools.islice(self._items, self._count - drawn))
+            self._missing = self._count - drawn
+            self._drew = not same_random_state(first, take_random_state())
 
-    def __len__(self) -> int:
-        return len(self._sampler)
+    def check(self, name: str, origin: ResumedFrom) -> None:
+        """Refuse a loader of this name if its sampler did not lead to the place."""
+        if self._missing:
+            what = f"{name} went through its data more than once in the epoch, {self._missing} batches ago"
+            origin.refuse(what, "goes on at the beginning of the data")
+        if self._drew:
+            what = (
+                f"the sampler of {name} draws from the global random numbers all through the epoch, so its order "
+                "cannot be found again; give it a generator of its own"
+            )
+            origin.refuse(what, "goes on with another order")

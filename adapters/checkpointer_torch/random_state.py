@@ -1,7 +1,8 @@
-"""The state of every random generator that a training draws from by default, as plain data."""
+"""The states of all random generators that a training draws from by default, as plain data."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import warnings
@@ -45,16 +46,14 @@ def put_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(numbers.tolist()), gauss))
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
-        try:
+        with contextlib.suppress(ImportError):
             import numpy as np
-        except ImportError:
-            pass
-        else:
+
             np.random.set_state(as_numpy(state["numpy"]))
     devices = state.get("cuda", [])
     here = torch.cuda.device_count() if devices else 0
     if len(devices) > here:
-        msg = f"the checkpoint has random states of {len(devices)} CUDA devices, and {here} are here: not exact"
+        msg = f"not exact: the checkpoint has random states of {len(devices)} CUDA devices, and {here} are here"
         warnings.warn(msg, CheckpointerWarning, stacklevel=2)
     for device, of_device in enumerate(devices[:here]):
         torch.cuda.set_rng_state(of_device, device)
@@ -68,7 +67,7 @@ def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def as_plain(value: Any) -> Any:
-    """Return what numpy keeps of a generator without numpy's own types, which a safe load refuses."""
+    """Return a generator's state without numpy's own types, which a safe load refuses."""
     if isinstance(value, dict):
         return {key: as_plain(item) for key, item in value.items()}
     if not hasattr(value, "tolist"):
@@ -77,7 +76,7 @@ def as_plain(value: Any) -> Any:
 
 
 def as_numpy(value: Any) -> Any:
-    """Return what `as_plain` was given."""
+    """Return the state that `as_plain` was given."""
     if not isinstance(value, dict):
         return value
     if set(value) != {"dtype", "values"}:
@@ -88,7 +87,7 @@ def as_numpy(value: Any) -> Any:
 
 
 def accessors(thing: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
-    """Return what reads and what writes the state of a random generator; None for anything else."""
+    """Return a reader and a writer of a random generator's state; None for anything else."""
     if isinstance(thing, torch.Generator):
         return thing.get_state, thing.set_state
     if isinstance(thing, random.Random):

@@ -1,4 +1,4 @@
-"""The settings of a training: saved with it, compared at a resume, read before the model is built, never put back."""
+"""The settings of a training: saved with it, compared at a resume, and never put back."""
 
 from __future__ import annotations
 
@@ -76,9 +76,6 @@ def read_config(
 
 def plain_config(config: Any) -> dict[str, Any]:
     """Return settings as plain data.
-
-    Args:
-        config: A mapping, an ``argparse.Namespace``, a dataclass, an attrs class, or a pydantic model.
 
     Raises:
         PolicyError: If a value is not a setting; the message names it.

@@ -1,4 +1,4 @@
-"""What is asked from outside, by a signal or a file: to save, or to stop after a save."""
+"""Requests from outside, by a signal or a file: to save, or to stop after a save."""
 
 from __future__ import annotations
 
@@ -14,61 +14,58 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer.commit.index import HOME
 from checkpointer.errors import PolicyError
+from checkpointer.storage import LocalStorage
 
-__all__ = ["SAVE_ON", "STOP_ON", "Asked", "Requests", "StopTraining"]
+__all__ = ["SAVE_ON", "STOP_ON", "Request", "Requests", "StopTraining", "request_file"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
-def _as_signals(numbers: Iterable[int], what: str) -> tuple[signal.Signals, ...]:
-    try:
-        return tuple(map(signal.Signals, numbers))
-    except (TypeError, ValueError):
-        msg = f"{what} is {numbers!r}; expected numbers of signals, such as (signal.SIGTERM,)"
-        raise PolicyError(msg) from None
-
-
 STOP_ON: Final = _known("SIGTERM", "SIGUSR1", "SIGINT")
 SAVE_ON: Final = _known("SIGUSR2")
 LOOK_EVERY_S: Final = 1.0
-"""The file that asks for a save is looked for no more often than this (seconds)."""
+"""Seconds between two looks for the file that asks for a save."""
 WORKER_WAITS_S: Final = 0.5
-"""A forked process that gets a signal waits so long (seconds) to see whether the training got it too."""
+"""Seconds that a forked process waits after a signal to see whether the training got it too."""
 _STOPPING, _OVER = 0, 1
-"""What the forked processes see: that the training is being stopped, and that it has ended."""
+"""Flags for the forked processes: the training is being stopped; it has ended."""
 
 
 class StopTraining(BaseException):
     """Ends the loop at a step boundary, after the rescue; the ``with`` block of the `Loop` catches it.
 
-    Like `KeyboardInterrupt` no `Exception`, so that a training's own ``except Exception`` does not hold it.
+    Like `KeyboardInterrupt` it is not an `Exception`, so that a training's own ``except Exception`` does not catch it.
     """
 
 
 @attrs.frozen(kw_only=True)
-class Asked:
-    """What was asked since the loop last looked."""
+class Request:
+    """The requests since the loop last looked."""
 
     stop: int | None = None
     """The signal that asks to stop."""
     save: str = ""
-    """Who asks for a save; empty if nobody does."""
+    """The senders of a request to save; empty without one."""
 
 
 class Requests:
     """Listens to signals, and looks for the file.
 
-    A signal is delayed, never swallowed: once it is answered, `checkpointer.hosts.loader_workers.deliver` hands it to
-    the handler that had it before.
+    A signal is delayed, never swallowed: after the answer `checkpointer.hosts.loader_workers.deliver` passes it to the
+    handler that had it before.
 
     Args:
         stop_on: Signals that end the training.
         save_on: Signals that ask for a save.
-        file: The file that asks for a save; None if nobody can put one where the checkpoints are.
+        file: The file that asks for a save; None if the directory has no place for one.
         clock: Seconds.
+
+    Raises:
+        PolicyError: If ``stop_on`` or ``save_on`` has something else than signals.
     """
 
     def __init__(
@@ -80,31 +77,32 @@ class Requests:
     ) -> None:
         self._stop_on, self._save_on = _as_signals(stop_on, "stop_on"), _as_signals(save_on, "save_on")
         self.signals = (*self._stop_on, *self._save_on)
-        """Numbers of all that it listens to."""
+        """Numbers of all signals that it listens to."""
         self._file = file
         self._clock = clock
         self._earlier: dict[int, Any] = {}
-        self._stop: int | None = None
-        self._saving: int | None = None
+        self.stop: int | None = None
+        """The signal to stop that has come, if any."""
         self.since: float | None = None
-        """When the stop was asked for here (seconds of the clock)."""
+        """When it came (seconds of the clock)."""
+        self._save: int | None = None
         self._interrupts = 0
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
         self._to_pass_on: list[int] = []
         self._seen_file: tuple[int, int] | None = None
         self._file_asks = False
-        self.some = False
-        """Whether a signal has come, or the file was found."""
+        self.is_pending = False
+        """Whether a signal has come, or the file was found, since the last `take`."""
         self.look_at = 0.0 if file is not None else float("inf")
         """When to `look` for the file again (seconds of the clock)."""
         self.was_immediate = False
-        """Whether a second Ctrl-C would not wait."""
+        """Whether a second Ctrl-C ended the training at once."""
 
     # Signals
 
     def listen(self) -> None:
-        """Take the signals over. Only the main thread can, and what is ignored stays so."""
+        """Take the signals over. Only the main thread can, and an ignored signal stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.signals:
@@ -113,32 +111,35 @@ class Requests:
                 self._earlier[number] = earlier
                 signal.signal(number, self._on_signal)
 
-    def give_back(self) -> None:
-        """Let the signals go where they went before."""
+    def restore_handlers(self) -> None:
+        """Give the signals back to their earlier handlers."""
         self._shared[_OVER] = 1
         earlier, self._earlier = self._earlier, {}
         for number, handler in earlier.items():
-            if signal.getsignal(number) == self._on_signal:  # Else somebody has taken it over from us.
+            if signal.getsignal(number) == self._on_signal:  # Else other code has taken it over meanwhile.
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            self._in_worker(number)
+            self._on_signal_in_worker(number)
             return
         if number in self._save_on:
-            self._saving = number
+            self._save = number
             self._to_pass_on.append(number)
-        elif self._stop is None:
-            self._stop, self.since = number, self._clock()
+        elif self.stop is None:
+            self.stop, self.since = number, self._clock()
             self._shared[_STOPPING] = 1
-        self.some = True
+        self.is_pending = True
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts > 1:
             self.was_immediate = True
-            self._call_earlier(number, frame)
+            earlier = self._earlier.get(number)
+            if not callable(earlier):
+                raise KeyboardInterrupt
+            earlier(number, frame)
 
-    def _in_worker(self, number: int) -> None:
-        """Answer in a process that was forked from ours and so has our handlers.
+    def _on_signal_in_worker(self, number: int) -> None:
+        """Answer in a process that was forked from this one and so has its handlers.
 
         A signal to the whole group stops the training, and the process goes on up to the boundary. A signal to this
         process alone does what it does by default. Workers of a loader have handlers of their own: see
@@ -153,17 +154,10 @@ class Requests:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def _call_earlier(self, number: int, frame: FrameType | None) -> None:
-        earlier = self._earlier.get(number)
-        if callable(earlier):
-            earlier(number, frame)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-
     # The file
 
     def look(self) -> None:
-        """Look for the file, and remember when to look again."""
+        """Look for the file, and set when to look again."""
         assert self._file is not None, "there is a place for one"
         self.look_at = self._clock() + LOOK_EVERY_S
         try:
@@ -173,29 +167,42 @@ class Requests:
             return
         if self._seen_file != (stat.st_ino, stat.st_mtime_ns):
             self._seen_file = (stat.st_ino, stat.st_mtime_ns)
-            self._file_asks = self.some = True
+            self._file_asks = self.is_pending = True
 
     # Answers
 
-    def take(self) -> Asked:
-        """Return what was asked; it counts as heard."""
-        saving, by = self._saving, self._file_asks
-        asks = ([signal.Signals(saving).name] if saving is not None else []) + (["the file save-now"] if by else [])
-        self._saving, self._file_asks, self.some = None, False, False
-        return Asked(stop=self._stop, save=" and ".join(asks))
+    def take(self) -> Request:
+        """Return the requests; the next call returns later ones. A signal to stop stays."""
+        asks = ([signal.Signals(self._save).name] if self._save is not None else []) + (
+            ["the file save-now"] if self._file_asks else []
+        )
+        self._save, self._file_asks, self.is_pending = None, False, False
+        return Request(stop=self.stop, save=" and ".join(asks))
 
-    def answered(self) -> None:
-        """The save that was asked for is there, or could not be made: the file goes, an earlier handler is called."""
+    def finish_save(self) -> None:
+        """Remove the file and call the earlier handlers: the requested save is there, or could not be made."""
         signals, self._to_pass_on = self._to_pass_on, []
         for number in signals:
             earlier = self._earlier.get(number)
             if callable(earlier):
                 earlier(number, None)
         if self._file is not None and self._seen_file is not None:
-            with contextlib.suppress(OSError):  # One that cannot be removed is remembered.
+            with contextlib.suppress(OSError):  # A file that cannot be removed is remembered.
                 os.remove(self._file)
 
-    @property
-    def unanswered(self) -> int | None:
-        """The signal to stop that has come, if any."""
-        return self._stop
+
+def _as_signals(numbers: Iterable[int], what: str) -> tuple[signal.Signals, ...]:
+    try:
+        return tuple(map(signal.Signals, numbers))
+    except (TypeError, ValueError):
+        msg = f"{what} is {numbers!r}; expected numbers of signals, such as (signal.SIGTERM,)"
+        raise PolicyError(msg) from None
+
+
+def request_file(directory: Any) -> str | None:
+    """Return the file that asks for a save; None for a directory that is not on a local disk or a mount."""
+    if not isinstance(directory, LocalStorage):
+        if not isinstance(directory, (str, os.PathLike)) or "://" in os.fspath(directory):
+            return None
+        directory = LocalStorage(directory, "")
+    return str(directory.local_path(f"{HOME}/save-now"))

@@ -1,13 +1,14 @@
-"""How a state differs from what is to take it, by name."""
+"""The differences between a state and the object that is to take it, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 import torch
 
+from checkpointer._display import some_of
 from checkpointer.formats.dtypes import holds
 
 __all__ = ["Differences", "compared"]
@@ -27,7 +28,7 @@ class Differences:
     reshaped: Mapping[str, str] = attrs.field(factory=dict)
     """There and wanted, with another shape, or a type that cannot hold the numbers: both by name."""
     untaken: tuple[str, ...] = ()
-    """What takes nothing of its state if any of it does not fit."""
+    """Objects that take nothing of their state if any of it does not fit."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
@@ -41,7 +42,7 @@ class Differences:
         )
 
     def within(self, name: str) -> Differences:
-        """Return the same, of what lies under ``name``."""
+        """Return the same differences, below ``name``."""
         return Differences(
             tuple(f"{name}.{key}" for key in self.missing),
             tuple(f"{name}.{key}" for key in self.unexpected),
@@ -50,13 +51,13 @@ class Differences:
         )
 
     def all_or_nothing(self) -> Differences:
-        """Return the same, of what takes nothing of its state if there is a difference."""
+        """Return the same, for an object that takes nothing of its state if there is a difference."""
         return attrs.evolve(self, untaken=("",)) if self else self
 
     def __str__(self) -> str:
         reshaped = [f"{key} ({shapes})" for key, shapes in self.reshaped.items()]
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": reshaped}
-        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+        return "; ".join(f"{kind}: {some_of(names, _SHOWN)}" for kind, names in kinds.items() if names)
 
 
 def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
@@ -82,13 +83,7 @@ def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:
 
 
 def _shape(value: Any) -> str:
-    """Return a tensor's shape in words; empty for one that has none yet."""
+    """Return a tensor's shape as text; empty for a lazy one, which has none yet."""
     if not isinstance(value, torch.Tensor):
         return "no tensor"
     return "" if torch.nn.parameter.is_lazy(value) else str(list(value.shape))
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

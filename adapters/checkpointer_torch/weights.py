@@ -1,11 +1,12 @@
-"""Weights to start from: out of any checkpoint into a module, name by name."""
+"""Weights to start from: loads them from any checkpoint into a module, name by name."""
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from checkpointer import CheckpointerWarning, HMACKey, Policy
+from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
@@ -29,14 +31,14 @@ KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
 
 @attrs.frozen(kw_only=True)
 class LoadedWeights:
-    """What was loaded, and what was not."""
+    """The names that were loaded, and the differences."""
 
     source: str
     """The checkpoint's path or URL."""
     loaded: tuple[str, ...]
     """Names in the module."""
     differences: Differences
-    """What did not fit; nothing if ``strict``."""
+    """Names that did not fit; always empty if ``strict``."""
 
 
 def load_weights(
@@ -54,30 +56,30 @@ def load_weights(
     """Load weights, and nothing else, from any checkpoint into a module.
 
     The source may be a directory or a file of this library, a Lightning checkpoint, a Hugging Face directory
-    (safetensors or ``.bin``, in one file or in shards, adapters too), a safetensors file, or a file that
-    ``torch.save`` wrote under any version, whole modules included. Nothing is unpickled: tensors are read as bytes, and
-    other objects in the file are left alone. The weights are found by names *and* shapes. A prefix that all names have
-    in common, such as Lightning's ``model.``, is found too; so are wrappers around the module.
+    (safetensors or ``.bin``, in one file or in shards, adapters too), a safetensors file, or a file that any version
+    of ``torch.save`` wrote, whole modules included. Nothing is unpickled: tensors are read as bytes, and other objects
+    in the file are left alone. The weights are found by names *and* shapes. A prefix that all names have in common,
+    such as Lightning's ``model.``, is found too; so are wrappers around the module.
 
     Args:
-        module: Where the weights go.
+        module: The module that takes the weights.
         source: A path or URL, or a state that was read already.
-        which: Of a directory of this library: None or ``"last"``, ``"best"`` (with ``policy``), a name, a step.
+        which: For a directory of this library: None or ``"last"``, ``"best"`` (with ``policy``), a name, a step.
         key_map: Names in the checkpoint to names in the module: by name, by prefix (``"encoder."``), or a function;
             a name that becomes None is left out.
         part: Where the weights are, if several sets of them fit: a key such as ``"ema"``, keys joined by dots such as
             ``"state_dict.encoder"``, or a file of a folder.
         strict: Whether all of the module must be there and fit, and nothing be left over; False warns.
-        policy: Says what ``"best"`` means.
+        policy: Defines ``"best"``.
         trust: The key that signed the directory.
-        storage_options: What fsspec needs besides the URL.
+        storage_options: Options of fsspec for the URL.
 
     Returns:
-        What was loaded, and what did not fit.
+        The names that were loaded, and those that did not fit.
 
     Raises:
         MismatchError: If it does not fit, or if several sets of weights do, which are named; nothing was loaded.
-        RestoreError: If there is no such checkpoint, or it cannot be read.
+        RestoreError: If the checkpoint does not exist, or cannot be read.
 
     Example:
         >>> import torch
@@ -86,68 +88,46 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
-    picks = _Picks(module=module, part=part, key_map=key_map, strict=strict)
+    pick = functools.partial(_picked, module=module, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
-        picked, where = picks.pick(StateContents(source), "the state"), "the state"
+        (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
-        picked, where = read_place(
-            source,
-            lambda contents: picks.pick(contents, os.fspath(source)),
-            which,
-            policy=policy,
-            trust=trust,
-            storage_options=storage_options,
-        )
-    ModulePart(module).put(picked.state)
-    differences = picked.differences
+        options: dict[str, Any] = {"policy": policy, "trust": trust, "storage_options": storage_options}
+        path = os.fspath(source)
+        (state, differences), where = read_place(path, lambda contents: pick(contents, path), which, **options)
+    ModulePart(module).put(state)
     if differences:
-        msg = f"{where} does not fit, and {len(picked.state)} of {picked.count} names were loaded: {differences}"
+        count = len(plain_state(module))
+        msg = f"{where} does not fit, and {len(state)} of {count} names were loaded: {differences}"
         warnings.warn(msg, CheckpointerWarning, stacklevel=2)
-    return LoadedWeights(source=where, loaded=tuple(picked.state), differences=differences)
+    return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
 
 
-@attrs.frozen
-class _Picked:
-    """What of a payload goes into the module."""
-
-    state: OrderedDict[str, Any]
-    differences: Differences
-    count: int
-    """How many names the module has."""
-
-
-@attrs.frozen(kw_only=True)
-class _Picks:
-    """Picks a module's weights out of a payload, and reads those alone."""
-
-    module: nn.Module
-    part: str | None
-    key_map: KeyMap | None
-    strict: bool
-
-    def pick(self, contents: Tensors, where: str) -> _Picked:
-        own = plain_state(self.module)
-        try:
-            found = weights_for(contents, _wanted(own), self.part, rename=lambda key: _renamed(key, self.key_map))
-        except RestoreError as error:
-            msg = f"{where}: {error}"
-            raise MismatchError(msg) from error
-        there = _outlines(found, own)
-        differences = _without_tied(compared(own, there), own)
-        differences = _without_counters(differences, found)
-        loaded = [key for key in own if key in there and key not in differences.reshaped]
-        if not loaded:
-            msg = (
-                f"{where} is of another model: nothing of it fits. It has {_some(found.tensors)}; wanted are "
-                f"{_some(own)}. Say with key_map= which name becomes which"
-            )
-            raise MismatchError(msg)
-        if differences and self.strict:
-            msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
-            raise MismatchError(msg)
-        state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
-        state._metadata = found.versions  # type: ignore[attr-defined]
-        return _Picked(state, differences, len(own))
+def _picked(
+    contents: Tensors, where: str, *, module: nn.Module, part: str | None, key_map: KeyMap | None, strict: bool
+) -> tuple[OrderedDict[str, Any], Differences]:
+    """Pick the module's weights out of a payload, and read those alone."""
+    own = plain_state(module)
+    try:
+        found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
+    except RestoreError as error:
+        msg = f"{where}: {error}"
+        raise MismatchError(msg) from error
+    there = _outlines(found, own)
+    differences = _without_optional(compared(own, there), own, found)
+    loaded = [key for key in own if key in there and key not in differences.reshaped]
+    if not loaded:
+        msg = (
+            f"{where} is of another model: nothing of it fits. It has {some_of(list(found.tensors), 3)}; wanted "
+            f"are {some_of(list(own), 3)}. Pass key_map= to rename its names"
+        )
+        raise MismatchError(msg)
+    if differences and strict:
+        msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
+        raise MismatchError(msg)
+    state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
+    state._metadata = found.versions  # type: ignore[attr-defined]
+    return state, differences
 
 
 def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:
@@ -163,8 +143,7 @@ def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:
 def _outlines(found: Weights, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors without memory in place of those that are there, and the values that the module asks for."""
     there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
-    values = {name: value for name, value in found.values.items() if name in own and value is not None}
-    return there | values
+    return there | {name: value for name, value in found.values.items() if name in own and value is not None}
 
 
 def _renamed(key: str, key_map: KeyMap | None) -> str | None:
@@ -182,31 +161,20 @@ def _renamed(key: str, key_map: KeyMap | None) -> str | None:
     return None if instead is None else instead + key.removeprefix(longest)
 
 
-def _without_tied(differences: Differences, own: Mapping[str, Any]) -> Differences:
-    """Drop from what is missing a name whose tensor is also known under one that is there."""
-    missing = set(differences.missing)
-    there = {_memory(value) for key, value in own.items() if key not in missing} - {None}
-    still = tuple(key for key in differences.missing if _memory(own[key]) not in there)
-    return attrs.evolve(differences, missing=still)
+def _without_optional(differences: Differences, own: Mapping[str, Any], found: Weights) -> Differences:
+    """Drop missing names that are not needed: tied names of tensors that are there, and counters of newer versions."""
+    there = {_memory(value) for key, value in own.items() if key not in differences.missing} - {None}
 
-
-def _without_counters(differences: Differences, found: Weights) -> Differences:
-    """Drop from what is missing the counters that older weights do not have, and that torch itself does without."""
-
-    def is_new(key: str) -> bool:
+    def is_new(key: str) -> bool:  # Torch loads weights without these counters too.
         module, _, name = key.rpartition(".")
         version = found.versions.get(module, {}).get("version")
         return name == "num_batches_tracked" and (version is None or version < 2)
 
-    return attrs.evolve(differences, missing=tuple(key for key in differences.missing if not is_new(key)))
+    missing = tuple(key for key in differences.missing if _memory(own[key]) not in there and not is_new(key))
+    return attrs.evolve(differences, missing=missing)
 
 
 def _memory(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or torch.nn.parameter.is_lazy(value) or not value.data_ptr():
         return None
     return value.data_ptr(), tuple(value.shape), value.stride()
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,6 +23,7 @@ from checkpointer.manager import CheckpointManager, check_options
 from checkpointer.policy.decide import Decision, Skip
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
+from checkpointer.policy.schedule import epoch_of
 from checkpointer.policy.triggers import AtSteps
 from checkpointer.ports import Clock, FolderFormat, Format, Ranks, Storage
 from checkpointer.records.record import Record
@@ -125,7 +126,7 @@ class DistributedManager:
         """Rank 0's manager; None on the others."""
         self._has_state = state is not None
         self._records: tuple[Record, ...] = ()
-        self._last_report = -1, 0
+        self._last_report: tuple[int, int, bool | None] = (-1, 0, False)
         self._is_closed = False
 
         def open_manager() -> Broadcast[None]:
@@ -178,16 +179,24 @@ class DistributedManager:
     # Saving
 
     def observe(
-        self, metrics: Mapping[str, Any], step: int, epoch: int, *, epoch_end: bool | None = None, due: str = ""
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int | None = None,
+        *,
+        epoch_end: bool | None = None,
+        due: str = "",
     ) -> Decision:
         """Report what happened, on every rank alike, and save if that is due: see `CheckpointManager.observe`.
 
         The manager takes rank 0's metrics. Nothing is communicated unless something can be due. Under a time trigger
         the ranks communicate every few steps, see `checkpointer.distributed.team.Agreement`.
         """
-        newest, at = self._last_report
+        if epoch is None:
+            epoch, epoch_end = epoch_of(self._last_report, step, epoch_end)
+        newest, at, _ = self._last_report
         if newest <= step:
-            self._last_report = (step, epoch)
+            self._last_report = (step, epoch, epoch_end)
             if not due and newest < step and self._is_quiet(step, epoch, epoch_end):
                 return self._quiet
 
@@ -263,7 +272,7 @@ class DistributedManager:
         record = self._receive(received)
         if record is None:
             return None
-        self._last_report = record.step if record.step else -1, record.epoch
+        self._last_report = record.step if record.step else -1, record.epoch, record.epoch_end
         if self._io.is_folder and record.format == self._io.name:
             return here or Restored(record=record, state=loaded)
         return self._share(record, here or self._load(record, options))
@@ -357,7 +366,7 @@ class DistributedManager:
 
     def _rescue_together(self, error: BaseException, timeout: float | None) -> None:
         """Rescue if all ranks come here at the same step. Otherwise another rank may wait for this one elsewhere."""
-        step, _ = self._last_report
+        step = self._last_report[0]
         try:
             if not self._ranks.barrier(BARRIER_S) or 1 != len(set(self._ranks.gather(self._last_report))):
                 msg = f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s"

@@ -13,7 +13,7 @@ from checkpointer.policy.decide import Decision, Skip, advance
 from checkpointer.policy.triggers import ALWAYS, Horizon, Trigger, horizon_of
 from checkpointer.records.record import Observation, Progress, as_metrics
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "epoch_of"]
 
 
 @attrs.define
@@ -52,9 +52,16 @@ class Schedule:
     # The hot path
 
     def is_quiet(
-        self, metrics: Mapping[str, Any], step: int, epoch: int, epoch_end: bool | None, time: Callable[[], float]
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        epoch: int | None,
+        epoch_end: bool | None,
+        time: Callable[[], float],
     ) -> bool:
         """Return whether nothing is due at this report, and then remember it: a few comparisons."""
+        if epoch is None:
+            epoch, epoch_end = epoch_of(self._last, step, epoch_end)
         if (
             self.last_step < step < self._step
             and (self._epochs is None or (epoch_end is not None and epoch + epoch_end < self._epochs))
@@ -64,6 +71,11 @@ class Schedule:
             self._report = (metrics, step, epoch, epoch_end)
             return True
         return False
+
+    @property
+    def _last(self) -> tuple[int, int, bool | None]:
+        """Step, epoch and end of the last report."""
+        return self._report[1:] if self._report else (-1, self.since.epochs, False)
 
     def wake(self) -> None:
         """Let no report be quiet until `calm`: there is something to say. Safe to call from any thread."""
@@ -104,6 +116,8 @@ class Schedule:
             ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
             MetricError: If a metric is not one number.
         """
+        if epoch is None:
+            epoch, epoch_end = epoch_of(self._last, step, epoch_end)
         ended = True if epoch_end is None else bool(epoch_end)
         place = Observation(step=step, epoch=epoch, epoch_end=ended, time=time)
         goes_on = place.step >= self.last_step
@@ -182,6 +196,24 @@ class Schedule:
         self.last_step = self.start = step if step is not None else progress.step or -1
         self._report = self._epoch_ended = None
         self.look_ahead(time)
+
+
+def epoch_of(last: tuple[int, int, bool | None], step: int, epoch_end: bool | None) -> tuple[int, bool]:
+    """Return the epoch of a report that names none, and whether the report ends it.
+
+    Args:
+        last: Step, epoch and end of the report before.
+        step: The step of this report; a second report of a step is of the same epoch.
+        epoch_end: What this report says of the end of the epoch.
+
+    Example:
+        >>> epoch_of((10, 3, False), 11, None), epoch_of((10, 3, True), 11, None), epoch_of((10, 3, True), 10, None)
+        ((3, False), (4, False), (3, True))
+    """
+    at, epoch, ended = last
+    if step == at:
+        return epoch, bool(ended if epoch_end is None else epoch_end)
+    return epoch + (ended is not False), bool(epoch_end)
 
 
 def _usable(metrics: Any) -> Mapping[str, float]:

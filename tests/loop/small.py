@@ -29,7 +29,7 @@ POLICY = Policy(AnyOf(EverySteps(3), EveryEpochs(1)), [KeepBest(1, "val", mode="
 PATIENCE_S = 120.0
 
 Tick = Callable[[str, int], None]
-"""Is told where the training is, and at which step."""
+"""Called with the place in the training, and the step."""
 
 
 class Points(Dataset[Any]):
@@ -113,7 +113,7 @@ class Small:
         return self.digest()
 
     def digest(self) -> str:
-        """Return what tells two trainings apart by a single bit."""
+        """Return a digest that differs if two trainings differ in a single bit."""
         seen = [*self.model.state_dict().values(), torch.get_rng_state(), torch.tensor(self.scheduler.last_epoch)]
         for state in self.optimizer.state.values():
             seen += list(state.values())
@@ -151,7 +151,7 @@ def say_at(where: str, step: int, *numbers: int) -> Tick:
 def run(directory: Path, tick: Tick | None, kind: dict[str, Any]) -> tuple[int, str]:
     """Train in a process of its own; return its exit code and its digest."""
     receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=_life, args=(directory, tick, kind, sender))
+    process = processes.Process(target=_train, args=(directory, tick, kind, sender))
     process.start()
     sender.close()
     process.join(PATIENCE_S)
@@ -160,7 +160,7 @@ def run(directory: Path, tick: Tick | None, kind: dict[str, Any]) -> tuple[int, 
     return process.exitcode, digest
 
 
-def _life(directory: Path, tick: Tick | None, kind: dict[str, Any], sender: Any) -> None:
+def _train(directory: Path, tick: Tick | None, kind: dict[str, Any], sender: Any) -> None:
     os.setpgid(0, 0)
     torch.set_num_threads(1)
     small = Small(**kind)

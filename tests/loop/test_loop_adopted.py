@@ -47,7 +47,7 @@ def hugging_face(folder: Path) -> None:
 
 @pytest.mark.parametrize("write", [bare, weights, hugging_face])
 def test_a_loop_goes_on_from_what_was_adopted(tmp_path: Path, write: Any) -> None:
-    """At every start until it has saved; then from its own checkpoint, without a word."""
+    """At every start until it has saved; then from its own checkpoint, without a warning."""
     write(tmp_path)
     assert 0 == command("adopt", tmp_path).code
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_loop_goes_on_from_what_was_adopted(tmp_path: Path, write: Any) -> Non
 
 
 def test_weights_of_another_model_are_still_refused(tmp_path: Path) -> None:
-    """To train on from none of them is not what anybody meant."""
+    """A training that goes on from none of them is a mistake."""
     bare(tmp_path)
     assert 0 == command("adopt", tmp_path).code
     with Loop(tmp_path, POLICY, model=nn.Conv2d(1, 1, 1)) as loop, pytest.raises(MismatchError, match="does not fit"):

@@ -228,7 +228,7 @@ def test_an_end_that_cannot_be_saved_still_closes_the_manager(tmp_path: Path) ->
 
 
 def test_a_resumed_epoch_whose_batches_do_not_come_from_the_loop_warns_at_its_first_step(tmp_path: Path) -> None:
-    """They are trained again, which nobody asked for; the call that is needed is named."""
+    """They are trained again; the warning names the call that is needed."""
     policy = Policy(EverySteps(1), [KeepLast(1)])
     with Loop(tmp_path, policy) as loop:
         for _ in loop.epochs(1):

@@ -92,7 +92,7 @@ def test_an_object_that_the_map_needs_is_refused(tmp_path: Path, names: dict[str
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_function_of_the_map_that_looks_into_an_object_is_told_why_it_cannot(tmp_path: Path) -> None:
+def test_a_function_of_the_map_that_looks_into_an_object_gets_an_error_with_the_reason(tmp_path: Path) -> None:
     """The object has no attributes, and says what to do."""
     save(tmp_path / "old.pt")
     with (

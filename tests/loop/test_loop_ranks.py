@@ -59,8 +59,8 @@ class Parallel:
 
 def train(rank: int, directory: Path, signal_at: int | None = None, on: int = 1) -> Any:
     """Train; a signal comes to one rank at one step. Return where it stopped, and the digest."""
-    heard: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     parallel = Parallel(rank)
     with Loop(directory, POLICY, model=parallel.model, optimizer=parallel.optimizer) as loop:
         loop.resume()
@@ -70,7 +70,7 @@ def train(rank: int, directory: Path, signal_at: int | None = None, on: int = 1)
                 if loop.progress.step + 1 == signal_at and rank == on:
                     os.kill(os.getpid(), signal.SIGTERM)
                 loop.step({"loss": loss})
-    return loop.progress.step, loop.stopped, heard, parallel.digest()
+    return loop.progress.step, loop.stopped, received, parallel.digest()
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_they_go_on_exactly(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_they_go_on_exactly(
         steps = {step for step, *_ in stops}
         assert 1 == len(steps), "all at one step"
         assert signal_at <= steps.pop() <= signal_at + 4
-        assert [[signal.SIGTERM], [signal.SIGTERM]] == [heard for _, _, heard, _ in stops]
+        assert [[signal.SIGTERM], [signal.SIGTERM]] == [received for _, _, received, _ in stops]
         assert all(stopped.startswith("SIGTERM at step") for _, stopped, _, _ in stops)
     assert unbroken == [digest for _, _, _, digest in together(2, train, tmp_path / "run")]
 
@@ -250,8 +250,8 @@ def test_ranks_with_other_numbers_of_batches_stop_within_a_validation(tmp_path: 
 
 def learn_with_workers(rank: int, directory: Path) -> Any:
     """Train with workers until the signal has come to the group of this rank and of its workers."""
-    heard: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     os.setpgid(0, 0)
     parallel = Parallel(rank)
     loader = DataLoader(parallel.loader.dataset, 2, num_workers=2, multiprocessing_context="fork")
@@ -264,12 +264,12 @@ def learn_with_workers(rank: int, directory: Path) -> Any:
                     subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
                     time.sleep(0.1)
                 loop.step()
-    return loop.progress.step, loop.stopped, heard
+    return loop.progress.step, loop.stopped, received
 
 
 def test_workers_outlive_a_signal_to_the_group_until_the_ranks_have_agreed(tmp_path: Path) -> None:
     """That may take several steps, and each of them needs its batch."""
-    (step, stopped, heard), other = together(2, learn_with_workers, tmp_path)
-    assert (step, stopped, heard) == other
-    assert [signal.SIGTERM] == heard
+    (step, stopped, received), other = together(2, learn_with_workers, tmp_path)
+    assert (step, stopped, received) == other
+    assert [signal.SIGTERM] == received
     assert stopped.startswith(f"SIGTERM at step {step}; ")

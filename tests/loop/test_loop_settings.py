@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop, read_config
-from checkpointer_torch.training_state import KEY, Training
+from checkpointer_torch.training_state import KEY, TrainingState
 from support.commands import command
 from torch import nn
 
@@ -281,12 +281,12 @@ class TwoRanks(OneRank):
 
 def test_on_several_processes_each_has_its_own_value() -> None:
     """What is carried from batch to batch belongs to the batches that a process has."""
-    (own,) = Training({"h": lambda: "of rank 1"}, OneRank()).take()[KEY]["ranks"]
-    state = Training({"h": lambda: "of rank 0"}, TwoRanks(0, other=own)).take()
+    (own,) = TrainingState({"h": lambda: "of rank 1"}, OneRank()).take()[KEY]["ranks"]
+    state = TrainingState({"h": lambda: "of rank 0"}, TwoRanks(0, other=own)).take()
     for rank in (0, 1):
-        training = Training({"h": lambda: ""}, TwoRanks(rank))
+        training = TrainingState({"h": lambda: ""}, TwoRanks(rank))
         training.put(state, "it", strict=True)
-        assert f"of rank {rank}" == training.value("h")
+        assert f"of rank {rank}" == training.objects["h"]
 
 
 def test_a_function_with_arguments_is_refused_at_once() -> None:
@@ -349,7 +349,7 @@ def test_a_training_goes_on_from_another_programs_file(tmp_path: Path) -> None:
 
 
 def test_a_map_that_does_not_fit_loads_nothing(tmp_path: Path) -> None:
-    """Whether a key is not in the file, an object is not in the map, or there is no file."""
+    """Whether a key is not in the file, an object is not in the map, or the file does not exist."""
     model, optimizer = make_pair()
     torch.save({"state_dict": model.state_dict(), "epoch": -1}, tmp_path / "old.pt")
     with Loop(tmp_path / "run", EVERY, model=model, optimizer=optimizer) as loop:
@@ -374,7 +374,7 @@ def test_a_path_that_is_not_there_is_said_as_such(tmp_path: Path) -> None:
     """Nothing is made at it."""
     with Loop(tmp_path / "run", Policy(EverySteps(1), [KeepLast(1)]), seen=0) as loop:
         for path in (str(tmp_path / "gone" / "old.pt"), "old.pt"):
-            with pytest.raises(NotFoundError, match=r"has no checkpoint; and there is no file or directory /.*old.pt"):
+            with pytest.raises(NotFoundError, match=r"has no checkpoint; and /.*old.pt is neither a file nor"):
                 loop.resume(path)
         with pytest.raises(NotFoundError, match=r"old.pt is not there"):
             loop.resume(tmp_path / "gone" / "old.pt")

@@ -30,7 +30,7 @@ EPOCHS = Policy(AnyOf(EverySteps(4), EveryEpochs(1)), [KeepBest(1, "acc", mode="
 
 
 class KilledError(Exception):
-    """Ends a training as a kill would: no rescue is made, and the manager's last words are not said."""
+    """Ends a training as a kill would: no rescue is made, and the manager is not closed."""
 
 
 @attrs.define
@@ -274,7 +274,7 @@ SHAPES: dict[str, Shape] = {shape.__name__: shape for shape in (gpt, imagenet, g
 
 
 def digest(shape: Shape, directory: Path, tick: Tick = lambda _: None, *, background: bool = False) -> str:
-    """Return what tells two ends of a training apart by a single bit; random states too."""
+    """Return a digest that differs if two ends of a training differ in a single bit; random states too."""
     seen = [*shape(directory, tick, background), torch.get_rng_state()]
     return xxhash.xxh3_128_hexdigest(b"".join(tensor.detach().numpy().tobytes() for tensor in seen))
 
@@ -298,7 +298,7 @@ def test_killed_twice_it_ends_with_the_same_bits(
 
 
 def die(step: int) -> Tick:
-    """Return a tick after which not even the interpreter has a last word."""
+    """Return a tick that ends the process without the exit handlers of the interpreter."""
     return lambda now: os._exit(9) if now == step else None
 
 

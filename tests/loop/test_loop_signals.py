@@ -43,7 +43,7 @@ def names(directory: Path) -> list[str]:
 def test_a_signal_within_a_step_is_rescued_at_its_end_and_ends_the_process_as_ever(
     tmp_path: Path, unbroken: str, number: int, code: int
 ) -> None:
-    """Whoever started the process sees the status that the signal gives by default, and the run goes on exactly."""
+    """The parent of the process sees the status that the signal gives by default, and the run goes on exactly."""
     assert (code, "") == run(tmp_path, say_at("within", 5, number), {})
     assert "rescue-step=5.ckpt" in names(tmp_path)
     assert (code, "") == run(tmp_path, say_at("before", 11, number), {})
@@ -93,10 +93,10 @@ def test_a_forked_process_can_be_ended(tmp_path: Path) -> None:
 
 def test_an_earlier_handler_gets_the_signal_after_the_rescue_and_its_place_back(tmp_path: Path) -> None:
     """With a handler of one's own the program goes on after the block, and `stopped` says why it ended."""
-    heard: list[list[str]] = []
+    received: list[list[str]] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        heard.append(names(tmp_path))
+        received.append(names(tmp_path))
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:
@@ -108,7 +108,7 @@ def test_an_earlier_handler_gets_the_signal_after_the_rescue_and_its_place_back(
                         signal.raise_signal(signal.SIGUSR1)
                     assert number <= 2
                     loop.step()
-        assert [["rescue-step=3.ckpt"]] == heard
+        assert [["rescue-step=3.ckpt"]] == received
         assert "SIGUSR1 at step 3; saved as rescue-step=3.ckpt" == loop.stopped
         assert handler is signal.getsignal(signal.SIGUSR1)
     finally:
@@ -116,7 +116,7 @@ def test_an_earlier_handler_gets_the_signal_after_the_rescue_and_its_place_back(
 
 
 def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
-    """As under nohup: nobody asked us to listen."""
+    """As under nohup: the signal is not for the training."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with Loop(tmp_path, RARELY) as loop:
@@ -179,7 +179,7 @@ def test_a_save_can_be_asked_for_without_stopping(tmp_path: Path, how: str) -> N
 
 
 def test_the_file_is_looked_for_once_a_second_at_most(tmp_path: Path) -> None:
-    """The hot path compares a clock; one that nobody can remove asks once."""
+    """The hot path compares a clock; a file that cannot be removed asks once."""
     file, now = tmp_path / "save-now", [0.0]
     requests = Requests((), (), str(file), clock=lambda: now[0])
     requests.look()
@@ -187,11 +187,11 @@ def test_the_file_is_looked_for_once_a_second_at_most(tmp_path: Path) -> None:
     file.touch()
     for now[0] in (1.0, 2.0, 3.0):
         requests.look()
-        assert (now[0] == 1.0) == requests.some
+        assert (now[0] == 1.0) == requests.is_pending
         assert ("the file save-now" if now[0] == 1.0 else "") == requests.take().save
     os.utime(file, (0, 0))
     requests.look()
-    assert requests.some, "it was put there again"
+    assert requests.is_pending, "it was put there again"
 
 
 def test_an_exception_is_rescued_and_passes_unchanged(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_an_exception_is_rescued_and_passes_unchanged(tmp_path: Path) -> None:
     assert ["rescue-step=4.ckpt"] == names(tmp_path)
     small = Small()
     loop = Loop(tmp_path, RARELY, **small.objects)
-    with loop, pytest.warns(CheckpointerWarning, match="within step 5: .* is in it"):
+    with loop, pytest.warns(CheckpointerWarning, match="within step 5: .* are in it"):
         assert 4 == loop.resume().step
 
 
@@ -252,8 +252,9 @@ def test_a_rescue_that_may_be_too_late_says_so(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_after_a_signal_the_writer_thread_is_waited_for_no_longer_than_the_grace() -> None:
-    """A storage that never answers would hold the stop up until the kill; what comes after the loop still runs."""
+@pytest.mark.parametrize("finished", [0, 1])
+def test_after_a_signal_the_writer_thread_is_waited_for_no_longer_than_the_grace(finished: int) -> None:
+    """Also if the next save is due at the boundary that answers the signal; the code after the loop still runs."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     storage = GatedStorage()
     storage.shut()
@@ -261,8 +262,9 @@ def test_after_a_signal_the_writer_thread_is_waited_for_no_longer_than_the_grace
 
     def stop() -> str:
         with Loop(storage, Policy(EverySteps(1), [KeepLast(1)]), options=options, grace_s=0.5) as loop:
-            for _ in loop.steps(2):
-                signal.raise_signal(signal.SIGTERM)
+            for step in loop.steps(3):
+                if step == finished:
+                    signal.raise_signal(signal.SIGTERM)
                 loop.step()
         return loop.stopped
 
@@ -315,8 +317,8 @@ def test_a_rescue_that_fails_does_not_hold_the_stop_up(tmp_path: Path) -> None:
 
 def test_a_signal_after_the_last_boundary_is_rescued_and_delivered_at_the_end(tmp_path: Path) -> None:
     """Such as one that comes while the final test is measured."""
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(names(tmp_path)))
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(names(tmp_path)))
     try:
         # A rule that does not keep the end of the training.
         with Loop(tmp_path, Policy(EverySteps(100), [KeepEvery(steps=100)])) as loop:
@@ -324,6 +326,6 @@ def test_a_signal_after_the_last_boundary_is_rescued_and_delivered_at_the_end(tm
                 for _ in loop.batches(range(2)):
                     loop.step()
             signal.raise_signal(signal.SIGTERM)
-        assert [["rescue-step=2.ckpt"]] == heard
+        assert [["rescue-step=2.ckpt"]] == received
     finally:
         signal.signal(signal.SIGTERM, before)

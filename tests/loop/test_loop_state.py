@@ -49,7 +49,7 @@ def resumed(directory: Path, *, strict: bool = True, **objects: Any) -> Loop:
 
 
 def payload(directory: Path) -> Any:
-    """Return the newest payload, as anybody reads it."""
+    """Return the newest payload, as torch.load reads it."""
     name = CheckpointManager(directory).records[-1].name
     return torch.load(directory / name, weights_only=True)
 
@@ -84,7 +84,7 @@ WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
 def test_wrapped_modules_have_plain_names_in_the_file_and_load_into_either(
     saved: Callable[[nn.Module], nn.Module], loaded: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Whether a run was compiled or parallel is nobody's business later; versions of layers come along."""
+    """A checkpoint does not depend on whether the run was compiled or parallel; versions of layers are saved too."""
     plain, source, target = make_net(), make_net(), make_net()
     state = plain_state(saved(source))
     assert list(plain.state_dict()) == list(state)
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_objects_is_one_error_that_names_all_and_nothing_i
 
 
 def test_an_optimizer_of_other_shapes_is_seen_before_anything_is_loaded(tmp_path: Path) -> None:
-    """Its state has numbers for names, so that only shapes tell."""
+    """Its state has numbers for names, so only shapes can be compared."""
 
     def make(width: int) -> torch.optim.Optimizer:
         weight = nn.Parameter(torch.ones(width))
@@ -257,7 +257,7 @@ def test_a_model_of_a_narrower_type_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_refuses_its_state_leaves_the_others_as_they_were(tmp_path: Path) -> None:
-    """Nothing is half loaded, whoever says no."""
+    """Nothing is half loaded, whichever part refuses."""
 
     class Refusing:
         def state_dict(self) -> dict[str, Any]:
@@ -371,7 +371,7 @@ def test_what_no_loop_has_saved_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_weights_alone_lie_under_their_plain_names(tmp_path: Path) -> None:
-    """As anybody expects of a file of weights, in either format; they are for others to load."""
+    """A file of weights has plain names, in either format, so that other programs can load it."""
     policy = Policy(EverySteps(1), [KeepLast(1)], contents="weights")
     model = nn.Linear(2, 1)
     for format, read in (("torch", torch.load), ("safetensors", __import__("safetensors.torch").torch.load_file)):

@@ -69,7 +69,7 @@ def test_any_checkpoint_of_ours_can_be_named_in_any_way(ours: Path) -> None:
 
 
 def test_a_checkpoint_of_ours_is_verified(ours: Path) -> None:
-    """By file too: its record lies beside it. One that is gone is told as such."""
+    """By file too: its record is beside it. The error for a missing file says that it is missing."""
     path = ours / "step=1.ckpt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -179,7 +179,7 @@ def test_a_folder_that_a_trainer_wrote_is_verified_and_read(tmp_path: Path) -> N
         loaded(tmp_path)
 
 
-def test_another_models_checkpoint_is_told_as_such() -> None:
+def test_another_models_checkpoint_is_named_as_such() -> None:
     """Nothing fits: the names of both sides say how a key map would have to look."""
     state = {"encoder.w": torch.ones(1), "encoder.b": torch.ones(1)}
     match = r"of another model: .* has encoder.w, encoder.b; wanted are 0.weight, 0.bias"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.position_search import At, Resumed, by_index
+from checkpointer_torch.position_search import ResumedFrom, go_on_by_index
 from checkpointer_torch.random_state import take_random_state
 from torch.utils.data import (
     BatchSampler,
@@ -571,7 +571,7 @@ def test_another_batch_size_can_go_on_at_the_nearest_sample(in_memory: Path, kin
     (within,) = in_memory.glob("epoch=0-step=3*.ckpt")
     unbroken = [item for _, epoch, batch, _ in train(None, EXACT[kind], NOT_SAVING) for item in batch[0] if epoch == 0]
     make: Make = lambda: type(EXACT[kind]())(Numbers(), 5, sampler=EXACT[kind]().sampler)  # noqa: E731
-    with pytest.warns(CheckpointerWarning, match="goes on at the nearest sample, after 1 batches"):
+    with pytest.warns(CheckpointerWarning, match="goes on at the nearest sample, after 1 batch$"):
         given = train(None, make, NOT_SAVING, source=within, strict=False)
     assert unbroken[5:] == [item for _, epoch, batch, _ in given for item in batch[0] if epoch == 0]
 
@@ -655,7 +655,7 @@ def test_batches_out_of_order_are_refused() -> None:
     loader = DataLoader(Numbers(), SIZE, num_workers=1, in_order=False)
     state = {"began": {"random": take_random_state(), "loader": []}, "generators": []}
     with pytest.raises(MismatchError, match="last: DataLoader has in_order=False, so which batches were used is not"):
-        by_index(loader, state, At(epoch=0, used=2), origin=Resumed(source="last"))
+        go_on_by_index(loader, state, epoch=0, used=2, origin=ResumedFrom(source="last"))
 
 
 @pytest.mark.parametrize("kind", ["generator", "plain"])
