@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(msg)
     for package in ("lightning", "pytorch_lightning"):
         spec = find_spec(package)
-        if spec is not None and spec.origin is not None:  # A folder of that name is no package.
+        if spec is not None and spec.origin is not None:  # A plain folder of that name has no origin.
             return getattr(importlib.import_module(f"{__name__}.for_{package}"), name)
     msg = f"{__name__}.{name} needs Lightning, which is not installed: pip install 'torch-checkpointer[lightning]'"
     raise ImportError(msg)

@@ -1,6 +1,6 @@
-"""What the manager's writer thread has done, until the training thread hears of it.
+"""What the manager's writer thread has saved and retired, until the training thread collects it.
 
-The training thread alone shows, and tells loggers and subclasses: at the first batch end after the file is there.
+Only the training thread sets attributes and calls loggers, at the first batch end after the file exists.
 """
 
 from __future__ import annotations
@@ -14,37 +14,24 @@ import attrs
 
 from checkpointer import CheckpointManager
 from checkpointer.ports import Listener
-from checkpointer_lightning.attributes import ShownState
 
-__all__ = ["BackgroundEvents", "News"]
+__all__ = ["BackgroundEvents"]
 
 _log: Final = logging.getLogger("checkpointer")
 
 
-@attrs.frozen
-class News:
-    """What rank 0 tells the others of the writer thread."""
-
-    saved: tuple[str, ...]
-    """Names of what is durable since the last news."""
-    retired: tuple[str, ...]
-    is_idle: bool
-    """Whether nothing is under way any more."""
-    account: ShownState
-
-
 @attrs.define(eq=False)
 class BackgroundEvents(Listener):
-    """Takes notes on the writer thread of rank 0."""
+    """Queues the events of rank 0's writer thread."""
 
-    is_busy: bool = False
-    """Whether something was handed over that the training thread has not heard the end of; the same on every rank."""
-    has_waited: bool = False
+    is_pending: bool = False
+    """Whether the end of a save or an attachment was not collected yet; the same on every rank."""
+    _has_waited: bool = False
     _saved: deque[str] = attrs.field(factory=deque)
     _retired: deque[str] = attrs.field(factory=deque)
 
     def on_saved(self, record: Any) -> None:
-        """See `Listener.on_saved`. A rescue is no news to loggers."""
+        """See `Listener.on_saved`. Loggers are not called for a rescue."""
         if record.kind == "regular":
             self._saved.append(record.name)
 
@@ -52,21 +39,18 @@ class BackgroundEvents(Listener):
         """See `Listener.on_retired`."""
         self._retired.append(record.name)
 
-    def has_news(self, manager: CheckpointManager | None) -> bool:
-        """Return whether what was handed over has come to its end, on rank 0."""
-        return self.is_busy and manager is not None and not _unfinished(manager)
+    def is_ready(self, manager: CheckpointManager | None) -> bool:
+        """Return whether all pending work of the writer thread has ended, on rank 0."""
+        return self.is_pending and manager is not None and not _unfinished(manager)
 
     def wait(self, manager: CheckpointManager, step: int, timeout: float | None) -> None:
-        """Wait until nothing is under way, ``timeout`` seconds at most, and say so if it takes time.
-
-        Raises what failed.
-        """
+        """Wait at most ``timeout`` seconds until the writer thread is idle, and log a wait. Raises what failed."""
         running = _unfinished(manager)
         started = time.monotonic()
         manager.wait(timeout)
         if running:
-            level = logging.INFO if self.has_waited else logging.WARNING
-            self.has_waited = True
+            level = logging.INFO if self._has_waited else logging.WARNING
+            self._has_waited = True
             waited = time.monotonic() - started
             _log.log(level, "step %d: waited %.3g s for %s to be written", step, waited, running[0])
 

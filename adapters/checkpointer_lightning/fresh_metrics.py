@@ -1,17 +1,17 @@
-"""Which metrics were measured at this step: a Trainer shows old ones until new ones take their place."""
+"""Which metrics were measured at this step: a Trainer returns old values until new ones replace them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Measured"]
+__all__ = ["FreshMetrics"]
 
 
-class Measured:
-    """Remembers at which step each metric was first seen with the value it has.
+class FreshMetrics:
+    """Remembers the step at which each metric was first seen with its value.
 
-    Equal numbers may be measured twice, so it is not the number that tells: a new measurement is a new tensor.
+    Two measurements may give equal numbers, so numbers are not compared: a new measurement is a new tensor.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Measured:
         self._ranked: tuple[int, Mapping[str, Any]] = -1, {}
 
     def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of the metrics that were measured at ``step``, the step the training is at."""
+        """Return the metrics that were measured at ``step``, which is the training's step now."""
         for name, value in metrics.items():
             seen = self._seen.get(name)
             if seen is None or not _is_same(seen[0], value):
@@ -27,14 +27,14 @@ class Measured:
         return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
 
     def rank(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Remember what a step was ranked by."""
+        """Remember the metrics that a step was ranked by."""
         self._ranked = step, {**self._ranked_at(step), **metrics}
 
     def as_ranked(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics with the values that the step was ranked by, if it was.
+        """Return the metrics, with the values that the step was ranked by if it was ranked.
 
-        With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first, and at the end of the epoch the
-        mean of all batches under the same name: another quantity, which says nothing about the step's weights.
+        With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first. At the end of the epoch it shows the
+        mean of all batches under the same name: another quantity, which does not measure the step's weights.
         """
         ranked = self._ranked_at(step)
         return {name: ranked.get(name, value) for name, value in metrics.items()}
@@ -44,7 +44,7 @@ class Measured:
 
 
 def _is_same(old: Any, new: Any) -> bool:
-    """Return whether two tensors are one measurement: the Trainer hands out views of one memory."""
+    """Return whether two tensors are one measurement: the Trainer returns views of one memory."""
     if old is new:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Going on with what Lightning's own class has saved: its files become checkpoints of the run."""
+"""Continuing a run of Lightning's own class: its files become checkpoints of the run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from fsspec.core import url_to_fs
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Save
-from checkpointer_lightning.places import name_in
+from checkpointer_lightning.siblings import name_in
 
 __all__ = ["adopt"]
 
 
 def adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any], monitor: str | None) -> None:
-    """Adopt the files that Lightning ranked, with their scores; one that cannot be read stays what it is."""
+    """Adopt the files that Lightning ranked, with their scores. A file that cannot be read is left alone."""
     found = sorted((*_progress_of(path), path) for path in scores if _is_in(directory, path))
     for step, epoch, path in found:
         if step < 0:
@@ -42,5 +42,5 @@ def _progress_of(path: str) -> tuple[int, int]:
         with filesystem.open(name, "rb") as stream:
             state = torch.load(stream, map_location="meta", weights_only=True)
         return int(state["global_step"]), int(state["epoch"])
-    except Exception:  # Whatever is in a file that somebody else wrote must not end the training.
+    except Exception:  # The file is not this library's, and its content must not end the training.
         return -1, -1

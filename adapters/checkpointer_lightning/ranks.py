@@ -1,4 +1,4 @@
-"""How the ranks of a Trainer talk: over a group of their own, so that nothing mixes with the training's collectives."""
+"""The ranks of a Trainer: in a process group of their own, apart from the training's collectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["StrategyRanks", "close_ranks", "open_ranks"]
 
 @attrs.frozen
 class StrategyRanks:
-    """The ranks of a strategy that does without ``torch.distributed``."""
+    """The ranks of a strategy that does not use ``torch.distributed``."""
 
     trainer: Any
 
@@ -45,7 +45,7 @@ class StrategyRanks:
         return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
 
     def barrier(self, timeout_s: float) -> bool:
-        """See `Ranks.barrier`: a strategy has no way to wait only so long, so nobody waits."""
+        """Return False at once, because a strategy has no barrier with a timeout."""
         return False
 
 
@@ -59,6 +59,6 @@ def open_ranks(trainer: Any) -> Ranks:
 
 
 def close_ranks(ranks: Ranks) -> None:
-    """Give back what `open_ranks` has made."""
+    """Close what `open_ranks` has opened."""
     if isinstance(ranks, TorchRanks):
         ranks.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, Final
 
@@ -11,54 +11,46 @@ import attrs
 
 __all__ = ["StateCache", "cache_of"]
 
-_DESKS: Final[weakref.WeakKeyDictionary[Any, StateCache]] = weakref.WeakKeyDictionary()
+_CACHES: Final[weakref.WeakKeyDictionary[Any, StateCache]] = weakref.WeakKeyDictionary()
 
 
 @attrs.define
 class StateCache:
-    """Where the callbacks of one Trainer find the dump that another has made at this very moment.
+    """Holds the dump that one callback of a Trainer has made, for the other callbacks at the same moment.
 
-    A dump refers to the tensors of the training, it does not copy them; so it is right until the training goes on,
-    and clearing the desk gives nothing back but names.
+    A dump refers to the tensors of the training and does not copy them. So it is valid until the training continues,
+    and clearing it frees no tensor.
     """
 
     _moment: Any = None
     _dumps: dict[bool, dict[str, Any]] = attrs.field(factory=dict)
-    """By whether they hold weights alone."""
+    """The key is whether the dump has weights only."""
 
-    def turn_to(self, moment: Any) -> None:
-        """Begin a moment: what was dumped at an earlier one is forgotten."""
+    def begin(self, moment: Any) -> None:
+        """Begin a moment, and clear the dumps if they are of an earlier one; None only clears."""
         if moment != self._moment:
             self._moment = moment
             self._dumps.clear()
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.turn_to(None)
-
     def dump(self, trainer: Any, callbacks: Iterable[Any], *, weights_only: bool) -> dict[str, Any]:
         """Return the state of the Trainer, in a dict that the caller may change.
 
-        A dump is made once; what ``callbacks`` say of themselves in it is as it is now, for one that has saved since
-        must not save again after a resume.
+        A dump is made once. Only the states of ``callbacks`` in it are taken again, because a callback that has saved
+        since must not save again after a resume.
         """
         found = self._dumps.get(weights_only)
-        if found is not None:
-            return _with_states(found, {callback.state_key: callback.state_dict() for callback in callbacks})
-        with trainer.profiler.profile("save_checkpoint"):
-            made: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
-        if self._moment is not None:
-            self._dumps[weights_only] = made
-        return dict(made)
-
-
-def _with_states(dump: Mapping[str, Any], states: Mapping[str, Any]) -> dict[str, Any]:
-    again = dict(dump)
-    if "callbacks" in again:
-        again["callbacks"] = {**again["callbacks"], **deepcopy(dict(states))}
-    return again
+        if found is None:
+            with trainer.profiler.profile("save_checkpoint"):
+                found = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+            if self._moment is not None:
+                self._dumps[weights_only] = found
+            return dict(found)
+        if "callbacks" not in found:
+            return dict(found)
+        states = {callback.state_key: deepcopy(callback.state_dict()) for callback in callbacks}
+        return {**found, "callbacks": {**found["callbacks"], **states}}
 
 
 def cache_of(trainer: Any) -> StateCache:
-    """Return the desk of a Trainer."""
-    return _DESKS.setdefault(trainer, StateCache())
+    """Return the cache of a Trainer."""
+    return _CACHES.setdefault(trainer, StateCache())

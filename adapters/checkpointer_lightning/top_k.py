@@ -13,7 +13,7 @@ from checkpointer.policy.retention import Rule
 __all__ = ["ONLY_LAST", "competing", "with_competitors"]
 
 ONLY_LAST: Final = "checkpointer/only_last"
-"""Metric of a checkpoint that no rule but ``last`` was asked about."""
+"""Metric of a checkpoint that only ``last`` was due for, so that no rule looks at it."""
 
 
 def competing(records: Iterable[Record]) -> tuple[Record, ...]:
@@ -22,7 +22,7 @@ def competing(records: Iterable[Record]) -> tuple[Record, ...]:
 
 
 class _Best(KeepBest):
-    """Ranks what competes."""
+    """Ranks the records that compete."""
 
     def eligible(self, records: Iterable[Record]) -> tuple[Record, ...]:
         return competing(super().eligible(records))
@@ -30,7 +30,7 @@ class _Best(KeepBest):
 
 @attrs.frozen
 class _Others:
-    """Keeps of what competes what its rule keeps."""
+    """Applies a rule to the records that compete."""
 
     rule: Rule
 
@@ -42,7 +42,7 @@ class _Others:
 
 
 def with_competitors(policy: Policy) -> Policy:
-    """Return the policy with rules that look only at what competes."""
+    """Return the policy with rules that look only at the records that compete."""
     return attrs.evolve(policy, keep=[_limited(rule) for rule in policy.keep])
 
 

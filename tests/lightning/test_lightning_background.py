@@ -77,7 +77,7 @@ class Looking(pl.Callback):
         self.under_way = 0
 
     def look(self, *, waits: bool = False) -> None:
-        training = self.callback._training
+        training = self.callback._session
         manager = training.manager if training is not None else None
         if manager is not None and manager.session.background_status is not None:
             is_under_way = bool(manager.session.background_status.unfinished)
