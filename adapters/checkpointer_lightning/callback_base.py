@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from checkpointer import CheckpointerWarning, Decision, Policy
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
+from checkpointer.policy.swapped_weights import marked
 from checkpointer.ports import Clock
 from checkpointer.save.background import Busy
 from checkpointer_lightning import siblings
@@ -137,9 +138,8 @@ class CallbackBase(Base):
         """Open the directory, and continue the run that was loaded."""
         if trainer.fast_dev_run:
             return
-        again = self._last_trainer is not None and self._last_trainer() is trainer
+        session = TrainingSession.open(self, trainer)
         self._last_trainer = weakref.ref(trainer)
-        session = TrainingSession.open(self, trainer, again=again)
         remove_copies(self._resume.found, trainer.ckpt_path)
         session.signals.listen(trainer, several_ranks=session.ranks.size > 1)
         self._session = session
@@ -196,6 +196,8 @@ class CallbackBase(Base):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """See `Callback.on_validation_start`: several ranks check whether they can stop within this validation."""
         session = self._session
+        if session is not None:
+            session.is_validating = True
         if session is None or session.ranks.size == 1 or not session.is_last:
             return
         batches = session.ranks.gather(batches_per_loader(trainer))
@@ -221,6 +223,7 @@ class CallbackBase(Base):
         session = self._session
         if session is None or trainer.sanity_checking:
             return
+        session.is_validating = False
         session.report("validation")
         if session.ranks.size > 1 and session.is_last:
             session.validation_agreement = None
@@ -278,8 +281,11 @@ class CallbackBase(Base):
         if session is None or session.pending is None:
             super()._save_checkpoint(trainer, filepath)
             return
-        commit = session.commit_pending()
-        session.committed(commit() if session.ranks.size == 1 else session.io.team.work(commit))
+        decision = marked(session.pending, trainer.optimizers)
+        if session.ranks.size == 1:
+            session.committed(session.managing.session.commit(decision))
+        else:
+            session.committed(session.io.team.work(lambda: session.managing.session.commit(decision)))
 
     def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
         """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""
@@ -287,7 +293,8 @@ class CallbackBase(Base):
     def _dump(self, trainer: Any) -> dict[str, Any]:
         """Return the state to save; all callbacks that save at this moment get the same dump."""
         callbacks = siblings.ours(trainer.callbacks)
-        return cache_of(trainer).dump(trainer, callbacks, weights_only=self.save_weights_only)
+        dump = cache_of(trainer).dump(trainer, callbacks, weights_only=self.save_weights_only)
+        return _with_validation_at_start(dump) if self._session is not None and self._session.is_validating else dump
 
     # State
 
@@ -342,6 +349,24 @@ class CallbackBase(Base):
         """Return what ``ckpt_path="last"`` means here: the newest checkpoint that is whole."""
         self._resume.found = found = find_valid("last", self, trainer)
         return {found} if found else super()._find_last_checkpoints(trainer)
+
+
+def _with_validation_at_start(dump: dict[str, Any]) -> dict[str, Any]:
+    """Return the dump with the running validation at its first batch, so that a resume runs all of it.
+
+    Else Lightning would skip the validation, or run as many batches as were left and log the metrics of those.
+    """
+    loops = dump.get("loops", {})
+    key, fit_loop = "epoch_loop.val_loop.batch_progress", loops.get("fit_loop", {})
+    if key not in fit_loop:
+        return dump
+    total, current = fit_loop[key]["total"], fit_loop[key]["current"]
+
+    def in_first_batch(before: int) -> dict[str, int]:
+        return {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+
+    counts = {"total": in_first_batch(total["ready"] - current["ready"]), "current": in_first_batch(0)}
+    return {**dump, "loops": {**loops, "fit_loop": {**fit_loop, key: {**counts, "is_last_batch": False}}}}
 
 
 _NO_REQUEUE: Final = (

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointManager, Policy
 from checkpointer.errors import NotFoundError
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
@@ -45,25 +45,27 @@ class Resume:
         """Begin the setup of a training: no state is loaded yet."""
         self.is_loaded, self.scores, self.attributes = False, {}, {}
 
-    def apply(self, manager: CheckpointManager, callback: Any, trainer: Any, *, again: bool) -> None:
-        """Let the manager continue from what was loaded; ``again``: the same Trainer has fitted before."""
+    def apply(self, manager: CheckpointManager, policy: Policy, callback: Any, trainer: Any) -> None:
+        """Let the manager continue from what was loaded, or from the callback's last training by the same Trainer."""
+        again = callback._last_trainer is not None and callback._last_trainer() is trainer
         remove_copies(self.found, trainer.ckpt_path)
         state = self.state if self.is_loaded or again else None
         if self.scores:
             adopt(manager, callback._folder, self.scores, callback.monitor)
             state = manager.session.state_dict()
         if state:
-            manager.session.load_state_dict(state, source=self._chosen_name(manager, callback._folder, trainer))
+            name = self._chosen_name(policy, callback._folder, trainer)
+            is_own = name in manager.session.manifest.by_name and name not in policy.aliases
+            manager.session.load_state_dict(state, source=name if is_own else "")
 
-    def _chosen_name(self, manager: CheckpointManager, folder: str, trainer: Any) -> str:
+    def _chosen_name(self, policy: Policy, folder: str, trainer: Any) -> str:
         """Return the name of the checkpoint whose path the user gave to resume from; empty if there is none."""
         if not (self.is_loaded or self.scores) or trainer.ckpt_path in (None, "", self.found):
             return ""
-        naming = manager.policy.name
+        naming = policy.name
         if naming.template is not None and fixed_parts(naming.template, naming.join) == naming.template:
             return ""  # A fixed name means the newest, or the best. Its file is replaced, as in Lightning.
-        name = name_in(folder, trainer.ckpt_path)
-        return name if name in manager.session.manifest.by_name and name not in manager.policy.aliases else ""
+        return name_in(folder, trainer.ckpt_path)
 
 
 def find_valid(which: Literal["last", "best"], callback: Any, trainer: Any) -> str | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -15,7 +14,6 @@ import attrs
 from checkpointer import Attach, CheckpointManager, Decision, Progress, Save, Skip
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.hosts.grace import Grace
-from checkpointer.policy.swapped_weights import marked
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Ranks
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
@@ -59,6 +57,8 @@ class TrainingSession:
     """How the ranks agree to stop within the running validation; None if they wait for its end."""
     moment: Moment | None = attrs.field(default=None, init=False)
     """What is being reported."""
+    is_validating: bool = attrs.field(default=False, init=False)
+    """Whether a validation has begun and not ended."""
     pending: Save | None = attrs.field(default=None, init=False)
     """The decision that `_save_checkpoint` carries out."""
     _metrics: FreshMetrics = attrs.field(factory=FreshMetrics, init=False)
@@ -68,8 +68,8 @@ class TrainingSession:
     """The attributes before the pending save."""
 
     @classmethod
-    def open(cls, callback: Any, trainer: Any, *, again: bool) -> TrainingSession:
-        """Open the directory on rank 0, and continue the run that was loaded; ``again``: it is the same Trainer."""
+    def open(cls, callback: Any, trainer: Any) -> TrainingSession:
+        """Open the directory on rank 0, and continue the run that was loaded."""
         number = callback._directory_index(trainer)
         policy = with_own_aliases(callback._make_policy(), number)
         ranks = open_ranks(trainer)
@@ -87,7 +87,7 @@ class TrainingSession:
             session.manager = manager = CheckpointManager(
                 callback._folder, policy, label=label(number), clock=callback._clock, **options
             )
-            callback._resume.apply(manager, callback, trainer, again=again)
+            callback._resume.apply(manager, policy, callback, trainer)
             return manager.session.horizon
 
         try:
@@ -214,12 +214,6 @@ class TrainingSession:
         finally:
             self.pending, self._before = None, {}
 
-    def commit_pending(self) -> Callable[[], Decision]:
-        """Return what commits the pending decision, on rank 0."""
-        assert self.pending is not None, "a save is pending"
-        commit = _only_on_rank_zero if self.manager is None else self.manager.session.commit
-        return functools.partial(commit, marked(self.pending, self.trainer.optimizers))
-
     def committed(self, decision: Decision) -> None:
         """Set the attributes after a commit, and call the loggers if the file is durable."""
 
@@ -315,8 +309,3 @@ class TrainingSession:
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))
         is_late, is_ready, requeues, stops = (bool(flag) for flag in flags)
         return is_due or (reports and is_late), is_ready, requeues, stops
-
-
-def _only_on_rank_zero(decision: Save) -> Decision:
-    msg = f"rank 0 alone commits {decision.name}"
-    raise AssertionError(msg)

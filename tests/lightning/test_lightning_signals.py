@@ -196,6 +196,10 @@ def test_a_sigterm_within_a_validation_stops_all_within_it_if_their_batches_are_
         (record,) = CheckpointManager(tmp_path / name).records
         assert (2, "rescue: SIGTERM") == (record.step, record.reason)
         assert kind == "uncounted" or "val_loss" not in record.metrics
+        loops = torch.load(tmp_path / name / record.name, weights_only=True)["loops"]["fit_loop"]
+        # A resume runs all of a validation that was not finished.
+        validated = loops["epoch_loop.val_loop.batch_progress"]["current"]["completed"]
+        assert (0 if kind == "counted" else 30) == validated
 
 
 class Breaking(pl.LightningModule):
