@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 import attrs
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
-from checkpointer_lightning.top_k import competing
 
-__all__ = ["NAMES", "Attributes", "attributes_of"]
+__all__ = ["NAMES", "ONLY_LAST", "Attributes", "attributes_of", "competing"]
 
 NAMES: Final = (
     "best_model_path",
@@ -26,6 +25,15 @@ NAMES: Final = (
     "current_score",
 )
 """The attributes that `Attributes.set_on` sets."""
+
+
+ONLY_LAST: Final = "checkpointer/only_last"
+"""Metric of a checkpoint that only ``last`` was due for, so that no rule looks at it."""
+
+
+def competing(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Return the records that compete for the top k, which are those that rules may look at."""
+    return tuple(record for record in records if ONLY_LAST not in record.metrics)
 
 
 @attrs.frozen(kw_only=True)

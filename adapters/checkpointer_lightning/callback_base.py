@@ -24,8 +24,7 @@ from checkpointer_lightning.rescue import failures_as_warnings, rescue, stop
 from checkpointer_lightning.resume import Resume, find_valid, remove_copies
 from checkpointer_lightning.session import Moment, TrainingSession
 from checkpointer_lightning.signals import batches_per_loader, signals_of
-from checkpointer_lightning.state_cache import cache_of
-from checkpointer_lightning.trainer_io import in_foreground
+from checkpointer_lightning.trainer_io import cache_of, in_foreground
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import ModelCheckpoint as Base
@@ -206,11 +205,7 @@ class CallbackBase(Base):
         session.validation_agreement = Agreement(session.ranks) if is_equal else None
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Stop several ranks after one batch of a validation, as Lightning stops one rank.
-
-        After the last batch `on_validation_end` does it. The rescue is of the step before the validation, without its
-        metrics.
-        """
+        """Stop several ranks after a batch, as Lightning stops one; after the last batch, `on_validation_end` does it."""
         session = self._session
         is_last_batch = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
         if session is None or session.validation_agreement is None or is_last_batch:

@@ -90,18 +90,12 @@ class Composed(CallbackBase):
             "verbose": verbose,
         }
         if storage_options:
-            self._fs = self._open_filesystem()
-
-    def _open_filesystem(self) -> Any:
-        """Return the filesystem that Lightning's own methods read the directory with."""
-        options = {name: value for name, value in (self._options["storage_options"] or {}).items() if name != "retry"}
-        return url_to_fs(self._folder, **options)[0]
+            # Lightning's own methods read the directory with it.
+            self._fs = url_to_fs(self._folder, **{k: v for k, v in storage_options.items() if k != "retry"})[0]
 
     def _set_up_directory(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # Lightning would read the directory without the options.
-        if self._options["storage_options"] and self.dirpath:
-            self._fs = self._open_filesystem()
-        else:
+        # Lightning would make a filesystem without the options.
+        if not (self._options["storage_options"] and self.dirpath):
             super()._set_up_directory(trainer, pl_module, stage)
 
     @property

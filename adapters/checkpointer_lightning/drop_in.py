@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -10,12 +10,22 @@ from typing import Any, Final, Literal, Optional, Union
 
 import attrs
 
-from checkpointer import CheckpointerWarning, Decision, DuringEpochs, EveryEpochs, Policy, Save, Skip
+from checkpointer import (
+    CheckpointerWarning,
+    Decision,
+    DuringEpochs,
+    EveryEpochs,
+    KeepBest,
+    Policy,
+    Record,
+    Save,
+    Skip,
+)
 from checkpointer.policy.naming import fixed_parts
-from checkpointer_lightning.attributes import Attributes
+from checkpointer.policy.retention import Rule
+from checkpointer_lightning.attributes import ONLY_LAST, Attributes, competing
 from checkpointer_lightning.callback_base import CallbackBase
 from checkpointer_lightning.session import Moment
-from checkpointer_lightning.top_k import ONLY_LAST, with_competitors
 
 __all__ = ["DropIn", "make_on_use"]
 
@@ -107,7 +117,7 @@ class DropIn(CallbackBase):
         if isinstance(when, EveryEpochs):
             # The alias last is due at each, also if the top k are not.
             when = DuringEpochs(1 if self.save_last else when.n)
-        return with_competitors(attrs.evolve(policy, name=naming, when=when))
+        return attrs.evolve(policy, name=naming, when=when, keep=[_limited(rule) for rule in policy.keep])
 
     # What is reported
 
@@ -222,6 +232,33 @@ class DropIn(CallbackBase):
             if state.get("monitor") == self.monitor and f"'mode': {self.mode!r}" in key:
                 self.load_state_dict(deepcopy(state))
                 return
+
+
+class _Best(KeepBest):
+    """Ranks the records that compete."""
+
+    def eligible(self, records: Iterable[Record]) -> tuple[Record, ...]:
+        return competing(super().eligible(records))
+
+
+@attrs.frozen
+class _Others:
+    """Applies a rule to the records that compete."""
+
+    rule: Rule
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return self.rule.keep(competing(history))
+
+    def __str__(self) -> str:
+        return str(self.rule)
+
+
+def _limited(rule: Any) -> Any:
+    if not isinstance(rule, KeepBest):
+        return _Others(rule)
+    metric = rule.metric
+    return _Best(rule.k, metric.key, mode=metric.mode, ties=metric.ties, after_step=rule.after_step)
 
 
 def _before_step(captured: Any, dump: dict[str, Any]) -> dict[str, Any]:

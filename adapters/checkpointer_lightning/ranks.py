@@ -9,35 +9,30 @@ import attrs
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.ports import Ranks
 
-__all__ = ["StrategyRanks", "close_ranks", "open_ranks"]
+__all__ = ["close_ranks", "open_ranks"]
 
 
 @attrs.frozen
-class StrategyRanks:
+class _StrategyRanks:
     """The ranks of a strategy that does not use ``torch.distributed``."""
 
     trainer: Any
 
     @property
     def rank(self) -> int:
-        """See `Ranks.rank`."""
         return int(self.trainer.global_rank)
 
     @property
     def size(self) -> int:
-        """See `Ranks.size`."""
         return int(self.trainer.world_size)
 
     def broadcast(self, value: Any) -> Any:
-        """See `Ranks.broadcast`."""
         return self.trainer.strategy.broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Ranks.gather`."""
         return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
 
     def highest(self, *values: float) -> tuple[float, ...]:
-        """See `Ranks.highest`."""
         import torch
 
         strategy = self.trainer.strategy
@@ -55,7 +50,7 @@ def open_ranks(trainer: Any) -> Ranks:
         return OneRank()
     import torch.distributed as dist
 
-    return TorchRanks() if dist.is_available() and dist.is_initialized() else StrategyRanks(trainer)
+    return TorchRanks() if dist.is_available() and dist.is_initialized() else _StrategyRanks(trainer)
 
 
 def close_ranks(ranks: Ranks) -> None:

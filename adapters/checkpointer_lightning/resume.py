@@ -6,17 +6,19 @@ import contextlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import attrs
+import torch
+from fsspec.core import url_to_fs
 
-from checkpointer import CheckpointManager, Policy
+from checkpointer import CheckpointerWarning, CheckpointManager, Policy, Save
 from checkpointer.errors import NotFoundError
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer_lightning.import_lightning import adopt
 from checkpointer_lightning.siblings import is_local, label, name_in, with_own_aliases
 
 __all__ = ["Resume", "find_valid", "remove_copies"]
@@ -51,7 +53,7 @@ class Resume:
         remove_copies(self.found, trainer.ckpt_path)
         state = self.state if self.is_loaded or again else None
         if self.scores:
-            adopt(manager, callback._folder, self.scores, callback.monitor)
+            _adopt(manager, callback._folder, self.scores, callback.monitor)
             state = manager.session.state_dict()
         if state:
             name = self._chosen_name(policy, callback._folder, trainer)
@@ -123,3 +125,34 @@ def remove_copies(*paths: str | None) -> None:
         folder = os.path.dirname(path or "")
         if os.path.basename(folder).startswith(_COPIES) and os.path.dirname(folder) == tempfile.gettempdir():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any], monitor: str | None) -> None:
+    """Adopt the files that Lightning ranked, with their scores. A file that cannot be read is left alone."""
+    found = sorted((*_progress_of(path), path) for path in scores if _is_in(directory, path))
+    for step, epoch, path in found:
+        if step < 0:
+            msg = f"{path} is not adopted: its step cannot be read; it is neither ranked nor removed"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            continue
+        metrics = {} if monitor is None else {monitor: scores[path]}
+        decision = manager.session.decide(metrics, step, epoch, due="Lightning had saved it")
+        if isinstance(decision, Save):
+            manager.session.commit(decision, path)
+
+
+def _is_in(directory: str, path: str) -> bool:
+    if name_in(directory, path).startswith(".."):
+        return False
+    filesystem, name = url_to_fs(path)
+    return bool(filesystem.isfile(name))
+
+
+def _progress_of(path: str) -> tuple[int, int]:
+    try:
+        filesystem, name = url_to_fs(path)
+        with filesystem.open(name, "rb") as stream:
+            state = torch.load(stream, map_location="meta", weights_only=True)
+        return int(state["global_step"]), int(state["epoch"])
+    except Exception:  # The file is not this library's, and its content must not end the training.
+        return -1, -1

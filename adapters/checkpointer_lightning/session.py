@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
+import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -15,22 +18,103 @@ from checkpointer import Attach, CheckpointManager, Decision, Progress, Save, Sk
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
-from checkpointer.ports import Ranks
+from checkpointer.ports import Listener, Ranks
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
-from checkpointer_lightning.background_events import BackgroundEvents
-from checkpointer_lightning.fresh_metrics import FreshMetrics
 from checkpointer_lightning.ranks import close_ranks, open_ranks
 from checkpointer_lightning.siblings import label, ours, with_own_aliases
 from checkpointer_lightning.signals import Signals, signals_of
-from checkpointer_lightning.state_cache import cache_of
-from checkpointer_lightning.trainer_io import TrainerIO
+from checkpointer_lightning.trainer_io import TrainerIO, cache_of
 
 __all__ = ["Moment", "TrainingSession"]
 
 Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 """What has just ended: a training batch, a validation, an epoch, the training; or user code asks for a save."""
 
+_log: Final = logging.getLogger("checkpointer")
 _NOTHING: Final = Skip(reason="nothing is decided")
+
+
+@attrs.define(eq=False)
+class BackgroundEvents(Listener):
+    """Queues the events of rank 0's writer thread until the training thread collects them."""
+
+    is_pending: bool = False
+    """Whether the end of a save or an attachment was not collected yet; the same on every rank."""
+    _has_waited: bool = False
+    _saved: deque[str] = attrs.field(factory=deque)
+    _retired: deque[str] = attrs.field(factory=deque)
+
+    def on_saved(self, record: Any) -> None:
+        """See `Listener.on_saved`."""
+        if record.kind == "regular":  # Loggers are not called for a rescue.
+            self._saved.append(record.name)
+
+    def on_retired(self, record: Any) -> None:
+        """See `Listener.on_retired`."""
+        self._retired.append(record.name)
+
+    def is_ready(self, manager: CheckpointManager | None) -> bool:
+        """Return whether all pending work of the writer thread has ended, on rank 0."""
+        return self.is_pending and manager is not None and not _unfinished(manager)
+
+    def wait(self, manager: CheckpointManager, step: int, timeout: float | None) -> None:
+        """Wait at most ``timeout`` seconds until the writer thread is idle, and log a wait. Raises what failed."""
+        running = _unfinished(manager)
+        started = time.monotonic()
+        manager.wait(timeout)
+        if running:
+            level = logging.INFO if self._has_waited else logging.WARNING
+            self._has_waited = True
+            waited = time.monotonic() - started
+            _log.log(level, "step %d: waited %.3g s for %s to be written", step, waited, running[0])
+
+    def take(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of what was saved and retired since the last call."""
+        return _drained(self._saved), _drained(self._retired)
+
+
+def _unfinished(manager: CheckpointManager) -> tuple[str, ...]:
+    status = manager.session.background_status
+    return status.unfinished if status is not None else ()
+
+
+def _drained(names: deque[str]) -> tuple[str, ...]:
+    return tuple(names.popleft() for _ in range(len(names)))
+
+
+class FreshMetrics:
+    """Remembers the step at which each metric was measured: a Trainer returns old values until new ones replace them.
+
+    Two measurements may give equal numbers, so numbers are not compared: a new measurement is a new tensor.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[Any, int]] = {}
+        self._ranked: tuple[int, Mapping[str, Any]] = -1, {}
+
+    def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics that were measured at ``step``, which is the training's step now."""
+        for name, value in metrics.items():
+            seen = self._seen.get(name)
+            if seen is None or not _is_same(seen[0], value):
+                self._seen[name] = value, step
+        return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
+
+    def rank(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Remember the metrics that a step was ranked by."""
+        self._ranked = step, {**self._ranked_at(step), **metrics}
+
+    def as_ranked(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics, with the values that the step was ranked by if it was ranked.
+
+        With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first. At the end of the epoch it shows the
+        mean of all batches under the same name: another quantity, which does not measure the step's weights.
+        """
+        ranked = self._ranked_at(step)
+        return {name: ranked.get(name, value) for name, value in metrics.items()}
+
+    def _ranked_at(self, step: int) -> Mapping[str, Any]:
+        return self._ranked[1] if self._ranked[0] == step else {}
 
 
 @attrs.define(eq=False)
@@ -116,11 +200,11 @@ class TrainingSession:
         """Whether this callback is the last of its Trainer: it acts once for all, after they have reported."""
         return ours(self.trainer.callbacks)[-1] is self.callback
 
-    def is_due(self, *, ends_epoch: bool = False, time: float | None = None) -> bool:
-        """Return whether the trigger may be due; ``time`` is in seconds of the callback's clock, None means now."""
-        time = self.callback._clock.time() if time is None else time
+    def is_due(self, *, ends_epoch: bool = False, at: float | None = None) -> bool:
+        """Return whether the trigger may be due ``at`` some seconds of the callback's clock; None means now."""
+        now = self.callback._clock.time() if at is None else at
         epochs = self.trainer.current_epoch + ends_epoch
-        return not self.horizon.covers(Progress(step=self.trainer.global_step, epochs=epochs, time=time))
+        return not self.horizon.covers(Progress(step=self.trainer.global_step, epochs=epochs, time=now))
 
     # Reports
 
@@ -216,11 +300,7 @@ class TrainingSession:
 
     def committed(self, decision: Decision) -> None:
         """Set the attributes after a commit, and call the loggers if the file is durable."""
-
-        def look() -> tuple[Horizon, Attributes]:
-            return self.managing.session.horizon, self.attributes()
-
-        self.horizon, attributes = on_rank_zero(self.ranks, look)
+        self.horizon, attributes = on_rank_zero(self.ranks, lambda: (self.managing.session.horizon, self.attributes()))
         vars(self.callback).update(self._before)
         attributes.set_on(self.callback)
         if not isinstance(decision, Save):  # The write failed, and that is tolerated.
@@ -303,9 +383,19 @@ class TrainingSession:
         is_ready = self.background is not None and self.background.is_ready(self.manager)
         requeues = self.signals.requeue and self.is_last
         stops = self.signals.noted and self.is_last
-        is_due = reports and self.is_due(time=-math.inf)
+        is_due = reports and self.is_due(at=-math.inf)
         if not self.agreement(is_late or is_ready or requeues or stops):
             return is_due, False, False, False
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))
         is_late, is_ready, requeues, stops = (bool(flag) for flag in flags)
         return is_due or (reports and is_late), is_ready, requeues, stops
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Return whether two tensors are one measurement: the Trainer returns views of one memory."""
+    if old is new:
+        return True
+    try:
+        return bool(old.data_ptr() == new.data_ptr())
+    except (AttributeError, RuntimeError):  # Not a tensor, or one without memory of its own.
+        return False
