@@ -205,7 +205,7 @@ class CallbackBase(Base):
         session.validation_agreement = Agreement(session.ranks) if is_equal else None
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Stop several ranks after a batch, as Lightning stops one; after the last batch, `on_validation_end` does it."""
+        """Stop several ranks after a batch, as Lightning stops one; `on_validation_end` does it after the last."""
         session = self._session
         is_last_batch = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
         if session is None or session.validation_agreement is None or is_last_batch:
@@ -355,12 +355,8 @@ def _with_validation_at_start(dump: dict[str, Any]) -> dict[str, Any]:
     key, fit_loop = "epoch_loop.val_loop.batch_progress", loops.get("fit_loop", {})
     if key not in fit_loop:
         return dump
-    total, current = fit_loop[key]["total"], fit_loop[key]["current"]
-
-    def in_first_batch(before: int) -> dict[str, int]:
-        return {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
-
-    counts = {"total": in_first_batch(total["ready"] - current["ready"]), "current": in_first_batch(0)}
+    before = {"total": fit_loop[key]["total"]["ready"] - fit_loop[key]["current"]["ready"], "current": 0}
+    counts = {k: {"ready": n + 1, "started": n + 1, "processed": n, "completed": n} for k, n in before.items()}
     return {**dump, "loops": {**loops, "fit_loop": {**fit_loop, key: {**counts, "is_last_batch": False}}}}
 
 

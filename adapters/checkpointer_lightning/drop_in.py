@@ -265,9 +265,6 @@ def _before_step(captured: Any, dump: dict[str, Any]) -> dict[str, Any]:
     """Return the dump with the weights that ``training_step`` captured before the optimizer stepped.
 
     They are the state of ``module.layer``, or of the whole module, or of a part of either. The module is not changed.
-
-    Raises:
-        TypeError: If they are not a dictionary.
     """
     if not isinstance(captured, Mapping):
         msg = f"module.saved_models holds a {type(captured).__name__}; a saved model state must be a dictionary"

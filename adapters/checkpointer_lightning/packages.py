@@ -33,11 +33,7 @@ class Package:
 
     @classmethod
     def load(cls, path: str) -> Package:
-        """Import the package; ``path`` is the module that has its Trainer.
-
-        Raises:
-            ImportError: If it is not installed.
-        """
+        """Import the package; ``path`` is the module that has its Trainer."""
         root = path.partition(".")[0]
         try:
             plugins = importlib.import_module(f"{path}.plugins.io")

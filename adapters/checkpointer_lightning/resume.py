@@ -74,12 +74,8 @@ def find_valid(which: Literal["last", "best"], callback: Any, trainer: Any) -> s
     """Return the path of the newest or the best whole checkpoint; None if there is no record at all.
 
     If only the mirror has it, it is fetched first. If the alias ``last`` names the newest, the alias is returned. A
-    Trainer has no ``storage_options``, so with them a copy on this machine is returned.
-
-    Args:
-        which: ``"best"`` means the newest if no rule of the policy ranks.
-        callback: Its directory, policy and options are used.
-        trainer: If it does not fit, checkpoints that have only weights count too.
+    Trainer has no ``storage_options``, so with them a copy on this machine is returned. If no rule of the policy ranks,
+    the best is the newest. If the Trainer does not fit, checkpoints that have only weights count too.
 
     Raises:
         NoValidCheckpointError: If there are checkpoints, and none of them is whole: a run never starts over silently.

@@ -217,7 +217,8 @@ class TrainingSession:
         with self._at(moment):
             self.callback._log_decision(self.trainer, decision, attributes)
             if isinstance(decision, Attach):
-                self._attached(decision, attributes)
+                attributes.set_on(self.callback)
+                self._carried_out((), decision.retire)
             elif isinstance(decision, Save):
                 with self._saving(decision, attributes):
                     self.callback._save_checkpoint(self.trainer, os.path.join(self.callback._folder, decision.name))
@@ -275,13 +276,6 @@ class TrainingSession:
             if self.is_last:
                 cache.begin(None)
 
-    def _attached(self, decision: Attach, attributes: Attributes) -> None:
-        attributes.set_on(self.callback)
-        if self.background is not None:
-            self.background.is_pending = True
-        else:
-            self._on_durable((), decision.retire)
-
     # Saves
 
     @contextlib.contextmanager
@@ -303,23 +297,20 @@ class TrainingSession:
         self.horizon, attributes = on_rank_zero(self.ranks, lambda: (self.managing.session.horizon, self.attributes()))
         vars(self.callback).update(self._before)
         attributes.set_on(self.callback)
-        if not isinstance(decision, Save):  # The write failed, and that is tolerated.
-            return
-        self.callback._last_global_step_saved = self.trainer.global_step
+        if isinstance(decision, Save):  # Else the write failed, and that is tolerated.
+            self.callback._last_global_step_saved = self.trainer.global_step
+            self._carried_out((decision.name,), decision.retire)
+
+    def _carried_out(self, saved: tuple[str, ...], retired: tuple[str, ...]) -> None:
         if self.background is not None:
             self.background.is_pending = True
         else:
-            self._on_durable((decision.name,), decision.retire)
+            self._on_durable(saved, retired)
 
     def collect(self, *, waits: bool = False, is_alone: bool = False) -> None:
-        """Set the attributes and call the loggers for what was written in the background, on all ranks.
+        """Set the attributes and call the loggers for what was written in the background; raise what failed there.
 
-        Args:
-            waits: Wait until the writer thread is idle.
-            is_alone: Do not call the other ranks: rank 0 does it for itself.
-
-        Raises:
-            SaveError: If a save in the background has failed.
+        With ``waits`` the writer thread is idle afterwards. With ``is_alone`` rank 0 does it without the other ranks.
         """
         background = self.background
         if background is None or not background.is_pending or (is_alone and self.ranks.rank):

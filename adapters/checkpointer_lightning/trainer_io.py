@@ -44,11 +44,7 @@ class TrainerIO:
         self.team = Team(self.ranks, {"take": self._take, "write": self._write})
 
     def manager_options(self, background: Busy | None) -> dict[str, Any]:
-        """Return a manager's arguments: how it gets a checkpoint, and whether the training waits for it.
-
-        Args:
-            background: As for `CheckpointManager`. Lightning's plugin asks for ``"wait"`` too.
-        """
+        """Return a manager's arguments: how it gets a checkpoint, and whether the training waits for it."""
         if self.package.writes_plainly(self.trainer):
             if isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io):
                 background = background or "wait"
