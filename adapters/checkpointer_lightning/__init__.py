@@ -20,12 +20,10 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    for package in ("lightning", "pytorch_lightning"):
-        spec = find_spec(package)
-        if spec is not None and spec.origin is not None:  # A folder of that name is no package.
-            return getattr(importlib.import_module(f"{__name__}.for_{package}"), name)
-    msg = f"{__name__}.{name} needs Lightning, which is not installed: pip install 'torch-checkpointer[lightning]'"
-    raise ImportError(msg)
+    specs = {root: find_spec(root) for root in ("lightning", "pytorch_lightning")}
+    # A plain folder of that name has no origin. If neither is installed, the import raises.
+    root = next((root for root, spec in specs.items() if spec is not None and spec.origin), "lightning")
+    return getattr(importlib.import_module(f"{__name__}.for_{root}"), name)
 
 
 def __dir__() -> list[str]:

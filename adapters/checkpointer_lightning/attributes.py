@@ -1,42 +1,59 @@
-"""What loggers, the Trainer and users read of a checkpoint callback, told from the records."""
+"""The attributes of a checkpoint callback that loggers, the Trainer and users read, computed from the records."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, Final
 
 import attrs
 import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
-from checkpointer_lightning.top_k import competing
 
-__all__ = ["ShownState", "account_of"]
+__all__ = ["NAMES", "ONLY_LAST", "Attributes", "attributes_of", "competing"]
+
+NAMES: Final = (
+    "best_model_path",
+    "best_model_score",
+    "best_k_models",
+    "kth_best_model_path",
+    "kth_value",
+    "last_model_path",
+    "current_score",
+)
+"""The attributes that `Attributes.set_on` sets."""
+
+
+ONLY_LAST: Final = "checkpointer/only_last"
+"""Metric of a checkpoint that only ``last`` was due for, so that no rule looks at it."""
+
+
+def competing(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Return the records that compete for the top k, which are those that rules may look at."""
+    return tuple(record for record in records if ONLY_LAST not in record.metrics)
 
 
 @attrs.frozen(kw_only=True)
-class ShownState:
-    """Lightning's words for what the records say, in plain values: they are sent to other ranks."""
+class Attributes:
+    """The values as plain numbers and text, because rank 0 sends them to the other ranks."""
 
     best: dict[str, float]
     """Path and score of the best k, in the order they were saved."""
     best_path: str
     kth_path: str
     last_path: str
-    current: float | None
-    """Score of the newest of the best k."""
     worst: float
-    """What is worse than any score."""
+    """The score that is worse than any other."""
     going: frozenset[str] = frozenset()
-    """Paths that are there, and will be gone once what is being written is there."""
+    """Paths that still exist, and will be retired once the pending saves are durable."""
 
-    def show(self, callback: Any) -> None:
-        """Set the attributes that Lightning's callback has. What the records do not know stays as it was."""
+    def set_on(self, callback: Any) -> None:
+        """Set the attributes that Lightning's callback has. If the records do not have a value, it is kept."""
         if self.going:
-            self._forget_going(callback)
+            self._remove_going(callback)
         if self.best_path:
             callback.best_model_path = self.best_path
         if self.last_path:
@@ -45,11 +62,11 @@ class ShownState:
             return
         callback.best_k_models = {path: _tensor(score) for path, score in self.best.items()}
         callback.best_model_score = callback.best_k_models[self.best_path]
-        callback.current_score = None if self.current is None else _tensor(self.current)
+        callback.current_score = _tensor(list(self.best.values())[-1])
         callback.kth_best_model_path = self.kth_path
         callback.kth_value = _tensor(self.best.get(self.kth_path, self.worst))
 
-    def _forget_going(self, callback: Any) -> None:
+    def _remove_going(self, callback: Any) -> None:
         kept = {path: score for path, score in callback.best_k_models.items() if path not in self.going}
         callback.best_k_models = kept
         if callback.best_model_path in self.going:
@@ -58,12 +75,12 @@ class ShownState:
             callback.kth_best_model_path = ""
 
 
-def account_of(
+def attributes_of(
     policy: Policy, manifest: Manifest, directory: str, top_k: int, going: Collection[str] = frozenset()
-) -> ShownState:
-    """Return the account of the records; ``top_k`` as Lightning has it, -1 for all.
+) -> Attributes:
+    """Return the attributes for some records; ``top_k`` as Lightning has it, -1 for all.
 
-    Names in ``going`` are left out: they are about to be retired.
+    Names in ``going`` are left out, because they will be retired.
     """
     slot = policy.name.last_file if policy.last else None
     history = [record for record in competing(manifest.history) if record.name != slot and record.name not in going]
@@ -75,12 +92,11 @@ def account_of(
     is_full = bool(best) and top_k in (-1, len(best))
     ranking = policy.ranking
     worst = max(ranking.places(in_order), key=lambda place: place[:2])[-1] if ranking and is_full else None
-    return ShownState(
+    return Attributes(
         best=best,
         best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",
         kth_path=os.path.join(directory, worst.name) if worst else "",
         last_path=os.path.join(directory, slot) if slot and manifest.history else "",
-        current=list(best.values())[-1] if best else None,
         worst=_worst(policy),
         going=frozenset(os.path.join(directory, name) for name in going),
     )

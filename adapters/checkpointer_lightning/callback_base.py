@@ -1,319 +1,363 @@
-"""A checkpoint callback whose decisions are a manager's: hooks become observations, decisions become saves."""
+"""A checkpoint callback that holds the session of a training: Lightning's hooks become its reports."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sys
 import warnings
 import weakref
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Progress, Save, Skip
+from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
-from checkpointer.hosts.grace import Grace
-from checkpointer.policy.triggers import Horizon
+from checkpointer.policy.swapped_weights import marked
+from checkpointer.ports import Clock
 from checkpointer.save.background import Busy
 from checkpointer_lightning import siblings
-from checkpointer_lightning.background_events import BackgroundEvents
-from checkpointer_lightning.ranks import close_ranks, open_ranks
-from checkpointer_lightning.rescue import quietly, rescue, rescue_together
-from checkpointer_lightning.save import Broadcast, Saving, Training
-from checkpointer_lightning.signals import Signals, plan_of, signals_of
-from checkpointer_lightning.state_cache import cache_of
-from checkpointer_lightning.trainer_io import TrainerIO, in_foreground
+from checkpointer_lightning.attributes import NAMES, Attributes
+from checkpointer_lightning.packages import Package
+from checkpointer_lightning.rescue import failures_as_warnings, rescue, stop
+from checkpointer_lightning.resume import Resume, find_valid, remove_copies
+from checkpointer_lightning.session import Moment, TrainingSession
+from checkpointer_lightning.signals import batches_per_loader, signals_of
+from checkpointer_lightning.trainer_io import cache_of, in_foreground
 
-__all__ = ["CallbackBase", "Moment"]
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import ModelCheckpoint as Base
+else:
+    Base = object
 
-Moment = Literal["batch", "validation", "epoch", "end", "asked"]
-"""What has just come to its end: a training batch, a validation, an epoch, the training; or somebody asks."""
+__all__ = ["CallbackBase"]
+
+_STATE: Final = "checkpointer"
+"""Key of the manager's state in the callback's."""
+_OF_A_TRAINING: Final = ("_session", "_last_trainer", "log", "log_dict")
+"""Attributes that a copy leaves out. The Trainer gives a callback the ``log`` methods of its module."""
 
 
-class CallbackBase(Saving):
-    """Base of both callbacks; a subclass says which policy, and which moments are reported."""
+class CallbackBase(Base):
+    """Base of both callbacks. A subclass has the policy, and says which moments are reported."""
 
+    _package: ClassVar[Package]
+    _clock: Clock = SystemClock()
+    _options: Mapping[str, Any] = {}
+    """Further arguments of the manager."""
     _background: Busy | None = None
     """As for `CheckpointManager`."""
     _grace_s: float = math.inf
     """Seconds between a signal to stop and the kill that follows it."""
+    _session: TrainingSession | None = None
+    _last_trainer: weakref.ref[Any] | None = None
+    _key_index: int | None = None
+    _stage: str = ""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._resume = Resume()
+        siblings.register(self)
 
     # What a subclass says
+
+    @property
+    def _base_key(self) -> str:
+        """The state key, without the number that distinguishes equal ones."""
+        raise NotImplementedError
+
+    def _make_policy(self) -> Policy:
+        raise NotImplementedError
 
     def _reports(self, moment: Moment, trainer: Any) -> bool:
         """Return whether this moment is an observation."""
         raise NotImplementedError
 
     def _ends_epoch(self, moment: Moment, trainer: Any) -> bool:
-        """Return whether it ends an epoch."""
         raise NotImplementedError
 
     def _due(self, moment: Moment) -> str:
-        """Return why it is due whatever the trigger says; empty if the trigger is to say."""
+        """Return why a save is due whatever the trigger says; empty if the trigger decides."""
         raise NotImplementedError
 
-    # From start to end
+    def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics to decide by, when something may be due."""
+        return metrics
+
+    def _log_decision(self, trainer: Any, decision: Decision, attributes: Attributes) -> None:
+        """Log a decision before it is carried out; ``attributes`` are those after it."""
+
+    # Identity and directory
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The class. The Trainer of the other package reads it, and gets an error with the right import."""
+        self._package.refuse_caller(type(self).__name__)
+        return type(self)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint: distinct among the callbacks of a Trainer."""
+        index = siblings.key_index(self) if self._key_index is None else self._key_index
+        return f"{self._base_key}#{index + 1}" if index else self._base_key
+
+    @property
+    def _folder(self) -> str:
+        return os.fspath(self.dirpath or "")
+
+    def _resolve_folder(self, trainer: Any) -> str:
+        return str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # Before `setup` ``dirpath`` may be None.
+
+    def _directory_index(self, trainer: Any) -> int:
+        """Return how many callbacks of the Trainer come before this one in its directory."""
+        folder = self._resolve_folder(trainer)
+        same = [other for other in siblings.ours(trainer.callbacks) if other._resolve_folder(trainer) == folder]
+        return same.index(self) if self in same else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}
+
+    # Start and end
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """See `Callback.setup`: the loaders of a training are not made yet."""
-        super().setup(trainer, pl_module, stage)
+        """See `Callback.setup`: find the directory. The loaders of a training are not made yet."""
+        self._package.refuse_trainer(trainer, type(self).__name__)
+        self._set_up_directory(trainer, pl_module, stage)
+        self._key_index = siblings.key_index(self, trainer.callbacks)
+        self._stage = stage
+        self._resume.reset()
         if stage == "fit":
             signals_of(trainer).cover(trainer)
 
+    def _set_up_directory(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Open the directory, and go on with the run that was restored."""
+        """Open the directory, and continue the run that was loaded."""
         if trainer.fast_dev_run:
             return
-        number = self._number(trainer)
-        policy = siblings.apart(self._make_policy(), number)
-        ranks = open_ranks(trainer)
-        weights_only = policy.contents == "weights"
-        pen = TrainerIO.of(trainer, self._package, ranks, lambda: self._dump(trainer), weights_only=weights_only)
-        again = self._last_trainer is not None and self._last_trainer() is trainer
+        session = TrainingSession.open(self, trainer)
         self._last_trainer = weakref.ref(trainer)
-        manager: CheckpointManager | None = None
-        how = pen.how(background=self._background)
-        behind = BackgroundEvents() if how.get("background") else None
-        listeners = (*self._options.get("listeners", ()), *((behind,) if behind is not None else ()))
-        options = {**self._options, **how, "listeners": listeners}
-
-        def open_it() -> Horizon:
-            nonlocal manager
-            label = siblings.label(number)
-            manager = CheckpointManager(self._folder, policy, label=label, clock=self._clock, **options)
-            self._go_on(trainer, manager, policy, again=again)
-            return manager.session.horizon
-
-        try:
-            training = Training(pen, ranks, None, on_rank_zero(ranks, open_it))
-        except BaseException:
-            if manager is not None:
-                manager.close()
-            close_ranks(ranks)
-            raise
-        self._forget_copies(trainer)
-        training.manager, training.rescues, training.behind = manager, policy.rescue, behind
-        self._grace = Grace(self._grace_s)
-        training.signals = signals_of(trainer)
-        training.signals.listen(trainer, talks=ranks.size > 1)
-        self._training = training
-        self.__dict__.update(self._shown_before)  # From here on it is the records that count.
-        self._show(on_rank_zero(ranks, lambda: self._account(training, None)))
+        remove_copies(self._resume.found, trainer.ckpt_path)
+        session.signals.listen(trainer, several_ranks=session.ranks.size > 1)
+        self._session = session
+        self.__dict__.update(self._resume.attributes)  # From here on the attributes follow the records.
+        on_rank_zero(session.ranks, session.attributes).set_on(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See `Callback.teardown`: close the directory."""
         super().teardown(trainer, pl_module, stage)
-        self._forget_copies(trainer)
+        remove_copies(self._resume.found, trainer.ckpt_path)
         self._close(trainer)
 
     def _close(self, trainer: Any) -> None:
-        cache_of(trainer).clear()
-        training = self._training
-        if training is None:
-            return
-        self._saved, self._training = self._manager_state(), None
-        try:
-            if training.manager is not None:
-                training.manager.close(timeout=self._grace.left)
-        finally:
-            close_ranks(training.ranks)
+        cache_of(trainer).begin(None)
+        session = self._session
+        if session is not None:
+            self._resume.state, self._session = self._manager_state(), None
+            session.close()
 
     # Hooks
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report a batch; costs a comparison unless something is due."""
-        training = self._training
-        if training is None:
+        session = self._session
+        if session is None:
             return
-        if training.ranks.size > 1:
-            self._end_batch_together(trainer, training)
-        elif self._reports("batch", trainer):
-            now = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=self._clock.time())
-            if not training.horizon.covers(now):
-                self._report("batch", trainer)
-        if training.ranks.size == 1:
-            if training.behind is not None and training.behind.has_news(training.manager):
-                self._catch_up(trainer)
-            if training.signals.requeue and self is siblings.newest(trainer.callbacks, CallbackBase):
-                self._requeue(trainer, training)
-
-    def _end_batch_together(self, trainer: Any, training: Training) -> None:
-        """Do the same on all ranks: steps and epochs they all know, of a time or a signal they have to be told."""
-        signals, horizon, behind = training.signals, training.horizon, training.behind
         reports = self._reports("batch", trainer)
-        late = reports and training.ranks.rank == 0 and self._clock.time() >= horizon.time
-        news = behind is not None and behind.has_news(training.manager)
-        # The last callback asks for all: by then the others have reported this batch.
-        is_last = self is siblings.newest(trainer.callbacks, CallbackBase)
-        stops = signals.noted and is_last
-        requeues = signals.requeue and is_last
-        if training.agreement(late or stops or news or requeues):
-            flags = training.ranks.highest(float(late), float(stops), float(news), float(requeues))
-            late, stops, news, requeues = map(bool, flags)
-        else:
-            late = stops = news = requeues = False
-        known = Progress(step=trainer.global_step, epochs=trainer.current_epoch, time=-math.inf)
-        if reports and (late or not horizon.covers(known)):
-            self._report("batch", trainer)
-        if news:
-            self._catch_up(trainer)
+        if session.ranks.size > 1:
+            self._end_batch_together(session, reports=reports)
+            return
+        if reports and session.is_due():
+            session.report("batch")
+        if session.background is not None and session.background.is_ready(session.manager):
+            session.collect()
+        if session.signals.requeue and session.is_last:
+            self._requeue(session)
+
+    def _end_batch_together(self, session: TrainingSession, *, reports: bool) -> None:
+        reports, collects, requeues, stops = session.agree(reports=reports)
+        if reports:
+            session.report("batch")
+        if collects:
+            session.collect()
         if requeues:
-            self._requeue(trainer, training)
+            self._requeue(session)
         if stops:
-            self._stop(trainer, training.signals)
+            stop(session)
 
-    def _stop(self, trainer: Any, signals: Signals) -> None:
-        """Save on all ranks what each callback rescues, and let each rank raise Lightning's exception."""
-        for callback in trainer.callbacks:
-            training = callback._training if isinstance(callback, CallbackBase) else None
-            if training is None:
-                continue
-            callback._grace.begin()
-            if training.rescues and trainer.global_step and not signals.requeued:
-                rescue_together(callback, training, trainer, "SIGTERM")
-        signals.stop(trainer)
-
-    def _requeue(self, trainer: Any, training: Training) -> None:
-        """Let Lightning save for SLURM and ask for the job to be run again, as it does within its signal handler."""
-        with in_foreground(trainer.strategy, self._package.async_io):
-            training.signals.hand_on()
+    def _requeue(self, session: TrainingSession) -> None:
+        """Let Lightning save for SLURM and requeue the job, as it does within its signal handler."""
+        with in_foreground(session.trainer.strategy, self._package.async_io):
+            session.signals.pass_on()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """See `Callback.on_validation_start`: several ranks find out whether they can stop within this validation."""
-        training = self._training
-        if training is None or training.ranks.size == 1 or self is not siblings.newest(trainer.callbacks, CallbackBase):
+        """See `Callback.on_validation_start`: several ranks check whether they can stop within this validation."""
+        session = self._session
+        if session is not None:
+            session.is_validating = True
+        if session is None or session.ranks.size == 1 or not session.is_last:
             return
-        plans = training.ranks.gather(plan_of(trainer))
-        # With other numbers of batches a rank would wait in Lightning's collectives for one that has stopped.
-        is_equal = None not in plans and all(plan == plans[0] for plan in plans)
-        training.validating = Agreement(training.ranks) if is_equal else None
+        batches = session.ranks.gather(batches_per_loader(trainer))
+        # If the numbers differ, a rank would wait in Lightning's collectives for a rank that has stopped.
+        is_equal = None not in batches and all(each == batches[0] for each in batches)
+        session.validation_agreement = Agreement(session.ranks) if is_equal else None
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Stop several ranks after one batch of a validation, as Lightning stops one; the last has `on_validation_end`.
-
-        The rescue is of the step before the validation, and has none of its metrics.
-        """
-        training = self._training
-        if training is None or training.validating is None or _is_last(trainer):
+        """Stop several ranks after a batch, as Lightning stops one; `on_validation_end` does it after the last."""
+        session = self._session
+        is_last_batch = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
+        if session is None or session.validation_agreement is None or is_last_batch:
             return
-        if training.validating(training.signals.noted):
-            self._stop(trainer, training.signals)
+        if session.validation_agreement(session.signals.noted):
+            stop(session)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Report a validation: what it measured is attached to the step's checkpoint, or decides on one."""
-        training = self._training
-        if training is None or trainer.sanity_checking:
+        """Report a validation: its metrics are attached to the step's checkpoint, or decide on one."""
+        session = self._session
+        if session is None or trainer.sanity_checking:
             return
-        self._report("validation", trainer)
-        if training.ranks.size == 1 or self is not siblings.newest(trainer.callbacks, CallbackBase):
-            return
-        training.validating = None
-        if any(training.ranks.highest(float(training.signals.noted))):
-            self._stop(trainer, training.signals)
+        session.is_validating = False
+        session.report("validation")
+        if session.ranks.size > 1 and session.is_last:
+            session.validation_agreement = None
+            if any(session.ranks.highest(float(session.signals.noted))):
+                stop(session)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the end of an epoch."""
-        if self._training is not None:
-            self._report("epoch", trainer)
+        if self._session is not None:
+            self._session.report("epoch")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the end of the training, and wait for what is being written."""
-        training = self._training
-        if training is None:
+        session = self._session
+        if session is None:
             return
-        self._catch_up(trainer, waits=True)
+        session.collect(waits=True)
         if self._due("end"):
-            self._report("end", trainer)
-            self._catch_up(trainer, waits=True)
-        if training.signals.awaits_requeue and self is siblings.newest(trainer.callbacks, CallbackBase):
-            (asked,) = training.ranks.highest(float(training.signals.requeue))
-            if asked:
-                self._requeue(trainer, training)
+            session.report("end")
+            session.collect(waits=True)
+        can_requeue = session.signals.awaits_requeue and session.is_last
+        if can_requeue and any(session.ranks.highest(float(session.signals.requeue))):
+            self._requeue(session)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Save what there is, if the policy rescues; never in a way that could hide the exception."""
-        if self._training is None:
+        """Save the state, if the policy rescues; never in a way that could hide the exception."""
+        session = self._session
+        if session is None:
             return
-        signals = self._training.signals
+        signals = session.signals
         try:
-            # After an agreed SIGTERM it is saved already; a job that SLURM runs again goes on from Lightning's file.
-            stopped = type(exception).__name__ == "SIGTERMException"
-            if stopped:
-                self._grace.begin()
-            if not signals.agreed and not (stopped and signals.requeued):
-                rescue(self, self._training, trainer, exception)
+            # After an agreed SIGTERM the state is saved already. A requeued job continues from Lightning's file.
+            is_sigterm = type(exception).__name__ == "SIGTERMException"
+            if is_sigterm:
+                session.grace.begin()
+            if not signals.agreed and not (is_sigterm and signals.requeued):
+                rescue(session, exception)
             if signals.requeue:
                 signals.requeue = False
                 warnings.warn(_NO_REQUEUE, CheckpointerWarning, stacklevel=2)
-            with quietly():
-                self._catch_up(trainer, waits=True, is_alone=True)
+            with failures_as_warnings():
+                session.collect(waits=True, is_alone=True)
         finally:
-            with quietly():
+            with failures_as_warnings():
                 self._close(trainer)
 
-    # Reporting
+    # Files
 
-    def _report(self, moment: Moment, trainer: Any) -> None:
-        training = self._training
-        assert training is not None, "it was asked"
-        if not trainer.global_step:  # Nothing was trained yet.
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        """Carry out a decision. A subclass may wrap it: after it returns, the file exists and is whole.
+
+        In the background the file exists later. Until then the attributes name only files that exist.
+        """
+        session = self._session
+        if session is None or session.pending is None:
+            super()._save_checkpoint(trainer, filepath)
             return
-        # Every rank looks, for a metric may be computed by all of them together.
-        metrics = self._metrics(trainer, training, self._monitor_candidates(trainer))
-        if not self._reports(moment, trainer):
+        decision = marked(session.pending, trainer.optimizers)
+        if session.ranks.size == 1:
+            session.committed(session.managing.session.commit(decision))
+        else:
+            session.committed(session.io.team.work(lambda: session.managing.session.commit(decision)))
+
+    def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
+        """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""
+
+    def _dump(self, trainer: Any) -> dict[str, Any]:
+        """Return the state to save; all callbacks that save at this moment get the same dump."""
+        callbacks = siblings.ours(trainer.callbacks)
+        dump = cache_of(trainer).dump(trainer, callbacks, weights_only=self.save_weights_only)
+        return _with_validation_at_start(dump) if self._session is not None and self._session.is_validating else dump
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning's callback does, and the manager's state, so that a resume is a restore."""
+        with contextlib.nullcontext() if self._session is None else self._session.outlook():
+            return {**super().state_dict(), _STATE: dict(self._manager_state())}
+
+    def _manager_state(self) -> Mapping[str, Any]:
+        session = self._session
+        if session is None or session.manager is None:
+            return self._resume.state
+        state = session.manager.session.state_dict()
+        # Another callback may save this. The training is at this step, so later saves are on the same timeline.
+        return {**state, "step": max(state["step"], session.trainer.global_step)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned, or what Lightning's callback did."""
+        resume, state = self._resume, dict(state_dict)
+        ours = state.pop(_STATE, {})
+        if not ours:
+            super().load_state_dict(state)
+            best = state.get("best_model_path")
+            newest = {best: None} if best else {}
+            resume.scores = dict(self.best_k_models or newest) if self._stage == "fit" else {}
             return
-        self._catch_up(trainer)
-        step, epoch = trainer.global_step, trainer.current_epoch
-        if moment not in ("validation", "asked"):  # A validation measures anew.
-            metrics = training.measured.as_ranked(step, metrics)
-        ends = self._ends_epoch(moment, trainer)
-        now = Progress(step=step, epochs=epoch + ends, time=self._clock.time())
-        if self._due(moment) or not training.horizon.covers(now):
-            metrics = self._ask(moment, trainer, metrics)
-        if moment == "epoch":
-            training.epoch = step, epoch, ends
-        elif moment == "end" and training.epoch[0] == step:
-            # The Trainer counts on before the training ends.
-            _, epoch, ends = training.epoch
+        self.best_model_path = state["best_model_path"]
+        if state["dirpath"] == self.dirpath:
+            # These count until the records are read. A validation reads none, nor does a training that has ended.
+            resume.attributes = {name: vars(self)[name] for name in NAMES if name != "best_model_path"}
+            self.__dict__.update({name: state[name] for name in NAMES})
+        resume.state, resume.is_loaded = ours, self._stage == "fit"
 
-        def decide() -> Broadcast:
-            manager = training.managing
-            decision = manager.session.decide(metrics, step, epoch, epoch_end=ends, due=self._due(moment))
-            # What is attached in the background is not there yet.
-            shown = decision if training.behind is None or isinstance(decision, Save) else None
-            return Broadcast(decision, manager.session.horizon, self._account(training, shown))
+    @property
+    def best_model_path(self) -> str:
+        """Path or URL of the best checkpoint; empty if none is known.
 
-        answer = on_rank_zero(training.ranks, decide)
-        training.horizon = answer.horizon
-        if _is_ranked(answer.decision):
-            training.measured.rank(step, metrics)
-        desk = cache_of(trainer)
-        desk.turn_to((moment, step, epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready))
-        training.moment = moment
-        try:
-            self._follow(trainer, answer.decision, answer.account)
-        finally:
-            training.moment = ""
-            if self is siblings.newest(trainer.callbacks, CallbackBase):
-                desk.clear()
+        If the callback has saved nothing, a Trainer that resolves ``ckpt_path="best"`` gets it from the records.
+        """
+        known: str = vars(self)["best_model_path"]
+        # Before a training is set up, only the object that reads it knows the Trainer of the callback.
+        connector: Any = None if known else sys._getframe(1).f_locals.get("self")
+        if type(connector).__name__ == "_CheckpointConnector":
+            known = self.best_model_path = find_valid("best", self, connector.trainer) or ""
+        return known
 
-    def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Return the metrics to decide by, now that something may be due."""
-        return metrics
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        self.__dict__["best_model_path"] = path
 
-    def _metrics(self, trainer: Any, training: Training, candidates: dict[str, Any]) -> dict[str, Any]:
-        """Return what was measured at this step."""
-        fresh = training.measured.at(trainer.global_step, trainer.callback_metrics)
-        # What a subclass adds is its own affair; epoch and step are told apart from metrics of that name.
-        added = candidates.keys() - trainer.callback_metrics.keys() - {"epoch", "step"}
-        return {name: value for name, value in candidates.items() if name in fresh or name in added}
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        """Return what ``ckpt_path="last"`` means here: the newest checkpoint that is whole."""
+        self._resume.found = found = find_valid("last", self, trainer)
+        return {found} if found else super()._find_last_checkpoints(trainer)
 
 
-def _is_last(trainer: Any) -> bool:
-    """Return whether this is the last batch of the validation."""
-    return bool(trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch)
+def _with_validation_at_start(dump: dict[str, Any]) -> dict[str, Any]:
+    """Return the dump with the running validation at its first batch, so that a resume runs all of it.
 
-
-def _is_ranked(decision: Decision) -> bool:
-    """Return whether the rules have looked at the step's metrics: a step that waits for one is not ranked yet."""
-    return not isinstance(decision, Skip) or (decision.due and not decision.waiting)
+    Else Lightning would skip the validation, or run as many batches as were left and log the metrics of those.
+    """
+    loops = dump.get("loops", {})
+    key, fit_loop = "epoch_loop.val_loop.batch_progress", loops.get("fit_loop", {})
+    if key not in fit_loop:
+        return dump
+    before = {"total": fit_loop[key]["total"]["ready"] - fit_loop[key]["current"]["ready"], "current": 0}
+    counts = {k: {"ready": n + 1, "started": n + 1, "processed": n, "completed": n} for k, n in before.items()}
+    return {**dump, "loops": {**loops, "fit_loop": {**fit_loop, key: {**counts, "is_last_batch": False}}}}
 
 
 _NO_REQUEUE: Final = (

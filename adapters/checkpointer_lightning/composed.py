@@ -14,9 +14,9 @@ from checkpointer.policy.retention import KeepAll
 from checkpointer.ports import Listener
 from checkpointer.save.background import Busy
 from checkpointer.storage.opening import Where
-from checkpointer_lightning import siblings
-from checkpointer_lightning.callback_base import CallbackBase, Moment
-from checkpointer_lightning.places import is_local
+from checkpointer_lightning.callback_base import CallbackBase
+from checkpointer_lightning.session import Moment
+from checkpointer_lightning.siblings import is_local
 
 __all__ = ["Composed"]
 
@@ -24,25 +24,25 @@ __all__ = ["Composed"]
 class Composed(CallbackBase):
     """Saves by a `checkpointer.Policy`: any triggers, any rules, several such callbacks in one Trainer.
 
-    A training batch, a validation, the end of an epoch and the end of the training are each reported. A step that is
-    saved before its validation is ranked after it, and a metric counts only for the step it was measured at. At the
-    end of the training the state is saved if a rule keeps it.
+    A training batch, a validation, the end of an epoch and the end of the training are each reported. If a step is
+    saved before its validation, it is ranked after it. A metric counts only for the step it was measured at. At the end
+    of the training the state is saved if a rule keeps it.
 
     Args:
         directory: A folder or an fsspec URL; None takes the logger's, or ``checkpoints`` in the Trainer's root.
-        policy: When to save, what to keep and how to name; or a file that `Policy.to_yaml` wrote, or such text itself.
-        listeners: Told when a checkpoint is durable or gone, on rank 0.
+        policy: When to save, what to keep and how to name; or the path of a YAML file of `Policy.to_yaml`, or its text.
+        listeners: Called on rank 0 when a checkpoint is durable or retired.
         tolerate_failures: How many saves in a row may fail with a warning.
         storage_options: What fsspec needs besides a URL, such as credentials; never logged or stored. The Trainer does
-            not have them: ``ckpt_path="last"`` goes by a copy on this machine, and for a URL it asks the environment.
+            not have them: ``ckpt_path="last"`` uses a copy on this machine, and for a URL fsspec reads the environment.
         trust: A key that signs each record.
         mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches:
             a path, a URL or a storage, or a `checkpointer.Mirror`.
         background: ``"wait"`` or ``"skip"`` copies the state and goes on with the training, while a thread writes it,
             as for `checkpointer.CheckpointManager`. Lightning's ``AsyncCheckpointIO`` asks for ``"wait"``. Listeners
             are called on that thread.
-        grace_s: Seconds between SIGTERM and the kill that follows it, if that is known: the end of a stopped training
-            waits for the mirror no longer than that. They are counted from the end of the batch, where Lightning stops.
+        grace_s: Seconds between SIGTERM and the kill that follows it, if known. The end of a stopped training waits for
+            the mirror no longer than that. The count begins at the end of the batch, where Lightning stops.
         verbose: Log each decision.
 
     Example:
@@ -67,14 +67,13 @@ class Composed(CallbackBase):
     ) -> None:
         policy = policy if isinstance(policy, Policy) else Policy.from_yaml(policy)
         best = next((rule for rule in policy.keep if isinstance(rule, KeepBest)), None)
-        everything = any(isinstance(rule, KeepAll) for rule in policy.keep)
-        monitor = best.metric.name if best else None
+        keeps_all = any(isinstance(rule, KeepAll) for rule in policy.keep)
         super().__init__(
-            directory,
-            policy.name.template,
-            monitor=monitor,
+            dirpath=directory,
+            filename=policy.name.template,
+            monitor=best.metric.name if best else None,
             mode=best.metric.mode if best else "min",
-            save_top_k=-1 if everything else best.k if best else 1,
+            save_top_k=-1 if keeps_all else best.k if best else 1,
             save_last="link" if policy.last == "link" and is_local(str(directory or "")) else bool(policy.last),
             save_weights_only=policy.contents == "weights",
             verbose=verbose,
@@ -91,20 +90,13 @@ class Composed(CallbackBase):
             "verbose": verbose,
         }
         if storage_options:
-            self._fs = self._open_filesystem()
-        siblings.introduce(self)
+            # Lightning's own methods read the directory with it.
+            self._fs = url_to_fs(self._folder, **{k: v for k, v in storage_options.items() if k != "retry"})[0]
 
-    def _open_filesystem(self) -> Any:
-        """Return the filesystem that Lightning's own methods look at the directory with."""
-        options = {name: value for name, value in (self._options["storage_options"] or {}).items() if name != "retry"}
-        return url_to_fs(self._folder, **options)[0]
-
-    def _enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # Lightning would look at the directory without the options.
-        if self._options["storage_options"] and self.dirpath:
-            self._fs = self._open_filesystem()
-        else:
-            super()._enter(trainer, pl_module, stage)
+    def _set_up_directory(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Lightning would make a filesystem without the options.
+        if not (self._options["storage_options"] and self.dirpath):
+            super()._set_up_directory(trainer, pl_module, stage)
 
     @property
     def _base_key(self) -> str:
@@ -117,7 +109,7 @@ class Composed(CallbackBase):
         return True
 
     def _ends_epoch(self, moment: Moment, trainer: Any) -> bool:
-        # A training that stops within an epoch runs the hook too.
+        # The hook runs also if a training stops within an epoch.
         return moment == "epoch" and bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
     def _due(self, moment: Moment) -> str:

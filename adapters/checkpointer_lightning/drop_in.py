@@ -1,40 +1,49 @@
-"""Lightning's ``ModelCheckpoint``, argument for argument, with decisions that are a policy's."""
+"""Lightning's ``ModelCheckpoint`` with the same arguments; a policy makes the decisions."""
 
 import inspect
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Final, Literal, Optional, Union
 
 import attrs
 
-from checkpointer import Attach, CheckpointerWarning, Decision, DuringEpochs, EveryEpochs, Policy, Save, Skip
+from checkpointer import (
+    CheckpointerWarning,
+    Decision,
+    DuringEpochs,
+    EveryEpochs,
+    KeepBest,
+    Policy,
+    Record,
+    Save,
+    Skip,
+)
 from checkpointer.policy.naming import fixed_parts
-from checkpointer_lightning import siblings
-from checkpointer_lightning.attributes import ShownState
-from checkpointer_lightning.callback_base import CallbackBase, Moment
-from checkpointer_lightning.identity import Identity
-from checkpointer_lightning.manual_optimization import before_step, has_captured
-from checkpointer_lightning.top_k import ONLY_LAST, with_competitors
+from checkpointer.policy.retention import Rule
+from checkpointer_lightning.attributes import ONLY_LAST, Attributes, competing
+from checkpointer_lightning.callback_base import CallbackBase
+from checkpointer_lightning.session import Moment
 
-__all__ = ["DropIn"]
+__all__ = ["DropIn", "make_on_use"]
 
 
 class DropIn(CallbackBase):
-    """Takes the place of Lightning's ``ModelCheckpoint``: the same arguments, attributes, names and state.
+    """Replaces Lightning's ``ModelCheckpoint``: it has the same arguments, attributes, names and state.
 
-    Where Lightning loses data or misleads, this does not; ``docs/lightning.md`` lists each difference.
+    It differs only where Lightning loses data or misleads. ``docs/lightning.md`` lists each difference.
 
     Args:
         dirpath: Folder; None takes the logger's, or ``checkpoints`` in the Trainer's root.
         filename: Template; None means ``{epoch}-{step}``.
         monitor: Metric to rank by.
-        verbose: Say what is saved, and what is not.
-        save_last: Let ``last`` name the newest state, as a copy without bytes of its own or as a link (``"link"``).
+        verbose: Log what is saved, and what is not.
+        save_last: Let ``last`` name the newest state: a copy without bytes of its own, or a link (``"link"``).
         save_top_k: How many of the best to keep; -1 all, 0 none.
         save_on_exception: Save when an exception ends the training, under a name of its own.
-        save_weights_only: Leave out what a resume needs.
+        save_weights_only: Leave out what only a resume needs.
         mode: ``"min"`` or ``"max"``.
         auto_insert_metric_name: Write ``name=value`` in names.
         every_n_train_steps: Optimizer steps between saves.
@@ -45,10 +54,10 @@ class DropIn(CallbackBase):
     """
 
     _is_asking: bool = False
-    _consent: dict[str, Any] | None = None
-    """What the top k are to be decided by, if they are asked at all."""
+    _candidates: dict[str, Any] | None = None
+    """What the top k are decided by; None if an override has left this step out."""
     _unknown: frozenset[str] = frozenset()
-    """Fields of the template that nobody has reported, and that were said."""
+    """Fields of the template that were not reported, and that a warning has named."""
 
     # Optional and Union as in Lightning, whose command line reads them on every Python it supports.
     def __init__(
@@ -71,14 +80,13 @@ class DropIn(CallbackBase):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         # Lightning 2.4 does not know all of them yet.
-        known = inspect.signature(super(Identity, self).__init__).parameters
+        known = inspect.signature(super(CallbackBase, self).__init__).parameters
         super().__init__(**{name: value for name, value in given.items() if name in known})
         self.save_on_exception = save_on_exception
-        siblings.introduce(self)
 
     @property
     def _base_key(self) -> str:
-        return str(super(Identity, self).state_key)
+        return str(super(CallbackBase, self).state_key)
 
     def _make_policy(self) -> Policy:
         policy = Policy.from_flags(
@@ -105,11 +113,11 @@ class DropIn(CallbackBase):
             slashes="keep",
         )
         when = policy.when
-        # Lightning saves at each validation of an epoch that counts, and in no other epoch.
+        # Lightning saves at each validation of every n-th epoch, and not in the other epochs.
         if isinstance(when, EveryEpochs):
-            # Whatever the top k wait for, last is due at each.
+            # The alias last is due at each, also if the top k are not.
             when = DuringEpochs(1 if self.save_last else when.n)
-        return with_competitors(attrs.evolve(policy, name=naming, when=when))
+        return attrs.evolve(policy, name=naming, when=when, keep=[_limited(rule) for rule in policy.keep])
 
     # What is reported
 
@@ -119,7 +127,7 @@ class DropIn(CallbackBase):
         return moment == ("epoch" if self._should_save_on_train_epoch_end(trainer) else "validation")
 
     def _ends_epoch(self, moment: Moment, trainer: Any) -> bool:
-        # By Lightning's words an epoch that counts by epochs ends with each of its validations.
+        # In Lightning, with every_n_epochs, each validation ends the epoch.
         return moment == "epoch" or (moment == "validation" and bool(self._every_n_epochs))
 
     def _due(self, moment: Moment) -> str:
@@ -127,15 +135,15 @@ class DropIn(CallbackBase):
             return "the training ends"
         return "asked for" if moment == "asked" else ""
 
-    # What is asked, and of whom
+    # Overridden methods
 
     def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Ask the methods that subclasses override, and say whether the top k are due or ``last`` alone."""
+        """Call the methods that subclasses override, and mark the metrics if only ``last`` is due."""
         is_due = moment == "end" or self._every_n_epochs < 2 or (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if is_due and self._is_overridden and self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             before = dict(candidates)
-            self._consent = None
+            self._candidates = None
             self._is_asking = True
             try:
                 if moment != "end":
@@ -143,8 +151,9 @@ class DropIn(CallbackBase):
                 self._save_last_checkpoint(trainer, candidates)
             finally:
                 self._is_asking = False
-            is_due = moment == "end" or self._consent is not None
-            metrics = {**metrics, **_changed(before, self._consent or {})}
+            is_due = moment == "end" or self._candidates is not None
+            after: dict[str, Any] = self._candidates or {}
+            metrics = {**metrics, **{k: v for k, v in after.items() if k not in before or before[k] is not v}}
         return metrics if is_due else {**metrics, ONLY_LAST: 1.0}
 
     @property
@@ -153,66 +162,66 @@ class DropIn(CallbackBase):
         return any(name in vars(self) or getattr(type(self), name) is not getattr(DropIn, name) for name in names)
 
     def _save_topk_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
-        """Let this step compete for the top k. A subclass may leave that out, or change what it is ranked by."""
+        """Let this step compete for the top k. A subclass may skip that, or change what it is ranked by."""
         if self._is_asking:
-            self._consent = dict(monitor_candidates)
-        elif self._training is not None:
-            self._report("asked", trainer)
+            self._candidates = dict(monitor_candidates)
+        elif self._session is not None:
+            self._session.report("asked")
 
     def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
-        """Save now, if it is called by others: ``last`` names the newest state whether or not it is called."""
-        if not self._is_asking and self._training is not None and self.save_last:
-            self._report("asked", trainer)
+        """Save now, if user code calls it. ``last`` names the newest state whether or not it is called."""
+        if not self._is_asking and self._session is not None and self.save_last:
+            self._session.report("asked")
 
-    # What is saved
+    # Manual optimization
 
     def _dump(self, trainer: Any) -> dict[str, Any]:
-        dump, module = super()._dump(trainer), trainer.lightning_module
-        if module.automatic_optimization or not self._at_batch:
+        dump, module, session = super()._dump(trainer), trainer.lightning_module, self._session
+        if module.automatic_optimization or session is None or session.moment != "batch":
             return dump
-        if has_captured(module):
-            return before_step(module, dump)
+        saved_models = getattr(module, "saved_models", None)
+        if isinstance(saved_models, dict) and saved_models:
+            return _before_step(saved_models[max(saved_models)], dump)
         if self._every_n_train_steps and trainer.is_global_zero:
             warnings.warn(_AFTER, UserWarning, stacklevel=2)
         return dump
 
-    # What is said
+    # Messages
 
-    def _follow(self, trainer: Any, decision: Decision, account: ShownState) -> None:
-        if self.verbose and self.monitor is not None and (words := self._words(trainer, decision, account)):
-            self._package.info(words)
+    def _log_decision(self, trainer: Any, decision: Decision, attributes: Attributes) -> None:
+        if self.verbose and self.monitor is not None and (message := self._message(trainer, decision, attributes)):
+            self._package.info(message)
         if isinstance(decision, Save):
             self._warn_of_unknown(decision)
-        super()._follow(trainer, decision, account)
 
     def _warn_of_unknown(self, decision: Save) -> None:
-        """Say which fields of the template nobody has reported: in names they are 0."""
-        training = self._training
-        if training is None or training.manager is None or decision.name in training.manager.policy.aliases:
+        """Warn of the fields of the template that were not reported: in names they are 0."""
+        manager = self._session.manager if self._session is not None else None
+        if manager is None or decision.name in manager.policy.aliases:
             return
-        policy, manifest = training.manager.policy, training.manager.session.manifest
-        known = policy.known_metrics.union(manifest.seen, decision.observation.metrics)
-        have = ", ".join(sorted(manifest.seen - {"epoch", "step", ONLY_LAST})) or "none"
-        for key in (key for key in policy.name.keys if key not in known and key not in self._unknown):
-            self._unknown = self._unknown | {key}
+        naming, seen = manager.policy.name, manager.session.manifest.seen
+        known = manager.policy.known_metrics.union(seen, decision.observation.metrics, self._unknown)
+        have = ", ".join(sorted(seen - {"epoch", "step", ONLY_LAST})) or "none"
+        for key in (key for key in naming.keys if key not in known):
+            self._unknown |= {key}
             msg = f"the template {self.filename!r} asks for {key!r}, which was not reported (have: {have}): it reads 0"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
 
-    def _words(self, trainer: Any, decision: Decision, account: ShownState) -> str:
+    def _message(self, trainer: Any, decision: Decision, attributes: Attributes) -> str:
         now = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}: {self.monitor!r}"
-        ranks = not isinstance(decision, Skip) and ONLY_LAST not in decision.observation.metrics
-        if isinstance(decision, Save) and ranks and self.monitor in decision.observation.metrics and account.best:
-            reached, best = decision.observation.metrics[self.monitor], account.best[account.best_path]
-            path = f"{self._folder}/{decision.name}"
+        if isinstance(decision, Save):
+            reached = decision.observation.metrics.get(self.monitor or "")
+            if reached is None or ONLY_LAST in decision.observation.metrics or not attributes.best:
+                return ""
+            best, path = attributes.best[attributes.best_path], f"{self._folder}/{decision.name}"
             return f"{now} reached {reached:0.5f} (best {best:0.5f}), saving model to {path!r} as top {self.save_top_k}"
-        if not isinstance(decision, (Save, Attach)) and decision.due and not decision.waiting:
-            return f"{now} was not in top {self.save_top_k}"
-        return ""
+        is_rejected = isinstance(decision, Skip) and decision.due and not decision.waiting
+        return f"{now} was not in top {self.save_top_k}" if is_rejected else ""
 
-    # State that another callback left
+    # State of another callback
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take over the state of a callback that ranked the same, if its other arguments have changed since."""
+        """Load the state of a callback that ranked by the same metric, if other arguments have changed since."""
         states = checkpoint.get("callbacks") or {}
         keys = {callback.state_key for callback in trainer.callbacks}
         if self.state_key in states:
@@ -225,13 +234,70 @@ class DropIn(CallbackBase):
                 return
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in after.items() if name not in before or before[name] is not value}
+class _Best(KeepBest):
+    """Ranks the records that compete."""
+
+    def eligible(self, records: Iterable[Record]) -> tuple[Record, ...]:
+        return competing(super().eligible(records))
 
 
-_AFTER = (
+@attrs.frozen
+class _Others:
+    """Applies a rule to the records that compete."""
+
+    rule: Rule
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        return self.rule.keep(competing(history))
+
+    def __str__(self) -> str:
+        return str(self.rule)
+
+
+def _limited(rule: Any) -> Any:
+    if not isinstance(rule, KeepBest):
+        return _Others(rule)
+    metric = rule.metric
+    return _Best(rule.k, metric.key, mode=metric.mode, ties=metric.ties, after_step=rule.after_step)
+
+
+def _before_step(captured: Any, dump: dict[str, Any]) -> dict[str, Any]:
+    """Return the dump with the weights that ``training_step`` captured before the optimizer stepped.
+
+    They are the state of ``module.layer``, or of the whole module, or of a part of either. The module is not changed.
+    """
+    if not isinstance(captured, Mapping):
+        msg = f"module.saved_models holds a {type(captured).__name__}; a saved model state must be a dictionary"
+        raise TypeError(msg)
+    weights = dump["state_dict"]
+    for prefix in ("layer.", ""):
+        named = {prefix + name: value for name, value in captured.items()}
+        if named.keys() <= weights.keys():
+            return {**dump, "state_dict": {**weights, **named}}
+    unknown = sorted(captured.keys() - weights.keys())
+    msg = (
+        f"module.saved_models has {', '.join(map(repr, unknown[:3]))}, which neither the module nor its layer has; "
+        "what is saved is the state after the optimizer stepped"
+    )
+    warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+    return dump
+
+
+def make_on_use(name: str, namespace: dict[str, Any]) -> Any:
+    """Make the class ``ModelCheckpoint`` of a module when it is first used.
+
+    LightningCLI looks a short class name up among all classes that exist, so ours must not exist earlier.
+    """
+    if name != "ModelCheckpoint":
+        msg = f"module {namespace['__name__']!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    body = {"__module__": namespace["__name__"], "__doc__": DropIn.__doc__, "_package": namespace["_PACKAGE"]}
+    return namespace.setdefault(name, type(name, (DropIn, namespace["Theirs"]), body))
+
+
+_AFTER: Final = (
     "Using ModelCheckpoint with manual optimization and every_n_train_steps, but no pre-optimization state was saved. "
     "The checkpoint will contain the model state AFTER optimization. To save the pre-optimization state, put a copy of "
     "it into self.saved_models[batch_idx] in training_step before optimizer.step()."
 )
-"""Lightning's words, shortened."""
+"""Lightning's message, shortened."""

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-try:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint as Theirs
-    from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-    from lightning.pytorch.strategies import Strategy
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info
-except ModuleNotFoundError as error:
-    if error.name not in ("lightning", "lightning.pytorch"):
-        raise
-    _msg = f"{__name__} needs lightning, which is not installed: pip install 'torch-checkpointer[lightning]'"
-    raise ImportError(_msg) from error
-
 from checkpointer_lightning.composed import Composed
-from checkpointer_lightning.drop_in import DropIn
+from checkpointer_lightning.drop_in import DropIn, make_on_use
 from checkpointer_lightning.packages import Package
 
 __all__ = ["CheckpointCallback", "ModelCheckpoint"]
 
-_PACKAGE = Package(
-    root="lightning",
-    trainer=Trainer,
-    strategy=Strategy,
-    torch_io=TorchCheckpointIO,
-    async_io=AsyncCheckpointIO,
-    info=rank_zero_info,
-)
+_PACKAGE = Package.load("lightning.pytorch")
+
+from lightning.pytorch.callbacks import ModelCheckpoint as Theirs  # noqa: E402
 
 
 class CheckpointCallback(Composed, Theirs):
@@ -44,9 +27,4 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the drop-in when it is first used: LightningCLI looks up a short class name among all existing classes."""
-    if name != "ModelCheckpoint":
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    body = {"__module__": __name__, "__doc__": DropIn.__doc__, "_package": _PACKAGE}
-    return globals().setdefault(name, type(name, (DropIn, Theirs), body))
+    return make_on_use(name, globals())

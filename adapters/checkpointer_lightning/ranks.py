@@ -1,4 +1,4 @@
-"""How the ranks of a Trainer talk: over a group of their own, so that nothing mixes with the training's collectives."""
+"""The ranks of a Trainer: in a process group of their own, apart from the training's collectives."""
 
 from __future__ import annotations
 
@@ -9,35 +9,30 @@ import attrs
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.ports import Ranks
 
-__all__ = ["StrategyRanks", "close_ranks", "open_ranks"]
+__all__ = ["close_ranks", "open_ranks"]
 
 
 @attrs.frozen
-class StrategyRanks:
-    """The ranks of a strategy that does without ``torch.distributed``."""
+class _StrategyRanks:
+    """The ranks of a strategy that does not use ``torch.distributed``."""
 
     trainer: Any
 
     @property
     def rank(self) -> int:
-        """See `Ranks.rank`."""
         return int(self.trainer.global_rank)
 
     @property
     def size(self) -> int:
-        """See `Ranks.size`."""
         return int(self.trainer.world_size)
 
     def broadcast(self, value: Any) -> Any:
-        """See `Ranks.broadcast`."""
         return self.trainer.strategy.broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Ranks.gather`."""
         return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
 
     def highest(self, *values: float) -> tuple[float, ...]:
-        """See `Ranks.highest`."""
         import torch
 
         strategy = self.trainer.strategy
@@ -45,7 +40,7 @@ class StrategyRanks:
         return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
 
     def barrier(self, timeout_s: float) -> bool:
-        """See `Ranks.barrier`: a strategy has no way to wait only so long, so nobody waits."""
+        """Return False at once, because a strategy has no barrier with a timeout."""
         return False
 
 
@@ -55,10 +50,10 @@ def open_ranks(trainer: Any) -> Ranks:
         return OneRank()
     import torch.distributed as dist
 
-    return TorchRanks() if dist.is_available() and dist.is_initialized() else StrategyRanks(trainer)
+    return TorchRanks() if dist.is_available() and dist.is_initialized() else _StrategyRanks(trainer)
 
 
 def close_ranks(ranks: Ranks) -> None:
-    """Give back what `open_ranks` has made."""
+    """Close what `open_ranks` has opened."""
     if isinstance(ranks, TorchRanks):
         ranks.close()

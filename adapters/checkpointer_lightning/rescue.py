@@ -1,8 +1,8 @@
-"""Saving what there is when something ends the training, and never in a way that could hide what it was.
+"""Saving the state when something ends the training, in a way that never hides the reason.
 
-With several ranks: after a SIGTERM all save together, at a batch that they agreed on. After an exception rank 0 saves
-alone where it has all of the state and nobody's hook may need the others; else all ranks save if all of them are there
-within a second, and nobody does if one is missing.
+After a SIGTERM several ranks save together, at a batch that they agreed on. After an exception rank 0 saves alone if it
+has all of the state and no user's hook may need the other ranks. Else all ranks save, if all of them come within a
+second; if one is missing, no rank saves.
 """
 
 from __future__ import annotations
@@ -13,83 +13,97 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Save
-from checkpointer_lightning.save import Saving, Training
+from checkpointer import CheckpointerWarning, Decision, Save
+from checkpointer_lightning.session import TrainingSession
+from checkpointer_lightning.siblings import ours
 
-__all__ = ["quietly", "rescue", "rescue_together"]
+__all__ = ["failures_as_warnings", "rescue", "stop"]
 
 DEADLINE_S: Final = 1.0
-"""Seconds that a rank with an exception waits for the others to have one too."""
+"""Seconds that a rank with an exception waits for the other ranks to have one too."""
 
 
-def rescue(callback: Saving, training: Training, trainer: Any, exception: BaseException) -> None:
-    """Save a rescue checkpoint if the policy asks for it; a failure is a warning."""
-    if not training.rescues or not trainer.global_step:
+def stop(session: TrainingSession) -> None:
+    """Save on all ranks a rescue of each callback, and let each rank raise Lightning's exception."""
+    for callback in ours(session.trainer.callbacks):
+        if callback._session is not None:
+            callback._session.grace.begin()
+            if not session.signals.requeued:
+                _rescue_together(callback._session, "SIGTERM")
+    session.signals.stop(session.trainer)
+
+
+def rescue(session: TrainingSession, exception: BaseException) -> None:
+    """Save a rescue checkpoint if the policy asks for it. A failure is a warning."""
+    if not (session.rescues and session.trainer.global_step):
         return
-    if training.ranks.size > 1:
-        if _needs_all(callback, trainer):
-            if not _is_everybody_here(training, trainer):
-                if training.ranks.rank == 0:
+    if session.ranks.size > 1:
+        if _needs_all(session):
+            if not _are_all_here(session):
+                if session.ranks.rank == 0:
                     _warn("no rescue checkpoint: saving takes all ranks, and not all of them came")
                 return
-        elif training.ranks.rank:
+        elif session.ranks.rank:
             return
         else:
-            training.pen.is_alone = True
+            session.io.is_alone = True
     name = type(exception).__name__
-    saved = rescue_together(callback, training, trainer, f"{name}: {exception}")
+    saved = _rescue_together(session, f"{name}: {exception}")
     if isinstance(saved, Save):
-        path = os.path.join(callback._folder, saved.name)
-        callback._package.info(f"An {name} was raised with message: {exception}, saved checkpoint to {path}")
+        path = os.path.join(session.callback._folder, saved.name)
+        session.callback._package.info(f"An {name} was raised with message: {exception}, saved checkpoint to {path}")
 
 
-def rescue_together(callback: Saving, training: Training, trainer: Any, why: str) -> Decision | None:
-    """Save a rescue checkpoint on all ranks, all of which call this at one step; or on one that is alone."""
+def _rescue_together(session: TrainingSession, why: str) -> Decision | None:
+    """Save a rescue on all ranks, all of which call this at one step; or on rank 0 alone."""
+    trainer = session.trainer
+    if not (session.rescues and trainer.global_step):
+        return None
 
-    def act(manager: CheckpointManager) -> Decision:
+    def act() -> Decision:
         step, epoch = trainer.global_step, trainer.current_epoch
-        return manager.rescue(why, step=step, epoch=epoch, timeout=callback._grace.left)
+        return session.managing.rescue(why, step=step, epoch=epoch, timeout=session.grace.left)
 
     try:
-        return act(training.managing) if training.ranks.size == 1 or training.pen.is_alone else training.lead(act)
-    except Exception as failure:  # What ended the training is to be seen.
+        return act() if session.io.is_alone else session.io.team.work(act)
+    except Exception as failure:  # It must not hide what ended the training.
         if trainer.is_global_zero:
             _warn(f"no rescue checkpoint could be written: {failure!r}")
         return None
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Turn a failure into a warning: what ended the training is to be seen."""
+def failures_as_warnings() -> Iterator[None]:
+    """Turn a failure into a warning, because it must not hide what ended the training."""
     try:
         yield
     except Exception as failure:
         _warn(str(failure))
 
 
-def _needs_all(callback: Saving, trainer: Any) -> bool:
-    """Return whether a rank alone cannot take the state: it is spread over ranks, or somebody's hook may need them."""
-    if not callback._package.writes_plainly(trainer):
+def _needs_all(session: TrainingSession) -> bool:
+    """Return whether rank 0 alone cannot take the state: ranks share it, or a user's hook may need all ranks."""
+    trainer = session.trainer
+    if not session.callback._package.writes_plainly(trainer):
         return True
     if any(type(optimizer).__name__ == "ZeroRedundancyOptimizer" for optimizer in trainer.optimizers):
         return True
-    theirs = [trainer.lightning_module, trainer.datamodule, *trainer.callbacks]
-    return any(_has_hook(thing) for thing in theirs if thing is not None)
+    return any(map(_has_hook, [trainer.lightning_module, trainer.datamodule, *trainer.callbacks]))
 
 
 def _has_hook(thing: Any) -> bool:
-    """Return whether a hook that runs when the state is taken is somebody's own, not one of Lightning's."""
+    """Return whether taking the state calls a hook of this object that is not Lightning's own."""
     hook = getattr(type(thing), "on_save_checkpoint", None)
     module = str(getattr(hook, "__module__", ""))
     return hook is not None and module.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
-def _is_everybody_here(training: Training, trainer: Any) -> bool:
-    """Return whether all ranks come here in time, and from the same step."""
-    if not training.ranks.barrier(DEADLINE_S):
+def _are_all_here(session: TrainingSession) -> bool:
+    """Return whether all ranks come here in time, and at the same step."""
+    if not session.ranks.barrier(DEADLINE_S):
         return False
-    step = float(trainer.global_step)
-    highest, lowest = training.ranks.highest(step, -step)
+    step = float(session.trainer.global_step)
+    highest, lowest = session.ranks.highest(step, -step)
     return highest == -lowest
 
 

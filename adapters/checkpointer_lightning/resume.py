@@ -1,130 +1,154 @@
-"""What a checkpoint says of a callback, and what a training goes on from."""
+"""What a training continues from: what ``ckpt_path="last"`` and ``"best"`` name, and a callback's loaded state."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from checkpointer import CheckpointManager, Policy
+import attrs
+import torch
+from fsspec.core import url_to_fs
+
+from checkpointer import CheckpointerWarning, CheckpointManager, Policy, Save
+from checkpointer.errors import NotFoundError
 from checkpointer.policy.naming import fixed_parts
-from checkpointer_lightning import siblings
-from checkpointer_lightning.checkpoint_path import LOOKING, find_valid, forget_copy
-from checkpointer_lightning.identity import Identity
-from checkpointer_lightning.import_lightning import adopt
-from checkpointer_lightning.places import name_in
+from checkpointer.storage import open_storage
+from checkpointer.storage.owner import new_owner, release
+from checkpointer_lightning.siblings import is_local, label, name_in, with_own_aliases
 
-__all__ = ["SHOWN", "Resuming"]
+__all__ = ["Resume", "find_valid", "remove_copies"]
 
-STATE: Final = "checkpointer"
-"""Where the manager's state lies in the callback's."""
-SHOWN: Final = (
-    "best_model_path",
-    "best_model_score",
-    "best_k_models",
-    "kth_best_model_path",
-    "kth_value",
-    "last_model_path",
-    "current_score",
-)
-"""Names of what `ShownState.show` sets."""
+_OPTIONS: Final = ("storage_options", "trust", "mirror")
+"""Options of a manager that matter when it only looks."""
+_COPIES: Final = "checkpointer-resume-"
 
 
-class Resuming(Identity):
-    """State, and ``ckpt_path="last"`` and ``"best"``."""
+@attrs.define
+class Resume:
+    """What the training of one callback continues from."""
 
-    _saved: Mapping[str, Any] = {}
+    state: Mapping[str, Any] = attrs.field(factory=dict)
     """The manager's state as it was last."""
-    _goes_on: bool = False
-    """Whether `_saved` is what this training goes on from."""
-    _theirs: Mapping[str, Any] = {}
-    """Path and score of what Lightning's own class had saved, if this training goes on from there."""
-    _shown_before: Mapping[str, Any] = {}
-    """What was shown before a state was loaded."""
-    _found: str | None = None
-    """What ``ckpt_path="last"`` was found to mean."""
+    is_loaded: bool = False
+    """Whether this training continues from `state`."""
+    scores: Mapping[str, Any] = attrs.field(factory=dict)
+    """Path and score of the files of Lightning's own class, if this training continues from there."""
+    attributes: Mapping[str, Any] = attrs.field(factory=dict)
+    """The callback's attributes before a state was loaded."""
+    found: str | None = None
+    """The path that ``ckpt_path="last"`` was resolved to."""
 
-    def _manager_state(self) -> Mapping[str, Any]:
-        raise NotImplementedError
+    def reset(self) -> None:
+        """Begin the setup of a training: no state is loaded yet."""
+        self.is_loaded, self.scores, self.attributes = False, {}, {}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """See `Callback.setup`: nothing is gone on from yet."""
-        super().setup(trainer, pl_module, stage)
-        self._goes_on, self._theirs, self._shown_before = False, {}, {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning's callback does, and the manager's state: a resume is then a restore."""
-        return {**super().state_dict(), STATE: dict(self._manager_state())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` returned, or what Lightning's callback did."""
-        state = dict(state_dict)
-        ours = state.pop(STATE, {})
-        if not ours:
-            super().load_state_dict(state)
-            best = state.get("best_model_path")
-            newest = {best: None} if best else {}
-            self._theirs = dict(self.best_k_models or newest) if self._stage == "fit" else {}
-            return
-        self.best_model_path = state["best_model_path"]
-        if state["dirpath"] == self.dirpath:
-            # Until the records are asked, if they are: a validation asks none, nor does a training that has ended.
-            self._shown_before = {name: self.__dict__[name] for name in SHOWN if name != "best_model_path"}
-            self.__dict__.update({name: state[name] for name in SHOWN})
-        self._saved, self._goes_on = ours, self._stage == "fit"
-
-    @property
-    def best_model_path(self) -> str:
-        """Path or URL of the best checkpoint; empty if none is known.
-
-        A Trainer that is to resolve ``ckpt_path="best"`` gets it from the records, if the callback has saved nothing.
-        """
-        known: str = self.__dict__["best_model_path"]
-        # Before a training is set up, only the object that asks can say which Trainer the callback belongs to.
-        connector: Any = None if known else sys._getframe(1).f_locals.get("self")
-        if type(connector).__name__ == "_CheckpointConnector":
-            known = self.__dict__["best_model_path"] = self._find("best", connector.trainer) or ""
-        return known
-
-    @best_model_path.setter
-    def best_model_path(self, path: str) -> None:
-        self.__dict__["best_model_path"] = path
-
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """Return what ``ckpt_path="last"`` means here: the newest checkpoint that is whole."""
-        self._found = self._find("last", trainer)
-        return {self._found} if self._found else super()._find_last_checkpoints(trainer)
-
-    def _find(self, which: Literal["last", "best"], trainer: Any) -> str | None:
-        number = self._number(trainer)
-        return find_valid(
-            which,
-            self._resolve_folder(trainer),
-            siblings.apart(self._make_policy(), number),
-            label=siblings.label(number),
-            options={name: value for name, value in self._options.items() if name in LOOKING},
-            contents="full" if trainer.state.fn == "fit" else "any",
-        )
-
-    def _forget_copies(self, trainer: Any) -> None:
-        for path in (self._found, trainer.ckpt_path):
-            forget_copy(path)
-
-    def _go_on(self, trainer: Any, manager: CheckpointManager, policy: Policy, *, again: bool) -> None:
-        """Let the manager go on with what was restored; ``again``: the same Trainer has fitted before."""
-        self._forget_copies(trainer)
-        if self._theirs:
-            adopt(manager, self._folder, self._theirs, self.monitor)
-        state = manager.session.state_dict() if self._theirs else self._saved if self._goes_on or again else None
+    def apply(self, manager: CheckpointManager, policy: Policy, callback: Any, trainer: Any) -> None:
+        """Let the manager continue from what was loaded, or from the callback's last training by the same Trainer."""
+        again = callback._last_trainer is not None and callback._last_trainer() is trainer
+        remove_copies(self.found, trainer.ckpt_path)
+        state = self.state if self.is_loaded or again else None
+        if self.scores:
+            _adopt(manager, callback._folder, self.scores, callback.monitor)
+            state = manager.session.state_dict()
         if state:
-            manager.session.load_state_dict(state, source=self._resumed_name(trainer, policy, manager))
+            name = self._chosen_name(policy, callback._folder, trainer)
+            is_own = name in manager.session.manifest.by_name and name not in policy.aliases
+            manager.session.load_state_dict(state, source=name if is_own else "")
 
-    def _resumed_name(self, trainer: Any, policy: Policy, manager: CheckpointManager) -> str:
-        """Return the name of the checkpoint that a person chose to resume from; empty if nobody did."""
-        if not (self._goes_on or self._theirs) or trainer.ckpt_path in (None, "", self._found):
+    def _chosen_name(self, policy: Policy, folder: str, trainer: Any) -> str:
+        """Return the name of the checkpoint whose path the user gave to resume from; empty if there is none."""
+        if not (self.is_loaded or self.scores) or trainer.ckpt_path in (None, "", self.found):
             return ""
-        template = policy.name.template
-        if template is not None and fixed_parts(template, policy.name.join) == template:
-            return ""  # The name means the newest, or the best: what it names is replaced, as in Lightning.
-        name = name_in(self._folder, trainer.ckpt_path)
-        return name if name in manager.session.manifest.by_name and name not in policy.aliases else ""
+        naming = policy.name
+        if naming.template is not None and fixed_parts(naming.template, naming.join) == naming.template:
+            return ""  # A fixed name means the newest, or the best. Its file is replaced, as in Lightning.
+        return name_in(folder, trainer.ckpt_path)
+
+
+def find_valid(which: Literal["last", "best"], callback: Any, trainer: Any) -> str | None:
+    """Return the path of the newest or the best whole checkpoint; None if there is no record at all.
+
+    If only the mirror has it, it is fetched first. If the alias ``last`` names the newest, the alias is returned. A
+    Trainer has no ``storage_options``, so with them a copy on this machine is returned. If no rule of the policy ranks,
+    the best is the newest. If the Trainer does not fit, checkpoints that have only weights count too.
+
+    Raises:
+        NoValidCheckpointError: If there are checkpoints, and none of them is whole: a run never starts over silently.
+    """
+    directory, number = callback._resolve_folder(trainer), callback._directory_index(trainer)
+    policy = with_own_aliases(callback._make_policy(), number)
+    options = {name: value for name, value in callback._options.items() if name in _OPTIONS}
+    if is_local(directory) and not os.path.isdir(directory) and options.get("mirror") is None:
+        return None
+    if which == "best" and not policy.keep:
+        return None
+    contents: Literal["full", "any"] = "full" if trainer.state.fn == "fit" else "any"
+    with contextlib.closing(CheckpointManager(directory, policy, label=label(number), **options)) as manager:
+        found = None
+        with contextlib.suppress(NotFoundError):  # No checkpoint is ranked yet.
+            found = manager.session.locate(which if policy.ranking else "last", contents=contents)
+        alias = manager.policy.name.last_file
+    if found is None:
+        return None
+    record, path = found
+    if not is_local(directory):
+        return _copy(directory, record.name, options["storage_options"]) if options.get("storage_options") else path
+    path, alias = (os.path.join(directory, name) for name in (record.name, alias))
+    is_alias = which == "last" and os.path.exists(alias) and os.path.samefile(alias, path)
+    return alias if is_alias else path
+
+
+def _copy(directory: str, name: str, storage_options: Mapping[str, Any]) -> str:
+    owner = new_owner()
+    try:
+        storage = open_storage(directory, owner, storage_options)
+        path = os.path.join(tempfile.mkdtemp(prefix=_COPIES), os.path.basename(name))
+        with storage.open(name) as source, open(path, "xb") as target:
+            shutil.copyfileobj(source, target, 4 << 20)
+    finally:
+        release(owner)
+    return path
+
+
+def remove_copies(*paths: str | None) -> None:
+    """Remove the copies that `find_valid` has made, once they are loaded; other paths are left alone."""
+    for path in paths:
+        folder = os.path.dirname(path or "")
+        if os.path.basename(folder).startswith(_COPIES) and os.path.dirname(folder) == tempfile.gettempdir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any], monitor: str | None) -> None:
+    """Adopt the files that Lightning ranked, with their scores. A file that cannot be read is left alone."""
+    found = sorted((*_progress_of(path), path) for path in scores if _is_in(directory, path))
+    for step, epoch, path in found:
+        if step < 0:
+            msg = f"{path} is not adopted: its step cannot be read; it is neither ranked nor removed"
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            continue
+        metrics = {} if monitor is None else {monitor: scores[path]}
+        decision = manager.session.decide(metrics, step, epoch, due="Lightning had saved it")
+        if isinstance(decision, Save):
+            manager.session.commit(decision, path)
+
+
+def _is_in(directory: str, path: str) -> bool:
+    if name_in(directory, path).startswith(".."):
+        return False
+    filesystem, name = url_to_fs(path)
+    return bool(filesystem.isfile(name))
+
+
+def _progress_of(path: str) -> tuple[int, int]:
+    try:
+        filesystem, name = url_to_fs(path)
+        with filesystem.open(name, "rb") as stream:
+            state = torch.load(stream, map_location="meta", weights_only=True)
+        return int(state["global_step"]), int(state["epoch"])
+    except Exception:  # The file is not this library's, and its content must not end the training.
+        return -1, -1

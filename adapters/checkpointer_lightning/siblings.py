@@ -1,7 +1,8 @@
-"""Several checkpoint callbacks in one Trainer: what tells each from the others, now and after a restart."""
+"""What distinguishes the checkpoint callbacks of a Trainer: state keys, labels, aliases, and names in a directory."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable
 from typing import Any, Final
@@ -10,35 +11,34 @@ import attrs
 
 from checkpointer import Policy
 
-__all__ = ["apart", "guess_place", "introduce", "label", "newest", "place"]
+__all__ = ["is_local", "key_index", "label", "name_in", "ours", "register", "with_own_aliases"]
 
-_LIVING: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
-"""Every callback there is, in the order they were made."""
-
-
-def introduce(callback: Any) -> None:
-    """Take note of a new callback."""
-    _LIVING[max(_LIVING, default=0) + 1] = callback
+_CALLBACKS: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
+"""All callbacks that exist, in the order they were made."""
 
 
-def guess_place(callback: Any, key: str) -> int:
-    """Return how many callbacks of that key were made before; a Trainer asks before anyone can see its callbacks."""
-    return place(callback, key, [_LIVING[number] for number in sorted(_LIVING)])
+def register(callback: Any) -> None:
+    """Add a new callback."""
+    _CALLBACKS[max(_CALLBACKS, default=0) + 1] = callback
 
 
-def place(callback: Any, key: str, callbacks: Iterable[Any]) -> int:
-    """Return how many callbacks of that key come before this one."""
+def ours(callbacks: Iterable[Any]) -> list[Any]:
+    """Return the callbacks of this package."""
+    return [callback for callback in callbacks if hasattr(type(callback), "_base_key")]
+
+
+def key_index(callback: Any, callbacks: Iterable[Any] | None = None) -> int:
+    """Return how many earlier callbacks have the same base key.
+
+    A Trainer asks for the key before its callbacks can be listed. Until then all callbacks that exist are counted.
+    """
+    everything = [_CALLBACKS[number] for number in sorted(_CALLBACKS)]
     before = 0
-    for other in callbacks:
+    for other in ours(everything if callbacks is None else callbacks):
         if other is callback:
             break
-        before += getattr(other, "_base_key", None) == key
+        before += other._base_key == callback._base_key
     return before
-
-
-def newest(callbacks: Iterable[Any], kind: type) -> Any:
-    """Return the last callback of that kind in a Trainer, or None."""
-    return next((callback for callback in reversed([*callbacks]) if isinstance(callback, kind)), None)
 
 
 def label(number: int) -> str:
@@ -46,10 +46,27 @@ def label(number: int) -> str:
     return f"{number + 1}" if number else ""
 
 
-def apart(policy: Policy, number: int) -> Policy:
+def with_own_aliases(policy: Policy, number: int) -> Policy:
     """Return the policy of that callback, with aliases of its own."""
     if not number:
         return policy
     naming = policy.name
     version = f"{naming.join}v{number}"
     return attrs.evolve(policy, name=attrs.evolve(naming, last=naming.last + version, best=naming.best + version))
+
+
+def is_local(folder: str) -> bool:
+    """Return whether a folder is on this machine's disks."""
+    protocol, separator, _ = folder.partition("://")
+    return not separator or protocol in ("file", "local")
+
+
+def name_in(folder: str, path: str | os.PathLike[str]) -> str:
+    """Return a path's name in a folder, with ``/`` between parts. It begins with ``..`` if the path is outside."""
+    path = os.fspath(path)
+    if not is_local(folder):
+        prefix = folder.rstrip("/") + "/"
+        return path[len(prefix) :] if path.startswith(prefix) else f"../{path}"
+    parent, name = os.path.split(os.path.abspath(path))
+    found = os.path.relpath(os.path.join(os.path.realpath(parent), name), os.path.realpath(folder))
+    return found.replace(os.sep, "/")

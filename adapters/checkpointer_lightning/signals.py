@@ -1,11 +1,11 @@
-"""Signals that Lightning acts on within their handlers: here a handler only takes a note, and the batch ends first.
+"""Signals that Lightning acts on within their handlers: here a handler only sets a flag, and the batch ends first.
 
-SIGTERM with several ranks: whoever gets it takes a note, all agree at the end of a batch, then Lightning stops them.
-Its own handler talks to the other ranks from within the handler, which mixes with whatever collective the training is
-in, and lets one rank stop at a batch where another goes on.
+SIGTERM with several ranks: the rank that receives it sets a flag, all ranks agree at the end of a batch, then Lightning
+stops them. Lightning's own handler communicates within the handler. That mixes with the collective that the training is
+in, and one rank may stop at a batch where another goes on.
 
-SLURM's signal before it requeues a job: Lightning saves from within the handler, at whatever instruction the training
-is, between two parameters of an optimizer's step for example. Here that runs at the end of the batch, on all ranks.
+SLURM's signal before it requeues a job: Lightning saves within the handler, at any instruction of the training, for
+example between two parameters of an optimizer's step. Here that runs at the end of the batch, on all ranks.
 
 Either signal to the whole process group reaches the workers of loaders too: see `checkpointer.hosts.loader_workers`.
 """
@@ -25,27 +25,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer.hosts.loader_workers import Workers
 
-__all__ = ["Signals", "plan_of", "signals_of"]
+__all__ = ["Signals", "batches_per_loader", "signals_of"]
 
 _SIGNALS: Final[weakref.WeakKeyDictionary[Any, Signals]] = weakref.WeakKeyDictionary()
 
 
-@attrs.frozen
-class _Swap:
-    """One handler in a list of Lightning's that was replaced."""
-
-    handlers: list[Any]
-    ours: Callable[..., None]
-    theirs: Callable[..., None]
-
-    def undo(self) -> None:
-        if self.ours in self.handlers:
-            self.handlers[self.handlers.index(self.ours)] = self.theirs
-
-
 @attrs.define(eq=False)
 class Signals:
-    """What the processes of one Trainer have been told."""
+    """The signals that the processes of one Trainer have received."""
 
     noted: bool = False
     """Whether this rank got SIGTERM."""
@@ -54,20 +41,21 @@ class Signals:
     requeue: bool = False
     """Whether this rank got SLURM's signal, and Lightning has not acted on it yet."""
     requeued: bool = False
-    """Whether Lightning has saved what the next run of the job goes on from by itself."""
+    """Whether Lightning has saved the file that the next run of the job continues from by itself."""
     _trainer: weakref.ref[Any] | None = None
-    _swaps: list[_Swap] = attrs.field(factory=list)
-    _hand_on: Callable[[], None] | None = None
+    _undo: list[Callable[[], None]] = attrs.field(factory=list)
+    """Each puts one handler of Lightning's back."""
+    _pass_on: Callable[[], None] | None = None
     _workers: Workers | None = None
 
     def cover(self, trainer: Any) -> None:
-        """Let the workers of every loader that the Trainer prepares outlive the signals. A second call does nothing."""
+        """Let the workers of every loader that the Trainer prepares survive the signals. A second call does nothing."""
         if self._workers is not None:
             return
         trainer = weakref.proxy(trainer)
-        asks = _requeue_signal(trainer)
+        requeue = _requeue_signal(trainer)
         self._workers = workers = Workers(
-            (signal.SIGTERM, *(() if asks is None else (asks,))),
+            (signal.SIGTERM, *(() if requeue is None else (requeue,))),
             lambda: bool(trainer.received_sigterm or self.noted or self.requeue),
         )
         workers.listen()
@@ -82,57 +70,56 @@ class Signals:
             workers.cover(loader)
             return loader
 
-        # No hook runs between the making of a loader and the start of its workers.
+        # No hook runs after a loader is made and before its workers start.
         trainer.strategy.process_dataloader = process_and_cover
         connector = trainer._signal_connector
-        finish = connector.teardown
+        teardown = connector.teardown
 
-        def finish_and_leave() -> None:
+        def teardown_and_leave() -> None:
             del connector.teardown
-            finish()
+            teardown()
             self._leave(trainer)
 
-        # No hook runs after Lightning has shut the workers down: until then each worker's end may raise torch's error.
-        connector.teardown = finish_and_leave
+        # No hook runs after Lightning has shut the workers down. Until then each worker's end may raise torch's error.
+        connector.teardown = teardown_and_leave
 
-    def listen(self, trainer: Any, *, talks: bool) -> None:
-        """Take a note from now on where Lightning's handlers would act. A second call does nothing.
-
-        Args:
-            trainer: Whose handlers they are.
-            talks: Whether its handler of SIGTERM would talk to other ranks.
-        """
-        if self._swaps:
+    def listen(self, trainer: Any, *, several_ranks: bool) -> None:
+        """Set a flag from now on where Lightning's handlers would act. A second call does nothing."""
+        if self._undo:
             return
         self.noted = self.agreed = self.requeue = self.requeued = False
         self._trainer = weakref.ref(trainer)
         connector = trainer._signal_connector
         notifier = getattr(connector, "_sigterm_notifier_fn", None)
-        first = functools.partial(self._note_first, notifier)
-        self._swap(signal.SIGTERM, notifier, self._note if talks else first)
-        asks = _requeue_signal(trainer)
-        if asks is not None:
-            theirs = getattr(connector, "_slurm_sigusr_handler_fn", None)
-            if self._swap(asks, theirs, self._note_requeue) and theirs is not None:
-                self._hand_on = lambda: theirs(asks, None)
+        # Lightning's handler of SIGTERM communicates if there are several ranks.
+        self._swap(signal.SIGTERM, notifier, self._note if several_ranks else functools.partial(self._first, notifier))
+        requeue, theirs = _requeue_signal(trainer), getattr(connector, "_slurm_sigusr_handler_fn", None)
+        if requeue is not None and theirs is not None and self._swap(requeue, theirs, self._note_requeue):
+            self._pass_on = lambda: theirs(requeue, None)
 
     def _swap(self, signum: int, theirs: Callable[..., None] | None, ours: Callable[..., None]) -> bool:
+        """Replace one handler in Lightning's list; return whether it was there."""
         handlers = getattr(signal.getsignal(signum), "signal_handlers", None)
         if theirs is None or not isinstance(handlers, list) or theirs not in handlers:
             return False
         handlers[handlers.index(theirs)] = ours
-        self._swaps.append(_Swap(handlers, ours, theirs))
+
+        def undo() -> None:
+            if ours in handlers:
+                handlers[handlers.index(ours)] = theirs
+
+        self._undo.append(undo)
         return True
 
     def _leave(self, trainer: Any) -> None:
-        """Give everything back: Lightning's handlers are not in use any more."""
+        """Put everything back: Lightning does not use its handlers any more."""
         if self._workers is not None:
             del trainer.strategy.process_dataloader
             self._workers.leave()
             self._workers = None
-        for swap in self._swaps:
-            swap.undo()
-        self._swaps, self._hand_on = [], None
+        for undo in self._undo:
+            undo()
+        self._undo, self._pass_on = [], None
 
     def stop(self, trainer: Any) -> None:
         """Let every rank raise Lightning's exception at the end of this batch."""
@@ -141,18 +128,18 @@ class Signals:
 
     @property
     def awaits_requeue(self) -> bool:
-        """Whether SLURM's signal is noted where Lightning would act on it: the same on every rank."""
-        return self._hand_on is not None
+        """Whether SLURM's signal sets a flag where Lightning would act on it: the same on every rank."""
+        return self._pass_on is not None
 
-    def hand_on(self) -> None:
+    def pass_on(self) -> None:
         """Let Lightning act on SLURM's signal, on every rank."""
         self.requeue = False
-        if self._hand_on is not None:
-            self._hand_on()
+        if self._pass_on is not None:
+            self._pass_on()
             self.requeued = True
 
-    def _note_first(self, theirs: Any, signum: int, frame: Any) -> None:
-        # Theirs logs before it sets its flag, and the SIGCHLD of a dead worker may interrupt that.
+    def _first(self, theirs: Any, signum: int, frame: Any) -> None:
+        # Lightning's logs before it sets its flag, and the SIGCHLD of a dead worker may interrupt that.
         self.noted = True
         theirs(signum, frame)
 
@@ -168,14 +155,14 @@ class Signals:
 
 
 def _requeue_signal(trainer: Any) -> int | None:
-    """Return the signal at which Lightning has SLURM run the job again, if it does."""
+    """Return the signal at which Lightning lets SLURM run the job again; None if it does not."""
     environment = trainer._accelerator_connector.cluster_environment
-    asks: int | None = getattr(environment, "requeue_signal", None)
-    return asks if getattr(environment, "auto_requeue", False) else None
+    signum: int | None = getattr(environment, "requeue_signal", None)
+    return signum if getattr(environment, "auto_requeue", False) else None
 
 
-def plan_of(trainer: Any) -> list[int] | None:
-    """Return how many batches each loader of the running validation gives; None if that is not certain before."""
+def batches_per_loader(trainer: Any) -> list[int] | None:
+    """Return how many batches each loader of the running validation has; None if that is not known in advance."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
     if not all(isinstance(each, DataLoader) and not isinstance(each.dataset, IterableDataset) for each in loaders):
@@ -184,5 +171,5 @@ def plan_of(trainer: Any) -> list[int] | None:
 
 
 def signals_of(trainer: Any) -> Signals:
-    """Return what a Trainer's processes have been told."""
+    """Return the signals of a Trainer's processes."""
     return _SIGNALS.setdefault(trainer, Signals())

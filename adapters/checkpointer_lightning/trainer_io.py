@@ -1,10 +1,12 @@
-"""Saving through the Trainer: rank 0 decides and commits, every rank takes part, nobody waits for what never comes."""
+"""How a Trainer's state is taken and written: rank 0 calls every rank, or rank 0 does it alone."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any, Final
 
 import attrs
@@ -15,54 +17,44 @@ from checkpointer.ports import Ranks
 from checkpointer.save.background import Busy
 from checkpointer_lightning.packages import Package
 
-__all__ = ["TrainerIO", "in_foreground"]
+__all__ = ["StateCache", "TrainerIO", "cache_of", "in_foreground"]
 
 
 @attrs.define
 class TrainerIO:
     """Takes the Trainer's state, or lets the Trainer write it, on every rank at once.
 
-    Where writing is Lightning's own ``torch.save``, the state streams through the manager, to wherever its directory
-    is. What a plugin or a strategy writes in a way of its own, a folder of shards for example, it writes itself: to
-    a staged path, or to a URL that nobody has yet.
+    If Lightning would write with ``torch.save``, the state streams through the manager, to any kind of directory. A
+    plugin or a strategy that writes in its own way, such as a folder of shards, writes itself: to a staged path, or to
+    a URL that is not used yet.
     """
 
     trainer: Any
     package: Package
+    ranks: Ranks
     dump: Callable[[], dict[str, Any]]
     """Returns the state, on every rank."""
     weights_only: bool
-    team: Team
-    is_alone: bool = False
-    """Whether the other ranks are not to be called: they may be gone."""
-    _state: dict[str, Any] | None = None
+    is_alone: bool = attrs.field(default=False, init=False)
+    """Whether rank 0 must not call the other ranks, because they may be gone."""
+    team: Team = attrs.field(init=False)
+    _state: dict[str, Any] | None = attrs.field(default=None, init=False)
 
-    @classmethod
-    def of(
-        cls, trainer: Any, package: Package, ranks: Ranks, dump: Callable[[], dict[str, Any]], *, weights_only: bool
-    ) -> TrainerIO:
-        """Return the pen of a Trainer's ranks."""
-        acts: dict[str, Callable[..., None]] = {}
-        pen = cls(trainer, package, dump, weights_only, Team(ranks, acts))
-        acts.update(take=pen._take, write=pen._write)
-        return pen
+    def __attrs_post_init__(self) -> None:
+        self.team = Team(self.ranks, {"take": self._take, "write": self._write})
 
-    def how(self, *, background: Busy | None) -> dict[str, Any]:
-        """Return a manager's arguments: how it comes by a checkpoint, and whether the training waits for it.
-
-        Args:
-            background: As for `CheckpointManager`. Lightning's plugin asks for ``"wait"`` too.
-        """
+    def manager_options(self, background: Busy | None) -> dict[str, Any]:
+        """Return a manager's arguments: how it gets a checkpoint, and whether the training waits for it."""
         if self.package.writes_plainly(self.trainer):
             if isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io):
                 background = background or "wait"
             return {"state": self.capture, "background": background}
-        if background and self.team.ranks.rank == 0:
+        if background and self.ranks.rank == 0:
             warnings.warn(_NO_BACKGROUND, CheckpointerWarning, stacklevel=2)
-        return {"save": self.write}
+        return {"save": lambda path: self.team.call("write", path)}
 
     def capture(self) -> dict[str, Any]:
-        """Return the state: what the manager calls on rank 0."""
+        """Return the state; the manager calls it on rank 0."""
         if self.is_alone:
             return self.dump()
         self.team.call("take")
@@ -70,21 +62,17 @@ class TrainerIO:
         assert state is not None, "it was taken"
         return state
 
-    def write(self, path: str) -> None:
-        """Write to ``path``: what the manager calls on rank 0."""
-        self.team.call("write", path)
-
     def _take(self) -> None:
         state = self.dump()
-        self._state = state if self.team.ranks.rank == 0 else None
+        self._state = state if self.ranks.rank == 0 else None
 
     def _write(self, path: str) -> None:
         with in_foreground(self.trainer.strategy, self.package.async_io):
             if not self.package.saves_plainly(self.trainer):
                 self.trainer.save_checkpoint(path, self.weights_only)
                 return
-            # What `Trainer.save_checkpoint` does, with a dump that callbacks share; and without its barrier, at which
-            # the others would wait for a rank 0 that has met a full disk.
+            # As `Trainer.save_checkpoint`, with a dump that callbacks share. Its barrier is left out: if the disk of
+            # rank 0 is full, the other ranks would wait there.
             state = self.dump()
             with self.trainer.profiler.profile("save_checkpoint"):
                 self.trainer.strategy.save_checkpoint(state, path)
@@ -98,7 +86,7 @@ _NO_BACKGROUND: Final = (
 
 @contextlib.contextmanager
 def in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
-    """Make a plugin wait that returns before the file is there: a commit needs the file."""
+    """Let a background plugin write before it returns, because a commit needs the file."""
     plugin = strategy.checkpoint_io
     if not isinstance(plugin, async_io):
         yield
@@ -108,3 +96,48 @@ def in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
         yield
     finally:
         strategy.checkpoint_io = plugin
+
+
+@attrs.define
+class StateCache:
+    """Holds the dump that one callback of a Trainer has made, for the other callbacks at the same moment.
+
+    A dump refers to the tensors of the training and does not copy them. So it is valid until the training continues,
+    and clearing it frees no tensor.
+    """
+
+    _moment: Any = None
+    _dumps: dict[bool, dict[str, Any]] = attrs.field(factory=dict)
+    """The key is whether the dump has weights only."""
+
+    def begin(self, moment: Any) -> None:
+        """Begin a moment, and clear the dumps if they are of an earlier one; None only clears."""
+        if moment != self._moment:
+            self._moment = moment
+            self._dumps.clear()
+
+    def dump(self, trainer: Any, callbacks: Iterable[Any], *, weights_only: bool) -> dict[str, Any]:
+        """Return the state of the Trainer, in a dict that the caller may change.
+
+        A dump is made once. Only the states of ``callbacks`` in it are taken again, because a callback that has saved
+        since must not save again after a resume.
+        """
+        found = self._dumps.get(weights_only)
+        if found is None:
+            with trainer.profiler.profile("save_checkpoint"):
+                found = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+            if self._moment is not None:
+                self._dumps[weights_only] = found
+            return dict(found)
+        if "callbacks" not in found:
+            return dict(found)
+        states = {callback.state_key: deepcopy(callback.state_dict()) for callback in callbacks}
+        return {**found, "callbacks": {**found["callbacks"], **states}}
+
+
+def cache_of(trainer: Any) -> StateCache:
+    """Return the cache of a Trainer."""
+    return _CACHES.setdefault(trainer, StateCache())
+
+
+_CACHES: Final[weakref.WeakKeyDictionary[Any, StateCache]] = weakref.WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Writing in the background: what is shown and told is there, and what is left is what waiting would have left."""
+"""Writing in the background: attributes and loggers name files that exist, and it leaves what waiting leaves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RETIRED, LOOKED = threading.Event(), threading.Event()
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the writer thread, and nobody else, wait for the disk longer than a batch, and linger after a delete."""
+    """Let only the writer thread wait for the disk longer than a batch, and linger after a delete."""
     sync = os.fsync
 
     def slowly(descriptor: int) -> None:
@@ -77,7 +77,7 @@ class Looking(pl.Callback):
         self.under_way = 0
 
     def look(self, *, waits: bool = False) -> None:
-        training = self.callback._training
+        training = self.callback._session
         manager = training.manager if training is not None else None
         if manager is not None and manager.session.background_status is not None:
             is_under_way = bool(manager.session.background_status.unfinished)
@@ -101,8 +101,8 @@ class Looking(pl.Callback):
         self.look()
 
 
-class Told(DummyLogger):
-    """Looks whether what it is told of is there, all of it."""
+class Notified(DummyLogger):
+    """Looks whether the files that it is called for exist."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,26 +118,26 @@ class Told(DummyLogger):
 
 def train(
     directory: Path, make: Callable[..., Any], *, background: Busy | None, **kw: Any
-) -> tuple[Any, Looking, Told]:
+) -> tuple[Any, Looking, Notified]:
     """Train with a callback and what looks at it."""
     callback = make(directory, background)
-    looking, told = Looking(callback), Told()
+    looking, notified = Looking(callback), Notified()
     plugins = [AsyncCheckpointIO()] if background and isinstance(callback, ModelCheckpoint) else []
-    fit([looking, callback], plugins=plugins, logger=told, **kw)
-    return callback, looking, told
+    fit([looking, callback], plugins=plugins, logger=notified, **kw)
+    return callback, looking, notified
 
 
 @pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("make", BOTH, ids=["policy", "drop-in", "each step"])
-def test_71_and_72_it_leaves_and_tells_what_waiting_does_and_shows_nothing_that_is_not_there(
+def test_71_and_72_it_leaves_and_logs_what_waiting_does_and_shows_only_files_that_exist(
     tmp_path: Path, make: Callable[..., Any]
 ) -> None:
-    """The weights are those of the moment although the training went on, and each file is told of once, when whole."""
-    there, _, heard = train(tmp_path / "waits", make, background=None)
-    callback, looking, told = train(tmp_path / "behind", make, background="wait")
+    """The weights are those of the moment although the training went on. Each file is logged once, when it is whole."""
+    there, _, first = train(tmp_path / "waits", make, background=None)
+    callback, looking, notified = train(tmp_path / "behind", make, background="wait")
     assert looking.under_way
-    assert [] == looking.missing == told.missing
-    assert heard.steps == told.steps
+    assert [] == looking.missing == notified.missing
+    assert first.steps == notified.steps
     assert held(tmp_path / "waits") == held(tmp_path / "behind")
     assert seen(there, tmp_path / "waits") == seen(callback, tmp_path / "behind")
 
@@ -159,14 +159,14 @@ def test_a_resume_from_what_was_written_behind_goes_on_as_if_it_had_waited(tmp_p
 
 @pytest.mark.usefixtures("slow_disk")
 def test_an_exception_waits_for_what_is_under_way_and_rescues(tmp_path: Path) -> None:
-    """Both are there, the exception is seen, and loggers hear of the file that was under way."""
+    """Both exist, the exception is raised, and loggers are called for the file that was pending."""
     callback = CheckpointCallback(tmp_path, POLICY, background="wait")
-    looking, told = Looking(callback), Told()
+    looking, notified = Looking(callback), Notified()
     with pytest.raises(ZeroDivisionError, match="the training breaks"):
-        fit([callback, looking], model=Model(fails_at=BATCHES + 1), logger=told)
+        fit([callback, looking], model=Model(fails_at=BATCHES + 1), logger=notified)
     assert ["last.ckpt", "rescue-step=5.ckpt", "step=4.ckpt"] == files(tmp_path)
-    assert [] == looking.missing == told.missing
-    assert "step=4.ckpt" in told.steps
+    assert [] == looking.missing == notified.missing
+    assert "step=4.ckpt" in notified.steps
 
 
 @pytest.mark.parametrize("number", [1, 5], ids=["the first", "the last"])
@@ -209,18 +209,18 @@ def test_what_a_plugin_writes_is_waited_for_and_that_is_said(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_disk")
 def test_with_two_ranks_both_show_what_is_there(tmp_path: Path) -> None:
-    """Rank 0 writes; the other hears of it with the next report."""
+    """Rank 0 writes; the other rank gets the result with the next report."""
 
     def work() -> None:
-        callback, looking, told = train(tmp_path / "run", BOTH[0], background="wait", strategy="ddp", devices=2)
+        callback, looking, notified = train(tmp_path / "run", BOTH[0], background="wait", strategy="ddp", devices=2)
         rank = os.environ["LOCAL_RANK"]
         assert looking.under_way or rank != "0"
-        assert [] == looking.missing == told.missing
+        assert [] == looking.missing == notified.missing
         names = sorted(os.path.basename(path) for path in shown(callback))
-        (tmp_path / f"rank{rank}").write_text(" ".join([*names, "told", *told.steps]))
+        (tmp_path / f"rank{rank}").write_text(" ".join([*names, "logged", *notified.steps]))
 
     together(work, work)
-    first, second = ((tmp_path / f"rank{rank}").read_text().split(" told") for rank in (0, 1))
+    first, second = ((tmp_path / f"rank{rank}").read_text().split(" logged") for rank in (0, 1))
     assert first[0] == second[0]
     assert set(files(tmp_path / "run")) >= set(first[0].split())
     assert first[1]

@@ -126,9 +126,9 @@ def test_a_config_makes_what_it_says(
         printed.append(capsys.readouterr().out)
         Path("printed.yaml").write_text(printed[-1])
     assert printed[0] == printed[1]
-    told = yaml.safe_load(printed[0])["trainer"]["callbacks"][2]["init_args"]
-    assert "policy" == told["directory"]
-    assert {"n": 1, "after": 0} == told["policy"]["when"]["init_args"]
+    saved = yaml.safe_load(printed[0])["trainer"]["callbacks"][2]["init_args"]
+    assert "policy" == saved["directory"]
+    assert {"n": 1, "after": 0} == saved["policy"]["when"]["init_args"]
 
 
 def test_arguments_of_the_command_line_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_a_step_is_saved_before_its_validation_and_ranked_after_it(tmp_path: Pat
 
 
 def test_neither_the_sanity_check_nor_a_dev_run_saves(tmp_path: Path) -> None:
-    """A run that is no training leaves nothing behind, not even a folder."""
+    """A run without a training leaves nothing behind, not even a folder."""
     fit(CheckpointCallback(tmp_path / "dev", EVERYTHING), fast_dev_run=True)
     assert not (tmp_path / "dev").exists()
     training = fit(CheckpointCallback(tmp_path / "sane", EVERYTHING), max_epochs=1, num_sanity_val_steps=2)

@@ -35,7 +35,7 @@ def records(directory: Path) -> list[Any]:
 
 
 class StopError(Exception):
-    """A crash that nobody can save at."""
+    """A crash at which no rescue is possible."""
 
 
 class Crashing(Model):
@@ -187,7 +187,7 @@ def test_35_a_template_for_last_is_found_again(tmp_path: Path) -> None:
     assert str(tmp_path / "newest.ckpt") == training.ckpt_path
 
 
-def test_36_last_is_told_by_records_and_not_by_its_name(tmp_path: Path) -> None:
+def test_36_records_say_what_last_is_and_not_its_name(tmp_path: Path) -> None:
     """A newer file called lasting-model is not it."""
     fit(ModelCheckpoint(dirpath=tmp_path, save_last=True), max_epochs=1)
     fit(None, max_epochs=1, enable_checkpointing=False).save_checkpoint(tmp_path / "lasting-model.ckpt")
@@ -231,7 +231,7 @@ def test_51_a_failing_delete_does_not_end_the_training(tmp_path: Path) -> None:
         def on_train_epoch_start(self) -> None:
             path = tmp_path / "epoch=0.ckpt"
             if self.current_epoch == 1:
-                # A folder that is not empty is no file to unlink.
+                # A folder that is not empty cannot be unlinked.
                 path.unlink()
                 path.mkdir()
                 os.chmod(path, 0o755)

@@ -37,7 +37,7 @@ def test_wandb_takes_the_same_files(
     needs("wandb")
     from lightning.pytorch.loggers import WandbLogger
 
-    # The logger itself refuses to take checkpoints if it is told to be offline.
+    # The logger itself refuses checkpoints if it is offline.
     for name, value in {"WANDB_SILENT": "true", "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
     taken = []
@@ -69,8 +69,8 @@ def test_mlflow_takes_the_same_files(
         logger = MLFlowLogger(tracking_uri=f"file:{directory}/mlruns", log_model=log_model)
         fit(cls(directory / "run", **ARGUMENTS[arguments]), logger=logger, max_epochs=3)
         (artifacts,) = directory.glob("mlruns/*/*/artifacts")
-        told = {name: (artifacts / name).read_text() for name in files(artifacts) if not name.endswith(".ckpt")}
-        assert "Checkpoint" in yaml.safe_load(next(text for name, text in told.items() if name.endswith("yaml")))
-        taken.append((files(artifacts), told))
+        texts = {name: (artifacts / name).read_text() for name in files(artifacts) if not name.endswith(".ckpt")}
+        assert "Checkpoint" in yaml.safe_load(next(text for name, text in texts.items() if name.endswith("yaml")))
+        taken.append((files(artifacts), texts))
     theirs, ours = taken
     assert theirs == ours

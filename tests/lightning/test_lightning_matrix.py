@@ -1,8 +1,8 @@
 """The drop-in beside Lightning's own class in the same training: constructor arguments, validations, histories.
 
-Files with the step, epoch and weights of each, and the attributes that users and loggers read, are compared. Where they
-differ, one table says by name which, and why; a difference that it does not name fails, and so does a name that is no
-longer needed.
+The test compares the files with the step, epoch and weights of each, and the attributes that users and loggers read.
+One table lists the differences with their reasons. A difference that is not listed fails, and so does an entry without
+a difference.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def allowed(*cell: str) -> set[str]:
 
 
 def train(cls: type, directory: Path, arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Train with a new callback, and tell what there is then."""
+    """Train with a new callback, and return its files and attributes."""
     callback = cls(dirpath=directory, **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

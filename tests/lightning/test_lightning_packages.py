@@ -80,7 +80,7 @@ def test_the_other_package_is_served_by_its_own_class(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", ["drop-in", "policy"])
 def test_the_wrong_mix_is_refused_with_the_right_import(tmp_path: Path, kind: str) -> None:
-    """Before the Trainer fails with words about something else."""
+    """Before the Trainer fails with an unrelated message."""
     wrong = (
         r"is for a Trainer of pytorch_lightning, .* of lightning; import it from checkpointer_lightning.for_lightning"
     )

@@ -36,7 +36,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 }
 
 NOT_BEFORE = {
-    ("each moment in time", "*"): "2.5.5",  # An interval of nothing was no interval.
+    ("each moment in time", "*"): "2.5.5",  # An interval of zero was ignored.
     ("steps, newest, last", "stopped within an epoch"): "2.6",  # Any end of an epoch wrote last.
 }
 
@@ -146,7 +146,7 @@ def test_the_characters_of_names_may_be_set(tmp_path: Path, on: str) -> None:
         {"every_n_train_steps": 1, "train_time_interval": timedelta(seconds=1)},
     ],
 )
-def test_what_is_refused_is_refused_in_the_same_words(arguments: dict[str, Any]) -> None:
+def test_what_is_refused_is_refused_with_the_same_message(arguments: dict[str, Any]) -> None:
     """A message that people search for is found."""
     with pytest.raises(MisconfigurationException) as theirs:
         Theirs(**arguments)
@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_empty_is_said(tmp_path: Path, cls: type) -> None:
 
 @pytest.mark.parametrize("cls", [Theirs, Ours])
 def test_a_name_that_is_taken_gets_a_version(tmp_path: Path, cls: type) -> None:
-    """A file of somebody else is not replaced."""
+    """A file of another program is not replaced."""
     (tmp_path / "epoch=0.ckpt").write_text("mine")
     fit(cls(dirpath=tmp_path, filename="{epoch}"), max_epochs=1)
     assert ["epoch=0-v1.ckpt", "epoch=0.ckpt"] == files(tmp_path)
@@ -374,7 +374,7 @@ def test_best_and_last_are_found(tmp_path: Path, which: str) -> None:
 
 @pytest.mark.parametrize("how", ["last", "path"])
 def test_stock_lightning_goes_on_with_what_is_written_here(tmp_path: Path, how: str) -> None:
-    """The way back is open: ranking and all, by word and by path."""
+    """Lightning's class continues from here with its ranking, by name and by path."""
     arguments: dict[str, Any] = {"dirpath": tmp_path, "monitor": "val_loss", "save_top_k": 2, "save_last": True}
     first = Ours(**arguments)
     fit(first, max_epochs=2)
@@ -436,7 +436,7 @@ def test_folders_that_a_strategy_writes_are_checkpoints(tmp_path: Path) -> None:
     assert ["epoch=3-step=16.ckpt/shard"] == files(tmp_path)
 
 
-# Words
+# Messages
 
 
 def test_verbose_says_what_lightning_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -453,7 +453,7 @@ def test_verbose_says_what_lightning_says(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_the_best_are_listed_in_a_file(tmp_path: Path) -> None:
-    """``to_yaml`` writes path and score, where it is told or in the directory."""
+    """``to_yaml`` writes path and score, to the given file or in the directory."""
     callback = Ours(dirpath=tmp_path, monitor="val_loss", save_top_k=2)
     fit(callback)
     callback.to_yaml()
@@ -463,17 +463,17 @@ def test_the_best_are_listed_in_a_file(tmp_path: Path) -> None:
     assert expected == yaml.safe_load((tmp_path / "other.yaml").read_text())
 
 
-def test_loggers_are_told(tmp_path: Path) -> None:
+def test_loggers_are_called(tmp_path: Path) -> None:
     """After the file is there, with an object whose best and last are right."""
-    told: list[tuple[bool, str]] = []
+    notified: list[tuple[bool, str]] = []
 
-    class Told(pl.loggers.CSVLogger):
+    class Notified(pl.loggers.CSVLogger):
         def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
             path = Path(checkpoint_callback.best_model_path)
-            told.append((path.exists(), path.name))
+            notified.append((path.exists(), path.name))
 
-    fit(Ours(dirpath=tmp_path / "d", monitor="val_loss"), logger=Told(tmp_path), max_epochs=4)
-    assert [(True, "epoch=0-step=4.ckpt"), (True, "epoch=1-step=8.ckpt"), (True, "epoch=3-step=16.ckpt")] == told
+    fit(Ours(dirpath=tmp_path / "d", monitor="val_loss"), logger=Notified(tmp_path), max_epochs=4)
+    assert [(True, "epoch=0-step=4.ckpt"), (True, "epoch=1-step=8.ckpt"), (True, "epoch=3-step=16.ckpt")] == notified
 
 
 def test_43_without_a_version_counter_an_earlier_run_s_files_are_overwritten(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_best_without_a_directory_given_is_where_the_trainer_writes(tmp_path: Pa
     assert str(tmp_path / "checkpoints/epoch=1-step=8.ckpt") == again.ckpt_path
 
 
-def test_best_that_nobody_saved_is_the_error_that_lightning_raises(tmp_path: Path) -> None:
+def test_best_that_was_not_saved_is_the_error_that_lightning_raises(tmp_path: Path) -> None:
     """An empty directory has none, and a callback does not look before a Trainer asks."""
     callback = Ours(dirpath=tmp_path, monitor="val_loss")
     assert "" == callback.best_model_path

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, quiet]
 SPAWN: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 2}
 
 
-class Telling(Model):
+class Writing(Model):
     """Each rank writes down what its callback shows."""
 
     def __init__(self, directory: Path, **kw: Any) -> None:
@@ -28,8 +28,8 @@ class Telling(Model):
 
     def on_train_end(self) -> None:
         shown: Any = self.trainer.checkpoint_callback
-        told = {"best": shown.best_model_path, "last": shown.last_model_path, "score": float(shown.best_model_score)}
-        (self.directory / f"rank{self.global_rank}.json").write_text(json.dumps(told))
+        written = {"best": shown.best_model_path, "last": shown.last_model_path, "score": float(shown.best_model_score)}
+        (self.directory / f"rank{self.global_rank}.json").write_text(json.dumps(written))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         # Ranks measure different things: what rank 0 says counts.
@@ -49,12 +49,12 @@ def test_every_rank_knows_what_rank_0_decides(tmp_path: Path, kind: str) -> None
             AnyOf(EverySteps(1), EverySeconds(0)), [KeepBest(2, "mine", mode="min"), KeepLast(1)], last="link"
         )
         callback = CheckpointCallback(directory, policy)
-    training = fit(callback, model=Telling(tmp_path), **SPAWN)
-    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert 0.0 == told[0]["score"]
+    training = fit(callback, model=Writing(tmp_path), **SPAWN)
+    written = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert written[0] == written[1]
+    assert 0.0 == written[0]["score"]
     assert training.checkpoint_callback is callback
-    assert told[0]["best"] == callback.best_model_path
+    assert written[0]["best"] == callback.best_model_path
     steps = [record.step for record in CheckpointManager(directory).records]
     assert [2, 4] == steps
     assert "last.ckpt" in files(directory)
@@ -95,5 +95,5 @@ def test_one_ranks_exception_is_seen_as_itself(tmp_path: Path, rank: int) -> Non
     assert "ZeroDivisionError: one rank breaks" in found.stderr
     took = [line.split() for line in found.stdout.splitlines() if line.startswith("TOOK") and "ZeroDivision" in line]
     assert [] != took
-    assert all(float(words[1]) < 2 for words in took)
+    assert all(float(fields[1]) < 2 for fields in took)
     assert [] == files(tmp_path / "run")

@@ -24,7 +24,7 @@ BEST_AND_LAST = Policy(
 
 @pytest.fixture
 def url() -> str:
-    """A folder in fsspec's memory that nobody else has."""
+    """A folder in fsspec's memory that no other test has."""
     return f"memory://{uuid.uuid4().hex}/run"
 
 
@@ -41,7 +41,7 @@ def held(url: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", ["drop-in", "policy"])
-def test_a_run_lives_at_a_url(url: str, kind: str) -> None:
+def test_a_run_is_saved_at_a_url(url: str, kind: str) -> None:
     """Best, last and what is shown are as in a folder; ``"last"``, ``"best"`` and a URL resume it."""
 
     def make() -> Any:
@@ -86,7 +86,7 @@ def test_a_run_of_lightnings_own_class_goes_on_at_its_url(url: str) -> None:
 
 
 class Plugin(TorchCheckpointIO):
-    """Somebody's own way of writing: a file, or a folder."""
+    """A user's own way of writing: a file, or a folder."""
 
     def __init__(self, folder: bool) -> None:
         self.folder = folder
@@ -98,7 +98,7 @@ class Plugin(TorchCheckpointIO):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_plugin_writes_to_a_url_that_nobody_has(url: str, folder: bool) -> None:
+def test_a_plugin_writes_to_a_url_that_is_free(url: str, folder: bool) -> None:
     """Nothing can be staged there, so what is written is never the name of a checkpoint or of an alias."""
     plugin = Plugin(folder)
     policy = Policy(EveryEpochs(1), [KeepBest(1, "val_loss", mode="min")], name="{epoch}", last="copy")

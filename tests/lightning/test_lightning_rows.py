@@ -186,7 +186,7 @@ def test_30_last_is_there_each_epoch_whatever_the_top_k_wait_for(tmp_path: Path,
     assert 20 == step_of(tmp_path / "last.ckpt")
 
 
-def test_40_a_field_that_nobody_reports_is_said(tmp_path: Path) -> None:
+def test_40_a_field_that_is_not_reported_gives_a_warning(tmp_path: Path) -> None:
     """The name is Lightning's, with a 0; that it is a mistake is said once."""
     with pytest.warns(UserWarning, match=r"asks for 'val_lss', which was not reported \(have: train_loss, val_loss\)"):
         fit(Ours(tmp_path, "{val_lss:.2f}"), max_epochs=2)

@@ -35,14 +35,14 @@ def test_50_and_74_folders_of_shards_are_ranked_retired_and_resumed(tmp_path: Pa
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         options: dict[str, Any] = {"strategy": strategy, "devices": 2, "max_epochs": epochs, "resume": resume}
         training = fit(callback, model=Sharded(), **options)
-        told = {"step": training.global_step, "best": callback.best_model_path, "from": str(training.ckpt_path)}
-        (tmp_path / f"rank{training.global_rank}.json").write_text(json.dumps(told))
+        written = {"step": training.global_step, "best": callback.best_model_path, "from": str(training.ckpt_path)}
+        (tmp_path / f"rank{training.global_rank}.json").write_text(json.dumps(written))
 
     together(*[lambda: train(2, None)] * 2)
     together(*[lambda: train(3, "last")] * 2)
-    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert {"step": 6, "best": str(directory / "epoch=1.ckpt"), "from": str(directory / "last.ckpt")} == told[0]
+    written = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert written[0] == written[1]
+    assert {"step": 6, "best": str(directory / "epoch=1.ckpt"), "from": str(directory / "last.ckpt")} == written[0]
     shards = {name.partition("/")[0] for name in files(directory) if name.endswith(".distcp")}
     assert {"epoch=1.ckpt", "epoch=2.ckpt"} == shards
     assert ["epoch=1.ckpt", "epoch=2.ckpt"] == [record.name for record in CheckpointManager(directory).records]

@@ -46,11 +46,11 @@ class Writing(pl.Callback):
         self.directory = directory
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        told = {"step": trainer.global_step, "error": type(exception).__name__}
-        (self.directory / f"rank{trainer.global_rank}.json").write_text(json.dumps(told))
+        outcome = {"step": trainer.global_step, "error": type(exception).__name__}
+        (self.directory / f"rank{trainer.global_rank}.json").write_text(json.dumps(outcome))
 
 
-def told(directory: Path) -> list[Any]:
+def outcomes(directory: Path) -> list[Any]:
     """Return what the ranks wrote."""
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -80,7 +80,7 @@ if __name__ == "__main__":  # Lightning starts the second process by running thi
 
 def check_stopped(directory: Path) -> None:
     """Both ranks have stopped at one step, by Lightning's own exception, and that step is saved once."""
-    first, second = told(directory)
+    first, second = outcomes(directory)
     assert first == second
     assert "SIGTERMException" == first["error"]
     step = first["step"]
@@ -137,7 +137,7 @@ def test_a_sigterm_of_the_launching_rank_stops_all_at_one_step_and_is_rescued_on
 
 
 def test_a_sigterm_of_another_rank_stops_all_at_one_step_and_is_rescued_once(tmp_path: Path) -> None:
-    """Nobody passes it on; Lightning's handler alone would mix its talk with the training's."""
+    """It is not passed on. Lightning's handler alone would mix its collective with the training's."""
 
     def work() -> None:
         train(tmp_path, rank=1)
@@ -185,7 +185,7 @@ def test_a_sigterm_within_a_validation_stops_all_within_it_if_their_batches_are_
         training.fit(Validating(tmp_path), loader(8), measured)
 
     together(work, work)
-    first, second = told(tmp_path)
+    first, second = outcomes(tmp_path)
     assert {"step": 2, "error": "SIGTERMException"} == first == second
     validated = [int((tmp_path / f"validated{rank}").read_text()) for rank in (0, 1)]
     if kind == "counted":
@@ -196,6 +196,10 @@ def test_a_sigterm_within_a_validation_stops_all_within_it_if_their_batches_are_
         (record,) = CheckpointManager(tmp_path / name).records
         assert (2, "rescue: SIGTERM") == (record.step, record.reason)
         assert kind == "uncounted" or "val_loss" not in record.metrics
+        loops = torch.load(tmp_path / name / record.name, weights_only=True)["loops"]["fit_loop"]
+        # A resume runs all of a validation that was not finished.
+        validated = loops["epoch_loop.val_loop.batch_progress"]["current"]["completed"]
+        assert (0 if kind == "counted" else 30) == validated
 
 
 class Breaking(pl.LightningModule):
@@ -216,7 +220,7 @@ class Breaking(pl.LightningModule):
 
 
 class Hooked(Breaking):
-    """Has one: nobody knows whether it needs the other ranks."""
+    """Has a hook that may need the other ranks."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         dist.barrier()
@@ -225,7 +229,7 @@ class Hooked(Breaking):
 @pytest.mark.parametrize(
     ("model", "rescued"), [(Breaking(0), True), (Hooked(0, 1), True), (Hooked(0), False)], ids=["one", "all", "hooked"]
 )
-def test_an_exception_is_rescued_if_nobody_is_missing_for_it(tmp_path: Path, model: Any, rescued: bool) -> None:
+def test_an_exception_is_rescued_if_no_rank_is_missing_for_it(tmp_path: Path, model: Any, rescued: bool) -> None:
     """Rank 0 alone where it has all there is to save; all together if all are there; else not, and soon."""
     callback = CheckpointCallback(tmp_path / "run", Policy(EveryEpochs(1), [KeepLast(1)]))
 

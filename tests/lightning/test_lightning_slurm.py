@@ -44,7 +44,7 @@ class Preempted(Model):
         self.log_of.append(["is stepping" if self.is_stepping else "saves", self.global_step])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Both ranks hear of the signal within a second; the job ends once it is requeued.
+        # Both ranks know of the signal within a second; the job ends once it is requeued.
         if self.global_step >= 5 and (self.directory / "requeued").exists() and not self.log_of[0][1]:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -98,7 +98,7 @@ def test_78_the_signal_is_acted_on_at_the_end_of_a_batch_by_all_and_the_job_goes
     assert step >= 5
     assert ["saves", step] in first["log"]
     assert "is stepping" not in {what for what, _ in [*first["log"], *second["log"]]}
-    # The first job is ended by SIGTERM, without a rescue that nobody would go on from.
+    # The first job is ended by SIGTERM, without a rescue, because the next job continues from Lightning's file.
     assert "SIGTERMException" == first["error"]
     assert ["starts", step] == second["log"][0]
     end = step // 2 * 2 + 4
