@@ -69,6 +69,7 @@ check: venv
 	"$(BIN)/ruff" check
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
+	"$(BIN)/python" .ci/check-words
 	"$(BIN)/python" -m pytest --doctest-modules checkpointer adapters/checkpointer_torch
 	"$(BIN)/python" -m pytest README.md docs
 	@# In an empty folder, and then in the one that this left: people start their programs more than once.

@@ -67,8 +67,8 @@ def overheads(rank: int) -> dict[str, tuple[float, float]]:
         block(report)  # Warm.
         pairs = [(block(lambda _: None), block(report)) for _ in range(PAIRS)]
         found[name] = statistics.median(a for a, _ in pairs), statistics.median(b - a for a, b in pairs)
-    talks = timed._agreement.num_exchanges / (BLOCK * (PAIRS + 1))
-    found["time trigger, by its own account"] = found["time trigger"][0], talks * timed._agreement.cost_s
+    exchanges = timed._agreement.num_exchanges / (BLOCK * (PAIRS + 1))
+    found["time trigger, by its own account"] = found["time trigger"][0], exchanges * timed._agreement.cost_s
     return found
 
 

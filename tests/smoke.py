@@ -1,4 +1,4 @@
-"""Uses an installed wheel as a stranger would: save, restore with a new manager, load without the library.
+"""Uses an installed wheel as a new user would: save, restore with a new manager, load without the library.
 
 Run by ``make wheel-test`` in an environment that has the wheel and nothing else; no test framework is there.
 """

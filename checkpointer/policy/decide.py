@@ -283,7 +283,7 @@ def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str 
         return None
 
 
-_NEWEST = "the newest, which last names"
+_NEWEST = "newest (last points here)"
 
 
 @attrs.frozen(eq=False)

@@ -55,7 +55,7 @@ def test_ls_shows_each_checkpoint_with_its_aliases_and_what_keeps_it(run: Path, 
     assert ["20", "1", "0.2", "0.8"] == lines[2][:4]
     shown = [line.strip() for line in said.out.splitlines()]
     assert "#1 of the best 2 by loss (min)" == shown[shown.index("<- best.ckpt") + 1]
-    assert "the newest; the newest, which last names" == shown[shown.index("<- last.ckpt") + 1]
+    assert "the newest; newest (last points here)" == shown[shown.index("<- last.ckpt") + 1]
 
 
 def test_ls_json_holds_the_whole_record_and_where_it_is(run: Path) -> None:

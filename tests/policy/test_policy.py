@@ -257,7 +257,7 @@ def test_the_newest_is_kept_while_last_names_it() -> None:
     seen = manifest(history(1.0, 5.0))
     assert ("s2",) == surplus(Policy(EACH, [BEST]), seen)
     assert () == surplus(Policy(EACH, [BEST], last="link"), seen)
-    assert "the newest, which last names" in explain(Policy(EACH, [BEST], last="link"), seen)["s2"]
+    assert "newest (last points here)" in explain(Policy(EACH, [BEST], last="link"), seen)["s2"]
 
 
 def test_best_of_looks_where_the_rule_looks() -> None:
