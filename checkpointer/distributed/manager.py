@@ -209,9 +209,9 @@ class DistributedManager:
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._horizon
-        if step >= horizon.step or self._is_closed:
+        if self._is_closed or (epoch_end is None and horizon.epochs != math.inf):
             return False
-        if horizon.epochs != math.inf and (epoch_end is None or epoch + epoch_end >= horizon.epochs):
+        if not horizon.is_ahead_of(step, epoch + bool(epoch_end)):
             return False
         # Clocks differ, so only rank 0's decides.
         return horizon.time == math.inf or not self._agreement(

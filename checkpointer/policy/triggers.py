@@ -53,7 +53,11 @@ class Horizon:
 
     def covers(self, now: Progress) -> bool:
         """Return whether nothing can be due at ``now``."""
-        return now.step < self.step and now.epochs < self.epochs and now.time < self.time
+        return self.is_ahead_of(now.step, now.epochs) and now.time < self.time
+
+    def is_ahead_of(self, step: int, epochs: int) -> bool:
+        """Return whether neither the step nor the count of finished epochs can be due: all ranks know both."""
+        return step < self.step and epochs < self.epochs
 
     def text(self) -> str:
         """Return before what nothing is due, to follow "not due"; empty if nothing ever is."""

@@ -10,6 +10,7 @@ import attrs
 
 from checkpointer.commit import index
 from checkpointer.commit.journal import Journal
+from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
@@ -125,11 +126,6 @@ class Catalog:
     def aliases_of(self, record: Record) -> list[str]:
         """Return the aliases that stand for a checkpoint."""
         return [alias for alias, target in self.aliases.items() if target == record.name]
-
-
-def location(storage: Storage, name: str) -> str:
-    """Return the full path or URL of a file in a storage."""
-    return storage.local_path(name) if isinstance(storage, SupportsPaths) else f"{storage}/{name}"
 
 
 def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:

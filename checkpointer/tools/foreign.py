@@ -12,13 +12,13 @@ from typing import Any, Final, TypeGuard
 import attrs
 
 from checkpointer.commit.index import HOME, directories_below
+from checkpointer.commit.naming import location
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Contents
-from checkpointer.tools.catalog import location
 
 __all__ = ["COPIES", "Said", "Units", "find_units", "parts_of", "read_file", "read_folder"]
 
