@@ -775,7 +775,7 @@ def test_commands_name_no_file_that_is_gone(run: Path, tmp_path: Path) -> None:
     exported = command("export", run, "last", tmp_path / "last.pt")
     assert (0, True) == (exported.code, "epoch=3-step=40.ckpt (2 checkpoints, not counted)" in exported.err)
     averaged = command("average", run, "--best", "4", *BY, "-o", tmp_path / "mean.pt")
-    assert "only 2 checkpoints are ranked" in averaged.err
+    assert "the run has 2 ranked checkpoints" in averaged.err
     policy = tmp_path / "policy.yaml"
     Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)]).to_yaml(policy)
     pruned = command("prune", run, "--policy", policy, "--json").data
@@ -809,7 +809,7 @@ def test_commands_on_a_directory_where_all_is_gone(run: Path) -> None:
 def test_what_is_gone_is_not_copied(run: Path, tmp_path: Path) -> None:
     """The rest is, and the exit code says that it is not all."""
     said = command("copy", run, tmp_path / "copy")
-    assert (1, True) == (said.code, "2 copied" in said.out)
+    assert (1, True) == (said.code, "2 checkpoints copied" in said.out)
     assert [20, 30] == [item["step"] for item in command("ls", tmp_path / "copy", "--json").data]
 
 
@@ -819,7 +819,7 @@ def test_a_copy_brings_again_what_is_gone_there(tmp_path: Path) -> None:
     command("copy", tmp_path / "run", tmp_path / "copy")
     (tmp_path / "copy/epoch=1-step=20.ckpt").unlink()
     said = command("copy", tmp_path / "run", tmp_path / "copy")
-    assert (0, True) == (said.code, "1 copied" in said.out)
+    assert (0, True) == (said.code, "1 checkpoint copied" in said.out)
     assert 0 == command("verify", tmp_path / "copy").code
 
 

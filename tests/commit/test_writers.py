@@ -203,7 +203,7 @@ def test_a_planted_record_lets_no_signed_checkpoint_go(signed: Path, last: Path,
     data["record"]["step"] = 1000
     (signed / ".checkpointer/records/plant-step=10.ckpt.json").write_text(json.dumps(data))
     before = snapshot(signed)
-    assert "believes unsigned records as well" in command("prune", signed, "-p", last).err
+    assert "unsigned records are believed as well" in command("prune", signed, "-p", last).err
     for key in ((), ("--key-env", "CKPT_KEY")):
         assert 2 == command("prune", signed, "-p", last, "--apply", *key).code
         assert before == snapshot(signed)

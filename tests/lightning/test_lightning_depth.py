@@ -32,7 +32,7 @@ def test_a_save_is_at_most_twelve_calls_deep(tmp_path: Path, kind: str) -> None:
         if event == "c_call" and function is os.fsync:
             stack = [call for call in traceback.extract_stack(frame) if call.filename.startswith(OURS)]
             calls = [f"{Path(call.filename).name} {call.name}" for call in stack]
-            saves.extend([calls] if {"saver.py write", "transaction.py put"} <= set(calls) else [])
+            saves.extend([calls] if {"saver.py write", "journal.py put"} <= set(calls) else [])
 
     both: dict[str, Callable[[], Any]] = {
         "drop-in": lambda: ModelCheckpoint(tmp_path, every_n_train_steps=1),
