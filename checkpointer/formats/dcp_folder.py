@@ -56,7 +56,8 @@ MAX_PROBLEMS: Final = 10
 _METADATA_GLOBALS: Final = {
     ("torch", "Size"): torch.Size,
     **{
-        ("pathlib", name): (lambda *parts: "/".join(parts))
+        (module, name): (lambda *parts: "/".join(parts))
+        for module in ("pathlib", "pathlib._local")  # The latter is Python 3.13's.
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,

@@ -222,12 +222,19 @@ def _round_trip(state: Any, copying: _Numbering, *, takes_shards: bool) -> Any:
     pickler.dump(state)
     stream.seek(0)
     # torch notes what a load has rebuilt, to check it later; of this nothing was read from a file.
-    noted: list[Any] = getattr(getattr(torch, "_utils", None), "_sparse_tensors_to_validate", [])
+    noted = _noted_by_torch()
     before = len(noted)
     try:
         return _Unpickler(stream, copying.copies, arrays).load()
     finally:
         del noted[before:]
+
+
+def _noted_by_torch() -> list[Any]:
+    utils: Any = getattr(sys.modules.get("torch"), "_utils", None)
+    if hasattr(utils, "_get_sparse_tensors_to_validate"):  # Since torch 2.15, a list for each thread.
+        return utils._get_sparse_tensors_to_validate()  # type: ignore[no-any-return]
+    return getattr(utils, "_sparse_tensors_to_validate", [])
 
 
 def _keep(buffer: pickle.PickleBuffer, arrays: list[memoryview]) -> bool:

@@ -145,7 +145,7 @@ class _Search:
             self._open.add(id(value))
             self._visit_items(value, path)
             self._open.discard(id(value))
-        if type(value) in _SAFE_CONTAINERS or type(value) in self._tensors:
+        if type(value) in _SAFE_CONTAINERS or (type(value) in self._tensors and not value.is_nested):
             # torch pickles these with their attributes: OrderedDict._metadata, or a note on a parameter.
             for name, item in getattr(value, "__dict__", {}).items():
                 self.visit(item, f"{path}.{name}")
@@ -155,7 +155,8 @@ class _Search:
     def _visit_leaf(self, value: Any, path: str) -> None:
         check_whole(value, path)
         if self._is_refused(value):
-            self.found[path] = class_name(value) + _DETAILS.get(type(value), "")
+            detail = " that is nested" if type(value) in self._tensors else _DETAILS.get(type(value), "")
+            self.found[path] = class_name(value) + detail
 
     def _visit_items(self, value: Any, path: str) -> None:
         if not isinstance(value, dict):
@@ -175,7 +176,8 @@ class _Search:
             return -_MAX_INT <= value < _MAX_INT  # type: ignore[no-any-return]
         if kind is bytes:
             return bool(value)  # Without content its pickle names the class, which is refused.
-        return kind in self._plain or (kind in self._tensors and not value.__dict__)
+        # torch 2.15 and newer refuse a nested tensor.
+        return kind in self._plain or (kind in self._tensors and not value.__dict__ and not value.is_nested)
 
     def _is_refused(self, value: Any) -> bool:
         kind = type(value)
@@ -221,7 +223,7 @@ class _Skeleton:
             import torch
 
             plain = type(by_value(value)) in (torch.Tensor, torch.nn.Parameter)
-            return (complex, ()) if plain else NotImplemented
+            return (complex, ()) if plain and not value.is_nested else NotImplemented
 
 
 def _unsafe_alone(value: Any) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import gc
 import io
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,10 +167,12 @@ def test_a_failed_snapshot_gives_its_buffers_back() -> None:
 
 def test_sparse_copies_are_not_kept_by_torch() -> None:
     """It notes what a load has rebuilt, and would hold on to the buffers."""
-    noted = torch._utils._sparse_tensors_to_validate
-    before = len(noted)
-    Snapshots().take({"s": torch.eye(3).to_sparse()}).release()
-    assert before == len(noted)
+    taken = Snapshots().take({"s": torch.eye(3).to_sparse()})
+    copy = weakref.ref(taken.wait()["s"])
+    taken.release()
+    del taken
+    gc.collect()
+    assert copy() is None
 
 
 def test_sharded_tensors_survive() -> None:

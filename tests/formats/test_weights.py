@@ -305,7 +305,7 @@ SPECIAL: Final[dict[str, Callable[[], torch.Tensor]]] = {
     "bits": lambda: BYTES.view(torch.bits8),
     "float4": lambda: BYTES.view(getattr(torch, "float4_e2m1fn_x2", torch.bits8)),
 }
-old = pytest.mark.filterwarnings("ignore:.*quant", "ignore:Sparse CSR", "ignore:.*TypedStorage")
+old = pytest.mark.filterwarnings("ignore:.*quant", "ignore:.*[Ss]parse", "ignore:.*TypedStorage")
 """What torch says of its old kinds of tensors."""
 
 
