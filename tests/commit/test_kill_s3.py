@@ -94,7 +94,9 @@ def test_killed_at_random_instants_nothing_acknowledged_is_lost(
     theirs = {"Bucket": bucket, "Key": f"{prefix}/theirs.ckpt"}
     upload = filesystem(server).call_s3("create_multipart_upload", **theirs)["UploadId"]
     with trainings(url=url, options=options, last=last, size=size) as training:
-        for number in range(kills):
+        for number in range(10 * kills):
+            if number >= kills and training.acknowledged > kills // 4:
+                break  # A loaded machine needs more kills until enough was saved.
             training.run_and_kill(dice.uniform(0.0, delay), early=number % 4 == 0)
     state = {"step": training.acknowledged + 2}
     payload = LargeFormat(size) if size else PlainFormat()
