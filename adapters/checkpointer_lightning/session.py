@@ -339,7 +339,7 @@ class TrainingSession:
     # Attributes
 
     def attributes(self, decision: Decision | None = None) -> Attributes:
-        """Return the attributes for the records; with a decision, for the records after it. Only rank 0 can."""
+        """Return the attributes that show the records on rank 0, after a decision if one is given."""
         manager = self.managing
         manifest = manager.session.manifest if decision is None else manager.session.after(decision)
         going = {record.name for record in manifest.aside}

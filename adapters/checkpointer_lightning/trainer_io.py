@@ -100,7 +100,7 @@ def in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
 
 @attrs.define
 class StateCache:
-    """Holds the dump that one callback of a Trainer has made, for the other callbacks at the same moment.
+    """Holds the dump of one callback, so that the other callbacks of the Trainer can use it at the same moment.
 
     A dump refers to the tensors of the training and does not copy them. So it is valid until the training continues,
     and clearing it frees no tensor.

@@ -1,4 +1,4 @@
-"""Reads another program's own file as if a Loop had saved it, for a training that has begun elsewhere."""
+"""Reads the file of another program as a Loop's checkpoint, so that its training can be continued."""
 
 from __future__ import annotations
 

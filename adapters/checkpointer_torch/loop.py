@@ -200,7 +200,7 @@ class Loop:
             self._is_in_epochs = False
 
     def end_epoch(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
-        """Report that an epoch has ended, for a loop that is driven by events or does not use `epochs`.
+        """Report that an epoch has ended. Call it if the loop does not use `epochs`, for example if events drive it.
 
         Args:
             metrics: The metrics of the state after the epoch.

@@ -213,7 +213,7 @@ def _check_whole(name: str, module: nn.Module) -> None:
 
 
 def summary_of(thing: Any, name: str, part: Part) -> str:
-    """Return how an object is saved, for the log at the start of a loop."""
+    """Return how an object is saved. The loop logs it at its start."""
     how = ""
     if isinstance(part, TensorPart):
         how = ", as written in place"

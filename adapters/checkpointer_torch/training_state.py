@@ -60,7 +60,7 @@ class TrainingState:
         self.config = None if config is None else plain_config(config)
         self.objects = TrainingObjects(objects)
         self.summary = ", ".join([*self.objects.summaries, *[CONFIG] * (config is not None), "random states"])
-        """What is saved, for the log."""
+        """A summary of the saved objects. The loop logs it."""
         self.measured = MeasuredWeights(objects.values())
         self.data = DataPosition()
         self.epoch = self.step = 0
