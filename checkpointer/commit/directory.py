@@ -13,7 +13,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
 from checkpointer.commit.contents import Contents
-from checkpointer.commit.journal import Journal
+from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
@@ -232,14 +232,20 @@ def created(directory: Directory, clock: Clock) -> float:
     if found is not None or not directory.contents.is_prepared:
         return clock.time() if found is None else found
     now = clock.time()
+    data = f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode()
     try:
-        storage.write(path, f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode())
-    except OSError:
-        # Another writer may have written it at this very moment.
+        with aborting(storage.upload(path)) as upload:
+            upload.write(data)
+            upload.finish()
+            upload.publish(replace=False)
+    except OSError as error:
+        # Another writer may have created it at this very moment.
         found = _read_created(storage, path)
-        if found is None:
+        if found is not None:
+            return found
+        if not isinstance(error, FileExistsError):
             raise
-        return found
+        storage.write(path, data)  # The file is damaged.
     return now
 
 

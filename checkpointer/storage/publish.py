@@ -26,8 +26,10 @@ __all__ = ["REPLACING", "Capabilities", "Publisher", "owner_of"]
 REPLACING: Final = ".checkpointer/replacing"
 """Folder of a new file while the old one is removed, on servers that cannot replace in one step."""
 _ATTEMPTS: Final = 8
+_PATIENT_ATTEMPTS: Final = 3
+"""So often a writer waits for another one's replacement to end, before it goes first."""
 _CLAIM_S: Final = 900.0
-"""A claim is held for a few requests. After so many seconds its writer is considered dead."""
+"""A claim or a replacement takes a few requests. After so many seconds its writer is considered dead."""
 
 
 @attrs.frozen
@@ -64,13 +66,13 @@ class Publisher:
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace a small file in one step."""
-        self._to.attempt(f"writing {path}", lambda: self._put(path, data))
+        if self._to.is_object_store:
+            self._to.attempt(f"writing {path}", lambda: self._put(path, data))
+        else:
+            self.move(self._to.attempt(f"staging {path}", lambda: self._stage(data)), path, replace=True)
 
     def _put(self, path: str, data: bytes) -> None:
-        if self._to.is_object_store:
-            self._to.fs.pipe_file(self._to.full(path), data)
-        else:
-            self._move_over(self._stage(data), path)
+        self._to.fs.pipe_file(self._to.full(path), data)
 
     def _stage(self, data: bytes) -> str:
         staged = self.new_staged()
@@ -101,7 +103,7 @@ class Publisher:
             return
         for attempt in range(_ATTEMPTS):
             try:
-                self._swap(staged, path)
+                self._swap(staged, path, is_patient=attempt < _PATIENT_ATTEMPTS)
             except Exception as error:
                 # Another writer is replacing the same file.
                 if not (is_refusal(error) or isinstance(error, FileNotFoundError)) or attempt == _ATTEMPTS - 1:
@@ -110,30 +112,68 @@ class Publisher:
             else:
                 return
 
-    def _swap(self, staged: str, path: str) -> None:
-        """Rename in steps. If an earlier attempt lost a reply, continue with the step that is not applied yet."""
-        waiting, to = f"{REPLACING}/{path}", self._to
-        is_waiting = self._sent.get(staged) == waiting and not to.find(staged)
-        if not is_waiting and (self._is_moved(staged, path) or path not in to.find(path)):
-            if not self._is_moved(staged, path):
+    def _swap(self, staged: str, path: str, *, is_patient: bool) -> None:
+        """Rename in steps. If an earlier attempt lost a reply, continue with the step that is not applied yet.
+
+        The file under ``waiting`` reserves the replacement, because a second writer's rename to it is refused.
+        """
+        to, waiting = self._to, f"{REPLACING}/{path}"
+        if self._sent.get(staged) == waiting and not to.find(staged):
+            # If nothing waits, the file has got its name, or another writer has replaced the file after this one.
+            if to.find(waiting):
+                self._replace_with(waiting, path)
+        elif not self._is_moved(staged, path):
+            if path not in to.find(path):
                 self._rename(staged, path)
-            to.remove(waiting)
-            return
-        if not is_waiting:
-            to.remove(waiting)
-            self._rename(staged, waiting)
-        if not self._is_moved(waiting, path):
-            self._replace_with(waiting, path)
-        self._sent.pop(waiting, None)
+                return
+            with self._reserve(staged, waiting, is_patient=is_patient):
+                self._rename(staged, waiting)
+                self._replace_with(waiting, path)
+
+    @contextlib.contextmanager
+    def _reserve(self, staged: str, waiting: str, *, is_patient: bool) -> Iterator[None]:
+        """Make room for a file that waits, although another writer that stopped has its own file there.
+
+        That writer may continue, and move away the file that it is about to replace. Therefore its own file is put back
+        for it. It is removed if its writer is dead.
+        """
+        other = self._to.find(waiting).get(waiting)
+        if other is None:
+            yield
+        elif _is_stale(other, self._to.find(staged).get(staged, {})):
+            self._to.remove(waiting)
+            yield
+        elif is_patient:
+            raise FileExistsError(errno.EEXIST, "another writer is replacing the file", waiting)
+        else:
+            theirs = self.new_staged()
+            self._rename(waiting, theirs)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    self._put_back(theirs, waiting)
 
     def _replace_with(self, waiting: str, path: str) -> None:
-        old = self.new_staged()
-        if path in self._to.find(path):
+        to, old = self._to, self.new_staged()
+        if path in to.find(path):
             self._rename(path, old)
-        self._rename(waiting, path)
+        with contextlib.suppress(FileNotFoundError):
+            self._rename(waiting, path)
+        if not to.find(path) and not to.find(waiting):
+            # Another writer has replaced the file after this one, and its file is the one that was moved away.
+            self._put_back(old, path)
         # If a reader holds the old file open, it is swept later.
         with contextlib.suppress(OSError):
-            self._to.remove(old)
+            to.remove(old)
+
+    def _put_back(self, moved: str, path: str) -> None:
+        """Give a file its name again, unless another file has it meanwhile."""
+        try:
+            self._to.attempt(f"restoring {path}", lambda: self._rename(moved, path))
+        except OSError as error:
+            if not is_refusal(error) and not isinstance(error, FileNotFoundError):
+                raise
 
     def _move_new(self, staged: str, path: str) -> None:
         if self._is_moved(staged, path):
@@ -148,8 +188,11 @@ class Publisher:
     def _rename(self, source: str, target: str) -> None:
         """Rename a file, or let an object store copy it. A second call for the same file succeeds too."""
         to = self._to
-        is_again = self._sent.get(source) == target
-        self._sent[source] = target
+        # Other writers use the other paths too.
+        is_own = source.startswith(f"{STAGING}/")
+        is_again = is_own and self._sent.get(source) == target
+        if is_own:
+            self._sent[source] = target
         try:
             to.make_parents(target)
             with as_native_errors():
@@ -168,7 +211,10 @@ class Publisher:
             if not is_again or to.find(source) or not to.find(target):
                 raise
         # WebHDFS does not report a refused rename, and moves a file into a folder that has the target's name.
-        if not to.is_object_store and (to.find(source) or target not in to.find(target)):
+        if to.is_object_store:
+            return
+        found = to.find(target)
+        if (is_own and to.find(source)) or (target not in found and (is_own or found)):
             raise FileExistsError(errno.EEXIST, "the server did not rename", target)
 
     # Create a new file: of two writers, one wins
@@ -201,7 +247,7 @@ class Publisher:
 
     def _create_claimed(self, path: str, data: bytes) -> None:
         with self._claim(path):
-            self._put(path, data)
+            self.put(path, data)
             if not self._holds(path, data):
                 raise self.taken(path)
 
@@ -235,9 +281,7 @@ class Publisher:
         if claim.startswith(f"{self.staging}/"):
             return claim in self._claims
         # By the server's clock only. A claim of a machine that was preempted must not block the next writer.
-        now, then = modified_s(found.get(mine, {})), modified_s(found[claim])
-        is_stale = now is not None and then is not None and now - then > _CLAIM_S
-        return not is_stale and not is_dead(owner_of(claim))
+        return not _is_stale(found[claim], found.get(mine, {})) and not is_dead(owner_of(claim))
 
     def _holds(self, path: str, data: bytes) -> bool:
         try:
@@ -315,6 +359,12 @@ def _succeeds(request: Callable[..., object], *args: Any) -> bool:
             raise
         return False
     return True
+
+
+def _is_stale(info: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether a file is so much older than a new one that its writer is considered dead."""
+    then, now = modified_s(info), modified_s(new)
+    return now is not None and then is not None and now - then > _CLAIM_S
 
 
 def _pause(attempt: int) -> None:
