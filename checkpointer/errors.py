@@ -12,7 +12,10 @@
     │   ├── SchemaError                         ... because a newer version of this library wrote it
     │   └── UntrustedError (RestoreError)       ... because it is not signed with the manager's key
     ├── StorageError       (OSError)            the directory cannot be used
-    │   ├── AliasInUseError                     two live managers want the same alias
+    │   ├── ConflictError                       another process uses the same run or alias
+    │   │   ├── AliasInUseError                 ... a live manager keeps the same alias
+    │   │   ├── RunInUseError                   ... it trains the run that this process would go on with
+    │   │   └── FencedError                     ... it has taken over the run, so this process must end
     │   └── NameTakenError (FileExistsError)    a file of others has the name that a save needs
     ├── SaveError          (RuntimeError)       a checkpoint was not written; older ones are untouched
     │   └── NotEnoughSpaceError (OSError)       ... because the storage has too little room
@@ -37,7 +40,9 @@ __all__ = [
     "CheckpointerError",
     "CheckpointerWarning",
     "ClosedError",
+    "ConflictError",
     "CorruptError",
+    "FencedError",
     "MetricError",
     "MismatchError",
     "NameTakenError",
@@ -50,6 +55,7 @@ __all__ = [
     "RanksError",
     "RecordError",
     "RestoreError",
+    "RunInUseError",
     "SaveError",
     "SchemaError",
     "StorageError",
@@ -97,8 +103,20 @@ class StorageError(CheckpointerError, OSError):
     """The storage refused an operation that the manager needs."""
 
 
-class AliasInUseError(StorageError):
+class ConflictError(StorageError):
+    """Another process uses the run or an alias of this manager. It is never tolerated as a failed save."""
+
+
+class AliasInUseError(ConflictError):
     """Another live manager owns this alias in this directory."""
+
+
+class RunInUseError(ConflictError):
+    """Another process trains this run in this directory, and shows life."""
+
+
+class FencedError(ConflictError):
+    """Another process has taken over the run. This process must not change the directory any more."""
 
 
 class NameTakenError(StorageError, FileExistsError):

@@ -24,7 +24,8 @@ from checkpointer.clock import SystemClock
 from checkpointer.commit.directory import Directory, created
 from checkpointer.commit.naming import location
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import CheckpointerWarning, NotFoundError, PolicyError, SaveError
+from checkpointer.commit.terms import LEASE_S, as_lease
+from checkpointer.errors import CheckpointerWarning, ConflictError, NotFoundError, PolicyError, SaveError
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.mirror.mirror import open_mirror
@@ -42,6 +43,7 @@ from checkpointer.ports import (
     Snapshotting,
     Storage,
     SupportsCapabilities,
+    SupportsPaths,
     SupportsSnapshots,
 )
 from checkpointer.records.record import Progress, Record
@@ -86,12 +88,16 @@ class CheckpointManager:
         background: ``"wait"`` or ``"skip"`` copies the state and returns; one thread writes it while the loop goes on.
             If a save is due while another is unfinished, ``"wait"`` waits for that one, and ``"skip"`` drops an older
             one that has not begun. Listeners are called on that thread. None writes in the loop.
+        takeover: Go on with the run even if another process that trains it shows life. That process gets a
+            `FencedError` at its next save. None takes it from the environment variable ``CHECKPOINTER_TAKEOVER``.
+        lease_s: If such a process shows no life for so many seconds, this one goes on with the run.
         clock: Returns the time.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
     Raises:
         StorageError: If the directory cannot be used, or cannot be written to although ``state`` or ``save`` is given.
         AliasInUseError: If another live manager keeps the same alias in this directory.
+        RunInUseError: If ``run`` is given, and another process trains it.
         UntrustedError: If there are signed checkpoints, ``state`` or ``save`` is given, and ``trust`` is not.
 
     Example:
@@ -125,6 +131,8 @@ class CheckpointManager:
         trust: HMACKey | None = None,
         mirror: Mirror | Where | None = None,
         background: Busy | None = None,
+        takeover: bool | None = None,
+        lease_s: float = LEASE_S,
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
@@ -145,12 +153,26 @@ class CheckpointManager:
         self._release = weakref.finalize(keep_alive, release, owner)
         self._writes = writes = capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
-        self._mirror = open_mirror(mirror, policy, storage, trust=trust, copies=writes)
+        lease = as_lease(lease_s, takeover)
+        self._mirror = open_mirror(mirror, policy, storage, trust=trust, copies=writes, lease=lease)
         if self._mirror is not None:
             weakref.finalize(keep_alive, self._mirror.stop)
+        # A connection may not be used by two threads at once.
+        is_url = isinstance(directory, str) and not isinstance(storage, SupportsPaths)
+        again = functools.partial(open_storage, directory, owner, storage_options) if is_url else None
         self._directory = opened = Directory(
-            storage, owner, policy, run=run, label=label, writes=writes, trust=trust, clock=self._clock
+            storage,
+            owner,
+            policy,
+            run=run,
+            label=label,
+            writes=writes,
+            trust=trust,
+            clock=self._clock,
+            lease=lease,
+            open_again=again,
         )
+        weakref.finalize(keep_alive, opened.stop_heartbeat)
         self._report_below()
         on_change = self._mirror.update if self._mirror else None
         self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)
@@ -438,7 +460,7 @@ class CheckpointManager:
         if self.session.is_closed:
             return
         try:
-            if error is not None and self.policy.rescue and self._writes:
+            if error is not None and self.policy.rescue and self._writes and not isinstance(error, ConflictError):
                 with _warned("no rescue checkpoint could be written"):
                     self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
         finally:

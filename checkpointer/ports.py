@@ -24,6 +24,7 @@ __all__ = [
     "SupportsMailbox",
     "SupportsMapping",
     "SupportsPaths",
+    "SupportsScratch",
     "SupportsSnapshots",
     "SupportsSweep",
     "SupportsURLs",
@@ -109,6 +110,14 @@ class SupportsCopy(Protocol):
 
     def copy(self, source: str, path: str) -> None:
         """Copy a file or folder, and replace an existing one."""
+
+
+@runtime_checkable
+class SupportsScratch(Protocol):
+    """A storage that can write a small file sooner if it need not survive a crash of the machine."""
+
+    def write_scratch(self, path: str, data: bytes) -> None:
+        """Do as `Storage.write`, but let the system decide when the file becomes durable."""
 
 
 @runtime_checkable

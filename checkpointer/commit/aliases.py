@@ -21,11 +21,11 @@ from checkpointer.policy.policy import Policy
 from checkpointer.ports import Stat, SupportsLinks, SupportsPaths
 from checkpointer.records.codec import parse_json
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import SCHEMA, Entry, Record
+from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
 from checkpointer.storage.owner import is_live
 
-__all__ = ["Aliases", "claim", "is_marked", "make_alias", "marker_path", "read_marker", "release"]
+__all__ = ["Aliases", "Pointing", "claim", "is_marked", "make_alias", "marker_path", "read_marker", "release"]
 
 
 @attrs.define
@@ -41,6 +41,8 @@ class Aliases:
     """Token of the checkpoint that each alias points to."""
     _made: dict[str, Stat] = attrs.field(factory=dict, init=False)
     """The file of each alias when it was made or found to be ours, where a look costs no request."""
+    poisoned: frozenset[str] = frozenset()
+    """Names that another writer has announced to change, and may still change."""
     _claimed: set[str] = attrs.field(factory=set, init=False)
     """Names that this manager owns, even if their markers are deleted."""
 
@@ -64,27 +66,34 @@ class Aliases:
                 warn_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
 
-    def point(self, policy: Policy, manifest: Manifest) -> Manifest:
-        """Point ``last`` and ``best`` to their checkpoints; return the manifest without the slots that they replace."""
+    def plan(self, policy: Policy, manifest: Manifest) -> list[Pointing]:
+        """Return which aliases have to point to another checkpoint."""
+        found = []
         for alias, how in policy.aliases.items():
             is_last = alias == policy.name.last_file
             target = manifest.newest if is_last else policy.best_of(manifest.history)
             if target is None:
                 self._remove_dangling(alias)
-            if target is None or target.name == alias or self._pointed.get(alias) == target.token:
-                continue
-            slot = manifest.by_name.get(alias) or next((r for r in manifest.aside if r.name == alias), None)
+            elif target.name != alias and self._pointed.get(alias) != target.token:
+                slot = manifest.by_name.get(alias) or next((r for r in manifest.aside if r.name == alias), None)
+                found.append(Pointing(alias, how, target, slot))
+        return found
+
+    def point(self, pointings: Iterable[Pointing]) -> list[str]:
+        """Point aliases to their checkpoints; return the names of the slots that they have replaced."""
+        replaced = []
+        for one in pointings:
             try:
-                make_alias(self.journal, alias, target, how, slot=slot)
+                make_alias(self.journal, one.alias, one.target, one.how, slot=one.slot)
             except OSError as error:
-                msg = f"the alias {alias} could not be made ({error}); {target.name} itself is saved"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+                msg = f"the alias {one.alias} could not be made ({error}); {one.target.name} itself is saved"
+                warnings.warn(msg, CheckpointerWarning, stacklevel=6)
                 continue
-            self._pointed[alias] = target.token
-            self._remember(alias)
-            if slot is not None:
-                manifest = manifest.without(alias)
-        return manifest
+            self._pointed[one.alias] = one.target.token
+            self._remember(one.alias)
+            if one.slot is not None:
+                replaced.append(one.alias)
+        return replaced
 
     def _remove_dangling(self, alias: str) -> None:
         """Remove a link if its target is gone. A copy is a whole checkpoint, and stays."""
@@ -109,6 +118,8 @@ class Aliases:
 
     def is_blocked(self, alias: str, manifest: Manifest, *, slots: bool) -> bool:
         """Return whether the alias would replace a file of others; with ``slots`` also a checkpoint of another run."""
+        if alias in self.poisoned:
+            return True
         record = manifest.by_name.get(alias)
         if record is None and slots:
             entry = self.journal.find(alias)
@@ -195,6 +206,17 @@ def _is_same_file(path: str, other: str) -> bool:
 
 
 @attrs.frozen
+class Pointing:
+    """One alias that has to point to another checkpoint."""
+
+    alias: str
+    how: Literal["link", "copy"]
+    target: Record
+    slot: Record | None
+    """The checkpoint that lies under the alias, and is retired for it."""
+
+
+@attrs.frozen
 class _Blocked:
     """The alias names that are not free, as a container that is searched name by name."""
 
@@ -209,10 +231,10 @@ class _Blocked:
 def make_alias(
     journal: Journal, alias: str, target: Record, how: Literal["link", "copy"], *, slot: Record | None = None
 ) -> None:
-    """Point ``alias`` to the target's payload (step 6). ``slot``: the checkpoint that has this very name now."""
-    if slot is not None:
-        # A newer checkpoint is committed. Until the alias is made, the retired record names the payload under it.
-        journal.put(Entry(record=slot, status="retired", owner=journal.owner))
+    """Point ``alias`` to the target's payload (step 7). ``slot``: the checkpoint that has this very name now.
+
+    The change must be announced. Then a slot is retired: a newer checkpoint is committed, and the alias replaces it.
+    """
     duplicate(journal.storage, target.name, alias, how)
     if slot is not None:
         journal.delete(slot.name)

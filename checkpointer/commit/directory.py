@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-from collections.abc import Container, Iterable
+import warnings
+from collections.abc import Callable, Container, Iterable
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
+from checkpointer.commit.changes import Changes
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
@@ -19,16 +22,17 @@ from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish, recover, retire
 from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.terms import BEATS, Heartbeat, Lease, Term, claim_term, limits_of
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import RecordError, StorageError
+from checkpointer.errors import CheckpointerWarning, ConflictError, RecordError, StorageError
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
 from checkpointer.storage.opening import access_advice
-from checkpointer.storage.owner import is_live
+from checkpointer.storage.owner import is_dead, is_live
 
 __all__ = ["Directory", "created"]
 
@@ -45,9 +49,11 @@ class Directory:
         policy: The policy of the user. The attribute `policy` has alias names that are free.
         run: Id of the run to go on with; None starts a new one.
         label: Distinguishes managers that share the directory.
-        writes: Whether to claim aliases now and finish the writes of ended writers. A reader changes nothing.
+        writes: Whether to claim run and aliases, and finish the writes of ended writers. A reader changes nothing.
         trust: Signs each record; a record without its signature counts as damaged.
         clock: Decides when a transfer is slow enough to be logged.
+        lease: When the run may be taken over from another process.
+        open_again: Opens the storage a second time, for the thread that shows that this writer is alive.
     """
 
     def __init__(
@@ -61,13 +67,19 @@ class Directory:
         writes: bool,
         trust: HMACKey | None = None,
         clock: Clock | None = None,
+        lease: Lease | None = None,
+        open_again: Callable[[], Storage] | None = None,
     ) -> None:
         self.storage = storage
         self.journal = journal = Journal(storage, owner, trust)
+        self.writes = writes
+        self._lease = lease or Lease()
+        self._open_again = open_again or (lambda: storage)
+        self._heartbeat: Heartbeat | None = None
+        if writes and run is not None:
+            self._claim(run, label, is_new=False)
         listing = _listing(storage, trust)
-        self.damaged = listing.damaged
         self.below = index.directories_below(listing.files, index.RECORDS)
-        self._num_unindexed = listing.reads
         self.contents = contents = Contents(
             journal=journal,
             aliases=Aliases(journal, policy, listing),
@@ -76,29 +88,107 @@ class Directory:
             num_signed=sum(bool(entry.signature) for entry in listing.entries.values()),
             is_claimed=run is not None,
         )
+        contents.manifest = Manifest(run=run or uuid.uuid4().hex[:12], label=label)
         self.transaction = Transaction(journal, clock or SystemClock())
         self.looks = Looks(contents)
         self.names = Names(contents, self.looks, self.transaction)
         self.lines = Lines(contents, self.names)
         if writes:
             contents.prepare(marks=False)
-        found = recover(journal, listing, write=writes)
-        self._left = found.left
-        known = (*found.records, *found.missing)
-        unfinished = {entry.record.name for entry in found.left} - {record.name for record in known}
-        manifest = Manifest(
-            records=found.records,
-            run=run or uuid.uuid4().hex[:12],
-            label=label,
-            foreign=listing.foreign | unfinished,
-            seen=frozenset(metric for record in known for metric in record.metrics),
-        )
-        contents.manifest = manifest.without_payload(*found.missing, there=listing.sizes).on_newest_line(manifest.run)
+        self._take_in(listing)
         contents.settle_aliases(slots=False, claims=writes)
         contents.settle_aliases(claims=False)
         if writes:
             # Last, because on a full disk the alias files can be replaced, but the mark is a new file.
             mark(storage, owner)
+
+    def _take_in(self, listing: index.Listing) -> None:
+        """See the records of a listing as the run does."""
+        contents, journal, manifest = self.contents, self.journal, self.manifest
+        self.damaged = listing.damaged
+        self._num_unindexed = listing.reads
+        found = recover(journal, listing, write=self.writes)
+        self._left = found.left
+        known = (*found.records, *found.missing)
+        announced = [one for one in listing.changes if one.owner != journal.owner and not is_dead(one.owner)]
+        contents.aliases.poisoned = poisoned = frozenset(name for one in announced for name in one.names)
+        unfinished = {entry.record.name for entry in found.left} - {record.name for record in known}
+        manifest = attrs.evolve(
+            manifest,
+            records=found.records,
+            aside=(),
+            foreign=listing.foreign | unfinished | poisoned,
+            seen=manifest.seen.union(*(record.metrics for record in known)),
+            term=journal.term.number if journal.term else 0,
+            limits=limits_of(listing.files, {(r.run, r.label) for r in known} | {(manifest.run, manifest.label)}),
+        )
+        manifest = manifest.without_payload(*found.missing, there=listing.sizes)
+        contents.manifest = manifest if contents.is_on_line else manifest.on_newest_line(manifest.run)
+        if journal.term is not None and journal.term.number > 1:
+            self._take_over(announced, journal.term)
+
+    def hold(self, run: str) -> bool:
+        """Claim the next term of a run, unless this writer holds one; return whether the directory was read again.
+
+        Raises:
+            RunInUseError: If another process trains the run.
+        """
+        contents, term = self.contents, self.journal.term
+        if term is not None and term.run == run:
+            term.check()
+            return False
+        is_new = run == self.manifest.run and not contents.is_claimed and not self.manifest.own
+        self._claim(run, self.manifest.label, is_new=is_new)
+        assert self.journal.term is not None, "claimed above"
+        contents.manifest = attrs.evolve(self.manifest, term=self.journal.term.number)
+        if self.journal.term.number == 1:
+            return False
+        contents.aliases.listing = listing = _listing(self.storage, self.journal.trust)
+        contents.aliases.forget()
+        self._take_in(listing)
+        contents.is_begun = False
+        return True
+
+    def _claim(self, run: str, label: str, *, is_new: bool) -> None:
+        self.let_go()
+        journal = self.journal
+        term = claim_term(self.storage, run, label, journal.owner, self._lease, journal.trust, is_new=is_new)
+        journal.term = term
+        self._heartbeat = Heartbeat(term, self._open_again, self._lease.seconds / BEATS)
+
+    def let_go(self) -> None:
+        """Release the term, so that the next process goes on at once."""
+        self.stop_heartbeat()
+        if self.journal.term is not None:
+            self.journal.term.release()
+
+    def stop_heartbeat(self) -> None:
+        """Show no life any more: after the lease another process may take over."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+
+    def _take_over(self, announced: Iterable[Changes], term: Term) -> None:
+        """Do what other writers of the run have announced, so that it does not matter whether they still do it.
+
+        The names stay taken, because those writers may be alive.
+        """
+        run, journal = (term.run, term.label), self.journal
+        entries = [entry for one in announced for entry in one.entries]
+        own = [entry for entry in entries if (entry.record.run, entry.record.label) == run]
+        retired = [entry for entry in own if entry.status == "retired"]
+        with journal.changing(*retired) as failed:
+            retire(journal, [entry.record for entry in retired], failed)
+        for entry in own:
+            known = self.manifest.by_name.get(entry.record.name)
+            if entry.status == "retired" or known is None:
+                continue
+            if known.token == entry.record.token:
+                self.rewrite(known)
+            else:
+                # Its payload may be replaced at any moment.
+                self.names.move_slot(known)
+        serials = (record.serial for record in self.manifest.everywhere.records if (record.run, record.label) == run)
+        term.limit(max(serials, default=0))
 
     @property
     def manifest(self) -> Manifest:
@@ -114,6 +204,7 @@ class Directory:
         """Take over the aliases and unfinished writes of this run before its first change; later calls do nothing."""
         contents = self.contents
         contents.prepare()
+        self.hold(self.manifest.run)
         if contents.is_begun:
             return
         others = len(self.manifest.records) - len(self.manifest.own)
@@ -140,9 +231,13 @@ class Directory:
             known = manifest.by_name.get(record.name)
             if known is None or known.token != record.token:
                 self.contents.manifest = manifest.with_record(record)
-        elif (record.run, record.label) == (manifest.run, manifest.label) and not is_live(entry.owner):
+        elif is_dead(entry.owner):
             finish(self.journal, entry, write=True)
         else:
+            whole = finish(self.journal, entry, write=False) if not is_live(entry.owner) else []
+            for found in whole if (record.run, record.label) == (manifest.run, manifest.label) else ():
+                self.journal.put(Entry(record=found))
+                return []
             return [entry]
         return []
 
@@ -170,7 +265,8 @@ class Directory:
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
         """Copy in the payload at ``path`` of another storage, under its own name if that is free."""
         name = replaces.name if replaces else self.names.free(record)
-        copy = self.transaction.copy_in(attrs.evolve(record, name=name), source, path, replaces=replaces)
+        draft = attrs.evolve(record, name=name, term=self.manifest.term)
+        copy = self.transaction.copy_in(draft, source, path, replaces=replaces)
         self.add(copy)
         return copy
 
@@ -178,36 +274,63 @@ class Directory:
         """Replace a record; its payload stays."""
         check_readable(record)
         self.contents.prepare()
-        self.journal.put(Entry(record=record))
+        with self.journal.changing(aliases=[record.name]):
+            self.journal.put(Entry(record=record))
         self.add(record)
 
-    def retire(self, *, spare: Container[str] = ()) -> list[Record]:
-        """Remove the checkpoints that no rule keeps, without those to ``spare``, and return them."""
-        unwanted = [self.manifest.by_name[name] for name in self.looks.reasons.surplus if name not in spare]
-        retired = [r for r in retire(self.journal, unwanted) if r.name in self.manifest.by_name]
-        self.contents.manifest = self.manifest.without(*(r.name for r in retired))
+    def conclude(self, *, points: bool = True, retires: bool = True, spare: Container[str] = ()) -> list[Record]:
+        """Point the aliases, and remove the checkpoints that no rule keeps, without those to ``spare`` (steps 6 to 8).
+
+        Returns:
+            The checkpoints that do not count any more.
+        """
+        contents, journal = self.contents, self.journal
+        pointings = contents.aliases.plan(self.policy, self.manifest) if points else []
+        slots = [one.slot for one in pointings if one.slot is not None]
+        later = self.manifest.without(*(slot.name for slot in slots))
+        surplus = self.looks.reasons_of(later).surplus if retires else ()
+        waiting = [entry.record for entry in journal.unfinished.values() if entry.status == "retired"]
+        going = {record.name: record for record in waiting} | {
+            name: later.by_name[name] for name in surplus if name not in spare
+        }
+        entries = [Entry(record=record, status="retired", owner=journal.owner) for record in (*going.values(), *slots)]
+        try:
+            with journal.changing(*entries, aliases=[one.alias for one in pointings]) as failed:
+                replaced = contents.aliases.point(pointings)
+                retire(journal, going.values(), failed)
+        except ConflictError:
+            raise
+        except OSError as error:
+            what = " and ".join(filter(None, [some_of([one.alias for one in pointings]), some_of([*going])]))
+            msg = (
+                f"{what} stay as they are, because the change could not be announced ({error}); "
+                "the next save tries again"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            return []
+        retired = [record for record in going.values() if record.name in self.manifest.by_name]
+        contents.manifest = self.manifest.without(*replaced, *going)
         # If a payload could not be deleted, its name stays taken: a new checkpoint must not be mistaken for it.
-        self.contents.add_foreign(*self.journal.unfinished)
+        contents.add_foreign(*journal.unfinished)
         self._count_changes(len(retired))
         return retired
 
     def disown(self, record: Record) -> None:
         """Remove a record whose payload was replaced by another file; the name stays taken."""
-        self.journal.delete(record.name)
+        with self.journal.changing(aliases=[record.name]):
+            self.journal.delete(record.name)
         self.contents.manifest = self.manifest.without(record.name)
         self.contents.add_foreign(record.name)
-
-    def point_aliases(self) -> None:
-        """Point ``last`` and ``best`` to their checkpoints."""
-        self.contents.manifest = self.contents.aliases.point(self.policy, self.manifest)
 
     def close(self) -> None:
         """Write the index, release the aliases, remove this writer's mark and its staging folder."""
         if not self.contents.is_prepared:
             return
-        with contextlib.suppress(OSError):
-            self._write_index()
-            release(self.journal, self.policy.aliases)
+        if self.journal.term is None or not self.journal.term.is_fenced:
+            with contextlib.suppress(OSError):
+                self._write_index()
+                release(self.journal, self.policy.aliases)
+        self.let_go()
         unmark(self.storage, self.journal.owner)
         with contextlib.suppress(OSError):
             if isinstance(self.storage, SupportsSweep):

@@ -9,6 +9,7 @@ from typing import Any, Final
 import attrs
 import xxhash
 
+from checkpointer.commit.changes import Changes, changes_in, read_changes
 from checkpointer.commit.signing import HMACKey, check_signature
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
@@ -79,6 +80,8 @@ class Listing:
     """Each record file that cannot be read or trusted by its path, with the error."""
     files: Mapping[str, Stat]
     """Every file of the directory."""
+    changes: tuple[Changes, ...] = ()
+    """What writers have announced to change, and may not have finished."""
     reads: int = 0
     """How many record files were read, because the index did not have them."""
 
@@ -106,7 +109,7 @@ class Listing:
                 names.update(folders, [path])
         # The payload beside a damaged record may be a checkpoint, so its name stays taken. (If the name is too long to
         # be read from the record's path, it is among the files anyway.)
-        names.update(path[len(RECORDS) + 1 : -len(_JSON)] for path in self.damaged)
+        names.update(path[len(RECORDS) + 1 : -len(_JSON)] for path in self.damaged if path.startswith(f"{RECORDS}/"))
         return frozenset(names)
 
 
@@ -136,7 +139,17 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
             raise
         except RecordError as error:
             damaged[path] = error
-    return Listing(entries=entries, damaged=damaged, files=files, reads=reads)
+    changes: list[Changes] = []
+    for path in changes_in(files):
+        try:
+            found = read_changes(storage, path, trust)
+        except SchemaError:
+            raise
+        except RecordError as error:
+            damaged[path] = error
+        else:
+            changes += [found] if found is not None else []
+    return Listing(entries=entries, damaged=damaged, files=files, changes=tuple(changes), reads=reads)
 
 
 def read_entry(storage: Storage, path: str, trust: HMACKey | None) -> Entry:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
+from checkpointer.commit.changes import Changes, clear_changes, write_changes
 from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.signing import HMACKey, signed
-from checkpointer.errors import NameTakenError, RecordError
+from checkpointer.commit.terms import Lease, Term, claim_term
+from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, Upload
 from checkpointer.records.codec import to_json
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import ALGORITHM, CRYPTOGRAPHIC, size_of
 
-__all__ = ["Journal", "aborting"]
+__all__ = ["Journal", "aborting", "holding"]
 
 
 @attrs.define
@@ -27,8 +29,10 @@ class Journal:
     """Id of the writer."""
     trust: HMACKey | None = None
     """Signs each record and alias marker. A file without its signature counts as damaged."""
-    unfinished: dict[str, Record] = attrs.field(factory=dict, init=False)
-    """Retired checkpoints whose payload could not be deleted yet."""
+    term: Term | None = attrs.field(default=None, init=False)
+    """What this writer holds of the run. If another one takes over, each announced change raises `FencedError`."""
+    unfinished: dict[str, Entry] = attrs.field(factory=dict, init=False)
+    """Announced changes that failed: retired checkpoints that could not be deleted, replacements that may be done."""
 
     @property
     def algorithm(self) -> str:
@@ -63,12 +67,9 @@ class Journal:
         """Write or replace a record file."""
         self.storage.write(record_path(entry.record.name), self._encode(entry))
 
-    def announce(self, record: Record, previous: Record | None = None, *, is_new: bool) -> Entry:
-        """Write a pending record. If two writers create the same new name, `NameTakenError` stops the second one."""
-        pending = Entry(record=record, status="pending", previous=previous, owner=self.owner)
-        if not is_new:
-            self.put(pending)
-            return pending
+    def announce(self, record: Record) -> Entry:
+        """Write the pending record of a new name. If two writers create it, `NameTakenError` stops the second one."""
+        pending = Entry(record=record, status="pending", owner=self.owner)
         try:
             with aborting(self.storage.upload(record_path(record.name))) as upload:
                 upload.write(self._encode(pending))
@@ -79,12 +80,68 @@ class Journal:
             raise NameTakenError(msg) from error
         return pending
 
+    @contextlib.contextmanager
+    def changing(self, *entries: Entry, aliases: Iterable[str] = ()) -> Iterator[set[str]]:
+        """Announce that existing names are about to change, and check that this writer may change them.
+
+        If the block raises, or adds a name to the set that it gets, that change stays announced as unfinished.
+
+        Raises:
+            FencedError: If another process has taken over the run. Then nothing has changed.
+        """
+        announced = {entry.record.name: entry for entry in entries}
+        aliases, before = tuple(aliases), self.unfinished
+        failed: set[str] = set()
+        if not (announced or before or aliases):
+            yield failed
+            return
+        self._write_changes({**before, **announced}, aliases)
+        try:
+            self.check_term()
+        except FencedError:
+            self._write_changes(before)
+            raise
+        self.unfinished = {**before, **announced}
+        yield failed
+        self.unfinished = {
+            name: entry for name, entry in self.unfinished.items() if name not in announced or name in failed
+        }
+        self._write_changes(self.unfinished)
+
+    def _write_changes(self, entries: Mapping[str, Entry], aliases: tuple[str, ...] = ()) -> None:
+        changes = Changes(owner=self.owner, entries=tuple(entries.values()), aliases=aliases)
+        if changes.names:
+            write_changes(self.storage, changes, self.trust)
+        else:
+            with contextlib.suppress(OSError):  # The names are changed already, so another process finds that out.
+                clear_changes(self.storage, self.owner)
+
+    def check_term(self) -> None:
+        """Raise `FencedError` if another process has taken over the run."""
+        if self.term is not None:
+            self.term.check()
+
     def delete(self, name: str) -> None:
         """Delete a record file; does nothing if it does not exist."""
         self.storage.delete(record_path(name))
 
     def _encode(self, entry: Entry) -> bytes:
         return to_json(signed(entry.to_dict(), self.trust))
+
+
+@contextlib.contextmanager
+def holding(journal: Journal, run: str, label: str) -> Iterator[None]:
+    """Hold a run while a command changes it.
+
+    Raises:
+        RunInUseError: If a process trains the run.
+    """
+    journal.term = claim_term(journal.storage, run, label, journal.owner, Lease(), journal.trust, is_new=False)
+    try:
+        yield
+    finally:
+        journal.term.release()
+        journal.term = None
 
 
 @contextlib.contextmanager

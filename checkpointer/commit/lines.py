@@ -59,7 +59,8 @@ class Lines:
             if record.token not in here:
                 name = record.name if record.name not in taken else self._names.own(record, taken)
                 taken.add(name)
-                found.append(attrs.evolve(record, name=name))
+                # The terms of another directory are other numbers.
+                found.append(attrs.evolve(record, name=name, term=contents.manifest.highest_term))
         contents.manifest = attrs.evolve(contents.manifest, elsewhere=tuple(found))
         view, wide = self.view.everywhere, contents.manifest.everywhere
         if contents.is_on_line:

@@ -14,6 +14,7 @@ from checkpointer.commit.missing import missing_text
 from checkpointer.commit.writer_marks import is_marked, mark
 from checkpointer.errors import CheckpointerWarning, StorageError
 from checkpointer.policy.decide import Reasons
+from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
 
 __all__ = ["Looks"]
@@ -32,8 +33,12 @@ class Looks:
 
     @property
     def reasons(self) -> Reasons:
-        """Why each checkpoint is kept; computed once for the look and for the retirement after it."""
-        policy, manifest = self._contents.policy, self._contents.manifest
+        """Why each checkpoint is kept."""
+        return self.reasons_of(self._contents.manifest)
+
+    def reasons_of(self, manifest: Manifest) -> Reasons:
+        """Return why each checkpoint is kept; computed once for the look and for the retirement after it."""
+        policy = self._contents.policy
         if self._reasons.policy is not policy or self._reasons.manifest is not manifest:
             self._reasons = Reasons(policy, manifest)
         return self._reasons

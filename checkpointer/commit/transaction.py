@@ -4,24 +4,28 @@ The crash argument. A save takes these steps. Each step is durable before the ne
 
 1. *Stage*: the payload is written to a hidden staging path, and its digest is computed on the way.
 2. *Sync*: the staged bytes are made durable.
-3. *Announce*: a ``pending`` record with the payload's name, size and digest is written.
+3. *Announce*: a ``pending`` entry with the payload's name, size and digest is written. If the name is new, it is the
+   record of that name; if the name exists, it is in this writer's file of changes.
 4. *Publish*: the payload appears under its name in one step.
 5. *Commit*: the record becomes ``committed``. From here on the checkpoint counts.
-6. *Alias*: ``last`` and ``best`` are replaced in one step each.
-7. *Retire*: if no rule keeps a checkpoint, its record becomes ``retired``. Then payload and record are deleted.
-8. *Report*: the manager calls the listeners.
+6. *Announce again*: the aliases, and each checkpoint that no rule keeps, are written into the file of changes.
+7. *Alias*: ``last`` and ``best`` are replaced in one step each.
+8. *Retire*: of each checkpoint that no rule keeps, the payload is deleted, then the record.
+9. *Report*: the manager empties the file of changes, and calls the listeners.
 
 A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once its writer has certainly ended.
-A crash after step 3 or 4 leaves a ``pending`` record. The digest of the payload under its name decides:
+A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload under its name decides:
 
 - If it is the new payload, it is whole, and the new record counts.
-- If it is the replaced payload, the previous record counts, which the pending record contains.
+- If it is the replaced payload, the previous record counts, which the pending entry contains.
 - If it is another file, neither record counts, and the file stays as it is.
 
 So the old or the new checkpoint is there.
 A crash after step 5 leaves a checkpoint that counts. The next save computes aliases and retirement from the records.
-A crash in step 7 leaves a ``retired`` record. It does not count, and it still names the payload that is to be deleted.
+A crash after step 6 leaves the file of changes. A checkpoint that it names as ``retired`` does not count, and the next
+process deletes the rest of it.
 The manager deletes or replaces only payloads that its own records name, and staging folders of ended writers.
+`checkpointer.commit.terms` argues that this also holds if another process takes over the run at any moment.
 """
 
 from __future__ import annotations
@@ -127,7 +131,7 @@ class Transaction:
         zeros = "0" * len(FolderDigest(self.journal.algorithm).digest.partition(":")[2])
         draft = attrs.evolve(draft, size=0, digest=f"{self.journal.algorithm}:{zeros}")
         self._check_replaced(draft, None, over_alias=False)
-        self.journal.announce(draft, is_new=True)  # 3
+        self.journal.announce(draft)  # 3
         try:
             write()  # 1, 2, 4
             size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
@@ -143,8 +147,9 @@ class Transaction:
             self.storage.sync(draft.name)
         size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
-        self._check_replaced(record, replaces, over_alias=False)
-        return self._commit(record)
+        replaced = self._check_replaced(record, replaces, over_alias=False)
+        with self.journal.changing(*_replacing(record, replaced)):
+            return self._commit(record)
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
         """Commit a copy of the payload at ``path`` of another storage, if it matches the record.
@@ -182,7 +187,12 @@ class Transaction:
     def _upload_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
         """Upload the files of a folder one by one. They count when the record is committed."""
         self._check_replaced(record, replaces, over_alias=False)
-        self.journal.announce(record, replaces, is_new=replaces is None)  # 3
+        if replaces is None:
+            self.journal.announce(record)  # 3
+        with self.journal.changing(*_replacing(record, replaces)):
+            return self._upload_files(record, source, path, replaces)
+
+    def _upload_files(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
         digest = FolderDigest(algorithm_of(record.digest))
         published: list[str] = []
         try:
@@ -209,13 +219,22 @@ class Transaction:
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._check_replaced(record, replaces, over_alias)
-        pending = self.journal.announce(record, replaces, is_new=replaces is None and not over_alias)  # 3
+        if replaces is None and not over_alias:
+            pending = self.journal.announce(record)  # 3
+            return self._publish_announced(upload, pending, set(), is_new=True)
+        pending = Entry(record=record, status="pending", previous=replaces, owner=self.journal.owner)
+        with self.journal.changing(pending) as failed:  # 3
+            return self._publish_announced(upload, pending, failed, is_new=False)
+
+    def _publish_announced(self, upload: Upload, pending: Entry, failed: set[str], *, is_new: bool) -> Record:
+        record = pending.record
         try:
-            upload.publish(replace=over_alias or replaces is not None)  # 4
+            upload.publish(replace=not is_new)  # 4
         except OSError:
             # Another writer may have replaced our record without reading it.
             entry = self.journal.find(record.name)
-            is_ours = entry is not None and entry.record.token == record.token
+            expected = record if is_new else pending.previous
+            is_ours = (entry.record.token if entry else "") == (expected.token if expected else "")
             if not is_ours or settle(self.journal, pending, write=True) != record:
                 raise
             if isinstance(self.storage, SupportsPaths):
@@ -225,10 +244,11 @@ class Transaction:
         try:
             self.journal.put(Entry(record=record))  # 5
         except OSError as error:
-            if replaces is None and not over_alias:
+            if is_new:
                 remove(self.journal, record)
                 raise
-            # The old payload is gone, and the pending record proves the new one.
+            # The old payload is gone, and the announced change proves the new one.
+            failed.add(record.name)
             msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
             warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         return record
@@ -239,6 +259,7 @@ class Transaction:
 
     def _check_replaced(self, record: Record, replaces: Record | None, over_alias: bool) -> Record | None:
         """Return the checkpoint that has this name now; raise `NameTakenError` if this writer may not replace it."""
+        self._settle_unfinished(record.name)
         entry = self.journal.read(record.name)
         if entry is None or entry.status == "retired":
             return replaces
@@ -248,7 +269,8 @@ class Transaction:
         is_dead_writer = not is_live(entry.owner) if replacing else is_dead(entry.owner)
         if entry.status == "pending" and (entry.owner == self.journal.owner or is_dead_writer):
             # A replacement was interrupted. The next pending record must contain the record that the payload proves.
-            there = settle(self.journal, entry, write=True)
+            with self.journal.changing(aliases=[record.name]):
+                there = settle(self.journal, entry, write=True)
         is_ours = there is None or (there.run, there.label) == (record.run, record.label)
         # Without a version counter it may be a checkpoint of another run: exactly the one that was decided on.
         is_ours = is_ours or (replaces is not None and there is not None and there.token == replaces.token)
@@ -257,6 +279,13 @@ class Transaction:
             msg = f"another manager has written a checkpoint named {record.name}; nothing was replaced"
             raise NameTakenError(msg)
         return there
+
+    def _settle_unfinished(self, name: str) -> None:
+        """Finish an earlier replacement of this name that has failed: the payload shows whether it was done."""
+        entry = self.journal.unfinished.get(name)
+        if entry is not None and entry.status == "pending":
+            with self.journal.changing(entry):
+                settle(self.journal, entry, write=True)
 
     def _measure_staged(self, path: str, algorithm: str) -> tuple[int, str]:
         parent, _, name = path.rpartition("/")
@@ -267,13 +296,14 @@ class Transaction:
     def relocate(self, record: Record, name: str) -> Record:
         """Give a checkpoint another name by a copy or hard link. After a crash both names may have it."""
         moved = attrs.evolve(record, name=name)
-        self.journal.announce(moved, is_new=True)
+        self.journal.announce(moved)
         try:
             duplicate(self.storage, record.name, name, "hardlink")
         except FileNotFoundError:
             self.journal.delete(name)
             raise
-        return self._replace_record(record, moved)
+        with self.journal.changing(aliases=[record.name]):
+            return self._replace_record(record, moved)
 
     def move(self, record: Record, name: str) -> Record:
         """Rename a checkpoint on a disk. After a crash exactly one name has it.
@@ -282,15 +312,20 @@ class Transaction:
         """
         assert isinstance(self.storage, SupportsPaths), "Names.make_way checks it"
         moved = attrs.evolve(record, name=name)
-        self.journal.announce(moved, is_new=True)
-        os.rename(self.storage.local_path(record.name), self.storage.local_path(name))
-        self.storage.sync(name)
-        return self._replace_record(record, moved)
+        self.journal.announce(moved)
+        with self.journal.changing(aliases=[record.name]):
+            os.rename(self.storage.local_path(record.name), self.storage.local_path(name))
+            self.storage.sync(name)
+            return self._replace_record(record, moved)
 
     def _replace_record(self, old: Record, new: Record) -> Record:
         self._commit(new)
         self.journal.delete(old.name)
         return new
+
+
+def _replacing(record: Record, previous: Record | None) -> list[Entry]:
+    return [] if previous is None else [Entry(record=record, status="pending", previous=previous)]
 
 
 def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "copy", "hardlink"]) -> None:

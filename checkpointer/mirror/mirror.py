@@ -25,7 +25,8 @@ from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import CheckpointerWarning, CorruptError, StorageError
+from checkpointer.commit.terms import Lease
+from checkpointer.errors import CheckpointerWarning, ConflictError, CorruptError, StorageError
 from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
@@ -56,12 +57,22 @@ class MirrorThread:
     ``policy`` has the rules and names on the mirror. Without ``copies`` the mirror is only read.
     """
 
-    def __init__(self, mirror: Mirror, policy: Policy, source: Storage, *, trust: HMACKey | None, copies: bool) -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        policy: Policy,
+        source: Storage,
+        *,
+        trust: HMACKey | None,
+        copies: bool,
+        lease: Lease | None = None,
+    ) -> None:
         self._mirror = mirror
         self._policy = policy
         self._source = source
         self._trust = trust
         self._copies = copies
+        self._lease = lease
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         # The condition guards these. It is never held during a request to a storage:
@@ -75,6 +86,7 @@ class MirrorThread:
         self._there = Manifest()
         self._skipped: frozenset[tuple[str, str]] = frozenset()
         self._error = ""
+        self._conflict: ConflictError | None = None
         # Only the thread uses these:
         self._directory: Directory | None = None
         self._owner = ""
@@ -84,7 +96,13 @@ class MirrorThread:
         return without_password(str(self._mirror.where))
 
     def update(self, manifest: Manifest) -> None:
-        """Mirror these records from now on. Returns at once."""
+        """Mirror these records from now on. Returns at once.
+
+        Raises:
+            ConflictError: If another process trains the run, and writes to the mirror.
+        """
+        if self._conflict is not None:
+            raise self._conflict
         if not self._copies:
             return
         with self._condition:
@@ -146,6 +164,10 @@ class MirrorThread:
             except SamePlaceError as error:
                 self._failed(error)
                 return
+            except ConflictError as error:
+                self._conflict = error
+                self._failed(error)
+                return
             except Exception as error:  # An error of the mirror does not end the training.
                 failures += 1
                 self._failed(error)
@@ -172,12 +194,15 @@ class MirrorThread:
 
     def _failed(self, error: Exception) -> None:
         is_same_place = isinstance(error, SamePlaceError)
+        ends = is_same_place or isinstance(error, ConflictError)
         self._error = f"{(StorageError if is_same_place else type(error)).__name__}: {error}"
         if self._error not in self._logged:
             self._logged.add(self._error)
-            again = "" if is_same_place else ", and the mirror tries again"
-            _log.warning("mirror %s: %s; training goes on%s", self, self._error, again)
+            again = "" if ends else "; training goes on, and the mirror tries again"
+            _log.warning("mirror %s: %s%s", self, self._error, again)
         # The next try lists the mirror again, as a new owner, so that it may finish what this one left.
+        if self._directory is not None:
+            self._directory.stop_heartbeat()
         self._directory = None
         release(self._owner)
 
@@ -199,8 +224,7 @@ class MirrorThread:
             directory.looks.before_retiring(spare=todo.kept)
             if directory.manifest.aside is not aside:
                 continue  # Something is gone, and is copied again.
-            directory.point_aliases()
-            directory.retire(spare=todo.kept)
+            directory.conclude(spare=todo.kept)
             self._there = directory.manifest
             if todo.missing:
                 continue
@@ -222,8 +246,17 @@ class MirrorThread:
             refuse_same(self._source, storage)
             refuse_same_by_trial(self._source, storage)
             self._directory = Directory(
-                storage, self._owner, self._policy, run=here.run, label=here.label, writes=True, trust=self._trust
+                storage,
+                self._owner,
+                self._policy,
+                run=here.run,
+                label=here.label,
+                writes=True,
+                trust=self._trust,
+                lease=self._lease,
+                open_again=lambda: open_storage(self._mirror.where, self._owner, self._mirror.options),
             )
+        self._directory.hold(here.run)
         self._directory.lines.see(here.run, here.line)
         self._directory.note(here.seen)
         self._directory.begin()
@@ -299,7 +332,13 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def open_mirror(
-    mirror: Mirror | Where | None, policy: Policy, source: Storage, *, trust: HMACKey | None, copies: bool
+    mirror: Mirror | Where | None,
+    policy: Policy,
+    source: Storage,
+    *,
+    trust: HMACKey | None,
+    copies: bool,
+    lease: Lease | None = None,
 ) -> MirrorThread | None:
     """Return the thread of a mirror, or None without one. Does not connect to its storage.
 
@@ -314,4 +353,4 @@ def open_mirror(
     if mirror.keep is not None:
         ranks = any(isinstance(rule, KeepBest) for rule in mirror.keep)
         policy = attrs.evolve(policy, keep=mirror.keep, best=policy.best if ranks else None)
-    return MirrorThread(mirror, policy, source, trust=trust, copies=copies)
+    return MirrorThread(mirror, policy, source, trust=trust, copies=copies, lease=lease)

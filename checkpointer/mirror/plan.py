@@ -72,7 +72,7 @@ def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[
     changed = {}
     for record in here.own:
         copy = copies.get(record.token)
-        if copy is not None and (wanted := attrs.evolve(record, name=copy.name)) != copy:
+        if copy is not None and (wanted := attrs.evolve(record, name=copy.name, term=copy.term)) != copy:
             changed[copy.name] = wanted
     # Under names that no file can have, because their names on the mirror are not known yet.
     absent = {f"\0{r.token}": r for r in here.live if r.token not in copies and (r.token, r.name) not in skip}
@@ -81,7 +81,7 @@ def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[
         there,
         records=(
             *(changed.get(record.name, record) for record in there.records),
-            *(attrs.evolve(record, name=name) for name, record in absent.items()),
+            *(attrs.evolve(record, name=name, term=there.highest_term) for name, record in absent.items()),
         ),
         run=here.run,
         line=here.line,

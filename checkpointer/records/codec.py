@@ -121,9 +121,9 @@ class Reader:
             return value
         raise self.bad(key, "text")
 
-    def whole(self, key: str) -> int:
+    def whole(self, key: str, default: Any = _MISSING) -> int:
         """Return a whole number of at least 0 that fits into 63 bits."""
-        value = self.raw(key)
+        value = self.raw(key, default)
         if _is_whole(value):
             return cast(int, value)
         raise self.bad(key, "a whole number of at least 0, and below 2**63")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 
 from checkpointer.records.record import Line, Observation, Record, commit_order
 
-__all__ = ["Manifest"]
+__all__ = ["Limits", "Manifest"]
+
+
+Limits = Mapping[tuple[str, str], tuple[tuple[int, int], ...]]
+"""By run and label ``(term, serial)``: the records of lower terms count up to this serial."""
 
 
 class _Sorted(tuple[Record, ...]):
@@ -48,6 +53,10 @@ class Manifest:
     """Records that do not count, because their payload is gone or is not what was written. Their names stay taken."""
     elsewhere: tuple[Record, ...] = ()
     """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
+    term: int = 0
+    """The term of the run that this process holds; 0 if it holds none."""
+    limits: Limits = MappingProxyType({})
+    """Which records count after another process took over a run."""
     resumed: str = ""
     """Name of the checkpoint that was asked for and resumed from: it is kept while the run goes on."""
 
@@ -59,8 +68,8 @@ class Manifest:
     @cached_property
     def live(self) -> tuple[Record, ...]:
         """Own records on the current line, rescues included."""
-        line = self.line
-        return tuple([record for record in self.own if record.line == line or self.counts(record)])
+        line, limits = self.line, self._limits
+        return tuple([r for r in self.own if (r.line == line and not limits) or self.counts(r)])
 
     @cached_property
     def history(self) -> tuple[Record, ...]:
@@ -115,7 +124,21 @@ class Manifest:
     def counts(self, record: Record) -> bool:
         """Return whether the record lies on the current line."""
         shared = len(record.line)
-        return record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+        is_on_line = record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
+        return is_on_line and self._is_of_holder(record)
+
+    def _is_of_holder(self, record: Record) -> bool:
+        """Return whether the record was committed before another process took over the run."""
+        return all(record.term >= term or record.serial <= serial for term, serial in self._limits)
+
+    @property
+    def _limits(self) -> tuple[tuple[int, int], ...]:
+        return self.limits.get((self.run, self.label), ()) if self.limits else ()
+
+    @property
+    def highest_term(self) -> int:
+        """The highest term of the run that is known."""
+        return max([self.term, *(term for term, _ in self._limits)])
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""
@@ -125,7 +148,7 @@ class Manifest:
         """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
         fields = {
             **{field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")},
-            **{field: getattr(self, field) for field in ("run", "label", "line")},
+            **{field: getattr(self, field) for field in ("run", "label", "line", "term")},
             "serial": self.next_serial,
             "size": 0,
             "digest": "",
@@ -163,7 +186,8 @@ class Manifest:
 
     def on_newest_line(self, run: str) -> Manifest:
         """Return the same records as a run sees them that goes on where its newest record is, even if that is aside."""
-        own = self.seen_by(run, ()).everywhere.own
+        seen = self.seen_by(run, ()).everywhere
+        own = [record for record in seen.own if seen._is_of_holder(record)]
         return self.seen_by(run, own[-1].line if own else ())
 
     def resumed_at(self, record: Record) -> Manifest:

@@ -200,6 +200,8 @@ class Record:
     """Unique id of this write."""
     pinned: bool = False
     """A pinned checkpoint is never retired."""
+    term: int = 0
+    """The term of the run that its writer held: see `checkpointer.commit.terms`; 0 if it held none."""
 
     @property
     def is_adopted(self) -> bool:
@@ -351,5 +353,6 @@ _READERS: Final[dict[str, Any]] = {
     "serial": Reader.whole,
     "token": Reader.text,
     "pinned": Reader.flag,
+    "term": lambda reader, key: reader.whole(key, 0),
 }
 _FIELDS: Final = tuple(_READERS)

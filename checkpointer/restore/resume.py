@@ -42,6 +42,9 @@ def go_to(
             raise
         msg = f"{error}; not looked at: {'; '.join(found.problems)}"
         raise NotFoundError(msg) from error
+    if candidates and directory.writes and directory.hold(candidates[0].run):
+        # Now this process holds the run, and the directory was read again.
+        return go_to(which, directory, found, contents, load, strict=strict)
     if which is None or which in ("last", "best") or which in policy.aliases:
         bad = (*map(str, directory.damaged.values()), *found.problems)
         restored = load_first_valid(candidates, partial(found.load, directory, load), directory.contents.set_aside, bad)
@@ -96,6 +99,8 @@ class HostState:
 
 def go_on(host: HostState, directory: Directory, found: MirrorSnapshot, source: str) -> Progress:
     """Let the directory go on with the run at the host's step; return the point from which the trigger counts."""
+    if directory.writes:
+        directory.hold(host.run)
     directory.lines.widened(found.records.values())
     for problem in found.problems:
         directory.contents.warn_once(problem, f"went on without {problem}")

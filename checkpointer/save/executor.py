@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from checkpointer.errors import AliasInUseError, CheckpointerWarning, SaveError
+from checkpointer.errors import CheckpointerWarning, ConflictError, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, Skip
 from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.swapped_weights import marked, ranking_doubt, states_in
@@ -85,7 +85,7 @@ class SaveExecutor:
             try:
                 self.saver.directory.note(self.reported)
                 record = self.saver.write(decision, state, path)
-            except AliasInUseError:
+            except ConflictError:
                 raise
             except Exception as error:  # After any error the older checkpoints are still there.
                 self._answer(decision)
@@ -109,7 +109,7 @@ class SaveExecutor:
             snapshot = self.snapshots.take(state)
             work = functools.partial(self._write_snapshot, snapshot, self.reported)
             background.submit(Job(decision, work, snapshot.release))
-        except AliasInUseError:
+        except ConflictError:
             raise
         except Exception as error:
             if snapshot is not None:
@@ -141,7 +141,7 @@ class SaveExecutor:
             except RuntimeError:  # The thread cannot be started.
                 self.settle()
                 self.saver.attach(decision)
-        except AliasInUseError:
+        except ConflictError:
             raise
         except OSError as error:
             return self._failed(decision, error)
@@ -216,12 +216,12 @@ class SaveExecutor:
         error, decision = outcome.error, outcome.decision
         if error is None:
             self._failures = 0 if isinstance(decision, Save) else self._failures
+        elif isinstance(error, ConflictError):
+            raise error
         elif outcome.is_saved:
             msg = f"{decision.name} is saved, but a step after it failed ({type(error).__name__}: {error})"
             raise SaveError(msg) from error
         else:
             if isinstance(decision, Save):
                 self.saved_steps.discard(decision.observation.step)
-            if isinstance(error, AliasInUseError):
-                raise error
             self._failed(decision, error)

@@ -198,12 +198,12 @@ class Saver:
             self.directory.contents.warn_once(f"refused {kind}", msg)
 
     def finish(self, record: Record) -> tuple[str, ...]:
-        """Take steps 6 to 8, which follow the commit, and return the names of the retired checkpoints."""
+        """Take steps 6 to 9, which follow the commit, and return the names of the retired checkpoints."""
         self.directory.add(record)
         is_sure = self._look(record)
-        if record.kind == "regular" or self._move_slot(record):
-            self.directory.point_aliases()
-        retired = self._retire() if record.kind == "regular" and is_sure else ()
+        is_regular = record.kind == "regular"
+        points = is_regular or self._move_slot(record)
+        retired = self._conclude(points=points, retires=is_regular and is_sure)
         self.changed()
         self.notify("on_saved", record)
         return retired
@@ -235,10 +235,7 @@ class Saver:
             return
         record = record.attached(decision.observation)
         directory.rewrite(record)
-        is_sure = self._look()
-        directory.point_aliases()
-        if is_sure:
-            self._retire()
+        self._conclude(retires=self._look())
         self.changed()
         self.notify("on_attached", record)
 
@@ -257,14 +254,14 @@ class Saver:
         if self.on_change is not None:
             self.on_change(self.directory.manifest)
 
-    def _retire(self) -> tuple[str, ...]:
-        retired = self.directory.retire()
+    def _conclude(self, *, points: bool = True, retires: bool) -> tuple[str, ...]:
+        retired = self.directory.conclude(points=points, retires=retires)
         for record in retired:
             self.notify("on_retired", record)
         return tuple(record.name for record in retired)
 
     def notify(self, event: Literal["on_opened", "on_saved", "on_attached", "on_retired"], what: Any) -> None:
-        """Call the listeners (step 8). An error of a listener does not end the training."""
+        """Call the listeners (step 9). An error of a listener does not end the training."""
         for listener in self.listeners:
             try:
                 getattr(listener, event, lambda _: None)(what)

@@ -90,23 +90,32 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
+        self._write(path, data, durable=True)
+
+    def write_scratch(self, path: str, data: bytes) -> None:
+        """See `SupportsScratch.write_scratch`."""
+        self._write(path, data, durable=False)
+
+    def _write(self, path: str, data: bytes, *, durable: bool) -> None:
         target = self._within(path)
         for is_retry in (False, True):
             try:
-                self._write(target, data)
-                _sync_folder(target.parent)
+                self._replace(target, data, durable=durable)
+                if durable:
+                    _sync_folder(target.parent)
                 return
             except FileNotFoundError:
                 # The directory was removed meanwhile, and the staged file with it.
                 if is_retry:
                     raise
 
-    def _write(self, target: Path, data: bytes) -> None:
+    def _replace(self, target: Path, data: bytes, *, durable: bool) -> None:
         staged = self._new_staged()
         try:
             with open(staged, "wb") as stream:
                 stream.write(data)
-                _sync(stream)
+                if durable:
+                    _sync(stream)
             _into(target.parent, lambda: os.replace(staged, target))
         except OSError:
             # On a full disk the staged part must not keep its space.

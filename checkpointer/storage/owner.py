@@ -13,7 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STAGING", "has_ended", "host_of", "is_abandoned", "is_dead", "is_live", "machine", "new_owner", "release"]
+__all__ = [
+    "STAGING",
+    "has_ended",
+    "host_of",
+    "is_abandoned",
+    "is_dead",
+    "is_here",
+    "is_live",
+    "machine",
+    "new_owner",
+    "release",
+]
 
 STAGING: Final = ".checkpointer/staging"
 """Folder of unfinished writes; each writer has a folder below it, which begins with its id."""
@@ -87,6 +98,11 @@ def machine() -> str:
     except OSError:
         return ""
     return hashlib.sha256(f"{socket.gethostname()} {name}".encode()).hexdigest()[:16] if name else ""
+
+
+def is_here(owner: str) -> bool:
+    """Return whether the owner's process would be seen from here: same host, boot and pid namespace."""
+    return _process(owner) is not None
 
 
 def host_of(owner: str) -> str:

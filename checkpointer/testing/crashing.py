@@ -14,6 +14,7 @@ from checkpointer.ports import (
     SupportsFreeSpace,
     SupportsLinks,
     SupportsPaths,
+    SupportsScratch,
     SupportsSweep,
     Upload,
 )
@@ -24,7 +25,15 @@ __all__ = ["Crash", "CrashingStorage", "die"]
 T = TypeVar("T")
 When = Literal["before", "halfway", "after"]
 
-_OPTIONAL: Final = (SupportsLinks, SupportsCopy, SupportsFreeSpace, SupportsPaths, SupportsSweep, SupportsCapabilities)
+_OPTIONAL: Final = (
+    SupportsLinks,
+    SupportsCopy,
+    SupportsFreeSpace,
+    SupportsPaths,
+    SupportsScratch,
+    SupportsSweep,
+    SupportsCapabilities,
+)
 _UNCOUNTED: Final = {"free_space", "local_path", "close", "capabilities"}
 
 
@@ -56,10 +65,10 @@ class CrashingStorage:
     """Another storage, until the process dies at its n-th operation.
 
     By `isinstance` it supports the same ports as ``inner``. These count as one operation each: ``list``, ``open``,
-    ``write``, ``delete``, ``symlink``, ``hardlink``, ``copy``, ``sync``, ``prepare``, ``sweep``, the begin of an upload
-    (``upload`` or ``stage``), and the upload's ``write``, ``finish`` and ``publish``. After the death every method
-    raises `Crash`, ``abort`` and ``close`` included, because a dead process does not clean up. Only its open files are
-    closed, as the kernel does. Staged files stay, unpublished.
+    ``write``, ``write_scratch``, ``delete``, ``symlink``, ``hardlink``, ``copy``, ``sync``, ``prepare``, ``sweep``, the
+    begin of an upload (``upload`` or ``stage``), and the upload's ``write``, ``finish`` and ``publish``. After the
+    death every method raises `Crash`, ``abort`` and ``close`` included, because a dead process does not clean up. Only
+    its open files are closed, as the kernel does. Staged files stay, unpublished.
 
     Args:
         inner: The real storage. Look at it, or open a new storage on it, to see the files after the crash.

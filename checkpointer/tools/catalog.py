@@ -13,9 +13,10 @@ from checkpointer.commit.journal import Journal
 from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.terms import limits_of
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
 from checkpointer.ports import Stat, Storage, SupportsPaths
-from checkpointer.records.manifest import Manifest
+from checkpointer.records.manifest import Limits, Manifest
 from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import access_advice
 from checkpointer.tools.query import name_like
@@ -48,6 +49,8 @@ class Catalog:
     """Names in use that no record names."""
     signed: int = 0
     """Number of records with a signature."""
+    limits: Limits = attrs.field(factory=dict, repr=False)
+    """Which records count after another process took over a run: see `Manifest.limits`."""
 
     @property
     def has_records(self) -> bool:
@@ -75,7 +78,12 @@ class Catalog:
             raise NotFoundError(msg)
         seen = frozenset(metric for record in self.records for metric in record.metrics)
         manifest = Manifest(
-            records=self.records, aside=self.missing, label=own[-1].label, foreign=self.foreign, seen=seen
+            records=self.records,
+            aside=self.missing,
+            label=own[-1].label,
+            foreign=self.foreign,
+            seen=seen,
+            limits=self.limits,
         )
         return manifest.on_newest_line(own[-1].run)
 
@@ -154,11 +162,12 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         records=records,
         aliases=_aliases(storage, listing, records, trust),
         missing=tuple(sorted(found.missing, key=commit_order)),
-        unfinished=found.left,
+        unfinished=(*found.left, *found.announced),
         damaged=listing.damaged,
         files=listing.files,
         foreign=listing.foreign,
         signed=sum(bool(entry.signature) for entry in listing.entries.values()),
+        limits=limits_of(listing.files, {(record.run, record.label) for record in (*records, *found.missing)}),
     )
 
 

@@ -159,7 +159,8 @@ def copy(
         if target.aliases.get(alias) == name:
             continue
         claim(journal, alias, by_name[name].label)
-        make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
+        with journal.changing(aliases=[alias]):
+            make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
         release(journal, [alias])
     return plan
 

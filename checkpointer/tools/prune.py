@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import attrs
 
 from checkpointer.commit.index import HOME, parse_json, read_bounded
-from checkpointer.commit.journal import Journal
+from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.recovery import retire
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.writer_marks import refuse_if_live
@@ -17,7 +17,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest, KeepLast, Rule
 from checkpointer.ports import SupportsSweep
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import Entry, Record
 from checkpointer.tools.catalog import Catalog
 
 __all__ = ["Pruning", "plan_pruning", "prune"]
@@ -105,6 +105,7 @@ def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record,
     Raises:
         UntrustedError: If the directory has signed records, and the journal has no key.
         AliasInUseError: If a process writes to the directory, or may do so on another machine.
+        RunInUseError: If a process trains the run.
         RestoreError: If records are damaged, because the policy might keep their checkpoints.
     """
     refuse_unsigned(catalog.signed, catalog.place, journal.trust)
@@ -117,7 +118,20 @@ def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record,
         raise RestoreError(msg)
     if isinstance(journal.storage, SupportsSweep):
         journal.storage.prepare()
-    return tuple(retire(journal, pruning.records))
+    if not pruning.records:
+        return ()
+    first = pruning.records[0]
+    with holding(journal, first.run, first.label):
+        going = [record for record in pruning.records if _is_there(journal, record)]
+        entries = [Entry(record=record, status="retired", owner=journal.owner) for record in going]
+        with journal.changing(*entries) as failed:
+            retire(journal, going, failed)
+    return tuple(going)
+
+
+def _is_there(journal: Journal, record: Record) -> bool:
+    entry = journal.find(record.name)
+    return entry is not None and entry.record.token == record.token
 
 
 def _owners(catalog: Catalog) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import attrs
 
+from checkpointer.commit.changes import changes_in, read_changes
 from checkpointer.commit.journal import Journal
-from checkpointer.commit.recovery import finish
+from checkpointer.commit.recovery import finish, finish_changes
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
 from checkpointer.ports import Storage, SupportsSweep
@@ -59,6 +60,13 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
             finished.append(entry.record.name)
         else:
             left.append(entry.record.name)
+    for path in changes_in(before.files):
+        changes = read_changes(storage, path, trust)
+        if changes is not None and (is_dead(changes.owner) or (force and not is_live(changes.owner))):
+            finish_changes(journal, changes.owner, {})
+            finished += changes.names
+        else:
+            left += changes.names if changes is not None else ()
     writers = clear_ended(storage, writers_in(storage, before.files), force=force)
     if isinstance(storage, SupportsSweep):
         storage.close()

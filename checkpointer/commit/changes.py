@@ -1,0 +1,122 @@
+"""The changes of existing names that one writer announces before it makes them.
+
+A writer replaces or removes an existing file only if the file ``.checkpointer/changes/<owner>.json`` names it. No other
+writer writes that file. So a process that goes on with the run finds there what may still change, even if the writer
+is paused between any two of its operations: see `checkpointer.commit.terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from checkpointer.commit.signing import HMACKey, check_signature, signed
+from checkpointer.errors import RecordError
+from checkpointer.ports import Stat, Storage, SupportsScratch
+from checkpointer.records.codec import MAX_RECORD_BYTES, Reader, parse_json, to_json
+from checkpointer.records.names import check_name
+from checkpointer.records.record import SCHEMA, Entry
+from checkpointer.storage.reader import read_whole
+
+__all__ = ["CHANGES", "Changes", "changes_in", "changes_path", "clear_changes", "read_changes", "write_changes"]
+
+CHANGES: Final = ".checkpointer/changes"
+MAX_CHANGES_BYTES: Final = 64 * MAX_RECORD_BYTES
+"""A file of changes that is larger (bytes) is refused unread."""
+
+
+@attrs.frozen(kw_only=True)
+class Changes:
+    """What one writer has announced, and may not have finished."""
+
+    owner: str
+    entries: tuple[Entry, ...] = ()
+    """``pending``: the payload of this name is replaced. ``retired``: payload and record are removed."""
+    aliases: tuple[str, ...] = ()
+    """Other names that may be replaced."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Each name that may change."""
+        return frozenset((*self.aliases, *(entry.record.name for entry in self.entries)))
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Changes:
+        """Read what `write_changes` wrote; errors say ``where`` the bad value stands."""
+        reader = Reader(data, where)
+        entries, aliases = reader.raw("entries", []), reader.raw("aliases", [])
+        if not isinstance(entries, list) or not isinstance(aliases, list):
+            msg = f"{where}: entries and aliases are {type(entries).__name__} and {type(aliases).__name__}, not lists"
+            raise RecordError(msg)
+        return cls(
+            owner=reader.text("owner"),
+            entries=tuple(Entry.from_dict(entry, f"{where}, in 'entries'") for entry in entries),
+            aliases=tuple(_alias(alias, where) for alias in aliases),
+        )
+
+
+def _alias(alias: object, where: str) -> str:
+    if not isinstance(alias, str):
+        msg = f"{where}: the alias {alias!r} is not text"
+        raise RecordError(msg)
+    return check_name(alias)
+
+
+def changes_path(owner: str) -> str:
+    """Return the path of a writer's changes."""
+    return f"{CHANGES}/{owner}.json"
+
+
+def changes_in(files: Mapping[str, Stat]) -> list[str]:
+    """Return the path of each file of unfinished changes in a listing. An empty file has none."""
+    return [path for path, stat in files.items() if path.startswith(f"{CHANGES}/") and stat.size]
+
+
+def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> None:
+    """Announce changes. If one of them removes or replaces a payload, they are durable on return."""
+    entries = [entry.to_dict() for entry in changes.entries]
+    data: dict[str, Any] = {"schema": SCHEMA, "owner": changes.owner, "entries": entries, "aliases": changes.aliases}
+    _put(storage, changes_path(changes.owner), to_json(signed(data, trust)), durable=bool(entries))
+
+
+def clear_changes(storage: Storage, owner: str) -> None:
+    """Say that no change is unfinished."""
+    if isinstance(storage, SupportsScratch):
+        storage.write_scratch(changes_path(owner), b"")
+    else:
+        storage.delete(changes_path(owner))
+
+
+def _put(storage: Storage, path: str, data: bytes, *, durable: bool) -> None:
+    if not durable and isinstance(storage, SupportsScratch):
+        storage.write_scratch(path, data)
+    else:
+        storage.write(path, data)
+
+
+def read_changes(storage: Storage, path: str, trust: HMACKey | None) -> Changes | None:
+    """Return the unfinished changes in this file; None if there are none.
+
+    Raises:
+        RecordError: If they cannot be read or trusted.
+    """
+    try:
+        data = read_whole(lambda: storage.open(path), MAX_CHANGES_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    if not data:
+        return None
+    found = parse_json(data, path, MAX_CHANGES_BYTES)
+    check_signature(found, path, trust)
+    changes = Changes.from_dict(found, path)
+    if changes_path(changes.owner) != path:
+        msg = f"{path}: it has the changes of {changes.owner!r}; the file has the name of its writer"
+        raise RecordError(msg)
+    return changes
+
+
+def named_in(changes: Iterable[Changes]) -> frozenset[str]:
+    """Return every name that one of the writers may change."""
+    return frozenset(name for one in changes for name in one.names)

@@ -1,0 +1,353 @@
+"""Keeps one writer for a run: each process that writes to it holds a *term*, and the highest term counts.
+
+The argument. A term is a number that only grows, for one run and label in one directory. These are its files, in
+``.checkpointer/terms/<key>``:
+
+- ``<term>.json``: the *claim*. It is created once, by a request that fails if it exists, and never replaced or removed.
+- ``<term>.from-<serial>``: records of lower terms count up to this serial.
+- ``<term>.beat``: a number that the holder changes every few seconds.
+- ``<term>.end``: the holder has released the term.
+
+The holder of a term (the old writer) and the process that claims the next one (the new writer) act in this order:
+
+1. *Announce*: before the old writer replaces or removes an existing file, it writes which ones to its file of changes.
+   No other writer writes that file: see `checkpointer.commit.changes`.
+2. *Check*: after that the old writer looks for the claim of the next term. If it exists, the old writer is *fenced*: it
+   changes nothing, and raises `FencedError`.
+3. *Change*: the old writer makes the changes that it has announced, and no others.
+4. *Claim*: the new writer creates the claim of the next term. If another process has created it, that one has the term.
+5. *Read*: after that the new writer lists the directory, and reads the changes of every writer that may be alive.
+6. *Limit*: the new writer writes the highest serial that it has found to ``<term>.from-<serial>``.
+
+Either step 2 comes after step 4, and the old writer changes nothing. Or it comes before, so step 1 comes before step 5,
+and the new writer reads what the old writer may still change, now or later. It counts none of it: a checkpoint that is
+being removed is removed; a checkpoint that is being replaced gets another name first; and these names are never used
+again. This holds if each of the processes is paused between any two of its operations, for any time.
+
+An old writer writes *new* files without these steps, because a new file harms nothing: its record is created once, so
+no name is used twice. If such a record is committed after step 5, its serial is above the limit. It is listed, but is
+never ``last``, never ranked, and no run goes on from it by itself.
+
+A storage must show a file to every reader once its write has returned, if it is asked for that file. A listing may lag:
+the changes and records of the run are read one by one. A network mount that caches missing files (NFS) breaks this for
+as long as it caches: then step 2 sees the claim that much later.
+
+The clocks of two hosts are never compared. Whether a holder is alive decides when a term is claimed, not what is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import attrs
+import xxhash
+
+from checkpointer.commit.signing import HMACKey, check_signature, signed
+from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError
+from checkpointer.ports import Storage, SupportsScratch
+from checkpointer.records.codec import MAX_RECORD_BYTES, parse_json
+from checkpointer.records.manifest import Limits
+from checkpointer.records.record import SCHEMA
+from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, machine
+from checkpointer.storage.reader import read_whole
+
+__all__ = [
+    "BEATS",
+    "LEASE_S",
+    "TERMS",
+    "Heartbeat",
+    "Lease",
+    "Term",
+    "TermFiles",
+    "as_lease",
+    "claim_term",
+    "key_of",
+    "limits_of",
+]
+
+TERMS: Final = ".checkpointer/terms"
+LEASE_S: Final = 60.0
+"""A holder that shows no life for so many seconds may be replaced."""
+TAKEOVER: Final = "CHECKPOINTER_TAKEOVER"
+BEATS: Final = 4
+"""Signs of life in one lease."""
+_POLLS: Final = 20
+"""Looks at the sign of life in one lease."""
+_FILE: Final = re.compile(r"(\d{1,15})\.(json|beat|end|from-(\d{1,18}))")
+
+_log = logging.getLogger("checkpointer")
+
+
+def key_of(run: str, label: str) -> str:
+    """Return the name of the folder with the terms of a run and label."""
+    return xxhash.xxh3_64_hexdigest(f"{run}\n{label}".encode())
+
+
+@attrs.frozen(kw_only=True)
+class TermFiles:
+    """The terms of one run, by the names of their files."""
+
+    highest: int = 0
+    """The term that counts; 0 if there is none."""
+    ended: frozenset[int] = frozenset()
+    """Terms that were released."""
+    limits: tuple[tuple[int, int], ...] = ()
+    """``(term, serial)``: records of lower terms count up to this serial."""
+
+    @classmethod
+    def of(cls, paths: Iterable[str], key: str) -> TermFiles:
+        """Read the names of the files in ``.checkpointer/terms/<key>``; leave out other paths."""
+        folder = f"{TERMS}/{key}/"
+        names = (path[len(folder) :] for path in paths if path.startswith(folder))
+        found = [match for match in map(_FILE.fullmatch, names) if match]
+        return cls(
+            highest=max((int(match[1]) for match in found), default=0),
+            ended=frozenset(int(match[1]) for match in found if match[2] == "end"),
+            limits=tuple(sorted((int(match[1]), int(match[3])) for match in found if match[3] is not None)),
+        )
+
+
+def limits_of(files: Iterable[str], runs: Iterable[tuple[str, str]]) -> Limits:
+    """Return by run and label which records count after a takeover."""
+    paths = [path for path in files if path.startswith(f"{TERMS}/")]
+    found = {run: TermFiles.of(paths, key_of(*run)).limits for run in runs} if paths else {}
+    return {run: limits for run, limits in found.items() if limits}
+
+
+@attrs.define
+class Term:
+    """One term of a run, which this process holds or held."""
+
+    storage: Storage
+    run: str
+    label: str
+    number: int
+    owner: str
+    trust: HMACKey | None = None
+    _fenced: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where its files are."""
+        return f"{TERMS}/{key_of(self.run, self.label)}"
+
+    def check(self) -> None:
+        """Raise `FencedError` if another process holds a higher term."""
+        if self._fenced or self.storage.list(f"{self.folder}/{self.number + 1}.json"):
+            self._fenced = self._fenced or self._fenced_text()
+            raise FencedError(self._fenced)
+
+    def _fenced_text(self) -> str:
+        found = TermFiles.of(self.storage.list(self.folder), key_of(self.run, self.label))
+        number = max(found.highest, self.number + 1)
+        holder = read_claim(self.storage, self.folder, number, self.trust)
+        return (
+            f"{holder} has taken over run {self.run!r} in {self.storage} (term {number}; this process had term "
+            f"{self.number}). This process is too late: it writes nothing there any more, and has to end. Its "
+            "checkpoints from before the takeover are kept, later ones are listed as abandoned"
+        )
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether a check has found a higher term. Sends no request."""
+        return bool(self._fenced)
+
+    def limit(self, serial: int) -> None:
+        """Let records of lower terms count up to this serial only."""
+        self.storage.write(f"{self.folder}/{self.number}.from-{serial}", b"")
+
+    def release(self) -> None:
+        """Let the next process go on at once. Failures do not matter."""
+        if not self._fenced:
+            with contextlib.suppress(OSError):
+                self.storage.write(f"{self.folder}/{self.number}.end", b"")
+
+    def beat(self, storage: Storage, number: int) -> None:
+        """Show life, through a storage that this thread may use."""
+        path, data = f"{self.folder}/{self.number}.beat", str(number).encode()
+        if isinstance(storage, SupportsScratch):
+            storage.write_scratch(path, data)
+        else:
+            storage.write(path, data)
+
+
+@attrs.frozen
+class Claim:
+    """Who holds a term."""
+
+    owner: str = ""
+    since: str = "an unknown time"
+    machine: str = ""
+
+    def __str__(self) -> str:
+        pid = self.owner.split("~")[1] if "~" in self.owner else "of an unknown writer"
+        where = "this host" if is_here(self.owner) else f"host {host_of(self.owner) or 'unknown'}"
+        return f"process {pid} on {where} (since {self.since})"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the holder's process certainly does not run any more."""
+        return has_ended(self.owner, lambda: self.machine)
+
+
+def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None) -> Claim:
+    """Return who has claimed a term; an unknown one if the claim cannot be read or trusted."""
+    path = f"{folder}/{number}.json"
+    with contextlib.suppress(FileNotFoundError, RecordError):
+        data = parse_json(read_whole(lambda: storage.open(path), MAX_RECORD_BYTES + 1), path)
+        check_signature(data, path, trust)
+        if isinstance(data, dict):
+            return Claim(*(str(data.get(key, "")) for key in ("owner", "since", "machine")))
+    return Claim()
+
+
+@attrs.frozen
+class Lease:
+    """How a process comes to hold a run that another one may still train."""
+
+    seconds: float = LEASE_S
+    """A holder that shows no life for so long is replaced."""
+    takeover: bool = False
+    """Replace a holder even if it is alive."""
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.monotonic
+
+
+def as_lease(seconds: float, takeover: bool | None) -> Lease:
+    """Check the arguments of a manager. If ``takeover`` is None, the environment variable decides."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        msg = f"lease_s is {seconds!r}; expected a number of seconds above 0"
+        raise PolicyError(msg)
+    asked = os.environ.get(TAKEOVER, "")
+    if takeover is None and asked not in ("", "0", "1"):
+        msg = f"the environment variable {TAKEOVER} is {asked!r}; expected 1, 0, or nothing"
+        raise PolicyError(msg)
+    return Lease(seconds=float(seconds), takeover=asked == "1" if takeover is None else bool(takeover))
+
+
+def claim_term(
+    storage: Storage, run: str, label: str, owner: str, lease: Lease, trust: HMACKey | None = None, *, is_new: bool
+) -> Term:
+    """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
+
+    Raises:
+        RunInUseError: If another process holds the run, and shows life within the lease.
+    """
+    key = key_of(run, label)
+    folder = f"{TERMS}/{key}"
+    while True:
+        found = TermFiles() if is_new else TermFiles.of(storage.list(folder), key)
+        if found.highest and found.highest not in found.ended:
+            holder = read_claim(storage, folder, found.highest, trust)
+            if not holder.has_ended and not _may_replace(storage, folder, found.highest, holder, lease, run):
+                continue
+        term = Term(storage, run, label, found.highest + 1, owner, trust)
+        if _create(term):
+            return term
+        is_new = False
+
+
+def _create(term: Term) -> bool:
+    """Create the claim; return False if another process has created it."""
+    claim = {
+        "schema": SCHEMA,
+        "run": term.run,
+        "label": term.label,
+        "term": term.number,
+        "owner": term.owner,
+        "machine": machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+    upload = term.storage.upload(f"{term.folder}/{term.number}.json")
+    try:
+        upload.write(json.dumps(signed(claim, term.trust)).encode())
+        upload.finish()
+        upload.publish(replace=False)
+    except FileExistsError:
+        # The reply to our own request may have been lost.
+        return read_claim(term.storage, term.folder, term.number, term.trust).owner == term.owner
+    finally:
+        upload.abort()
+    return True
+
+
+def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, lease: Lease, run: str) -> bool:
+    """Return whether the holder of a term may be replaced; False if the terms have changed meanwhile."""
+    if lease.takeover:
+        return True
+    if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
+        raise RunInUseError(_in_use(storage, run, number, holder, "it is another manager of this process"))
+    _log.warning(
+        "%s: %s holds run %r (term %d); waiting up to %g s for a sign of life before this process goes on with the run",
+        storage, holder, run, number, lease.seconds,
+    )  # fmt: skip
+    began = lease.now()
+    first = _beat_of(storage, folder, number)
+    while (waited := lease.now() - began) < lease.seconds:
+        lease.sleep(min(lease.seconds / _POLLS, max(0.0, lease.seconds - waited)))
+        found = TermFiles.of(storage.list(folder), folder.rpartition("/")[2])
+        if found.highest > number or number in found.ended or is_dead(holder.owner):
+            return False
+        if _beat_of(storage, folder, number) != first:
+            text = f"it showed life {lease.now() - began:.0f} s after this process had begun to wait"
+            raise RunInUseError(_in_use(storage, run, number, holder, text))
+    _log.warning("%s: %s showed no life for %g s; this process takes over run %r", storage, holder, lease.seconds, run)
+    return True
+
+
+def _in_use(storage: Storage, run: str, number: int, holder: Claim, life: str) -> str:
+    return (
+        f"{holder} trains run {run!r} in {storage} (term {number}): {life}. Two processes must not train one run. "
+        "Stop one of them; or, if the other one is to be replaced, pass takeover=True or set CHECKPOINTER_TAKEOVER=1 "
+        "(then the other one ends at its next save)"
+    )
+
+
+def _beat_of(storage: Storage, folder: str, number: int) -> bytes:
+    try:
+        return read_whole(lambda: storage.open(f"{folder}/{number}.beat"), 64)
+    except FileNotFoundError:
+        return b""
+
+
+class Heartbeat:
+    """Shows that the holder of a term is alive, on a thread of its own: one small request a few times per lease.
+
+    Args:
+        term: The term.
+        open: Returns a storage that the thread may use; called on the thread, before the first sign of life.
+        every_s: Seconds between two signs of life.
+    """
+
+    def __init__(self, term: Term, open: Callable[[], Storage], every_s: float) -> None:
+        self._ended = threading.Event()
+        work = (self._ended, term, open, every_s)
+        threading.Thread(target=_keep_beating, args=work, name="checkpointer-heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._ended.set()
+
+
+def _keep_beating(ended: threading.Event, term: Term, open: Callable[[], Storage], every_s: float) -> None:
+    storage: Storage | None = None
+    number = 0
+    while not ended.wait(every_s):
+        number += 1
+        try:
+            storage = storage or open()
+            term.beat(storage, number)
+        except Exception as error:  # Without a sign of life another process may take over. Training goes on.
+            _log.debug("no sign of life could be written: %r", error)
+            storage = None
+        except BaseException:  # The process ends.
+            return
