@@ -67,18 +67,16 @@ class Journal:
         """Write or replace a record file."""
         self.storage.write(record_path(entry.record.name), self._encode(entry))
 
-    def announce(self, record: Record) -> Entry:
+    def announce(self, pending: Entry) -> None:
         """Write the pending record of a new name. If two writers create it, `NameTakenError` stops the second one."""
-        pending = Entry(record=record, status="pending", owner=self.owner)
         try:
-            with aborting(self.storage.upload(record_path(record.name))) as upload:
+            with aborting(self.storage.upload(record_path(pending.record.name))) as upload:
                 upload.write(self._encode(pending))
                 upload.finish()
                 upload.publish(replace=False)
         except FileExistsError as error:
-            msg = f"another manager is writing {record.name}; nothing was replaced"
+            msg = f"another manager is writing {pending.record.name}; nothing was replaced"
             raise NameTakenError(msg) from error
-        return pending
 
     @contextlib.contextmanager
     def changing(self, *entries: Entry, aliases: Iterable[str] = ()) -> Iterator[set[str]]:

@@ -131,7 +131,7 @@ class Transaction:
         zeros = "0" * len(FolderDigest(self.journal.algorithm).digest.partition(":")[2])
         draft = attrs.evolve(draft, size=0, digest=f"{self.journal.algorithm}:{zeros}")
         self._check_replaced(draft, None, over_alias=False)
-        self.journal.announce(draft)  # 3
+        self.journal.announce(self._pending(draft))  # 3
         try:
             write()  # 1, 2, 4
             size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
@@ -148,7 +148,7 @@ class Transaction:
         size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
         replaced = self._check_replaced(record, replaces, over_alias=False)
-        with self.journal.changing(*_replacing(record, replaced)):
+        with self.journal.changing(*([self._pending(record, replaced)] if replaced else [])):
             return self._commit(record)
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
@@ -188,8 +188,8 @@ class Transaction:
         """Upload the files of a folder one by one. They count when the record is committed."""
         self._check_replaced(record, replaces, over_alias=False)
         if replaces is None:
-            self.journal.announce(record)  # 3
-        with self.journal.changing(*_replacing(record, replaces)):
+            self.journal.announce(self._pending(record))  # 3
+        with self.journal.changing(*([self._pending(record, replaces)] if replaces else [])):
             return self._upload_files(record, source, path, replaces)
 
     def _upload_files(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
@@ -219,39 +219,37 @@ class Transaction:
 
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._check_replaced(record, replaces, over_alias)
-        if replaces is None and not over_alias:
-            pending = self.journal.announce(record)  # 3
-            return self._publish_announced(upload, pending, set(), is_new=True)
-        pending = Entry(record=record, status="pending", previous=replaces, owner=self.journal.owner)
-        with self.journal.changing(pending) as failed:  # 3
-            return self._publish_announced(upload, pending, failed, is_new=False)
-
-    def _publish_announced(self, upload: Upload, pending: Entry, failed: set[str], *, is_new: bool) -> Record:
-        record = pending.record
-        try:
-            upload.publish(replace=not is_new)  # 4
-        except OSError:
-            # Another writer may have replaced our record without reading it.
-            entry = self.journal.find(record.name)
-            expected = record if is_new else pending.previous
-            is_ours = (entry.record.token if entry else "") == (expected.token if expected else "")
-            if not is_ours or settle(self.journal, pending, write=True) != record:
-                raise
-            if isinstance(self.storage, SupportsPaths):
-                # The payload is published, but may not be durable.
-                self.storage.sync(record.name)
-            return record
-        try:
-            self.journal.put(Entry(record=record))  # 5
-        except OSError as error:
-            if is_new:
-                remove(self.journal, record)
-                raise
-            # The old payload is gone, and the announced change proves the new one.
-            failed.add(record.name)
-            msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        is_new = replaces is None and not over_alias
+        pending = self._pending(record, replaces)
+        if is_new:
+            self.journal.announce(pending)  # 3
+        with self.journal.changing(*([] if is_new else [pending])) as failed:  # 3
+            try:
+                upload.publish(replace=not is_new)  # 4
+            except OSError:
+                # Another writer may have replaced our record without reading it.
+                entry, expected = self.journal.find(record.name), record if is_new else replaces
+                is_ours = (entry.record.token if entry else "") == (expected.token if expected else "")
+                if not is_ours or settle(self.journal, pending, write=True) != record:
+                    raise
+                if isinstance(self.storage, SupportsPaths):
+                    # The payload is published, but may not be durable.
+                    self.storage.sync(record.name)
+                return record
+            try:
+                self.journal.put(Entry(record=record))  # 5
+            except OSError as error:
+                if is_new:
+                    remove(self.journal, record)
+                    raise
+                # The old payload is gone, and the announced change proves the new one.
+                failed.add(record.name)
+                msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
+                warnings.warn(msg, CheckpointerWarning, stacklevel=2)
         return record
+
+    def _pending(self, record: Record, previous: Record | None = None) -> Entry:
+        return Entry(record=record, status="pending", previous=previous, owner=self.journal.owner)
 
     def _commit(self, record: Record) -> Record:
         self.journal.put(Entry(record=record))
@@ -296,7 +294,7 @@ class Transaction:
     def relocate(self, record: Record, name: str) -> Record:
         """Give a checkpoint another name by a copy or hard link. After a crash both names may have it."""
         moved = attrs.evolve(record, name=name)
-        self.journal.announce(moved)
+        self.journal.announce(self._pending(moved))
         try:
             duplicate(self.storage, record.name, name, "hardlink")
         except FileNotFoundError:
@@ -312,7 +310,7 @@ class Transaction:
         """
         assert isinstance(self.storage, SupportsPaths), "Names.make_way checks it"
         moved = attrs.evolve(record, name=name)
-        self.journal.announce(moved)
+        self.journal.announce(self._pending(moved))
         with self.journal.changing(aliases=[record.name]):
             os.rename(self.storage.local_path(record.name), self.storage.local_path(name))
             self.storage.sync(name)
@@ -322,10 +320,6 @@ class Transaction:
         self._commit(new)
         self.journal.delete(old.name)
         return new
-
-
-def _replacing(record: Record, previous: Record | None) -> list[Entry]:
-    return [] if previous is None else [Entry(record=record, status="pending", previous=previous)]
 
 
 def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "copy", "hardlink"]) -> None:

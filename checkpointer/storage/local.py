@@ -90,24 +90,23 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
-        self._write(path, data, durable=True)
-
-    def write_scratch(self, path: str, data: bytes) -> None:
-        """See `SupportsScratch.write_scratch`."""
-        self._write(path, data, durable=False)
-
-    def _write(self, path: str, data: bytes, *, durable: bool) -> None:
         target = self._within(path)
         for is_retry in (False, True):
             try:
-                self._replace(target, data, durable=durable)
-                if durable:
-                    _sync_folder(target.parent)
+                self._replace(target, data, durable=True)
+                _sync_folder(target.parent)
                 return
             except FileNotFoundError:
                 # The directory was removed meanwhile, and the staged file with it.
                 if is_retry:
                     raise
+
+    def write_scratch(self, path: str, data: bytes) -> None:
+        """See `SupportsScratch.write_scratch`."""
+        try:
+            self._replace(self._within(path), data, durable=False)
+        except FileNotFoundError:
+            self.write(path, data)
 
     def _replace(self, target: Path, data: bytes, *, durable: bool) -> None:
         staged = self._new_staged()

@@ -17,9 +17,10 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from tiny import BATCHES, Model, files, fit, held, quiet, seen, together
 
 from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer.commit.directory import Directory
 from checkpointer.errors import SaveError
+from checkpointer.records.record import Record
 from checkpointer.save.background import Busy
-from checkpointer.save.saver import Saver
 
 pytestmark = quiet
 
@@ -48,10 +49,10 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slowly)
-    retire = Saver._retire
+    conclude = Directory.conclude
 
-    def lingering(saver: Saver) -> tuple[str, ...]:
-        retired = retire(saver)
+    def lingering(directory: Directory, **options: Any) -> list[Record]:
+        retired = conclude(directory, **options)
         if threading.current_thread().name == "checkpointer-writer":
             LOOKED.clear()
             RETIRED.set()
@@ -59,7 +60,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             RETIRED.clear()
         return retired
 
-    monkeypatch.setattr(Saver, "_retire", lingering)
+    monkeypatch.setattr(Directory, "conclude", lingering)
 
 
 def shown(callback: Any) -> set[str]:

@@ -199,9 +199,9 @@ def test_a_record_cannot_name_a_file_outside_the_directory(name: str) -> None:
         Record.from_dict(data, "f")
 
 
-@pytest.mark.parametrize("field", list(record().to_dict()))
+@pytest.mark.parametrize("field", [field for field in record().to_dict() if field != "term"])
 def test_a_missing_field_is_named(field: str) -> None:
-    """No field has a silent default when read."""
+    """No field has a silent default when read, but the term, which older records do not have."""
     data = record().to_dict()
     del data[field]
     with pytest.raises(RecordError, match=f"f: '{field}' is missing"):
