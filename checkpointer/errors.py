@@ -112,7 +112,7 @@ class AliasInUseError(ConflictError):
 
 
 class RunInUseError(ConflictError):
-    """Another process trains this run in this directory, and shows life."""
+    """Another process trains this run in this directory, and sends heartbeats."""
 
 
 class FencedError(ConflictError):

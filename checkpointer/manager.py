@@ -88,9 +88,9 @@ class CheckpointManager:
         background: ``"wait"`` or ``"skip"`` copies the state and returns; one thread writes it while the loop goes on.
             If a save is due while another is unfinished, ``"wait"`` waits for that one, and ``"skip"`` drops an older
             one that has not begun. Listeners are called on that thread. None writes in the loop.
-        takeover: Go on with the run even if another process that trains it shows life. That process gets a
-            `FencedError` at its next save. None takes it from the environment variable ``CHECKPOINTER_TAKEOVER``.
-        lease_s: If such a process shows no life for so many seconds, this one goes on with the run.
+        takeover: Go on with the run even if another process trains it. That process gets a `FencedError` at its
+            next save. None takes it from the environment variable ``CHECKPOINTER_TAKEOVER``.
+        lease_s: If such a process sends no heartbeat for so many seconds, this one goes on with the run.
         clock: Returns the time.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 

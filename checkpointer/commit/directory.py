@@ -53,7 +53,7 @@ class Directory:
         trust: Signs each record; a record without its signature counts as damaged.
         clock: Decides when a transfer is slow enough to be logged.
         lease: When the run may be taken over from another process.
-        open_again: Opens the storage a second time, for the thread that shows that this writer is alive.
+        open_again: Opens the storage a second time, for the heartbeat's thread.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Directory:
             self.journal.term.release()
 
     def stop_heartbeat(self) -> None:
-        """Show no life any more: after the lease another process may take over."""
+        """Send no heartbeat any more: after the lease another process may take over."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
 
@@ -259,6 +259,8 @@ class Directory:
     def add(self, record: Record) -> None:
         """Add a committed record."""
         self.contents.manifest = self.manifest.with_record(record)
+        if record.name in self.contents.aliases.poisoned:
+            self.contents.add_foreign(record.name)
         self.contents.aliases.forget(record.name)  # The record may be a slot, under the alias's name.
         self._count_changes(1)
 

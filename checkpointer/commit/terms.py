@@ -76,12 +76,12 @@ __all__ = [
 
 TERMS: Final = ".checkpointer/terms"
 LEASE_S: Final = 60.0
-"""A holder that shows no life for so many seconds may be replaced."""
+"""A holder that sends no heartbeat for so many seconds may be replaced."""
 TAKEOVER: Final = "CHECKPOINTER_TAKEOVER"
 BEATS: Final = 4
-"""Signs of life in one lease."""
+"""Heartbeats in one lease."""
 _POLLS: Final = 20
-"""Looks at the sign of life in one lease."""
+"""Polls of the heartbeat in one lease."""
 _FILE: Final = re.compile(r"(\d{1,15})\.(json|beat|end|from-(\d{1,18}))")
 
 _log = logging.getLogger("checkpointer")
@@ -172,7 +172,7 @@ class Term:
                 self.storage.write(f"{self.folder}/{self.number}.end", b"")
 
     def beat(self, storage: Storage, number: int) -> None:
-        """Show life, through a storage that this thread may use."""
+        """Write a heartbeat, through a storage that this thread may use."""
         path, data = f"{self.folder}/{self.number}.beat", str(number).encode()
         if isinstance(storage, SupportsScratch):
             storage.write_scratch(path, data)
@@ -215,7 +215,7 @@ class Lease:
     """How a process comes to hold a run that another one may still train."""
 
     seconds: float = LEASE_S
-    """A holder that shows no life for so long is replaced."""
+    """A holder that sends no heartbeat for so long is replaced."""
     takeover: bool = False
     """Replace a holder even if it is alive."""
     sleep: Callable[[float], None] = time.sleep
@@ -240,7 +240,7 @@ def claim_term(
     """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
 
     Raises:
-        RunInUseError: If another process holds the run, and shows life within the lease.
+        RunInUseError: If another process holds the run, and sends a heartbeat within the lease.
     """
     key = key_of(run, label)
     folder = f"{TERMS}/{key}"
@@ -287,7 +287,7 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
     if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
         raise RunInUseError(_in_use(storage, run, number, holder, "it is another manager of this process"))
     _log.warning(
-        "%s: %s holds run %r (term %d); waiting up to %g s for a sign of life before this process goes on with the run",
+        "%s: %s holds run %r (term %d); waiting up to %g s for its heartbeat before this process goes on with the run",
         storage, holder, run, number, lease.seconds,
     )  # fmt: skip
     began = lease.now()
@@ -298,15 +298,17 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
         if found.highest > number or number in found.ended or is_dead(holder.owner):
             return False
         if _beat_of(storage, folder, number) != first:
-            text = f"it showed life {lease.now() - began:.0f} s after this process had begun to wait"
+            text = f"its last heartbeat came {lease.now() - began:.0f} s after this process had begun to wait"
             raise RunInUseError(_in_use(storage, run, number, holder, text))
-    _log.warning("%s: %s showed no life for %g s; this process takes over run %r", storage, holder, lease.seconds, run)
+    _log.warning(
+        "%s: %s sent no heartbeat for %g s; this process takes over run %r", storage, holder, lease.seconds, run
+    )
     return True
 
 
-def _in_use(storage: Storage, run: str, number: int, holder: Claim, life: str) -> str:
+def _in_use(storage: Storage, run: str, number: int, holder: Claim, why: str) -> str:
     return (
-        f"{holder} trains run {run!r} in {storage} (term {number}): {life}. Two processes must not train one run. "
+        f"{holder} trains run {run!r} in {storage} (term {number}): {why}. Two processes must not train one run. "
         "Stop one of them; or, if the other one is to be replaced, pass takeover=True or set CHECKPOINTER_TAKEOVER=1 "
         "(then the other one ends at its next save)"
     )
@@ -320,12 +322,12 @@ def _beat_of(storage: Storage, folder: str, number: int) -> bytes:
 
 
 class Heartbeat:
-    """Shows that the holder of a term is alive, on a thread of its own: one small request a few times per lease.
+    """Writes the heartbeat of a term, on a thread of its own: one small request a few times per lease.
 
     Args:
         term: The term.
-        open: Returns a storage that the thread may use; called on the thread, before the first sign of life.
-        every_s: Seconds between two signs of life.
+        open: Returns a storage that the thread may use; called on the thread, before the first heartbeat.
+        every_s: Seconds between two heartbeats.
     """
 
     def __init__(self, term: Term, open: Callable[[], Storage], every_s: float) -> None:
@@ -346,8 +348,8 @@ def _keep_beating(ended: threading.Event, term: Term, open: Callable[[], Storage
         try:
             storage = storage or open()
             term.beat(storage, number)
-        except Exception as error:  # Without a sign of life another process may take over. Training goes on.
-            _log.debug("no sign of life could be written: %r", error)
+        except Exception as error:  # Without a heartbeat another process may take over. Training goes on.
+            _log.debug("no heartbeat could be written: %r", error)
             storage = None
         except BaseException:  # The process ends.
             return

@@ -418,7 +418,8 @@ class _Replaceable:
     policy: Policy
 
     def __contains__(self, name: object) -> bool:
-        if name in self.spared or not isinstance(name, str):
+        # A name that is foreign although a record has it may be changed by another writer.
+        if not isinstance(name, str) or name in self.spared or name in self.manifest.foreign:
             return False
         there = None
         if not self.policy.name.version_counter:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -23,6 +24,9 @@ from checkpointer.save.saver import Saver
 from checkpointer.storage.opening import access_advice
 
 __all__ = ["KeepAlive", "SaveExecutor"]
+
+
+_log: Final = logging.getLogger("checkpointer")
 
 
 class KeepAlive:
@@ -175,7 +179,13 @@ class SaveExecutor:
         self.schedule.take(decision, decision.observation, self.clock.time())
 
     def _failed(self, decision: Save | Attach, error: BaseException) -> Skip:
-        """Warn about a failure if it is tolerated, else raise it."""
+        """Warn about a failure if it is tolerated, else raise it; if another process has taken over, raise that."""
+        try:
+            self.saver.directory.journal.check_term()
+        except ConflictError as fenced:
+            raise fenced from error
+        except OSError:
+            _log.debug("whether another process has taken over is not known: the storage fails")
         self._failures += 1
         is_save = isinstance(decision, Save)
         what = "was not saved" if is_save else "did not get its new metrics"

@@ -1,0 +1,316 @@
+"""One run has one writer: who holds a run, who may take it over, and that a writer that comes back can do no harm."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.plain_format import PlainFormat
+
+from checkpointer import (
+    CheckpointManager,
+    EverySteps,
+    KeepAll,
+    KeepBest,
+    KeepLast,
+    Policy,
+)
+from checkpointer.commit import terms
+from checkpointer.errors import FencedError, PolicyError, RunInUseError
+from checkpointer.ports import Storage
+from checkpointer.restore.load import verify
+from checkpointer.storage import owner as owners
+from checkpointer.testing import MemoryStorage
+from checkpointer.tools.catalog import look_at
+
+pytestmark = pytest.mark.filterwarnings("ignore::checkpointer.errors.CheckpointerWarning")
+
+LAST = Policy(EverySteps(1), [KeepLast(2)], last="link")
+SLOT = Policy(EverySteps(1), [KeepBest(1, "loss", mode="min")], last="link", best="link")
+ALL = Policy(EverySteps(1), [KeepAll()])
+ONE_NAME = Policy(EverySteps(1), [KeepLast(1)], name="model")
+POLICIES = {"last": LAST, "slot": SLOT, "copies": Policy(EverySteps(1), [KeepLast(1)], last="copy"), "all": ALL}
+
+
+def started(storage: Storage | Path, policy: Policy, name: str, host: str = "", **options: Any) -> CheckpointManager:
+    """Return a manager whose state says who wrote it; on another host if one is named."""
+    state = {"writer": name, "step": 0}
+    before = owners._host
+    if host:
+        owners._host = lambda: f"{host}_0000_1"  # type: ignore[assignment]
+    try:
+        manager = CheckpointManager(
+            storage,
+            policy,
+            state=lambda: dict(state),
+            format=PlainFormat(),
+            lease_s=60.0 if host else 0.05,
+            **options,
+        )
+    finally:
+        owners._host = before
+    manager.state = state  # type: ignore[attr-defined]
+    return manager
+
+
+def save(manager: CheckpointManager, step: int, loss: float = 0.5) -> Any:
+    """Save one step."""
+    manager.state["step"] = step  # type: ignore[attr-defined]
+    return manager.observe({"loss": loss}, step=step, epoch=0, epoch_end=False)
+
+
+def test_a_second_manager_of_the_process_is_refused_at_once(tmp_path: Path) -> None:
+    """Without an alias too; the first one goes on."""
+    first = started(tmp_path, ALL, "first")
+    save(first, 1)
+    second = started(tmp_path, ALL, "second")
+    with pytest.raises(RunInUseError, match=r"process \d+ on this host .* another manager of this process"):
+        second.restore()
+    save(first, 2)
+    first.close()
+    restored = second.restore()
+    assert restored is not None
+    assert 2 == restored.record.step
+    save(second, 3)
+    second.close()
+    assert [1, 2, 3] == [record.step for record in look_at(second.session._directory.storage).records]
+
+
+def test_a_reader_never_claims(tmp_path: Path) -> None:
+    """An evaluation beside the training restores, and the training goes on."""
+    with started(tmp_path, ALL, "first") as first:
+        save(first, 1)
+        with CheckpointManager(tmp_path, format=PlainFormat()) as reader:
+            assert reader.restore() is not None
+        save(first, 2)
+        assert 1 == len(list((tmp_path / ".checkpointer/terms").rglob("*.json")))
+
+
+def test_a_fresh_run_beside_another_one_is_free(tmp_path: Path) -> None:
+    """Two runs in one directory go on as before."""
+    with started(tmp_path, ALL, "first") as first, started(tmp_path, ALL, "second") as second:
+        for step in (1, 2):
+            save(first, step)
+            save(second, step)
+    assert 4 == len(look_at(first.session._directory.storage).records)
+
+
+def test_a_holder_on_another_host_without_heartbeats_is_replaced_and_fenced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It learns at its next save who has taken over; it makes no rescue and writes nothing more."""
+    old = started(tmp_path, LAST, "old", host="node1")
+    save(old, 1)
+    save(old, 2)
+    new = started(tmp_path, LAST, "new")
+    assert new.restore() is not None
+    assert "process" in caplog.text
+    assert "on host node1" in caplog.text
+    assert "sent no heartbeat" in caplog.text
+    save(new, 3)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(FencedError, match=r"has taken over run .* \(term 2; this process had term 1\)"):
+            save(old, 3)
+    with pytest.raises(FencedError):
+        old.rescue("asked for", step=4)
+    old.close(RuntimeError("the end"))
+    assert "old" not in {found["writer"] for found in states(tmp_path, [3, 4])}
+    assert {path.name for path in before} >= {path.name for path in tmp_path.rglob("*") if path.suffix == ".ckpt"}
+    save(new, 4)
+    new.close()
+
+
+def states(place: Storage | Path, steps: list[int] | None = None) -> list[dict[str, Any]]:
+    """Return the states of the newest run's checkpoints that count."""
+    with CheckpointManager(place, format=PlainFormat()) as reader:
+        records = [record for record in reader.records if steps is None or record.step in steps]
+        return [restored.state for record in records if (restored := reader.restore(record.name)) is not None]
+
+
+def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
+    """The second process is refused with the ways out, and the holder goes on."""
+    old = started(tmp_path, LAST, "old", host="node1")
+    save(old, 1)
+    term = old.session._directory.journal.term
+    assert term is not None
+    ended = threading.Event()
+    beats = threading.Thread(target=terms._keep_beating, args=(ended, term, lambda: term.storage, 0.05))
+    beats.start()
+    new = started(tmp_path, LAST, "new")
+    new.session._directory._lease = terms.Lease(seconds=30)
+    try:
+        with pytest.raises(
+            RunInUseError, match=r"on host node1 .*last heartbeat came .*takeover=True.*CHECKPOINTER_TAKEOVER"
+        ):
+            new.restore()
+    finally:
+        ended.set()
+        beats.join()
+    save(old, 2)
+    old.close()
+    assert new.restore() is not None
+    new.close()
+
+
+def test_a_takeover_is_asked_for_by_argument_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a live holder is fenced, too."""
+    first = started(tmp_path, ALL, "first")
+    save(first, 1)
+    second = started(tmp_path, ALL, "second", takeover=True)
+    assert second.restore() is not None
+    with pytest.raises(FencedError, match="on this host"):
+        save(first, 2)
+    monkeypatch.setenv("CHECKPOINTER_TAKEOVER", "1")
+    third = started(tmp_path, ALL, "third")
+    assert third.restore() is not None
+    with pytest.raises(FencedError, match="term 3"):
+        save(second, 2)
+    save(third, 2)
+    monkeypatch.setenv("CHECKPOINTER_TAKEOVER", "yes")
+    with pytest.raises(PolicyError, match="CHECKPOINTER_TAKEOVER is 'yes'"):
+        started(tmp_path, ALL, "fourth")
+    monkeypatch.delenv("CHECKPOINTER_TAKEOVER")
+    with pytest.raises(PolicyError, match="lease_s is 0"):
+        CheckpointManager(tmp_path, ALL, state=dict, lease_s=0)
+    assert ["first", "third"] == [found["writer"] for found in states(tmp_path)]
+
+
+def test_a_fenced_save_is_never_tolerated_and_fences_the_writer_thread(tmp_path: Path) -> None:
+    """Neither by tolerate_failures nor in the background."""
+    old = started(tmp_path, ALL, "old", host="node1", background="wait", tolerate_failures=9)
+    save(old, 1)
+    old.wait()
+    new = started(tmp_path, ALL, "new")
+    new.restore()
+    with pytest.raises(FencedError):
+        save(old, 2) and old.wait()
+    old.close(RuntimeError("end"))
+
+
+class Pausing(MemoryStorage):
+    """Runs something before the n-th operation of the one writer that uses it by this wrapper."""
+
+    def __init__(self, inner: MemoryStorage, at: int, run: Callable[[], None]) -> None:
+        vars(self).update(vars(inner))
+        self._files, self._links, self._versions = inner._files, inner._links, inner._versions
+        self.count, self.at, self.run = 0, at, run
+        self.is_armed = False
+
+    def _tick(self) -> None:
+        if self.is_armed:
+            self.count += 1
+            if self.count == self.at:
+                self.is_armed = False
+                self.run()
+                self.is_armed = True
+
+
+def _ticking(name: str) -> Any:
+    method = getattr(MemoryStorage, name)
+
+    def call(self: Pausing, *args: Any) -> Any:
+        self._tick()
+        return method(self, *args)
+
+    return call
+
+
+for _name in ("list", "open", "write", "delete", "symlink", "hardlink"):
+    setattr(Pausing, _name, _ticking(_name))
+
+
+class _PausingUpload:
+    def __init__(self, storage: Pausing, path: str) -> None:
+        self._storage, self._inner = storage, MemoryStorage.upload(storage, path)
+
+    def write(self, data: Any) -> int:
+        return self._inner.write(data)
+
+    def finish(self) -> None:
+        self._storage._tick()
+        self._inner.finish()
+
+    def publish(self, *, replace: bool) -> None:
+        self._storage._tick()
+        armed, self._storage.is_armed = self._storage.is_armed, False
+        self._inner.publish(replace=replace)
+        self._storage.is_armed = armed
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+
+Pausing.upload = lambda self, path: _PausingUpload(self, path)  # type: ignore[method-assign, arg-type]
+
+
+@pytest.mark.parametrize("policy", [LAST, SLOT, POLICIES["copies"], ALL, ONE_NAME], ids=[*POLICIES, "one name"])
+@pytest.mark.parametrize("late", ["save", "attach"])
+def test_a_writer_that_is_paused_before_any_operation_harms_nothing(policy: Policy, late: str) -> None:
+    """Another process takes over meanwhile and saves twice; then the old one goes on, and a third one restores."""
+    at, ends = 0, set()
+    while True:
+        at += 1
+        inner = MemoryStorage()
+        made: list[CheckpointManager] = []
+
+        def take_over(inner: MemoryStorage = inner, made: list[CheckpointManager] = made) -> None:
+            new = started(inner, policy, "new")
+            restored = new.restore()
+            assert restored is not None
+            made.append(new)
+            begun = restored.record.step
+            for step in (begun + 1, begun + 2):
+                save(new, step, 0.4 + step / 100)
+
+        storage = Pausing(inner, at, take_over)
+        old = started(storage, policy, "old", host="node1")
+        save(old, 1, 0.3)
+        save(old, 2, 0.6)
+        storage.is_armed = True
+        try:
+            if late == "attach":
+                old.observe({"loss": 0.1}, step=2, epoch=0, epoch_end=False)
+            else:
+                save(old, 3, 0.2)
+            ends.add("done")
+        except FencedError:
+            ends.add("fenced")
+        storage.is_armed = False
+        if not made:
+            break
+        check_winner(inner, policy, made[0], at)
+    assert at > 5
+    assert {"done", "fenced"} == ends
+
+
+def check_winner(storage: MemoryStorage, policy: Policy, new: CheckpointManager, at: int) -> None:
+    """Everything that the winner has counts and is whole, before and after its next save; a third one goes on."""
+    names = [record.name for record in new.records]
+    assert names, at
+    for _ in range(2):
+        catalog = look_at(storage)
+        found = {record.name: record for record in catalog.records}
+        for record in new.records:
+            assert record.name in found, (at, record.name, sorted(found), [*storage.list()])
+            assert record.token == found[record.name].token, at
+            verify(storage, record)
+        newest = new.records[-1]
+        targets = {new.policy.name.last_file: newest, new.policy.name.best_file: new.best}
+        for alias in new.policy.aliases:
+            target = targets[alias]
+            assert target is not None
+            with storage.open(alias) as stream, storage.open(target.name) as expected:
+                assert expected.read() == stream.read(), (at, alias)
+        save(new, newest.step + 1, 0.45)
+    last = new.records[-1]
+    new.close()
+    with started(storage, policy, "third") as third:
+        restored = third.restore()
+        assert restored is not None
+        assert ("new", last.step) == (restored.state["writer"], restored.record.step), at
+        history = {record.name for record in third.records}
+        assert {record.name for record in new.records} == history, (at, history)
