@@ -96,7 +96,8 @@ class CheckpointManager:
 
     Raises:
         StorageError: If the directory cannot be used, or cannot be written to although ``state`` or ``save`` is given.
-        AliasInUseError: If another live manager keeps the same alias in this directory.
+        AliasInUseError: If a live manager with another label keeps the same alias in this directory. If it has the same
+            label, the first save raises it.
         RunInUseError: If ``run`` is given, and another process trains it.
         UntrustedError: If there are signed checkpoints, ``state`` or ``save`` is given, and ``trust`` is not.
 

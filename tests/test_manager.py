@@ -341,8 +341,12 @@ def test_same_alias_twice_is_an_error(tmp_path: Path) -> None:
     """Two live managers in one directory must not fight over last."""
     policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
     first = make(tmp_path, policy)
+    second = make(tmp_path, policy)
     with pytest.raises(AliasInUseError, match=r"the alias 'last.ckpt'.* is kept by another live manager"):
-        make(tmp_path, policy)
+        second.observe({}, step=1, epoch=0)
+    with pytest.raises(AliasInUseError, match="stop one of them"):
+        make(tmp_path, policy, label="b")
+    second.close()
     other = make(tmp_path, Policy(EverySteps(1), [KeepLast(1)], name=Naming(last="last-b"), last="link"), label="b")
     other.close()
     first.close()

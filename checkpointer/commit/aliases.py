@@ -59,8 +59,7 @@ class Aliases:
             stem = getattr(self.asked.name, field)
             name = naming.free_name(stem, _Blocked(self, manifest, slots))
             naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
-            if claims:
-                claim(self.journal, name, manifest.label)
+            if claims and claim(self.journal, name, manifest.label):
                 self._claimed.add(name)
             if claims and name != stem + naming.suffix:
                 warn_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
@@ -248,17 +247,26 @@ def marker_path(alias: str) -> str:
     return f"{HOME}/aliases/{json_name(alias)}"
 
 
-def claim(journal: Journal, alias: str, label: str) -> None:
-    """Mark ``alias`` as owned by this manager; raise `AliasInUseError` if another live manager owns it."""
-    other = read_marker(journal, alias).get("owner", "")
-    if other != journal.owner and is_live(other):
+def claim(journal: Journal, alias: str, label: str) -> bool:
+    """Mark ``alias`` as owned by this manager; return False if that has to wait until the manager holds its run.
+
+    Raises:
+        AliasInUseError: If another live manager owns it.
+    """
+    marker, term = read_marker(journal, alias), journal.term
+    other = marker.get("owner", "")
+    if other != journal.owner and is_live(other) and not (term is not None and term.has_replaced(other)):
+        if term is None and marker.get("label") == label:
+            return False  # It may hold the run that this manager is about to go on with: that is decided first.
         pid = other.split("~")[1]
         msg = (
-            f"the alias {alias!r} in {journal.storage} is kept by another live manager (process {pid}); "
-            "close that one, or give this one another label and alias: label='b', Naming(last='last-b')"
+            f"the alias {alias!r} in {journal.storage} is kept by another live manager (process {pid}). If both train "
+            "the same run, stop one of them; if they are two trainings, give this one another label and alias: "
+            "label='b', Naming(last='last-b')"
         )
         raise AliasInUseError(msg)
     _mark(journal, alias, label, journal.owner)
+    return True
 
 
 def release(journal: Journal, aliases: Iterable[str]) -> None:

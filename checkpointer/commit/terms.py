@@ -156,6 +156,11 @@ class Term:
             "checkpoints from before the takeover are kept, later ones are listed as abandoned"
         )
 
+    def has_replaced(self, owner: str) -> bool:
+        """Return whether the owner held an earlier term. Reads the claims one by one."""
+        earlier = range(self.number - 1, 0, -1)
+        return any(read_claim(self.storage, self.folder, number, self.trust).owner == owner for number in earlier)
+
     @property
     def is_fenced(self) -> bool:
         """Whether a check has found a higher term. Sends no request."""

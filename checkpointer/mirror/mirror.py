@@ -26,7 +26,14 @@ from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import Lease
-from checkpointer.errors import CheckpointerWarning, ConflictError, CorruptError, StorageError
+from checkpointer.errors import (
+    CheckpointerWarning,
+    ConflictError,
+    CorruptError,
+    FencedError,
+    RunInUseError,
+    StorageError,
+)
 from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
@@ -164,7 +171,7 @@ class MirrorThread:
             except SamePlaceError as error:
                 self._failed(error)
                 return
-            except ConflictError as error:
+            except (RunInUseError, FencedError) as error:
                 self._conflict = error
                 self._failed(error)
                 return
@@ -194,7 +201,7 @@ class MirrorThread:
 
     def _failed(self, error: Exception) -> None:
         is_same_place = isinstance(error, SamePlaceError)
-        ends = is_same_place or isinstance(error, ConflictError)
+        ends = is_same_place or self._conflict is not None
         self._error = f"{(StorageError if is_same_place else type(error)).__name__}: {error}"
         if self._error not in self._logged:
             self._logged.add(self._error)

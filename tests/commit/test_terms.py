@@ -156,26 +156,29 @@ def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
     new.close()
 
 
-def test_a_takeover_is_asked_for_by_argument_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [ALL, LAST], ids=["all", "last"])
+def test_a_takeover_is_asked_for_by_argument_or_environment(
+    tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then a live holder is fenced, too."""
-    first = started(tmp_path, ALL, "first")
+    first = started(tmp_path, policy, "first")
     save(first, 1)
-    second = started(tmp_path, ALL, "second", takeover=True)
+    second = started(tmp_path, policy, "second", takeover=True)
     assert second.restore() is not None
     with pytest.raises(FencedError, match="on this host"):
         save(first, 2)
     monkeypatch.setenv("CHECKPOINTER_TAKEOVER", "1")
-    third = started(tmp_path, ALL, "third")
+    third = started(tmp_path, policy, "third")
     assert third.restore() is not None
     with pytest.raises(FencedError, match="term 3"):
         save(second, 2)
     save(third, 2)
     monkeypatch.setenv("CHECKPOINTER_TAKEOVER", "yes")
     with pytest.raises(PolicyError, match="CHECKPOINTER_TAKEOVER is 'yes'"):
-        started(tmp_path, ALL, "fourth")
+        started(tmp_path, policy, "fourth")
     monkeypatch.delenv("CHECKPOINTER_TAKEOVER")
     with pytest.raises(PolicyError, match="lease_s is 0"):
-        CheckpointManager(tmp_path, ALL, state=dict, lease_s=0)
+        CheckpointManager(tmp_path, policy, state=dict, lease_s=0)
     assert ["first", "third"] == [found["writer"] for found in states(tmp_path)]
 
 
