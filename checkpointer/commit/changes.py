@@ -82,11 +82,8 @@ def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> 
 
 
 def clear_changes(storage: Storage, owner: str) -> None:
-    """Say that no change is unfinished."""
-    if isinstance(storage, SupportsScratch):
-        storage.write_scratch(changes_path(owner), b"")
-    else:
-        storage.delete(changes_path(owner))
+    """Say that no change is unfinished. An empty file costs fewer requests than its removal."""
+    _put(storage, changes_path(owner), b"", durable=False)
 
 
 def _put(storage: Storage, path: str, data: bytes, *, durable: bool) -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Final
 
+from checkpointer.commit.changes import changes_path
 from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.errors import AliasInUseError, RecordError, StorageError
 from checkpointer.ports import Storage
@@ -39,9 +40,11 @@ def is_marked(storage: Storage, owner: str) -> bool:
 
 
 def unmark(storage: Storage, owner: str) -> None:
-    """Remove the mark of this writer, if it exists."""
+    """Remove the mark of this writer, if it exists, and its file of changes if that is empty."""
     with contextlib.suppress(OSError):
         storage.delete(_path(owner))
+        if any(stat.size == 0 for stat in storage.list(changes_path(owner)).values()):
+            storage.delete(changes_path(owner))
 
 
 def writers_in(storage: Storage, files: Iterable[str] | None = None) -> list[str]:
