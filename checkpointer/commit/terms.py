@@ -64,6 +64,7 @@ __all__ = [
     "BEATS",
     "LEASE_S",
     "TERMS",
+    "Claim",
     "Heartbeat",
     "Lease",
     "Term",
@@ -72,6 +73,7 @@ __all__ = [
     "claim_term",
     "key_of",
     "limits_of",
+    "read_claim",
 ]
 
 TERMS: Final = ".checkpointer/terms"

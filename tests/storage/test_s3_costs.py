@@ -60,7 +60,7 @@ def test_an_alias_costs_no_uploaded_bytes(server: Server, proxy: CountingProxy, 
 
 
 SMALL_SAVE = {"list": 10, "HEAD": 2, "PUT if absent": 2, "PUT": 3, "DELETE": 2}
-"""Without an alias, and with one checkpoint to retire. Two lists look for a higher term, and one PUT ends the changes."""
+"""Without an alias, and with one checkpoint to retire. Two lists look for a higher term; one PUT ends the changes."""
 LARGE_SAVE = {**SMALL_SAVE, "PUT if absent": 1, "PUT": 5, "DELETE": 3}
 LARGE_SAVE |= {"begin multipart": 1, "part": 3, "complete multipart": 1}
 ALIAS = {"list": 3, "copy": 1}
