@@ -23,7 +23,7 @@ from checkpointer.manager import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
-from checkpointer_torch.loader_facts import FunctionLoader, put_loader, take_loader
+from checkpointer_torch.loader_view import FunctionLoader, LoaderView
 from checkpointer_torch.misuse import batches_left_over, batches_unseen, report_unused, why_silent
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.resume_source import find_source, resume_from_adopted
@@ -318,11 +318,12 @@ class Loop:
         return self._validated(loader, limit)
 
     def _validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
-        random, own = take_random_state(), take_loader(loader)
+        view = LoaderView(loader)
+        random, own = take_random_state(), view.take()
 
         def restore() -> None:
             put_random_state(random)
-            put_loader(loader, own)
+            view.put(own)
 
         yield from self._interruption.validated(itertools.islice(loader, limit), restore)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from checkpointer.errors import PolicyError, SaveError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
-from checkpointer_torch.loader_facts import is_stateful, put_loader, take_loader, torch_loader
+from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.module_names import plain_state, wrapped_state
 from checkpointer_torch.program_values import PLAIN, FunctionPart, Held, MutablePart
 from checkpointer_torch.random_state import accessors
@@ -174,8 +174,9 @@ def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
     if isinstance(thing, type):
         msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
         raise PolicyError(msg)
-    if torch_loader(thing) is not None:
-        return PlainPart(lambda: take_loader(thing), lambda state: put_loader(thing, state))
+    view = LoaderView(thing)
+    if view.inner is not None:
+        return PlainPart(view.take, view.put)
     if is_stateful(thing):
         return StatefulPart(thing)
     if isinstance(thing, torch.Tensor):

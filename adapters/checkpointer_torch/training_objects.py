@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpointer.errors import MismatchError, UnknownValueError
-from checkpointer_torch.loader_facts import torch_loader
+from checkpointer_torch.loader_view import torch_loader
 from checkpointer_torch.program_values import FunctionPart, MutablePart
 from checkpointer_torch.state_differences import Differences
 from checkpointer_torch.stateful_objects import (

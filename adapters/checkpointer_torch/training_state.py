@@ -16,7 +16,7 @@ from checkpointer.policy.swapped_weights import OTHER, modes_of, trains, unranke
 from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
-from checkpointer_torch.loader_facts import is_indexed, samplers
+from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.position_search import ResumedFrom
 from checkpointer_torch.program_values import FunctionPart
 from checkpointer_torch.random_state import put_random_state, take_random_state
@@ -93,7 +93,8 @@ class TrainingState:
         """Return the batches that this epoch has left."""
         for sampler in self._samplers:
             sampler.set_epoch(self.epoch)
-        within = samplers(loader) if is_indexed(loader) else []
+        view = LoaderView(loader)
+        within = view.samplers if view.is_indexed else []
         for name, part in self.objects.shared.items():
             if isinstance(part, StatefulPart) and any(part.stateful is sampler for sampler in within):
                 msg = (
