@@ -26,7 +26,7 @@ from checkpointer_torch.interruption import END, Interruption, Stopwatch
 from checkpointer_torch.loader_view import FunctionLoader, LoaderView
 from checkpointer_torch.misuse import batches_left_over, batches_unseen, report_unused, why_silent
 from checkpointer_torch.random_state import put_random_state, take_random_state
-from checkpointer_torch.resume_source import find_source, resume_from_adopted
+from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_state import LoopProgress, TrainingState
 
@@ -457,24 +457,11 @@ class Loop:
             NotFoundError: If neither a checkpoint nor a path has that name.
             RestoreError: As for `CheckpointManager.restore`.
         """
-        saver, training, where = self._saver, self._training, self._directory
-        is_plain = not map and from_ in (None, "last")
-        if not is_plain or not resume_from_adopted(
-            saver, training, directory=where, options=self._options, strict=strict
-        ):
-            source = find_source(saver, where, from_, is_mapped=bool(map), weights_only=weights_only)
-            if source is None:
-                return self.progress
-            if map and source.is_elsewhere:
-                differences = training.put_foreign(source.state, map, source.name, strict=strict)
-            else:
-                differences = training.put(source.state, source.name, strict=strict)
-            if differences:
-                untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
-                msg = f"{source.name} does not fit, and what did was loaded: {differences}{untaken}"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        source = ResumeSource(self._saver, self._training, self._directory, self._options)
+        if not source.resume(from_, map, strict=strict, weights_only=weights_only):
+            return self.progress
         self._metrics, self._reported = _NOTHING, frozenset()
-        self._start = self._epoch_began_at = training.step
+        self._start = self._epoch_began_at = self._training.step
         if math.isfinite(self._check_at):
             self._check_at = self._start + _SILENT_STEPS
         return self.progress

@@ -193,7 +193,7 @@ class TrainingState:
         self._put_own(ranks, states, strict=strict)
         self.measured.note(self.step)
         for warning in _doubts(own, source):
-            warnings.warn(warning, CheckpointerWarning, stacklevel=3)
+            warnings.warn(warning, CheckpointerWarning, stacklevel=4)
         return differences
 
     def _compare_config(self, saved: Any, source: str) -> None:
@@ -229,7 +229,7 @@ class TrainingState:
                 f"saved by {saved} processes, resumed by {here}: each goes on after {self.data.used} of its batches, "
                 "and the random numbers are others; not exact"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
         random = own["random"] if rank < saved else None
         if random is not None:
             put_random_state(random)

@@ -20,7 +20,7 @@ from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_for
 from checkpointer_torch.module_names import plain_state
-from checkpointer_torch.open_any import read_place
+from checkpointer_torch.open_any import Opener
 from checkpointer_torch.state_differences import Differences, compared
 from checkpointer_torch.stateful_objects import ModulePart
 
@@ -92,9 +92,9 @@ def load_weights(
     if isinstance(source, Mapping):
         (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
-        options: dict[str, Any] = {"policy": policy, "trust": trust, "storage_options": storage_options}
-        path = os.fspath(source)
-        (state, differences), where = read_place(path, lambda contents: pick(contents, path), which, **options)
+        make = functools.partial(pick, where=os.fspath(source))
+        opener = Opener(make=make, which=which, policy=policy, trust=trust, storage_options=storage_options)
+        (state, differences), where = opener.open(source)
     ModulePart(module).put(state)
     if differences:
         count = len(plain_state(module))
@@ -147,16 +147,12 @@ def _outlines(found: Weights, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(key: str, key_map: KeyMap | None) -> str | None:
-    if key_map is None:
-        return key
     if not isinstance(key_map, Mapping):
-        return key_map(key)
-    if key in key_map:
-        return key_map[key]
-    prefixes = [prefix for prefix in key_map if prefix.endswith(".") and key.startswith(prefix)]
-    if not prefixes:
+        return key_map(key) if key_map else key
+    starts = [start for start in key_map if start == key or (start.endswith(".") and key.startswith(start))]
+    if not starts:
         return key
-    longest = max(prefixes, key=len)
+    longest = max(starts, key=len)
     instead = key_map[longest]
     return None if instead is None else instead + key.removeprefix(longest)
 
