@@ -41,13 +41,6 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
         MismatchError: If the file has no such key.
         UnsafePayloadError: If the map names a value with an object that was not unpickled.
         PolicyError: If a count is not a whole number, or a value of the map is neither a key nor a function.
-
-    Example:
-        >>> old = {"state_dict": {"module.w": 1}, "epoch": 3, "best": 0.5}
-        >>> names = {"model": "state_dict", "epoch": "epoch", "step": lambda old: old["epoch"] * 100}
-        >>> found = picked(old, names, "old.pt")
-        >>> dict(found.states["model"]), found.counts, found.unused
-        ({'w': 1}, {'epoch': 3, 'step': 300}, ('best',))
     """
     for name, key in names.items():
         if not callable(key) and not isinstance(key, str):

@@ -17,7 +17,7 @@ from checkpointer.distributed.ranks import Agreement
 from checkpointer.hosts.grace import Grace
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer.ports import Ranks
-from checkpointer_torch.signals import Request, Requests, StopTraining
+from checkpointer_torch.signals import Requests, StopTraining
 from checkpointer_torch.training_state import TrainingState
 
 __all__ = ["END", "Interruption", "Stopwatch"]
@@ -144,11 +144,12 @@ class Interruption:
 
     def _answer(self) -> None:
         """Do what is asked on any rank; all ranks are here."""
-        asked = _first(self._ranks.gather(self._requests.take()))
-        if asked.stop is not None:
-            self._stop(asked.stop)
-        if asked.save:
-            self._rescue(f"asked for by {asked.save}")
+        asked = self._ranks.gather(self._requests.take())
+        for stop, _ in asked:
+            if stop is not None:
+                self._stop(stop)
+        if senders := next((senders for _, senders in asked if senders), ""):
+            self._rescue(f"asked for by {senders}")
             self._requests.finish_save()
 
     def _stop(self, number: int) -> None:
@@ -216,8 +217,3 @@ class Interruption:
 
     def _is_immediate(self, error: BaseException | None) -> bool:
         return isinstance(error, KeyboardInterrupt) and self._requests.was_immediate
-
-
-def _first(asked: list[Request]) -> Request:
-    """Return the request that all ranks answer; a stop comes first."""
-    return min(asked, key=lambda one: (one.stop is None, not one.save))

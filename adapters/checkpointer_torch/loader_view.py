@@ -9,6 +9,7 @@ import attrs
 from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer_torch.random_state import accessors
+from checkpointer_torch.stateful_objects import Part
 
 __all__ = ["FunctionLoader", "LoaderView", "is_stateful", "torch_loader"]
 
@@ -60,7 +61,7 @@ def is_stateful(thing: Any) -> bool:
     return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
 
 
-class LoaderView:
+class LoaderView(Part):
     """Finds what a loader of any package consists of."""
 
     def __init__(self, loader: Any) -> None:

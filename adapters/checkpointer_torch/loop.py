@@ -12,22 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-import torch.distributed as dist
-
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Record, Skip
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Record, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import MANAGER_OPTIONS, check_options
+from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
 from checkpointer_torch.loader_view import FunctionLoader, LoaderView
-from checkpointer_torch.misuse import batches_left_over, batches_unseen, report_unused, why_silent
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
+from checkpointer_torch.training_objects import world_size
 from checkpointer_torch.training_state import LoopProgress, TrainingState
 
 __all__ = ["Loop"]
@@ -100,7 +99,7 @@ class Loop:
         **objects: Any,
     ) -> None:
         _check_names(objects, options)
-        self._own_ranks = TorchRanks() if ranks is None and _is_distributed() else None
+        self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = TrainingState(objects, self._ranks, config)
         self._directory, self._options, self._when = directory, options, policy.when
@@ -403,23 +402,34 @@ class Loop:
         decision = self._observe(self._measured(), epoch, epoch_end=True)
         if decision and training.left_over and not self._has_warned_of_left_over:
             self._has_warned_of_left_over = True
-            self._warn(batches_left_over(epoch, training.left_over))
+            self._warn(
+                f"epoch {epoch} ended {training.left_over} batches after its last step(), and a checkpoint does not "
+                "hold the gradients of those: a resume from here loses them. Update with what is left at the end of an "
+                "epoch and call step(), or let an epoch be a multiple of the batches of a step (limit=)"
+            )
         self._interruption.attend()
         return decision
 
     def _check_use(self, decision: Decision) -> None:
         """Warn of a report that the loop could not use, and of a policy that cannot save anything in this loop."""
-        training = self._training
+        at = self.progress
         if self._is_held:
             self._is_held = False
-            self._warn(report_unused(training.epoch))
-        if training.step >= self._check_at:
-            self._check_at = math.inf
-            if self._is_in_epochs:
-                if not self._is_fed:
-                    self._warn(batches_unseen(training.progress))
-            elif why := why_silent(self._when, decision):
-                self._warn(f"step {training.step}: {why}")
+            self._warn(
+                f"a report in epoch {at.epoch} was followed by another step, and was not used: take the batches from "
+                "loop.batches(), or pass the metrics to step()"
+            )
+        if at.step < self._check_at:
+            return
+        self._check_at = math.inf
+        if self._is_in_epochs and not self._is_fed:
+            self._warn(
+                f"{at.source} was saved after batch {at.batch} of epoch {at.epoch}, and this step's batch did not come "
+                "from loop.batches(): those batches are trained again. Iterate over loop.batches(loader) instead of "
+                "the loader"
+            )
+        elif not self._is_in_epochs and (why := _why_silent(self._when, decision)):
+            self._warn(f"step {at.step}: {why}")
 
     def _warn(self, msg: str) -> None:
         if self._ranks.rank == 0:
@@ -524,5 +534,14 @@ def _check_names(objects: Mapping[str, Any], options: Mapping[str, Any]) -> None
         raise PolicyError(msg)
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _why_silent(when: Trigger, decision: Decision) -> str:
+    """Return why nothing is saved in a loop without epochs, after the newest decision; empty if the policy can save."""
+    horizon = horizon_of(when, Progress())
+    if horizon.epochs < math.inf and horizon.step == horizon.time == math.inf:
+        return (
+            f"no epoch has ended, but the policy saves at the end of epochs alone (save {when}): use EverySteps(n), "
+            "take the epochs from loop.epochs(), or call loop.end_epoch()"
+        )
+    if isinstance(decision, Skip) and decision.waiting:
+        return f"nothing is saved: {decision.reason}; pass the metric to loop.step() or loop.report()"
+    return ""

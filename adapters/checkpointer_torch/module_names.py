@@ -31,13 +31,7 @@ def _namer(module: nn.Module) -> Callable[[str], str]:
 
 
 def plain_state(module: nn.Module) -> OrderedDict[str, Any]:
-    """Return the module's ``state_dict`` under the names it has without wrappers.
-
-    Example:
-        >>> import torch
-        >>> list(plain_state(torch.nn.DataParallel(torch.nn.Linear(2, 1))))
-        ['weight', 'bias']
-    """
+    """Return the module's ``state_dict`` under the names it has without wrappers."""
     name = _namer(module)
     state = module.state_dict()
     plain = OrderedDict((name(key), value) for key, value in state.items())

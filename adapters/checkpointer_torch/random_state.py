@@ -17,15 +17,7 @@ __all__ = ["accessors", "as_numpy", "as_plain", "put_random_state", "same_random
 
 
 def take_random_state() -> dict[str, Any]:
-    """Return the state of python's, numpy's (if imported), torch's and every CUDA device's generator.
-
-    Example:
-        >>> state = take_random_state()
-        >>> drawn = torch.rand(1)
-        >>> put_random_state(state)
-        >>> bool(drawn == torch.rand(1))
-        True
-    """
+    """Return the state of python's, numpy's (if imported), torch's and every CUDA device's generator."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],

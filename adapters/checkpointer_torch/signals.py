@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Final
 
-import attrs
-
 from checkpointer.commit.index import HOME
 from checkpointer.errors import PolicyError
 from checkpointer.storage import LocalStorage
 
-__all__ = ["SAVE_ON", "STOP_ON", "Request", "Requests", "StopTraining", "request_file"]
+__all__ = ["SAVE_ON", "STOP_ON", "Requests", "StopTraining", "request_file"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
@@ -42,30 +40,11 @@ class StopTraining(BaseException):
     """
 
 
-@attrs.frozen(kw_only=True)
-class Request:
-    """The requests since the loop last looked."""
-
-    stop: int | None = None
-    """The signal that asks to stop."""
-    save: str = ""
-    """The senders of a request to save; empty without one."""
-
-
 class Requests:
     """Listens to signals, and looks for the file.
 
     A signal is delayed, never swallowed: after the answer `checkpointer.hosts.loader_workers.deliver` passes it to the
-    handler that had it before.
-
-    Args:
-        stop_on: Signals that end the training.
-        save_on: Signals that ask for a save.
-        file: The file that asks for a save; None if the directory has no place for one.
-        clock: Seconds.
-
-    Raises:
-        PolicyError: If ``stop_on`` or ``save_on`` has something else than signals.
+    handler that had it before. Without a ``file`` that asks for a save it looks for none.
     """
 
     def __init__(
@@ -85,13 +64,13 @@ class Requests:
         """The signal to stop that has come, if any."""
         self.since: float | None = None
         """When it came (seconds of the clock)."""
-        self._save: int | None = None
+        self._senders: list[str] = []
+        """The senders of requests to save since the last `take`."""
         self._interrupts = 0
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
         self._to_pass_on: list[int] = []
         self._seen_file: tuple[int, int] | None = None
-        self._file_asks = False
         self.is_pending = False
         """Whether a signal has come, or the file was found, since the last `take`."""
         self.look_at = 0.0 if file is not None else float("inf")
@@ -124,7 +103,7 @@ class Requests:
             self._on_signal_in_worker(number)
             return
         if number in self._save_on:
-            self._save = number
+            self._senders.append(signal.Signals(number).name)
             self._to_pass_on.append(number)
         elif self.stop is None:
             self.stop, self.since = number, self._clock()
@@ -167,17 +146,16 @@ class Requests:
             return
         if self._seen_file != (stat.st_ino, stat.st_mtime_ns):
             self._seen_file = (stat.st_ino, stat.st_mtime_ns)
-            self._file_asks = self.is_pending = True
+            self._senders.append("the file save-now")
+            self.is_pending = True
 
     # Answers
 
-    def take(self) -> Request:
-        """Return the requests; the next call returns later ones. A signal to stop stays."""
-        asks = ([signal.Signals(self._save).name] if self._save is not None else []) + (
-            ["the file save-now"] if self._file_asks else []
-        )
-        self._save, self._file_asks, self.is_pending = None, False, False
-        return Request(stop=self.stop, save=" and ".join(asks))
+    def take(self) -> tuple[int | None, str]:
+        """Return the signal to stop, and the senders of requests to save since the last call."""
+        self.is_pending = False
+        senders, self._senders = self._senders, []
+        return self.stop, " and ".join(dict.fromkeys(senders))
 
     def finish_save(self) -> None:
         """Remove the file and call the earlier handlers: the requested save is there, or could not be made."""

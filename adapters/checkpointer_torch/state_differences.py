@@ -61,12 +61,7 @@ class Differences:
 
 
 def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
-    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers.
-
-    Example:
-        >>> print(compared({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "c": 1}))
-        missing: b; unexpected: c; of another shape or type: w (here [2], there [3])
-    """
+    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers."""
     both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in wanted if key in state]
     return Differences(
         missing=tuple(key for key in wanted if key not in state),

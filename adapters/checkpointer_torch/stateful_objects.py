@@ -1,52 +1,78 @@
-"""The objects of a training, each as something whose state can be taken, compared and put back."""
+"""The objects of a training, each as a part whose state can be taken, compared and put back."""
 
 from __future__ import annotations
 
-import argparse
+import abc
+import copy
 import dataclasses
-import types
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpointer.errors import PolicyError, SaveError
-from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
-from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer import CheckpointerWarning
+from checkpointer.errors import PolicyError
 from checkpointer_torch.module_names import plain_state, wrapped_state
-from checkpointer_torch.program_values import PLAIN, FunctionPart, Held, MutablePart
-from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences, compared
 
-__all__ = ["Part", "part_of", "summary_of"]
+__all__ = ["PLAIN", "Part"]
 
+PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+"""Types of plain values."""
 _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")
 )
 """States that optimizers keep in the shape of the parameter itself."""
+_ARRAY: Final = "numpy array"
+"""Marks a numpy array that is saved as a tensor, because a safe load refuses arrays."""
+_MANY: Final = 1000
+"""A dict with more entries is data as a whole, and no entry of it is a setting."""
+_DATA: Final = object()
+"""Stands for a value that cannot be a setting."""
+_OWN_REFERENCES: Final = 2
+"""How many references there are while `HeldPart` counts them, if the program has none."""
+
+Keys = tuple[Any, ...]
 
 
-class Part(Protocol):
+class Part(abc.ABC):
     """One object of the training."""
 
+    @abc.abstractmethod
     def take(self) -> Any:
         """Return its state, without a copy where one is not needed."""
-        ...
 
     def compare(self, state: Any) -> Differences:
         """Return how a state differs from the states that `put` can take; change nothing."""
-        ...
+        return Differences()
 
-    def put(self, state: Any) -> object:
+    @abc.abstractmethod
+    def put(self, state: Any) -> None:
         """Take the state over, as far as it fits."""
-        ...
 
 
 @attrs.frozen
-class ModulePart:
+class PlainPart(Part):
+    """An object that takes any state of its kind."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+    def take(self) -> Any:
+        return self.read()
+
+    def put(self, state: Any) -> None:
+        self.write(state)
+
+
+@attrs.frozen
+class ModulePart(Part):
     """A module, under plain names."""
 
     module: nn.Module
@@ -67,7 +93,7 @@ class ModulePart:
 
 
 @attrs.frozen
-class OptimizerPart:
+class OptimizerPart(Part):
     """An optimizer. Its state has numbers for names, so only the groups and the shapes can be compared.
 
     Torch's own optimizers keep a state in the shape of its parameter; another optimizer may project or mask it.
@@ -88,10 +114,9 @@ class OptimizerPart:
             {f"param_groups[{number}].params": len(group["params"]) for number, group in enumerate(groups)}
             for groups in (self.optimizer.param_groups, state["param_groups"])
         )
-        counts = compared(here, there)
-        other = {key: there[key] for key in here if here[key] != there.get(key, here[key])}
-        reshaped = {key: f"here {here[key]}, there {count}" for key, count in other.items()}
-        return (attrs.evolve(counts, reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
+        counts = [(key, count, there.get(key, count)) for key, count in here.items()]
+        reshaped = {key: f"here {ours}, there {theirs}" for key, ours, theirs in counts if ours != theirs}
+        return (attrs.evolve(compared(here, there), reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:
         differences = Differences()
@@ -100,8 +125,8 @@ class OptimizerPart:
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            saved = {key: value for key, value in state["state"].get(number, {}).items() if key in _LIKE_PARAMETER}
-            tensors = {key: value for key, value in saved.items() if isinstance(value, torch.Tensor)}
+            saved = state["state"].get(number, {}).items()
+            tensors = {key: value for key, value in saved if key in _LIKE_PARAMETER and torch.is_tensor(value)}
             differences += compared(dict.fromkeys(tensors, parameter), tensors).within(f"state[{number}]")
         return differences
 
@@ -111,7 +136,7 @@ class OptimizerPart:
 
 
 @attrs.frozen
-class StatefulPart:
+class StatefulPart(Part):
     """Any object with ``state_dict`` and ``load_state_dict``. It decides itself which keys it wants."""
 
     stateful: Any
@@ -130,130 +155,207 @@ class StatefulPart:
         self.stateful.load_state_dict(state)
 
 
-@attrs.frozen
-class TensorPart:
-    """A tensor, filled in place."""
+@attrs.define
+class ValuePart(Part):
+    """A plain value, which the loop holds."""
 
-    held: Held
+    given: Any
+    value: Any
 
     def take(self) -> Any:
-        self.held.check()
-        return self.held.thing.detach()
+        return self.value
+
+    read = take
+
+    def put(self, state: Any) -> None:
+        self.value = state
+
+
+class HeldPart(Part):
+    """An object that is changed in place. A save warns if the program does not refer to it any more."""
+
+    def __init__(self, name: str, thing: Any) -> None:
+        self._name = name
+        self._was_shared = False
+        self._thing = thing
+
+    def begin(self) -> None:
+        """Remember whether the program has a reference to the object when the training begins."""
+        self._was_shared = sys.getrefcount(self._thing) > _OWN_REFERENCES
+
+    def check(self) -> None:
+        """Warn if the program had a reference to the object, and does not have one any more."""
+        if self._was_shared and sys.getrefcount(self._thing) <= _OWN_REFERENCES:
+            name = self._name
+            msg = (
+                f"{name!r} is saved as the object that was given to the Loop, and the program has no reference to that "
+                f"object any more: if it has bound the name to another one, that one is not saved. Pass "
+                f"{name}=lambda: {name}, and read loop[{name!r}] after resume()"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+
+class TensorPart(HeldPart):
+    """A tensor, filled in place."""
+
+    def take(self) -> Any:
+        self.check()
+        return self._thing.detach()
 
     def compare(self, state: Any) -> Differences:
-        return compared({"value": self.held.thing}, {"value": state}).all_or_nothing()
+        return compared({"value": self._thing}, {"value": state}).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:
         if not self.compare(state):
-            self.held.thing.copy_(state)
+            self._thing.copy_(state)
 
 
-@attrs.frozen
-class PlainPart:
-    """An object that takes any state of its kind."""
+class MutablePart(HeldPart):
+    """A dict, a namespace or a dataclass, whose values the training may change in place.
 
-    take: Callable[[], Any]
-    put: Callable[[Any], object]
-
-    def compare(self, state: Any) -> Differences:
-        return Differences()
-
-
-def part_of(name: str, thing: Any, values: dict[str, Any]) -> Part:
-    """Return the part that takes and puts the state of ``thing``; a plain value is kept in ``values``.
-
-    Raises:
-        PolicyError: If nothing of it can be saved.
+    A value is a setting if the saving process never changed it, and another one is given now: the one given now
+    holds. Every other value is put back.
     """
-    if isinstance(thing, nn.Module):
-        _check_whole(name, thing)
-        return ModulePart(thing)
-    if isinstance(thing, torch.optim.Optimizer):
-        return OptimizerPart(thing)
-    if isinstance(thing, type):
-        msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
-        raise PolicyError(msg)
-    view = LoaderView(thing)
-    if view.inner is not None:
-        return PlainPart(view.take, view.put)
-    if is_stateful(thing):
-        return StatefulPart(thing)
-    if isinstance(thing, torch.Tensor):
-        return TensorPart(Held(name, thing))
-    if isinstance(thing, PLAIN):
-        values[name] = thing
-        return PlainPart(lambda: values[name], lambda state: values.update({name: state}))
-    access = accessors(thing)
-    part = PlainPart(*access) if access else _fields(name, thing)
-    if part is not None:
-        return part
-    if callable(thing):
-        return FunctionPart(name, thing)
-    msg = (
-        f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
-        "load_state_dict; pass an object that has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
-        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
-    )
-    raise PolicyError(msg)
 
-
-def _check_whole(name: str, module: nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        try:
-            check_whole(tensor, f"{name}.{key}")
-        except SaveError as error:
-            raise PolicyError(str(error)) from None
-    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
-        msg = (
-            f"{name} is sharded over {count} processes by FullyShardedDataParallel, and a loop would save the shards "
-            f"of one; {HOW_TO_SAVE_SHARDS}"
-        )
-        raise PolicyError(msg)
-
-
-def summary_of(thing: Any, name: str, part: Part) -> str:
-    """Return how an object is saved. The loop logs it at its start."""
-    how = ""
-    if isinstance(part, TensorPart):
-        how = ", as written in place"
-    elif isinstance(thing, PLAIN):
-        how = f", as loop[{name!r}]"
-    elif isinstance(part, FunctionPart):
-        return f"{name} (a function's value at each save)"
-    return f"{name} ({type(thing).__name__}{how})"
-
-
-def _fields(name: str, thing: Any) -> Part | None:
-    if isinstance(thing, dict):
-        return MutablePart(Held(name, thing), lambda thing: thing, _refill)
-    if isinstance(thing, (argparse.Namespace, types.SimpleNamespace)):
-        return MutablePart(Held(name, thing), vars, lambda thing, state: _refill(vars(thing), state))
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        if thing.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    def __init__(self, name: str, thing: Any) -> None:
+        super().__init__(name, thing)
+        self._is_dataclass = dataclasses.is_dataclass(thing) and not isinstance(thing, dict)
+        if self._is_dataclass and thing.__dataclass_params__.frozen:
             msg = (
                 f"{name} is a frozen {type(thing).__name__}, so a resume cannot set its fields; pass settings as "
                 "config=, and values that the training changes in a dataclass that is not frozen"
             )
             raise PolicyError(msg)
-        names = [field.name for field in dataclasses.fields(thing)]
-        return MutablePart(
-            Held(name, thing),
-            lambda thing: {name: getattr(thing, name) for name in names},
-            _set_fields,
-        )
-    if hasattr(thing, "set_epoch"):  # A sampler: the loop sets its epoch.
-        return PlainPart(dict, bool)
-    return None
+        self._given = dict(_flat(self._values))
+
+    @property
+    def _values(self) -> Any:
+        if self._is_dataclass:
+            return {field.name: getattr(self._thing, field.name) for field in dataclasses.fields(self._thing)}
+        return self._thing if isinstance(self._thing, dict) else vars(self._thing)
+
+    def take(self) -> Any:
+        self.check()
+        return copy.deepcopy(self._values)
+
+    def compare(self, state: Any) -> Differences:
+        return Differences() if isinstance(state, Mapping) else Differences(missing=("*",))
+
+    def put(self, state: Any) -> None:
+        values, saved = self._values, copy.deepcopy(state)
+        if self._is_dataclass:
+            for name in filter(saved.__contains__, values):
+                setattr(self._thing, name, saved[name])
+        else:
+            values.clear()
+            values.update(saved)
+
+    def untouched(self) -> dict[str, list[Keys]]:
+        """Return the paths of values that are as they were given, and of those that are gone."""
+        now = dict(_flat(self._values))
+        return {
+            "same": [path for path, value in self._given.items() if value is not _DATA and now.get(path) == value],
+            "gone": [path for path in self._given if path not in now],
+        }
+
+    def settled(self, state: Mapping[str, Any], untouched: Mapping[str, Sequence[Keys]]) -> tuple[Any, dict[str, str]]:
+        """Return the state with the settings that are given now, and how those differ from the saved ones, by name."""
+        changes: dict[str, str] = {}
+        same, gone = ({tuple(path) for path in untouched[kind]} for kind in ("same", "gone"))
+
+        def merged(saved: Mapping[Any, Any], here: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:
+            result = dict(saved)
+            if max(len(saved), len(here)) > _MANY:
+                return result
+            for key, value in here.items():
+                path = (*before, key)
+                given = self._given.get(path, _DATA)
+                if key not in saved:
+                    if path in self._given and path not in gone:
+                        result[key] = value
+                elif isinstance(value, dict) and isinstance(saved[key], dict):
+                    result[key] = merged(saved[key], value, path)
+                elif path in same and given is not _DATA and given != saved[key]:
+                    result[key] = given
+                    changes[".".join(map(str, path))] = f"{given!r} here, {saved[key]!r} there"
+            return result
+
+        return merged(state, self._values, ()), changes
 
 
-def _set_fields(thing: Any, state: Mapping[str, Any]) -> None:
-    for field in dataclasses.fields(thing):
-        if field.name in state:
-            setattr(thing, field.name, state[field.name])
+def _flat(values: Mapping[Any, Any], before: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yield each path, with its value if that may be a setting."""
+    if len(values) > _MANY:
+        return
+    for key, value in values.items():
+        path = (*before, key)
+        yield path, copy.copy(value) if _is_setting(value) else _DATA
+        if isinstance(value, dict):
+            yield from _flat(value, path)
 
 
-def _refill(thing: dict[Any, Any], state: Mapping[Any, Any]) -> None:
-    thing.clear()
-    thing.update(state)
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (
+        isinstance(value, (list, tuple)) and len(value) <= _MANY and all(isinstance(item, PLAIN) for item in value)
+    )
+
+
+class FunctionPart(Part):
+    """A value that the program binds anew, so that a resume cannot fill an object in place.
+
+    `read` returns the restored value until the next save, and otherwise calls the function.
+    """
+
+    def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            msg = f"{name} is a function that needs arguments ({error}); pass one without, such as lambda: value"
+            raise PolicyError(msg) from error
+        except ValueError:  # A builtin may have no signature.
+            pass
+        self._name = name
+        self._function = function
+        self._restored: list[Any] = []
+        """The value that a resume has put back, until the next save."""
+        self._is_read = True
+
+    def read(self) -> Any:
+        self._is_read = True
+        return self._restored[0] if self._restored else self._function()
+
+    def take(self) -> Any:
+        if not self._is_read:
+            msg = (
+                f"{self._name!r} was put back by resume(), and the program has not read it: it went on with another "
+                f"value, which is not exact. Read loop[{self._name!r}] after resume()"
+            )
+            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        self._restored, self._is_read = [], True
+        return _encoded(self._function())
+
+    def put(self, state: Any) -> None:
+        self._restored, self._is_read = [_decoded(state)], False
+
+
+def _encoded(value: Any) -> Any:
+    """Return the value as a safe load takes it: arrays as tensors, tensors without their graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.grad_fn is not None else value
+    numpy = sys.modules.get("numpy")  # A program without numpy does not import it here.
+    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
+        return {_ARRAY: torch.from_numpy(value.copy())} if value.ndim else value.item()
+    return _mapped(value, _encoded)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) == {_ARRAY}:
+        return value[_ARRAY].numpy()
+    return _mapped(value, _decoded)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if type(value) is dict:
+        return {key: function(item) for key, item in value.items()}
+    return type(value)(map(function, value)) if type(value) in (list, tuple) else value

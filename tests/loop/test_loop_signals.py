@@ -188,7 +188,7 @@ def test_the_file_is_looked_for_once_a_second_at_most(tmp_path: Path) -> None:
     for now[0] in (1.0, 2.0, 3.0):
         requests.look()
         assert (now[0] == 1.0) == requests.is_pending
-        assert ("the file save-now" if now[0] == 1.0 else "") == requests.take().save
+        assert ("the file save-now" if now[0] == 1.0 else "") == requests.take()[1]
     os.utime(file, (0, 0))
     requests.look()
     assert requests.is_pending, "it was put there again"
