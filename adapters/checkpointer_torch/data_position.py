@@ -41,9 +41,8 @@ class DataPosition:
 
     # A pass
 
-    def begin(self, loader: Any, epoch: int) -> Iterator[Any]:
+    def begin(self, view: LoaderView, epoch: int) -> Iterator[Any]:
         """Return the batches of the epoch: all, or those left after ``used`` if a pass was left within."""
-        view = LoaderView(loader)
         self.given = self.used = self._settle(view)
         state, before = self._left_off, self._view
         now = take_random_state()

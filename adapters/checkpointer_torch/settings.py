@@ -131,15 +131,14 @@ def config_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> dic
 
     Example:
         >>> config_differences({"lr": 0.01, "net": {"width": 2}}, {"lr": 0.1, "net": {"width": 2}, "seed": 1})
-        {'lr': '0.01 here, 0.1 there', 'seed': 'not here, 1 there'}
+        {'config.lr': '0.01 here, 0.1 there', 'config.seed': 'not here, 1 there'}
     """
     ours, theirs = _flat(here), _flat(there)
-    names = dict.fromkeys((*ours, *theirs))
-    both = {name: (ours.get(name, "not"), theirs.get(name, "not")) for name in names}
+    both = {name: (ours.get(name, "not"), theirs.get(name, "not")) for name in {**ours, **theirs}}
     return {name: f"{here} here, {there} there" for name, (here, there) in both.items() if here != there}
 
 
-def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, str]:
+def _flat(config: Mapping[Any, Any], before: str = f"{CONFIG}.") -> dict[str, str]:
     """Return each setting's text by its dotted name; texts are equal for NaN too."""
     flat: dict[str, str] = {}
     for key, value in config.items():

@@ -96,13 +96,11 @@ class TrainingObjects:
         return differences
 
     def settle(
-        self, states: Mapping[str, Any], unchanged: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+        self, states: Mapping[str, Any], unchanged: Mapping[str, Any], source: str
+    ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         """Replace settings among the saved states by those that are given now.
 
-        Returns:
-            The shared states; the changed settings, each with the difference; and the plain values given now that the
-            saved ones replace.
+        Returns the shared states, how each replaced setting differs, and notes about plain values that are put back.
         """
         settled = {name: states[name] for name in self.shared if name in states}
         changes: dict[str, str] = {}
@@ -112,8 +110,13 @@ class TrainingObjects:
                 settled[name], changed = part.settled(states[name], untouched)
                 changes |= {f"{name}.{key}": change for key, change in changed.items()}
         plain = {name: self._values[name].given for name in unchanged.get("unchanged", ()) if name in self._values}
-        replaced = {name: given for name, given in plain.items() if name in states and given != states[name]}
-        return settled, changes, replaced
+        notes = [
+            f"loop[{name!r}] is {states[name]!r}, as in {source}, and not {given!r}, as given here: a plain value is "
+            "put back; settings go into config="
+            for name, given in plain.items()
+            if name in states and given != states[name]
+        ]
+        return settled, changes, notes
 
     def put(self, states: Mapping[str, Any]) -> None:
         """Put the shared states back.

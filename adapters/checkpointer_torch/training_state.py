@@ -102,7 +102,7 @@ class TrainingState:
                     "torchdata.StatefulDataLoader"
                 )
                 raise ObservationError(msg)
-        return self.data.begin(loader, self.epoch)
+        return self.data.begin(view, self.epoch)
 
     def end_step(self) -> None:
         """Count a finished step."""
@@ -177,16 +177,15 @@ class TrainingState:
                 "strict=False to take what fits"
             )
             raise MismatchError(msg)
-        settled, changes, replaced = self.objects.settle(states, own)
-        self._log_changes(changes, source)
+        settled, changes, notes = self.objects.settle(states, own, source)
         self.objects.put(settled)
-        for name, given in replaced.items() if self._ranks.rank == 0 else ():
-            _log.warning(
-                "loop[%r] is %r, as in %s, and not %r, as given here: a plain value is put back; settings go into "
-                "config=",
-                *(name, states[name], source, given),
-            )
-        self._compare_config(state.get(CONFIG), source)
+        if CONFIG in state and self.config is None:
+            notes.append(f"{source} has settings, and this Loop was given no config= to compare them with")
+        elif CONFIG in state and self.config is not None:
+            changes |= config_differences(self.config, state[CONFIG])
+        notes += [f"{name} differs from {source}: {how}; the setting given here holds" for name, how in changes.items()]
+        for note in notes if self._ranks.rank == 0 else ():
+            _log.warning("%s", note)
         self.epoch, self.step, self.data.used = own["epoch"], own["step"], own["batch"]
         self.is_within_step, self.source = False, source
         self._put_own(ranks, states, strict=strict)
@@ -195,28 +194,17 @@ class TrainingState:
             warnings.warn(warning, CheckpointerWarning, stacklevel=4)
         return differences
 
-    def _compare_config(self, saved: Any, source: str) -> None:
-        if saved is not None and self.config is None:
-            _log.warning("%s has settings, and this Loop was given no config= to compare them with", source)
-        elif saved is not None and self.config is not None:
-            changes = config_differences(self.config, saved)
-            self._log_changes({f"{CONFIG}.{key}": change for key, change in changes.items()}, source)
-
-    def _log_changes(self, changes: Mapping[str, str], source: str) -> None:
-        for name, change in changes.items() if self._ranks.rank == 0 else ():
-            _log.warning("%s differs from %s: %s; the setting given here holds", name, source, change)
-
     def put_foreign(self, content: Any, names: StateMap, source: str, *, strict: bool) -> Differences:
         """Take over a state that another program has saved, and return how it differs."""
-        found = picked(content, names, source)
+        states, counts, unused = picked(content, names, source)
         objects = self.objects
         as_they_are = {name: part.take() for name, part in objects.own.items() if not isinstance(part, FunctionPart)}
         own = {"random": take_random_state(), "feed": {}, "loaders": as_they_are}
-        counts = {"schema": SCHEMA, **found.counts, "batch": 0, "exact": True, "ranks": [own] * self._ranks.size}
+        loop = {"schema": SCHEMA, **counts, "batch": 0, "exact": True, "ranks": [own] * self._ranks.size}
         advice = f"In map= give each of {', '.join(objects.shared)} the key of its state"
-        differences = self.put({**found.states, KEY: counts}, source, strict=strict, advice=advice)
-        if found.unused:
-            _log.info("%s also holds %s, which map= does not name", source, ", ".join(found.unused))
+        differences = self.put({**states, KEY: loop}, source, strict=strict, advice=advice)
+        if unused:
+            _log.info("%s also holds %s, which map= does not name", source, ", ".join(unused))
         return differences
 
     def _put_own(self, ranks: list[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
