@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -17,6 +18,8 @@ from checkpointer.distributed.ranks import Agreement
 from checkpointer.hosts.grace import Grace
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer.ports import Ranks
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.signals import Requests, StopTraining
 from checkpointer_torch.training_state import TrainingState
 
@@ -119,12 +122,13 @@ class Interruption:
         finally:
             self._is_fetching = False
 
-    def validated(self, batches: Iterator[T], restore: Callable[[], None]) -> Iterator[T]:
+    def validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
         """Yield the batches of a validation, and answer a signal to stop after any of them.
 
-        ``restore`` puts back the states that the validation changes, before the rescue.
+        The rescue has the states of the random generators and of the loader that the validation began with.
         """
-        agreement = Agreement(self._ranks)
+        view, agreement = LoaderView(loader), Agreement(self._ranks)
+        random, own = take_random_state(), view.take()
 
         def attend(*, is_done: bool = False) -> bool:
             stops = self._requests.stop is not None and not self._training.is_within_step
@@ -132,10 +136,12 @@ class Interruption:
                 return False
             ranks = self._ranks.gather((stops, is_done))
             if any(stops for stops, _ in ranks):
-                restore()
+                put_random_state(random)
+                view.put(own)
                 self._answer()
             return all(is_done for _, is_done in ranks)
 
+        batches = itertools.islice(loader, limit)
         while (batch := self.fetch(batches, attend)) is not END:
             yield batch
             attend()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import attrs
 from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer_torch.random_state import accessors
@@ -24,26 +23,20 @@ _WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
 """Attributes in which samplers, and the nodes of ``torchdata.nodes``, keep one another."""
 
 
-@attrs.frozen
 class FunctionLoader:
     """The batches that a function returns. The random states are their place, or the function's ``state_dict``."""
 
-    function: Callable[[], Any]
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        has_state = is_stateful(function)  # Without one there is nothing to restore.
+        self.state_dict: Any = function.state_dict if has_state else dict
+        self.load_state_dict: Any = function.load_state_dict if has_state else bool
 
     def __iter__(self) -> FunctionLoader:
         return self
 
     def __next__(self) -> Any:
-        return self.function()
-
-    def state_dict(self) -> Any:
-        """Return the function's own state; without one there is nothing to restore."""
-        return self.function.state_dict() if is_stateful(self.function) else {}  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state: Any) -> None:
-        """Restore the function's own state."""
-        if is_stateful(self.function):
-            self.function.load_state_dict(state)  # type: ignore[attr-defined]
+        return self._function()
 
 
 def torch_loader(loader: Any) -> DataLoader[Any] | None:

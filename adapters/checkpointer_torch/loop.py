@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 import os
@@ -22,8 +21,7 @@ from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
-from checkpointer_torch.loader_view import FunctionLoader, LoaderView
-from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.loader_view import FunctionLoader
 from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
@@ -314,17 +312,7 @@ class Loop:
         """
         self._check_entered()
         self._interruption.workers.cover(loader)
-        return self._validated(loader, limit)
-
-    def _validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
-        view = LoaderView(loader)
-        random, own = take_random_state(), view.take()
-
-        def restore() -> None:
-            put_random_state(random)
-            view.put(own)
-
-        yield from self._interruption.validated(itertools.islice(loader, limit), restore)
+        return self._interruption.validated(loader, limit)
 
     def step(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
         """Report that a step is done: the boundary where saves, rescues and stops happen.

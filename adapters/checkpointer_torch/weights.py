@@ -113,7 +113,9 @@ def _picked(
     except RestoreError as error:
         msg = f"{where}: {error}"
         raise MismatchError(msg) from error
-    there = _outlines(found, own)
+    # Tensors without memory stand in for those that are there.
+    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
+    there |= {name: value for name, value in found.values.items() if name in own and value is not None}
     differences = _without_optional(compared(own, there), own, found)
     loaded = [key for key in own if key in there and key not in differences.reshaped]
     if not loaded:
@@ -138,12 +140,6 @@ def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:
             shape = None if torch.nn.parameter.is_lazy(value) else tuple(value.shape)
             wanted.setdefault(_memory(value) or key, {})[key] = shape
     return list(wanted.values())
-
-
-def _outlines(found: Weights, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors without memory in place of those that are there, and the values that the module asks for."""
-    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
-    return there | {name: value for name, value in found.values.items() if name in own and value is not None}
 
 
 def _renamed(key: str, key_map: KeyMap | None) -> str | None:
