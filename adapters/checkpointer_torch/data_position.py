@@ -10,7 +10,7 @@ import attrs
 
 from checkpointer.errors import MismatchError
 from checkpointer_torch.loader_view import LoaderView, is_stateful
-from checkpointer_torch.position_search import DataPass, ResumedFrom, num_iters, put_end, put_start
+from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
 __all__ = ["DataPosition"]
@@ -87,11 +87,11 @@ class DataPosition:
         view.set_epoch(epoch)
         data_pass = DataPass(view, epoch, self._origin)
         is_within = bool(state.get("within"))
-        self._within, self._is_over = True, is_within and _is_over(state)
+        self._within, self._is_over = True, is_within and is_over(state)
         if is_within:
             self._began = state["began"]
         if self._is_over:
-            self._put_end(view, state)
+            data_pass.put_end(state)
             return iter(())
         if not is_within or (view.is_indexed and not self.used):
             return self._begin_anew(data_pass, state, used_before)
@@ -107,7 +107,7 @@ class DataPosition:
         if state.get("within"):  # Its first batch was not used: the pass is made again.
             put_start(view, state["began"])
         elif state:
-            self._put_end(view, state)
+            data_pass.put_end(state)
         began = self._began or state.get("began")
         if not (self._iterator.is_shared and began):
             warm = view.is_warm or state.get("warm", False)
@@ -123,15 +123,6 @@ class DataPosition:
             return itertools.chain([first], batches)
         put_start(view, began)  # The loader has taken the state over, and that was the end of its pass: begin anew.
         return data_pass.begin(began)
-
-    def _put_end(self, view: LoaderView, state: Mapping[str, Any]) -> None:
-        """Put a loader where it was at the end of a pass."""
-        if not view.is_indexed and view.stateful is not None and "loader" in state and not state.get("differs"):
-            is_taken = put_end(view, state["loader"])
-            if not is_taken and view.inner is not None and not _is_over(state):
-                what = f"the epoch before ended before the end of {view.kind}, which cannot be begun anew"
-                self._origin.refuse(what, "goes on in that pass")
-        view.put_generators(state.get("generators", ()))
 
     def give(self) -> None:
         """Count a batch that the loop gets."""
@@ -221,14 +212,3 @@ class _SharedIterator:
 
 def _batches(count: int) -> str:
     return f"{count} batch" if count == 1 else f"{count} batches"
-
-
-def _is_over(state: Mapping[str, Any]) -> bool:
-    """Return whether a pass has no more batches; torchdata's loader may know it before the last ``next``."""
-    own = state.get("loader")
-    if state.get("over") or not isinstance(own, Mapping):
-        return bool(state.get("over"))
-    # accelerate reads one batch ahead. A worker that has ended is asked again by torchdata, and may begin anew.
-    workers = own.get("_snapshot", {}).get("_worker_snapshots", {}).values()
-    ended = [(worker.get("fetcher_state") or {}).get("fetcher_ended", False) for worker in workers]
-    return bool(own.get("_iterator_finished")) or (bool(ended) and all(ended))

@@ -18,7 +18,7 @@ from checkpointer.errors import MismatchError
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
-__all__ = ["DataPass", "ResumedFrom", "put_start"]
+__all__ = ["DataPass", "ResumedFrom", "is_over", "num_iters", "put_start"]
 
 _log: Final = logging.getLogger("checkpointer.torch")
 
@@ -153,6 +153,27 @@ class DataPass:
         put_random_state(now)
         return batches
 
+    def put_end(self, state: Mapping[str, Any]) -> None:
+        """Put the loader where it was at the end of the pass that was left.
+
+        If the loader's own state is taken over, its next ``iter`` begins the next pass, as in the process before.
+        """
+        view = self.view
+        if not view.is_indexed and view.stateful is not None and "loader" in state and not state.get("differs"):
+            now = take_random_state()
+            view.stateful.load_state_dict(state["loader"])
+            if view.is_torchdata:
+                view.inner._get_iterator()
+                is_taken = True
+            else:
+                with _without_restart(view.loader):
+                    is_taken = not inspect.isgenerator(iter(view.loader))
+            put_random_state(now)
+            if not is_taken and view.inner is not None and not is_over(state):
+                what = f"the epoch before ended before the end of {view.kind}, which cannot be begun anew"
+                self.origin.refuse(what, "goes on in that pass")
+        view.put_generators(state.get("generators", ()))
+
     def _iterate(self, start: Callable[[Make], Any]) -> tuple[Iterator[Any], bool]:
         """Return the batches, and whether ``start`` has made the iterator of the ``DataLoader`` for them.
 
@@ -205,21 +226,15 @@ class DataPass:
         self.origin.refuse(f"{msg}; give it state_dict and load_state_dict", otherwise)
 
 
-def put_end(view: LoaderView, state: Any) -> bool:
-    """Put a loader with a state where a pass ended, and return whether the loader has taken that over.
-
-    If it has, its next ``iter`` begins the next pass, as it would have in the process that was left.
-    """
-    now = take_random_state()
-    view.stateful.load_state_dict(state)
-    if view.is_torchdata:
-        view.inner._get_iterator()
-        is_taken = True
-    else:
-        with _without_restart(view.loader):
-            is_taken = not inspect.isgenerator(iter(view.loader))
-    put_random_state(now)
-    return is_taken
+def is_over(state: Mapping[str, Any]) -> bool:
+    """Return whether a pass has no more batches; torchdata's loader may know it before the last ``next``."""
+    own = state.get("loader")
+    if state.get("over") or not isinstance(own, Mapping):
+        return bool(state.get("over"))
+    # accelerate reads one batch ahead. A worker that has ended is asked again by torchdata, and may begin anew.
+    workers = own.get("_snapshot", {}).get("_worker_snapshots", {}).values()
+    ended = [(worker.get("fetcher_state") or {}).get("fetcher_ended", False) for worker in workers]
+    return bool(own.get("_iterator_finished")) or (bool(ended) and all(ended))
 
 
 def num_iters(view: LoaderView, *, is_warm: bool = False) -> int:

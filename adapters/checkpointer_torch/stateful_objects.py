@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -18,13 +19,14 @@ from torch import nn
 
 from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
-from checkpointer_torch.module_names import plain_state, wrapped_state
 from checkpointer_torch.state_differences import Differences, compared
 
 __all__ = ["PLAIN", "Part"]
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 """Types of plain values."""
+_WRAPPERS: Final = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Names that only wrappers give to the module within them."""
 _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")
 )
@@ -73,23 +75,46 @@ class PlainPart(Part):
 
 @attrs.frozen
 class ModulePart(Part):
-    """A module, under plain names."""
+    """A module, under the names that it has without the wrappers of DDP and ``torch.compile``."""
 
     module: nn.Module
 
-    def take(self) -> Any:
-        return plain_state(self.module)
+    def take(self) -> OrderedDict[str, Any]:
+        name, state = _namer(self.module), self.module.state_dict()
+        plain = OrderedDict((name(key), value) for key, value in state.items())
+        versions = getattr(state, "_metadata", {})
+        plain._metadata = {name(path): value for path, value in versions.items()}  # type: ignore[attr-defined]
+        return plain
 
     def compare(self, state: Any) -> Differences:
         if not isinstance(state, Mapping):
             return Differences(missing=("*",))
-        return compared(plain_state(self.module), state, types=True)
+        return compared(self.take(), state, types=True)
 
     def put(self, state: Any) -> None:
-        wrapped = wrapped_state(self.module, state)
-        for key in compared(self.module.state_dict(), wrapped, types=True).reshaped:
+        name, own = _namer(self.module), self.module.state_dict()
+        wrapped = OrderedDict((key, state[name(key)]) for key in own if name(key) in state)
+        for key in compared(own, wrapped, types=True).reshaped:
             del wrapped[key]
+        versions, paths = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
+        wrapped._metadata = {path: versions[name(path)] for path in paths if name(path) in versions}  # type: ignore[attr-defined]
         self.module.load_state_dict(wrapped, strict=False)
+
+
+def _namer(module: nn.Module) -> Callable[[str], str]:
+    """Return a function that takes the names of wrappers out of a key, or out of a path of modules."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    modules = module.named_modules(remove_duplicate=False)
+    wrapped = {f"{path}.module".lstrip(".") for path, inner in modules if isinstance(inner, parallel)}
+
+    def plain(key: str) -> str:
+        parts = key.split(".")
+        paths = (".".join(parts[: number + 1]) for number in range(len(parts)))
+        return ".".join(
+            part for part, path in zip(parts, paths, strict=True) if part not in _WRAPPERS and path not in wrapped
+        )
+
+    return plain
 
 
 @attrs.frozen

@@ -19,7 +19,6 @@ from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_for
-from checkpointer_torch.module_names import plain_state
 from checkpointer_torch.open_any import Opener
 from checkpointer_torch.state_differences import Differences, compared
 from checkpointer_torch.stateful_objects import ModulePart
@@ -88,26 +87,26 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
-    pick = functools.partial(_picked, module=module, part=part, key_map=key_map, strict=strict)
+    target = ModulePart(module)
+    own = target.take()
+    pick = functools.partial(_picked, own=own, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
         (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
         make = functools.partial(pick, where=os.fspath(source))
         opener = Opener(make=make, which=which, policy=policy, trust=trust, storage_options=storage_options)
         (state, differences), where = opener.open(source)
-    ModulePart(module).put(state)
+    target.put(state)
     if differences:
-        count = len(plain_state(module))
-        msg = f"{where} does not fit, and {len(state)} of {count} names were loaded: {differences}"
+        msg = f"{where} does not fit, and {len(state)} of {len(own)} names were loaded: {differences}"
         warnings.warn(msg, CheckpointerWarning, stacklevel=2)
     return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
 
 
 def _picked(
-    contents: Tensors, where: str, *, module: nn.Module, part: str | None, key_map: KeyMap | None, strict: bool
+    contents: Tensors, where: str, *, own: Mapping[str, Any], part: str | None, key_map: KeyMap | None, strict: bool
 ) -> tuple[OrderedDict[str, Any], Differences]:
     """Pick the module's weights out of a payload, and read those alone."""
-    own = plain_state(module)
     try:
         found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
     except RestoreError as error:
