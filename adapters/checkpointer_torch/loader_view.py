@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from checkpointer_torch.parts import Part
 from checkpointer_torch.random_state import accessors
-from checkpointer_torch.stateful_objects import Part
 
 __all__ = ["FunctionLoader", "LoaderView", "is_stateful", "torch_loader"]
 

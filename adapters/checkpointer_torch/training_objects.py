@@ -16,22 +16,10 @@ from torch import nn
 
 from checkpointer.errors import MismatchError, PolicyError, SaveError, UnknownValueError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
+from checkpointer_torch import parts
 from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
-from checkpointer_torch.stateful_objects import (
-    PLAIN,
-    FunctionPart,
-    HeldPart,
-    ModulePart,
-    MutablePart,
-    OptimizerPart,
-    Part,
-    PlainPart,
-    StatefulPart,
-    TensorPart,
-    ValuePart,
-)
 
 __all__ = ["TrainingObjects", "world_size"]
 
@@ -40,25 +28,26 @@ class TrainingObjects:
     """The objects that a `Loop` was given, by name; ``objects[name]`` is a plain value or a function's value."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
-        parts = {name: _part_of(name, thing) for name, thing in objects.items()}
-        self.own = {name: part for name, part in parts.items() if isinstance(part, (LoaderView, FunctionPart))}
+        all_parts = {name: _part_of(name, thing) for name, thing in objects.items()}
+        own = (LoaderView, parts.FunctionPart)
+        self.own = {name: part for name, part in all_parts.items() if isinstance(part, own)}
         """Parts that are saved for each process: loaders and functions."""
-        self.shared = {name: part for name, part in parts.items() if name not in self.own}
+        self.shared = {name: part for name, part in all_parts.items() if not isinstance(part, own)}
         """Parts that are saved once for all processes."""
         self.names = (*self.shared, *self.own)
-        self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, ModulePart)}
-        self.summaries = tuple(_summary_of(name, thing, parts[name]) for name, thing in objects.items())
-        self._values = {name: part for name, part in self.shared.items() if isinstance(part, ValuePart)}
+        self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
+        self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
+        self._values = {name: part for name, part in self.shared.items() if isinstance(part, parts.ValuePart)}
 
     def begin(self) -> None:
         """Remember which objects the program has a reference to."""
         for part in self.shared.values():
-            if isinstance(part, HeldPart):
+            if isinstance(part, parts.HeldPart):
                 part.begin()
 
     def __getitem__(self, name: str) -> Any:
         part = self._values.get(name) or self.own.get(name)
-        if not isinstance(part, (ValuePart, FunctionPart)):
+        if not isinstance(part, (parts.ValuePart, parts.FunctionPart)):
             raise UnknownValueError(self._no_value(name))
         return part.read()
 
@@ -78,7 +67,7 @@ class TrainingObjects:
 
     def unchanged(self) -> dict[str, Any]:
         """Return the values that are as they were given: those within objects, and the plain ones."""
-        mutable = {name: part for name, part in self.shared.items() if isinstance(part, MutablePart)}
+        mutable = {name: part for name, part in self.shared.items() if isinstance(part, parts.MutablePart)}
         return {
             "untouched": {name: part.untouched() for name, part in mutable.items()},
             "unchanged": [name for name, part in self._values.items() if part.given == part.value],
@@ -106,7 +95,7 @@ class TrainingObjects:
         changes: dict[str, str] = {}
         for name, untouched in unchanged.get("untouched", {}).items():
             part = self.shared.get(name)
-            if isinstance(part, MutablePart) and name in states:
+            if isinstance(part, parts.MutablePart) and name in states:
                 settled[name], changed = part.settled(states[name], untouched)
                 changes |= {f"{name}.{key}": change for key, change in changed.items()}
         plain = {name: self._values[name].given for name in unchanged.get("unchanged", ()) if name in self._values}
@@ -123,7 +112,7 @@ class TrainingObjects:
 
         Parts that may refuse their state come first: their earlier states are small enough to keep for going back.
         """
-        large = (ModulePart, OptimizerPart)
+        large = (parts.ModulePart, parts.OptimizerPart)
         done = []
         for name in sorted(states, key=lambda name: isinstance(self.shared[name], large)):
             part = self.shared[name]
@@ -139,13 +128,13 @@ class TrainingObjects:
                 raise MismatchError(msg) from error
 
 
-def _part_of(name: str, thing: Any) -> Part:
+def _part_of(name: str, thing: Any) -> parts.Part:
     """Return the part that takes and puts the state of ``thing``."""
     if isinstance(thing, nn.Module):
         _check_whole(name, thing)
-        return ModulePart(thing)
+        return parts.ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
-        return OptimizerPart(thing)
+        return parts.OptimizerPart(thing)
     if isinstance(thing, type):
         msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
         raise PolicyError(msg)
@@ -153,19 +142,19 @@ def _part_of(name: str, thing: Any) -> Part:
     if view.inner is not None:
         return view
     if is_stateful(thing):
-        return StatefulPart(thing)
+        return parts.StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return TensorPart(name, thing)
-    if isinstance(thing, PLAIN):
-        return ValuePart(given=thing, value=thing)
+        return parts.TensorPart(name, thing)
+    if isinstance(thing, parts.PLAIN):
+        return parts.ValuePart(given=thing, value=thing)
     if access := accessors(thing):
-        return PlainPart(*access)
+        return parts.PlainPart(*access)
     if isinstance(thing, (dict, argparse.Namespace, types.SimpleNamespace)) or dataclasses.is_dataclass(thing):
-        return MutablePart(name, thing)
+        return parts.MutablePart(name, thing)
     if hasattr(thing, "set_epoch"):  # A sampler: the loop sets its epoch.
-        return PlainPart(dict, bool)
+        return parts.PlainPart(dict, bool)
     if callable(thing):
-        return FunctionPart(name, thing)
+        return parts.FunctionPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
         "load_state_dict; pass an object that has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
@@ -194,9 +183,9 @@ def _check_whole(name: str, module: nn.Module) -> None:
         raise PolicyError(msg)
 
 
-def _summary_of(name: str, thing: Any, part: Part) -> str:
+def _summary_of(name: str, thing: Any, part: parts.Part) -> str:
     """Return how an object is saved. The loop logs it at its start."""
-    if isinstance(part, FunctionPart):
+    if isinstance(part, parts.FunctionPart):
         return f"{name} (a function's value at each save)"
-    hows = {TensorPart: ", as written in place", ValuePart: f", as loop[{name!r}]"}
+    hows = {parts.TensorPart: ", as written in place", parts.ValuePart: f", as loop[{name!r}]"}
     return f"{name} ({type(thing).__name__}{hows.get(type(part), '')})"

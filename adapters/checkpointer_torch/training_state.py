@@ -17,11 +17,11 @@ from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
 from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.parts import FunctionPart, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.state_differences import Differences
-from checkpointer_torch.stateful_objects import FunctionPart, StatefulPart
 from checkpointer_torch.training_objects import TrainingObjects
 
 __all__ = ["KEY", "LoopProgress", "TrainingState"]

@@ -20,8 +20,8 @@ from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_for
 from checkpointer_torch.open_any import Opener
+from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.state_differences import Differences, compared
-from checkpointer_torch.stateful_objects import ModulePart
 
 __all__ = ["KeyMap", "LoadedWeights", "load_weights"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
+from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.random_state import put_random_state, take_random_state
-from checkpointer_torch.stateful_objects import ModulePart
 from small import POLICY, Small, make_net
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
