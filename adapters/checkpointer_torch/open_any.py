@@ -117,7 +117,8 @@ class Opener:
         manager = CheckpointManager(directory, self.policy, **options)
         record = _record_of(manager, which)
         storage = self._storage(directory)
-        if record is not None and _is_trainers_folder(storage, record):
+        # A folder that a trainer wrote is not read by a format.
+        if record is not None and record.format != "dcp" and set(storage.list(record.name)) - {record.name}:
             verify(storage, record)
             with open_contents(storage, record.name) as contents:
                 return (self.make or _weights)(contents), f"{directory}/{record.name}"
@@ -213,7 +214,3 @@ def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | 
     if which in (None, "last", "best"):
         return manager.best if which == "best" else manager.last
     return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)
-
-
-def _is_trainers_folder(storage: Storage, record: Record) -> bool:
-    return record.format != "dcp" and set(storage.list(record.name)) - {record.name} != set()
