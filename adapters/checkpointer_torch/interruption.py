@@ -34,19 +34,13 @@ T = TypeVar("T")
 class Stopwatch(Listener):
     """Measures how long the last save took, from taking the state until it was durable."""
 
-    def __init__(self, take: Callable[[], Any]) -> None:
-        self._take = take
-        self._since = 0.0
+    def __init__(self, training: TrainingState) -> None:
+        self._training = training
         self.took_s: float | None = None
-
-    def take(self) -> Any:
-        """Return the state."""
-        self._since = time.monotonic()
-        return self._take()
 
     def on_saved(self, record: Any) -> None:
         """See `Listener.on_saved`."""
-        self.took_s = time.monotonic() - self._since
+        self.took_s = time.monotonic() - self._training.taken_at
 
 
 @attrs.define(eq=False)

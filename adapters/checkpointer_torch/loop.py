@@ -101,8 +101,8 @@ class Loop:
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = TrainingState(objects, self._ranks, config)
         self._directory, self._options, self._when = directory, options, policy.when
-        stopwatch = Stopwatch(training.take)
-        kept = {**options, "state": stopwatch.take, "weights": training.weights}
+        stopwatch = Stopwatch(training)
+        kept = {**options, "state": training.take, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), stopwatch)
         self._saver: CheckpointManager | DistributedManager
         if self._ranks.size == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -65,6 +66,8 @@ class TrainingState:
         self.epoch = self.step = 0
         self.is_within_step = False
         self.source = ""
+        self.taken_at = 0.0
+        """When the state was last taken (seconds of the monotonic clock)."""
         self.unfed_since: int | None = None
         """The step at which the epoch began, if the loop does not see its batches."""
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
@@ -130,6 +133,7 @@ class TrainingState:
 
     def take(self) -> dict[str, Any]:
         """Return the whole state; all processes call this together."""
+        self.taken_at = time.monotonic()
         objects = self.objects
         own = {
             "random": take_random_state(),
@@ -154,6 +158,7 @@ class TrainingState:
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; each of several modules under its name."""
+        self.taken_at = time.monotonic()
         self.measured.note(self.step)
         states = {name: self.objects.shared[name].take() for name in self.objects.modules}
         if len(states) == 1:

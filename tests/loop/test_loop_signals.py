@@ -252,6 +252,23 @@ def test_a_rescue_that_may_be_too_late_says_so(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_save_of_weights_alone_is_timed_too(tmp_path: Path) -> None:
+    """The rescue after it is not said to be late."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    policy = Policy(EverySteps(1), [KeepLast(1)], contents="weights")
+    with pytest.warns(CheckpointerWarning, match="cannot resume"):
+        loop = Loop(tmp_path, policy, grace_s=600.0, model=torch.nn.Linear(1, 1))
+    try:
+        with loop:
+            for step in loop.steps(3):
+                if step == 1:
+                    signal.raise_signal(signal.SIGTERM)
+                loop.step()
+        assert loop.stopped.startswith("SIGTERM at step 2")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("finished", [0, 1])
 def test_after_a_signal_the_writer_thread_is_waited_for_no_longer_than_the_grace(finished: int) -> None:
     """Also if the next save is due at the boundary that answers the signal; the code after the loop still runs."""
