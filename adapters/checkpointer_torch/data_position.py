@@ -161,7 +161,7 @@ class DataPosition:
             "over": self._is_over,
             "warm": view.is_warm,
             "data": self._facts,
-            "iterator": self._iterator.take(),
+            "iterator": [self._iterator.is_shared, self._iterator.drawn] if self._iterator.is_one else None,
         }
 
     def put(self, state: Mapping[str, Any], origin: ResumedFrom) -> None:
@@ -205,9 +205,6 @@ class _SharedIterator:
         if not self.is_shared:
             self.drawn = 0
         return self.drawn
-
-    def take(self) -> list[Any] | None:
-        return [self.is_shared, self.drawn] if self.is_one else None
 
 
 def _batches(count: int) -> str:

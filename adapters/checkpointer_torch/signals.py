@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, Final
 
@@ -47,23 +47,16 @@ class Requests:
     handler that had it before. Without a ``file`` that asks for a save it looks for none.
     """
 
-    def __init__(
-        self,
-        stop_on: Iterable[int],
-        save_on: Iterable[int],
-        file: str | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, stop_on: Iterable[int], save_on: Iterable[int], file: str | None) -> None:
         self._stop_on, self._save_on = _as_signals(stop_on, "stop_on"), _as_signals(save_on, "save_on")
         self.signals = (*self._stop_on, *self._save_on)
         """Numbers of all signals that it listens to."""
         self._file = file
-        self._clock = clock
         self._earlier: dict[int, Any] = {}
         self.stop: int | None = None
         """The signal to stop that has come, if any."""
         self.since: float | None = None
-        """When it came (seconds of the clock)."""
+        """When it came (seconds of the monotonic clock)."""
         self._senders: list[str] = []
         """The senders of requests to save since the last `take`."""
         self._interrupts = 0
@@ -74,7 +67,7 @@ class Requests:
         self.is_pending = False
         """Whether a signal has come, or the file was found, since the last `take`."""
         self.look_at = 0.0 if file is not None else float("inf")
-        """When to `look` for the file again (seconds of the clock)."""
+        """When to `look` for the file again (seconds of the monotonic clock)."""
         self.was_immediate = False
         """Whether a second Ctrl-C ended the training at once."""
 
@@ -106,7 +99,7 @@ class Requests:
             self._senders.append(signal.Signals(number).name)
             self._to_pass_on.append(number)
         elif self.stop is None:
-            self.stop, self.since = number, self._clock()
+            self.stop, self.since = number, time.monotonic()
             self._shared[_STOPPING] = 1
         self.is_pending = True
         self._interrupts += number == signal.SIGINT
@@ -138,7 +131,7 @@ class Requests:
     def look(self) -> None:
         """Look for the file, and set when to look again."""
         assert self._file is not None, "there is a place for one"
-        self.look_at = self._clock() + LOOK_EVERY_S
+        self.look_at = time.monotonic() + LOOK_EVERY_S
         try:
             stat = os.stat(self._file)
         except OSError:
