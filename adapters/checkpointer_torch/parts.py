@@ -152,7 +152,7 @@ class OptimizerPart(Part):
         for number, parameter in zip(numbers, parameters, strict=True):
             saved = state["state"].get(number, {}).items()
             tensors = {key: value for key, value in saved if key in _LIKE_PARAMETER and torch.is_tensor(value)}
-            differences += compared(dict.fromkeys(tensors, parameter), tensors).within(f"state[{number}]")
+            differences = differences.plus(f"state[{number}]", compared(dict.fromkeys(tensors, parameter), tensors))
         return differences
 
     def put(self, state: Any) -> None:

@@ -79,8 +79,7 @@ class ResumeSource:
     def _take_adopted(self, *, strict: bool) -> bool:
         """Load the weights of the newest checkpoint if it was adopted, and take step and epoch from its record.
 
-        Another program wrote such a checkpoint, and ``checkpointer adopt`` its record. Return False for any other
-        checkpoint, after doing nothing.
+        Return False for any other checkpoint, after doing nothing.
         """
         saver, training = self._saver, self._training
         if saver.last is None or not saver.last.is_adopted:

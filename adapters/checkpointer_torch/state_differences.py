@@ -33,21 +33,13 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
 
-    def __add__(self, other: Differences) -> Differences:
+    def plus(self, name: str, other: Differences) -> Differences:
+        """Return these differences and others, which are below ``name``."""
         return Differences(
-            self.missing + other.missing,
-            self.unexpected + other.unexpected,
-            {**self.reshaped, **other.reshaped},
-            self.untaken + other.untaken,
-        )
-
-    def within(self, name: str) -> Differences:
-        """Return the same differences, below ``name``."""
-        return Differences(
-            tuple(f"{name}.{key}" for key in self.missing),
-            tuple(f"{name}.{key}" for key in self.unexpected),
-            {f"{name}.{key}": shapes for key, shapes in self.reshaped.items()},
-            tuple(f"{name}.{key}" if key else name for key in self.untaken),
+            (*self.missing, *(f"{name}.{key}" for key in other.missing)),
+            (*self.unexpected, *(f"{name}.{key}" for key in other.unexpected)),
+            {**self.reshaped, **{f"{name}.{key}": shapes for key, shapes in other.reshaped.items()}},
+            (*self.untaken, *(f"{name}.{key}" if key else name for key in other.untaken)),
         )
 
     def all_or_nothing(self) -> Differences:

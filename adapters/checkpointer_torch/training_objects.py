@@ -81,7 +81,7 @@ class TrainingObjects:
         )
         for name, part in self.shared.items():
             if name in states:
-                differences += part.compare(states[name]).within(name)
+                differences = differences.plus(name, part.compare(states[name]))
         return differences
 
     def settle(
