@@ -9,27 +9,8 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import MismatchError
-from checkpointer_torch.loader_facts import (
-    facts_of,
-    is_indexed,
-    is_stateful,
-    put_generators,
-    set_epoch,
-    stateful_loader,
-    take_generators,
-    take_loader,
-    torch_loader,
-)
-from checkpointer_torch.position_search import (
-    ResumedFrom,
-    begin_pass,
-    go_on_by_index,
-    go_on_by_reading,
-    go_on_by_state,
-    is_warm,
-    num_iters,
-    put_end,
-)
+from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
 __all__ = ["DataPosition"]
@@ -50,7 +31,7 @@ class DataPosition:
         """Batches of this epoch that finished steps have used, and that the loop has got."""
         self.is_accumulating = False
         """Whether a step has used more than one batch."""
-        self._loader: Any = None
+        self._view: LoaderView | None = None
         self._facts: Mapping[str, Any] = {}
         self._began: Mapping[str, Any] | None = None
         self._within = self._is_over = False
@@ -60,25 +41,25 @@ class DataPosition:
 
     # A pass
 
-    def begin(self, loader: Any, epoch: int) -> Iterator[Any]:
+    def begin(self, view: LoaderView, epoch: int) -> Iterator[Any]:
         """Return the batches of the epoch: all, or those left after ``used`` if a pass was left within."""
-        self.given = self.used = self._settle(loader)
-        state, before = self._left_off, self._loader
+        self.given = self.used = self._settle(view)
+        state, before = self._left_off, self._view
         now = take_random_state()
         if state.get("within") and self._origin.random is not None:
             # The epoch's body may have drawn before it asked for its batches. The process that was left did so too.
             put_random_state(self._origin.random)
         try:
-            return self._begun(loader, state, epoch)
+            return self._begun(view, state, epoch)
         except MismatchError:
-            self._left_off, self._loader = state, before
+            self._left_off, self._view = state, before
             put_random_state(now)
             raise
 
-    def _settle(self, loader: Any) -> int:
+    def _settle(self, view: LoaderView) -> int:
         """Compare the loader with the one that was left, and return how many of its batches were used."""
         state, origin, used = self._left_off, self._origin, self.used
-        then, now = state.get("data", {}), facts_of(loader)
+        then, now = state.get("data", {}), view.facts()
         other = {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
         if origin.is_of_other_ranks:
             other = {name: values for name, values in other.items() if name not in _OF_A_RANK}
@@ -91,7 +72,7 @@ class DataPosition:
             return used
         what = f"{_batches(used)} of this epoch {'was' if used == 1 else 'were'} read from other data: {text}"
         there, here = other.get("batch size", (1, 1))
-        if set(other) <= {"batch size", "batches", "workers"} and there and here and is_indexed(loader):
+        if set(other) <= {"batch size", "batches", "workers"} and there and here and view.is_indexed:
             nearest: int = used * there // here
             origin.refuse(what, f"goes on at the nearest sample, after {_batches(nearest)}")
             return nearest
@@ -99,63 +80,49 @@ class DataPosition:
         self._left_off = {}
         return 0
 
-    def _begun(self, loader: Any, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
-        used_before = self._iterator.begin(loader, self._loader, state, origin=self._origin)
+    def _begun(self, view: LoaderView, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
+        used_before = self._iterator.begin(view.loader, self._view, state, origin=self._origin)
         self._left_off = {}
-        self._loader, self._facts = loader, facts_of(loader)
-        set_epoch(loader, epoch)
+        self._view, self._facts = view, view.facts()
+        view.set_epoch(epoch)
+        data_pass = DataPass(view, epoch, self._origin)
         is_within = bool(state.get("within"))
-        self._within, self._is_over = True, is_within and _is_over(state)
+        self._within, self._is_over = True, is_within and is_over(state)
+        if is_within:
+            self._began = state["began"]
         if self._is_over:
-            self._began = state["began"]
-            self._put_end(loader, state)
+            data_pass.put_end(state)
             return iter(())
-        if is_within and (self.used or not is_indexed(loader)):
-            used = used_before + self.used
-            self._began = state["began"]
-            # A stateful loader may come from a checkpoint that has no state of it: then it is skipped like another.
-            if is_indexed(loader) and state["began"]:
-                return go_on_by_index(loader, state, epoch=epoch, used=used, origin=self._origin)
-            if stateful_loader(loader) is not None:
-                return go_on_by_state(loader, state, epoch=epoch)
-            return go_on_by_reading(loader, state["began"] or {}, used, origin=self._origin)
-        return self._begin_anew(loader, state, epoch=epoch, used=used_before)
+        if not is_within or (view.is_indexed and not self.used):
+            return self._begin_anew(data_pass, state, used_before)
+        # A stateful loader may come from a checkpoint that has no state of it: then it is skipped like another.
+        if view.is_indexed and state["began"]:
+            return data_pass.go_on_by_index(state, used_before + self.used)
+        if view.stateful is not None:
+            return data_pass.go_on_by_state(state)
+        return data_pass.go_on_by_reading(state["began"] or {}, used_before + self.used)
 
-    def _begin_anew(self, loader: Any, state: Mapping[str, Any], *, epoch: int, used: int) -> Iterator[Any]:
+    def _begin_anew(self, data_pass: DataPass, state: Mapping[str, Any], used: int) -> Iterator[Any]:
+        view = data_pass.view
         if state.get("within"):  # Its first batch was not used: the pass is made again.
-            _put_start(loader, state["began"])
+            put_start(view, state["began"])
         elif state:
-            self._put_end(loader, state)
-        warm = is_warm(loader) or state.get("warm", False)
+            data_pass.put_end(state)
         began = self._began or state.get("began")
         if not (self._iterator.is_shared and began):
-            began = {"random": take_random_state(), "loader": take_generators(loader), "warm": warm}
-            began["iters"] = num_iters(loader, is_warm=warm)
+            warm = view.is_warm or state.get("warm", False)
+            began = {"random": take_random_state(), "loader": view.take_generators(), "warm": warm}
+            began["iters"] = num_iters(view, is_warm=warm)
         self._began = began
         if used:
-            return go_on_by_reading(loader, began, used, origin=self._origin)
-        batches = begin_pass(loader, began, epoch, origin=self._origin)
-        if not state or stateful_loader(loader) is None:
+            return data_pass.go_on_by_reading(began, used)
+        batches = data_pass.begin(began)
+        if not state or view.stateful is None:
             return batches
-        return self._checked(batches, loader, epoch)
-
-    def _checked(self, batches: Iterator[Any], loader: Any, epoch: int) -> Iterator[Any]:
-        """Return the batches of a loader that has taken a state over; begin anew if that was the end of its pass."""
-        assert self._began is not None, "a pass has begun"
         for first in batches:
             return itertools.chain([first], batches)
-        _put_start(loader, self._began)
-        return begin_pass(loader, self._began, epoch, origin=self._origin)
-
-    def _put_end(self, loader: Any, state: Mapping[str, Any]) -> None:
-        """Put a loader where it was at the end of a pass."""
-        is_stateful_only = not is_indexed(loader) and stateful_loader(loader) is not None
-        if is_stateful_only and "loader" in state and not state.get("differs"):
-            is_taken = put_end(loader, state["loader"])
-            if not is_taken and torch_loader(loader) is not None and not _is_over(state):
-                what = f"the epoch before ended before the end of {type(loader).__name__}, which cannot be begun anew"
-                self._origin.refuse(what, "goes on in that pass")
-        put_generators(loader, state.get("generators", ()))
+        put_start(view, began)  # The loader has taken the state over, and that was the end of its pass: begin anew.
+        return data_pass.begin(began)
 
     def give(self) -> None:
         """Count a batch that the loop gets."""
@@ -171,7 +138,7 @@ class DataPosition:
         """End the epoch; the next one is a pass of its own."""
         self._within = False
         self._left_off = {**self._left_off, "within": False}
-        if self._loader is None and self._left_off.get("iterator"):
+        if self._view is None and self._left_off.get("iterator"):
             is_shared, before = self._left_off["iterator"]
             self._left_off["iterator"] = [is_shared, before + self.given]
         self._iterator.drawn += self.given
@@ -183,24 +150,24 @@ class DataPosition:
 
     def take(self) -> dict[str, Any]:
         """Return what `put` needs to go on from the boundary that the loop is at."""
-        loader = self._loader
-        if loader is None:
+        view = self._view
+        if view is None:
             return dict(self._left_off)
         return {
-            "loader": take_generators(loader) if is_indexed(loader) else take_loader(loader),
-            "generators": take_generators(loader),
+            "loader": view.take_generators() if view.is_indexed else view.take(),
+            "generators": view.take_generators(),
             "began": self._began,
             "within": self._within,
             "over": self._is_over,
-            "warm": is_warm(loader),
+            "warm": view.is_warm,
             "data": self._facts,
-            "iterator": self._iterator.take(),
+            "iterator": [self._iterator.is_shared, self._iterator.drawn] if self._iterator.is_one else None,
         }
 
     def put(self, state: Mapping[str, Any], origin: ResumedFrom) -> None:
         """Let the next pass go on from there."""
         self.given = self.used
-        self._loader = self._began = None
+        self._view = self._began = None
         self._within, self._left_off, self._origin = False, dict(state), origin
         self._iterator = _SharedIterator()
 
@@ -215,14 +182,14 @@ class _SharedIterator:
     drawn: int = 0
     """Batches, in the epochs before this one."""
 
-    def begin(self, loader: Any, before: Any, state: Mapping[str, Any], *, origin: ResumedFrom) -> int:
+    def begin(self, loader: Any, before: LoaderView | None, state: Mapping[str, Any], *, origin: ResumedFrom) -> int:
         """Return how many batches the epochs before have drawn from this iterator, if it has to be read again."""
         self.is_one = isinstance(loader, Iterator) and not is_stateful(loader)
         if not self.is_one:
             self.is_shared, self.drawn = None, 0
             return 0
         if before is not None:
-            self.is_shared = loader is before
+            self.is_shared = loader is before.loader
             self.drawn = self.drawn if self.is_shared else 0
             return 0
         self.is_shared, self.drawn = state.get("iterator") or (None, 0)
@@ -239,26 +206,6 @@ class _SharedIterator:
             self.drawn = 0
         return self.drawn
 
-    def take(self) -> list[Any] | None:
-        return [self.is_shared, self.drawn] if self.is_one else None
-
 
 def _batches(count: int) -> str:
     return f"{count} batch" if count == 1 else f"{count} batches"
-
-
-def _put_start(loader: Any, began: Mapping[str, Any]) -> None:
-    """Put the random states where they were when a pass began."""
-    put_random_state(began["random"])
-    put_generators(loader, began["loader"])
-
-
-def _is_over(state: Mapping[str, Any]) -> bool:
-    """Return whether a pass has no more batches; torchdata's loader may know it before the last ``next``."""
-    own = state.get("loader")
-    if state.get("over") or not isinstance(own, Mapping):
-        return bool(state.get("over"))
-    # accelerate reads one batch ahead. A worker that has ended is asked again by torchdata, and may begin anew.
-    workers = own.get("_snapshot", {}).get("_worker_snapshots", {}).values()
-    ended = [(worker.get("fetcher_state") or {}).get("fetcher_ended", False) for worker in workers]
-    return bool(own.get("_iterator_finished")) or (bool(ended) and all(ended))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import attrs
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
@@ -22,32 +21,17 @@ _WRAPPERS: Final = ("module.", "_orig_mod.")
 """Prefixes that DDP and ``torch.compile`` put before every name of a module."""
 
 
-@attrs.frozen(kw_only=True)
-class Picked:
-    """The values that a map finds in a file."""
-
-    states: Mapping[str, Any]
-    """The objects' states by their names in the loop."""
-    counts: Mapping[str, int]
-    """The counts; 0 where the map has none."""
-    unused: tuple[str, ...]
-    """Keys of the file that the map does not name."""
-
-
-def picked(content: Any, names: StateMap, source: str) -> Picked:
+def picked(content: Any, names: StateMap, source: str) -> tuple[dict[str, Any], dict[str, int], list[str]]:
     """Return the values that the map finds in a file's content; a key may be deeper in it (``"state.model"``).
+
+    Returns:
+        The objects' states by their names in the loop; the counts, 0 where the map has none; and the keys of the file
+        that the map does not name.
 
     Raises:
         MismatchError: If the file has no such key.
         UnsafePayloadError: If the map names a value with an object that was not unpickled.
         PolicyError: If a count is not a whole number, or a value of the map is neither a key nor a function.
-
-    Example:
-        >>> old = {"state_dict": {"module.w": 1}, "epoch": 3, "best": 0.5}
-        >>> names = {"model": "state_dict", "epoch": "epoch", "step": lambda old: old["epoch"] * 100}
-        >>> found = picked(old, names, "old.pt")
-        >>> dict(found.states["model"]), found.counts, found.unused
-        ({'w': 1}, {'epoch': 3, 'step': 300}, ('best',))
     """
     for name, key in names.items():
         if not callable(key) and not isinstance(key, str):
@@ -58,8 +42,8 @@ def picked(content: Any, names: StateMap, source: str) -> Picked:
     states = {name: _without_wrappers(state) for name, state in found.items() if name not in _COUNTS}
     counts = {name: _as_count(name, found.get(name, 0), source) for name in _COUNTS}
     used = {key.partition(".")[0] for key in names.values() if isinstance(key, str)} | set(names.values())
-    unused = tuple(str(key) for key in content if key not in used) if isinstance(content, Mapping) else ()
-    return Picked(states=states, counts=counts, unused=unused)
+    unused = [str(key) for key in content if key not in used] if isinstance(content, Mapping) else []
+    return states, counts, unused
 
 
 def _check_read(found: Mapping[str, Any], names: StateMap, source: str) -> None:
@@ -96,9 +80,7 @@ def _as_count(name: str, value: Any, source: str) -> int:
 def _without_wrappers(state: Any) -> Any:
     """Take off the prefix of a wrapper that all names have."""
     for prefix in _WRAPPERS:
-        if isinstance(state, Mapping) and state and all(str(key).startswith(prefix) for key in state):
-            plain = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
-            versions = getattr(state, "_metadata", {})
-            plain._metadata = {key.removeprefix(prefix): value for key, value in versions.items()}  # type: ignore[attr-defined]
-            return _without_wrappers(plain)
+        if isinstance(state, dict) and state and all(str(key).startswith(prefix) for key in state):
+            consume_prefix_in_state_dict_if_present(state, prefix)
+            return _without_wrappers(state)
     return state

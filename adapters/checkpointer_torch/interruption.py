@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -17,7 +18,9 @@ from checkpointer.distributed.ranks import Agreement
 from checkpointer.hosts.grace import Grace
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer.ports import Ranks
-from checkpointer_torch.signals import Request, Requests, StopTraining
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.signals import Requests, StopTraining
 from checkpointer_torch.training_state import TrainingState
 
 __all__ = ["END", "Interruption", "Stopwatch"]
@@ -31,19 +34,13 @@ T = TypeVar("T")
 class Stopwatch(Listener):
     """Measures how long the last save took, from taking the state until it was durable."""
 
-    def __init__(self, take: Callable[[], Any]) -> None:
-        self._take = take
-        self._since = 0.0
+    def __init__(self, training: TrainingState) -> None:
+        self._training = training
         self.took_s: float | None = None
-
-    def take(self) -> Any:
-        """Return the state."""
-        self._since = time.monotonic()
-        return self._take()
 
     def on_saved(self, record: Any) -> None:
         """See `Listener.on_saved`."""
-        self.took_s = time.monotonic() - self._since
+        self.took_s = time.monotonic() - self._training.taken_at
 
 
 @attrs.define(eq=False)
@@ -119,12 +116,13 @@ class Interruption:
         finally:
             self._is_fetching = False
 
-    def validated(self, batches: Iterator[T], restore: Callable[[], None]) -> Iterator[T]:
+    def validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
         """Yield the batches of a validation, and answer a signal to stop after any of them.
 
-        ``restore`` puts back the states that the validation changes, before the rescue.
+        The rescue has the states of the random generators and of the loader that the validation began with.
         """
-        agreement = Agreement(self._ranks)
+        view, agreement = LoaderView(loader), Agreement(self._ranks)
+        random, own = take_random_state(), view.take()
 
         def attend(*, is_done: bool = False) -> bool:
             stops = self._requests.stop is not None and not self._training.is_within_step
@@ -132,10 +130,12 @@ class Interruption:
                 return False
             ranks = self._ranks.gather((stops, is_done))
             if any(stops for stops, _ in ranks):
-                restore()
+                put_random_state(random)
+                view.put(own)
                 self._answer()
             return all(is_done for _, is_done in ranks)
 
+        batches = itertools.islice(loader, limit)
         while (batch := self.fetch(batches, attend)) is not END:
             yield batch
             attend()
@@ -144,11 +144,12 @@ class Interruption:
 
     def _answer(self) -> None:
         """Do what is asked on any rank; all ranks are here."""
-        asked = _first(self._ranks.gather(self._requests.take()))
-        if asked.stop is not None:
-            self._stop(asked.stop)
-        if asked.save:
-            self._rescue(f"asked for by {asked.save}")
+        asked = self._ranks.gather(self._requests.take())
+        for stop, _ in asked:
+            if stop is not None:
+                self._stop(stop)
+        if senders := next((senders for _, senders in asked if senders), ""):
+            self._rescue(f"asked for by {senders}")
             self._requests.finish_save()
 
     def _stop(self, number: int) -> None:
@@ -216,8 +217,3 @@ class Interruption:
 
     def _is_immediate(self, error: BaseException | None) -> bool:
         return isinstance(error, KeyboardInterrupt) and self._requests.was_immediate
-
-
-def _first(asked: list[Request]) -> Request:
-    """Return the request that all ranks answer; a stop comes first."""
-    return min(asked, key=lambda one: (one.stop is None, not one.save))

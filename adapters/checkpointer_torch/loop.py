@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 import os
@@ -12,22 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-import torch.distributed as dist
-
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Record, Skip
+from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Record, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import MANAGER_OPTIONS, check_options
+from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
-from checkpointer_torch.loader_facts import FunctionLoader, put_loader, take_loader
-from checkpointer_torch.misuse import batches_left_over, batches_unseen, report_unused, why_silent
-from checkpointer_torch.random_state import put_random_state, take_random_state
-from checkpointer_torch.resume_source import find_source, resume_from_adopted
+from checkpointer_torch.loader_view import FunctionLoader
+from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
+from checkpointer_torch.training_objects import world_size
 from checkpointer_torch.training_state import LoopProgress, TrainingState
 
 __all__ = ["Loop"]
@@ -100,12 +97,12 @@ class Loop:
         **objects: Any,
     ) -> None:
         _check_names(objects, options)
-        self._own_ranks = TorchRanks() if ranks is None and _is_distributed() else None
+        self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = TrainingState(objects, self._ranks, config)
         self._directory, self._options, self._when = directory, options, policy.when
-        stopwatch = Stopwatch(training.take)
-        kept = {**options, "state": stopwatch.take, "weights": training.weights}
+        stopwatch = Stopwatch(training)
+        kept = {**options, "state": training.take, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), stopwatch)
         self._saver: CheckpointManager | DistributedManager
         if self._ranks.size == 1:
@@ -315,16 +312,7 @@ class Loop:
         """
         self._check_entered()
         self._interruption.workers.cover(loader)
-        return self._validated(loader, limit)
-
-    def _validated(self, loader: Iterable[T], limit: int | None) -> Iterator[T]:
-        random, own = take_random_state(), take_loader(loader)
-
-        def restore() -> None:
-            put_random_state(random)
-            put_loader(loader, own)
-
-        yield from self._interruption.validated(itertools.islice(loader, limit), restore)
+        return self._interruption.validated(loader, limit)
 
     def step(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
         """Report that a step is done: the boundary where saves, rescues and stops happen.
@@ -402,23 +390,34 @@ class Loop:
         decision = self._observe(self._measured(), epoch, epoch_end=True)
         if decision and training.left_over and not self._has_warned_of_left_over:
             self._has_warned_of_left_over = True
-            self._warn(batches_left_over(epoch, training.left_over))
+            self._warn(
+                f"epoch {epoch} ended {training.left_over} batches after its last step(), and a checkpoint does not "
+                "hold the gradients of those: a resume from here loses them. Update with what is left at the end of an "
+                "epoch and call step(), or let an epoch be a multiple of the batches of a step (limit=)"
+            )
         self._interruption.attend()
         return decision
 
     def _check_use(self, decision: Decision) -> None:
         """Warn of a report that the loop could not use, and of a policy that cannot save anything in this loop."""
-        training = self._training
+        at = self.progress
         if self._is_held:
             self._is_held = False
-            self._warn(report_unused(training.epoch))
-        if training.step >= self._check_at:
-            self._check_at = math.inf
-            if self._is_in_epochs:
-                if not self._is_fed:
-                    self._warn(batches_unseen(training.progress))
-            elif why := why_silent(self._when, decision):
-                self._warn(f"step {training.step}: {why}")
+            self._warn(
+                f"a report in epoch {at.epoch} was followed by another step, and was not used: take the batches from "
+                "loop.batches(), or pass the metrics to step()"
+            )
+        if at.step < self._check_at:
+            return
+        self._check_at = math.inf
+        if self._is_in_epochs and not self._is_fed:
+            self._warn(
+                f"{at.source} was saved after batch {at.batch} of epoch {at.epoch}, and this step's batch did not come "
+                "from loop.batches(): those batches are trained again. Iterate over loop.batches(loader) instead of "
+                "the loader"
+            )
+        elif not self._is_in_epochs and (why := _why_silent(self._when, decision)):
+            self._warn(f"step {at.step}: {why}")
 
     def _warn(self, msg: str) -> None:
         if self._ranks.rank == 0:
@@ -456,24 +455,11 @@ class Loop:
             NotFoundError: If neither a checkpoint nor a path has that name.
             RestoreError: As for `CheckpointManager.restore`.
         """
-        saver, training, where = self._saver, self._training, self._directory
-        is_plain = not map and from_ in (None, "last")
-        if not is_plain or not resume_from_adopted(
-            saver, training, directory=where, options=self._options, strict=strict
-        ):
-            source = find_source(saver, where, from_, is_mapped=bool(map), weights_only=weights_only)
-            if source is None:
-                return self.progress
-            if map and source.is_elsewhere:
-                differences = training.put_foreign(source.state, map, source.name, strict=strict)
-            else:
-                differences = training.put(source.state, source.name, strict=strict)
-            if differences:
-                untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
-                msg = f"{source.name} does not fit, and what did was loaded: {differences}{untaken}"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        source = ResumeSource(self._saver, self._training, self._directory, self._options)
+        if not source.resume(from_, map, strict=strict, weights_only=weights_only):
+            return self.progress
         self._metrics, self._reported = _NOTHING, frozenset()
-        self._start = self._epoch_began_at = training.step
+        self._start = self._epoch_began_at = self._training.step
         if math.isfinite(self._check_at):
             self._check_at = self._start + _SILENT_STEPS
         return self.progress
@@ -536,5 +522,14 @@ def _check_names(objects: Mapping[str, Any], options: Mapping[str, Any]) -> None
         raise PolicyError(msg)
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _why_silent(when: Trigger, decision: Decision) -> str:
+    """Return why nothing is saved in a loop without epochs, after the newest decision; empty if the policy can save."""
+    horizon = horizon_of(when, Progress())
+    if horizon.epochs < math.inf and horizon.step == horizon.time == math.inf:
+        return (
+            f"no epoch has ended, but the policy saves at the end of epochs alone (save {when}): use EverySteps(n), "
+            "take the epochs from loop.epochs(), or call loop.end_epoch()"
+        )
+    if isinstance(decision, Skip) and decision.waiting:
+        return f"nothing is saved: {decision.reason}; pass the metric to loop.step() or loop.report()"
+    return ""

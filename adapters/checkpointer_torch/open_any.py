@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final
 
 import attrs
 
@@ -20,43 +20,26 @@ from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
 from checkpointer.formats.inspection.weights import weights_of
-from checkpointer.ports import Storage, Writable
+from checkpointer.formats.torch_file import TorchFormat
+from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["Found", "is_place", "open_foreign", "open_place", "own_name", "read_place"]
+__all__ = ["Opener", "is_place", "open_foreign", "own_name"]
 
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _log: Final = logging.getLogger("checkpointer.torch")
-T = TypeVar("T")
 
 
 @attrs.frozen
-class Found:
-    """The content of a checkpoint."""
-
-    state: Any
-    where: str
-    """The path or URL, for messages."""
-
-
-@attrs.frozen
-class _InspectingFormat:
-    """A format that returns what a function makes of a payload's contents, without unpickling."""
+class _InspectingFormat(TorchFormat):
+    """Returns what a function makes of a payload's contents, without unpickling."""
 
     make: Callable[[Tensors], Any]
-    name = "torch"
-    extension = ".ckpt"
-
-    def write(self, state: Any, stream: Writable) -> None:
-        raise NotImplementedError
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         return _Made(self.make(open_stream(stream, "the payload")))
-
-    def refused(self, state: Any) -> Mapping[str, str]:
-        return {}
 
 
 @attrs.frozen
@@ -65,8 +48,8 @@ class _Made:
 
 
 @attrs.frozen(kw_only=True)
-class _Opener:
-    """Opens a checkpoint at a path or URL."""
+class Opener:
+    """Opens any checkpoint: a file, a managed directory's newest, a Hugging Face directory."""
 
     which: str | int | None = None
     policy: Policy | None = None
@@ -76,7 +59,12 @@ class _Opener:
     make: Callable[[Tensors], Any] | None = None
     """Makes the result from the contents of a payload; None: the state, as it was saved."""
 
-    def open(self, place: str) -> Found:
+    def open(self, path: str | os.PathLike[str]) -> tuple[Any, str]:
+        """Return the result, and the path or URL of the checkpoint.
+
+        A checkpoint that has a record is verified. If nothing can be read, the `RestoreError` lists what exists.
+        """
+        place = os.fspath(path)
         is_folder, parent, name = _split(place)
         if is_folder or (is_folder is None and self._is_folder(place)):
             return self._open_folder(place)
@@ -86,7 +74,7 @@ class _Opener:
         except OSError as error:
             msg = f"{place} cannot be looked at: {error}"
             raise RestoreError(msg) from error
-        return self._restore(parent, name) if has_record else Found(self._read(storage, name, place), place)
+        return self._restore(parent, name) if has_record else (self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
         owner = new_owner()
@@ -101,14 +89,14 @@ class _Opener:
         except NotADirectoryError:
             return False
 
-    def _open_folder(self, place: str) -> Found:
+    def _open_folder(self, place: str) -> tuple[Any, str]:
         storage = self._storage(place)
         if storage.list(RECORDS):
             return self._restore(place, self.which)
         names = [path for path in storage.list() if "/" not in path]
         with open_files(storage, "", names) as contents:
             if contents.parts:
-                return Found((self.make or _weights)(contents), place)
+                return (self.make or _weights)(contents), place
         if below := directories_below(storage.list(), RECORDS):
             msg = (
                 f"{place} has no checkpoint of its own, and these directories below have: {some_of(below)}; name one "
@@ -122,17 +110,18 @@ class _Opener:
         )
         raise NotFoundError(msg)
 
-    def _restore(self, directory: str, which: str | int | None) -> Found:
+    def _restore(self, directory: str, which: str | int | None) -> tuple[Any, str]:
         options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options}
         if self.make is not None:
             options["format"] = _InspectingFormat(self.make)
         manager = CheckpointManager(directory, self.policy, **options)
         record = _record_of(manager, which)
         storage = self._storage(directory)
-        if record is not None and _is_trainers_folder(storage, record):
+        # A folder that a trainer wrote is not read by a format.
+        if record is not None and record.format != "dcp" and set(storage.list(record.name)) - {record.name}:
             verify(storage, record)
             with open_contents(storage, record.name) as contents:
-                return Found((self.make or _weights)(contents), f"{directory}/{record.name}")
+                return (self.make or _weights)(contents), f"{directory}/{record.name}"
         restored = manager.restore(which, contents="any", weights_only=self.weights_only)
         if restored is None:
             msg = f"{directory} has no checkpoint"
@@ -142,7 +131,7 @@ class _Opener:
             state = state.value
         elif self.make is not None:
             state = self.make(StateContents(state))
-        return Found(state, f"{directory}/{restored.record.name}")
+        return state, f"{directory}/{restored.record.name}"
 
     def _read(self, storage: Storage, path: str, where: str) -> Any:
         try:
@@ -169,24 +158,16 @@ def _weights(contents: Tensors) -> dict[str, Any]:
     return {name: found.read(name) for name in found.tensors}
 
 
-def open_place(place: str | os.PathLike[str], *, weights_only: bool = True) -> Found:
-    """Read the checkpoint at a path or URL: a file, a managed directory's newest, a Hugging Face directory.
-
-    A checkpoint that has a record is verified. If nothing can be read, the `RestoreError` lists what exists.
-    """
-    return _Opener(weights_only=weights_only).open(os.fspath(place))
-
-
-def open_foreign(place: str | os.PathLike[str]) -> Found:
-    """Read another program's checkpoint as `open_place` does, or without unpickling if a safe load refuses it.
+def open_foreign(place: str | os.PathLike[str]) -> tuple[Any, str]:
+    """Read another program's checkpoint as a safe load does, or without unpickling if that refuses it.
 
     In the second case an object that only unpickling would make is an `Unread`.
     """
     try:
-        return open_place(place)
+        return Opener().open(place)
     except (UnsafePayloadError, CorruptError) as error:
         try:
-            return Found(*read_place(place, _whole))
+            return Opener(make=_whole).open(place)
         except CorruptError:
             raise error from None
 
@@ -197,17 +178,6 @@ def _whole(contents: Tensors) -> Any:
     if contents.calls:
         _log.info("not unpickled: %s", some_of(contents.calls))
     return contents.state()
-
-
-def read_place(
-    place: str | os.PathLike[str], make: Callable[[Tensors], T], which: str | int | None = None, **options: Any
-) -> tuple[T, str]:
-    """Return the result of ``make`` for the checkpoint at a path or URL, and where it is. Nothing is unpickled.
-
-    ``make`` gets the contents, which are closed when it returns. The options are those of `load_weights`.
-    """
-    found = _Opener(which=which, make=make, **options).open(os.fspath(place))
-    return found.state, found.where
 
 
 def is_place(which: Any) -> bool:
@@ -244,7 +214,3 @@ def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | 
     if which in (None, "last", "best"):
         return manager.best if which == "best" else manager.last
     return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)
-
-
-def _is_trainers_folder(storage: Storage, record: Record) -> bool:
-    return record.format != "dcp" and set(storage.list(record.name)) - {record.name} != set()

@@ -15,32 +15,17 @@ import torch
 
 from checkpointer import CheckpointerWarning
 from checkpointer.errors import MismatchError
-from checkpointer_torch.loader_facts import (
-    forget,
-    is_indexed,
-    is_of_torchdata,
-    keep_epoch,
-    put_generators,
-    stateful_loader,
-    torch_loader,
-)
+from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
-__all__ = [
-    "ResumedFrom",
-    "begin_pass",
-    "go_on_by_index",
-    "go_on_by_reading",
-    "go_on_by_state",
-    "is_warm",
-    "num_iters",
-    "put_end",
-]
+__all__ = ["DataPass", "ResumedFrom", "is_over", "num_iters", "put_start"]
 
 _log: Final = logging.getLogger("checkpointer.torch")
 
 Make = Callable[[], Any]
 """Makes the iterator of a ``DataLoader``."""
+Began = Mapping[str, Any]
+"""The random states at the beginning of a pass, and whether and how its workers were started."""
 
 
 @attrs.frozen(kw_only=True)
@@ -70,161 +55,191 @@ class ResumedFrom:
         warnings.warn(f"{self.source}: {what}", CheckpointerWarning, stacklevel=2)
 
 
-def begin_pass(loader: Any, began: Mapping[str, Any], epoch: int, *, origin: ResumedFrom) -> Iterator[Any]:
-    """Return a pass from its beginning; the loader's pass before may have been in another process."""
-    inner: Any = torch_loader(loader)
-    if is_indexed(loader) and is_of_torchdata(inner) and (inner._initial_iter_for_state_dict or inner.next_iter_state):
-        forget(inner)  # A pass that was begun for a state_dict() has drawn its random numbers already.
-
-    def start(make: Make) -> Any:
-        if is_indexed(loader) and began["iters"] != num_iters(loader):
-            return _skipped(loader, make, began, used=0)[0]
-        with _as_warm(loader, began["warm"]):
-            return make()
-
-    batches, was_called = _iterated(loader, start, epoch)
-    if not was_called and origin.source and inner is not None and not is_warm(loader):
-        _refuse_unknown(loader, origin, "goes on with the order that it has now")
-    return batches
-
-
-def go_on_by_index(
-    loader: Any, state: Mapping[str, Any], *, epoch: int, used: int, origin: ResumedFrom
-) -> Iterator[Any]:
-    """Return the batches after those used, which are not read again."""
-    inner: Any = torch_loader(loader)
-    began, now = state["began"], take_random_state()
-    if inner.num_workers and not getattr(inner, "in_order", True):
-        what = f"{type(loader).__name__} has in_order=False, so which batches were used is not known"
-        origin.refuse(what, f"skips the first {used} batches of the order")
-    forget(inner)
-
-    def start(make: Make) -> Any:
-        iterator, skipping = _skipped(loader, make, began, used=used)
-        skipping.check(type(loader).__name__, origin)
-        put_random_state(now)
-        return iterator
-
-    put_generators(loader, began["loader"])
+def put_start(view: LoaderView, began: Began) -> None:
+    """Put the random states where they were when a pass began."""
     put_random_state(began["random"])
-    batches, was_called = _iterated(loader, start, epoch)
-    if not was_called:
-        _refuse_unknown(loader, origin, "reads it again up to the place")
-        _read(batches, used)
+    view.put_generators(began["loader"])
+
+
+@attrs.frozen
+class DataPass:
+    """A pass through a loader; each method returns its batches from another place on."""
+
+    view: LoaderView
+    epoch: int
+    origin: ResumedFrom
+
+    def begin(self, began: Began) -> Iterator[Any]:
+        """Return all batches; the loader's pass before may have been in another process."""
+        view, inner = self.view, self.view.inner
+        if view.is_indexed and view.is_torchdata and (inner._initial_iter_for_state_dict or inner.next_iter_state):
+            view.forget()  # A pass that was begun for a state_dict() has drawn its random numbers already.
+
+        def start(make: Make) -> Any:
+            if view.is_indexed and began["iters"] != num_iters(view):
+                return self._make_skipped(make, began, used=0)
+            with _as_warm(view, began["warm"]):
+                return make()
+
+        batches, was_called = self._iterate(start)
+        if not was_called and self.origin.source and inner is not None and not view.is_warm:
+            self._refuse_unknown("goes on with the order that it has now")
+        return batches
+
+    def go_on_by_index(self, state: Mapping[str, Any], used: int) -> Iterator[Any]:
+        """Return the batches after those used, which are not read again."""
+        view, began, now = self.view, state["began"], take_random_state()
+        if view.inner.num_workers and not getattr(view.inner, "in_order", True):
+            what = f"{view.kind} has in_order=False, so which batches were used is not known"
+            self.origin.refuse(what, f"skips the first {used} batches of the order")
+        view.forget()
+
+        def start(make: Make) -> Any:
+            iterator = self._make_skipped(make, began, used)
+            put_random_state(now)
+            return iterator
+
+        put_start(view, began)
+        batches, was_called = self._iterate(start)
+        if not was_called:
+            self._refuse_unknown("reads it again up to the place")
+            _read(batches, used)
+            put_random_state(now)
+        return batches
+
+    def go_on_by_state(self, state: Mapping[str, Any]) -> Iterator[Any]:
+        """Return the batches that the loader's own state leaves."""
+        now = take_random_state()
+
+        def restore() -> None:
+            self.view.put_generators(state["generators"])
+            put_random_state(now)
+
+        def start(make: Make) -> Any:
+            iterator = make()
+            indices = getattr(iterator, "_sampler_iter", None)
+            if isinstance(indices, itertools.islice):  # Torchdata skips in the sampler at the first batch: skip now.
+                iterator._sampler_iter = _primed(indices)
+            restore()
+            return iterator
+
+        if state["began"]:
+            put_start(self.view, state["began"])
+        self.view.stateful.load_state_dict(state["loader"])
+        with _without_restart(self.view.loader):
+            batches, was_called = self._iterate(start)
+        if not was_called:
+            restore()
+        return batches
+
+    def go_on_by_reading(self, began: Began, used: int) -> Iterator[Any]:
+        """Return the batches after those used, which are read again."""
+        now = take_random_state()
+        if used:
+            _log.info("%d batches are read again, to find the place: the data has no index", used)
+        if began:
+            put_start(self.view, began)
+        with _as_warm(self.view, began.get("warm", False)):
+            batches: Iterator[Any] = iter(self.view.loader)
+        _read(batches, min(used, 1))
+        first = take_random_state()
+        _read(batches, used - 1)
+        if not same_random_state(first, take_random_state()):
+            self.origin.warn(
+                f"{used} batches were read again to find the place, and reading them drew random numbers: if their "
+                "order depends on those, it is not the order of before. Give the data a generator of its own, or "
+                "state_dict and load_state_dict"
+            )
         put_random_state(now)
-    return batches
+        return batches
 
+    def put_end(self, state: Mapping[str, Any]) -> None:
+        """Put the loader where it was at the end of the pass that was left.
 
-def go_on_by_state(loader: Any, state: Mapping[str, Any], *, epoch: int) -> Iterator[Any]:
-    """Return the batches that a loader's own state leaves."""
-    began, now = state["began"], take_random_state()
+        If the loader's own state is taken over, its next ``iter`` begins the next pass, as in the process before.
+        """
+        view = self.view
+        if not view.is_indexed and view.stateful is not None and "loader" in state and not state.get("differs"):
+            now = take_random_state()
+            view.stateful.load_state_dict(state["loader"])
+            if view.is_torchdata:
+                view.inner._get_iterator()
+                is_taken = True
+            else:
+                with _without_restart(view.loader):
+                    is_taken = not inspect.isgenerator(iter(view.loader))
+            put_random_state(now)
+            if not is_taken and view.inner is not None and not is_over(state):
+                what = f"the epoch before ended before the end of {view.kind}, which cannot be begun anew"
+                self.origin.refuse(what, "goes on in that pass")
+        view.put_generators(state.get("generators", ()))
 
-    def restore() -> None:
-        put_generators(loader, state["generators"])
-        put_random_state(now)
+    def _iterate(self, start: Callable[[Make], Any]) -> tuple[Iterator[Any], bool]:
+        """Return the batches, and whether ``start`` has made the iterator of the ``DataLoader`` for them.
 
-    def start(make: Make) -> Any:
-        iterator = make()
-        indices = getattr(iterator, "_sampler_iter", None)
-        if isinstance(indices, itertools.islice):  # Torchdata skips in the sampler at the first batch: skip now.
-            iterator._sampler_iter = _primed(indices)
-        restore()
+        A loader may have an ``__iter__`` of its own, before or around the one of ``DataLoader``. So it is replaced
+        where ``DataLoader`` makes its iterator, once.
+        """
+        inner = self.view.inner
+        if inner is None:
+            return iter(self.view.loader), False
+        make, was_called = inner._get_iterator, False
+
+        def get_iterator() -> Any:
+            nonlocal was_called
+            was_called = True
+            inner.__dict__.pop("_get_iterator", None)
+            self.view.keep_epoch(self.epoch)
+            return start(make)
+
+        object.__setattr__(inner, "_get_iterator", get_iterator)
+        try:
+            batches = iter(self.view.loader)
+            if not was_called:  # A generator: it begins when its first batch is asked for.
+                batches = _primed(batches)
+        finally:
+            inner.__dict__.pop("_get_iterator", None)
+        return batches, was_called
+
+    def _make_skipped(self, make: Make, began: Began, used: int) -> Any:
+        """Return an iterator whose sampler has left out the batches used."""
+        view = self.view
+        name = "sampler" if view.inner.batch_sampler is None else "batch_sampler"
+        skipping = _Skipping(getattr(view.inner, name), used, began.get("iters", num_iters(view)))
+        # A new loader would not be of the user's class, so the sampler of this one is replaced.
+        with _replaced(view.inner, name, skipping), _as_warm(view, began.get("warm", False)):
+            iterator = make()
+        skipping.skip()
+        if skipping.missing:
+            what = f"{view.kind} went through its data more than once in the epoch, {skipping.missing} batches ago"
+            self.origin.refuse(what, "goes on at the beginning of the data")
+        if skipping.drew:
+            what = (
+                f"the sampler of {view.kind} draws from the global random numbers all through the epoch, so its order "
+                "cannot be found again; give it a generator of its own"
+            )
+            self.origin.refuse(what, "goes on with another order")
         return iterator
 
-    if began:
-        put_generators(loader, began["loader"])
-        put_random_state(began["random"])
-    stateful_loader(loader).load_state_dict(state["loader"])
-    with _without_restart(loader):
-        batches, was_called = _iterated(loader, start, epoch)
-    if not was_called:
-        restore()
-    return batches
+    def _refuse_unknown(self, otherwise: str) -> None:
+        msg = f"iter({self.view.kind}) does not begin a pass of DataLoader, so its place cannot be found by index"
+        self.origin.refuse(f"{msg}; give it state_dict and load_state_dict", otherwise)
 
 
-def go_on_by_reading(loader: Any, began: Mapping[str, Any], used: int, *, origin: ResumedFrom) -> Iterator[Any]:
-    """Return the batches after those used, which are read again."""
-    now = take_random_state()
-    if used:
-        _log.info("%d batches are read again, to find the place: the data has no index", used)
-    if began:
-        put_generators(loader, began["loader"])
-        put_random_state(began["random"])
-    with _as_warm(loader, began.get("warm", False)):
-        batches: Iterator[Any] = iter(loader)
-    _read(batches, min(used, 1))
-    first = take_random_state()
-    _read(batches, used - 1)
-    if not same_random_state(first, take_random_state()):
-        origin.warn(
-            f"{used} batches were read again to find the place, and reading them drew random numbers: if their order "
-            "depends on those, it is not the order of before. Give the data a generator of its own, or state_dict "
-            "and load_state_dict"
-        )
-    put_random_state(now)
-    return batches
+def is_over(state: Mapping[str, Any]) -> bool:
+    """Return whether a pass has no more batches; torchdata's loader may know it before the last ``next``."""
+    own = state.get("loader")
+    if state.get("over") or not isinstance(own, Mapping):
+        return bool(state.get("over"))
+    # accelerate reads one batch ahead. A worker that has ended is asked again by torchdata, and may begin anew.
+    workers = own.get("_snapshot", {}).get("_worker_snapshots", {}).values()
+    ended = [(worker.get("fetcher_state") or {}).get("fetcher_ended", False) for worker in workers]
+    return bool(own.get("_iterator_finished")) or (bool(ended) and all(ended))
 
 
-def put_end(loader: Any, state: Any) -> bool:
-    """Put a loader with a state where a pass ended, and return whether the loader has taken that over.
-
-    If it has, its next ``iter`` begins the next pass, as it would have in the process that was left.
-    """
-    inner, now = torch_loader(loader), take_random_state()
-    stateful_loader(loader).load_state_dict(state)
-    if is_of_torchdata(inner):
-        inner._get_iterator()  # type: ignore[union-attr]
-        is_taken = True
-    else:
-        with _without_restart(loader):
-            is_taken = not inspect.isgenerator(iter(loader))
-    put_random_state(now)
-    return is_taken
-
-
-def is_warm(loader: Any) -> bool:
-    """Return whether a loader's workers outlive a pass, and run: then a pass draws no new seed for them."""
-    inner: Any = torch_loader(loader)
-    return inner is not None and inner.persistent_workers and inner._iterator is not None
-
-
-def num_iters(loader: Any, *, is_warm: bool = False) -> int:
+def num_iters(view: LoaderView, *, is_warm: bool = False) -> int:
     """Return how often a ``DataLoader`` calls ``iter`` of its sampler for a pass: twice, if it starts workers."""
-    return 2 if getattr(torch_loader(loader), "num_workers", 0) and not is_warm else 1
-
-
-def _iterated(loader: Any, start: Callable[[Make], Any], epoch: int) -> tuple[Iterator[Any], bool]:
-    """Return the batches, and whether ``start`` has made the iterator of the ``DataLoader`` for them.
-
-    A loader may have an ``__iter__`` of its own, before or around the one of ``DataLoader``. So it is replaced where
-    ``DataLoader`` makes its iterator, once.
-    """
-    inner = torch_loader(loader)
-    if inner is None:
-        return iter(loader), False
-    make, was_called = inner._get_iterator, False
-
-    def get_iterator() -> Any:
-        nonlocal was_called
-        was_called = True
-        inner.__dict__.pop("_get_iterator", None)
-        keep_epoch(loader, epoch)
-        return start(make)
-
-    object.__setattr__(inner, "_get_iterator", get_iterator)
-    try:
-        batches = iter(loader)
-        if not was_called:  # A generator: it begins when its first batch is asked for.
-            batches = _primed(batches)
-    finally:
-        inner.__dict__.pop("_get_iterator", None)
-    return batches, was_called
-
-
-def _refuse_unknown(loader: Any, origin: ResumedFrom, otherwise: str) -> None:
-    kind = type(loader).__name__
-    msg = f"iter({kind}) does not begin a pass of DataLoader, so its place cannot be found by index"
-    origin.refuse(f"{msg}; give it state_dict and load_state_dict", otherwise)
+    return 2 if getattr(view.inner, "num_workers", 0) and not is_warm else 1
 
 
 def _read(batches: Iterator[Any], count: int) -> None:
@@ -248,12 +263,11 @@ def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
         object.__setattr__(thing, name, before)
 
 
-def _as_warm(loader: Any, was_warm: bool) -> contextlib.AbstractContextManager[None]:
+def _as_warm(view: LoaderView, was_warm: bool) -> contextlib.AbstractContextManager[None]:
     """Let a new loader draw its workers' seed elsewhere, if the one before had drawn it in an earlier pass."""
-    inner = torch_loader(loader)
-    if inner is None or not was_warm or is_warm(loader):
+    if view.inner is None or not was_warm or view.is_warm:
         return contextlib.nullcontext()
-    return _replaced(inner, "generator", torch.Generator())
+    return _replaced(view.inner, "generator", torch.Generator())
 
 
 def _without_restart(loader: Any) -> contextlib.AbstractContextManager[None]:
@@ -261,18 +275,6 @@ def _without_restart(loader: Any) -> contextlib.AbstractContextManager[None]:
     if not getattr(loader, "restart_on_stop_iteration", False):
         return contextlib.nullcontext()
     return _replaced(loader, "restart_on_stop_iteration", False)
-
-
-def _skipped(loader: Any, make: Make, began: Mapping[str, Any], *, used: int) -> tuple[Any, _Skipping]:
-    """Return an iterator whose sampler has left out the batches used."""
-    inner: Any = torch_loader(loader)
-    name = "sampler" if inner.batch_sampler is None else "batch_sampler"
-    skipping = _Skipping(getattr(inner, name), used, began.get("iters", num_iters(loader)))
-    # A new loader would not be of the user's class, so the sampler of this one is replaced.
-    with _replaced(inner, name, skipping), _as_warm(loader, began.get("warm", False)):
-        iterator = make()
-    skipping.skip()
-    return iterator, skipping
 
 
 class _Skipping:
@@ -288,9 +290,9 @@ class _Skipping:
         self._num_iters = num_iters
         self._items: Iterator[Any] = iter(())
         self._is_done = False
-        self._missing = 0
+        self.missing = 0
         """Items that were to be left out, and were not there."""
-        self._drew = False
+        self.drew = False
         """Whether items after the first one drew from the global random numbers."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -319,17 +321,5 @@ class _Skipping:
             drawn = len(list(itertools.islice(self._items, 1)))
             first = take_random_state()
             drawn += sum(1 for _ in itertools.islice(self._items, self._count - drawn))
-            self._missing = self._count - drawn
-            self._drew = not same_random_state(first, take_random_state())
-
-    def check(self, name: str, origin: ResumedFrom) -> None:
-        """Refuse a loader of this name if its sampler did not lead to the place."""
-        if self._missing:
-            what = f"{name} went through its data more than once in the epoch, {self._missing} batches ago"
-            origin.refuse(what, "goes on at the beginning of the data")
-        if self._drew:
-            what = (
-                f"the sampler of {name} draws from the global random numbers all through the epoch, so its order "
-                "cannot be found again; give it a generator of its own"
-            )
-            origin.refuse(what, "goes on with another order")
+            self.missing = self._count - drawn
+            self.drew = not same_random_state(first, take_random_state())

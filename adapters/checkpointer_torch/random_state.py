@@ -13,28 +13,18 @@ import torch
 
 from checkpointer import CheckpointerWarning
 
-__all__ = ["accessors", "as_numpy", "as_plain", "put_random_state", "same_random_state", "take_random_state"]
+__all__ = ["accessors", "put_random_state", "same_random_state", "take_random_state"]
 
 
 def take_random_state() -> dict[str, Any]:
-    """Return the state of python's, numpy's (if imported), torch's and every CUDA device's generator.
-
-    Example:
-        >>> state = take_random_state()
-        >>> drawn = torch.rand(1)
-        >>> put_random_state(state)
-        >>> bool(drawn == torch.rand(1))
-        True
-    """
+    """Return the state of python's, numpy's (if imported), torch's and every CUDA device's generator."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
         "torch": torch.get_rng_state(),
     }
-    if "numpy" in sys.modules:
-        import numpy as np
-
-        state["numpy"] = as_plain(np.random.get_state(legacy=False))
+    if numpy := sys.modules.get("numpy"):
+        state["numpy"] = _as_plain(numpy.random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -49,7 +39,7 @@ def put_random_state(state: Mapping[str, Any]) -> None:
         with contextlib.suppress(ImportError):
             import numpy as np
 
-            np.random.set_state(as_numpy(state["numpy"]))
+            np.random.set_state(_as_numpy(state["numpy"]))
     devices = state.get("cuda", [])
     here = torch.cuda.device_count() if devices else 0
     if len(devices) > here:
@@ -66,21 +56,21 @@ def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same and (version, gauss) == (there[0], there[2]) and one.get("numpy") == other.get("numpy")
 
 
-def as_plain(value: Any) -> Any:
+def _as_plain(value: Any) -> Any:
     """Return a generator's state without numpy's own types, which a safe load refuses."""
     if isinstance(value, dict):
-        return {key: as_plain(item) for key, item in value.items()}
+        return {key: _as_plain(item) for key, item in value.items()}
     if not hasattr(value, "tolist"):
         return value
     return {"dtype": str(value.dtype), "values": value.tolist()} if value.ndim else value.item()
 
 
-def as_numpy(value: Any) -> Any:
-    """Return the state that `as_plain` was given."""
+def _as_numpy(value: Any) -> Any:
+    """Return the state that `_as_plain` was given."""
     if not isinstance(value, dict):
         return value
     if set(value) != {"dtype", "values"}:
-        return {key: as_numpy(item) for key, item in value.items()}
+        return {key: _as_numpy(item) for key, item in value.items()}
     import numpy as np
 
     return np.array(value["values"], dtype=value["dtype"])
@@ -92,13 +82,10 @@ def accessors(thing: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] |
         return thing.get_state, thing.set_state
     if isinstance(thing, random.Random):
         return thing.getstate, thing.setstate
-    if "numpy" not in sys.modules:
-        return None
-    import numpy as np
-
-    if isinstance(thing, np.random.RandomState):
-        return lambda: as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(as_numpy(state))
-    if isinstance(thing, np.random.Generator):
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(thing, numpy.random.RandomState):
+        return lambda: _as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(_as_numpy(state))
+    if numpy and isinstance(thing, numpy.random.Generator):
         bits = thing.bit_generator
-        return lambda: as_plain(bits.state), lambda state: setattr(bits, "state", as_numpy(state))
+        return lambda: _as_plain(bits.state), lambda state: setattr(bits, "state", _as_numpy(state))
     return None

@@ -75,15 +75,7 @@ def read_config(
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return settings as plain data.
-
-    Raises:
-        PolicyError: If a value is not a setting; the message names it.
-
-    Example:
-        >>> plain_config(argparse.Namespace(lr=0.1, out=PurePath("runs"), dtype=torch.float16))
-        {'lr': 0.1, 'out': 'runs', 'dtype': 'torch.float16'}
-    """
+    """Return settings as plain data. Raises `PolicyError` if a value is not a setting; the message names it."""
     plain = _plain(config, CONFIG)
     if not isinstance(plain, dict):
         msg = f"config is {config!r:.200}; expected named settings: a dict, an argparse.Namespace or a dataclass"
@@ -108,7 +100,11 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(item, f"{where}[{number}]") for number, item in enumerate(items)]
     fields = _fields(value)
     if fields is not None:
-        return {_key(key, where): _plain(item, f"{where}.{key}") for key, item in fields.items()}
+        for key in fields:
+            if not isinstance(key, (str, int, float, type(None))):
+                msg = f"{where} has the key {key!r}; expected text or a number"
+                raise PolicyError(msg)
+        return {key: _plain(item, f"{where}.{key}") for key, item in fields.items()}
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _plain(value.item(), where)
     msg = (
@@ -127,16 +123,7 @@ def _fields(value: Any) -> Mapping[Any, Any] | None:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if attrs.has(type(value)):
         return {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
-    if hasattr(value, "model_dump"):
-        return dict(value.model_dump())
-    return None
-
-
-def _key(key: Any, where: str) -> Any:
-    if isinstance(key, (str, int, float, bool)) or key is None:
-        return key
-    msg = f"{where} has the key {key!r}; expected text or a number"
-    raise PolicyError(msg)
+    return dict(value.model_dump()) if hasattr(value, "model_dump") else None
 
 
 def config_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, str]:
@@ -144,18 +131,14 @@ def config_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> dic
 
     Example:
         >>> config_differences({"lr": 0.01, "net": {"width": 2}}, {"lr": 0.1, "net": {"width": 2}, "seed": 1})
-        {'lr': '0.01 here, 0.1 there', 'seed': 'not here, 1 there'}
+        {'config.lr': '0.01 here, 0.1 there', 'config.seed': 'not here, 1 there'}
     """
     ours, theirs = _flat(here), _flat(there)
-    names = dict.fromkeys((*ours, *theirs))
-    return {
-        name: f"{ours.get(name, 'not')} here, {theirs.get(name, 'not')} there"
-        for name in names
-        if ours.get(name) != theirs.get(name)
-    }
+    both = {name: (ours.get(name, "not"), theirs.get(name, "not")) for name in {**ours, **theirs}}
+    return {name: f"{here} here, {there} there" for name, (here, there) in both.items() if here != there}
 
 
-def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, str]:
+def _flat(config: Mapping[Any, Any], before: str = f"{CONFIG}.") -> dict[str, str]:
     """Return each setting's text by its dotted name; texts are equal for NaN too."""
     flat: dict[str, str] = {}
     for key, value in config.items():

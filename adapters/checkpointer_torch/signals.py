@@ -8,17 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, Final
-
-import attrs
 
 from checkpointer.commit.index import HOME
 from checkpointer.errors import PolicyError
 from checkpointer.storage import LocalStorage
 
-__all__ = ["SAVE_ON", "STOP_ON", "Request", "Requests", "StopTraining", "request_file"]
+__all__ = ["SAVE_ON", "STOP_ON", "Requests", "StopTraining", "request_file"]
 
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
@@ -42,60 +40,34 @@ class StopTraining(BaseException):
     """
 
 
-@attrs.frozen(kw_only=True)
-class Request:
-    """The requests since the loop last looked."""
-
-    stop: int | None = None
-    """The signal that asks to stop."""
-    save: str = ""
-    """The senders of a request to save; empty without one."""
-
-
 class Requests:
     """Listens to signals, and looks for the file.
 
     A signal is delayed, never swallowed: after the answer `checkpointer.hosts.loader_workers.deliver` passes it to the
-    handler that had it before.
-
-    Args:
-        stop_on: Signals that end the training.
-        save_on: Signals that ask for a save.
-        file: The file that asks for a save; None if the directory has no place for one.
-        clock: Seconds.
-
-    Raises:
-        PolicyError: If ``stop_on`` or ``save_on`` has something else than signals.
+    handler that had it before. Without a ``file`` that asks for a save it looks for none.
     """
 
-    def __init__(
-        self,
-        stop_on: Iterable[int],
-        save_on: Iterable[int],
-        file: str | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, stop_on: Iterable[int], save_on: Iterable[int], file: str | None) -> None:
         self._stop_on, self._save_on = _as_signals(stop_on, "stop_on"), _as_signals(save_on, "save_on")
         self.signals = (*self._stop_on, *self._save_on)
         """Numbers of all signals that it listens to."""
         self._file = file
-        self._clock = clock
         self._earlier: dict[int, Any] = {}
         self.stop: int | None = None
         """The signal to stop that has come, if any."""
         self.since: float | None = None
-        """When it came (seconds of the clock)."""
-        self._save: int | None = None
+        """When it came (seconds of the monotonic clock)."""
+        self._senders: list[str] = []
+        """The senders of requests to save since the last `take`."""
         self._interrupts = 0
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
         self._to_pass_on: list[int] = []
         self._seen_file: tuple[int, int] | None = None
-        self._file_asks = False
         self.is_pending = False
         """Whether a signal has come, or the file was found, since the last `take`."""
         self.look_at = 0.0 if file is not None else float("inf")
-        """When to `look` for the file again (seconds of the clock)."""
+        """When to `look` for the file again (seconds of the monotonic clock)."""
         self.was_immediate = False
         """Whether a second Ctrl-C ended the training at once."""
 
@@ -124,10 +96,10 @@ class Requests:
             self._on_signal_in_worker(number)
             return
         if number in self._save_on:
-            self._save = number
+            self._senders.append(signal.Signals(number).name)
             self._to_pass_on.append(number)
         elif self.stop is None:
-            self.stop, self.since = number, self._clock()
+            self.stop, self.since = number, time.monotonic()
             self._shared[_STOPPING] = 1
         self.is_pending = True
         self._interrupts += number == signal.SIGINT
@@ -159,7 +131,7 @@ class Requests:
     def look(self) -> None:
         """Look for the file, and set when to look again."""
         assert self._file is not None, "there is a place for one"
-        self.look_at = self._clock() + LOOK_EVERY_S
+        self.look_at = time.monotonic() + LOOK_EVERY_S
         try:
             stat = os.stat(self._file)
         except OSError:
@@ -167,17 +139,16 @@ class Requests:
             return
         if self._seen_file != (stat.st_ino, stat.st_mtime_ns):
             self._seen_file = (stat.st_ino, stat.st_mtime_ns)
-            self._file_asks = self.is_pending = True
+            self._senders.append("the file save-now")
+            self.is_pending = True
 
     # Answers
 
-    def take(self) -> Request:
-        """Return the requests; the next call returns later ones. A signal to stop stays."""
-        asks = ([signal.Signals(self._save).name] if self._save is not None else []) + (
-            ["the file save-now"] if self._file_asks else []
-        )
-        self._save, self._file_asks, self.is_pending = None, False, False
-        return Request(stop=self.stop, save=" and ".join(asks))
+    def take(self) -> tuple[int | None, str]:
+        """Return the signal to stop, and the senders of requests to save since the last call."""
+        self.is_pending = False
+        senders, self._senders = self._senders, []
+        return self.stop, " and ".join(dict.fromkeys(senders))
 
     def finish_save(self) -> None:
         """Remove the file and call the earlier handlers: the requested save is there, or could not be made."""

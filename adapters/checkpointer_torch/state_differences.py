@@ -33,21 +33,13 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
 
-    def __add__(self, other: Differences) -> Differences:
+    def plus(self, name: str, other: Differences) -> Differences:
+        """Return these differences and others, which are below ``name``."""
         return Differences(
-            self.missing + other.missing,
-            self.unexpected + other.unexpected,
-            {**self.reshaped, **other.reshaped},
-            self.untaken + other.untaken,
-        )
-
-    def within(self, name: str) -> Differences:
-        """Return the same differences, below ``name``."""
-        return Differences(
-            tuple(f"{name}.{key}" for key in self.missing),
-            tuple(f"{name}.{key}" for key in self.unexpected),
-            {f"{name}.{key}": shapes for key, shapes in self.reshaped.items()},
-            tuple(f"{name}.{key}" if key else name for key in self.untaken),
+            (*self.missing, *(f"{name}.{key}" for key in other.missing)),
+            (*self.unexpected, *(f"{name}.{key}" for key in other.unexpected)),
+            {**self.reshaped, **{f"{name}.{key}": shapes for key, shapes in other.reshaped.items()}},
+            (*self.untaken, *(f"{name}.{key}" if key else name for key in other.untaken)),
         )
 
     def all_or_nothing(self) -> Differences:
@@ -61,12 +53,7 @@ class Differences:
 
 
 def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
-    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers.
-
-    Example:
-        >>> print(compared({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "c": 1}))
-        missing: b; unexpected: c; of another shape or type: w (here [2], there [3])
-    """
+    """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers."""
     both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in wanted if key in state]
     return Differences(
         missing=tuple(key for key in wanted if key not in state),

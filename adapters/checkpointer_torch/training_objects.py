@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
-from checkpointer.errors import MismatchError, UnknownValueError
-from checkpointer_torch.loader_facts import torch_loader
-from checkpointer_torch.program_values import FunctionPart, MutablePart
-from checkpointer_torch.state_differences import Differences
-from checkpointer_torch.stateful_objects import (
-    ModulePart,
-    OptimizerPart,
-    Part,
-    TensorPart,
-    part_of,
-    summary_of,
-)
+import torch
+import torch.distributed as dist
+from torch import nn
 
-__all__ = ["TrainingObjects"]
+from checkpointer.errors import MismatchError, PolicyError, SaveError, UnknownValueError
+from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
+from checkpointer_torch import parts
+from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.random_state import accessors
+from checkpointer_torch.state_differences import Differences
+
+__all__ = ["TrainingObjects", "world_size"]
 
 
 class TrainingObjects:
     """The objects that a `Loop` was given, by name; ``objects[name]`` is a plain value or a function's value."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
-        self.shared: dict[str, Part] = {}
-        """Parts that are saved once for all processes."""
-        self.own: dict[str, Part] = {}
+        all_parts = {name: _part_of(name, thing) for name, thing in objects.items()}
+        own = (LoaderView, parts.FunctionPart)
+        self.own = {name: part for name, part in all_parts.items() if isinstance(part, own)}
         """Parts that are saved for each process: loaders and functions."""
-        self._values: dict[str, Any] = {}
-        summaries = []
-        for name, thing in objects.items():
-            part = part_of(name, thing, self._values)
-            is_own = torch_loader(thing) is not None or isinstance(part, FunctionPart)
-            (self.own if is_own else self.shared)[name] = part
-            summaries.append(summary_of(thing, name, part))
-        self._given = dict(self._values)
-        self.summaries = tuple(summaries)
+        self.shared = {name: part for name, part in all_parts.items() if not isinstance(part, own)}
+        """Parts that are saved once for all processes."""
         self.names = (*self.shared, *self.own)
-        self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, ModulePart)}
+        self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
+        self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
+        self._values = {name: part for name, part in self.shared.items() if isinstance(part, parts.ValuePart)}
 
     def begin(self) -> None:
         """Remember which objects the program has a reference to."""
         for part in self.shared.values():
-            if isinstance(part, (TensorPart, MutablePart)):
-                part.held.begin()
+            if isinstance(part, parts.HeldPart):
+                part.begin()
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._values:
-            return self._values[name]
-        part = self.own.get(name)
-        if not isinstance(part, FunctionPart):
+        part = self._values.get(name) or self.own.get(name)
+        if not isinstance(part, (parts.ValuePart, parts.FunctionPart)):
             raise UnknownValueError(self._no_value(name))
         return part.read()
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self._values:  # Only what was given is saved: a new name would be lost.
             raise UnknownValueError(self._no_value(name))
-        self._values[name] = value
+        self._values[name].put(value)
 
     def _no_value(self, name: str) -> str:
         if name in self.names:
@@ -73,10 +67,10 @@ class TrainingObjects:
 
     def unchanged(self) -> dict[str, Any]:
         """Return the values that are as they were given: those within objects, and the plain ones."""
-        mutable = {name: part for name, part in self.shared.items() if isinstance(part, MutablePart)}
+        mutable = {name: part for name, part in self.shared.items() if isinstance(part, parts.MutablePart)}
         return {
             "untouched": {name: part.untouched() for name, part in mutable.items()},
-            "unchanged": [name for name, value in self._given.items() if value == self._values[name]],
+            "unchanged": [name for name, part in self._values.items() if part.given == part.value],
         }
 
     def compare(self, states: Mapping[str, Any]) -> Differences:
@@ -87,35 +81,38 @@ class TrainingObjects:
         )
         for name, part in self.shared.items():
             if name in states:
-                differences += part.compare(states[name]).within(name)
+                differences = differences.plus(name, part.compare(states[name]))
         return differences
 
     def settle(
-        self, states: Mapping[str, Any], unchanged: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+        self, states: Mapping[str, Any], unchanged: Mapping[str, Any], source: str
+    ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         """Replace settings among the saved states by those that are given now.
 
-        Returns:
-            The shared states; the changed settings, each with the difference; and the plain values given now that the
-            saved ones replace.
+        Returns the shared states, how each replaced setting differs, and notes about plain values that are put back.
         """
         settled = {name: states[name] for name in self.shared if name in states}
         changes: dict[str, str] = {}
         for name, untouched in unchanged.get("untouched", {}).items():
             part = self.shared.get(name)
-            if isinstance(part, MutablePart) and name in states:
+            if isinstance(part, parts.MutablePart) and name in states:
                 settled[name], changed = part.settled(states[name], untouched)
                 changes |= {f"{name}.{key}": change for key, change in changed.items()}
-        plain = [name for name in unchanged.get("unchanged", ()) if name in self._given and name in states]
-        replaced = {name: self._given[name] for name in plain if self._given[name] != states[name]}
-        return settled, changes, replaced
+        plain = {name: self._values[name].given for name in unchanged.get("unchanged", ()) if name in self._values}
+        notes = [
+            f"loop[{name!r}] is {states[name]!r}, as in {source}, and not {given!r}, as given here: a plain value is "
+            "put back; settings go into config="
+            for name, given in plain.items()
+            if name in states and given != states[name]
+        ]
+        return settled, changes, notes
 
     def put(self, states: Mapping[str, Any]) -> None:
         """Put the shared states back.
 
         Parts that may refuse their state come first: their earlier states are small enough to keep for going back.
         """
-        large = (ModulePart, OptimizerPart)
+        large = (parts.ModulePart, parts.OptimizerPart)
         done = []
         for name in sorted(states, key=lambda name: isinstance(self.shared[name], large)):
             part = self.shared[name]
@@ -129,3 +126,66 @@ class TrainingObjects:
                         earlier.put(before)
                 msg = f"{name} refuses its state ({type(error).__name__}: {error}); nothing was loaded"
                 raise MismatchError(msg) from error
+
+
+def _part_of(name: str, thing: Any) -> parts.Part:
+    """Return the part that takes and puts the state of ``thing``."""
+    if isinstance(thing, nn.Module):
+        _check_whole(name, thing)
+        return parts.ModulePart(thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        return parts.OptimizerPart(thing)
+    if isinstance(thing, type):
+        msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
+        raise PolicyError(msg)
+    view = LoaderView(thing)
+    if view.inner is not None:
+        return view
+    if is_stateful(thing):
+        return parts.StatefulPart(thing)
+    if isinstance(thing, torch.Tensor):
+        return parts.TensorPart(name, thing)
+    if isinstance(thing, parts.PLAIN):
+        return parts.ValuePart(given=thing, value=thing)
+    if access := accessors(thing):
+        return parts.PlainPart(*access)
+    if isinstance(thing, (dict, argparse.Namespace, types.SimpleNamespace)) or dataclasses.is_dataclass(thing):
+        return parts.MutablePart(name, thing)
+    if hasattr(thing, "set_epoch"):  # A sampler: the loop sets its epoch.
+        return parts.PlainPart(dict, bool)
+    if callable(thing):
+        return parts.FunctionPart(name, thing)
+    msg = (
+        f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
+        "load_state_dict; pass an object that has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
+        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
+    )
+    raise PolicyError(msg)
+
+
+def world_size() -> int:
+    """Return the number of processes of ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        try:
+            check_whole(tensor, f"{name}.{key}")
+        except SaveError as error:
+            raise PolicyError(str(error)) from None
+    count = world_size()
+    if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        msg = (
+            f"{name} is sharded over {count} processes by FullyShardedDataParallel, and a loop would save the shards "
+            f"of one; {HOW_TO_SAVE_SHARDS}"
+        )
+        raise PolicyError(msg)
+
+
+def _summary_of(name: str, thing: Any, part: parts.Part) -> str:
+    """Return how an object is saved. The loop logs it at its start."""
+    if isinstance(part, parts.FunctionPart):
+        return f"{name} (a function's value at each save)"
+    hows = {parts.TensorPart: ", as written in place", parts.ValuePart: f", as loop[{name!r}]"}
+    return f"{name} ({type(thing).__name__}{hows.get(type(part), '')})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -16,13 +17,12 @@ from checkpointer.policy.swapped_weights import OTHER, modes_of, trains, unranke
 from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
-from checkpointer_torch.loader_facts import is_indexed, samplers
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.parts import FunctionPart, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
-from checkpointer_torch.program_values import FunctionPart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.state_differences import Differences
-from checkpointer_torch.stateful_objects import StatefulPart
 from checkpointer_torch.training_objects import TrainingObjects
 
 __all__ = ["KEY", "LoopProgress", "TrainingState"]
@@ -66,6 +66,8 @@ class TrainingState:
         self.epoch = self.step = 0
         self.is_within_step = False
         self.source = ""
+        self.taken_at = 0.0
+        """When the state was last taken (seconds of the monotonic clock)."""
         self.unfed_since: int | None = None
         """The step at which the epoch began, if the loop does not see its batches."""
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
@@ -93,7 +95,8 @@ class TrainingState:
         """Return the batches that this epoch has left."""
         for sampler in self._samplers:
             sampler.set_epoch(self.epoch)
-        within = samplers(loader) if is_indexed(loader) else []
+        view = LoaderView(loader)
+        within = view.samplers if view.is_indexed else []
         for name, part in self.objects.shared.items():
             if isinstance(part, StatefulPart) and any(part.stateful is sampler for sampler in within):
                 msg = (
@@ -102,7 +105,7 @@ class TrainingState:
                     "torchdata.StatefulDataLoader"
                 )
                 raise ObservationError(msg)
-        return self.data.begin(loader, self.epoch)
+        return self.data.begin(view, self.epoch)
 
     def end_step(self) -> None:
         """Count a finished step."""
@@ -130,6 +133,7 @@ class TrainingState:
 
     def take(self) -> dict[str, Any]:
         """Return the whole state; all processes call this together."""
+        self.taken_at = time.monotonic()
         objects = self.objects
         own = {
             "random": take_random_state(),
@@ -154,6 +158,7 @@ class TrainingState:
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; each of several modules under its name."""
+        self.taken_at = time.monotonic()
         self.measured.note(self.step)
         states = {name: self.objects.shared[name].take() for name in self.objects.modules}
         if len(states) == 1:
@@ -177,46 +182,34 @@ class TrainingState:
                 "strict=False to take what fits"
             )
             raise MismatchError(msg)
-        settled, changes, replaced = self.objects.settle(states, own)
-        self._log_changes(changes, source)
+        settled, changes, notes = self.objects.settle(states, own, source)
         self.objects.put(settled)
-        for name, given in replaced.items() if self._ranks.rank == 0 else ():
-            _log.warning(
-                "loop[%r] is %r, as in %s, and not %r, as given here: a plain value is put back; settings go into "
-                "config=",
-                *(name, states[name], source, given),
-            )
-        self._compare_config(state.get(CONFIG), source)
+        if CONFIG in state and self.config is None:
+            notes.append(f"{source} has settings, and this Loop was given no config= to compare them with")
+        elif CONFIG in state and self.config is not None:
+            changes |= config_differences(self.config, state[CONFIG])
+        notes += [f"{name} differs from {source}: {how}; the setting given here holds" for name, how in changes.items()]
+        for note in notes if self._ranks.rank == 0 else ():
+            _log.warning("%s", note)
         self.epoch, self.step, self.data.used = own["epoch"], own["step"], own["batch"]
         self.is_within_step, self.source = False, source
         self._put_own(ranks, states, strict=strict)
         self.measured.note(self.step)
         for warning in _doubts(own, source):
-            warnings.warn(warning, CheckpointerWarning, stacklevel=3)
+            warnings.warn(warning, CheckpointerWarning, stacklevel=4)
         return differences
-
-    def _compare_config(self, saved: Any, source: str) -> None:
-        if saved is not None and self.config is None:
-            _log.warning("%s has settings, and this Loop was given no config= to compare them with", source)
-        elif saved is not None and self.config is not None:
-            changes = config_differences(self.config, saved)
-            self._log_changes({f"{CONFIG}.{key}": change for key, change in changes.items()}, source)
-
-    def _log_changes(self, changes: Mapping[str, str], source: str) -> None:
-        for name, change in changes.items() if self._ranks.rank == 0 else ():
-            _log.warning("%s differs from %s: %s; the setting given here holds", name, source, change)
 
     def put_foreign(self, content: Any, names: StateMap, source: str, *, strict: bool) -> Differences:
         """Take over a state that another program has saved, and return how it differs."""
-        found = picked(content, names, source)
+        states, counts, unused = picked(content, names, source)
         objects = self.objects
         as_they_are = {name: part.take() for name, part in objects.own.items() if not isinstance(part, FunctionPart)}
         own = {"random": take_random_state(), "feed": {}, "loaders": as_they_are}
-        counts = {"schema": SCHEMA, **found.counts, "batch": 0, "exact": True, "ranks": [own] * self._ranks.size}
+        loop = {"schema": SCHEMA, **counts, "batch": 0, "exact": True, "ranks": [own] * self._ranks.size}
         advice = f"In map= give each of {', '.join(objects.shared)} the key of its state"
-        differences = self.put({**found.states, KEY: counts}, source, strict=strict, advice=advice)
-        if found.unused:
-            _log.info("%s also holds %s, which map= does not name", source, ", ".join(found.unused))
+        differences = self.put({**states, KEY: loop}, source, strict=strict, advice=advice)
+        if unused:
+            _log.info("%s also holds %s, which map= does not name", source, ", ".join(unused))
         return differences
 
     def _put_own(self, ranks: list[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
@@ -228,7 +221,7 @@ class TrainingState:
                 f"saved by {saved} processes, resumed by {here}: each goes on after {self.data.used} of its batches, "
                 "and the random numbers are others; not exact"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
         random = own["random"] if rank < saved else None
         if random is not None:
             put_random_state(random)

@@ -19,10 +19,9 @@ from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_for
-from checkpointer_torch.module_names import plain_state
-from checkpointer_torch.open_any import read_place
+from checkpointer_torch.open_any import Opener
+from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.state_differences import Differences, compared
-from checkpointer_torch.stateful_objects import ModulePart
 
 __all__ = ["KeyMap", "LoadedWeights", "load_weights"]
 
@@ -88,32 +87,34 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
-    pick = functools.partial(_picked, module=module, part=part, key_map=key_map, strict=strict)
+    target = ModulePart(module)
+    own = target.take()
+    pick = functools.partial(_picked, own=own, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
         (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
-        options: dict[str, Any] = {"policy": policy, "trust": trust, "storage_options": storage_options}
-        path = os.fspath(source)
-        (state, differences), where = read_place(path, lambda contents: pick(contents, path), which, **options)
-    ModulePart(module).put(state)
+        make = functools.partial(pick, where=os.fspath(source))
+        opener = Opener(make=make, which=which, policy=policy, trust=trust, storage_options=storage_options)
+        (state, differences), where = opener.open(source)
+    target.put(state)
     if differences:
-        count = len(plain_state(module))
-        msg = f"{where} does not fit, and {len(state)} of {count} names were loaded: {differences}"
+        msg = f"{where} does not fit, and {len(state)} of {len(own)} names were loaded: {differences}"
         warnings.warn(msg, CheckpointerWarning, stacklevel=2)
     return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
 
 
 def _picked(
-    contents: Tensors, where: str, *, module: nn.Module, part: str | None, key_map: KeyMap | None, strict: bool
+    contents: Tensors, where: str, *, own: Mapping[str, Any], part: str | None, key_map: KeyMap | None, strict: bool
 ) -> tuple[OrderedDict[str, Any], Differences]:
     """Pick the module's weights out of a payload, and read those alone."""
-    own = plain_state(module)
     try:
         found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
     except RestoreError as error:
         msg = f"{where}: {error}"
         raise MismatchError(msg) from error
-    there = _outlines(found, own)
+    # Tensors without memory stand in for those that are there.
+    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
+    there |= {name: value for name, value in found.values.items() if name in own and value is not None}
     differences = _without_optional(compared(own, there), own, found)
     loaded = [key for key in own if key in there and key not in differences.reshaped]
     if not loaded:
@@ -140,23 +141,13 @@ def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:
     return list(wanted.values())
 
 
-def _outlines(found: Weights, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors without memory in place of those that are there, and the values that the module asks for."""
-    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
-    return there | {name: value for name, value in found.values.items() if name in own and value is not None}
-
-
 def _renamed(key: str, key_map: KeyMap | None) -> str | None:
-    if key_map is None:
-        return key
     if not isinstance(key_map, Mapping):
-        return key_map(key)
-    if key in key_map:
-        return key_map[key]
-    prefixes = [prefix for prefix in key_map if prefix.endswith(".") and key.startswith(prefix)]
-    if not prefixes:
+        return key_map(key) if key_map else key
+    starts = [start for start in key_map if start == key or (start.endswith(".") and key.startswith(start))]
+    if not starts:
         return key
-    longest = max(prefixes, key=len)
+    longest = max(starts, key=len)
     instead = key_map[longest]
     return None if instead is None else instead + key.removeprefix(longest)
 

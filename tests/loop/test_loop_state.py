@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.module_names import plain_state, wrapped_state
+from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from small import POLICY, Small, make_net
 from torch import nn
@@ -86,18 +86,19 @@ def test_wrapped_modules_have_plain_names_in_the_file_and_load_into_either(
 ) -> None:
     """A checkpoint does not depend on whether the run was compiled or parallel; versions of layers are saved too."""
     plain, source, target = make_net(), make_net(), make_net()
-    state = plain_state(saved(source))
+    state = ModulePart(saved(source)).take()
     assert list(plain.state_dict()) == list(state)
     assert plain.state_dict()._metadata == state._metadata  # type: ignore[attr-defined]
-    wrapped = loaded(target)
-    assert ([], []) == tuple(wrapped.load_state_dict(wrapped_state(wrapped, state)))
-    assert torch.equal(source.state_dict()["4.weight"], plain_state(wrapped)["4.weight"])
+    wrapped = ModulePart(loaded(target))
+    assert not wrapped.compare(state)
+    wrapped.put(state)
+    assert all(torch.equal(value, wrapped.take()[name]) for name, value in state.items())
 
 
 def test_a_name_that_only_looks_like_a_wrapper_stays() -> None:
     """A module may call a part of its own ``module``."""
     model = nn.ModuleDict({"module": nn.Linear(1, 1)})
-    assert ["module.weight", "module.bias"] == list(plain_state(model))
+    assert ["module.weight", "module.bias"] == list(ModulePart(model).take())
 
 
 def test_every_kind_of_object_comes_back(tmp_path: Path) -> None:

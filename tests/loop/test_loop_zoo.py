@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.position_search import ResumedFrom, go_on_by_index
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.position_search import DataPass, ResumedFrom
 from checkpointer_torch.random_state import take_random_state
 from torch.utils.data import (
     BatchSampler,
@@ -655,7 +656,7 @@ def test_batches_out_of_order_are_refused() -> None:
     loader = DataLoader(Numbers(), SIZE, num_workers=1, in_order=False)
     state = {"began": {"random": take_random_state(), "loader": []}, "generators": []}
     with pytest.raises(MismatchError, match="last: DataLoader has in_order=False, so which batches were used is not"):
-        go_on_by_index(loader, state, epoch=0, used=2, origin=ResumedFrom(source="last"))
+        DataPass(LoaderView(loader), 0, ResumedFrom(source="last")).go_on_by_index(state, used=2)
 
 
 @pytest.mark.parametrize("kind", ["generator", "plain"])

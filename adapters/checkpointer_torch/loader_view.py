@@ -1,0 +1,212 @@
+"""A loader as the loop sees it: the torch loader within it, its samplers and generators, and the facts of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from checkpointer_torch.parts import Part
+from checkpointer_torch.random_state import accessors
+
+__all__ = ["FunctionLoader", "LoaderView", "is_stateful", "torch_loader"]
+
+_WRAPPED: Final = {
+    "lightning": "_dataloader",
+    "lightning_fabric": "_dataloader",
+    "accelerate": "base_dataloader",
+    "tqdm": "iterable",
+}
+"""Attributes in which the loaders of other packages keep the loader that they wrap, batch for batch."""
+_WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
+"""Attributes in which samplers, and the nodes of ``torchdata.nodes``, keep one another."""
+
+
+class FunctionLoader:
+    """The batches that a function returns. The random states are their place, or the function's ``state_dict``."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        has_state = is_stateful(function)  # Without one there is nothing to restore.
+        self.state_dict: Any = function.state_dict if has_state else dict
+        self.load_state_dict: Any = function.load_state_dict if has_state else bool
+
+    def __iter__(self) -> FunctionLoader:
+        return self
+
+    def __next__(self) -> Any:
+        return self._function()
+
+
+def torch_loader(loader: Any) -> DataLoader[Any] | None:
+    """Return the ``DataLoader`` that loads the data, also when Fabric, accelerate or tqdm wraps it."""
+    own = getattr(loader, "__dict__", {})
+    for kind in type(loader).__mro__:
+        name = _WRAPPED.get(kind.__module__.partition(".")[0])
+        if name in own:
+            return torch_loader(own[name])
+    return loader if isinstance(loader, DataLoader) else None
+
+
+def is_stateful(thing: Any) -> bool:
+    """Return whether an object has ``state_dict`` and ``load_state_dict``."""
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+
+
+class LoaderView(Part):
+    """Finds what a loader of any package consists of."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.kind = type(loader).__name__
+        """The name of its class, for messages."""
+        self.inner: Any = torch_loader(loader)
+        """The ``DataLoader`` that loads the data; None for any other iterable."""
+        self._root = loader if self.inner is None else self.inner
+        self.stateful: Any = None
+        """The object whose ``state_dict`` has the place of the loader; None without one."""
+        if self.inner is None or is_stateful(self.inner):  # The wrapper of accelerate has the methods, and they fail.
+            self.stateful = loader if is_stateful(loader) else self.inner
+        module = str(getattr(getattr(type(self.inner), "state_dict", None), "__module__", ""))
+        self.is_torchdata = module.startswith("torchdata.stateful_dataloader.")
+        """Whether the ``state_dict`` is the one of ``torchdata.StatefulDataLoader``."""
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the batches that were used can be skipped by their indices.
+
+        A ``StatefulDataLoader`` needs its own state only if its dataset or sampler has a state.
+        """
+        if self.inner is None or isinstance(self.inner.dataset, IterableDataset):
+            return False
+        if not is_stateful(self.inner):
+            return True
+        return self.is_torchdata and not any(map(is_stateful, (self.inner.dataset, *self.samplers)))
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether workers that outlive a pass are running: then a pass draws no new seed for them."""
+        return self.inner is not None and self.inner.persistent_workers and self.inner._iterator is not None
+
+    @property
+    def samplers(self) -> list[Any]:
+        """The samplers and the samplers within those; for ``torchdata.nodes`` also the nodes.
+
+        For any other iterable they are those of the loaders that it holds.
+        """
+        found: dict[int, Any] = {}
+        if self.inner is None:
+            held = getattr(self.loader, "__dict__", {}).values()
+            found = {id(one): one for one in held if torch_loader(one) is not None}
+        to_visit = [self._root, *found.values()]
+        for holder in to_visit:  # It grows meanwhile.
+            for name in _WITHIN:
+                one = getattr(holder, name, None)
+                if one is not None and id(one) not in found:
+                    found[id(one)] = one
+                    to_visit.append(one)
+        return list(found.values())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the loader, its samplers and its dataset."""
+        if "_num_iter_calls" in getattr(self.loader, "__dict__", {}):
+            self.loader._num_iter_calls = epoch  # Fabric counts passes, and sets that as the epoch of the samplers.
+        holders = [self.loader, self._root, *self.samplers]
+        holders += [getattr(holder, "dataset", None) for holder in holders]
+        for holder in {id(holder): holder for holder in holders}.values():
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Set the epoch of samplers again where the loader's ``__iter__`` set another, from a count of its own."""
+        for sampler in self.samplers:
+            if hasattr(sampler, "set_epoch") and getattr(sampler, "epoch", epoch) != epoch:
+                sampler.set_epoch(epoch)
+
+    def forget(self) -> None:
+        """Let a ``DataLoader`` begin its next pass at the beginning."""
+        if self.is_torchdata or getattr(self.inner, "persistent_workers", False):
+            self.inner._iterator = None
+        if self.is_torchdata:
+            self.inner.next_iter_state = None
+            self.inner._initial_iter_for_state_dict = False
+
+    # Its state
+
+    @property
+    def _generators(self) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+        holders = (self._root, *self.samplers)
+        held = {id(value): value for holder in holders for value in list(getattr(holder, "__dict__", {}).values())}
+        return [access for access in map(accessors, held.values()) if access is not None]
+
+    def take_generators(self) -> list[Any]:
+        """Return the states of the random generators that the loader and its samplers hold."""
+        return [read() for read, _ in self._generators]
+
+    def put_generators(self, states: Iterable[Any]) -> None:
+        """Put the generators into the states that `take_generators` returned."""
+        for (_, write), state in zip(self._generators, states, strict=False):
+            write(state)
+
+    def take(self) -> Any:
+        """Return the state of the loader: its own, or the states of its random generators."""
+        if self.stateful is None:
+            return self.take_generators()
+        if self.is_torchdata and (self.inner._iterator is None or self.inner._iterator._finished):
+            # state_dict() or load_state_dict() would begin a pass, which draws from the random numbers of the training.
+            if self.inner.next_iter_state is None and self.is_indexed:
+                return self.take_generators()
+            if self.inner._iterator is None:
+                return self.inner.next_iter_state or {}
+        return self.stateful.state_dict()
+
+    def put(self, state: Any) -> None:
+        """Put the loader into the state that `take` returned."""
+        if self.stateful is None or isinstance(state, list):
+            self.forget()
+            self.put_generators(state)
+        else:
+            self.stateful.load_state_dict(state)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what must be the same for a place in this loader to be the same; None where it is not known."""
+        inner = self.inner
+        if inner is None:
+            return {"loader": self._order, "batches": _length(self.loader)}
+        is_iterable = isinstance(inner.dataset, IterableDataset)
+        within = self.samplers
+        facts = {
+            "loader": self._order,
+            "dataset length": _length(inner.dataset),
+            "batches": None if is_iterable else _length(inner),  # An iterable dataset warns if its length is asked for.
+            "batch size": _first([inner, *within], "batch_size"),
+            "drop_last": _first([inner, *within], "drop_last"),
+            "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(within)),
+            "sampler seed": _first(within, "seed", "initial_seed"),
+        }
+        if is_iterable or not self.is_indexed:
+            facts["num_workers"] = inner.num_workers
+        elif self.is_torchdata:
+            facts["workers"] = inner.num_workers > 0  # With workers it shuffles twice for each pass.
+        return facts
+
+    @property
+    def _order(self) -> str:
+        """The class that decides on the order: a user's subclass may have any name."""
+        for kind in type(self._root).__mro__:
+            if kind.__module__.startswith(("torch.", "torchdata.")):
+                return kind.__name__
+        return "function" if isinstance(self.loader, FunctionLoader) else "iterable"
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except Exception:  # Objects without a length raise errors of many kinds.
+        return None
+
+
+def _first(holders: Iterable[Any], *names: str) -> Any:
+    values = [getattr(holder, name, None) for holder in holders for name in names]
+    return next((value for value in values if isinstance(value, (bool, int))), None)
