@@ -7,7 +7,7 @@ class is its name, and an object is the name and the arguments of the call that 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
 import attrs
@@ -38,7 +38,7 @@ class Call:
     """A call that an unpickler would have made."""
 
     what: Any
-    args: Any
+    args: tuple[Any, ...]
     state: Any = None
     """The state that the object would get afterwards."""
     items: list[Any] = attrs.field(factory=list)
@@ -63,14 +63,15 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
         >>> read_pickle(io.BytesIO(pickle.dumps({"step": 400, "losses": [0.5]})))
         {'step': 400, 'losses': [0.5]}
     """
-    machine = _Machine()
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > limit:
                 msg = f"the pickle has more than {limit} instructions; no checkpoint's has"
                 raise CorruptError(msg)
-            machine.step(opcode.name, argument)
-        (value,) = machine._stack
+            _step(opcode, argument, stack, memo)
+        (value,) = stack
         return value
     except (CorruptError, OSError, MemoryError):
         raise
@@ -79,103 +80,56 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
         raise CorruptError(msg) from error
 
 
-class _Machine:
-    """The stack and the memo of one pickle."""
+def _step(opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    """Carry out one instruction. `pickletools` says which of them takes how much from the stack."""
+    name, takes = opcode.name, opcode.stack_before
+    if name in _PUTS:
+        memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+    elif name in _GETS:
+        stack.append(memo[argument])
+    elif name == "DUP":
+        stack.append(stack[-1])
+    elif name not in _IGNORED:
+        taken: list[Any] = []
+        if pickletools.markobject in takes:
+            items: list[Any] = []
+            while (value := stack.pop()) is not _MARK:
+                items.append(value)
+            taken, takes = [items[::-1]], takes[: takes.index(pickletools.markobject)]
+        for _ in takes:
+            taken.insert(0, stack.pop())
+        made = _ACTIONS[name](argument, *taken)
+        if opcode.stack_after:
+            stack.append(made)
 
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
 
-    def step(self, name: str, argument: Any) -> None:
-        """Carry out one instruction."""
-        if name in _IGNORED:
-            return
-        if name in _PUSHES:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            self._push_tuple(_TUPLES[name])
-        else:
-            _ACTIONS[name](self, argument)
+def _global(argument: str) -> Global:
+    module, _, name = argument.partition(" ")
+    return Global(_PYTHON_2.get(module, module), name)
 
-    def _push_tuple(self, size: int) -> None:
-        items = tuple(self._stack[-size:])
-        assert len(items) == size
-        del self._stack[-size:]
-        self._stack.append(items)
 
-    def _pop_to_mark(self) -> list[Any]:
-        items: list[Any] = []
-        while (value := self._stack.pop()) is not _MARK:
-            items.append(value)
-        items.reverse()
-        return items
+def _call(_: Any, what: Any, args: Any) -> Call:
+    return Call(what, args if isinstance(args, tuple) else (args,))
 
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
 
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
+def _build(_: Any, target: Any, state: Any) -> Any:
+    if isinstance(target, Call):
+        target.state = state
+    return target
 
-    def _global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(Global(_PYTHON_2.get(module, module), name))
 
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(Global(str(module), str(name)))
+def _extend(target: Any, values: list[Any]) -> Any:
+    (target.items if isinstance(target, Call) else target).extend(values)
+    return target
 
-    def _reduce(self, _: Any) -> None:
-        args, what = self._stack.pop(), self._stack.pop()
-        self._stack.append(Call(what, args))
 
-    def _new_with_keywords(self, _: Any) -> None:
-        keywords, args, what = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        self._stack.append(Call(what, (args, keywords)))
-
-    def _object(self, _: Any) -> None:
-        what, *args = self._pop_to_mark()
-        self._stack.append(Call(what, tuple(args)))
-
-    def _instance(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(Call(Global(_PYTHON_2.get(module, module), name), tuple(self._pop_to_mark())))
-
-    def _build(self, _: Any) -> None:
-        state = self._stack.pop()
-        if isinstance(self._stack[-1], Call):
-            self._stack[-1].state = state
-
-    def _extend(self, values: list[Any]) -> None:
-        target = self._stack[-1]
-        (target.items if isinstance(target, Call) else target).extend(values)
-
-    def _append(self, _: Any) -> None:
-        self._extend([self._stack.pop()])
-
-    def _appends(self, _: Any) -> None:
-        self._extend(self._pop_to_mark())
-
-    def _update(self, flat: list[Any]) -> None:
-        target, pairs = self._stack[-1], zip(flat[::2], flat[1::2], strict=True)
-        if isinstance(target, Call):
-            target.items.extend(pairs)
-        else:
-            target.update((_as_key(key), value) for key, value in pairs)
-
-    def _set_item(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._update([key, value])
-
-    def _set_items(self, _: Any) -> None:
-        self._update(self._pop_to_mark())
-
-    def _persistent(self, _: Any) -> None:
-        self._stack.append(Persistent(self._stack.pop()))
-
-    def _extension(self, code: int) -> None:
-        self._stack.append(Global("copyreg", f"extension {code}"))
+def _update(target: Any, flat: Sequence[Any]) -> Any:
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    if isinstance(target, Call):
+        target.items.extend(pairs)
+    else:
+        target.update((_as_key(key), value) for key, value in pairs)
+    return target
 
 
 def _as_key(key: Any) -> Any:
@@ -187,67 +141,45 @@ def _as_key(key: Any) -> Any:
 
 
 _IGNORED: Final = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER", "NEXT_BUFFER"})
-_PUSHES: Final = frozenset(
-    {
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    }
+_PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
+_GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_PUSHES: Final = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
 )
-_CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": lambda: Call(Global("builtins", "set"), ()),
-    "MARK": lambda: _MARK,
+_ACTIONS: Final[dict[str, Callable[..., Any]]] = {
+    **dict.fromkeys(_PUSHES, lambda argument: argument),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "MARK": lambda _: _MARK,
+    **dict.fromkeys(("POP", "POP_MARK"), lambda *_: None),
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_SET": lambda _: Call(Global("builtins", "set"), ()),
+    "DICT": lambda _, flat: _update({}, flat),
+    "LIST": lambda _, items: items,
+    "TUPLE": lambda _, items: tuple(items),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *items: items),
+    "FROZENSET": lambda _, items: Call(Global("builtins", "frozenset"), (items,)),
+    "APPEND": lambda _, target, item: _extend(target, [item]),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, target, items: _extend(target, items)),
+    "SETITEM": lambda _, target, *pair: _update(target, pair),
+    "SETITEMS": lambda _, target, flat: _update(target, flat),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": lambda _, module, name: Global(str(module), str(name)),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda code: Global("copyreg", f"extension {code}")),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _call),
+    "NEWOBJ_EX": lambda _, what, args, keywords: Call(what, (args, keywords)),
+    "OBJ": lambda _, items: Call(items[0], tuple(items[1:])),
+    "INST": lambda argument, items: Call(_global(argument), tuple(items)),
+    "BUILD": _build,
+    "PERSID": Persistent,
+    "BINPERSID": lambda _, identity: Persistent(identity),
 }
-_TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def _made(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], None]:
-    """Return the action that makes a container of all back to the mark."""
-
-    def act(machine: _Machine, _: Any) -> None:
-        machine._stack.append(make(machine._pop_to_mark()))
-
-    return act
-
-
-def _pairs(flat: list[Any]) -> dict[Any, Any]:
-    return {_as_key(key): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
-
-
-_ACTIONS: Final[dict[str, Callable[[_Machine, Any], object]]] = {
-    "TUPLE": _made(tuple),
-    "LIST": _made(list),
-    "DICT": _made(_pairs),
-    "FROZENSET": _made(lambda items: Call(Global("builtins", "frozenset"), (items,))),
-    "POP_MARK": lambda machine, _: machine._pop_to_mark(),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine._extension),
-    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
-    "DUP": lambda machine, _: machine._stack.append(machine._stack[-1]),
-    "POP": lambda machine, _: machine._stack.pop(),
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._reduce,
-    "NEWOBJ": _Machine._reduce,
-    "NEWOBJ_EX": _Machine._new_with_keywords,
-    "OBJ": _Machine._object,
-    "INST": _Machine._instance,
-    "BUILD": _Machine._build,
-    "APPEND": _Machine._append,
-    "APPENDS": _Machine._appends,
-    "ADDITEMS": _Machine._appends,
-    "SETITEM": _Machine._set_item,
-    "SETITEMS": _Machine._set_items,
-    "PERSID": lambda machine, argument: machine._stack.append(Persistent(argument)),
-    "BINPERSID": _Machine._persistent,
-}
+"""What each other instruction makes of its argument and of what it takes from the stack."""
 
 
 def globals_in(value: Any) -> Iterator[Global]:

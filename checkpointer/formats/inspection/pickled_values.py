@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 from checkpointer.formats.inspection.pickle import Call, Global
 
 __all__ = [
-    "args_of",
     "as_data",
     "bytes_of",
     "children_of",
@@ -40,11 +39,6 @@ def is_container_call(found: Global) -> bool:
     return (found.module, found.name) in _PLAIN
 
 
-def args_of(call: Call) -> tuple[Any, ...]:
-    """Return the arguments of a call; none if they are not a tuple."""
-    return call.args if isinstance(call.args, tuple) else ()
-
-
 def kind_of(value: Any) -> tuple[str, str] | None:
     """Return the module and name of what a call would have called; None for anything else."""
     if isinstance(value, Call) and isinstance(value.what, Global):
@@ -59,7 +53,7 @@ def pairs_of(value: Any) -> list[tuple[Any, Any]] | None:
     if kind_of(value) not in _MAPPINGS:
         return None
     pairs: list[Any] = []
-    for arg in args_of(value):
+    for arg in value.args:
         # Python 2 gives the items of an OrderedDict to its constructor.
         pairs += arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
     return [(pair[0], pair[1]) for pair in (*pairs, *value.items) if isinstance(pair, (tuple, list)) and len(pair) == 2]
@@ -71,7 +65,7 @@ def sequence_of(value: Any) -> list[Any] | None:
         return list(value)
     if kind_of(value) not in _SEQUENCES:
         return None
-    items: list[Any] = [item for arg in args_of(value) if isinstance(arg, (list, tuple, set)) for item in arg]
+    items: list[Any] = [item for arg in value.args if isinstance(arg, (list, tuple, set)) for item in arg]
     return items + list(value.items)
 
 
@@ -91,7 +85,8 @@ def children_of(
         )
     if not isinstance(value, Call) or not isinstance(value.what, Global) or kind_of(value) in _NUMPY_SCALAR:
         return None
-    inside = [*_parts("args", value.args), *_parts("state", value.state), *(enumerate(value.items))]
+    state = value.state if isinstance(value.state, dict) else {"state": value.state or None}
+    inside = [*enumerate(value.args), *state.items(), *enumerate(value.items)]
     # The parts of an object are shown if there is a tensor among them.
     found = [(_key(key), part) for key, part in inside if not _is_plain(part)]
     return ("other", {}, iter(found)) if found else None
@@ -106,12 +101,6 @@ def versions_of(value: Any) -> Mapping[str, Any]:
 
 def _key(key: Any) -> str:
     return str(key) if isinstance(key, (str, int, float, bool)) else f"<{type(key).__name__}>"
-
-
-def _parts(name: str, value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, tuple) and name == "args" else [(name, value)] if value else []
 
 
 def _is_plain(value: Any) -> bool:
@@ -164,7 +153,7 @@ def scalar_of(value: Any) -> bool | int | float | None:
 
 def _numpy_args(value: Any, name: str) -> tuple[Any, ...] | None:
     module, found = kind_of(value) or ("", "")
-    return value.args if module.partition(".")[0] == "numpy" and found == name and args_of(value) else None
+    return value.args if module.partition(".")[0] == "numpy" and found == name else None
 
 
 def bytes_of(value: Any) -> bytes | None:

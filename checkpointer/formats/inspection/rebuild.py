@@ -11,7 +11,6 @@ import attrs
 from checkpointer.formats.inspection.pickle import Call, Global, Persistent
 from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import (
-    args_of,
     bytes_of,
     is_module,
     kind_of,
@@ -130,7 +129,7 @@ class _Rebuilding:
 
 def _plain(call: Call) -> Any:
     """Return a plain value that a call makes."""
-    args, kind = args_of(call), kind_of(call)
+    args, kind = call.args, kind_of(call)
     if kind == ("builtins", "complex") and all(isinstance(arg, (int, float)) for arg in args) and len(args) <= 2:
         return complex(*args)
     if kind == ("torch", "device"):

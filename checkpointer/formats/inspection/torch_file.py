@@ -25,7 +25,6 @@ from checkpointer.formats.inspection.tensors import (
     ITEM_SIZES,
     Branch,
     Leaf,
-    TensorInfo,
     Tensors,
     parts_in,
     read_exactly,
@@ -64,7 +63,7 @@ class TorchContents(Tensors):
             self.others[free] = shown(value)
             self._values[free] = value
         else:
-            self.tensors[free] = TensorInfo(name=free, dtype=stored.dtype, shape=stored.shape, layout=stored.layout)
+            self.tensors[free] = stored.info(free)
             self._stored[free] = stored
         return Leaf(free, is_tensor=stored is not None)
 
