@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final
 
 from checkpointer.formats.inspection.pickle import Call, Global
+from checkpointer.formats.inspection.tensors import Branch, Entries
 
 __all__ = [
     "as_data",
@@ -15,11 +16,11 @@ __all__ = [
     "is_container_call",
     "is_module",
     "kind_of",
+    "module_entries",
     "pairs_of",
     "scalar_of",
     "sequence_of",
     "shown",
-    "state_children",
     "versions_of",
 ]
 
@@ -31,7 +32,6 @@ _NUMPY_SCALAR: Final = {("numpy.core.multiarray", "scalar"), ("numpy._core.multi
 _TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
 """The code in `struct` of each numpy dtype."""
-_ABSENT: Final = object()
 
 
 def is_container_call(found: Global) -> bool:
@@ -69,27 +69,21 @@ def sequence_of(value: Any) -> list[Any] | None:
     return items + list(value.items)
 
 
-def children_of(
-    value: Any,
-) -> tuple[Literal["mapping", "other"], Mapping[str, Any], Iterator[tuple[str, Any]]] | None:
-    """Return a container's kind, its versions and what it holds; None for anything else, and for numbers alone."""
-    pairs = pairs_of(value)
-    if pairs is not None:
-        return ("mapping", versions_of(value), ((_key(key), child) for key, child in pairs)) if pairs else None
+def children_of(value: Any) -> tuple[Branch, Entries] | None:
+    """Return what a container or an object is and holds; None for anything else, and for numbers alone."""
+    if is_module(value):
+        return Branch("module"), module_entries(value)
+    pairs: Any = pairs_of(value)
+    branch = Branch("other" if pairs is None else "mapping", versions=versions_of(value))
     if isinstance(value, (list, tuple)):
         # A list of ten thousand numbers is one thing.
-        return (
-            None
-            if all(_is_plain(item) for item in value)
-            else ("other", {}, ((str(number), item) for number, item in enumerate(value)))
-        )
-    if not isinstance(value, Call) or not isinstance(value.what, Global) or kind_of(value) in _NUMPY_SCALAR:
-        return None
-    state = value.state if isinstance(value.state, dict) else {"state": value.state or None}
-    inside = [*enumerate(value.args), *state.items(), *enumerate(value.items)]
-    # The parts of an object are shown if there is a tensor among them.
-    found = [(_key(key), part) for key, part in inside if not _is_plain(part)]
-    return ("other", {}, iter(found)) if found else None
+        pairs = None if all(map(_is_plain, value)) else enumerate(value)
+    elif pairs is None and kind_of(value) not in (None, *_NUMPY_SCALAR):
+        state = value.state if isinstance(value.state, dict) else {"state": value.state or None}
+        inside = [*enumerate(value.args), *state.items(), *enumerate(value.items)]
+        # The parts of an object are shown if there is a tensor among them.
+        pairs = [(key, part) for key, part in inside if not _is_plain(part)]
+    return (branch, ((_key(key), child, True) for key, child in pairs)) if pairs else None
 
 
 def versions_of(value: Any) -> Mapping[str, Any]:
@@ -110,19 +104,18 @@ def _is_plain(value: Any) -> bool:
 # Modules that were pickled as they are
 
 
-def is_module(call: Call) -> bool:
+def is_module(value: Any) -> bool:
     """Return whether it makes a `torch.nn.Module`."""
-    return isinstance(call.state, dict) and all(key in call.state for key in _MODULE)
+    return isinstance(value, Call) and isinstance(value.state, dict) and all(key in value.state for key in _MODULE)
 
 
-def state_children(call: Call) -> Iterator[tuple[str, Any, bool]]:
+def module_entries(call: Call) -> Entries:
     """Yield what a module holds: first what its ``state_dict`` has, then what else may have a tensor in it."""
-    parameters, buffers, modules = ([*(pairs_of(call.state[key]) or ())] for key in _MODULE)
     names = sequence_of(call.state.get("_non_persistent_buffers_set")) or ()
-    not_saved = {name for name in names if isinstance(name, str)}
-    yield from ((_key(key), child, True) for key, child in parameters if child is not None)
-    yield from ((_key(key), child, key not in not_saved) for key, child in buffers if child is not None)
-    yield from ((_key(key), child, True) for key, child in modules if child is not None)
+    for kind in _MODULE:
+        for key, child in pairs_of(call.state[kind]) or ():
+            if child is not None:
+                yield _key(key), child, kind != "_buffers" or key not in names
     for key, child in call.state.items():
         # Names with an underscore are torch's own: hooks, and the names of buffers.
         if not str(key).startswith("_") and not _is_plain(child):
@@ -173,26 +166,27 @@ def bytes_of(value: Any) -> bytes | None:
 def as_data(value: Any) -> Any:
     """Return a value that holds nothing but plain data as Python has it; None if it holds anything else."""
     try:
-        found = _as_data(value, 20)
-    except RecursionError:
+        return _as_data(value, 20)
+    except _NotDataError:
         return None
-    return None if found is _ABSENT else found
+
+
+class _NotDataError(Exception):
+    pass
 
 
 def _as_data(value: Any, levels: int) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return value
-    pairs, sequence = pairs_of(value), sequence_of(value)
-    if not levels or (pairs is None and sequence is None):
-        number = scalar_of(value)
-        return _ABSENT if number is None else number
-    if pairs is not None:
-        items = {key: _as_data(child, levels - 1) for key, child in pairs if _is_plain(key)}
-        return _ABSENT if _ABSENT in items.values() else items
-    found = [_as_data(child, levels - 1) for child in sequence or ()]
-    if any(item is _ABSENT for item in found):
-        return _ABSENT
-    return tuple(found) if isinstance(value, tuple) else found
+    pairs, sequence, number = pairs_of(value), sequence_of(value), scalar_of(value)
+    if levels and pairs is not None:
+        return {key: _as_data(child, levels - 1) for key, child in pairs if _is_plain(key)}
+    if levels and sequence is not None:
+        found = [_as_data(child, levels - 1) for child in sequence]
+        return tuple(found) if isinstance(value, tuple) else found
+    if number is None:
+        raise _NotDataError
+    return number
 
 
 def shown(value: Any) -> Any:

@@ -14,10 +14,10 @@ from checkpointer.formats.inspection.pickled_values import (
     bytes_of,
     is_module,
     kind_of,
+    module_entries,
     pairs_of,
     scalar_of,
     sequence_of,
-    state_children,
     versions_of,
 )
 from checkpointer.formats.inspection.tensors import ITEM_SIZES
@@ -120,8 +120,8 @@ class _Rebuilding:
         return _plain(call) if data is None else data
 
     def _state_of(self, module: Call, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, child, is_weight in state_children(module):
-            if isinstance(child, Call) and is_module(child) and is_weight:
+        for key, child, is_weight in module_entries(module):
+            if is_weight and is_module(child):
                 yield from self._state_of(child, f"{prefix}{key}.")
             elif is_weight:
                 yield f"{prefix}{key}", self.make(child)

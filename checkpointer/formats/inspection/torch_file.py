@@ -5,29 +5,25 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection import pickled_tensors
-from checkpointer.formats.inspection.pickle import Call, globals_in, persistents_in, read_pickle
+from checkpointer.formats.inspection.pickle import globals_in, persistents_in, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored
-from checkpointer.formats.inspection.pickled_values import (
-    as_data,
-    children_of,
-    is_container_call,
-    is_module,
-    shown,
-    state_children,
-)
+from checkpointer.formats.inspection.pickled_values import as_data, children_of, is_container_call, shown
 from checkpointer.formats.inspection.rebuild import rebuilt
 from checkpointer.formats.inspection.tensors import (
     ITEM_SIZES,
     Branch,
+    Entries,
     Leaf,
     Tensors,
+    free_key,
     parts_in,
     read_exactly,
+    tree_of,
 )
 
 __all__ = ["TorchContents", "open_legacy", "open_zip"]
@@ -54,11 +50,11 @@ class TorchContents(Tensors):
         self._values: dict[str, Any] = {}
         known = (is_container_call, pickled_tensors.is_known)
         self.calls = tuple(sorted(str(found) for found in globals_in(root) if not any(is_it(found) for is_it in known)))
-        tree = _Walk(self._add, MIN_STEPS + STEPS_PER_BYTE * size).walk(root)
+        tree = tree_of(root, _children, self._add, MIN_STEPS + STEPS_PER_BYTE * size)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
-    def _add(self, name: str, value: Any, stored: Stored | None) -> Leaf:
-        free = _free(name, self.tensors, self.others)
+    def _add(self, name: str, value: Any) -> Leaf:
+        free, stored = free_key(name, self.tensors, self.others), Stored.of(value)
         if stored is None:
             self.others[free] = shown(value)
             self._values[free] = value
@@ -218,70 +214,6 @@ class _Bounded:
         return self._stream.tell()
 
 
-# The entries of a pickle
-
-
-class _Walk:
-    """Goes through all that a pickle holds, depth first, and gives each entry its keys as a name."""
-
-    def __init__(self, add: Callable[[str, Any, Stored | None], Leaf], steps: int) -> None:
-        self._add = add
-        self._steps = self._left = steps
-
-    def walk(self, root: Any) -> Branch:
-        """Return the tree of what is in ``root``; what contains itself is entered once on each way to it."""
-        top = Branch("other")
-        frames: list[tuple[Branch, Iterator[tuple[str, Any, bool]], int]] = [(top, iter([("", root, True)]), 0)]
-        path: list[str] = []
-        within = {0}
-        while frames:
-            branch, rest, identity = frames[-1]
-            entry = next(rest, None)
-            if entry is None:
-                frames.pop()
-                within.discard(identity)
-                del path[len(frames) - 1 :]
-                continue
-            key, value, is_weight = entry
-            self._spend(len(frames))
-            path[len(frames) - 1 :] = [key]
-            stored = Stored.of(value)
-            children = None if stored or id(value) in within else _children(key, value)
-            free = _free(key, branch.children) if is_weight else None
-            if children is None:
-                leaf = self._add(".".join(path[1:]) or "(the whole)", value, stored)
-                if free is not None:
-                    branch.children[free] = leaf
-                continue
-            below, entries = children
-            if free is not None:
-                branch.children[free] = below
-            within.add(id(value))
-            frames.append((below, entries, id(value)))
-        whole = next(iter(top.children.values()))
-        return whole if isinstance(whole, Branch) else Branch("mapping", {"": whole})
-
-    def _spend(self, steps: int) -> None:
-        self._left -= steps
-        if self._left < 0:
-            msg = f"it holds more than {self._steps} entries, far more than its size allows: no checkpoint does"
-            raise CorruptError(msg)
-
-
-def _free(key: str, *taken: Container[str]) -> str:
-    """Return the key, with the first number behind it that makes it differ from those that are taken."""
-    free, count = key, 2
-    while any(free in keys for keys in taken):
-        free, count = f"{key}#{count}", count + 1
-    return free
-
-
-def _children(key: str, value: Any) -> tuple[Branch, Iterator[tuple[str, Any, bool]]] | None:
-    """Return a container's kind and what it holds, and whether each is what a ``state_dict`` would have."""
-    if isinstance(value, Call) and is_module(value):
-        return Branch("module"), state_children(value)
-    found = children_of(value)
-    if found is None or (key.endswith(_EXTRA) and as_data(value) is not None):
-        return None
-    kind, versions, entries = found
-    return Branch(kind, versions=versions), ((name, child, True) for name, child in entries)
+def _children(key: str, value: Any) -> tuple[Branch, Entries] | None:
+    is_leaf = Stored.of(value) is not None or (key.endswith(_EXTRA) and as_data(value) is not None)
+    return None if is_leaf else children_of(value)
