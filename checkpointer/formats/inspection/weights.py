@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 
@@ -18,16 +19,8 @@ _MODELS: Final = frozenset(
 )
 """The keys under which trainers keep the weights of the model."""
 _BESIDE: Final = (
-    "optim",
-    "sched",
-    "lr_sched",
-    "rng",
-    "loops",
-    "callbacks",
-    "scaler",
-    "sampler",
-    "random",
-    "dataloader",
+    *("optim", "sched", "lr_sched", "rng", "random", "loops", "callbacks"),
+    *("scaler", "sampler", "dataloader"),
 )
 """Keys that begin so hold something else than weights."""
 _OPTIONAL: Final = "num_batches_tracked"
@@ -106,7 +99,8 @@ def _below(contents: Tensors, path: str) -> Part:
         below = {name[len(s) :]: own for name, own in names.items() for s in starts if name.startswith(s)}
         if below:
             return Part(names=below)
-    msg = f"there is no tensor under {path!r}; the payload has {_listed(contents, contents.parts) or 'no weights'}"
+    have = _listed(contents, contents.parts) if contents.parts else "no weights"
+    msg = f"there is no tensor under {path!r}; the payload has {have}"
     raise RestoreError(msg)
 
 
@@ -184,10 +178,9 @@ def _which(contents: Tensors, paths: Iterable[str]) -> str:
 
 
 def _listed(contents: Tensors, paths: Iterable[str]) -> str:
-    paths = list(paths)
-    counts = [(path, len(contents.parts[path].names) if path in contents.parts else 0) for path in paths]
-    texts = [f"{path or repr('')} ({count} tensors)" if count else path for path, count in counts]
-    return ", ".join(texts[:_SHOWN]) + (f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else "")
+    counts = {path: len(contents.parts[path].names) if path in contents.parts else 0 for path in paths}
+    texts = [f"{path or repr('')} ({count} tensors)" if count else path for path, count in counts.items()]
+    return some_of(texts, _SHOWN)
 
 
 # For a module that takes them
@@ -249,7 +242,7 @@ def _renamed(part: Part, rename: Callable[[str], str | None]) -> Part:
     names: dict[str, str] = {}
     for key, full in part.names.items():
         name = rename(key)
-        if name is not None and name in names:
+        if name in names:
             msg = f"key_map makes {name!r} of {key!r} and of another name"
             raise MismatchError(msg)
         if name is not None:
@@ -287,7 +280,7 @@ def _fits(wanted: Wanted, there: Mapping[str, Shape]) -> Iterator[tuple[str, boo
 def _prefixes(names: Iterable[str], there: Iterable[str]) -> list[str]:
     """Return what stands before one of the names, in the order of the payload."""
     ends = [*names]
-    found = [key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}")]
+    found = (key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}"))
     return [*dict.fromkeys(found)]
 
 
