@@ -10,7 +10,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent
+from checkpointer.formats.inspection.pickle import CONTAINERS, Call, Global, Persistent
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED, TensorInfo
 
 __all__ = ["MAX_EXPANDED_BYTES", "STORAGES", "StorageRef", "Stored", "is_known"]
@@ -43,24 +43,25 @@ _UNWRAPPED: Final = {
     "_rebuild_parameter_with_state",
     "_rebuild_device_tensor_from_cpu_tensor",
 }
-_STRIDED: Final = {"_rebuild_tensor": None, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
-"""Functions that make a strided tensor, and the position of the argument with the flags."""
+_STRIDED: Final = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+"""Functions that make a strided tensor. The second has flags as its last argument, and the third a dtype before."""
 
 Read = Callable[["StorageRef", int, int], bytearray]
 """Returns bytes of a storage: from where, and how many."""
 
 
 def is_known(found: Global) -> bool:
-    """Return whether it is a name of torch's own for storages, dtypes and rebuilding tensors."""
+    """Return whether it makes plain containers, or is a name of torch's own for storages, dtypes and tensors."""
     if found.module == "torch._utils":
         return found.name.startswith("_rebuild_")
     is_type = found.module in ("torch", "torch.storage") and (
         found.name.endswith("Storage") or found.name in ITEM_SIZES or found.name in _SCHEMES
     )
-    return is_type or (found.module, found.name) in (
+    return is_type or (found.module, found.name) in {
+        *CONTAINERS,
         ("torch._tensor", "_rebuild_from_type_v2"),
         ("torch.serialization", "_get_layout"),
-    )
+    }
 
 
 @attrs.frozen
@@ -96,14 +97,10 @@ class Stored:
     @classmethod
     def of(cls, value: Any) -> Stored | None:
         """Return what a tensor is, if the call makes one; None for anything else."""
-        match _unwrapped(value):
-            case Call(what=Global(module="torch._utils", name=name), args=args):
-                if name in _STRIDED:
-                    return _strided(name, args)
-                if name == "_rebuild_sparse_tensor":
-                    return _sparse(args)
-                return _quantised(args) if name == "_rebuild_qtensor" else None
-        return None
+        name, args = _rebuild_call(value)
+        if name == "_rebuild_qtensor":
+            return _quantised(args)
+        return _sparse(args) if name == "_rebuild_sparse_tensor" else _strided(name, args)
 
     def info(self, name: str) -> TensorInfo:
         """Return what is known of it before a byte is read."""
@@ -228,53 +225,45 @@ def _corrupt(name: str) -> Iterator[None]:
         raise CorruptError(msg) from error
 
 
-def _unwrapped(value: Any) -> Any:
-    """Return the call that makes a tensor, out of those that make a parameter or a subclass of it."""
+def _rebuild_call(value: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return the function of torch and the arguments that make a tensor, a parameter or a subclass of it."""
     for _ in range(8):
         match value:
             case Call(what=Global(name=name), args=(inner, *_)) if name in _UNWRAPPED:
                 value = inner
             case Call(what=Global(name="_rebuild_from_type_v2"), args=(what, _, tuple(args), *_)):
                 value = Call(what, args)
+            case Call(what=Global(module="torch._utils", name=name), args=args):
+                return name, args
             case _:
                 break
-    return value
+    return "", ()
 
 
 def _strided(name: str, args: tuple[Any, ...]) -> Strided | None:
-    found = _place(args)
-    if found is None:
-        return None
-    if name == "_rebuild_tensor_v3" and len(args) > 6 and isinstance(args[6], Global):
-        found["dtype"] = args[6].name
-    at = _STRIDED[name]
-    flags = args[at] if at is not None and len(args) > at and isinstance(args[at], dict) else {}
-    return Strided(**found, conj=flags.get("conj") is True, neg=flags.get("neg") is True)
-
-
-def _place(args: tuple[Any, ...]) -> dict[str, Any] | None:
     match args:
-        case (Persistent(id=identity), int(offset), sizes, steps, *_) if offset >= 0:
+        case (Persistent(id=identity), int(offset), sizes, steps, *_) if offset >= 0 and name in _STRIDED:
             storage, shape, stride = StorageRef.of(identity), _ints(sizes), _ints(steps)
-            if storage is not None and shape is not None and stride is not None and len(shape) == len(stride):
-                return {
-                    "dtype": storage.dtype,
-                    "storage": storage,
-                    "offset": offset,
-                    "shape": shape,
-                    "stride": stride,
-                }
+            if storage is None or shape is None or stride is None or len(shape) != len(stride):
+                return None
+            found: dict[str, Any] = {"dtype": storage.dtype}
+            for extra in args[6:]:
+                if isinstance(extra, Global):
+                    found["dtype"] = extra.name
+                elif isinstance(extra, dict):
+                    found |= {flag: extra.get(flag) is True for flag in ("conj", "neg")}
+            return Strided(storage=storage, offset=offset, shape=shape, stride=stride, **found)
     return None
 
 
 def _quantised(args: tuple[Any, ...]) -> Quantised | None:
-    found = _place(args)
+    found = _strided(_STRIDED[0], args[:4])
     match args[4:5]:
         case ((Global(name=scheme), *parameters),) if scheme in _SCHEMES and found is not None:
-            parts = tuple(Stored.of(part) or part for part in parameters)
-            kinds: Any = ((int, float), int) if scheme == "per_tensor_affine" else (Stored, Stored, int)
+            parts = tuple(_strided(*_rebuild_call(part)) or part for part in parameters)
+            kinds: Any = ((int, float), int) if scheme == "per_tensor_affine" else (Strided, Strided, int)
             if len(parts) == len(kinds) and all(map(isinstance, parts, kinds)):
-                return Quantised(**found, scheme=scheme, parts=parts)
+                return Quantised(**attrs.asdict(found, recurse=False) | {"scheme": scheme, "parts": parts})
     return None
 
 
@@ -283,7 +272,7 @@ def _sparse(args: tuple[Any, ...]) -> Sparse | None:
         case (Call(args=(str(layout),)), tuple(data)):
             layout = layout.removeprefix("torch.")
             count = 2 if layout == "sparse_coo" else 3 if layout in _COMPRESSED else 0
-            parts = tuple(part for item in data[:count] if (part := Stored.of(item)) is not None)
+            parts = tuple(part for item in data[:count] if (part := _strided(*_rebuild_call(item))) is not None)
             shape = _ints(data[count]) if len(data) > count else None
             if count and len(parts) == count and shape is not None:
                 return Sparse(dtype=parts[-1].dtype, shape=shape, layout=layout, parts=parts)
@@ -291,9 +280,6 @@ def _sparse(args: tuple[Any, ...]) -> Sparse | None:
 
 
 def _ints(value: Any) -> tuple[int, ...] | None:
-    match value:
-        case Call(what=Global(name="Size"), args=(sizes, *_)):
-            value = sizes
     if isinstance(value, (tuple, list)) and all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
         return tuple(value)
     return None

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent
+from checkpointer.formats.inspection.pickle import Call, Global, Persistent, Size
 from checkpointer.formats.inspection.pickled_tensors import Stored
-from checkpointer.formats.inspection.pickled_values import (
-    bytes_of,
-    is_module,
-    kind_of,
-    module_entries,
-    pairs_of,
-    scalar_of,
-    sequence_of,
-    versions_of,
-)
+from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
 from checkpointer.formats.inspection.tensors import ITEM_SIZES
 
 __all__ = ["Unread", "rebuilt", "unread_in"]
@@ -78,7 +69,7 @@ class _Rebuilding:
             return _named(value)
         if isinstance(value, Persistent):
             return Unread("a storage")
-        if not isinstance(value, (dict, list, tuple, Call)):
+        if not isinstance(value, (dict, list, tuple, set, frozenset, Call)):
             return value
         if id(value) not in self._made:
             made = self._container(value)
@@ -86,21 +77,18 @@ class _Rebuilding:
         return self._made[id(value)]
 
     def _container(self, value: Any) -> Any:
-        pairs = pairs_of(value)
-        if pairs is not None:
-            return self._mapping(value, pairs)
+        if isinstance(value, Call):
+            return self._call(value)
+        if isinstance(value, Size):
+            return _torch("Size")(value)
+        if not isinstance(value, (dict, list)):
+            return type(value)(map(self.make, value))
+        made: Any = type(value)()
+        self._made[id(value)] = made
         if isinstance(value, list):
-            made = self._made[id(value)] = []
             made.extend(map(self.make, value))
             return made
-        return tuple(map(self.make, value)) if isinstance(value, tuple) else self._call(value)
-
-    def _mapping(self, value: Any, pairs: list[tuple[Any, Any]]) -> Any:
-        name = (kind_of(value) or ("", "dict"))[1]
-        # A defaultdict is made without its function, which may be of any kind.
-        made: Any = {"Counter": Counter, "OrderedDict": OrderedDict}.get(name, dict)()
-        self._made[id(value)] = made
-        for key, child in pairs:
+        for key, child in value.items():
             made[self.make(key)] = self.make(child)
         if versions := versions_of(value):
             made._metadata = versions
@@ -111,13 +99,9 @@ class _Rebuilding:
             return self._tensor(stored)
         if is_module(call):
             return OrderedDict(self._state_of(call))
-        sequence, number, data = sequence_of(call), scalar_of(call), bytes_of(call)
-        if sequence is not None:
-            kind: Any = {"set": set, "frozenset": frozenset}.get(call.what.name, list)
-            return (_torch("Size") if call.what.name == "Size" else kind)([*map(self.make, sequence)])
-        if number is not None:
-            return number
-        return _plain(call) if data is None else data
+        if call.what == Global("torch", "device"):
+            return _torch("device")(*call.args)
+        return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
 
     def _state_of(self, module: Call, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, child, is_weight in module_entries(module):
@@ -125,16 +109,6 @@ class _Rebuilding:
                 yield from self._state_of(child, f"{prefix}{key}.")
             elif is_weight:
                 yield f"{prefix}{key}", self.make(child)
-
-
-def _plain(call: Call) -> Any:
-    """Return a plain value that a call makes."""
-    args, kind = call.args, kind_of(call)
-    if kind == ("builtins", "complex") and all(isinstance(arg, (int, float)) for arg in args) and len(args) <= 2:
-        return complex(*args)
-    if kind == ("torch", "device"):
-        return _torch("device")(*args)
-    return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
 
 
 def _named(found: Global) -> Any:

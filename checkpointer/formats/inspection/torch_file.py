@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection import pickled_tensors
-from checkpointer.formats.inspection.pickle import globals_in, persistents_in, read_pickle
-from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored
-from checkpointer.formats.inspection.pickled_values import as_data, children_of, is_container_call, shown
+from checkpointer.formats.inspection.pickle import Global, Persistent, read_names, read_pickle
+from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored, is_known
+from checkpointer.formats.inspection.pickled_values import as_data, children_of, shown
 from checkpointer.formats.inspection.rebuild import rebuilt
 from checkpointer.formats.inspection.tensors import (
     ITEM_SIZES,
@@ -41,15 +40,22 @@ _EXTRA: Final = "_extra_state"
 class TorchContents(Tensors):
     """An opened torch file: its pickle from `read_pickle`, and where the bytes of each storage lie, by its key."""
 
-    def __init__(self, stream: BinaryIO, root: Any, ranges: Mapping[str, _Range], size: int = 0) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        root: Any,
+        ranges: Mapping[str, _Range],
+        *,
+        names: Iterable[Global | Persistent] = (),
+        size: int = 0,
+    ) -> None:
         super().__init__()
         self._stream = stream
         self._root = root
         self._ranges = ranges
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
-        known = (is_container_call, pickled_tensors.is_known)
-        self.calls = tuple(sorted(str(found) for found in globals_in(root) if not any(is_it(found) for is_it in known)))
+        self.calls = tuple(sorted(str(name) for name in names if isinstance(name, Global) and not is_known(name)))
         tree = tree_of(root, _children, self._add, MIN_STEPS + STEPS_PER_BYTE * size)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
@@ -144,7 +150,8 @@ def open_zip(stream: BinaryIO) -> TorchContents:
     except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError...
         msg = f"it cannot be read as a zip file ({type(error).__name__}: {error})"
         raise CorruptError(msg) from error
-    return TorchContents(stream, read_pickle(io.BytesIO(data)), ranges, len(data))
+    state, names = read_names(io.BytesIO(data))
+    return TorchContents(stream, state, ranges, names=names, size=len(data))
 
 
 def _read(stream: BinaryIO, member: zipfile.ZipInfo) -> bytes:
@@ -173,17 +180,17 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
     end = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     bounded: Any = _Bounded(stream)
-    first = read_pickle(bounded)
+    first, names = read_names(bounded)
     if first != _LEGACY_MAGIC:
-        return TorchContents(stream, first, {}, stream.tell())
+        return TorchContents(stream, first, {}, names=names, size=stream.tell())
     for _ in range(2):  # The protocol's version, and what the system was like.
         read_pickle(bounded)
-    root, keys = read_pickle(bounded), read_pickle(bounded)
+    (root, names), keys = read_names(bounded), read_pickle(bounded)
     pickled = stream.tell()
     if not isinstance(keys, (list, tuple)):
         msg = f"its list of storages is a {type(keys).__name__}"
         raise CorruptError(msg)
-    refs = filter(None, (StorageRef.of(found.id) for found in persistents_in(root)))
+    refs = filter(None, (StorageRef.of(name.id) for name in names if isinstance(name, Persistent)))
     sizes = {ref.key: ITEM_SIZES.get(ref.dtype, 1) for ref in refs}
     ranges = {}
     for key in map(str, keys):
@@ -192,7 +199,7 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
         # A file that was cut ends within a storage: `problems` names the tensors that lack bytes.
         ranges[key] = _Range(start, min(size, end - start))
         stream.seek(min(start + size, end))
-    return TorchContents(stream, root, ranges, pickled)
+    return TorchContents(stream, root, ranges, names=names, size=pickled)
 
 
 class _Bounded:
