@@ -92,16 +92,15 @@ class Snapshots:
             self._give_back(copying.buffers)
             if isinstance(error, MemoryError):
                 raise
-            what = culprit(state) or self._uncopied(state, error)
+            what = culprit(state)
+            if not what:
+                uncopied = culprit(state, lambda part: self._round_trip(part, _Numbering()))
+                what = f"{uncopied or f'{type(error).__name__}: {error}'}, or pass background=None"
             msg = f"the state cannot be copied, which a save in the background begins with: {what}"
             raise SaveError(msg) from error
         self._trim(Counter(key for key, _ in copying.buffers))
         sources = list(copying.sources.values()) if events else []
         return Snapshot(copy, copying.buffers, events, sources, self._give_back)
-
-    def _uncopied(self, state: Any, error: Exception) -> str:
-        what = culprit(state, lambda part: self._round_trip(part, _Numbering()))
-        return f"{what or f'{type(error).__name__}: {error}'}, or pass background=None"
 
     def _round_trip(self, state: Any, copying: _Numbering) -> Any:
         stream = io.BytesIO()

@@ -233,10 +233,11 @@ _IGNORED: Final = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER", "NEXT_
 _PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUSHES: Final = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    code.name
+    for code in pickletools.opcodes
+    if code.arg and not code.stack_before and code.stack_after and code.stack_after != [pickletools.anyobject]
 )
+"""Instructions that push the number, text or bytes that is their argument."""
 _ACTIONS: Final[dict[str, Callable[..., Any]]] = {
     **dict.fromkeys(_PUSHES, lambda argument: argument),
     "NONE": lambda _: None,

@@ -13,7 +13,7 @@ from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
 from checkpointer.formats.inspection.tensors import ITEM_SIZES
 
-__all__ = ["Unread", "rebuilt", "unread_in"]
+__all__ = ["Rebuilding", "Unread", "unread_in"]
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -33,11 +33,6 @@ class Unread:
         return f"<{self.what}, not unpickled>"
 
 
-def rebuilt(root: Any, tensor: Callable[[Stored], Any]) -> Any:
-    """Return the state that a pickle holds. A pickled module becomes its ``state_dict``."""
-    return _Rebuilding(tensor).make(root)
-
-
 def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
     """Yield each mark in a state, with the keys that lead to it."""
     seen: set[int] = set()
@@ -48,25 +43,27 @@ def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
             yield path, found
         elif isinstance(found, (Mapping, list, tuple, set, frozenset)) and id(found) not in seen:
             seen.add(id(found))
-            pairs = found.items() if isinstance(found, Mapping) else enumerate(found)
-            todo += [(f"{path}.{key}" if path else str(key), item) for pair in pairs for key, item in _sides(*pair)]
+            pairs = [*(found.items() if isinstance(found, Mapping) else enumerate(found))]
+            keys = [("(a key)", key) for key, _ in pairs if isinstance(key, (Unread, tuple))]
+            todo += [(f"{path}.{key}" if path else str(key), item) for key, item in (*pairs, *keys)]
 
 
-def _sides(key: Any, value: Any) -> list[tuple[Any, Any]]:
-    return [(key, value), *([("(a key)", key)] if isinstance(key, (Unread, tuple)) else [])]
+@attrs.frozen
+class Rebuilding:
+    """Makes the state that a pickle holds. A pickled module becomes its ``state_dict``.
 
+    Each object is made once, so that what is there twice is one object again, and what holds itself ends.
+    """
 
-class _Rebuilding:
-    """Makes each object once, so that what is there twice is one object again, and what holds itself ends."""
-
-    def __init__(self, tensor: Callable[[Stored], Any]) -> None:
-        self._tensor = tensor
-        self._made: dict[int, Any] = {}
+    tensor: Callable[[Stored], Any]
+    """Makes a tensor."""
+    _made: dict[int, Any] = attrs.field(factory=dict, init=False)
 
     def make(self, value: Any) -> Any:
         """Return what a value of the pickle stands for."""
         if isinstance(value, Global):
-            return _named(value)
+            dtype = _torch(value.name) if value.module == "torch" and value.name in ITEM_SIZES else None
+            return dtype or Unread(str(value))
         if isinstance(value, Persistent):
             return Unread("a storage")
         if not isinstance(value, (dict, list, tuple, set, frozenset, Call)):
@@ -96,7 +93,7 @@ class _Rebuilding:
 
     def _call(self, call: Call) -> Any:
         if (stored := Stored.of(call)) is not None:
-            return self._tensor(stored)
+            return self.tensor(stored)
         if is_module(call):
             return OrderedDict(self._state_of(call))
         if call.what == Global("torch", "device"):
@@ -109,11 +106,6 @@ class _Rebuilding:
                 yield from self._state_of(child, f"{prefix}{key}.")
             elif is_weight:
                 yield f"{prefix}{key}", self.make(child)
-
-
-def _named(found: Global) -> Any:
-    is_dtype = found.module == "torch" and found.name in ITEM_SIZES
-    return (_torch(found.name) if is_dtype else None) or Unread(str(found))
 
 
 def _torch(name: str) -> Any:

@@ -8,11 +8,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
+import attrs
+
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.pickle import Global, Persistent, read_names, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored, is_known
 from checkpointer.formats.inspection.pickled_values import as_data, children_of, shown
-from checkpointer.formats.inspection.rebuild import rebuilt
+from checkpointer.formats.inspection.rebuild import Rebuilding
 from checkpointer.formats.inspection.tensors import (
     ITEM_SIZES,
     Branch,
@@ -76,7 +78,7 @@ class TorchContents(Tensors):
     def state(self) -> Any:
         """Return the whole state; an object that only unpickling would make becomes an `Unread`."""
         try:
-            return rebuilt(self._root, lambda stored: self._made("a tensor", stored))
+            return Rebuilding(lambda stored: self._made("a tensor", stored)).make(self._root)
         except (RecursionError, TypeError, ValueError) as error:
             msg = f"its state cannot be made of what is there ({type(error).__name__}: {error})"
             raise CorruptError(msg) from error
@@ -110,20 +112,20 @@ class TorchContents(Tensors):
         self._stream.close()
 
 
+@attrs.frozen
 class _Range:
     """Where a storage's bytes lie in the file; in a zip file they begin after a header, which is read when needed."""
 
-    def __init__(self, start: int | zipfile.ZipInfo, size: int) -> None:
-        self._start = start
-        self.size = size
+    where: int | zipfile.ZipInfo
+    size: int
 
     def start(self, stream: BinaryIO) -> int:
-        if isinstance(self._start, zipfile.ZipInfo):
-            stream.seek(self._start.header_offset)
-            header = stream.read(_LOCAL_HEADER)
-            names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            self._start = self._start.header_offset + _LOCAL_HEADER + names
-        return self._start
+        if isinstance(self.where, int):
+            return self.where
+        stream.seek(self.where.header_offset)
+        header = stream.read(_LOCAL_HEADER)
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return self.where.header_offset + _LOCAL_HEADER + names
 
 
 # The two kinds of torch files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -109,18 +110,13 @@ def _below(contents: Tensors, path: str) -> Part:
 
 def _candidates(contents: Tensors) -> dict[str, Part]:
     """Return the parts that may be a model's: not what is beside one, nor single numbers, unless there is no other."""
+
+    def is_likely(path: str, part: Part) -> bool:
+        is_beside = any(key.startswith(_BESIDE) for key in re.split(r": |[./]", path.lower()))
+        return not is_beside and any(contents.tensors[full].numel > 1 for full in part.names.values())
+
     parts = contents.models
-    likely = {path: part for path, part in parts.items() if not _is_beside(path) and _has_weights(contents, part)}
-    return likely or dict(parts)
-
-
-def _is_beside(path: str) -> bool:
-    keys = path.lower().replace(": ", ".").replace("/", ".").split(".")
-    return any(key.startswith(_BESIDE) for key in keys)
-
-
-def _has_weights(contents: Tensors, part: Part) -> bool:
-    return any(contents.tensors[full].numel > 1 for full in part.names.values())
+    return {path: part for path, part in parts.items() if is_likely(path, part)} or dict(parts)
 
 
 def _found(contents: Tensors) -> str:
