@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
@@ -51,7 +51,11 @@ _STORAGE_ONLY: Final = ("retry",)
 
 MAX_LIST: Final = 1_000_000
 MAX_PROBLEMS: Final = 10
-
+_STEPS: Final = {
+    *("set_up_storage_writer", "set_up_planner", "create_local_plan", "prepare_local_plan", "write_data", "finish"),
+    *("read_metadata", "read_data"),
+}
+"""Methods that DCP calls on a rank while the others wait."""
 
 _METADATA_GLOBALS: Final = {
     ("torch", "Size"): torch.Size,
@@ -194,14 +198,21 @@ def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
         raise kind(msg) from cause
 
 
-class _SavePlanner(DefaultSavePlanner):
+class _Portable:
+    """Raises in DCP's steps what the other ranks can be sent."""
+
+    def __init_subclass__(cls) -> None:
+        for step in _STEPS & set(dir(cls)):
+            setattr(cls, step, _portably()(getattr(cls, step)))
+
+
+class _SavePlanner(_Portable, DefaultSavePlanner):
     """Raises what went wrong before within DCP's own steps, so that it is an error on all ranks."""
 
     def __init__(self, error: Exception | None) -> None:
         super().__init__()
         self._error = error
 
-    @_portably()
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
@@ -209,41 +220,21 @@ class _SavePlanner(DefaultSavePlanner):
             raise self._error
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
-    @_portably()
-    def create_local_plan(self) -> SavePlan:
-        return super().create_local_plan()
 
-
-class _Portable:
-    """A writer whose folder can be moved: its staging path is not recorded. Its errors reach the other ranks."""
+class _Movable:
+    """A writer whose folder can be moved: its staging path is not recorded."""
 
     save_id: str
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
-    @_portably()
-    def set_up_storage_writer(self, *args: Any, **kwargs: Any) -> Any:
-        return super().set_up_storage_writer(*args, **kwargs)  # type: ignore[misc]
 
-    @_portably()
-    def prepare_local_plan(self, plan: SavePlan) -> Any:
-        return super().prepare_local_plan(plan)  # type: ignore[misc]
-
-    @_portably()
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        return super().write_data(*args, **kwargs)  # type: ignore[misc]
-
-    @_portably()
-    def finish(self, *args: Any, **kwargs: Any) -> Any:
-        return super().finish(*args, **kwargs)  # type: ignore[misc]
-
-
-class _Writer(_Portable, FileSystemWriter):
+class _Writer(_Portable, _Movable, FileSystemWriter):
     """Writes to a path."""
 
 
-class _UrlWriter(_Portable, FsspecWriter):
+class _UrlWriter(_Portable, _Movable, FsspecWriter):
     """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
 
     DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
@@ -271,11 +262,6 @@ class _Safe:
         except RestoreError as error:
             raise self.error or error from None
 
-    @_portably()
-    def read_data(self, *args: Any, **kwargs: Any) -> Any:
-        return super().read_data(*args, **kwargs)  # type: ignore[misc]
-
-    @_portably()
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
             with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
@@ -291,11 +277,11 @@ class _Safe:
         return metadata
 
 
-class Reader(_Safe, FileSystemReader):  # type: ignore[misc]
+class Reader(_Portable, _Safe, FileSystemReader):  # type: ignore[misc]
     """Reads a path."""
 
 
-class _UrlReader(_Safe, FsspecReader):  # type: ignore[misc]
+class _UrlReader(_Portable, _Safe, FsspecReader):  # type: ignore[misc]
     """Reads a URL."""
 
 
@@ -331,7 +317,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return known
 
 
-class _Planner(DefaultLoadPlanner):
+class _Planner(_Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
     def __init__(self, *, weights_only: bool) -> None:
@@ -340,9 +326,8 @@ class _Planner(DefaultLoadPlanner):
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None, "a load has read it"
-        with _portably():
-            _check_same(state_dict, metadata)
-            super().set_up_planner(state_dict, metadata, is_coordinator)
+        _check_same(state_dict, metadata)
+        super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = TorchFormat().read(cast(BinaryIO, value), weights_only=self._weights_only, map_location="cpu")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from checkpointer.errors import NameTakenError, PolicyError, SaveError
+from checkpointer.formats.inspection.pickle import Persistent
 from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo, memory_at, memory_of
@@ -112,25 +113,22 @@ def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read
 
 
 def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump({name: info if info.is_dense else read(name).cpu() for name, info in tensors.items()})
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        pickled, storages = _pickle(tensors, read)
-        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data.pkl", buffer.getvalue())
         archive.writestr("archive/byteorder", "little")
-        for number, (name, info) in enumerate(tensors.items()):
-            if info.is_dense:
-                with archive.open(_member(stream, number, info.bytes), "w") as part:
-                    part.write(memory_of(read(name)))
-        for number, storage in enumerate(storages, start=len(tensors)):
-            with archive.open(_member(stream, number, storage.nbytes()), "w") as part:
-                part.write(memory_at(storage.data_ptr(), storage.nbytes()))
+        for number, storage in enumerate(pickler.storages):
+            is_info = isinstance(storage, TensorInfo)
+            member = zipfile.ZipInfo(f"archive/data/{number}")
+            member.file_size = storage.bytes if is_info else storage.nbytes()
+            member.extra = _padding(stream.tell(), member)
+            with archive.open(member, "w") as part:
+                part.write(
+                    memory_of(read(storage.name)) if is_info else memory_at(storage.data_ptr(), member.file_size)
+                )
         archive.writestr("archive/version", "3\n")
-
-
-def _member(stream: BinaryIO, number: int, size: int) -> zipfile.ZipInfo:
-    member = zipfile.ZipInfo(f"archive/data/{number}")
-    member.file_size = size
-    member.extra = _padding(stream.tell(), member)
-    return member
 
 
 def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
@@ -141,61 +139,41 @@ def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
     return b"FB" + count.to_bytes(2, "little") + b"Z" * count
 
 
-class _Storage:
-    """A storage in torch's pickle: the bytes of one tensor, in a file beside it."""
+class _Pickler(pickle.Pickler):
+    """Pickles a `TensorInfo` as the tensor that it describes, and other tensors, sparse or quantised, as they are.
 
-    def __init__(self, kind: Any, key: int, count: int) -> None:
-        self.id = ("storage", kind, str(key), "cpu", count)
+    ``storages`` has where the bytes of each storage come from: such a description, or the storage itself.
+    """
 
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream, protocol=2)
+        self.storages: list[Any] = []
 
-class _Tensor:
-    """A tensor in torch's pickle."""
-
-    def __init__(self, key: int, info: TensorInfo) -> None:
+    def reducer_override(self, value: Any) -> Any:
         import torch
 
-        self._info = info
-        stride = tuple(torch.empty(info.shape, device="meta").stride())
-        kind = getattr(torch, _STORAGES.get(info.dtype, ""), None)
-        storage = _Storage(kind or torch.UntypedStorage, key, info.numel if kind else info.bytes)
+        if not isinstance(value, TensorInfo):
+            return NotImplemented
+        kind = getattr(torch, _STORAGES.get(value.dtype, ""), None)
+        stride = tuple(torch.empty(value.shape, device="meta").stride())
+        count = value.numel if kind else value.bytes
+        storage = Persistent(self._identity(value, kind or torch.UntypedStorage, count))
         hooks: OrderedDict[str, Any] = OrderedDict()
-        args: tuple[Any, ...] = (storage, 0, info.shape, stride, False, hooks)
-        self._made: tuple[Any, tuple[Any, ...]] = (torch._utils._rebuild_tensor_v2, args)
-        if kind is None:
-            self._made = torch._utils._rebuild_tensor_v3, (*args, getattr(torch, info.dtype))
-
-    def __reduce__(self) -> Any:
-        return self._made
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles what stands for tensors; of real ones, sparse or quantised, it keeps the storages."""
-
-    def __init__(self, stream: BinaryIO, first: int) -> None:
-        super().__init__(stream, protocol=2)
-        self._first = first
-        self.storages: list[Any] = []
+        args = (storage, 0, value.shape, stride, False, hooks)
+        if kind:
+            return torch._utils._rebuild_tensor_v2, args
+        return torch._utils._rebuild_tensor_v3, (*args, getattr(torch, value.dtype))
 
     def persistent_id(self, value: Any) -> Any:
         import torch
 
-        if isinstance(value, _Storage):
+        if isinstance(value, Persistent):
             return value.id
         if not isinstance(value, torch.storage.TypedStorage):
             return None
         kind = getattr(torch, value._pickle_storage_type())  # type: ignore[no-untyped-call]
-        self.storages.append(value._untyped_storage)
-        key = str(self._first + len(self.storages) - 1)
-        return ("storage", kind, key, "cpu", value._size())  # type: ignore[no-untyped-call]
+        return self._identity(value._untyped_storage, kind, value._size())  # type: ignore[no-untyped-call]
 
-
-def _pickle(tensors: Mapping[str, TensorInfo], read: Read) -> tuple[bytes, list[Any]]:
-    """Return the pickle, and the storages of tensors whose bytes are not simply their elements."""
-    buffer = io.BytesIO()
-    state = {
-        name: _Tensor(number, info) if info.is_dense else read(name).cpu()
-        for number, (name, info) in enumerate(tensors.items())
-    }
-    pickler = _Pickler(buffer, len(tensors))
-    pickler.dump(state)
-    return buffer.getvalue(), pickler.storages
+    def _identity(self, source: Any, kind: type, count: int) -> tuple[Any, ...]:
+        self.storages.append(source)
+        return ("storage", kind, str(len(self.storages) - 1), "cpu", count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
@@ -105,10 +104,11 @@ def _tensors(state: Any) -> dict[str, torch.Tensor]:
 
 
 def _check(key: Any, value: Any) -> None:
-    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-        what = f"state[{key!r}] is a {type(value).__name__}"
-        if not isinstance(key, str):
-            what = f"the key {key!r} is a {type(key).__name__}"
+    is_text = isinstance(key, str)
+    if not is_text or not isinstance(value, torch.Tensor):
+        what = (
+            f"state[{key!r}] is a {type(value).__name__}" if is_text else f"the key {key!r} is a {type(key).__name__}"
+        )
         msg = (
             f"{what}; safetensors holds only tensors under text names: pass "
             "weights=model.state_dict with contents='weights', or use format='torch'"
@@ -139,11 +139,10 @@ def _is_held(dtype: torch.dtype) -> bool:
     if dtype in _ALWAYS:
         return True
     tensor = torch.empty(0, dtype=dtype)
-    header = json.dumps({"w": entry(_info("w", tensor), 0)}).encode()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/probe.safetensors"
         with open(path, "wb") as stream:
-            stream.write(len(header).to_bytes(8, "little") + header)
+            write_safetensors(stream, [_info("w", tensor)], lambda _: tensor)
         try:
             return _load_file(path)["w"].dtype == dtype
         except Exception:  # SafetensorError or KeyError.

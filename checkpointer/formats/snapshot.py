@@ -12,7 +12,7 @@ import io
 import pickle
 import sys
 from collections import ChainMap, Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -92,19 +92,31 @@ class Snapshots:
             self._give_back(copying.buffers)
             if isinstance(error, MemoryError):
                 raise
-            what = culprit(state) or self._uncopied(state, error)
+            what = culprit(state)
+            if not what:
+                uncopied = culprit(state, lambda part: self._round_trip(part, _Numbering()))
+                what = f"{uncopied or f'{type(error).__name__}: {error}'}, or pass background=None"
             msg = f"the state cannot be copied, which a save in the background begins with: {what}"
             raise SaveError(msg) from error
         self._trim(Counter(key for key, _ in copying.buffers))
         sources = list(copying.sources.values()) if events else []
         return Snapshot(copy, copying.buffers, events, sources, self._give_back)
 
-    def _uncopied(self, state: Any, error: Exception) -> str:
-        what = culprit(state, lambda part: self._round_trip(part, _Numbering()))
-        return f"{what or f'{type(error).__name__}: {error}'}, or pass background=None"
-
     def _round_trip(self, state: Any, copying: _Numbering) -> Any:
-        return _round_trip(state, copying, takes_shards=self.takes_shards)
+        stream = io.BytesIO()
+        arrays: list[memoryview] = []
+        pickler = Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
+        pickler.takes_shards = self.takes_shards
+        pickler.dispatch_table = copying.dispatch_table()
+        pickler.dump(state)
+        stream.seek(0)
+        # torch notes what a load has rebuilt, to check it later; of this nothing was read from a file.
+        noted = _noted_by_torch()
+        before = len(noted)
+        try:
+            return _Unpickler(stream, copying.copies, arrays).load()
+        finally:
+            del noted[before:]
 
     def _buffer(self, key: _Key) -> Any:
         # One operation, because the writer thread gives buffers back at any time.
@@ -149,6 +161,21 @@ class _Numbering:
             self._numbers[identity] = len(self.copies)
             self.copies.append(self._copy(storage))
         return self._numbers[identity]
+
+    def dispatch_table(self) -> Mapping[type, Any]:
+        """Return how to pickle storages, as their numbers, and all else."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return copyreg.dispatch_table
+        numbers: dict[type, Any] = {
+            torch.UntypedStorage: lambda storage: (_copy_of, (self.number_of(storage),)),
+            torch.storage.TypedStorage: lambda storage: (
+                _copy_of,
+                (self.number_of(storage._untyped_storage), storage.dtype),
+            ),
+        }
+        others: dict[type, Any] = copyreg.dispatch_table
+        return ChainMap(numbers, others)
 
     def _copy(self, storage: Any) -> Any:
         return storage
@@ -203,33 +230,6 @@ class _Copying(_Numbering):
         return events
 
 
-def _round_trip(state: Any, copying: _Numbering, *, takes_shards: bool) -> Any:
-    stream = io.BytesIO()
-    arrays: list[memoryview] = []
-    pickler = Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
-    pickler.takes_shards = takes_shards
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        reducers: dict[type, Any] = {
-            torch.UntypedStorage: lambda storage: (_untyped, (copying.number_of(storage),)),
-            torch.storage.TypedStorage: lambda storage: (
-                _typed,
-                (copying.number_of(storage._untyped_storage), storage.dtype),
-            ),
-        }
-        others: dict[type, Any] = copyreg.dispatch_table
-        pickler.dispatch_table = ChainMap(reducers, others)
-    pickler.dump(state)
-    stream.seek(0)
-    # torch notes what a load has rebuilt, to check it later; of this nothing was read from a file.
-    noted = _noted_by_torch()
-    before = len(noted)
-    try:
-        return _Unpickler(stream, copying.copies, arrays).load()
-    finally:
-        del noted[before:]
-
-
 def _noted_by_torch() -> list[Any]:
     utils: Any = getattr(sys.modules.get("torch"), "_utils", None)
     if hasattr(utils, "_get_sparse_tensors_to_validate"):  # Since torch 2.15, a list for each thread.
@@ -256,34 +256,28 @@ class _Unpickler(pickle.Unpickler):
         self._copies = copies
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if module == __name__ and name == "_untyped":
-            return self._copies.__getitem__
-        if module == __name__ and name == "_typed":
-            return self._typed
+        if module == __name__ and name == _copy_of.__name__:
+            return self._copy_of
+        found = super().find_class(module, name)
         if module == "torch._utils" and name == "_rebuild_tensor_v3":
             # It is handed an untyped storage, but a load gives it a typed one, and so it expects that.
-            rebuild = super().find_class(module, name)
-            return lambda storage, *rest: rebuild(self._wrapped(storage), *rest)
-        return super().find_class(module, name)
+            return lambda storage, *rest: found(_wrapped(storage), *rest)
+        return found
 
-    def _typed(self, number: int, dtype: Any) -> Any:
-        return self._wrapped(self._copies[number], dtype)
-
-    def _wrapped(self, storage: Any, dtype: Any = None) -> Any:
-        import torch
-
-        typed = torch.storage.TypedStorage
-        return typed(wrap_storage=storage, dtype=dtype or torch.uint8, _internal=True)  # type: ignore[no-untyped-call]
+    def _copy_of(self, number: int, dtype: Any = None) -> Any:
+        return self._copies[number] if dtype is None else _wrapped(self._copies[number], dtype)
 
 
-def _untyped(number: int) -> Any:
-    """Stand in the pickle for a storage's copy, which only the `_Unpickler` of that snapshot has."""
-    raise AssertionError(number)
-
-
-def _typed(number: int, dtype: Any) -> Any:
-    """Stand in the pickle for a storage's copy as values of a dtype."""
+def _copy_of(number: int, dtype: Any = None) -> Any:
+    """Stand in the pickle for a storage's copy, or its copy as values of a dtype; the `_Unpickler` has the copies."""
     raise AssertionError(number, dtype)
+
+
+def _wrapped(storage: Any, dtype: Any = None) -> Any:
+    import torch
+
+    typed = torch.storage.TypedStorage
+    return typed(wrap_storage=storage, dtype=dtype or torch.uint8, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def _allocate(key: _Key) -> Any:

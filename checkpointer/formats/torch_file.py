@@ -150,13 +150,10 @@ class _Search:
             for name, item in getattr(value, "__dict__", {}).items():
                 self.visit(item, f"{path}.{name}")
         elif len(self.found) == before:
-            self._visit_leaf(value, path)
-
-    def _visit_leaf(self, value: Any, path: str) -> None:
-        check_whole(value, path)
-        if self._is_refused(value):
-            detail = " that is nested" if type(value) in self._tensors else _DETAILS.get(type(value), "")
-            self.found[path] = class_name(value) + detail
+            check_whole(value, path)
+            if self._is_refused(value):
+                detail = " that is nested" if type(value) in self._tensors else _DETAILS.get(type(value), "")
+                self.found[path] = class_name(value) + detail
 
     def _visit_items(self, value: Any, path: str) -> None:
         if not isinstance(value, dict):

@@ -10,12 +10,7 @@ import attrs
 
 from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
-from checkpointer.errors import (
-    CheckpointerWarning,
-    CorruptError,
-    RestoreError,
-    StorageError,
-)
+from checkpointer.errors import CheckpointerWarning, CorruptError, RestoreError, StorageError
 from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, raising_unreachable, verify

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import CheckpointerError, CorruptError
 from checkpointer.formats import open_format
-from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.formats.inspection.payload import open_contents, open_stream
 from checkpointer.formats.inspection.pickle import Call, Global, read_pickle
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import MemoryStorage
@@ -255,6 +255,23 @@ def test_what_refers_to_itself_ends() -> None:
         assert 2 == len(contents.others)
     with pytest.raises(CorruptError, match="holds more than"), open_contents(stored(hostile_zip(laughs())), "a.ckpt"):
         pass
+
+
+@pytest.mark.parametrize(
+    "key", [b")" + b"\x85" * 400_000, b")" + b"q\x00h\x00\x86" * 100], ids=["deep", "itself twice, a hundred times"]
+)
+def test_a_key_that_cannot_be_hashed_is_replaced_by_its_class(key: bytes) -> None:
+    """Hashing such a tuple ends the process, or takes longer than anyone waits."""
+    assert {"tuple": 1} == read_pickle(io.BytesIO(b"\x80\x02}" + key + b"K\x01s."))
+
+
+def test_extra_state_that_repeats_itself_is_not_taken_for_data() -> None:
+    """Its entries are counted, as those of any other list."""
+    level: list[Any] = ["ha"]
+    for _ in range(15):
+        level = [level] * 10
+    with pytest.raises(CorruptError, match="holds more than"):
+        open_stream(io.BytesIO(pickle.dumps({"_extra_state": level})), "a")
 
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused() -> None:

@@ -1,23 +1,28 @@
 """Reads what a pickle says, and runs nothing: an instruction to call something is noted, not carried out.
 
 Python's own unpickler finds classes and calls them, so a pickle can run anything. This one cannot call or import: a
-class is its name, and an object is the name and the arguments of the call that would make it.
+class is its name, and an object is the name and the arguments of the call that would make it. Plain containers and
+numbers are themselves.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, Final
 
 import attrs
 
 from checkpointer.errors import CorruptError
 
-__all__ = ["Call", "Global", "Persistent", "globals_in", "persistents_in", "read_pickle"]
+__all__ = ["CONTAINERS", "Call", "Global", "Persistent", "Size", "read_names", "read_pickle"]
 
 MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""
+_MAX_KEY_ITEMS: Final = 1000
+"""A tuple with more items, those of tuples in it included, is not a key: its class stands for it."""
 _PYTHON_2: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules that Python 3 has under another name."""
 
@@ -38,7 +43,7 @@ class Call:
     """A call that an unpickler would have made."""
 
     what: Any
-    args: Any
+    args: tuple[Any, ...]
     state: Any = None
     """The state that the object would get afterwards."""
     items: list[Any] = attrs.field(factory=list)
@@ -52,10 +57,14 @@ class Persistent:
     id: Any
 
 
+class Size(tuple[Any, ...]):
+    """A ``torch.Size``."""
+
+
 _MARK: Final = object()
 
 
-def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
+def read_pickle(stream: BinaryIO) -> Any:
     """Return what the next pickle of a stream holds: plain data, `Global`, `Call` and `Persistent`.
 
     Example:
@@ -63,15 +72,25 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
         >>> read_pickle(io.BytesIO(pickle.dumps({"step": 400, "losses": [0.5]})))
         {'step': 400, 'losses': [0.5]}
     """
-    machine = _Machine()
+    return read_names(stream)[0]
+
+
+def read_names(stream: BinaryIO) -> tuple[Any, list[Global | Persistent]]:
+    """Return what `read_pickle` does; and every class, function and reference to the outside, each once."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    names: dict[Global | Persistent, None] = {}
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > limit:
-                msg = f"the pickle has more than {limit} instructions; no checkpoint's has"
+            if count > MAX_OPERATIONS:
+                msg = f"the pickle has more than {MAX_OPERATIONS} instructions; no checkpoint's has"
                 raise CorruptError(msg)
-            machine.step(opcode.name, argument)
-        (value,) = machine._stack
-        return value
+            made = _step(opcode, argument, stack, memo)
+            name = made.what if isinstance(made, Call) else made
+            if isinstance(name, (Global, Persistent)):
+                names[name] = None
+        (value,) = stack
+        return value, [*names]
     except (CorruptError, OSError, MemoryError):
         raise
     except Exception as error:  # Damaged bytes fail anywhere: IndexError, KeyError, ValueError, TypeError...
@@ -79,203 +98,175 @@ def read_pickle(stream: BinaryIO, limit: int = MAX_OPERATIONS) -> Any:
         raise CorruptError(msg) from error
 
 
-class _Machine:
-    """The stack and the memo of one pickle."""
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-
-    def step(self, name: str, argument: Any) -> None:
-        """Carry out one instruction."""
-        if name in _IGNORED:
-            return
-        if name in _PUSHES:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            self._push_tuple(_TUPLES[name])
-        else:
-            _ACTIONS[name](self, argument)
-
-    def _push_tuple(self, size: int) -> None:
-        items = tuple(self._stack[-size:])
-        assert len(items) == size
-        del self._stack[-size:]
-        self._stack.append(items)
-
-    def _pop_to_mark(self) -> list[Any]:
+def _step(opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], memo: dict[int, Any]) -> Any:
+    """Carry out one instruction and return what it made. `pickletools` says what each takes from the stack."""
+    name, takes = opcode.name, opcode.stack_before
+    if name in _IGNORED:
+        return None
+    if name in _PUTS:
+        memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        return None
+    if name in _GETS:
+        stack.append(memo[argument])
+        return None
+    if name == "DUP":
+        stack.append(stack[-1])
+        return None
+    taken: list[Any] = []
+    if pickletools.markobject in takes:
         items: list[Any] = []
-        while (value := self._stack.pop()) is not _MARK:
+        while (value := stack.pop()) is not _MARK:
             items.append(value)
-        items.reverse()
-        return items
+        taken, takes = [items[::-1]], takes[: takes.index(pickletools.markobject)]
+    for _ in takes:
+        taken.insert(0, stack.pop())
+    made = _ACTIONS[name](argument, *taken)
+    if opcode.stack_after:
+        stack.append(made)
+    return made
 
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
 
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
+def _global(argument: str) -> Global:
+    module, _, name = argument.partition(" ")
+    return Global(_PYTHON_2.get(module, module), name)
 
-    def _global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(Global(_PYTHON_2.get(module, module), name))
 
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(Global(str(module), str(name)))
+def _call(what: Any, args: Any) -> Any:
+    """Return the container or number that a call makes, or a note of the call."""
+    args = args if isinstance(args, tuple) else (args,)
+    if isinstance(what, Global):
+        name = what.module, what.name
+        if name in _MAPPINGS:
+            made = _MAPPINGS[name]()
+            for arg in args:
+                # Python 2 gives the items of an OrderedDict to its constructor.
+                pairs = arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
+                _set(made, (pair for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2))
+            return made
+        if name in _SEQUENCES:
+            return _SEQUENCES[name]([item for arg in args if isinstance(arg, (list, tuple, set)) for item in arg])
+        value = _plain(name, args)
+        if value is not None:
+            return value
+    return Call(what, args)
 
-    def _reduce(self, _: Any) -> None:
-        args, what = self._stack.pop(), self._stack.pop()
-        self._stack.append(Call(what, args))
 
-    def _new_with_keywords(self, _: Any) -> None:
-        keywords, args, what = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        self._stack.append(Call(what, (args, keywords)))
+def _plain(name: tuple[str, str], args: tuple[Any, ...]) -> Any:
+    match name, args:
+        case ("builtins", "complex"), (float() | int() as real, float() | int() as imaginary):
+            return complex(real, imaginary)
+        case ("_codecs", "encode"), (str(text), "latin1"):
+            return text.encode("latin1")
+        case (
+            ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar"),
+            (Call(what=Global(name="dtype"), args=(dtype, *_), state=state), bytes(data)),
+        ):
+            code = _CODES.get(str(dtype))
+            # The state of a dtype is (version, byte order, ...).
+            order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
+            if code is not None and struct.calcsize(code) == len(data):
+                return struct.unpack(order + code, data)[0]
+    return None
 
-    def _object(self, _: Any) -> None:
-        what, *args = self._pop_to_mark()
-        self._stack.append(Call(what, tuple(args)))
 
-    def _instance(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(Call(Global(_PYTHON_2.get(module, module), name), tuple(self._pop_to_mark())))
+def _build(_: Any, target: Any, state: Any) -> Any:
+    if isinstance(target, Call):
+        target.state = state
+    elif isinstance(target, OrderedDict) and isinstance(state, dict) and "_metadata" in state:
+        target._metadata = state["_metadata"]  # type: ignore[attr-defined]
+    return target
 
-    def _build(self, _: Any) -> None:
-        state = self._stack.pop()
-        if isinstance(self._stack[-1], Call):
-            self._stack[-1].state = state
 
-    def _extend(self, values: list[Any]) -> None:
-        target = self._stack[-1]
+def _extend(target: Any, values: list[Any]) -> Any:
+    if isinstance(target, set):
+        target.update(map(_as_key, values))
+    else:
         (target.items if isinstance(target, Call) else target).extend(values)
+    return target
 
-    def _append(self, _: Any) -> None:
-        self._extend([self._stack.pop()])
 
-    def _appends(self, _: Any) -> None:
-        self._extend(self._pop_to_mark())
+def _update(target: Any, flat: Sequence[Any]) -> Any:
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    if isinstance(target, Call):
+        target.items.extend(pairs)
+    else:
+        _set(target, pairs)
+    return target
 
-    def _update(self, flat: list[Any]) -> None:
-        target, pairs = self._stack[-1], zip(flat[::2], flat[1::2], strict=True)
-        if isinstance(target, Call):
-            target.items.extend(pairs)
-        else:
-            target.update((_as_key(key), value) for key, value in pairs)
 
-    def _set_item(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._update([key, value])
-
-    def _set_items(self, _: Any) -> None:
-        self._update(self._pop_to_mark())
-
-    def _persistent(self, _: Any) -> None:
-        self._stack.append(Persistent(self._stack.pop()))
-
-    def _extension(self, code: int) -> None:
-        self._stack.append(Global("copyreg", f"extension {code}"))
+def _set(target: dict[Any, Any], pairs: Iterable[Sequence[Any]]) -> None:
+    for key, value in pairs:
+        target[_as_key(key)] = value
 
 
 def _as_key(key: Any) -> Any:
+    """Return a key of a mapping; hashing a tuple that is deep, or repeats one tuple often, could end the process."""
+    todo, left = [key], _MAX_KEY_ITEMS
+    while todo and left:
+        left -= 1
+        value = todo.pop()
+        todo.extend(value if isinstance(value, tuple) else ())
     try:
-        hash(key)
+        hash(None if todo else key)
     except TypeError:
-        return str(type(key).__name__)
-    return key
+        todo = [key]
+    return type(key).__name__ if todo else key
 
 
+_MAPPINGS: Final[dict[tuple[str, str], Callable[[], dict[Any, Any]]]] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "Counter"): Counter,
+    ("collections", "defaultdict"): dict,  # Its function may be of any kind.
+}
+_SEQUENCES: Final[dict[tuple[str, str], Callable[[list[Any]], Any]]] = {
+    ("builtins", "set"): lambda items: set(map(_as_key, items)),
+    ("builtins", "frozenset"): lambda items: frozenset(map(_as_key, items)),
+    ("builtins", "list"): list,
+    ("torch", "Size"): Size,
+}
+CONTAINERS: Final = {*_MAPPINGS, *_SEQUENCES, ("builtins", "complex"), ("torch", "device"), ("_codecs", "encode")}
+"""Module and name of what makes containers and plain values."""
+_TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
+"""The code in `struct` of each numpy dtype."""
 _IGNORED: Final = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER", "NEXT_BUFFER"})
-_PUSHES: Final = frozenset(
-    {
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    }
+_PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
+_GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_PUSHES: Final = (
+    code.name
+    for code in pickletools.opcodes
+    if code.arg and not code.stack_before and code.stack_after and code.stack_after != [pickletools.anyobject]
 )
-_CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": lambda: Call(Global("builtins", "set"), ()),
-    "MARK": lambda: _MARK,
+"""Instructions that push the number, text or bytes that is their argument."""
+_ACTIONS: Final[dict[str, Callable[..., Any]]] = {
+    **dict.fromkeys(_PUSHES, lambda argument: argument),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "MARK": lambda _: _MARK,
+    **dict.fromkeys(("POP", "POP_MARK"), lambda *_: None),
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_SET": lambda _: set(),
+    "DICT": lambda _, flat: _update({}, flat),
+    "LIST": lambda _, items: items,
+    "TUPLE": lambda _, items: tuple(items),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *items: items),
+    "FROZENSET": lambda _, items: frozenset(map(_as_key, items)),
+    "APPEND": lambda _, target, item: _extend(target, [item]),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, target, items: _extend(target, items)),
+    "SETITEM": lambda _, target, *pair: _update(target, pair),
+    "SETITEMS": lambda _, target, flat: _update(target, flat),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": lambda _, module, name: Global(str(module), str(name)),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda code: Global("copyreg", f"extension {code}")),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _, what, args: _call(what, args)),
+    "NEWOBJ_EX": lambda _, what, args, keywords: Call(what, (args, keywords)),
+    "OBJ": lambda _, items: _call(items[0], tuple(items[1:])),
+    "INST": lambda argument, items: _call(_global(argument), tuple(items)),
+    "BUILD": _build,
+    "PERSID": Persistent,
+    "BINPERSID": lambda _, identity: Persistent(identity),
 }
-_TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def _made(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], None]:
-    """Return the action that makes a container of all back to the mark."""
-
-    def act(machine: _Machine, _: Any) -> None:
-        machine._stack.append(make(machine._pop_to_mark()))
-
-    return act
-
-
-def _pairs(flat: list[Any]) -> dict[Any, Any]:
-    return {_as_key(key): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
-
-
-_ACTIONS: Final[dict[str, Callable[[_Machine, Any], object]]] = {
-    "TUPLE": _made(tuple),
-    "LIST": _made(list),
-    "DICT": _made(_pairs),
-    "FROZENSET": _made(lambda items: Call(Global("builtins", "frozenset"), (items,))),
-    "POP_MARK": lambda machine, _: machine._pop_to_mark(),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine._extension),
-    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
-    "DUP": lambda machine, _: machine._stack.append(machine._stack[-1]),
-    "POP": lambda machine, _: machine._stack.pop(),
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._reduce,
-    "NEWOBJ": _Machine._reduce,
-    "NEWOBJ_EX": _Machine._new_with_keywords,
-    "OBJ": _Machine._object,
-    "INST": _Machine._instance,
-    "BUILD": _Machine._build,
-    "APPEND": _Machine._append,
-    "APPENDS": _Machine._appends,
-    "ADDITEMS": _Machine._appends,
-    "SETITEM": _Machine._set_item,
-    "SETITEMS": _Machine._set_items,
-    "PERSID": lambda machine, argument: machine._stack.append(Persistent(argument)),
-    "BINPERSID": _Machine._persistent,
-}
-
-
-def globals_in(value: Any) -> Iterator[Global]:
-    """Yield every class and function that would be called, each once."""
-    yield from dict.fromkeys(node for node in _nodes(value) if isinstance(node, Global))
-
-
-def persistents_in(value: Any) -> Iterator[Persistent]:
-    """Yield every reference to something outside of the pickle."""
-    return (node for node in _nodes(value) if isinstance(node, Persistent))
-
-
-def _nodes(value: Any) -> Iterator[Any]:
-    seen: set[int] = set()
-    todo = [value]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, Global):
-            yield node
-        elif isinstance(node, (dict, list, tuple, Call, Persistent)) and id(node) not in seen:
-            seen.add(id(node))
-            yield node
-            todo.extend(_inside(node))
-
-
-def _inside(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return [*node, *node.values()]
-    if isinstance(node, Call):
-        return [node.what, node.args, node.state, *node.items]
-    return [node.id] if isinstance(node, Persistent) else [*node]
+"""What each other instruction makes of its argument and of what it takes from the stack."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -11,9 +10,8 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent
-from checkpointer.formats.inspection.pickled_values import args_of
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED
+from checkpointer.formats.inspection.pickle import CONTAINERS, Call, Global, Persistent
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED, TensorInfo
 
 __all__ = ["MAX_EXPANDED_BYTES", "STORAGES", "StorageRef", "Stored", "is_known"]
 
@@ -45,24 +43,25 @@ _UNWRAPPED: Final = {
     "_rebuild_parameter_with_state",
     "_rebuild_device_tensor_from_cpu_tensor",
 }
-_STRIDED: Final = {"_rebuild_tensor": None, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
-"""Functions that make a strided tensor, and the position of the argument with the flags."""
+_STRIDED: Final = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+"""Functions that make a strided tensor. The second has flags as its last argument, and the third a dtype before."""
 
 Read = Callable[["StorageRef", int, int], bytearray]
 """Returns bytes of a storage: from where, and how many."""
 
 
 def is_known(found: Global) -> bool:
-    """Return whether it is a name of torch's own for storages, dtypes and rebuilding tensors."""
+    """Return whether it makes plain containers, or is a name of torch's own for storages, dtypes and tensors."""
     if found.module == "torch._utils":
         return found.name.startswith("_rebuild_")
     is_type = found.module in ("torch", "torch.storage") and (
         found.name.endswith("Storage") or found.name in ITEM_SIZES or found.name in _SCHEMES
     )
-    return is_type or (found.module, found.name) in (
+    return is_type or (found.module, found.name) in {
+        *CONTAINERS,
         ("torch._tensor", "_rebuild_from_type_v2"),
         ("torch.serialization", "_get_layout"),
-    )
+    }
 
 
 @attrs.frozen
@@ -92,23 +91,26 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     layout: str = "strided"
+    parts: tuple[Any, ...] = ()
+    """What else it is made of: of tensors that are not numbers in one storage, other tensors and their parameters."""
 
     @classmethod
     def of(cls, value: Any) -> Stored | None:
         """Return what a tensor is, if the call makes one; None for anything else."""
-        call = _unwrapped(value)
-        if not isinstance(call, Call) or not isinstance(call.what, Global) or call.what.module != "torch._utils":
-            return None
-        name, args = call.what.name, args_of(call)
-        if name in _STRIDED:
-            return _strided(name, args)
-        if name == "_rebuild_sparse_tensor":
-            return _sparse(args)
-        return _quantised(args) if name == "_rebuild_qtensor" else None
+        name, args = _rebuild_call(value)
+        if name == "_rebuild_qtensor":
+            return _quantised(args)
+        return _sparse(args) if name == "_rebuild_sparse_tensor" else _strided(name, args)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what is known of it before a byte is read."""
+        return TensorInfo(name=name, dtype=self.dtype, shape=self.shape, layout=self.layout)
 
     def needs(self) -> Iterator[tuple[StorageRef, int]]:
         """Yield each storage, and how many of its bytes there have to be at least."""
-        raise NotImplementedError
+        for part in self.parts:
+            if isinstance(part, Stored):
+                yield from part.needs()
 
     def make(self, name: str, read: Read) -> Any:
         """Return the tensor; ``name`` is for messages."""
@@ -125,16 +127,30 @@ class Strided(Stored):
     conj: bool = False
     neg: bool = False
 
-    @property
-    def span(self) -> int:
-        """Elements from its first to its last, both included."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+    def _place(self) -> tuple[int, int]:
+        """Return where its bytes begin in the storage, and how many they are from its first element to its last."""
+        item = ITEM_SIZES.get(self.dtype, 1)
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        length = self.info("").bytes if self.dtype in PACKED or 0 in self.shape else span * item
+        return (self.storage.offset + self.offset) * item, length
 
     def needs(self) -> Iterator[tuple[StorageRef, int]]:
         """See `Stored.needs`."""
-        yield self.storage, _bytes(self.dtype, self.storage.offset + self.offset + self.span)
+        yield self.storage, sum(self._place())
+        yield from super().needs()
+
+    def data(self, name: str, read: Read) -> Any:
+        """Return its bytes from its first element to its last; raise if a few bytes stand for very many elements."""
+        import torch
+
+        start, length = self._place()
+        size = self.info(name).bytes
+        if size > length and size > MAX_EXPANDED_BYTES:
+            msg = f"{name} repeats {length} bytes to {size}; load the checkpoint itself"
+            raise CorruptError(msg)
+        if not length:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(read(self.storage, start, length), dtype=torch.uint8)
 
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
@@ -144,108 +160,53 @@ class Strided(Stored):
         if dtype is None:
             msg = f"{name} is of dtype {self.dtype}, which cannot be read with this version of torch"
             raise CorruptError(msg)
-        item = ITEM_SIZES[self.dtype]
-        start, length = (self.storage.offset + self.offset) * item, self.span * item
-        self.check_size(name)
-        if not length:
-            return torch.empty(self.shape, dtype=dtype)
         with _corrupt(f"{name} ({self.dtype})"):
-            data = torch.frombuffer(read(self.storage, start, length), dtype=torch.uint8)
-            tensor = data.view(dtype).as_strided(self.shape, self.stride)
+            tensor = self.data(name, read).view(dtype).as_strided(self.shape, self.stride)
         if self.conj and tensor.is_complex():
             tensor = tensor.conj().resolve_conj()
         return tensor.neg() if self.neg else tensor
 
-    def check_size(self, name: str) -> None:
-        """Raise if a few bytes stand for very many elements."""
-        length, size = _bytes(self.dtype, self.span), _bytes(self.dtype, math.prod(self.shape))
-        if size > length and size > MAX_EXPANDED_BYTES:
-            msg = f"{name} repeats {length} bytes to {size}; load the checkpoint itself"
-            raise CorruptError(msg)
-
 
 @attrs.frozen(kw_only=True)
 class Quantised(Strided):
-    """A tensor of integers, with the scales that make numbers of them."""
+    """A tensor of integers, and as parts what makes numbers of them: scale and zero point, or those of each channel."""
 
     scheme: str
-    parameters: tuple[Any, ...]
-    """Scale and zero point; or scales, zero points (tensors) and axis."""
-
-    def needs(self) -> Iterator[tuple[StorageRef, int]]:
-        """See `Stored.needs`."""
-        yield from super().needs()
-        for part in self.parameters:
-            if isinstance(part, Stored):
-                yield from part.needs()
 
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*quantize")  # torch will drop them: that is known here.
-            return self._make(name, read)
-
-    def _make(self, name: str, read: Read) -> Any:
         import torch
 
-        self.check_size(name)
-        parts = [part.make(name, read) if isinstance(part, Stored) else part for part in self.parameters]
-        dtype = getattr(torch, self.dtype, None)
-        with _corrupt(name):
-            if self.scheme == "per_tensor_affine":
-                empty = torch._empty_affine_quantized(self.shape, scale=parts[0], zero_point=parts[1], dtype=dtype)
-            else:
+        parts = [part.make(name, read) if isinstance(part, Stored) else part for part in self.parts]
+        with _corrupt(name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantize")  # torch will drop them: that is known here.
+            if self.scheme != "per_tensor_affine":
                 scales, zeros, axis = parts
                 if not scales.numel() == zeros.numel() == self.shape[axis]:
                     msg = f"there are {scales.numel()} scales and {zeros.numel()} zero points along axis {axis}"
                     raise ValueError(msg)
-                empty = torch._empty_per_channel_affine_quantized(
-                    self.shape, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
-                )
-        return self._fill(empty, read)
-
-    def _fill(self, empty: Any, read: Read) -> Any:
-        import torch
-
-        storage = empty.untyped_storage()
-        if self.dtype in PACKED:
-            start, length = self.storage.offset + self.offset, storage.nbytes()
-        else:
-            item = ITEM_SIZES[self.dtype]
-            start, length = (self.storage.offset + self.offset) * item, self.span * item
-        if not length:
-            return empty
-        data = torch.frombuffer(read(self.storage, start, length), dtype=torch.uint8).untyped_storage()
-        typed = torch.storage.TypedStorage(wrap_storage=data, dtype=empty.dtype, _internal=True)  # type: ignore[no-untyped-call]
-        return empty.set_(typed, 0, self.shape, self.stride)
+            data, dtype = self.data(name, read).untyped_storage(), getattr(torch, self.dtype)
+            typed = torch.storage.TypedStorage(wrap_storage=data, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+            quantizer = getattr(torch, self.scheme), *parts
+            return torch._utils._rebuild_qtensor(typed, 0, self.shape, self.stride, quantizer, False, None)  # type: ignore[no-untyped-call]
 
 
 @attrs.frozen(kw_only=True)
 class Sparse(Stored):
-    """A tensor of which only some elements are stored."""
-
-    parts: tuple[Stored, ...]
-    """Indices (compressed and plain ones, for the layouts that have both), then values."""
-
-    def needs(self) -> Iterator[tuple[StorageRef, int]]:
-        """See `Stored.needs`."""
-        for part in self.parts:
-            yield from part.needs()
+    """A tensor of which some elements are stored: its parts are indices (one or two tensors of them), then values."""
 
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
         import torch
 
-        parts: list[Any] = [part.make(name, read) for part in self.parts]
+        *indices, values = (part.make(name, read) for part in self.parts)
         shape: Any = self.shape
         with _corrupt(name):
             if self.layout == "sparse_coo":
-                indices, values = parts
-                return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
-            compressed, plain, values = parts
+                return torch.sparse_coo_tensor(indices[0], values, shape, check_invariants=True)
             layout = getattr(torch, self.layout)
             return torch.sparse_compressed_tensor(
-                compressed, plain, values, shape, layout=layout, check_invariants=True
+                indices[0], indices[1], values, shape, layout=layout, check_invariants=True
             )
 
 
@@ -259,64 +220,50 @@ def _corrupt(name: str) -> Iterator[None]:
         yield
     except CorruptError:
         raise
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
         msg = f"{name} cannot be made of what is there: {error}"
         raise CorruptError(msg) from error
 
 
-def _bytes(dtype: str, count: int) -> int:
-    return -(-count // PACKED[dtype]) if dtype in PACKED else count * ITEM_SIZES.get(dtype, 1)
-
-
-def _unwrapped(value: Any) -> Any:
-    """Return the call that makes a tensor, out of those that make a parameter or a subclass of it."""
+def _rebuild_call(value: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return the function of torch and the arguments that make a tensor, a parameter or a subclass of it."""
     for _ in range(8):
-        if not isinstance(value, Call) or not isinstance(value.what, Global):
-            return value
-        args = args_of(value)
-        if value.what.name in _UNWRAPPED and args:
-            value = args[0]
-        elif value.what.name == "_rebuild_from_type_v2" and len(args) >= 3:
-            value = Call(args[0], args[2])
-        else:
-            return value
-    return value
+        match value:
+            case Call(what=Global(name=name), args=(inner, *_)) if name in _UNWRAPPED:
+                value = inner
+            case Call(what=Global(name="_rebuild_from_type_v2"), args=(what, _, tuple(args), *_)):
+                value = Call(what, args)
+            case Call(what=Global(module="torch._utils", name=name), args=args):
+                return name, args
+            case _:
+                break
+    return "", ()
 
 
 def _strided(name: str, args: tuple[Any, ...]) -> Strided | None:
-    found = _place(args)
-    if found is None:
-        return None
-    dtype = found["storage"].dtype
-    if name == "_rebuild_tensor_v3" and len(args) > 6 and isinstance(args[6], Global):
-        dtype = args[6].name
-    at = _STRIDED[name]
-    flags = args[at] if at is not None and len(args) > at and isinstance(args[at], dict) else {}
-    return Strided(dtype=dtype, **found, conj=flags.get("conj") is True, neg=flags.get("neg") is True)
-
-
-def _place(args: tuple[Any, ...]) -> dict[str, Any] | None:
-    if len(args) < 4 or not isinstance(args[0], Persistent):
-        return None
-    storage, offset, shape, stride = StorageRef.of(args[0].id), args[1], _ints(args[2]), _ints(args[3])
-    if storage is None or shape is None or stride is None or len(shape) != len(stride):
-        return None
-    if not isinstance(offset, int) or offset < 0:
-        return None
-    return {"storage": storage, "offset": offset, "shape": shape, "stride": stride}
+    match args:
+        case (Persistent(id=identity), int(offset), sizes, steps, *_) if offset >= 0 and name in _STRIDED:
+            storage, shape, stride = StorageRef.of(identity), _ints(sizes), _ints(steps)
+            if storage is None or shape is None or stride is None or len(shape) != len(stride):
+                return None
+            found: dict[str, Any] = {"dtype": storage.dtype}
+            for extra in args[6:]:
+                if isinstance(extra, Global):
+                    found["dtype"] = extra.name
+                elif isinstance(extra, dict):
+                    found |= {flag: extra.get(flag) is True for flag in ("conj", "neg")}
+            return Strided(storage=storage, offset=offset, shape=shape, stride=stride, **found)
+    return None
 
 
 def _quantised(args: tuple[Any, ...]) -> Quantised | None:
-    found = _place(args)
+    found = _strided(_STRIDED[0], args[:4])
     match args[4:5]:
         case ((Global(name=scheme), *parameters),) if scheme in _SCHEMES and found is not None:
-            made = tuple(Stored.of(part) or part for part in parameters)
-            if scheme == "per_tensor_affine":
-                kinds: tuple[Any, ...] = ((int, float), int)
-            else:
-                kinds = (Stored, Stored, int)
-            if len(made) == len(kinds) and all(map(isinstance, made, kinds)):
-                return Quantised(dtype=found["storage"].dtype, **found, scheme=scheme, parameters=made)
+            parts = tuple(_strided(*_rebuild_call(part)) or part for part in parameters)
+            kinds: Any = ((int, float), int) if scheme == "per_tensor_affine" else (Strided, Strided, int)
+            if len(parts) == len(kinds) and all(map(isinstance, parts, kinds)):
+                return Quantised(**attrs.asdict(found, recurse=False) | {"scheme": scheme, "parts": parts})
     return None
 
 
@@ -325,7 +272,7 @@ def _sparse(args: tuple[Any, ...]) -> Sparse | None:
         case (Call(args=(str(layout),)), tuple(data)):
             layout = layout.removeprefix("torch.")
             count = 2 if layout == "sparse_coo" else 3 if layout in _COMPRESSED else 0
-            parts = tuple(part for item in data[:count] if (part := Stored.of(item)) is not None)
+            parts = tuple(part for item in data[:count] if (part := _strided(*_rebuild_call(item))) is not None)
             shape = _ints(data[count]) if len(data) > count else None
             if count and len(parts) == count and shape is not None:
                 return Sparse(dtype=parts[-1].dtype, shape=shape, layout=layout, parts=parts)
@@ -333,8 +280,6 @@ def _sparse(args: tuple[Any, ...]) -> Sparse | None:
 
 
 def _ints(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, Call) and isinstance(value.what, Global) and value.what.name == "Size" and args_of(value):
-        value = args_of(value)[0]
     if isinstance(value, (tuple, list)) and all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
         return tuple(value)
     return None

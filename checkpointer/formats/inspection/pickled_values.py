@@ -2,105 +2,41 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from checkpointer.formats.inspection.pickle import Call, Global
+from checkpointer.formats.inspection.tensors import Branch, Entries
 
-__all__ = [
-    "args_of",
-    "as_data",
-    "bytes_of",
-    "children_of",
-    "is_container_call",
-    "is_module",
-    "kind_of",
-    "pairs_of",
-    "scalar_of",
-    "sequence_of",
-    "shown",
-    "state_children",
-    "versions_of",
-]
+__all__ = ["as_data", "children_of", "is_module", "module_entries", "shown", "versions_of"]
 
-_MAPPINGS: Final = {("collections", "OrderedDict"), ("collections", "Counter"), ("collections", "defaultdict")}
-_SEQUENCES: Final = {("builtins", "set"), ("builtins", "frozenset"), ("builtins", "list"), ("torch", "Size")}
-_PLAIN: Final = _MAPPINGS | _SEQUENCES | {("builtins", "complex"), ("torch", "device"), ("_codecs", "encode")}
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
-_NUMPY_SCALAR: Final = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
-_TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-_CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
-"""The code in `struct` of each numpy dtype."""
-_ABSENT: Final = object()
+_MAX_DATA: Final = 1_000_000
+"""A value of more entries is not plain data: a pickle of a kilobyte can name a list very often."""
 
 
-def is_container_call(found: Global) -> bool:
-    """Return whether a container or a plain value is made by it."""
-    return (found.module, found.name) in _PLAIN
-
-
-def args_of(call: Call) -> tuple[Any, ...]:
-    """Return the arguments of a call; none if they are not a tuple."""
-    return call.args if isinstance(call.args, tuple) else ()
-
-
-def kind_of(value: Any) -> tuple[str, str] | None:
-    """Return the module and name of what a call would have called; None for anything else."""
-    if isinstance(value, Call) and isinstance(value.what, Global):
-        return value.what.module, value.what.name
-    return None
-
-
-def pairs_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """Return the items of a mapping; None for anything else."""
+def children_of(value: Any) -> tuple[Branch, Entries] | None:
+    """Return what a container or an object is and holds; None for anything else, and for numbers alone."""
+    if is_module(value):
+        return Branch("module"), module_entries(value)
     if isinstance(value, dict):
-        return list(value.items())
-    if kind_of(value) not in _MAPPINGS:
-        return None
-    pairs: list[Any] = []
-    for arg in args_of(value):
-        # Python 2 gives the items of an OrderedDict to its constructor.
-        pairs += arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
-    return [(pair[0], pair[1]) for pair in (*pairs, *value.items) if isinstance(pair, (tuple, list)) and len(pair) == 2]
-
-
-def sequence_of(value: Any) -> list[Any] | None:
-    """Return the items of a list, tuple or set; None for anything else."""
-    if isinstance(value, (list, tuple, set)):
-        return list(value)
-    if kind_of(value) not in _SEQUENCES:
-        return None
-    items: list[Any] = [item for arg in args_of(value) if isinstance(arg, (list, tuple, set)) for item in arg]
-    return items + list(value.items)
-
-
-def children_of(
-    value: Any,
-) -> tuple[Literal["mapping", "other"], Mapping[str, Any], Iterator[tuple[str, Any]]] | None:
-    """Return a container's kind, its versions and what it holds; None for anything else, and for numbers alone."""
-    pairs = pairs_of(value)
-    if pairs is not None:
-        return ("mapping", versions_of(value), ((_key(key), child) for key, child in pairs)) if pairs else None
-    if isinstance(value, (list, tuple)):
+        branch, pairs = Branch("mapping", versions=versions_of(value)), [*value.items()]
+    elif isinstance(value, Call) and isinstance(value.what, Global):
+        state = value.state if isinstance(value.state, dict) else {"state": value.state or None}
+        inside = [*enumerate(value.args), *state.items(), *enumerate(value.items)]
+        # The parts of an object are shown if there is a tensor among them.
+        branch, pairs = Branch("other"), [(key, part) for key, part in inside if not _is_plain(part)]
+    elif isinstance(value, (list, tuple, set, frozenset)):
         # A list of ten thousand numbers is one thing.
-        return (
-            None
-            if all(_is_plain(item) for item in value)
-            else ("other", {}, ((str(number), item) for number, item in enumerate(value)))
-        )
-    if not isinstance(value, Call) or not isinstance(value.what, Global) or kind_of(value) in _NUMPY_SCALAR:
+        branch, pairs = Branch("other"), [] if all(map(_is_plain, value)) else [*enumerate(value)]
+    else:
         return None
-    inside = [*_parts("args", value.args), *_parts("state", value.state), *(enumerate(value.items))]
-    # The parts of an object are shown if there is a tensor among them.
-    found = [(_key(key), part) for key, part in inside if not _is_plain(part)]
-    return ("other", {}, iter(found)) if found else None
+    return (branch, ((_key(key), child, True) for key, child in pairs)) if pairs else None
 
 
-def versions_of(value: Any) -> Mapping[str, Any]:
+def versions_of(mapping: dict[Any, Any]) -> Mapping[str, Any]:
     """Return the ``_metadata`` of a ``state_dict``."""
-    state = value.state if isinstance(value, Call) else None
-    data = as_data(state.get("_metadata")) if isinstance(state, dict) else None
+    data = as_data(getattr(mapping, "_metadata", None))
     return data if isinstance(data, dict) else {}
 
 
@@ -108,102 +44,52 @@ def _key(key: Any) -> str:
     return str(key) if isinstance(key, (str, int, float, bool)) else f"<{type(key).__name__}>"
 
 
-def _parts(name: str, value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, tuple) and name == "args" else [(name, value)] if value else []
-
-
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool, bytes, Global))
 
 
-# Modules that were pickled as they are
-
-
-def is_module(call: Call) -> bool:
+def is_module(value: Any) -> bool:
     """Return whether it makes a `torch.nn.Module`."""
-    return isinstance(call.state, dict) and all(key in call.state for key in _MODULE)
+    return isinstance(value, Call) and isinstance(value.state, dict) and all(key in value.state for key in _MODULE)
 
 
-def state_children(call: Call) -> Iterator[tuple[str, Any, bool]]:
+def module_entries(call: Call) -> Entries:
     """Yield what a module holds: first what its ``state_dict`` has, then what else may have a tensor in it."""
-    parameters, buffers, modules = ([*(pairs_of(call.state[key]) or ())] for key in _MODULE)
-    names = sequence_of(call.state.get("_non_persistent_buffers_set")) or ()
-    not_saved = {name for name in names if isinstance(name, str)}
-    yield from ((_key(key), child, True) for key, child in parameters if child is not None)
-    yield from ((_key(key), child, key not in not_saved) for key, child in buffers if child is not None)
-    yield from ((_key(key), child, True) for key, child in modules if child is not None)
+    not_saved = call.state.get("_non_persistent_buffers_set") or ()
+    for kind in _MODULE:
+        found = call.state[kind]
+        for key, child in found.items() if isinstance(found, dict) else ():
+            if child is not None:
+                yield _key(key), child, kind != "_buffers" or key not in not_saved
     for key, child in call.state.items():
         # Names with an underscore are torch's own: hooks, and the names of buffers.
         if not str(key).startswith("_") and not _is_plain(child):
             yield _key(key), child, False
 
 
-# Values
-
-
-def scalar_of(value: Any) -> bool | int | float | None:
-    """Return the number that a numpy scalar is; None for anything else.
-
-    Neither numpy nor unpickling is needed for it.
-    """
-    args = _numpy_args(value, "scalar")
-    if args is None or len(args) != 2 or not isinstance(args[0], Call):
-        return None
-    dtype, data = _numpy_args(args[0], "dtype"), bytes_of(args[1])
-    code = _CODES.get(str(dtype[0])) if dtype else None
-    if code is None or data is None or struct.calcsize(code) != len(data):
-        return None
-    # The state of a dtype is (version, byte order, ...).
-    state = args[0].state
-    order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
-    number: bool | int | float = struct.unpack(order + code, data)[0]
-    return number
-
-
-def _numpy_args(value: Any, name: str) -> tuple[Any, ...] | None:
-    module, found = kind_of(value) or ("", "")
-    return value.args if module.partition(".")[0] == "numpy" and found == name and args_of(value) else None
-
-
-def bytes_of(value: Any) -> bytes | None:
-    """Return bytes; an old pickle holds them as text and an encoding."""
-    if isinstance(value, bytes):
-        return value
-    match value:
-        case Call(what=Global(module="_codecs", name="encode"), args=(str() as text, "latin1")):
-            try:
-                return text.encode("latin1")
-            except UnicodeEncodeError:
-                return None
-        case _:
-            return None
-
-
 def as_data(value: Any) -> Any:
     """Return a value that holds nothing but plain data as Python has it; None if it holds anything else."""
     try:
-        found = _as_data(value, 20)
-    except RecursionError:
+        return _as_data(value, 20, iter(range(_MAX_DATA)))
+    except _NotDataError:
         return None
-    return None if found is _ABSENT else found
 
 
-def _as_data(value: Any, levels: int) -> Any:
+class _NotDataError(Exception):
+    pass
+
+
+def _as_data(value: Any, levels: int, entries: Iterator[int]) -> Any:
+    if not levels or next(entries, None) is None:
+        raise _NotDataError
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return value
-    pairs, sequence = pairs_of(value), sequence_of(value)
-    if not levels or (pairs is None and sequence is None):
-        number = scalar_of(value)
-        return _ABSENT if number is None else number
-    if pairs is not None:
-        items = {key: _as_data(child, levels - 1) for key, child in pairs if _is_plain(key)}
-        return _ABSENT if _ABSENT in items.values() else items
-    found = [_as_data(child, levels - 1) for child in sequence or ()]
-    if any(item is _ABSENT for item in found):
-        return _ABSENT
-    return tuple(found) if isinstance(value, tuple) else found
+    if isinstance(value, dict):
+        return {key: _as_data(child, levels - 1, entries) for key, child in value.items() if _is_plain(key)}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        found = [_as_data(child, levels - 1, entries) for child in value]
+        return tuple(found) if isinstance(value, tuple) else found
+    raise _NotDataError
 
 
 def shown(value: Any) -> Any:
@@ -213,11 +99,10 @@ def shown(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, Call):
-        number = scalar_of(value)
-        what = value.what if isinstance(value.what, Global) else "a call"
-        return f"<object by {what}>" if number is None else number
-    if isinstance(value, (list, tuple)) and len(value) <= 8 and all(_is_plain(item) for item in value):
-        return [shown(item) for item in value]
-    if isinstance(value, (list, tuple, dict, set)):
+        return f"<object by {value.what if isinstance(value.what, Global) else 'a call'}>"
+    if isinstance(value, (list, tuple, set, frozenset)) and len(value) <= 8 and all(map(_is_plain, value)):
+        items = [shown(item) for item in value]
+        return items if isinstance(value, (list, tuple)) else sorted(items, key=repr)
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
         return f"<{type(value).__name__} of {len(value)}>"
     return f"<{value}>" if isinstance(value, Global) else f"<{type(value).__name__}>"

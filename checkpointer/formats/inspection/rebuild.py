@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent
+from checkpointer.formats.inspection.pickle import Call, Global, Persistent, Size
 from checkpointer.formats.inspection.pickled_tensors import Stored
-from checkpointer.formats.inspection.pickled_values import (
-    args_of,
-    bytes_of,
-    is_module,
-    kind_of,
-    pairs_of,
-    scalar_of,
-    sequence_of,
-    state_children,
-    versions_of,
-)
+from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
 from checkpointer.formats.inspection.tensors import ITEM_SIZES
 
-__all__ = ["Unread", "rebuilt", "unread_in"]
+__all__ = ["Rebuilding", "Unread", "unread_in"]
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -43,11 +33,6 @@ class Unread:
         return f"<{self.what}, not unpickled>"
 
 
-def rebuilt(root: Any, tensor: Callable[[Stored], Any]) -> Any:
-    """Return the state that a pickle holds. A pickled module becomes its ``state_dict``."""
-    return _Rebuilding(tensor).make(root)
-
-
 def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
     """Yield each mark in a state, with the keys that lead to it."""
     seen: set[int] = set()
@@ -58,28 +43,30 @@ def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
             yield path, found
         elif isinstance(found, (Mapping, list, tuple, set, frozenset)) and id(found) not in seen:
             seen.add(id(found))
-            pairs = found.items() if isinstance(found, Mapping) else enumerate(found)
-            todo += [(f"{path}.{key}" if path else str(key), item) for pair in pairs for key, item in _sides(*pair)]
+            pairs = [*(found.items() if isinstance(found, Mapping) else enumerate(found))]
+            keys = [("(a key)", key) for key, _ in pairs if isinstance(key, (Unread, tuple))]
+            todo += [(f"{path}.{key}" if path else str(key), item) for key, item in (*pairs, *keys)]
 
 
-def _sides(key: Any, value: Any) -> list[tuple[Any, Any]]:
-    return [(key, value), *([("(a key)", key)] if isinstance(key, (Unread, tuple)) else [])]
+@attrs.frozen
+class Rebuilding:
+    """Makes the state that a pickle holds. A pickled module becomes its ``state_dict``.
 
+    Each object is made once, so that what is there twice is one object again, and what holds itself ends.
+    """
 
-class _Rebuilding:
-    """Makes each object once, so that what is there twice is one object again, and what holds itself ends."""
-
-    def __init__(self, tensor: Callable[[Stored], Any]) -> None:
-        self._tensor = tensor
-        self._made: dict[int, Any] = {}
+    tensor: Callable[[Stored], Any]
+    """Makes a tensor."""
+    _made: dict[int, Any] = attrs.field(factory=dict, init=False)
 
     def make(self, value: Any) -> Any:
         """Return what a value of the pickle stands for."""
         if isinstance(value, Global):
-            return _named(value)
+            dtype = _torch(value.name) if value.module == "torch" and value.name in ITEM_SIZES else None
+            return dtype or Unread(str(value))
         if isinstance(value, Persistent):
             return Unread("a storage")
-        if not isinstance(value, (dict, list, tuple, Call)):
+        if not isinstance(value, (dict, list, tuple, set, frozenset, Call)):
             return value
         if id(value) not in self._made:
             made = self._container(value)
@@ -87,21 +74,18 @@ class _Rebuilding:
         return self._made[id(value)]
 
     def _container(self, value: Any) -> Any:
-        pairs = pairs_of(value)
-        if pairs is not None:
-            return self._mapping(value, pairs)
+        if isinstance(value, Call):
+            return self._call(value)
+        if isinstance(value, Size):
+            return _torch("Size")(value)
+        if not isinstance(value, (dict, list)):
+            return type(value)(map(self.make, value))
+        made: Any = type(value)()
+        self._made[id(value)] = made
         if isinstance(value, list):
-            made = self._made[id(value)] = []
             made.extend(map(self.make, value))
             return made
-        return tuple(map(self.make, value)) if isinstance(value, tuple) else self._call(value)
-
-    def _mapping(self, value: Any, pairs: list[tuple[Any, Any]]) -> Any:
-        name = (kind_of(value) or ("", "dict"))[1]
-        # A defaultdict is made without its function, which may be of any kind.
-        made: Any = {"Counter": Counter, "OrderedDict": OrderedDict}.get(name, dict)()
-        self._made[id(value)] = made
-        for key, child in pairs:
+        for key, child in value.items():
             made[self.make(key)] = self.make(child)
         if versions := versions_of(value):
             made._metadata = versions
@@ -109,38 +93,19 @@ class _Rebuilding:
 
     def _call(self, call: Call) -> Any:
         if (stored := Stored.of(call)) is not None:
-            return self._tensor(stored)
+            return self.tensor(stored)
         if is_module(call):
             return OrderedDict(self._state_of(call))
-        sequence, number, data = sequence_of(call), scalar_of(call), bytes_of(call)
-        if sequence is not None:
-            kind: Any = {"set": set, "frozenset": frozenset}.get(call.what.name, list)
-            return (_torch("Size") if call.what.name == "Size" else kind)([*map(self.make, sequence)])
-        if number is not None:
-            return number
-        return _plain(call) if data is None else data
+        if call.what == Global("torch", "device"):
+            return _torch("device")(*call.args)
+        return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
 
     def _state_of(self, module: Call, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, child, is_weight in state_children(module):
-            if isinstance(child, Call) and is_module(child) and is_weight:
+        for key, child, is_weight in module_entries(module):
+            if is_weight and is_module(child):
                 yield from self._state_of(child, f"{prefix}{key}.")
             elif is_weight:
                 yield f"{prefix}{key}", self.make(child)
-
-
-def _plain(call: Call) -> Any:
-    """Return a plain value that a call makes."""
-    args, kind = args_of(call), kind_of(call)
-    if kind == ("builtins", "complex") and all(isinstance(arg, (int, float)) for arg in args) and len(args) <= 2:
-        return complex(*args)
-    if kind == ("torch", "device"):
-        return _torch("device")(*args)
-    return Unread(str(call.what) if isinstance(call.what, Global) else "an object")
-
-
-def _named(found: Global) -> Any:
-    is_dtype = found.module == "torch" and found.name in ITEM_SIZES
-    return (_torch(found.name) if is_dtype else None) or Unread(str(found))
 
 
 def _torch(name: str) -> Any:

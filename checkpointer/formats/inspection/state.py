@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from checkpointer.formats.inspection.tensors import Branch, Leaf, TensorInfo, Tensors, parts_in
+from checkpointer.formats.inspection.tensors import (
+    Branch,
+    Entries,
+    Leaf,
+    TensorInfo,
+    Tensors,
+    free_key,
+    parts_in,
+    tree_of,
+)
 
 __all__ = ["StateContents"]
 
@@ -24,22 +33,10 @@ class StateContents(Tensors):
     def __init__(self, state: Any) -> None:
         super().__init__()
         self._found: dict[str, torch.Tensor] = {}
-        tree = self._grow(state, (), frozenset())
-        whole = tree if isinstance(tree, Branch) else Branch("mapping", {"": tree})
-        self.parts = parts_in(whole, lambda name: self.tensors[name].numel > 1)
+        self.parts = parts_in(tree_of(state, _children, self._add), lambda name: self.tensors[name].numel > 1)
 
-    def _grow(self, value: Any, path: tuple[str, ...], above: frozenset[int]) -> Branch | Leaf:
-        children = None if id(value) in above or len(path) > 100 else _children(value)
-        if children is None:
-            return self._leaf(value, ".".join(path) or "(the whole)")
-        is_mapping = isinstance(value, (Mapping, torch.nn.Module))
-        branch = Branch("mapping" if is_mapping else "other", versions=getattr(value, "_metadata", {}))
-        inside = above | {id(value)}
-        for key, child in children:
-            branch.children[str(key)] = self._grow(child, (*path, str(key)), inside)
-        return branch
-
-    def _leaf(self, value: Any, name: str) -> Leaf:
+    def _add(self, name: str, value: Any) -> Leaf:
+        name = free_key(name, self._found, self.others)
         if not isinstance(value, torch.Tensor):
             self.others[name] = value
             return Leaf(name, is_tensor=False)
@@ -54,11 +51,12 @@ class StateContents(Tensors):
         return self._found[name]
 
 
-def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
+def _children(_: str, value: Any) -> tuple[Branch, Entries] | None:
     if isinstance(value, torch.nn.Module):
-        return value.state_dict().items()
+        value = value.state_dict()
     if isinstance(value, Mapping):
-        return value.items() or None
+        branch, items = Branch("mapping", versions=getattr(value, "_metadata", {})), value.items()
+        return (branch, ((str(key), child, True) for key, child in items)) if items else None
     if isinstance(value, (list, tuple)) and any(isinstance(i, (Mapping, torch.Tensor, list, tuple)) for i in value):
-        return enumerate(value)
+        return Branch("other"), ((str(number), child, True) for number, child in enumerate(value))
     return None

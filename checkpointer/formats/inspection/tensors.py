@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final, Literal
 
@@ -21,10 +21,12 @@ __all__ = [
     "Part",
     "TensorInfo",
     "Tensors",
+    "free_key",
     "memory_at",
     "memory_of",
     "parts_in",
     "read_exactly",
+    "tree_of",
 ]
 
 PACKED: Final = {"quint4x2": 2, "quint2x4": 4}
@@ -189,6 +191,57 @@ class Part:
     """The same for what is not a tensor, such as ``_extra_state``."""
     versions: Mapping[str, Any] = MappingProxyType({})
     """As `Branch.versions`."""
+
+
+Entries = Iterable[tuple[str, Any, bool]]
+"""Keys, values, and whether each is what a ``state_dict`` would have."""
+
+
+def tree_of(
+    root: Any,
+    children: Callable[[str, Any], tuple[Branch, Entries] | None],
+    add: Callable[[str, Any], Leaf],
+    steps: float = math.inf,
+) -> Branch:
+    """Return the tree of what is in ``root``; what contains itself is entered once on each way to it.
+
+    ``children`` returns what a value under a key holds, if it is entered; ``add`` takes any other under its full name.
+    Each entry takes a step for each level of nesting above it.
+    """
+    found = children("", root)
+    if found is None:
+        return Branch("mapping", {"": add("(the whole)", root)})
+    top = found[0]
+    frames = [(top, iter(found[1]), "", id(root))]
+    within, left = {id(root)}, steps
+    while frames:
+        branch, entries, path, identity = frames[-1]
+        entry = next(entries, None)
+        if entry is None:
+            frames.pop()
+            within.discard(identity)
+            continue
+        left -= len(frames)
+        if left < 0:
+            msg = f"it holds more than {steps} entries, far more than its size allows: no checkpoint does"
+            raise CorruptError(msg)
+        key, value, is_weight = entry
+        found = None if id(value) in within else children(key, value)
+        node = add(f"{path}{key}" or "(the whole)", value) if found is None else found[0]
+        if is_weight:
+            branch.children[free_key(key, branch.children)] = node
+        if found is not None:
+            within.add(id(value))
+            frames.append((found[0], iter(found[1]), f"{path}{key}.", id(value)))
+    return top
+
+
+def free_key(key: str, *taken: Container[str]) -> str:
+    """Return the key, with the first number behind it that makes it differ from those that are taken."""
+    free, count = key, 2
+    while any(free in keys for keys in taken):
+        free, count = f"{key}#{count}", count + 1
+    return free
 
 
 def parts_in(tree: Branch, counts: Callable[[str], bool] = lambda name: True) -> dict[str, Part]:

@@ -5,30 +5,26 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final
 
+import attrs
+
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection import pickled_tensors
-from checkpointer.formats.inspection.pickle import Call, globals_in, persistents_in, read_pickle
-from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored
-from checkpointer.formats.inspection.pickled_values import (
-    as_data,
-    children_of,
-    is_container_call,
-    is_module,
-    shown,
-    state_children,
-)
-from checkpointer.formats.inspection.rebuild import rebuilt
+from checkpointer.formats.inspection.pickle import Global, Persistent, read_names, read_pickle
+from checkpointer.formats.inspection.pickled_tensors import StorageRef, Stored, is_known
+from checkpointer.formats.inspection.pickled_values import as_data, children_of, shown
+from checkpointer.formats.inspection.rebuild import Rebuilding
 from checkpointer.formats.inspection.tensors import (
     ITEM_SIZES,
     Branch,
+    Entries,
     Leaf,
-    TensorInfo,
     Tensors,
+    free_key,
     parts_in,
     read_exactly,
+    tree_of,
 )
 
 __all__ = ["TorchContents", "open_legacy", "open_zip"]
@@ -46,25 +42,32 @@ _EXTRA: Final = "_extra_state"
 class TorchContents(Tensors):
     """An opened torch file: its pickle from `read_pickle`, and where the bytes of each storage lie, by its key."""
 
-    def __init__(self, stream: BinaryIO, root: Any, ranges: Mapping[str, _Range], size: int = 0) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        root: Any,
+        ranges: Mapping[str, _Range],
+        *,
+        names: Iterable[Global | Persistent] = (),
+        size: int = 0,
+    ) -> None:
         super().__init__()
         self._stream = stream
         self._root = root
         self._ranges = ranges
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
-        known = (is_container_call, pickled_tensors.is_known)
-        self.calls = tuple(sorted(str(found) for found in globals_in(root) if not any(is_it(found) for is_it in known)))
-        tree = _Walk(self._add, MIN_STEPS + STEPS_PER_BYTE * size).walk(root)
+        self.calls = tuple(sorted(str(name) for name in names if isinstance(name, Global) and not is_known(name)))
+        tree = tree_of(root, _children, self._add, MIN_STEPS + STEPS_PER_BYTE * size)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
-    def _add(self, name: str, value: Any, stored: Stored | None) -> Leaf:
-        free = _free(name, self.tensors, self.others)
+    def _add(self, name: str, value: Any) -> Leaf:
+        free, stored = free_key(name, self.tensors, self.others), Stored.of(value)
         if stored is None:
             self.others[free] = shown(value)
             self._values[free] = value
         else:
-            self.tensors[free] = TensorInfo(name=free, dtype=stored.dtype, shape=stored.shape, layout=stored.layout)
+            self.tensors[free] = stored.info(free)
             self._stored[free] = stored
         return Leaf(free, is_tensor=stored is not None)
 
@@ -75,7 +78,7 @@ class TorchContents(Tensors):
     def state(self) -> Any:
         """Return the whole state; an object that only unpickling would make becomes an `Unread`."""
         try:
-            return rebuilt(self._root, lambda stored: self._made("a tensor", stored))
+            return Rebuilding(lambda stored: self._made("a tensor", stored)).make(self._root)
         except (RecursionError, TypeError, ValueError) as error:
             msg = f"its state cannot be made of what is there ({type(error).__name__}: {error})"
             raise CorruptError(msg) from error
@@ -109,20 +112,20 @@ class TorchContents(Tensors):
         self._stream.close()
 
 
+@attrs.frozen
 class _Range:
     """Where a storage's bytes lie in the file; in a zip file they begin after a header, which is read when needed."""
 
-    def __init__(self, start: int | zipfile.ZipInfo, size: int) -> None:
-        self._start = start
-        self.size = size
+    where: int | zipfile.ZipInfo
+    size: int
 
     def start(self, stream: BinaryIO) -> int:
-        if isinstance(self._start, zipfile.ZipInfo):
-            stream.seek(self._start.header_offset)
-            header = stream.read(_LOCAL_HEADER)
-            names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            self._start = self._start.header_offset + _LOCAL_HEADER + names
-        return self._start
+        if isinstance(self.where, int):
+            return self.where
+        stream.seek(self.where.header_offset)
+        header = stream.read(_LOCAL_HEADER)
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return self.where.header_offset + _LOCAL_HEADER + names
 
 
 # The two kinds of torch files
@@ -149,7 +152,8 @@ def open_zip(stream: BinaryIO) -> TorchContents:
     except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError...
         msg = f"it cannot be read as a zip file ({type(error).__name__}: {error})"
         raise CorruptError(msg) from error
-    return TorchContents(stream, read_pickle(io.BytesIO(data)), ranges, len(data))
+    state, names = read_names(io.BytesIO(data))
+    return TorchContents(stream, state, ranges, names=names, size=len(data))
 
 
 def _read(stream: BinaryIO, member: zipfile.ZipInfo) -> bytes:
@@ -178,17 +182,17 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
     end = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     bounded: Any = _Bounded(stream)
-    first = read_pickle(bounded)
+    first, names = read_names(bounded)
     if first != _LEGACY_MAGIC:
-        return TorchContents(stream, first, {}, stream.tell())
+        return TorchContents(stream, first, {}, names=names, size=stream.tell())
     for _ in range(2):  # The protocol's version, and what the system was like.
         read_pickle(bounded)
-    root, keys = read_pickle(bounded), read_pickle(bounded)
+    (root, names), keys = read_names(bounded), read_pickle(bounded)
     pickled = stream.tell()
     if not isinstance(keys, (list, tuple)):
         msg = f"its list of storages is a {type(keys).__name__}"
         raise CorruptError(msg)
-    refs = filter(None, (StorageRef.of(found.id) for found in persistents_in(root)))
+    refs = filter(None, (StorageRef.of(name.id) for name in names if isinstance(name, Persistent)))
     sizes = {ref.key: ITEM_SIZES.get(ref.dtype, 1) for ref in refs}
     ranges = {}
     for key in map(str, keys):
@@ -197,7 +201,7 @@ def open_legacy(stream: BinaryIO) -> TorchContents:
         # A file that was cut ends within a storage: `problems` names the tensors that lack bytes.
         ranges[key] = _Range(start, min(size, end - start))
         stream.seek(min(start + size, end))
-    return TorchContents(stream, root, ranges, pickled)
+    return TorchContents(stream, root, ranges, names=names, size=pickled)
 
 
 class _Bounded:
@@ -219,70 +223,6 @@ class _Bounded:
         return self._stream.tell()
 
 
-# The entries of a pickle
-
-
-class _Walk:
-    """Goes through all that a pickle holds, depth first, and gives each entry its keys as a name."""
-
-    def __init__(self, add: Callable[[str, Any, Stored | None], Leaf], steps: int) -> None:
-        self._add = add
-        self._steps = self._left = steps
-
-    def walk(self, root: Any) -> Branch:
-        """Return the tree of what is in ``root``; what contains itself is entered once on each way to it."""
-        top = Branch("other")
-        frames: list[tuple[Branch, Iterator[tuple[str, Any, bool]], int]] = [(top, iter([("", root, True)]), 0)]
-        path: list[str] = []
-        within = {0}
-        while frames:
-            branch, rest, identity = frames[-1]
-            entry = next(rest, None)
-            if entry is None:
-                frames.pop()
-                within.discard(identity)
-                del path[len(frames) - 1 :]
-                continue
-            key, value, is_weight = entry
-            self._spend(len(frames))
-            path[len(frames) - 1 :] = [key]
-            stored = Stored.of(value)
-            children = None if stored or id(value) in within else _children(key, value)
-            free = _free(key, branch.children) if is_weight else None
-            if children is None:
-                leaf = self._add(".".join(path[1:]) or "(the whole)", value, stored)
-                if free is not None:
-                    branch.children[free] = leaf
-                continue
-            below, entries = children
-            if free is not None:
-                branch.children[free] = below
-            within.add(id(value))
-            frames.append((below, entries, id(value)))
-        whole = next(iter(top.children.values()))
-        return whole if isinstance(whole, Branch) else Branch("mapping", {"": whole})
-
-    def _spend(self, steps: int) -> None:
-        self._left -= steps
-        if self._left < 0:
-            msg = f"it holds more than {self._steps} entries, far more than its size allows: no checkpoint does"
-            raise CorruptError(msg)
-
-
-def _free(key: str, *taken: Container[str]) -> str:
-    """Return the key, with the first number behind it that makes it differ from those that are taken."""
-    free, count = key, 2
-    while any(free in keys for keys in taken):
-        free, count = f"{key}#{count}", count + 1
-    return free
-
-
-def _children(key: str, value: Any) -> tuple[Branch, Iterator[tuple[str, Any, bool]]] | None:
-    """Return a container's kind and what it holds, and whether each is what a ``state_dict`` would have."""
-    if isinstance(value, Call) and is_module(value):
-        return Branch("module"), state_children(value)
-    found = children_of(value)
-    if found is None or (key.endswith(_EXTRA) and as_data(value) is not None):
-        return None
-    kind, versions, entries = found
-    return Branch(kind, versions=versions), ((name, child, True) for name, child in entries)
+def _children(key: str, value: Any) -> tuple[Branch, Entries] | None:
+    is_leaf = Stored.of(value) is not None or (key.endswith(_EXTRA) and as_data(value) is not None)
+    return None if is_leaf else children_of(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 
@@ -18,16 +20,8 @@ _MODELS: Final = frozenset(
 )
 """The keys under which trainers keep the weights of the model."""
 _BESIDE: Final = (
-    "optim",
-    "sched",
-    "lr_sched",
-    "rng",
-    "loops",
-    "callbacks",
-    "scaler",
-    "sampler",
-    "random",
-    "dataloader",
+    *("optim", "sched", "lr_sched", "rng", "random", "loops", "callbacks"),
+    *("scaler", "sampler", "dataloader"),
 )
 """Keys that begin so hold something else than weights."""
 _OPTIONAL: Final = "num_batches_tracked"
@@ -106,7 +100,8 @@ def _below(contents: Tensors, path: str) -> Part:
         below = {name[len(s) :]: own for name, own in names.items() for s in starts if name.startswith(s)}
         if below:
             return Part(names=below)
-    msg = f"there is no tensor under {path!r}; the payload has {_listed(contents, contents.parts) or 'no weights'}"
+    have = _listed(contents, contents.parts) if contents.parts else "no weights"
+    msg = f"there is no tensor under {path!r}; the payload has {have}"
     raise RestoreError(msg)
 
 
@@ -115,18 +110,13 @@ def _below(contents: Tensors, path: str) -> Part:
 
 def _candidates(contents: Tensors) -> dict[str, Part]:
     """Return the parts that may be a model's: not what is beside one, nor single numbers, unless there is no other."""
+
+    def is_likely(path: str, part: Part) -> bool:
+        is_beside = any(key.startswith(_BESIDE) for key in re.split(r": |[./]", path.lower()))
+        return not is_beside and any(contents.tensors[full].numel > 1 for full in part.names.values())
+
     parts = contents.models
-    likely = {path: part for path, part in parts.items() if not _is_beside(path) and _has_weights(contents, part)}
-    return likely or dict(parts)
-
-
-def _is_beside(path: str) -> bool:
-    keys = path.lower().replace(": ", ".").replace("/", ".").split(".")
-    return any(key.startswith(_BESIDE) for key in keys)
-
-
-def _has_weights(contents: Tensors, part: Part) -> bool:
-    return any(contents.tensors[full].numel > 1 for full in part.names.values())
+    return {path: part for path, part in parts.items() if is_likely(path, part)} or dict(parts)
 
 
 def _found(contents: Tensors) -> str:
@@ -184,10 +174,9 @@ def _which(contents: Tensors, paths: Iterable[str]) -> str:
 
 
 def _listed(contents: Tensors, paths: Iterable[str]) -> str:
-    paths = list(paths)
-    counts = [(path, len(contents.parts[path].names) if path in contents.parts else 0) for path in paths]
-    texts = [f"{path or repr('')} ({count} tensors)" if count else path for path, count in counts]
-    return ", ".join(texts[:_SHOWN]) + (f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else "")
+    counts = {path: len(contents.parts[path].names) if path in contents.parts else 0 for path in paths}
+    texts = [f"{path or repr('')} ({count} tensors)" if count else path for path, count in counts.items()]
+    return some_of(texts, _SHOWN)
 
 
 # For a module that takes them
@@ -249,7 +238,7 @@ def _renamed(part: Part, rename: Callable[[str], str | None]) -> Part:
     names: dict[str, str] = {}
     for key, full in part.names.items():
         name = rename(key)
-        if name is not None and name in names:
+        if name in names:
             msg = f"key_map makes {name!r} of {key!r} and of another name"
             raise MismatchError(msg)
         if name is not None:
@@ -287,7 +276,7 @@ def _fits(wanted: Wanted, there: Mapping[str, Shape]) -> Iterator[tuple[str, boo
 def _prefixes(names: Iterable[str], there: Iterable[str]) -> list[str]:
     """Return what stands before one of the names, in the order of the payload."""
     ends = [*names]
-    found = [key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}")]
+    found = (key.removesuffix(end) for key in there for end in ends if key == end or key.endswith(f".{end}"))
     return [*dict.fromkeys(found)]
 
 
