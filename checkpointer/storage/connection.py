@@ -174,6 +174,11 @@ class Connection:
             stream.prefetch(size)
         return stream
 
+    def create(self, path: str) -> Any:
+        """Open a new file for writing; its folders are made."""
+        self.make_parents(path)
+        return self.fs.open(self.full(path), "wb")
+
     def remove(self, path: str) -> None:
         """Delete one file; deleting a missing file succeeds."""
         self.attempt(f"deleting {path}", lambda: self._remove(path))

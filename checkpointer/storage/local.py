@@ -43,7 +43,6 @@ class LocalStorage:
 
     def __init__(self, root: str | os.PathLike[str], owner: str) -> None:
         self._root = Path(root).expanduser().absolute()
-        self._root_text = str(self._root)
         self._staging = self._root / STAGING / f"{owner}-{uuid.uuid4().hex[:8]}"
         # In a folder without permission os.path returns False, where Path.exists raises. Later errors name its owner.
         if os.path.exists(self._root) and not os.path.isdir(self._root):
@@ -51,11 +50,11 @@ class LocalStorage:
             raise StorageError(msg)
 
     def __str__(self) -> str:
-        return self._root_text
+        return str(self._root)
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         """See `Storage.list`; unfinished writes are not listed."""
-        base = os.path.join(self._root_text, prefix)
+        base = os.path.join(self._root, prefix)
         found: dict[str, Stat] = {}
         if f"{prefix}/".startswith(f"{STAGING}/"):
             return found

@@ -58,9 +58,7 @@ class Publisher:
 
     def new_staged(self) -> str:
         """Return an unused path in the staging folder."""
-        staged = f"{self.staging}/{uuid.uuid4().hex[:12]}"
-        self._to.make_parents(staged)
-        return staged
+        return f"{self.staging}/{uuid.uuid4().hex[:12]}"
 
     # Replace a file
 
@@ -69,19 +67,19 @@ class Publisher:
         if self._to.is_object_store:
             self._to.attempt(f"writing {path}", lambda: self._put(path, data))
         else:
-            self.move(self._to.attempt(f"staging {path}", lambda: self._stage(data)), path, replace=True)
+            self.move(self._staged(path, data), path, replace=True)
 
     def _put(self, path: str, data: bytes) -> None:
         self._to.fs.pipe_file(self._to.full(path), data)
 
-    def _stage(self, data: bytes) -> str:
-        staged = self.new_staged()
-        self._write(staged, data)
-        return staged
+    def _staged(self, path: str, data: bytes) -> str:
+        # A new name for each attempt, because a server may still hold the file of a cut connection open.
+        return self._to.attempt(f"staging {path}", lambda: self._write(self.new_staged(), data))
 
-    def _write(self, path: str, data: bytes) -> None:
-        with self._to.fs.open(self._to.full(path), "wb") as stream:
+    def _write(self, path: str, data: bytes) -> str:
+        with self._to.create(path) as stream:
             stream.write(data)
+        return path
 
     def move(self, staged: str, path: str, *, replace: bool) -> None:
         """Give a staged file its name. Without ``replace``, raise `NameTakenError` if the name is taken."""
@@ -221,9 +219,13 @@ class Publisher:
 
     def create(self, path: str, data: bytes) -> None:
         """Write a small file under a new name; raise `NameTakenError` if it exists, or another writer creates it."""
+        if not self._to.is_object_store:
+            self.move(self._staged(path, data), path, replace=False)
+            return
         self.refuse_taken(path)
+        create = self._create_exclusively if self.capabilities.refuses else self._create_claimed
         try:
-            self._to.attempt(f"creating {path}", lambda: self._create(path, data))
+            self._to.attempt(f"creating {path}", lambda: create(path, data))
         except OSError as error:
             if not is_refusal(error):
                 raise
@@ -234,20 +236,12 @@ class Publisher:
             # SeaweedFS refuses the name of a former folder, although nothing is there. Then the claims decide.
             self._to.attempt(f"creating {path}", lambda: self._create_claimed(path, data))
 
-    def _create(self, path: str, data: bytes) -> None:
-        if not self._to.is_object_store:
-            self._move_new(self._stage(data), path)
-        elif self.capabilities.refuses:
-            self._create_exclusively(path, data)
-        else:
-            self._create_claimed(path, data)
-
     def _create_exclusively(self, path: str, data: bytes) -> None:
         self._to.fs.pipe_file(self._to.full(path), data, mode="create")
 
     def _create_claimed(self, path: str, data: bytes) -> None:
         with self._claim(path):
-            self.put(path, data)
+            self._put(path, data)
             if not self._holds(path, data):
                 raise self.taken(path)
 
@@ -262,7 +256,6 @@ class Publisher:
         for attempt in range(_ATTEMPTS):
             self._claims.add(mine)
             try:
-                self._to.make_parents(mine)
                 self._write(mine, b"claimed")
                 found = self._to.find(STAGING)
                 if not any(key in other and other != mine and self._is_held(other, found, mine) for other in found):
@@ -291,10 +284,7 @@ class Publisher:
 
     def refuse_taken(self, path: str) -> None:
         """Raise `NameTakenError` if a file or folder has this name."""
-        is_taken = bool(self._to.find(path))
-        if not is_taken and not self._to.is_object_store and not self.capabilities.replaces:
-            is_taken = bool(self._to.find(f"{REPLACING}/{path}"))
-        if is_taken:
+        if self._to.find(path) or (not self.capabilities.replaces and self._to.find(f"{REPLACING}/{path}")):
             raise self.taken(path)
 
     def taken(self, path: str) -> NameTakenError:
@@ -308,6 +298,7 @@ class Publisher:
 
     def _copy(self, source: str, target: str) -> None:
         copied = target if self._to.is_object_store else self.new_staged()
+        self._to.make_parents(copied)
         copy(self._to.fs, self._to.full(source), self._to.full(copied))
         if copied != target:
             self._move_over(copied, target)
@@ -320,7 +311,6 @@ class Publisher:
     def _probe(self) -> Capabilities:
         # New names for each attempt, because files of an earlier attempt would change the result.
         first, second, third = (f"{self.staging}/probe-{uuid.uuid4().hex[:8]}-{number}" for number in (1, 2, 3))
-        self._to.make_parents(first)
         try:
             if self._to.is_object_store:
                 return Capabilities(replaces=True, refuses=self._probe_create(first), copies=True)

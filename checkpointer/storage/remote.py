@@ -225,7 +225,7 @@ class _StagedStream:
 
     def _begin(self) -> Any:
         self._staged = self._publisher.new_staged()
-        return self._connection.fs.open(self._connection.full(self._staged), "wb")
+        return self._connection.create(self._staged)
 
     def write(self, data: Any) -> int:
         with self._errors():

@@ -293,12 +293,9 @@ class _Multipart:
         self._wait()
 
     def _wait(self) -> list[dict[str, Any]]:
-        parts = []
-        for number, future in enumerate(self._sent, 1):
-            reply = future.result()
-            reply = reply.get("CopyPartResult", reply)
-            parts.append({"PartNumber": number, "ETag": reply["ETag"]})
-        return parts
+        replies = [future.result() for future in self._sent]
+        tags = [reply.get("CopyPartResult", reply)["ETag"] for reply in replies]
+        return [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
 
     def publish(self, *, replace: bool) -> None:
         arguments: dict[str, Any] = {"Key": self._key, "UploadId": self._id}

@@ -9,7 +9,6 @@ import os
 import random
 import unittest
 from array import array
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -607,6 +606,9 @@ class StorageContract:
         assert {"a": 1} == _sizes(storage)
 
 
+_raises = unittest.TestCase().assertRaises
+
+
 def _sizes(storage: Storage, prefix: str = "") -> dict[str, int]:
     return {name: stat.size for name, stat in storage.list(prefix).items()}
 
@@ -671,13 +673,3 @@ def _supporting(storage: Storage, port: type) -> Any:
         msg = f"{type(storage).__name__} does not support {port.__name__}"
         raise unittest.SkipTest(msg)
     return storage
-
-
-@contextlib.contextmanager
-def _raises(expected: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except expected:
-        return
-    msg = f"expected {expected.__name__}, and nothing was raised"
-    raise AssertionError(msg)
