@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
 import attrs
@@ -70,7 +72,7 @@ class Units:
     """Files that may not be adopted, each with the reason."""
 
 
-def find_units(files: Iterable[str], taken: Container[str] = frozenset()) -> Units:
+def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
     """Sort the files of a directory into units. What lies in a directory with records of its own is left out.
 
     Example:
@@ -79,29 +81,28 @@ def find_units(files: Iterable[str], taken: Container[str] = frozenset()) -> Uni
         (('a.pt',), ('checkpoint_4',))
     """
     paths = sorted(files)
-    below = frozenset(directories_below(paths))
+    closed = {HOME, *taken, *directories_below(paths)}
     beside: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         folder, _, name = path.rpartition("/")
         beside[folder].add(name)
-    units: dict[str, None] = {}
+    folders: dict[str, None] = {}
     alone: list[str] = []
     left: dict[str, str] = {}
     for path in paths:
         above = [path[:i] for i, char in enumerate(path) if char == "/"]
-        is_taken = path in taken or any(folder in taken or folder in below for folder in above)
-        if is_taken or path.startswith(f"{HOME}/") or not path.endswith(_IN_FOLDERS):
+        if not path.endswith(_IN_FOLDERS) or not closed.isdisjoint((path, *above)):
             continue
         folder, _, name = path.rpartition("/")
-        unit = next((above_it for above_it in above if _is_unit(above_it, beside[above_it])), None)
-        reason = _belongs(name, beside[folder]) if unit is None else ""
-        if unit is not None or (reason and folder):
-            units[unit or folder] = None
+        unit = next((it for it in above if _is_unit(it, beside[it])), "")
+        reason = "" if unit else _belongs(name, beside[folder])
+        if unit or (reason and folder):
+            folders[unit or folder] = None
         elif path.endswith(_SUFFIXES) and reason:
             left[path] = reason
         elif path.endswith(_SUFFIXES):
             alone.append(path)
-    return Units(files=tuple(alone), folders=tuple(units), left=left)
+    return Units(files=tuple(alone), folders=tuple(folders), left=left)
 
 
 def _is_unit(folder: str, inside: Container[str]) -> bool:
@@ -195,36 +196,27 @@ def _lightning(name: str, place: str, contents: Tensors) -> Said:
 
 
 def _lightning_scores(name: str, place: str, contents: Tensors) -> dict[str, float]:
-    """Return the scores in the file's name, and those of each callback that says that it wrote this very file."""
-    in_name = _texts_in_name(name)
-    scores = {key: float(text) for key, text in in_name.items() if key not in ("epoch", "step")}
-    for monitor, path, score in _named_scores(contents, place):
-        text = in_name.get(monitor)
-        # The name is the file's own. A callback may only give the digits that the name has rounded away.
-        if path and (text is None or _is_rounded(score, text)):
-            scores[monitor] = score
-    return scores
-
-
-def _named_scores(contents: Tensors, place: str) -> Iterator[tuple[str, str, float]]:
-    """Yield monitor, path and score for each callback whose best checkpoints name the file at ``place``.
-
-    The directory may have been moved, so that of several paths with its name the one that agrees furthest is meant.
-    """
-    found: list[tuple[int, str, str, float]] = []
+    """Return the scores in the file's name, and those of each callback whose best checkpoints name this very file."""
+    texts = _texts_in_name(name)
+    scores = {key: float(text) for key, text in texts.items() if key not in ("epoch", "step")}
+    found: defaultdict[int, list[tuple[str, str, float]]] = defaultdict(list)
     for key, monitor in contents.others.items():
         callback, _, field = key.rpartition(".")
         if field != "monitor" or not callback.startswith("callbacks.") or not isinstance(monitor, str):
             continue
         for path, key_of_score in _best_paths(contents, callback):
-            common, score = _common(path, place), _number(contents, key_of_score)
-            if common and score is not None:
-                found.append((common, monitor, path, score))
-    furthest = max((common for common, *_ in found), default=0)
-    nearest = [(monitor, path, score) for common, monitor, path, score in found if common == furthest]
+            score = _number(contents, key_of_score)
+            if score is not None:
+                found[_common(path, place)].append((path, monitor, score))
+    # The directory may have been moved, so the path that agrees furthest is meant, if it has the file's name at all.
+    furthest = max(found, default=0)
+    nearest = found[furthest] if furthest else []
     # If two callbacks have a file of this name, either may have written this one.
-    if len({path for _, path, _ in nearest}) == 1:
-        yield from nearest
+    for _, monitor, score in nearest if len({path for path, *_ in nearest}) == 1 else ():
+        # The name is the file's own. A callback may only give the digits that the name has rounded away.
+        if monitor not in texts or _is_rounded(score, texts[monitor]):
+            scores[monitor] = score
+    return scores
 
 
 def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
@@ -240,12 +232,8 @@ def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
 
 def _common(one: str, other: str) -> int:
     """Return how many folders two paths have in common from their ends on, the file's own name included."""
-    count = 0
-    for ours, theirs in zip(*(reversed(re.split(r"[/\\]+", path)) for path in (one, other)), strict=False):
-        if ours != theirs:
-            break
-        count += 1
-    return count
+    ends = (reversed(re.split(r"[/\\]+", path)) for path in (one, other))
+    return sum(itertools.takewhile(bool, map(operator.eq, *ends)))
 
 
 def _number(contents: Tensors, key: str) -> float | None:

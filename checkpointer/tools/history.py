@@ -135,13 +135,15 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
         have = ", ".join(columns)
         msg = f"{where} has no column 'step'{suggest('step', columns) if columns else ''} (columns: {have})"
         raise ObservationError(msg)
-    merged = _merge([(line, _typed(line, row, where, (step, epoch, ends))) for line, row in rows], step, where)
+    merged = _merge(
+        [(line, _typed(f"{where}, line {line}", row, (step, epoch, ends))) for line, row in rows], step, where
+    )
     observations = []
     for (line, row), (_, following) in zip(merged, [*merged[1:], (0, {})], strict=True):
-        at_epoch = row.get(epoch, 0) if epoch else 0
+        at_epoch = row.get(epoch or "", 0)
         ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
-        when = row.get(time, 0.0) if time else 0.0
+        when = row.get(time or "", 0.0)
         if not math.isfinite(when):
             msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
             raise ObservationError(msg)
@@ -153,34 +155,23 @@ def _column(columns: Iterable[str], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | None]) -> dict[str, Any]:
+def _typed(place: str, row: Mapping[str, Any], whole: Sequence[str | None]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for name, value in row.items():
-        number = _number(value)
-        if number is None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             msg = (
-                f"{where}, line {line}, column {name!r}: {brief(value)} is not a number; "
+                f"{place}, column {name!r}: {brief(value)} is not a number; "
                 "correct the cell, or leave it empty if nothing was measured"
             )
+            raise ObservationError(msg) from None
+        # Hugging Face counts parts of epochs.
+        if name in whole and not (0 <= number < math.inf and (number.is_integer() or name in _EPOCHS)):
+            msg = f"{place}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
             raise ObservationError(msg)
-        if name in whole:
-            if not number.is_integer() or number < 0:
-                # Hugging Face counts parts of epochs.
-                if math.isfinite(number) and number >= 0 and name in _EPOCHS:
-                    typed[name] = int(number)
-                    continue
-                msg = f"{where}, line {line}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
-                raise ObservationError(msg)
-            number = int(number)
-        typed[name] = number
+        typed[name] = int(number) if name in whole else number
     return typed
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
