@@ -228,18 +228,13 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
+    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
     for number, item in enumerate(adoption.found):
         draft = Record(
-            name=item.name,
-            step=item.step,
-            epoch=item.epoch,
-            epoch_end=item.epoch_end,
-            metrics=item.metrics,
+            **{field: getattr(item, field) for field in said},
             time=_time(catalog, item.name),
             size=0,
             digest="",
-            format=item.format,
-            contents=item.contents,
             reason=f"{ADOPTED}written by {item.writer}",
             run=runs[item.name.rpartition("/")[0]],
             line=line,

@@ -73,13 +73,7 @@ class Units:
 
 
 def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
-    """Sort the files of a directory into units. What lies in a directory with records of its own is left out.
-
-    Example:
-        >>> found = find_units(["a.pt", "checkpoint_4/model.pt", "run/.checkpointer/index.json", "run/b.pt"])
-        >>> found.files, found.folders
-        (('a.pt',), ('checkpoint_4',))
-    """
+    """Sort the files of a directory into units. What lies in a directory with records of its own is left out."""
     paths = sorted(files)
     closed = {HOME, *taken, *directories_below(paths)}
     beside: dict[str, set[str]] = defaultdict(set)
