@@ -31,8 +31,8 @@ _STEPS: Final = (
     *("num_iters", "num_updates", "global_iter"),
 )
 _EPOCHS: Final = ("epoch", "epochs", "current_epoch")
-_HOLDERS: Final = ("", "meta.", "trainer.", "engine.")
-"""A counter counts under these keys only: at the top, and at those of mmengine and ignite."""
+_HOLDERS: Final = ("meta.", "trainer.", "engine.")
+"""A counter counts at the top, and under these keys of mmengine and ignite."""
 _BESIDE: Final = (*_STEPS, *_EPOCHS, "seed", "version", "batch_size", "num_epochs", "max_epochs", "total_flos", "time")
 _PAIR: Final = re.compile(r"(?:^|[-/])([A-Za-z][\w. ]*)=(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?=-|$)")
 _SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
@@ -287,9 +287,8 @@ def _bare(name: str, contents: Tensors) -> Said:
         msg = "there is no tensor in it, so it is not a checkpoint"
         raise CorruptError(msg)
     in_name = _from_name(name)
-    numbers = dict(_numbers(contents))
-    step, epoch = _counter(contents, numbers, _STEPS), _counter(contents, numbers, _EPOCHS)
-    in_epoch = _counter(contents, numbers, ("epoch_length",))
+    numbers = _numbers(contents)
+    step, epoch, in_epoch = (_first(numbers, names) for names in (_STEPS, _EPOCHS, ("epoch_length",)))
     ends = True
     if step and in_epoch and epoch is None:  # ignite counts iterations, and knows how many an epoch has.
         epoch, ends = (step - 1) // in_epoch, step % in_epoch == 0
@@ -297,7 +296,7 @@ def _bare(name: str, contents: Tensors) -> Said:
     scores = {key: float(text) for key, text in texts.items()}
     for key, value in numbers.items():
         # The best score so far is another checkpoint's.
-        if "best" not in key.lower() and (key not in texts or _is_rounded(value, texts[key])):
+        if "." not in key and "best" not in key.lower() and (key not in texts or _is_rounded(value, texts[key])):
             scores[key] = value
     is_torch = not isinstance(contents, SafetensorsContents)
     return Said(
@@ -316,35 +315,23 @@ def _tops(contents: Tensors) -> set[str]:
     return {key.partition(".")[0] for key in (*contents.tensors, *contents.others)}
 
 
-def _numbers(contents: Tensors) -> Iterator[tuple[str, float]]:
-    """Yield the numbers at the top of a saved dict, tensors of one element included, and those of a dict of metrics."""
-    for key, value in contents.others.items():
+def _numbers(contents: Tensors) -> dict[str, float]:
+    """Return the numbers at the top of a saved dict, in a dict of metrics, and under `_HOLDERS`; scalar tensors too."""
+    numbers: dict[str, float] = {}
+    for key in (*contents.others, *contents.tensors):
         name = key.removeprefix("metrics.")
-        if _is_number(value) and "." not in name:
-            yield name, float(value)
-    # A plain state_dict may have weights that are scalars: it has no numbers beside them.
-    for key, info in contents.tensors.items() if contents.others else ():
-        name = key.removeprefix("metrics.")
-        if not info.shape and "." not in name:
-            yield name, float(contents.read(key))
-
-
-def _counter(contents: Tensors, top: Mapping[str, float], names: Sequence[str]) -> int | None:
-    """Return a counter from the top of a saved dict, or from one level down where others keep theirs."""
-    for holder in _HOLDERS:
-        found = {key: _number(contents, f"{holder}{key}") for key in names} if holder else top
-        count = _first({key: value for key, value in found.items() if value is not None}, names)
-        if count is not None:
-            return count
-    return None
+        # A plain state_dict may have weights that are scalars: it has no numbers beside them.
+        is_scalar = key in contents.others or (contents.others and not contents.tensors[key].shape)
+        if key.startswith(_HOLDERS) or (is_scalar and "." not in name):
+            value = _number(contents, key)
+            numbers |= {} if value is None else {name: value}
+    return numbers
 
 
 def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
-    for name in names:
-        value = numbers.get(name)
-        if value is not None and math.isfinite(value) and value >= 0 and float(value).is_integer():
-            return int(value)
-    return None
+    """Return the first counter of these names: a whole number, at the top or under `_HOLDERS`."""
+    values = (numbers.get(f"{holder}{name}", math.nan) for holder in ("", *_HOLDERS) for name in names)
+    return next((int(value) for value in values if value >= 0 and float(value).is_integer()), None)
 
 
 def _texts_in_name(name: str) -> dict[str, str]:

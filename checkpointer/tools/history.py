@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -125,13 +125,13 @@ def _json_rows(text: str, where: str) -> Iterator[_Row]:
             msg = f"{where}, line {number}: found {brief(row)}; expected a JSON object"
             raise ObservationError(msg)
         # Nested objects and lists are not numbers of this step: histograms, tables, configurations.
-        yield number, {k: v for k, v in row.items() if v is not None and not isinstance(v, (dict, list))}
+        yield number, {k: v for k, v in row.items() if k and v is not None and not isinstance(v, (dict, list))}
 
 
 def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> History:
-    step, epoch = _column(columns, _STEPS), _column(columns, _EPOCHS)
-    time, ends = _column(columns, _TIMES), _column(columns, _ENDS)
-    if step is None:
+    names = (_STEPS, _EPOCHS, _TIMES, _ENDS)
+    step, epoch, time, ends = (next((name for name in some if name in columns), "") for some in names)
+    if not step:
         have = ", ".join(columns)
         msg = f"{where} has no column 'step'{suggest('step', columns) if columns else ''} (columns: {have})"
         raise ObservationError(msg)
@@ -140,22 +140,18 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
     )
     observations = []
     for (line, row), (_, following) in zip(merged, [*merged[1:], (0, {})], strict=True):
-        at_epoch = row.get(epoch or "", 0)
-        ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
+        at_epoch = row.get(epoch, 0)
+        ended = bool(row[ends]) if ends in row else bool(epoch) and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
-        when = row.get(time or "", 0.0)
+        when = row.get(time, 0.0)
         if not math.isfinite(when):
             msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
             raise ObservationError(msg)
         observations.append(Observation(metrics=metrics, step=row[step], epoch=at_epoch, epoch_end=ended, time=when))
-    return History(observations=tuple(observations), has_epochs=epoch is not None, has_times=time is not None)
+    return History(observations=tuple(observations), has_epochs=bool(epoch), has_times=bool(time))
 
 
-def _column(columns: Iterable[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
-
-
-def _typed(place: str, row: Mapping[str, Any], whole: Sequence[str | None]) -> dict[str, Any]:
+def _typed(place: str, row: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for name, value in row.items():
         try:

@@ -31,8 +31,6 @@ class ChartItem:
     name: str
     step: int
     epoch: int
-    time: float
-    """Seconds since the Unix epoch; 0 if not known."""
     size: int
     """Bytes."""
     metrics: Mapping[str, float]
@@ -179,7 +177,7 @@ def _simulated(timeline: Timeline, reasons: Mapping[str, Sequence[str]], best: R
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    fields = ("name", "step", "epoch", "time", "size", "kind", "metrics")
+    fields = ("name", "step", "epoch", "size", "kind", "metrics")
     return {field: getattr(record, field) for field in fields}
 
 
