@@ -28,7 +28,6 @@ CANNOT: Final = 2
 
 app = typer.Typer(
     name="checkpointer",
-    help="Look at checkpoints, and manage them. Nothing that is read is ever unpickled.",
     epilog="Exit codes: 0 fine, 1 something bad was found, 2 it could not be done, and nothing was changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -175,34 +175,29 @@ def read_policy(path: str) -> Policy:
         raise PolicyError(msg) from error
 
 
-def look(directory: str, access: Access, *, empty: bool = False) -> Catalog:
-    """Look at a directory. If it may be ``empty``, it need not have a record."""
+def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
+    """Look at a directory. It must have a record; if ``below`` is set, a directory below it may have it."""
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    if not empty:
-        refuse_empty(catalog)
+    if not catalog.has_records and not (below and catalog.below):
+        raise StorageError(_what_is_there(catalog))
     return catalog
 
 
-def refuse_empty(catalog: Catalog) -> None:
-    """Raise `StorageError` if a directory has no record, with the next step for what it holds."""
-    if catalog.has_records:
-        return
-    files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+def _what_is_there(catalog: Catalog) -> str:
     if catalog.below:
-        msg = (
+        return (
             f"{catalog.place} has no checkpoint of its own, and these directories below have: "
             f"{some_of(catalog.below)}. Name one of them; 'checkpointer ls {catalog.place}' lists them all"
         )
-    elif files:
-        msg = (
+    files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+    if files:
+        return (
             f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
             "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote"
         )
-    else:
-        msg = f"{catalog.place} holds no checkpoint"
-    raise StorageError(msg)
+    return f"{catalog.place} holds no checkpoint"
 
 
 def check_out(path: str, access: Access, *known: str) -> None:

@@ -177,18 +177,13 @@ def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]
     """Return the files that are called last and have the step of another checkpoint."""
     copies: dict[str, str] = {}
     there = {record.step: record.name for record in records}
-    last = [item for item in found if _is_called_last(item.name)]
+    last = [item for item in found if (parts := parts_of(item.name) - _NEUTRAL) and parts <= COPIES - {"best"}]
     there |= {item.step: item.name for item in found if item not in last}
     for item in last:
         other = there.setdefault(item.step, item.name)
         if other != item.name:
             copies[item.name] = f"it has the same step as {other}, so it is a copy that is called last"
     return copies
-
-
-def _is_called_last(name: str) -> bool:
-    parts = parts_of(name) - _NEUTRAL
-    return bool(parts) and parts <= COPIES - {"best"}
 
 
 # Making records

@@ -69,7 +69,6 @@ def report_command(
 
 
 def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:
-    """Return what is to be shown."""
     policy = None if ranking.policy is None else options.read_policy(ranking.policy)
     if os.path.isfile(source):
         if policy is None:

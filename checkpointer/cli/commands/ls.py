@@ -43,13 +43,12 @@ def ls_command(
     With a policy, why is what keeps each one; without, what it was saved for. If only the directories below have
     checkpoints, it lists those directories.
     """
-    catalog = options.look(directory, access, empty=True)
+    catalog = options.look(directory, access, below=True)
     below = catalog.below
-    if below and not catalog.has_records:
+    if not catalog.has_records:
         runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
         _print_runs(catalog, runs, len(below), as_json=as_json)
         return
-    options.refuse_empty(catalog)
     chosen = None if policy is None else options.read_policy(policy)
     records = [record for record in catalog.records if run in (None, record.run)]
     if run is not None:

@@ -52,7 +52,6 @@ def simulate_command(
 
 
 def _read_source(source: str, run: str | None, access: options.Access) -> History:
-    """Return the history in a file, on stdin, or of a directory's records."""
     if source == "-":
         return read_history(sys.stdin.buffer.read(), "stdin")
     if os.path.isfile(source):
@@ -72,7 +71,6 @@ def as_bytes(text: str) -> int:
 
 
 def _as_data(timeline: Timeline) -> dict[str, Any]:
-    """Return a timeline as JSON shows it."""
     worst = timeline.most_lost
     return {
         "policy": str(timeline.policy),

@@ -46,8 +46,8 @@ def export_command(
     directory: options.Directory,
     name: Annotated[str, typer.Argument(help="A name, step or alias.", show_default=False)],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new file.", show_default=False)],
-    access: options.Access,
     file: File,
+    access: options.Access,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
     options.check_out(out, access)
@@ -59,9 +59,9 @@ def export_command(
 
 def average_command(
     directory: options.Directory,
+    file: File,
     access: options.Access,
     ranking: options.Ranking,
-    file: File,
     names: Annotated[
         list[str] | None, typer.Argument(help="Names, steps or aliases; or else --best.", show_default=False)
     ] = None,
