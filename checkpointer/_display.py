@@ -8,18 +8,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Final
 
-__all__ = [
-    "age_text",
-    "count_text",
-    "every_text",
-    "lines_html",
-    "number_text",
-    "one_line",
-    "size_text",
-    "some_of",
-    "table_html",
-]
-
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 _CELL: Final = 'style="text-align: left; vertical-align: top; padding: 2px 10px 2px 0"'
@@ -28,9 +16,8 @@ _CELL: Final = 'style="text-align: left; vertical-align: top; padding: 2px 10px 
 def size_text(size: float) -> str:
     """Return a number of bytes in decimal units.
 
-    Example:
-        >>> size_text(999), size_text(2_430_000), size_text(-3_000_000_000)
-        ('999 B', '2.4 MB', '-3.0 GB')
+    >>> size_text(999), size_text(2_430_000), size_text(-3_000_000_000)
+    ('999 B', '2.4 MB', '-3.0 GB')
     """
     if abs(size) < 1000:
         return f"{size:.0f} B"
@@ -44,9 +31,8 @@ def size_text(size: float) -> str:
 def age_text(seconds: float) -> str:
     """Return how long something took or how old it is.
 
-    Example:
-        >>> age_text(12), age_text(7200), age_text(200_000)
-        ('12 s', '2 h', '2 d')
+    >>> age_text(12), age_text(7200), age_text(200_000)
+    ('12 s', '2 h', '2 d')
     """
     for length, unit in _AGES:
         if seconds >= length:
@@ -57,9 +43,8 @@ def age_text(seconds: float) -> str:
 def count_text(count: int, noun: str) -> str:
     """Return a count with its noun.
 
-    Example:
-        >>> count_text(1, "epoch"), count_text(2, "epoch")
-        ('1 epoch', '2 epochs')
+    >>> count_text(1, "epoch"), count_text(2, "epoch")
+    ('1 epoch', '2 epochs')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -67,9 +52,8 @@ def count_text(count: int, noun: str) -> str:
 def every_text(interval: int, noun: str) -> str:
     """Return an interval.
 
-    Example:
-        >>> every_text(1, "epoch"), every_text(2, "epoch")
-        ('every epoch', 'every 2 epochs')
+    >>> every_text(1, "epoch"), every_text(2, "epoch")
+    ('every epoch', 'every 2 epochs')
     """
     return f"every {noun}" if interval == 1 else f"every {count_text(interval, noun)}"
 
@@ -77,9 +61,8 @@ def every_text(interval: int, noun: str) -> str:
 def number_text(value: float, digits: int = 6) -> str:
     """Return a metric's value in so many digits at most.
 
-    Example:
-        >>> number_text(0.062312345), number_text(3.0), number_text(float("nan"))
-        ('0.0623123', '3', 'nan')
+    >>> number_text(0.062312345), number_text(3.0), number_text(float("nan"))
+    ('0.0623123', '3', 'nan')
     """
     return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
 
@@ -87,9 +70,8 @@ def number_text(value: float, digits: int = 6) -> str:
 def one_line(text: str) -> str:
     r"""Return text from storage as it may be shown: no control character moves the cursor or colours the screen.
 
-    Example:
-        >>> one_line("a\x1b[31mb")
-        'a?[31mb'
+    >>> one_line("a\x1b[31mb")
+    'a?[31mb'
     """
     if text.isascii() and text.isprintable():
         return text
@@ -99,9 +81,8 @@ def one_line(text: str) -> str:
 def some_of(names: Sequence[str], most: int = 5) -> str:
     """Return the first names of many, and how many more there are.
 
-    Example:
-        >>> some_of(["a", "b", "c"], 2), some_of([])
-        ('a, b and 1 more', 'none')
+    >>> some_of(["a", "b", "c"], 2), some_of([])
+    ('a, b and 1 more', 'none')
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more or "none"
@@ -110,9 +91,8 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
 def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
     """Return a table; its colours are the notebook's.
 
-    Example:
-        >>> table_html(["name"], [["<b>"]]).count("&lt;b&gt;")
-        1
+    >>> table_html(["name"], [["<b>"]]).count("&lt;b&gt;")
+    1
     """
     title = f"<caption {_CELL}>{escape(caption)}</caption>" if caption else ""
     heads = "".join(f"<th {_CELL}>{escape(cell)}</th>" for cell in head)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from typing import Any, Final, Protocol
+from typing import Any, Final
+
+import attrs
 
 from checkpointer.errors import PolicyError
 
@@ -26,19 +28,14 @@ def brief(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
-class _Field(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
 def whole_number(minimum: int) -> Any:
     """An attrs validator: an ``int`` (not a ``bool``) of at least ``minimum``."""
 
-    def check(instance: object, field: _Field, value: object) -> None:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
-            return
-        msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected a whole number of at least {minimum}"
-        raise PolicyError(msg)
+    def check(instance: object, field: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            expected = f"expected a whole number of at least {minimum}"
+            msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; {expected}"
+            raise PolicyError(msg)
 
     return check
 
@@ -46,7 +43,7 @@ def whole_number(minimum: int) -> Any:
 def one_of(*allowed: object) -> Any:
     """An attrs validator: the value is one of ``allowed``."""
 
-    def check(instance: object, field: _Field, value: object) -> None:
+    def check(instance: object, field: attrs.Attribute[Any], value: object) -> None:
         if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
             msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected {choices}"

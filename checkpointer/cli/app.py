@@ -17,17 +17,17 @@ from checkpointer.cli.output import say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 from checkpointer.storage.drivers import without_password
 
-COMMANDS: Final = (
-    *("ls", "show", "best", "last", "diff", "verify"),
-    *("prune", "sweep", "copy", "adopt", "export", "average"),
-    *("simulate", "plot", "report"),
-)
+COMMANDS: Final = {
+    "ls": "ls", "show": "show", "best": "paths", "last": "paths", "diff": "diff", "verify": "verify",
+    "prune": "prune", "sweep": "sweep", "copy": "copy", "adopt": "adopt", "export": "weights", "average": "weights",
+    "simulate": "simulate", "plot": "chart", "report": "chart",
+}  # fmt: skip
+"""The module in `checkpointer.cli.commands` of each command."""
 CANNOT: Final = 2
 """Exit code: it could not be done, and nothing was changed."""
 
 app = typer.Typer(
     name="checkpointer",
-    help="Look at checkpoints, and manage them. Nothing that is read is ever unpickled.",
     epilog="Exit codes: 0 fine, 1 something bad was found, 2 it could not be done, and nothing was changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,8 +52,8 @@ def _root(
     """Look at checkpoints, and manage them. Nothing that is read is ever unpickled."""
 
 
-for _name in COMMANDS:
-    _module = importlib.import_module(f"checkpointer.cli.commands.{_name}")
+for _name, _place in COMMANDS.items():
+    _module = importlib.import_module(f"checkpointer.cli.commands.{_place}")
     app.command(_name)(expanded(getattr(_module, f"{_name}_command")))
 
 

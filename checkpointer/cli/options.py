@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import enum
 import functools
 import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_type_hints
 
 import attrs
 import typer
@@ -55,13 +54,6 @@ PATIENCE_S: Final = 30.0
 """Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
 
 
-class Mode(str, enum.Enum):
-    """The best value of a metric: the smallest or the largest."""
-
-    MIN = "min"
-    MAX = "max"
-
-
 # Groups of options
 
 
@@ -91,7 +83,9 @@ class Ranking:
     by: Annotated[
         str | None, typer.Option("--by", metavar="METRIC", help="The metric that says which checkpoint is best.")
     ] = None
-    mode: Annotated[Mode | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")] = None
+    mode: Annotated[
+        Literal["min", "max"] | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")
+    ] = None
     policy: PolicyFile = None
 
     def metric(self, names: Iterable[str]) -> Metric | None:
@@ -105,7 +99,7 @@ class Ranking:
         if self.by not in known:
             msg = f"no checkpoint of the run has the metric {self.by!r}{suggest(self.by, known)}"
             raise NotFoundError(msg)
-        return Metric(self.by, mode=self.mode.value)
+        return Metric(self.by, mode=self.mode)
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -135,17 +129,14 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 # Directories
 
 
-def open_place(directory: str, access: Access, owner: str = "") -> Storage:
-    """Return the storage. Raise unless a local directory exists, because a command that reads must not make it."""
-    storage = _open(directory, owner, access.storage_options)
-    if isinstance(storage, SupportsPaths) and not os.path.isdir(path := storage.local_path("").rstrip("/")):
+def open_place(directory: str, access: Access, owner: str = "", *, new: bool = False) -> Storage:
+    """Return the storage. Unless it may be ``new``, a local directory must exist, because no reader may make it."""
+    options = {"retry": Retry(PATIENCE_S), **_parse_options(access.storage_options)}
+    storage = open_storage(directory, owner, options)
+    if isinstance(storage, SupportsPaths) and not (new or os.path.isdir(path := storage.local_path("").rstrip("/"))):
         msg = f"there is no directory {path}{_similar(Path(path))}"
         raise StorageError(msg)
     return storage
-
-
-def _open(directory: str, owner: str, storage_options: str | None) -> Storage:
-    return open_storage(directory, owner, {"retry": Retry(PATIENCE_S), **parse_options(storage_options)})
 
 
 def _similar(path: Path) -> str:
@@ -158,7 +149,7 @@ def _similar(path: Path) -> str:
     return f" (did you mean {parent.parent / close[0]}?)" if close else ""
 
 
-def parse_options(text: str | None) -> dict[str, Any]:
+def _parse_options(text: str | None) -> dict[str, Any]:
     """Return storage options. Their values are never printed."""
     if text is None:
         return {}
@@ -184,34 +175,29 @@ def read_policy(path: str) -> Policy:
         raise PolicyError(msg) from error
 
 
-def look(directory: str, access: Access, *, empty: bool = False) -> Catalog:
-    """Look at a directory. If it may be ``empty``, it need not have a record."""
+def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
+    """Look at a directory. It must have a record; if ``below`` is set, a directory below it may have it."""
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    if not empty:
-        refuse_empty(catalog)
+    if not catalog.has_records and not (below and catalog.below):
+        raise StorageError(_what_is_there(catalog))
     return catalog
 
 
-def refuse_empty(catalog: Catalog) -> None:
-    """Raise `StorageError` if a directory has no record, with the next step for what it holds."""
-    if catalog.has_records:
-        return
-    files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+def _what_is_there(catalog: Catalog) -> str:
     if catalog.below:
-        msg = (
+        return (
             f"{catalog.place} has no checkpoint of its own, and these directories below have: "
             f"{some_of(catalog.below)}. Name one of them; 'checkpointer ls {catalog.place}' lists them all"
         )
-    elif files:
-        msg = (
+    files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+    if files:
+        return (
             f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
             "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote"
         )
-    else:
-        msg = f"{catalog.place} holds no checkpoint"
-    raise StorageError(msg)
+    return f"{catalog.place} holds no checkpoint"
 
 
 def check_out(path: str, access: Access, *known: str) -> None:
@@ -235,7 +221,7 @@ def writing(directory: str, access: Access, *, new: bool = False) -> Iterator[tu
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not exist."""
     owner = new_owner()
     try:
-        storage = _open(directory, owner, access.storage_options) if new else open_place(directory, access, owner)
+        storage = open_place(directory, access, owner, new=new)
         yield storage, owner
         if isinstance(storage, SupportsSweep):
             storage.close()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
+import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from checkpointer._display import count_text, one_line
-from checkpointer.cli.tables import width
 from checkpointer.commit.missing import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.record import Record
@@ -31,6 +27,16 @@ from checkpointer.tools.catalog import Catalog
 
 FOUND_BAD = 1
 """Exit code: it was done, and something bad was found."""
+
+Cell = str | Sequence[tuple[str, str]]
+"""Text, or lines of it, each with a style."""
+
+_GAP: Final = "  "
+_LEAST: Final = 20
+"""Least width of the folded column."""
+_WIDE: Final = 200
+"""Width of output to a file or another program: a name is not folded there."""
+_STYLES: Final = {"bold": "1", "dim": "2", "green": "32", "red": "1;31"}
 
 
 def say(text: str) -> None:
@@ -56,12 +62,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def print_text(text: str) -> None:
-    """Print a sentence of a result, folded to the terminal's width."""
-    for line in textwrap.wrap(one_line(text), width(), break_on_hyphens=False):
-        sys.stdout.write(line + "\n")
 
 
 def print_path(catalog: Catalog, record: Record, *, as_json: bool) -> None:
@@ -99,16 +99,12 @@ def leave_if(bad: bool) -> None:
         raise typer.Exit(FOUND_BAD)
 
 
-class Bar(Protocol):
-    """Counts bytes on a progress bar."""
-
-    def __call__(self, count: int = 0, *, total: int | None = None) -> None:
-        """Count so many more bytes as done; ``total`` replaces the number that is expected."""
-
-
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Bar]:
-    """Show on a terminal's stderr how many of so many bytes are done."""
+def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
+    """Show on a terminal's stderr how many of so many bytes are done.
+
+    The function that is yielded counts more bytes as done; its keyword ``total`` replaces the number of all.
+    """
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
@@ -116,3 +112,53 @@ def progress(what: str, total: int) -> Iterator[Bar]:
     # A bar that was started ends with a newline, even if it is disabled.
     with bar if console.is_terminal else contextlib.nullcontext():
         yield lambda count=0, *, total=None: bar.update(task, advance=count, total=total)
+
+
+# Tables of plain columns, quick for ten thousand rows: rich takes seconds for them
+
+
+def width() -> int:
+    """Return how many columns there are to print in."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size().columns
+    return _WIDE
+
+
+def print_table(
+    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str] = (), folded: int = -1
+) -> None:
+    """Print a table on stdout, in colours if that is a terminal.
+
+    Args:
+        head: The columns' names; all empty for no head.
+        rows: The cells of each row; their text may come from storage.
+        right: Names of the columns that are aligned to the right.
+        folded: Number of the column that is folded if there is no room.
+    """
+    table = [[_lines(cell) for cell in row] for row in ([[(name, "bold")] for name in head], *rows)]
+    widths = [max(_len(text) for cell in column for text, _ in cell) for column in zip(*table, strict=True)]
+    others = sum(widths) - widths[folded] + len(_GAP) * (len(widths) - 1)
+    widths[folded] = min(widths[folded], max(width() - others, _LEAST))
+    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for row in table if any(head) else table[1:]:
+        row[folded] = [(part, style) for text, style in row[folded] for part in _fold(text, widths[folded])]
+        for line in itertools.zip_longest(*row, fillvalue=("", "")):
+            cells = []
+            for name, size, (text, style) in zip(head, widths, line, strict=True):
+                room = " " * (size - _len(text))
+                shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_coloured and style and text else text
+                cells.append(room + shown if name in right else shown + room)
+            sys.stdout.write(_GAP.join(cells).rstrip() + "\n")
+
+
+def _lines(cell: Cell) -> list[tuple[str, str]]:
+    lines = [(cell, "")] if isinstance(cell, str) else cell
+    return [(one_line(text), style) for text, style in lines]
+
+
+def _len(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _fold(text: str, size: int) -> list[str]:
+    return textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text]

@@ -20,7 +20,7 @@ from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, S
 from checkpointer.records.record import Record
 from checkpointer.storage.digests import VerifiedReader, algorithm_of, digest_of, files_of
 
-__all__ = ["Restored", "Verify", "load", "load_first_valid", "raising_unreachable", "verify"]
+__all__ = ["Restored", "Verify", "check_size", "load", "load_first_valid", "raising_unreachable", "verify"]
 
 Verify = Literal["full", "size"]
 """How a payload is compared with its record before it is loaded."""
@@ -61,11 +61,11 @@ class Restored:
 
 def verify(storage: Storage, record: Record) -> None:
     """Compare a payload with its record; raise `CorruptError` with the difference."""
-    _list(storage, record)
+    check_size(storage, record)
     _verify_digest(storage, record)
 
 
-def _list(storage: Storage, record: Record) -> Mapping[str, int]:
+def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
     """Return the payload's files; raise before any byte is read if their size is not as recorded."""
     files = files_of(storage, record.name, record.size)
     if not files:
@@ -104,7 +104,7 @@ def load(
     """
     payload = open_format(record)
     options = {"weights_only": weights_only, "map_location": map_location}
-    is_folder = set(_list(storage, record)) != {record.name}
+    is_folder = set(check_size(storage, record)) != {record.name}
     if not is_folder and isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)

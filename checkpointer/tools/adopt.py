@@ -74,7 +74,7 @@ def find_foreign(
             read.append(_read(catalog.storage, name, units))
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
-    said = [_with_step(item, steps.get(item.name), steps_per_epoch) for item in read]
+    said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in read]
     refused |= _parts(read, steps) | _parts(said)
     found = []
     for item in said:
@@ -127,10 +127,11 @@ def _directory_above(path: str, root: str) -> str:
     return ""
 
 
-def _with_step(said: Said, step: int | None, steps_per_epoch: int | None) -> Said:
-    if step is None and said.step is None and said.epoch is not None and steps_per_epoch is not None:
-        step = said.epoch * steps_per_epoch
-    return said if step is None else attrs.evolve(said, step=step)
+def _step(said: Said, given: Mapping[str, int], steps_per_epoch: int | None) -> int | None:
+    step = given.get(said.name, said.step)
+    if step is None and said.epoch is not None and steps_per_epoch is not None:
+        return said.epoch * steps_per_epoch
+    return step
 
 
 def _no_step(said: Said) -> str:
@@ -148,30 +149,26 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     If they were two checkpoints of one run, a policy could keep one and remove the other. If all files of a group are
     ``given`` their steps, only these steps count.
     """
-    groups: dict[tuple[object, ...], list[Said]] = defaultdict(list)
-    for item in said:
-        if item.writer != "torch.save":
-            continue
-        folder, _, file = item.name.rpartition("/")
-        kind = parts_of(item.name) & COPIES
-        if item.step is not None:
-            groups[folder, kind, item.step].append(item)
-        digits = tuple(re.findall(r"\d+", file.rpartition(".")[0]))
-        if digits:
-            groups[folder, kind, digits].append(item)
+    files = [(item.name.rpartition("/")[0], item) for item in said if item.writer == "torch.save"]
+    groups: defaultdict[tuple[str, Collection[str], int | tuple[str, ...]], list[Said]] = defaultdict(list)
+    for folder, item in files:
+        digits = re.findall(r"\d+", item.name[len(folder) :].rpartition(".")[0])
+        for number in (item.step, tuple(digits) or None):
+            if number is not None:
+                groups[folder, parts_of(item.name) & COPIES, number].append(item)
     parts = {}
-    for key, group in groups.items():
+    for (_, _, number), group in groups.items():
         # Equal numbers in two names mean one step only where a file does not say its own.
-        is_one = isinstance(key[2], int) or any(item.step is None for item in group)
+        is_one = isinstance(number, int) or any(item.step is None for item in group)
         is_open = any(item.name not in given for item in group)
-        for number, item in enumerate(group) if is_one and is_open and len(group) > 1 else ():
+        for item, other in zip(group, (group[-1], *group), strict=False) if is_one and is_open and group[1:] else ():
             parts[item.name] = (
-                f"it has the same step as {group[number - 1].name}: they are parts of one checkpoint, or of two "
+                f"it has the same step as {other.name}: they are parts of one checkpoint, or of two "
                 "runs, and prune would remove one without the other; put what belongs together into a folder"
             )
-    steps = {(item.name.rpartition("/")[0], item.step) for item in said if item.name in parts and item.step is not None}
-    for item in said:
-        if item.writer == "torch.save" and (item.name.rpartition("/")[0], item.step) in steps:
+    steps = {(folder, item.step) for folder, item in files if item.name in parts and item.step is not None}
+    for folder, item in files:
+        if (folder, item.step) in steps:
             parts.setdefault(item.name, "it has the same step as several files that belong together")
     return parts
 
@@ -180,18 +177,13 @@ def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]
     """Return the files that are called last and have the step of another checkpoint."""
     copies: dict[str, str] = {}
     there = {record.step: record.name for record in records}
-    last = [item for item in found if _is_called_last(item.name)]
+    last = [item for item in found if (parts := parts_of(item.name) - _NEUTRAL) and parts <= COPIES - {"best"}]
     there |= {item.step: item.name for item in found if item not in last}
     for item in last:
         other = there.setdefault(item.step, item.name)
         if other != item.name:
             copies[item.name] = f"it has the same step as {other}, so it is a copy that is called last"
     return copies
-
-
-def _is_called_last(name: str) -> bool:
-    parts = parts_of(name) - _NEUTRAL
-    return bool(parts) and parts <= COPIES - {"best"}
 
 
 # Making records
@@ -231,18 +223,13 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
+    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
     for number, item in enumerate(adoption.found):
         draft = Record(
-            name=item.name,
-            step=item.step,
-            epoch=item.epoch,
-            epoch_end=item.epoch_end,
-            metrics=item.metrics,
+            **{field: getattr(item, field) for field in said},
             time=_time(catalog, item.name),
             size=0,
             digest="",
-            format=item.format,
-            contents=item.contents,
             reason=f"{ADOPTED}written by {item.writer}",
             run=runs[item.name.rpartition("/")[0]],
             line=line,

@@ -19,7 +19,6 @@ _PARAMETRISED: Final = (
     (re.compile(r"(.+)_orig"), r"\1_mask", "pruning keeps a weight before it is masked"),
 )
 """Names that belong together, and why the means of each are not the mean of the weight."""
-_PARAMETRIZATIONS: Final = "parametrizations."
 
 
 def average(sources: Sequence[tuple[str, Weights]]) -> Weights:
@@ -64,8 +63,7 @@ def _check_same(name: str, first: Weights, other_name: str, other: Weights) -> N
 
 def _check_numbers(source: str, weights: Weights) -> None:
     for name, info in weights.tensors.items():
-        why = "" if info.is_numbers else f"is {info.kind}, and torch cannot compute its mean"
-        why = why or _parametrised(name, weights)
+        why = _parametrised(name, weights) if info.is_numbers else f"is {info.kind}, and torch cannot compute its mean"
         if why:
             msg = (
                 f"{name} in {source} {why}; average checkpoints of plain weights, as remove_parametrizations, "
@@ -76,7 +74,7 @@ def _check_numbers(source: str, weights: Weights) -> None:
 
 def _parametrised(name: str, weights: Weights) -> str:
     """Return why a tensor is not a weight by itself; empty if it is one."""
-    if f".{name}".rpartition(".")[0].find(f".{_PARAMETRIZATIONS}") >= 0:
+    if ".parametrizations." in f".{name}".rpartition(".")[0]:
         return "is a part of a parametrised weight, and the mean of the parts is not the mean of the weight"
     for pattern, other, why in _PARAMETRISED:
         match = pattern.fullmatch(name)

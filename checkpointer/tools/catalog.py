@@ -21,7 +21,7 @@ from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import access_advice
 from checkpointer.tools.query import name_like
 
-__all__ = ["Catalog", "location", "look_at"]
+__all__ = ["Catalog", "look_at"]
 
 _ALIASES = f"{index.HOME}/aliases/"
 
@@ -200,8 +200,7 @@ def _target(storage: Storage, alias: str, listing: index.Listing, records: Seque
     if there is None or not there.version or there.modified_s is not None:
         return ""  # A time does not show of which checkpoint it is a copy.
     # A copy that the server made has the tag of its original.
-    files = ((record.name, listing.files.get(record.name)) for record in reversed(records))
-    return next((name for name, own in files if own and (own.size, own.version) == (there.size, there.version)), "")
+    return next((r.name for r in reversed(records) if listing.files.get(r.name) == there), "")
 
 
 def _local_target(storage: SupportsPaths, alias: str, records: Sequence[Record]) -> str:

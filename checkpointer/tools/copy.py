@@ -52,7 +52,7 @@ def plan_copying(source: Catalog, target: Catalog, records: Sequence[Record] | N
     copies = {(record.token, record.digest) for record in target.records}
     missing = tuple(record for record in wanted if (record.token, record.digest) not in copies)
     names = (record.name for record in (*target.records, *_in_the_way(target, wanted)))
-    taken = target.foreign.union(names).union(target.aliases)
+    taken = target.foreign.union(names, target.aliases)
     half_way = {entry.record.name for entry in target.unfinished}
     in_the_way = [record.name for record in missing if record.name in taken and record.name not in half_way]
     if in_the_way:

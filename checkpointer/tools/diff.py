@@ -124,13 +124,8 @@ def _measure(a: Any, b: Any) -> tuple[bool, dict[str, float]]:
         raw_x, raw_y = a[start : start + _CHUNK], b[start : start + _CHUNK]
         x, y = raw_x.double(), raw_y.double()
         delta = _difference(raw_x, raw_y, x, y)
-        squares = x.dot(x).item()
-        length += squares
-        if not delta.any():
-            other, product = other + squares, product + squares
-            continue
-        all_same = False
-        other, product = other + y.dot(y).item(), product + x.dot(y).item()
+        all_same = all_same and not delta.any()
+        length, other, product = length + x.dot(x).item(), other + y.dot(y).item(), product + x.dot(y).item()
         change += delta.dot(delta).item()
         biggest = delta.abs_().max().item()
         largest = biggest if math.isnan(biggest) or biggest > largest else largest

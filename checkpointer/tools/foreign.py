@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
 import attrs
@@ -29,8 +31,8 @@ _STEPS: Final = (
     *("num_iters", "num_updates", "global_iter"),
 )
 _EPOCHS: Final = ("epoch", "epochs", "current_epoch")
-_HOLDERS: Final = ("", "meta.", "trainer.", "engine.")
-"""A counter counts under these keys only: at the top, and at those of mmengine and ignite."""
+_HOLDERS: Final = ("meta.", "trainer.", "engine.")
+"""A counter counts at the top, and under these keys of mmengine and ignite."""
 _BESIDE: Final = (*_STEPS, *_EPOCHS, "seed", "version", "batch_size", "num_epochs", "max_epochs", "total_flos", "time")
 _PAIR: Final = re.compile(r"(?:^|[-/])([A-Za-z][\w. ]*)=(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?=-|$)")
 _SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
@@ -70,38 +72,31 @@ class Units:
     """Files that may not be adopted, each with the reason."""
 
 
-def find_units(files: Iterable[str], taken: Container[str] = frozenset()) -> Units:
-    """Sort the files of a directory into units. What lies in a directory with records of its own is left out.
-
-    Example:
-        >>> found = find_units(["a.pt", "checkpoint_4/model.pt", "run/.checkpointer/index.json", "run/b.pt"])
-        >>> found.files, found.folders
-        (('a.pt',), ('checkpoint_4',))
-    """
+def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
+    """Sort the files of a directory into units. What lies in a directory with records of its own is left out."""
     paths = sorted(files)
-    below = frozenset(directories_below(paths))
+    closed = {HOME, *taken, *directories_below(paths)}
     beside: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         folder, _, name = path.rpartition("/")
         beside[folder].add(name)
-    units: dict[str, None] = {}
+    folders: dict[str, None] = {}
     alone: list[str] = []
     left: dict[str, str] = {}
     for path in paths:
         above = [path[:i] for i, char in enumerate(path) if char == "/"]
-        is_taken = path in taken or any(folder in taken or folder in below for folder in above)
-        if is_taken or path.startswith(f"{HOME}/") or not path.endswith(_IN_FOLDERS):
+        if not path.endswith(_IN_FOLDERS) or not closed.isdisjoint((path, *above)):
             continue
         folder, _, name = path.rpartition("/")
-        unit = next((above_it for above_it in above if _is_unit(above_it, beside[above_it])), None)
-        reason = _belongs(name, beside[folder]) if unit is None else ""
-        if unit is not None or (reason and folder):
-            units[unit or folder] = None
+        unit = next((it for it in above if _is_unit(it, beside[it])), "")
+        reason = "" if unit else _belongs(name, beside[folder])
+        if unit or (reason and folder):
+            folders[unit or folder] = None
         elif path.endswith(_SUFFIXES) and reason:
             left[path] = reason
         elif path.endswith(_SUFFIXES):
             alone.append(path)
-    return Units(files=tuple(alone), folders=tuple(units), left=left)
+    return Units(files=tuple(alone), folders=tuple(folders), left=left)
 
 
 def _is_unit(folder: str, inside: Container[str]) -> bool:
@@ -195,36 +190,27 @@ def _lightning(name: str, place: str, contents: Tensors) -> Said:
 
 
 def _lightning_scores(name: str, place: str, contents: Tensors) -> dict[str, float]:
-    """Return the scores in the file's name, and those of each callback that says that it wrote this very file."""
-    in_name = _texts_in_name(name)
-    scores = {key: float(text) for key, text in in_name.items() if key not in ("epoch", "step")}
-    for monitor, path, score in _named_scores(contents, place):
-        text = in_name.get(monitor)
-        # The name is the file's own. A callback may only give the digits that the name has rounded away.
-        if path and (text is None or _is_rounded(score, text)):
-            scores[monitor] = score
-    return scores
-
-
-def _named_scores(contents: Tensors, place: str) -> Iterator[tuple[str, str, float]]:
-    """Yield monitor, path and score for each callback whose best checkpoints name the file at ``place``.
-
-    The directory may have been moved, so that of several paths with its name the one that agrees furthest is meant.
-    """
-    found: list[tuple[int, str, str, float]] = []
+    """Return the scores in the file's name, and those of each callback whose best checkpoints name this very file."""
+    texts = _texts_in_name(name)
+    scores = {key: float(text) for key, text in texts.items() if key not in ("epoch", "step")}
+    found: defaultdict[int, list[tuple[str, str, float]]] = defaultdict(list)
     for key, monitor in contents.others.items():
         callback, _, field = key.rpartition(".")
         if field != "monitor" or not callback.startswith("callbacks.") or not isinstance(monitor, str):
             continue
         for path, key_of_score in _best_paths(contents, callback):
-            common, score = _common(path, place), _number(contents, key_of_score)
-            if common and score is not None:
-                found.append((common, monitor, path, score))
-    furthest = max((common for common, *_ in found), default=0)
-    nearest = [(monitor, path, score) for common, monitor, path, score in found if common == furthest]
+            score = _number(contents, key_of_score)
+            if score is not None:
+                found[_common(path, place)].append((path, monitor, score))
+    # The directory may have been moved, so the path that agrees furthest is meant, if it has the file's name at all.
+    furthest = max(found, default=0)
+    nearest = found[furthest] if furthest else []
     # If two callbacks have a file of this name, either may have written this one.
-    if len({path for _, path, _ in nearest}) == 1:
-        yield from nearest
+    for _, monitor, score in nearest if len({path for path, *_ in nearest}) == 1 else ():
+        # The name is the file's own. A callback may only give the digits that the name has rounded away.
+        if monitor not in texts or _is_rounded(score, texts[monitor]):
+            scores[monitor] = score
+    return scores
 
 
 def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
@@ -240,12 +226,8 @@ def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
 
 def _common(one: str, other: str) -> int:
     """Return how many folders two paths have in common from their ends on, the file's own name included."""
-    count = 0
-    for ours, theirs in zip(*(reversed(re.split(r"[/\\]+", path)) for path in (one, other)), strict=False):
-        if ours != theirs:
-            break
-        count += 1
-    return count
+    ends = (reversed(re.split(r"[/\\]+", path)) for path in (one, other))
+    return sum(itertools.takewhile(bool, map(operator.eq, *ends)))
 
 
 def _number(contents: Tensors, key: str) -> float | None:
@@ -305,9 +287,8 @@ def _bare(name: str, contents: Tensors) -> Said:
         msg = "there is no tensor in it, so it is not a checkpoint"
         raise CorruptError(msg)
     in_name = _from_name(name)
-    numbers = dict(_numbers(contents))
-    step, epoch = _counter(contents, numbers, _STEPS), _counter(contents, numbers, _EPOCHS)
-    in_epoch = _counter(contents, numbers, ("epoch_length",))
+    numbers = _numbers(contents)
+    step, epoch, in_epoch = (_first(numbers, names) for names in (_STEPS, _EPOCHS, ("epoch_length",)))
     ends = True
     if step and in_epoch and epoch is None:  # ignite counts iterations, and knows how many an epoch has.
         epoch, ends = (step - 1) // in_epoch, step % in_epoch == 0
@@ -315,7 +296,7 @@ def _bare(name: str, contents: Tensors) -> Said:
     scores = {key: float(text) for key, text in texts.items()}
     for key, value in numbers.items():
         # The best score so far is another checkpoint's.
-        if "best" not in key.lower() and (key not in texts or _is_rounded(value, texts[key])):
+        if "." not in key and "best" not in key.lower() and (key not in texts or _is_rounded(value, texts[key])):
             scores[key] = value
     is_torch = not isinstance(contents, SafetensorsContents)
     return Said(
@@ -334,35 +315,23 @@ def _tops(contents: Tensors) -> set[str]:
     return {key.partition(".")[0] for key in (*contents.tensors, *contents.others)}
 
 
-def _numbers(contents: Tensors) -> Iterator[tuple[str, float]]:
-    """Yield the numbers at the top of a saved dict, tensors of one element included, and those of a dict of metrics."""
-    for key, value in contents.others.items():
+def _numbers(contents: Tensors) -> dict[str, float]:
+    """Return the numbers at the top of a saved dict, in a dict of metrics, and under `_HOLDERS`; scalar tensors too."""
+    numbers: dict[str, float] = {}
+    for key in (*contents.others, *contents.tensors):
         name = key.removeprefix("metrics.")
-        if _is_number(value) and "." not in name:
-            yield name, float(value)
-    # A plain state_dict may have weights that are scalars: it has no numbers beside them.
-    for key, info in contents.tensors.items() if contents.others else ():
-        name = key.removeprefix("metrics.")
-        if not info.shape and "." not in name:
-            yield name, float(contents.read(key))
-
-
-def _counter(contents: Tensors, top: Mapping[str, float], names: Sequence[str]) -> int | None:
-    """Return a counter from the top of a saved dict, or from one level down where others keep theirs."""
-    for holder in _HOLDERS:
-        found = {key: _number(contents, f"{holder}{key}") for key in names} if holder else top
-        count = _first({key: value for key, value in found.items() if value is not None}, names)
-        if count is not None:
-            return count
-    return None
+        # A plain state_dict may have weights that are scalars: it has no numbers beside them.
+        is_scalar = key in contents.others or (contents.others and not contents.tensors[key].shape)
+        if key.startswith(_HOLDERS) or (is_scalar and "." not in name):
+            value = _number(contents, key)
+            numbers |= {} if value is None else {name: value}
+    return numbers
 
 
 def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
-    for name in names:
-        value = numbers.get(name)
-        if value is not None and math.isfinite(value) and value >= 0 and float(value).is_integer():
-            return int(value)
-    return None
+    """Return the first counter of these names: a whole number, at the top or under `_HOLDERS`."""
+    values = (numbers.get(f"{holder}{name}", math.nan) for holder in ("", *_HOLDERS) for name in names)
+    return next((int(value) for value in values if value >= 0 and float(value).is_integer()), None)
 
 
 def _texts_in_name(name: str) -> dict[str, str]:

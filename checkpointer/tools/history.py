@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -125,62 +125,49 @@ def _json_rows(text: str, where: str) -> Iterator[_Row]:
             msg = f"{where}, line {number}: found {brief(row)}; expected a JSON object"
             raise ObservationError(msg)
         # Nested objects and lists are not numbers of this step: histograms, tables, configurations.
-        yield number, {k: v for k, v in row.items() if v is not None and not isinstance(v, (dict, list))}
+        yield number, {k: v for k, v in row.items() if k and v is not None and not isinstance(v, (dict, list))}
 
 
 def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> History:
-    step, epoch = _column(columns, _STEPS), _column(columns, _EPOCHS)
-    time, ends = _column(columns, _TIMES), _column(columns, _ENDS)
-    if step is None:
+    names = (_STEPS, _EPOCHS, _TIMES, _ENDS)
+    step, epoch, time, ends = (next((name for name in some if name in columns), "") for some in names)
+    if not step:
         have = ", ".join(columns)
         msg = f"{where} has no column 'step'{suggest('step', columns) if columns else ''} (columns: {have})"
         raise ObservationError(msg)
-    merged = _merge([(line, _typed(line, row, where, (step, epoch, ends))) for line, row in rows], step, where)
+    merged = _merge(
+        [(line, _typed(f"{where}, line {line}", row, (step, epoch, ends))) for line, row in rows], step, where
+    )
     observations = []
     for (line, row), (_, following) in zip(merged, [*merged[1:], (0, {})], strict=True):
-        at_epoch = row.get(epoch, 0) if epoch else 0
-        ended = bool(row[ends]) if ends in row else epoch is not None and following.get(epoch) != at_epoch
+        at_epoch = row.get(epoch, 0)
+        ended = bool(row[ends]) if ends in row else bool(epoch) and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
-        when = row.get(time, 0.0) if time else 0.0
+        when = row.get(time, 0.0)
         if not math.isfinite(when):
             msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
             raise ObservationError(msg)
         observations.append(Observation(metrics=metrics, step=row[step], epoch=at_epoch, epoch_end=ended, time=when))
-    return History(observations=tuple(observations), has_epochs=epoch is not None, has_times=time is not None)
+    return History(observations=tuple(observations), has_epochs=bool(epoch), has_times=bool(time))
 
 
-def _column(columns: Iterable[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
-
-
-def _typed(line: int, row: Mapping[str, Any], where: str, whole: Sequence[str | None]) -> dict[str, Any]:
+def _typed(place: str, row: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for name, value in row.items():
-        number = _number(value)
-        if number is None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             msg = (
-                f"{where}, line {line}, column {name!r}: {brief(value)} is not a number; "
+                f"{place}, column {name!r}: {brief(value)} is not a number; "
                 "correct the cell, or leave it empty if nothing was measured"
             )
+            raise ObservationError(msg) from None
+        # Hugging Face counts parts of epochs.
+        if name in whole and not (0 <= number < math.inf and (number.is_integer() or name in _EPOCHS)):
+            msg = f"{place}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
             raise ObservationError(msg)
-        if name in whole:
-            if not number.is_integer() or number < 0:
-                # Hugging Face counts parts of epochs.
-                if math.isfinite(number) and number >= 0 and name in _EPOCHS:
-                    typed[name] = int(number)
-                    continue
-                msg = f"{where}, line {line}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
-                raise ObservationError(msg)
-            number = int(number)
-        typed[name] = number
+        typed[name] = int(number) if name in whole else number
     return typed
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:

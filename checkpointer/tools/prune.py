@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
@@ -55,14 +55,14 @@ def plan_pruning(
             reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} points to it")))
     kept: dict[str, str] = {}
     going: dict[str, str] = {}
-    why = _why_not(policy, manifest)
+    why_not = _why_not(policy, manifest)
     for record in manifest.own:
         if record.name in reasons:
             kept[record.name] = reasons[record.name]
         elif record.pinned:
             kept[record.name] = "pinned"
         elif manifest.counts(record):
-            going[record.name] = why(record)
+            going[record.name] = why_not.get(record.name, "a rescue, and a regular one came after it")
         elif abandoned:
             going[record.name] = "abandoned: the run went back to an earlier step"
         else:
@@ -70,30 +70,26 @@ def plan_pruning(
     return Pruning(kept=kept, going=going, records=tuple(r for r in manifest.own if r.name in going))
 
 
-def _why_not(policy: Policy, manifest: Manifest) -> Callable[[Record], str]:
-    """Return what says why no rule keeps a checkpoint; the history is ranked once."""
+def _why_not(policy: Policy, manifest: Manifest) -> dict[str, str]:
+    """Return for each checkpoint of the history why no rule keeps it, if none does."""
     history = manifest.history
-    ranked = {rule: rule.ranked(history) for rule in policy.rules if isinstance(rule, KeepBest)}
-    places = {rule: {r.name: n for n, r in enumerate(found, start=1)} for rule, found in ranked.items()}
-    newer = {record.name: len(history) - n for n, record in enumerate(history, start=1)}
-    limited = {name for rule in policy.rules for name in rule.keep(history)} if policy.limits else set()
-
-    def by(rule: Rule, name: str) -> str:
-        if isinstance(rule, KeepBest):
-            place = f"#{places[rule][name]} of {len(places[rule])}" if name in places[rule] else "not ranked"
-            return f"{place} by {rule.metric}, beyond the best {rule.k}"
-        if isinstance(rule, KeepLast):
-            return f"{newer[name]} newer, beyond the last {rule.n}"
-        return f"not kept by {rule}"
-
-    def why(record: Record) -> str:
-        if record.kind == "rescue":
-            return "a rescue, and a regular one came after it"
-        if record.name in limited:
-            return f"beyond the limit: {' and '.join(map(str, policy.limits))}"
-        return "; ".join(by(rule, record.name) for rule in policy.rules) or "the policy has no rule"
-
+    places = [_places(rule, history) for rule in policy.rules]
+    why = {r.name: "; ".join(place[r.name] for place in places) or "the policy has no rule" for r in history}
+    if policy.limits:
+        limit = f"beyond the limit: {' and '.join(map(str, policy.limits))}"
+        why |= {name: limit for rule in policy.rules for name in rule.keep(history)}
     return why
+
+
+def _places(rule: Rule, history: Sequence[Record]) -> dict[str, str]:
+    if isinstance(rule, KeepBest):
+        ranked = rule.ranked(history)
+        places = {record.name: f"#{n} of {len(ranked)}" for n, record in enumerate(ranked, start=1)}
+        beyond = f"by {rule.metric}, beyond the best {rule.k}"
+        return {record.name: f"{places.get(record.name, 'not ranked')} {beyond}" for record in history}
+    if isinstance(rule, KeepLast):
+        return {record.name: f"{n} newer, beyond the last {rule.n}" for n, record in enumerate(reversed(history))}
+    return {record.name: f"not kept by {rule}" for record in history}
 
 
 def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record, ...]:

@@ -55,17 +55,12 @@ class Condition:
     def holds(self, record: Record) -> bool:
         """Return whether it is true of the record."""
         value = _value(record, self.field)
-        if value is None:
-            return False
-        compare = _OPERATORS[self.comparison]
-        return compare(value, self.value if isinstance(value, str) else self._number())
-
-    def _number(self) -> float:
         try:
-            return float(self.value)
+            wanted = self.value if value is None or isinstance(value, str) else float(self.value)
         except ValueError:
             msg = f"{self.field}{self.comparison}{self.value}: {self.value!r} is not a number, and {self.field} is one"
             raise PolicyError(msg) from None
+        return value is not None and _OPERATORS[self.comparison](value, wanted)
 
 
 def _value(record: Record, field: str) -> Any:
@@ -100,10 +95,10 @@ def select(
             msg = f"no checkpoint has {field!r}{suggest(field, known)}"
             raise PolicyError(msg)
     found = [record for record in records if all(condition.holds(record) for condition in wanted)]
-    there = [r for r in found if (value := _value(r, sort)) is not None and value == value]
+    there = [record for record in found if (value := _value(record, sort)) is not None and value == value]
+    there.sort(key=lambda record: _value(record, sort), reverse=reverse)
     named = {record.name for record in there}
-    others = [record for record in found if record.name not in named]
-    return sorted(there, key=lambda record: _value(record, sort), reverse=reverse) + others
+    return [*there, *(record for record in found if record.name not in named)]
 
 
 def name_like(wanted: str, records: Sequence[Record]) -> NotFoundError:

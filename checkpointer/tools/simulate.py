@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import attrs
 
 from checkpointer.errors import ObservationError
@@ -100,21 +98,14 @@ def simulate(policy: Policy, history: History, *, size: int = 0) -> Timeline:
 
 
 def _check_counted(trigger: Trigger, history: History) -> None:
-    for part in _parts(trigger):
-        if isinstance(part, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
-            msg = f"the policy saves {part}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"
-            raise ObservationError(msg)
-        if isinstance(part, EverySeconds) and not history.has_times:
-            msg = f"the policy saves {part}, and the metrics have no column 'time' (seconds); add it, or count steps"
-            raise ObservationError(msg)
-
-
-def _parts(trigger: Trigger) -> Iterator[Trigger]:
-    if isinstance(trigger, AnyOf):
-        for part in trigger.triggers:
-            yield from _parts(part)
-    else:
-        yield trigger
+    for part in trigger.triggers if isinstance(trigger, AnyOf) else ():
+        _check_counted(part, history)
+    if isinstance(trigger, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
+        msg = f"the policy saves {trigger}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"
+        raise ObservationError(msg)
+    if isinstance(trigger, EverySeconds) and not history.has_times:
+        msg = f"the policy saves {trigger}, and the metrics have no column 'time' (seconds); add it, or count steps"
+        raise ObservationError(msg)
 
 
 class _Play:
@@ -122,8 +113,7 @@ class _Play:
 
     def __init__(self, policy: Policy, history: History, size: int) -> None:
         self._policy = policy
-        self._sizes: Mapping[int, int] = history.sizes
-        self._size = size
+        self._sizes, self._size = history.sizes, size
         self.manifest = Manifest(run="simulated")
         self._since = Progress(time=history.observations[0].time if history.observations else 0.0)
         self._begun = self._since.time

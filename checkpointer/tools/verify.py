@@ -12,7 +12,7 @@ from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
-from checkpointer.restore.load import verify
+from checkpointer.restore.load import check_size, verify
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.tools.catalog import Catalog
 
@@ -41,9 +41,9 @@ def verify_one(storage: Storage, record: Record, depth: Depth = "digests") -> Fi
     """Verify one checkpoint. Nothing is loaded, and nothing in it runs."""
     try:
         if depth == "sizes":
-            _check_size(storage, record)
-            return Finding(name=record.name)
-        verify(storage, record)
+            check_size(storage, record)
+        else:
+            verify(storage, record)
         calls = _look_into(storage, record) if depth == "contents" else ()
     except (RestoreError, OSError) as error:
         return Finding(name=record.name, problem=str(error).removeprefix(f"{record.name} "))
@@ -87,24 +87,12 @@ def verify_all(
         yield Finding(name=path, problem=str(error))
 
 
-def _check_size(storage: Storage, record: Record) -> None:
-    files = storage.list(record.name)
-    size = sum(stat.size for stat in files.values())
-    if not files:
-        msg = "is gone, though its record is there"
-        raise CorruptError(msg)
-    if size != record.size:
-        msg = f"has {size} bytes where its record says {record.size}"
-        raise CorruptError(msg)
-
-
 def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:
     """Raise unless all that the payload's tensors need is there; return what an unpickler would call."""
     if record.format not in ("torch", "safetensors", "dcp", "folder"):
         return ()  # The digest is all that shows damage in a format of the user's own.
     with open_contents(storage, record.name) as contents:
-        problems = list(contents.problems())[:3]
-        if problems:
+        if problems := [*contents.problems()][:3]:
             raise CorruptError("; ".join(problems))
         calls = contents.calls
     _check_sums(storage, record.name)
@@ -120,8 +108,7 @@ def _check_sums(storage: Storage, name: str) -> None:
             return
         stream.seek(0)
         try:
-            with zipfile.ZipFile(stream) as archive:
-                bad = archive.testzip()
+            bad = zipfile.ZipFile(stream).testzip()
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             msg = f"its parts cannot be read: {error}"
             raise CorruptError(msg) from error

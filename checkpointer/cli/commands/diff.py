@@ -9,7 +9,6 @@ import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
-from checkpointer.cli.tables import Table
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.tools.diff import Change, diff, diff_values
 
@@ -53,18 +52,14 @@ def diff_command(
 
 
 def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
-    numbers = ("norm", "relative", "max", "cosine")
-    table = Table("tensor", "shape", *numbers, right=numbers, folded=0)
-    for change in filter(bool, changes):
-        table.add(change.name, _shape(change), *_numbers(change))
-    if len(table):
-        table.print()
+    rows = [(change.name, _shape(change), *_numbers(change)) for change in changes if change]
+    if rows:
+        numbers = ("norm", "relative", "max", "cosine")
+        output.print_table(["tensor", "shape", *numbers], rows, right=numbers, folded=0)
     if values:
-        table = Table("value", "before", "after")
-        for name, (one, two) in values.items():
-            table.add(name, str(one), str(two))
-        table.print()
-    differ = f"{sum(map(bool, changes))} of {count_text(len(changes), 'tensor')}"
+        pairs = [(name, str(one), str(two)) for name, (one, two) in values.items()]
+        output.print_table(["value", "before", "after"], pairs)
+    differ = f"{len(rows)} of {count_text(len(changes), 'tensor')}"
     output.print_line(f"{differ} and {count_text(len(values), 'value')} differ")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-import attrs
 import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text, some_of
 from checkpointer.cli import options, output
-from checkpointer.cli.tables import Table, width
 from checkpointer.errors import CheckpointerError
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
@@ -44,13 +43,12 @@ def ls_command(
     With a policy, why is what keeps each one; without, what it was saved for. If only the directories below have
     checkpoints, it lists those directories.
     """
-    catalog = options.look(directory, access, empty=True)
+    catalog = options.look(directory, access, below=True)
     below = catalog.below
-    if below and not catalog.has_records:
+    if not catalog.has_records:
         runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
         _print_runs(catalog, runs, len(below), as_json=as_json)
         return
-    options.refuse_empty(catalog)
     chosen = None if policy is None else options.read_policy(policy)
     records = [record for record in catalog.records if run in (None, record.run)]
     if run is not None:
@@ -66,51 +64,32 @@ def ls_command(
     output.leave_if(output.say_damaged(catalog))
 
 
-@attrs.frozen(kw_only=True)
-class _Run:
-    """A directory below, in one line."""
-
-    directory: str
-    path: str
-    checkpoints: int = 0
-    step: int | None = None
-    """Step of its newest checkpoint."""
-    bytes: int = 0
-    time: float | None = None
-    """Time of its newest checkpoint, in seconds since the Unix epoch."""
-    error: str = ""
-    """Why it cannot be looked at."""
-
-
-def _run(directory: str, name: str, access: options.Access) -> _Run:
-    place = f"{directory.rstrip('/')}/{name}"
+def _run(directory: str, name: str, access: options.Access) -> dict[str, Any]:
+    """Return what JSON shows of a directory below; step and time (Unix seconds) are those of its newest checkpoint."""
+    path, error = f"{directory.rstrip('/')}/{name}", ""
+    records: tuple[Record, ...] = ()
     try:
-        records = look_at(options.open_place(place, access), access.key).records
-    except (CheckpointerError, OSError) as error:
-        return _Run(directory=name, path=place, error=str(error))
-    return _Run(
-        directory=name,
-        path=place,
-        checkpoints=len(records),
-        step=records[-1].step if records else None,
-        bytes=sum(record.size for record in records),
-        time=records[-1].time if records else None,
-    )
+        records = look_at(options.open_place(path, access), access.key).records
+    except (CheckpointerError, OSError) as refusal:
+        error = str(refusal)
+    step, when = (records[-1].step, records[-1].time) if records else (None, None)
+    size = sum(record.size for record in records)
+    run = {"directory": name, "path": path, "checkpoints": len(records), "step": step, "bytes": size}
+    return run | {"time": when, "error": error}
 
 
-def _print_runs(catalog: Catalog, runs: list[_Run], count: int, *, as_json: bool) -> None:
+def _print_runs(catalog: Catalog, runs: list[dict[str, Any]], count: int, *, as_json: bool) -> None:
     if as_json:
-        output.print_json([attrs.asdict(run) for run in runs])
+        output.print_json(runs)
     else:
         output.print_line(f"{catalog.place}: no checkpoint of its own; directories below: {count}")
         now, columns = time.time(), ("checkpoints", "step", "size", "age")
-        table = Table(*columns, "name", right=columns)
+        rows: list[list[output.Cell]] = []
         for run in runs:
-            age = "" if run.time is None else age_text(now - run.time)
-            step = "" if run.step is None else str(run.step)
-            name = [(run.directory, "bold"), *([(run.error, "red")] if run.error else [])]
-            table.add(str(run.checkpoints), step, size_text(run.bytes), age, name)
-        table.print()
+            step, age = (str(run["step"]), age_text(now - run["time"])) if run["checkpoints"] else ("", "")
+            name = [(run["directory"], "bold"), *([(run["error"], "red")] if run["error"] else [])]
+            rows.append([str(run["checkpoints"]), step, size_text(run["bytes"]), age, name])
+        output.print_table([*columns, "name"], rows, right=columns)
     if len(runs) < count:
         output.say(f"{count - len(runs)} more not shown; --limit N shows more")
 
@@ -149,7 +128,7 @@ def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], met
     total = size_text(sum(record.size for record in records))
     output.print_line(f"{catalog.place}: {some}{count_text(len(catalog.records), 'checkpoint')}, {total}")
     now = time.time()
-    columns = {
+    columns: dict[str, Sequence[output.Cell]] = {
         "step": [str(record.step) for record in records],
         "epoch": [str(record.epoch) for record in records],
         **{
@@ -160,24 +139,17 @@ def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], met
         "size": [size_text(record.size) for record in records],
         "age": [age_text(now - record.time) for record in records],
     }
-    longest = max((len(record.name) for record in records), default=0)
-    columns = _fitting(columns, metrics, width() - longest)
-    aliases: dict[str, list[str]] = {}
-    for alias, name in catalog.aliases.items():
-        aliases.setdefault(name, []).append(alias)
-    table = Table(*columns, "name", right=tuple(columns))
-    for number, record in enumerate(records):
-        cells = [values[number] for values in columns.values()]
-        title = (record.name, "bold" if record.kind == "regular" else "red")
-        named = [(f"<- {alias}", "green") for alias in aliases.get(record.name, [])]
-        table.add(*cells, [title, *named, (reasons[record.name], "dim")])
-    table.print()
-
-
-def _fitting(columns: dict[str, list[str]], metrics: list[str], width: int) -> dict[str, list[str]]:
-    """Leave out the last metrics, all but one, until the rest fits beside the names."""
+    room = output.width() - max((len(record.name) for record in records), default=0)
+    # The last metrics, all but one, are left out until the others fit beside the names.
     for name in reversed(metrics[1:]):
-        if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) <= width:
-            break
-        del columns[name]
-    return columns
+        if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) > room:
+            del columns[name]
+    names = [
+        [
+            (record.name, "bold" if record.kind == "regular" else "red"),
+            *((f"<- {alias}", "green") for alias in catalog.aliases_of(record)),
+            (reasons[record.name], "dim"),
+        ]
+        for record in records
+    ]
+    output.print_table([*columns, "name"], zip(*columns.values(), names, strict=True), right=[*columns])

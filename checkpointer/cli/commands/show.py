@@ -10,7 +10,6 @@ import typer
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.commands.ls import as_data, why
-from checkpointer.cli.tables import Table
 from checkpointer.errors import CheckpointerError, RestoreError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
@@ -44,17 +43,15 @@ def _show(
     catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str, *, as_json: bool
 ) -> None:
     if as_json:
-        output.print_json(_as_data(catalog, record, reason, contents, match))
+        more = {} if contents is None else _as_data(contents, match)
+        output.print_json(as_data(catalog, record, reason) | more)
         return
     _print_record(catalog, record, reason)
     if contents is not None:
         _print_contents(contents, match)
 
 
-def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str) -> dict[str, Any]:
-    data = as_data(catalog, record, reason)
-    if contents is None:
-        return data
+def _as_data(contents: Tensors, match: str) -> dict[str, Any]:
     tensors = [
         {"name": info.name, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes}
         for info in contents.tensors.values()
@@ -62,7 +59,7 @@ def _as_data(catalog: Catalog, record: Record, reason: str, contents: Tensors | 
     ]
     others = {key: value for key, value in contents.others.items() if match in key}
     weights = {path: len(part.names) for path, part in contents.parts.items()}
-    return data | {"tensors": tensors, "others": others, "calls": contents.calls, "weights": weights}
+    return {"tensors": tensors, "others": others, "calls": contents.calls, "weights": weights}
 
 
 def _where(contents: Tensors) -> str:
@@ -76,7 +73,6 @@ def _where(contents: Tensors) -> str:
 
 
 def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
-    table = Table("", "")
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.time))
     rows = {
         "name": record.name,
@@ -92,30 +88,21 @@ def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
         "kind": "" if record.kind == "regular" else record.kind,
         "why": reason,
     }
-    for key, value in rows.items():
-        if value:
-            table.add([(key, "bold")], value)
-    table.print()
+    output.print_table(["", ""], [([(key, "bold")], value) for key, value in rows.items() if value])
 
 
 def _print_contents(contents: Tensors, match: str) -> None:
     tensors = [info for info in contents.tensors.values() if match in info.name]
-    table = Table("tensor", "dtype", "shape", "bytes", right=("bytes",), folded=0)
-    for info in tensors:
-        shape = " x ".join(map(str, info.shape)) or "-"
-        table.add(info.name, info.kind, shape, size_text(info.bytes))
     output.print_line("")
-    table.print()
+    rows = [(info.name, info.kind, " x ".join(map(str, info.shape)) or "-", size_text(info.bytes)) for info in tensors]
+    output.print_table(["tensor", "dtype", "shape", "bytes"], rows, right=["bytes"], folded=0)
     total = size_text(sum(info.bytes for info in tensors))
     elements = count_text(sum(info.numel for info in tensors), "element")
     output.print_line(f"{count_text(len(tensors), 'tensor')}, {elements}, {total}")
     output.print_line(f"weights: {_where(contents)}")
     others = {key: value for key, value in contents.others.items() if match in key}
     if others:
-        table = Table("value", "")
-        for key, value in others.items():
-            table.add(key, str(value))
         output.print_line("")
-        table.print()
+        output.print_table(["value", ""], [(key, str(value)) for key, value in others.items()])
     if contents.calls:
         output.say(f"unpickling it would call {', '.join(contents.calls)}; nothing was unpickled")

@@ -11,7 +11,6 @@ import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.tables import Table
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Save, Skip
 from checkpointer.tools.history import History, history_of, read_history
@@ -53,7 +52,6 @@ def simulate_command(
 
 
 def _read_source(source: str, run: str | None, access: options.Access) -> History:
-    """Return the history in a file, on stdin, or of a directory's records."""
     if source == "-":
         return read_history(sys.stdin.buffer.read(), "stdin")
     if os.path.isfile(source):
@@ -73,7 +71,6 @@ def as_bytes(text: str) -> int:
 
 
 def _as_data(timeline: Timeline) -> dict[str, Any]:
-    """Return a timeline as JSON shows it."""
     worst = timeline.most_lost
     return {
         "policy": str(timeline.policy),
@@ -102,17 +99,17 @@ def _as_data(timeline: Timeline) -> dict[str, Any]:
 
 
 def _print(timeline: Timeline, *, everything: bool) -> None:
-    output.print_text(str(timeline.policy))
+    output.print_table([""], [[str(timeline.policy)]])
     shown = [m for m in timeline.moments if everything or not isinstance(m.decision, Skip) or m.decision.due]
     ranked = timeline.policy.ranking.name if timeline.policy.ranking else ""
     columns = ("step", *([ranked] if ranked else []), "kept", "on disk", "at risk")
-    table = Table(*columns, "what", right=columns)
+    rows: list[list[output.Cell]] = []
     for moment in shown:
         value = moment.observation.metrics.get(ranked)
         cells = [number_text(value) if value is not None else ""] if ranked else []
         numbers = [str(moment.num_kept), size_text(moment.bytes), f"{moment.lost_steps}"]
-        table.add(str(moment.observation.step), *cells, *numbers, [(line, "") for line in _what(moment)])
-    table.print()
+        rows.append([str(moment.observation.step), *cells, *numbers, [(line, "") for line in _what(moment)]])
+    output.print_table([*columns, "what"], rows, right=columns)
     for line in _summary(timeline):
         output.print_line(line)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import attrs
@@ -16,7 +17,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
 from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
-from checkpointer.tools.simulate import SimulatedCheckpoint, Timeline
+from checkpointer.tools.simulate import Timeline
 
 __all__ = ["Chart", "ChartItem", "chart_of_records", "chart_of_timeline"]
 
@@ -30,8 +31,6 @@ class ChartItem:
     name: str
     step: int
     epoch: int
-    time: float
-    """Seconds since the Unix epoch; 0 if not known."""
     size: int
     """Bytes."""
     metrics: Mapping[str, float]
@@ -96,37 +95,38 @@ def chart_of_records(
     """
     if metric is None and policy is not None:
         metric = policy.ranking
-    names = metric_names(manifest.history)
-    name = metric.name if metric else next(iter(names), "")
+    name = metric.name if metric else next(iter(metric_names(manifest.history)), "")
+    line = _line(history.observations if history else manifest.history, name)
+    steps = [*(step for step, _ in line), *(record.step for record in manifest.own)]
+    last = max(steps, default=1)
     best = next(iter(metric.ranked(manifest.history)), None) if metric else None
     reasons = explain(policy, manifest) if policy else {}
     items = tuple(
         ChartItem(
             **_facts(record),
             fate="kept" if manifest.counts(record) else "abandoned",
-            end=record.step,
+            end=last,
             why="; ".join(reasons.get(record.name, ("no rule keeps it",))) if policy else record.reason,
             is_best=record is best,
             aliases=tuple(alias for alias, target in (aliases or {}).items() if target == record.name),
         )
         for record in manifest.own
     )
-    gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
     subtitle = str(policy) if policy else count_text(len(items), "checkpoint")
+    gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
     if gone > 0:
         subtitle += f"; {gone} more were retired, or were not copied"
-    line = _line(history.observations if history else manifest.history, name)
-    steps = [*(step for step, _ in line), *(item.step for item in items)]
+    on_disk = accumulate(item.size for item in items)
     return Chart(
         title=title,
         subtitle=subtitle,
         metric=name,
         mode=metric.mode if metric else "",
         line=line,
-        items=tuple(attrs.evolve(item, end=max(steps)) for item in items),
-        disk=_disk(items),
+        items=items,
+        disk=tuple(sorted(zip((item.step for item in items), on_disk, strict=True))),
         first_step=min(steps, default=0),
-        last_step=max(steps, default=1),
+        last_step=last,
     )
 
 
@@ -142,13 +142,9 @@ def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         >>> [(item.step, item.fate, item.end) for item in chart_of_timeline("try", timeline, history).items]
         [(10, 'retired', 20), (20, 'kept', 20)]
     """
-    policy, manifest = timeline.policy, timeline.manifest
-    last = history.observations[-1].step if history.observations else 1
-    reasons = explain(policy, manifest)
-    best = policy.best_of(manifest.history)
-    newest = manifest.newest
+    policy, manifest, moments = timeline.policy, timeline.manifest, timeline.moments
+    steps = [now.step for now in history.observations]
     name = policy.ranking.name if policy.ranking else next(iter(history.metrics), "")
-    items = tuple(_item(one, reasons, best, newest, policy, last) for one in timeline.checkpoints)
     worst = timeline.most_lost
     risk = f"; at most {count_text(worst.lost_steps, 'step')} at risk" if worst else ""
     return Chart(
@@ -157,48 +153,34 @@ def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         metric=name,
         mode=policy.ranking.mode if policy.ranking else "",
         line=_line(history.observations, name),
-        items=items,
-        disk=tuple((moment.observation.step, moment.bytes) for moment in timeline.moments),
-        risk=tuple((moment.observation.step, moment.lost_steps) for moment in timeline.moments),
-        first_step=history.observations[0].step if history.observations else 0,
-        last_step=last,
+        items=tuple(_simulated(timeline, explain(policy, manifest), policy.best_of(manifest.history))),
+        disk=tuple((moment.observation.step, moment.bytes) for moment in moments),
+        risk=tuple((moment.observation.step, moment.lost_steps) for moment in moments),
+        first_step=min(steps, default=0),
+        last_step=max(steps, default=1),
     )
+
+
+def _simulated(timeline: Timeline, reasons: Mapping[str, Sequence[str]], best: Record | None) -> Iterator[ChartItem]:
+    policy = timeline.policy
+    targets = {policy.name.last_file: timeline.manifest.newest, policy.name.best_file: best}
+    for one in timeline.checkpoints:
+        is_kept = one.retired_at is None
+        yield ChartItem(
+            **_facts(one.record),
+            fate="kept" if is_kept else "retired",
+            end=timeline.moments[-1].observation.step if one.retired_at is None else one.retired_at,
+            why="; ".join(reasons.get(one.record.name, ())) if is_kept else one.record.reason,
+            is_best=is_kept and one.record is best,
+            aliases=tuple(alias for alias in policy.aliases if is_kept and targets[alias] is one.record),
+        )
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    fields = ("name", "step", "epoch", "time", "size", "kind", "metrics")
+    fields = ("name", "step", "epoch", "size", "kind", "metrics")
     return {field: getattr(record, field) for field in fields}
-
-
-def _item(
-    one: SimulatedCheckpoint,
-    reasons: Mapping[str, Sequence[str]],
-    best: Record | None,
-    newest: Record | None,
-    policy: Policy,
-    last: int,
-) -> ChartItem:
-    record, is_kept = one.record, one.retired_at is None
-    aliases = [policy.name.last_file] if policy.last and is_kept and record is newest else []
-    aliases += [policy.name.best_file] if policy.best and is_kept and record is best else []
-    return ChartItem(
-        **_facts(record),
-        fate="kept" if is_kept else "retired",
-        end=last if one.retired_at is None else one.retired_at,
-        why="; ".join(reasons.get(record.name, ())) if is_kept else record.reason,
-        is_best=is_kept and record is best,
-        aliases=tuple(aliases),
-    )
 
 
 def _line(reports: Sequence[Record | Observation], name: str) -> tuple[tuple[int, float], ...]:
     values = ((report.step, report.metrics[name]) for report in reports if name in report.metrics)
     return tuple(sorted((step, value) for step, value in values if math.isfinite(value)))
-
-
-def _disk(items: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
-    total, found = 0, []
-    for item in items:
-        total += item.size
-        found.append((item.step, total))
-    return tuple(sorted(found))

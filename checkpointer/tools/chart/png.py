@@ -23,6 +23,14 @@ ABANDONED: Final = "#b07bd8"
 RESCUE: Final = "#dc2626"
 BEST: Final = "#f59e0b"
 DISK: Final = "#0f766e"
+_MARKS: Final = {
+    "kept": ("o", KEPT, KEPT),
+    "retired": ("o", "white", FAINT),
+    "abandoned": ("o", "white", ABANDONED),
+    "rescue": ("o", RESCUE, RESCUE),
+    "best": ("*", BEST, INK),
+}
+"""Marker, fill and outline of each kind of point."""
 _LEAST: Final = 8
 """There is room for at least so many bars."""
 _NAMED: Final = 16
@@ -109,17 +117,9 @@ def _metric(axes: Any, chart: Chart) -> None:
     axes.set_ylabel(_text(f"{chart.metric or 'no metric'}{mode}", 40), color=INK)
     if chart.line:
         axes.plot(*zip(*chart.line, strict=True), color=FAINT, linewidth=1.1, zorder=1)
-    values = [(item, item.metrics[chart.metric]) for item in chart.items if chart.metric in item.metrics]
+    values = [(item, item.metrics.get(chart.metric, math.nan)) for item in chart.items]
     points = [(item, value) for item, value in values if math.isfinite(value)]
-    for zorder, fate in enumerate(("retired", "abandoned", "kept"), start=2):
-        _points(axes, [(item, value) for item, value in points if item.fate == fate], zorder)
-    for item, value in points:
-        _label(axes, item, value, chart)
-    axes.margins(y=0.18)
-    _legend(axes, chart)
-
-
-def _points(axes: Any, points: list[tuple[ChartItem, float]], zorder: int) -> None:
+    points.sort(key=lambda point: ("retired", "abandoned", "kept").index(point[0].fate))
     axes.scatter(
         [item.step for item, _ in points],
         [value for _, value in points],
@@ -127,17 +127,23 @@ def _points(axes: Any, points: list[tuple[ChartItem, float]], zorder: int) -> No
         facecolors=[_color(item) if item.fate == "kept" else "white" for item, _ in points],
         edgecolors=[_color(item) if item.fate != "retired" else FAINT for item, _ in points],
         linewidths=1.2,
-        zorder=zorder,
+        zorder=2,
     )
+    for item, value in points:
+        if item.is_best or item.aliases:
+            _label(axes, item, value, chart)
+    axes.margins(y=0.18)
+    _legend(axes, chart)
+
+
+def _star(axes: Any, step: int, y: float, size: int) -> None:
+    axes.scatter([step], [y], marker="*", s=size, color=BEST, edgecolors=INK, linewidths=0.7, zorder=5)
 
 
 def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
-    """Label a point that is the best or has an alias."""
     if item.is_best:
-        axes.scatter([item.step], [value], marker="*", s=190, color=BEST, edgecolors=INK, linewidths=0.7, zorder=5)
+        _star(axes, item.step, value, 190)
     labels = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
-    if not labels:
-        return
     text = f"{', '.join(dict.fromkeys(labels))}: {number_text(value, 4)}"
     above = 11 if chart.mode == "max" or not item.is_best else -16
     axes.annotate(
@@ -147,16 +153,8 @@ def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
 
 
 def _legend(axes: Any, chart: Chart) -> None:
-    marks: dict[str, tuple[str, str, str]] = {
-        "kept": ("o", KEPT, KEPT),
-        "retired": ("o", "white", FAINT),
-        "abandoned": ("o", "white", ABANDONED),
-        "rescue": ("o", RESCUE, RESCUE),
-        "best": ("*", BEST, INK),
-    }
-    there = {item.fate for item in chart.items} | {item.kind for item in chart.items}
-    there |= {"best"} if any(item.is_best for item in chart.items) else set()
-    for name, (marker, face, edge) in marks.items():
+    there = {name for item in chart.items for name in (item.fate, item.kind, "best" if item.is_best else "")}
+    for name, (marker, face, edge) in _MARKS.items():
         if name in there:
             size = 90 if marker == "*" else 26
             axes.scatter([], [], marker=marker, s=size, facecolors=face, edgecolors=edge, linewidths=1, label=name)
@@ -181,9 +179,7 @@ def _bars(axes: Any, chart: Chart) -> None:
         low, high = -number - height / 2, -number + height / 2
         bars.append([(item.step, low), (end, low), (end, high), (item.step, high)])
         if item.is_best:
-            axes.scatter(
-                [item.step], [-number], marker="*", s=110, color=BEST, edgecolors=INK, linewidths=0.6, zorder=5
-            )
+            _star(axes, item.step, -number, 110)
         if count <= _NAMED or (item.fate == "kept" and count <= 4 * _NAMED):
             _name(axes, item, -number, (left, right))
     axes.add_collection(PolyCollection(bars, facecolors=[_color(item) for item in chart.items], linewidths=0))

@@ -1,4 +1,4 @@
-"""``checkpointer plot``: a picture of a run."""
+"""``checkpointer plot`` and ``report``: a picture of a run, and a page about it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from checkpointer.cli import options, output
 from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
+from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.png import plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.query import metric_names
@@ -50,12 +51,24 @@ def plot_command(
     If SOURCE is a directory, it shows what is there; if it is a file of metrics, what --policy would have saved.
     """
     options.check_out(out, access, ".png")
-    plot(chart_from(source, ranking, drawing, access), out)
+    plot(_chart(source, ranking, drawing, access), out)
     output.print_line(out)
 
 
-def chart_from(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:
-    """Return what is to be shown."""
+def report_command(
+    source: Source,
+    out: Annotated[str, typer.Argument(metavar="OUT.html", help="The page; replaced if there.", show_default=False)],
+    ranking: options.Ranking,
+    drawing: Drawing,
+    access: options.Access,
+) -> None:
+    """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark."""
+    options.check_out(out, access, ".html", ".htm")
+    report(_chart(source, ranking, drawing, access), out)
+    output.print_line(out)
+
+
+def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:
     policy = None if ranking.policy is None else options.read_policy(ranking.policy)
     if os.path.isfile(source):
         if policy is None:

@@ -1,4 +1,4 @@
-"""``checkpointer best``: the path of the best checkpoint, for scripts."""
+"""``checkpointer last`` and ``best``: the path of one checkpoint, for scripts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.query import metric_names
+
+
+def last_command(
+    directory: options.Directory, access: options.Access, run: options.Run = None, as_json: options.Json = False
+) -> None:
+    """Print the path of the newest checkpoint that counts, rescues included, and nothing else."""
+    catalog = options.look(directory, access)
+    newest = catalog.manifest(run).newest
+    if newest is None:
+        raise output.no_checkpoint(catalog)
+    output.print_path(catalog, newest, as_json=as_json)
 
 
 def best_command(

@@ -1,0 +1,136 @@
+"""``checkpointer export`` and ``average``: the weights of one checkpoint, or the mean of several, as a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Annotated
+
+import attrs
+import typer
+
+from checkpointer._display import count_text, size_text, some_of
+from checkpointer.cli import options, output
+from checkpointer.cli.commands.paths import best_first
+from checkpointer.errors import PolicyError, RestoreError
+from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.formats.inspection.tensors import Tensors
+from checkpointer.formats.inspection.weights import Weights, weights_of
+from checkpointer.records.record import Record
+from checkpointer.restore.load import verify
+from checkpointer.tools.average import average
+from checkpointer.tools.catalog import Catalog
+
+
+@attrs.frozen(kw_only=True)
+class File:
+    """Options of the file that is written."""
+
+    format: Annotated[
+        WeightsFormat | None,
+        typer.Option("--format", help="Else OUT's extension decides: .safetensors; .pt, .pth, .ckpt, .bin for torch."),
+    ] = None
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="KEY",
+            help="Where the weights are: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
+        ),
+    ] = None
+    as_json: options.Json = False
+
+
+def export_command(
+    directory: options.Directory,
+    name: Annotated[str, typer.Argument(help="A name, step or alias.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new file.", show_default=False)],
+    file: File,
+    access: options.Access,
+) -> None:
+    """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
+    options.check_out(out, access)
+    catalog = options.look(directory, access)
+    _write(catalog, [catalog.find(name)], out, file, lambda sources: sources[0][1])
+    # The checkpoint that an alias was meant for may be among these.
+    output.say_damaged(catalog)
+
+
+def average_command(
+    directory: options.Directory,
+    file: File,
+    access: options.Access,
+    ranking: options.Ranking,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names, steps or aliases; or else --best.", show_default=False)
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
+    best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
+    run: options.Run = None,
+) -> None:
+    """Average the weights of the named checkpoints, or of the best K by a metric. Each is verified first.
+
+    The mean is computed tensor by tensor in double precision; counters are those of the first checkpoint.
+    """
+    if not out:
+        msg = "--out is missing; name the new file, such as --out averaged.safetensors"
+        raise PolicyError(msg)
+    if bool(names) == (best is not None):
+        msg = "name the checkpoints, or pass --best K with --by METRIC --mode min or max, or a --policy"
+        raise PolicyError(msg)
+    options.check_out(out, access)
+    catalog = options.look(directory, access)
+    records = [catalog.find(name) for name in names or ()]
+    if best is not None:
+        records = best_first(catalog, catalog.manifest(run), ranking)[:best]
+        if len(records) < best:
+            output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
+    _write(catalog, records, out, file, average)
+    if not file.as_json:
+        for record in records:
+            output.print_line(f"  {record.name}")
+
+
+def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
+    """Return the weights of a checkpoint; an error names it."""
+    try:
+        return weights_of(contents, only)
+    except RestoreError as error:
+        msg = f"{name}: {error}"
+        raise type(error)(msg) from error
+
+
+def _write(
+    catalog: Catalog,
+    records: list[Record],
+    out: str,
+    file: File,
+    combined: Callable[[list[tuple[str, Weights]]], Weights],
+) -> None:
+    """Verify checkpoints, write their combined weights, and say what was written."""
+    format = file.format or format_by_name(out)
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for record in records:
+            verify(catalog.storage, record)
+            contents = stack.enter_context(open_contents(catalog.storage, record.name))
+            sources.append((record.name, _weights(contents, file.only, record.name)))
+        weights = combined(sources)
+        advance = stack.enter_context(output.progress("writing", sum(info.bytes for info in weights.tensors.values())))
+
+        def read(name: str) -> object:
+            advance(weights.tensors[name].bytes)
+            return weights.read(name)
+
+        size = write_weights(out, weights.tensors, read, format=format)
+    left_out, count = [*weights.values], len(weights.tensors)
+    if file.as_json:
+        of = [record.name for record in records]
+        data = {"path": out, "bytes": size, "tensors": count, "key": weights.prefix, "of": of, "left_out": left_out}
+        output.print_json(data)
+        return
+    if left_out:
+        output.say(f"left out, because they are not tensors: {some_of(left_out)}")
+    under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
+    output.print_line(f"{out}: {count_text(count, 'tensor')}, {under}, {size_text(size)}")
