@@ -12,6 +12,7 @@ import attrs
 from transformers import TrainerCallback
 
 from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.team import on_rank_zero
 from checkpointer.errors import PolicyError
@@ -19,7 +20,7 @@ from checkpointer.hosts.grace import Grace
 from checkpointer.manager import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
-from checkpointer_transformers.cleanup import clear
+from checkpointer_transformers.find_checkpoint import clear
 from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
 from checkpointer_transformers.training import Training
 
@@ -76,7 +77,7 @@ class CheckpointCallback(TrainerCallback):
         check_options(options, type(self).__name__)
         self.policy = _with_trainer_names(policy)
         self.directory = directory
-        self._clock = clock
+        self._clock = clock or SystemClock()
         self._options: Mapping[str, Any] = options
         self._ranks: Ranks | None = None
         self._training: Training | None = None
@@ -120,12 +121,7 @@ class CheckpointCallback(TrainerCallback):
         self._signal = self._stopped_by = 0
         self._grace = Grace(self._grace_s)
         self._training = Training(
-            self._folder(args),
-            self.policy,
-            self._open_ranks(args),
-            output_dir=args.output_dir,
-            options=self._options,
-            clock=self._clock,
+            self._folder(args), args.output_dir, self.policy, self._open_ranks(args), self._clock, self._options
         )
         self._training.open(state, again)
 

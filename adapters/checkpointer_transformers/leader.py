@@ -4,68 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from checkpointer import CheckpointManager, Decision, Observation, Policy, Progress, Save, Skip
+from checkpointer import CheckpointManager, Decision, Observation, Progress, Save, Skip
 from checkpointer.policy.decide import decide_rescue
 from checkpointer.policy.swapped_weights import marked
-from checkpointer.ports import Clock, SupportsSweep
+from checkpointer.ports import SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
+from checkpointer_transformers.integrity import STATE_FILE, checkpoints_of, problem_of, step_of
 from checkpointer_transformers.lock import Claim
 from checkpointer_transformers.trainer_state import (
+    best_of,
     epoch_of,
     finished_epochs,
     logged_at,
-    owes_evaluation,
+    observation,
+    save_state,
     saved_state,
-    write_state,
 )
+
+if TYPE_CHECKING:
+    from checkpointer_transformers.training import Training
 
 __all__ = ["Leader", "staging_parent"]
 
 
 class Leader:
-    """Rank 0's manager, and the claim in its folder; ``write`` lets every rank write to a staged path."""
+    """Rank 0's manager, and the claim in its folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        policy: Policy,
-        *,
-        output_dir: str,
-        num_ranks: int,
-        write: Callable[[str], None],
-        clock: Clock,
-        options: Mapping[str, Any],
-    ) -> None:
-        self._folder, self._output_dir, self._num_ranks = folder, output_dir, num_ranks
-        self._write, self._clock = write, clock
-        self._is_closed = False
+    def __init__(self, training: Training) -> None:
+        self._training, self._folder = training, training.folder
         self._owner = new_owner()
-        self._storage = open_storage(folder, self._owner)
+        self._storage = open_storage(self._folder, self._owner)
         try:
-            self.manager = CheckpointManager(folder, policy, save=self._save, clock=clock, **options)
+            self.manager = CheckpointManager(
+                self._folder, training.policy, save=self._save, clock=training.clock, **training.options
+            )
         except BaseException:
             self._release()
             raise
-        self._state: Any = None
+        self._state: Any
         """The Trainer's state at a commit."""
-        self._owes_evaluation = False
-        """Whether a resume from the checkpoint that is being committed has to run the evaluation of its step."""
         self._final: Save
 
     def close(self, *, timeout: float | None = None) -> None:
         """Release the folder, and wait as `CheckpointManager.close` does. A second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
+        try:
             self.manager.close(timeout=timeout)
+        finally:
             self._release()
 
     def __del__(self) -> None:
@@ -86,7 +78,7 @@ class Leader:
         if step:
             saved = saved_state(state) or (claim.state if is_claimed else {})
         else:
-            since = attrs.asdict(Progress(time=self._clock.time()))
+            since = attrs.asdict(Progress(time=self._training.clock.time()))
             saved = {**again, "step": 0, "since": since, "owed": ""} if again else {}
         if saved:
             self.manager.session.load_state_dict(saved, source=self._chosen(step, saved))
@@ -111,40 +103,36 @@ class Leader:
             return
         if problem_of(path, ranks=claim.ranks) is not None:
             return
-        now = Observation(
-            metrics=logged_at(state, state.global_step),
-            step=state.global_step,
-            epoch=epoch_of(state),
-            epoch_end=finished_epochs(state) > epoch_of(state),
-            time=self._clock.time(),
-        )
+        metrics, is_end = logged_at(state, state.global_step), finished_epochs(state) > epoch_of(state)
+        now = observation(metrics, state, self._training.clock, epoch_end=is_end)
         decision = self._decide(now, "its process was killed before the record was written")
         if isinstance(decision, Save):
-            self._state, self._owes_evaluation, self._final = state, owes_evaluation(state), _named(decision, name)
+            self._state, self._final = state, _named(decision, name)
             self._adopt()
 
     def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
-        Claim(owner=self._owner, writing=writing, ranks=self._num_ranks, state=dict(state)).put(self._storage)
+        ranks = self._training.ranks.size
+        Claim(owner=self._owner, writing=writing, ranks=ranks, state=dict(state)).put(self._storage)
 
     # Deciding
 
     def _decide(self, now: Observation, due: str) -> Decision:
         return self.manager.session.decide(now.metrics, now.step, now.epoch, epoch_end=now.epoch_end, due=due)
 
-    def report(self, now: Observation, due: str) -> Decision:
+    def report(self, now: Observation) -> Decision:
         """Decide, and prepare the folder for a `Save`."""
-        decision = self._decide(now, due)
+        decision = self._decide(now, self._training.due)
         if not isinstance(decision, Save):
             return decision
         promoted = self._promote(decision)
         return self._prepare(decision) if promoted is None else promoted
 
-    def report_written(self, now: Observation, due: str) -> Decision:
+    def report_written(self, now: Observation) -> Decision:
         """Decide on a checkpoint that the Trainer has written, although the policy did not ask for it."""
         name = f"checkpoint-{now.step}"
         if name in self.manager.session.manifest.by_name:
             return Skip(reason=f"{name} is saved already, and was written over")
-        decision = self._decide(now, due)
+        decision = self._decide(now, self._training.due)
         return _named(decision, name) if isinstance(decision, Save) else decision
 
     def rescue(self, now: Observation, reason: str) -> Decision:
@@ -185,19 +173,16 @@ class Leader:
 
     # Committing
 
-    def commit(
-        self, decision: Save, now: Observation, due: str, *, state: Any, optimizer: Any, is_written: bool, owes: bool
-    ) -> Decision:
+    def commit(self, decision: Save, now: Observation, *, state: Any, optimizer: Any, is_written: bool) -> Decision:
         """Carry out a decision, with what was measured since."""
-        self._state, self._owes_evaluation = state, owes
-        self._final = marked(self._completed(decision, now, due), [optimizer])
+        self._state, self._final = state, marked(self._completed(decision, now), [optimizer])
         return self._adopt() if is_written else self.manager.session.commit(self._final)
 
-    def _completed(self, decision: Save, now: Observation, due: str) -> Save:
+    def _completed(self, decision: Save, now: Observation) -> Save:
         before = decision.observation
         if decision.kind == "rescue" or before.metrics.keys() == now.metrics.keys():
             return decision
-        again = self._decide(now, due)
+        again = self._decide(now, self._training.due)
         if isinstance(again, Save):
             return _named(again, decision.name)
         return attrs.evolve(decision, observation=attrs.evolve(before, metrics={**before.metrics, **now.metrics}))
@@ -212,7 +197,7 @@ class Leader:
 
     def _save(self, path: str) -> None:
         """Let every rank write to a staged path; the manager calls this."""
-        self._write(path)
+        self._training.team.call("write", path)
         # The Trainer has written a folder of the final name into this one, and every rank has finished.
         parent = staging_parent(path)
         os.rename(os.path.join(parent, self._final.name), path)
@@ -220,8 +205,15 @@ class Leader:
         self._write_state(Path(path))
 
     def _write_state(self, path: Path) -> None:
-        owes, output_dir = self._owes_evaluation, self._output_dir
-        write_state(self._state, path, self.manager, self._final, output_dir=output_dir, owes=owes)
+        """Write the Trainer's state into the checkpoint again, as it will be once that is committed."""
+        session = self.manager.session
+        best = best_of(self.manager.policy, session.after(self._final))
+        if best is not None:
+            best.show(self._state, self._training.output_dir)
+        save_state(self._state, session.state_dict(self._final), owes=self._training.owes_evaluation)
+        staged = path / f"{STATE_FILE}.new"
+        self._state.save_to_json(str(staged))
+        os.replace(staged, path / STATE_FILE)
 
 
 def _named(decision: Save, name: str) -> Save:

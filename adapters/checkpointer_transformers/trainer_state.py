@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointManager, Manifest, Policy, Save
-from checkpointer_transformers.integrity import STATE_FILE
+from checkpointer import Manifest, Observation, Policy
+from checkpointer.ports import Clock
 
 __all__ = [
     "Best",
@@ -21,9 +20,10 @@ __all__ = [
     "finished_epochs",
     "logged_at",
     "numbers_of",
+    "observation",
     "owes_evaluation",
+    "save_state",
     "saved_state",
-    "write_state",
 ]
 
 _KEY: Final = "checkpointer"
@@ -68,6 +68,13 @@ def finished_epochs(state: Any) -> int:
     return math.floor(state.epoch or 0)
 
 
+def observation(metrics: Mapping[str, Any], state: Any, clock: Clock, *, epoch_end: bool) -> Observation:
+    """Return what was measured at the Trainer's step, which is now."""
+    return Observation(
+        metrics=metrics, step=state.global_step, epoch=epoch_of(state), epoch_end=epoch_end, time=clock.time()
+    )
+
+
 def numbers_of(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics in a log of one step; none if it sums up the training."""
     if _SUMMARY in logs:
@@ -103,17 +110,6 @@ def saved_state(state: Any) -> Mapping[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def write_state(
-    state: Any, folder: Path, manager: CheckpointManager, decision: Save, *, output_dir: str, owes: bool
-) -> None:
-    """Write the Trainer's state into the checkpoint again, as it will be once that is committed.
-
-    ``owes``: whether a resume has to run the evaluation of this step.
-    """
-    best = best_of(manager.policy, manager.session.after(decision))
-    if best is not None:
-        best.show(state, output_dir)
-    state.stateful_callbacks[_KEY] = {**manager.session.state_dict(decision), _OWES: owes}
-    staged = folder / f"{STATE_FILE}.new"
-    state.save_to_json(str(staged))
-    os.replace(staged, folder / STATE_FILE)
+def save_state(state: Any, saved: Mapping[str, Any], *, owes: bool) -> None:
+    """Put the manager's state into the Trainer's; ``owes``: a resume has to run the evaluation of this step."""
+    state.stateful_callbacks[_KEY] = {**saved, _OWES: owes}

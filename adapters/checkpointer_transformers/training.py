@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
+
 from checkpointer import Decision, KeepBest, Observation, Policy, Save, Skip
-from checkpointer.clock import SystemClock
 from checkpointer.distributed.team import Agreement, Broadcast, Team
+from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.leader import Leader
-from checkpointer_transformers.trainer_state import best_of, epoch_of, owes_evaluation
+from checkpointer_transformers.trainer_state import best_of, epoch_of, observation, owes_evaluation
 
 __all__ = ["Training"]
 
@@ -20,64 +22,58 @@ Phase = Literal["between", "forward", "stepping"]
 """Where the training is: between two steps, in the passes, or where weights and optimizer do not belong together."""
 
 
+@attrs.define(eq=False)
 class Training:
     """The state of one ``Trainer.train`` on one rank; rank 0 also has the `Leader`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        policy: Policy,
-        ranks: Ranks,
-        *,
-        output_dir: str,
-        options: Mapping[str, Any],
-        clock: Clock | None = None,
-    ) -> None:
-        self.folder, self.policy, self.ranks = folder, policy, ranks
-        self.phase: Phase = "between"
-        self.pending: Save | None = None
-        self.stopping = False
-        """Whether a rescue ended the training."""
-        self.owes_evaluation = False
-        """Whether a signal left out the evaluation of this step, or ended it."""
-        self.ended = False
-        """Whether the end of the training was seen."""
-        self.failing = False
-        """Whether a save is under way, or has failed."""
-        self.write: Callable[[str], None] | None = None
-        """Lets the Trainer write to a staged path, while it wants to."""
-        self.leader: Leader | None = None
-        """Rank 0's part; None on the other ranks."""
-        self.is_waiting = False
-        """Whether a report without metrics is useless, because what is due waits for a metric."""
-        self._output_dir, self._options = output_dir, options
-        self._clock = clock or SystemClock()
-        self._agreement = Agreement(ranks)
-        self._team = Team(ranks, {"write": self._write})
-        self._metrics: tuple[int, dict[str, Any]] = (-1, {})
-        self._saved_step = self._ended_step = -1
-        self._due = ""
-        self._held_back = False
-        """Whether the last log had values that were not taken."""
-        self._needs_metric = not policy.last and all(_needs_metric(rule) for rule in policy.rules)
+    folder: Path
+    output_dir: str
+    """The folder as the Trainer names it."""
+    policy: Policy
+    ranks: Ranks
+    clock: Clock
+    options: Mapping[str, Any]
+    """Further options of the manager."""
+    phase: Phase = attrs.field(default="between", init=False)
+    pending: Save | None = attrs.field(default=None, init=False)
+    stopping: bool = attrs.field(default=False, init=False)
+    """Whether a rescue ended the training."""
+    owes_evaluation: bool = attrs.field(default=False, init=False)
+    """Whether a signal left out the evaluation of this step, or ended it."""
+    ended: bool = attrs.field(default=False, init=False)
+    """Whether the end of the training was seen."""
+    failing: bool = attrs.field(default=False, init=False)
+    """Whether a save is under way, or has failed."""
+    write: Callable[[str], None] | None = attrs.field(default=None, init=False)
+    """Lets the Trainer write to a staged path, while it wants to."""
+    leader: Leader | None = attrs.field(default=None, init=False)
+    """Rank 0's part; None on the other ranks."""
+    is_waiting: bool = attrs.field(default=False, init=False)
+    """Whether a report without metrics is useless, because what is due waits for a metric."""
+    team: Team = attrs.field(init=False)
+    due: str = attrs.field(default="", init=False)
+    """Why the last report was due whatever the trigger says."""
+    _horizon: Horizon = attrs.field(init=False)
+    _agreement: Agreement = attrs.field(init=False)
+    _metrics: tuple[int, dict[str, Any]] = attrs.field(default=(-1, {}), init=False)
+    _saved_step: int = attrs.field(default=-1, init=False)
+    _ended_step: int = attrs.field(default=-1, init=False)
+    _held_back: bool = attrs.field(default=False, init=False)
+    """Whether the last log had values that were not taken."""
+
+    def __attrs_post_init__(self) -> None:
+        self._agreement = Agreement(self.ranks)
+        self.team = Team(self.ranks, {"write": self._write})
 
     def open(self, state: Any, again: Mapping[str, Any]) -> None:
         """Open the folder, and go on with the run that the Trainer resumed, or with one that it begins ``again``."""
         self.owes_evaluation = owes_evaluation(state)
 
         def open_leader() -> Broadcast[Decision]:
-            self.leader = Leader(
-                self.folder,
-                self.policy,
-                output_dir=self._output_dir,
-                num_ranks=self.ranks.size,
-                write=lambda path: self._team.call("write", path),
-                clock=self._clock,
-                options=self._options,
-            )
+            self.leader = Leader(self)
             return self._broadcast(self.leader.resume(state, again), state)
 
-        self._receive(self._team.work(open_leader), state)
+        self._receive(self.team.work(open_leader), state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next training goes on from, if it takes this one's place; empty but on rank 0."""
@@ -95,7 +91,7 @@ class Training:
             assert self.leader is not None, "this is rank 0"
             return self._broadcast(act(self.leader), state)
 
-        return self._receive(self._team.work(work), state)
+        return self._receive(self.team.work(work), state)
 
     def _broadcast(self, decision: Decision, state: Any) -> Broadcast[Decision]:
         assert self.leader is not None, "this is rank 0"
@@ -107,10 +103,10 @@ class Training:
         decision, self._horizon = received.result, received.horizon
         best, is_saved = received.view
         self._saved_step = state.global_step if is_saved else -1
-        self.is_waiting = self._needs_metric and isinstance(decision, Skip) and bool(decision.waiting)
+        self.is_waiting = isinstance(decision, Skip) and bool(decision.waiting) and _needs_metric(self.policy)
         self.pending = decision if isinstance(decision, Save) else self.pending
         if best is not None:
-            best.show(state, self._output_dir)
+            best.show(state, self.output_dir)
         return decision
 
     def _write(self, path: str) -> None:
@@ -133,7 +129,7 @@ class Training:
         if timed == math.inf:
             return self._agreement(flag) if attached else False
         # Clocks differ, so only rank 0's decides.
-        return self._agreement(flag or (self.ranks.rank == 0 and self._clock.time() >= timed))
+        return self._agreement(flag or (self.ranks.rank == 0 and self.clock.time() >= timed))
 
     def measured(self, state: Any, metrics: Mapping[str, Any], *, anew: bool) -> bool:
         """Take in what was measured at this step; return whether it calls for a report.
@@ -160,13 +156,10 @@ class Training:
 
         ``is_written``: the Trainer has written the checkpoint already, although the policy did not ask for it.
         """
-        self._due = due
+        self.due = due
         self._ended_step = state.global_step if epoch_end else self._ended_step
-
-        def report(leader: Leader) -> Decision:
-            return (leader.report_written if is_written else leader.report)(self._now(state), due)
-
-        return self._on_rank_zero(state, report)
+        act = Leader.report_written if is_written else Leader.report
+        return self._on_rank_zero(state, lambda leader: act(leader, self._now(state)))
 
     def rescue(self, state: Any, reason: str) -> Decision:
         """Decide on a rescue of this step, unless it is saved already."""
@@ -178,8 +171,11 @@ class Training:
         assert decision is not None, "something is pending"
         if is_written and self.ranks.size > 1:
             self.ranks.gather(None)  # Another rank may still be writing.
-        what: Any = {"state": state, "optimizer": optimizer, "is_written": is_written, "owes": self.owes_evaluation}
-        self._on_rank_zero(state, lambda leader: leader.commit(decision, self._now(state), self._due, **what))
+
+        def commit(leader: Leader) -> Decision:
+            return leader.commit(decision, self._now(state), state=state, optimizer=optimizer, is_written=is_written)
+
+        self._on_rank_zero(state, commit)
         self.pending = None
 
     def _metrics_at(self, step: int) -> dict[str, Any]:
@@ -187,14 +183,10 @@ class Training:
 
     def _now(self, state: Any) -> Observation:
         step = state.global_step
-        return Observation(
-            metrics=self._metrics_at(step),
-            step=step,
-            epoch=epoch_of(state),
-            epoch_end=self._ended_step == step,
-            time=self._clock.time(),
-        )
+        return observation(self._metrics_at(step), state, self.clock, epoch_end=self._ended_step == step)
 
 
-def _needs_metric(rule: object) -> bool:
-    return isinstance(rule, KeepBest) and isinstance(rule.metric.key, str) and rule.metric.key not in ("epoch", "step")
+def _needs_metric(policy: Policy) -> bool:
+    """Return whether nothing is saved without a metric."""
+    keys = [rule.metric.key if isinstance(rule, KeepBest) else "step" for rule in policy.rules]
+    return not policy.last and all(isinstance(key, str) and key not in ("epoch", "step") for key in keys)
