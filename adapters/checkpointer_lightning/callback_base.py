@@ -58,7 +58,7 @@ class CallbackBase(Base):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._resume = Resume()
-        siblings.register(self)
+        siblings.CALLBACKS[id(self)] = self
 
     # What a subclass says
 
@@ -108,12 +108,6 @@ class CallbackBase(Base):
 
     def _resolve_folder(self, trainer: Any) -> str:
         return str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # Before `setup` ``dirpath`` may be None.
-
-    def _directory_index(self, trainer: Any) -> int:
-        """Return how many callbacks of the Trainer come before this one in its directory."""
-        folder = self._resolve_folder(trainer)
-        same = [other for other in siblings.ours(trainer.callbacks) if other._resolve_folder(trainer) == folder]
-        return same.index(self) if self in same else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}

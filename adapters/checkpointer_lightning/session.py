@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Listener, Ranks
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
 from checkpointer_lightning.ranks import close_ranks, open_ranks
-from checkpointer_lightning.siblings import label, ours, with_own_aliases
+from checkpointer_lightning.siblings import ours, policy_and_label
 from checkpointer_lightning.signals import Signals, signals_of
 from checkpointer_lightning.trainer_io import TrainerIO, cache_of
 
@@ -154,11 +155,10 @@ class TrainingSession:
     @classmethod
     def open(cls, callback: Any, trainer: Any) -> TrainingSession:
         """Open the directory on rank 0, and continue the run that was loaded."""
-        number = callback._directory_index(trainer)
-        policy = with_own_aliases(callback._make_policy(), number)
+        policy, label = policy_and_label(callback, trainer)
         ranks = open_ranks(trainer)
-        weights_only = policy.contents == "weights"
-        io = TrainerIO(trainer, callback._package, ranks, lambda: callback._dump(trainer), weights_only)
+        dump, weights_only = functools.partial(callback._dump, trainer), policy.contents == "weights"
+        io = TrainerIO(trainer, callback._package, ranks, dump, weights_only)
         options = {**callback._options, **io.manager_options(callback._background)}
         background = BackgroundEvents() if options.get("background") else None
         if background is not None:
@@ -169,7 +169,7 @@ class TrainingSession:
 
         def open_manager() -> Horizon:
             session.manager = manager = CheckpointManager(
-                callback._folder, policy, label=label(number), clock=callback._clock, **options
+                callback._folder, policy, label=label, clock=callback._clock, **options
             )
             callback._resume.apply(manager, policy, callback, trainer)
             return manager.session.horizon
