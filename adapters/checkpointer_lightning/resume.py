@@ -43,14 +43,9 @@ class Resume:
     found: str | None = None
     """The path that ``ckpt_path="last"`` was resolved to."""
 
-    def reset(self) -> None:
-        """Begin the setup of a training: no state is loaded yet."""
-        self.is_loaded, self.scores, self.attributes = False, {}, {}
-
     def apply(self, manager: CheckpointManager, policy: Policy, callback: Any, trainer: Any) -> None:
         """Let the manager continue from what was loaded, or from the callback's last training by the same Trainer."""
         again = callback._last_trainer is not None and callback._last_trainer() is trainer
-        remove_copies(self.found, trainer.ckpt_path)
         state = self.state if self.is_loaded or again else None
         if self.scores:
             _adopt(manager, callback._folder, self.scores, callback.monitor)

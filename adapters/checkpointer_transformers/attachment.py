@@ -17,9 +17,8 @@ from checkpointer.errors import PolicyError
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
-from checkpointer_transformers.leader import staging_parent
 from checkpointer_transformers.trainer_state import evaluated
-from checkpointer_transformers.training import Training
+from checkpointer_transformers.training import Training, staging_parent
 
 __all__ = ["attach"]
 
@@ -56,7 +55,7 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
     if isinstance(getattr(trainer.train, "__self__", None), _Attachment):
         msg = "this Trainer is attached to its CheckpointCallback already; call attach once"
         raise PolicyError(msg)
-    _Attachment(trainer, callback, tuple(signals)).install()
+    _Attachment(trainer, callback, tuple(signals))
 
 
 class _Attachment:
@@ -71,11 +70,7 @@ class _Attachment:
         self._evaluate, self._load_random = trainer._evaluate, trainer._load_rng_state
         self._ignored: Any = None
         """Keys of the model's output that evaluations do not gather."""
-
-    def install(self) -> None:
-        """Replace the methods."""
-        self._callback._at_end = self.save_end
-        trainer = self._trainer
+        callback._at_end = self.save_end
         trainer._save_checkpoint, trainer._load_best_model, trainer.train = self.save, self.load_best, self.train
         trainer._evaluate, trainer._load_rng_state = self.evaluate, self.load_random
 
@@ -200,7 +195,7 @@ class _Attachment:
         own = vars(self._trainer)
         ends.callback(own.update, {name: own[name] for name in _LOADERS if name in own})
         for name in _LOADERS:
-            own[name] = _covered(getattr(self._trainer, name), workers)
+            own[name] = functools.partial(_covered, workers, getattr(self._trainer, name))
             ends.callback(own.pop, name)
 
     def _give_back(self, *numbers: int) -> None:
@@ -232,14 +227,10 @@ class _Attachment:
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
 
-def _covered(make: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
-    @functools.wraps(make)
-    def make_and_cover(*args: Any, **kwargs: Any) -> Any:
-        loader = make(*args, **kwargs)
-        workers.cover(loader)
-        return loader
-
-    return make_and_cover
+def _covered(workers: Workers, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loader = make(*args, **kwargs)
+    workers.cover(loader)
+    return loader
 
 
 def _obstacle(training: Training) -> str:

@@ -176,12 +176,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a step; costs two comparisons unless something is due."""
-        training = self._training
+        training = self._between_steps(control)
         if training is None:
-            return
-        training.phase = "between"
-        if training.stopping:  # A signal ended an evaluation before this step, and that state is saved.
-            control.should_save = control.should_evaluate = False
             return
         due = not training.is_quiet(state, epoch_of(state)) and not training.is_waiting
         called = training.agreed(flag=bool(self._signal), attached=self._at_end is not None)
@@ -194,12 +190,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the end of an epoch, and of the training if that ends here."""
-        training = self._training
+        training = self._between_steps(control)
         if training is None or not state.global_step:
-            return
-        training.phase = "between"
-        if training.stopping:
-            control.should_save = control.should_evaluate = False
             return
         stops = bool(control.should_training_stop)
         is_whole = finished_epochs(state) > epoch_of(state) or not (stops or control.should_epoch_stop)
@@ -207,6 +199,17 @@ class CheckpointCallback(TrainerCallback):
         quiet = training.is_quiet(state, epoch_of(state) + is_whole)
         if due or not quiet or control.should_save or training.is_saved(state):
             self._report(training, state, control, epoch_end=is_whole, due=due)
+
+    def _between_steps(self, control: Any) -> Training | None:
+        """Note that a step has ended, and return the training if it goes on."""
+        training = self._training
+        if training is None:
+            return None
+        training.phase = "between"
+        if training.stopping:  # A signal ended an evaluation before this step, and that state is saved.
+            control.should_save = control.should_evaluate = False
+            return None
+        return training
 
     def _report(self, training: Training, state: Any, control: Any, *, epoch_end: bool = False, due: str = "") -> None:
         due = due or (ASKED if control.should_save else "")

@@ -7,13 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-import attrs
-
 from checkpointer import Manifest, Observation, Policy
 from checkpointer.ports import Clock
 
 __all__ = [
-    "Best",
     "best_of",
     "epoch_of",
     "evaluated",
@@ -24,6 +21,7 @@ __all__ = [
     "owes_evaluation",
     "save_state",
     "saved_state",
+    "show_best",
 ]
 
 _KEY: Final = "checkpointer"
@@ -34,20 +32,8 @@ _SUMMARY: Final = "train_runtime"
 """This key is only in the log of a whole training, which does not belong to a step."""
 
 
-@attrs.frozen(kw_only=True)
-class Best:
-    """The best checkpoint in the Trainer's terms; plain values, because they are sent to other ranks."""
-
-    metric: float | None = None
-    step: int | None = None
-    name: str | None = None
-
-    def show(self, state: Any, output_dir: str) -> None:
-        """Write it into the Trainer's state."""
-        state.best_metric = self.metric
-        state.best_model_checkpoint = None if self.name is None else os.path.join(output_dir, self.name)
-        if hasattr(state, "best_global_step"):  # Older ones do not have it.
-            state.best_global_step = self.step
+Best = tuple[float | None, int | None, str | None]
+"""Metric, step and name of the best checkpoint; None if no checkpoint is ranked yet."""
 
 
 def best_of(policy: Policy, manifest: Manifest) -> Best | None:
@@ -55,7 +41,17 @@ def best_of(policy: Policy, manifest: Manifest) -> Best | None:
     if policy.ranking is None:
         return None
     best = policy.best_of(manifest.history)
-    return Best() if best is None else Best(metric=policy.ranking.value(best), step=best.step, name=best.name)
+    return (None, None, None) if best is None else (policy.ranking.value(best), best.step, best.name)
+
+
+def show_best(best: Best | None, state: Any, output_dir: str) -> None:
+    """Write the best checkpoint into the Trainer's state, unless it is None."""
+    if best is None:
+        return
+    state.best_metric, step, name = best
+    state.best_model_checkpoint = None if name is None else os.path.join(output_dir, name)
+    if hasattr(state, "best_global_step"):  # Older ones do not have it.
+        state.best_global_step = step
 
 
 def epoch_of(state: Any) -> int:
