@@ -97,11 +97,8 @@ def _has_hook(thing: Any) -> bool:
 
 def _are_all_here(session: TrainingSession) -> bool:
     """Return whether all ranks come here in time, and at the same step."""
-    if not session.ranks.barrier(DEADLINE_S):
-        return False
-    step = float(session.trainer.global_step)
-    highest, lowest = session.ranks.highest(step, -step)
-    return highest == -lowest
+    ranks = session.ranks
+    return ranks.barrier(DEADLINE_S) and 1 == len(set(ranks.gather(session.trainer.global_step)))
 
 
 def _warn(msg: str) -> None:

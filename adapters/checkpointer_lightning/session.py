@@ -86,31 +86,31 @@ class FreshMetrics:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Any, int]] = {}
-        self._ranked: tuple[int, Mapping[str, Any]] = -1, {}
+        self._step = -1
+        self._ranked: dict[str, Any] = {}
+        """The metrics that the step was ranked by."""
 
     def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics that were measured at ``step``, which is the training's step now."""
+        if step != self._step:
+            self._step, self._ranked = step, {}
         for name, value in metrics.items():
             seen = self._seen.get(name)
             if seen is None or not _is_same(seen[0], value):
                 self._seen[name] = value, step
         return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
 
-    def rank(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Remember the metrics that a step was ranked by."""
-        self._ranked = step, {**self._ranked_at(step), **metrics}
+    def rank(self, metrics: Mapping[str, Any]) -> None:
+        """Remember the metrics that the step was ranked by."""
+        self._ranked.update(metrics)
 
-    def as_ranked(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def as_ranked(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics, with the values that the step was ranked by if it was ranked.
 
         With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first. At the end of the epoch it shows the
         mean of all batches under the same name: another quantity, which does not measure the step's weights.
         """
-        ranked = self._ranked_at(step)
-        return {name: ranked.get(name, value) for name, value in metrics.items()}
-
-    def _ranked_at(self, step: int) -> Mapping[str, Any]:
-        return self._ranked[1] if self._ranked[0] == step else {}
+        return {name: self._ranked.get(name, value) for name, value in metrics.items()}
 
 
 class TrainingSession:
@@ -227,7 +227,7 @@ class TrainingSession:
             return None
         self.collect()
         # A validation measures anew.
-        return metrics if moment in ("validation", "asked") else self._metrics.as_ranked(step, metrics)
+        return metrics if moment in ("validation", "asked") else self._metrics.as_ranked(metrics)
 
     def _decide(self, moment: Moment, metrics: dict[str, Any]) -> tuple[Decision, Attributes]:
         step, epoch = self.trainer.global_step, self.trainer.current_epoch
@@ -250,7 +250,7 @@ class TrainingSession:
         decision, self.horizon, attributes = on_rank_zero(self.ranks, decide)
         # If a step waits for a metric, the rules have not looked at it yet.
         if not isinstance(decision, Skip) or (decision.due and not decision.waiting):
-            self._metrics.rank(step, metrics)
+            self._metrics.rank(metrics)
         return decision, attributes
 
     # Saves

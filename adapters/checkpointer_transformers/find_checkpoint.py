@@ -16,7 +16,7 @@ from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
 from checkpointer.storage.digests import size_of
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import is_live, new_owner, release
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.sweep import sweep
 from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
@@ -69,7 +69,7 @@ def clear(folder: Path, options: Mapping[str, Any]) -> None:
     trust = options.get("trust")
     with _opened(folder) as (storage, owner):
         claim = Claim.of(storage)
-        if claim.is_live:
+        if is_live(claim.owner):
             return
         if storage.list(HOME):
             sweep(storage, owner, trust)  # A dead process's unfinished changes are finished or undone first.

@@ -20,6 +20,8 @@ _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS: Final = re.compile(
     r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)|adapter_model\.(safetensors|bin)|pytorch_model_fsdp.*|global_step\d+"
 )
+_SHARDED: Final = ("pytorch_model_fsdp", "optimizer_", "optimizer.bin", "global_step")
+"""Names of FSDP and DeepSpeed, which keep the optimizer elsewhere."""
 _ZIPPED: Final = (".pt", ".pth", ".bin")
 
 
@@ -60,7 +62,8 @@ def _missing(folder: Path, ranks: int | None) -> str | None:
     below = {path.name for path in folder.glob("*/*")}
     if not any(_WEIGHTS.fullmatch(name) for name in names | below):
         return "it has no weights"
-    if ("optimizer.pt" in names) != ("scheduler.pt" in names) and not any(_is_sharded(name) for name in names):
+    is_sharded = any(name.startswith(_SHARDED) for name in names)
+    if ("optimizer.pt" in names) != ("scheduler.pt" in names) and not is_sharded:
         return "one of optimizer.pt and scheduler.pt is missing"
     found = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name)))
     if found and (len(found) == 1 or found != list(range(ranks or len(found)))):
@@ -69,11 +72,6 @@ def _missing(folder: Path, ranks: int | None) -> str | None:
         if index in names and (absent := _shards(folder / index) - names):
             return f"{index} names {', '.join(sorted(absent))}, which is missing"
     return None
-
-
-def _is_sharded(name: str) -> bool:
-    """Return whether the name is one of FSDP or DeepSpeed, which keep the optimizer elsewhere."""
-    return name.startswith(("pytorch_model_fsdp", "optimizer_", "optimizer.bin", "global_step"))
 
 
 def _shards(index: Path) -> set[str]:
