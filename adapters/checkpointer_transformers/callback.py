@@ -21,7 +21,7 @@ from checkpointer.manager import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
 from checkpointer_transformers.find_checkpoint import clear
-from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
+from checkpointer_transformers.trainer_state import ends_epoch, epoch_of, numbers_of
 from checkpointer_transformers.training import Training
 
 __all__ = ["ASKED", "CheckpointCallback"]
@@ -184,7 +184,7 @@ class CheckpointCallback(TrainerCallback):
         if not (due or called or control.should_save):
             return
         # The evaluation at the end of the epoch comes after this save.
-        training.owes_evaluation = args.eval_strategy == "epoch" and finished_epochs(state) > epoch_of(state)
+        training.owes_evaluation = args.eval_strategy == "epoch" and ends_epoch(state)
         if not (called and self._is_stopped(training, state, control)):
             self._report(training, state, control)
 
@@ -194,7 +194,7 @@ class CheckpointCallback(TrainerCallback):
         if training is None or not state.global_step:
             return
         stops = bool(control.should_training_stop)
-        is_whole = finished_epochs(state) > epoch_of(state) or not (stops or control.should_epoch_stop)
+        is_whole = ends_epoch(state) or not (stops or control.should_epoch_stop)
         due = "the training ends" if stops else ""
         quiet = training.is_quiet(state, epoch_of(state) + is_whole)
         if due or not quiet or control.should_save or training.is_saved(state):

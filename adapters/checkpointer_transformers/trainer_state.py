@@ -12,9 +12,9 @@ from checkpointer.ports import Clock
 
 __all__ = [
     "best_of",
+    "ends_epoch",
     "epoch_of",
     "evaluated",
-    "finished_epochs",
     "logged_at",
     "numbers_of",
     "observation",
@@ -59,9 +59,9 @@ def epoch_of(state: Any) -> int:
     return max(0, math.ceil(state.epoch or 0) - 1)
 
 
-def finished_epochs(state: Any) -> int:
-    """Return how many epochs are whole."""
-    return math.floor(state.epoch or 0)
+def ends_epoch(state: Any) -> bool:
+    """Return whether the epoch is whole."""
+    return math.floor(state.epoch or 0) > epoch_of(state)
 
 
 def observation(metrics: Mapping[str, Any], state: Any, clock: Clock, *, epoch_end: bool) -> Observation:

@@ -24,8 +24,8 @@ from checkpointer_transformers.integrity import STATE_FILE, checkpoints_of, prob
 from checkpointer_transformers.lock import Claim
 from checkpointer_transformers.trainer_state import (
     best_of,
+    ends_epoch,
     epoch_of,
-    finished_epochs,
     logged_at,
     observation,
     owes_evaluation,
@@ -260,8 +260,8 @@ class Leader:
             return
         if problem_of(path, ranks=claim.ranks) is not None:
             return
-        metrics, is_end = logged_at(state, state.global_step), finished_epochs(state) > epoch_of(state)
-        now = observation(metrics, state, self._training.clock, epoch_end=is_end)
+        metrics = logged_at(state, state.global_step)
+        now = observation(metrics, state, self._training.clock, epoch_end=ends_epoch(state))
         decision = self._decide(now, "its process was killed before the record was written")
         if isinstance(decision, Save):
             self._state, self._final = state, _named(decision, name)
