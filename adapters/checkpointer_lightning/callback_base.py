@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from checkpointer import CheckpointerWarning, Decision, Policy
@@ -24,7 +24,7 @@ from checkpointer_lightning.rescue import failures_as_warnings, rescue, stop
 from checkpointer_lightning.resume import Resume, find_valid, remove_copies
 from checkpointer_lightning.session import Moment, TrainingSession
 from checkpointer_lightning.signals import batches_per_loader, signals_of
-from checkpointer_lightning.trainer_io import cache_of, in_foreground
+from checkpointer_lightning.trainer_io import cache_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import ModelCheckpoint as Base
@@ -43,6 +43,14 @@ class CallbackBase(Base):
     """Base of both callbacks. A subclass has the policy, and says which moments are reported."""
 
     _package: ClassVar[Package]
+    _base_key: Any
+    """A property: the state key, without the number that distinguishes equal ones."""
+    _make_policy: Callable[[], Policy]
+    _reports: Callable[[Moment, Any], bool]
+    """Returns whether a moment is an observation."""
+    _ends_epoch: Callable[[Moment, Any], bool]
+    _due: Callable[[Moment], str]
+    """Returns why a save is due whatever the trigger says; empty if the trigger decides."""
     _clock: Clock = SystemClock()
     _options: Mapping[str, Any] = {}
     """Further arguments of the manager."""
@@ -58,28 +66,7 @@ class CallbackBase(Base):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._resume = Resume()
-        siblings.register(self)
-
-    # What a subclass says
-
-    @property
-    def _base_key(self) -> str:
-        """The state key, without the number that distinguishes equal ones."""
-        raise NotImplementedError
-
-    def _make_policy(self) -> Policy:
-        raise NotImplementedError
-
-    def _reports(self, moment: Moment, trainer: Any) -> bool:
-        """Return whether this moment is an observation."""
-        raise NotImplementedError
-
-    def _ends_epoch(self, moment: Moment, trainer: Any) -> bool:
-        raise NotImplementedError
-
-    def _due(self, moment: Moment) -> str:
-        """Return why a save is due whatever the trigger says; empty if the trigger decides."""
-        raise NotImplementedError
+        siblings.CALLBACKS[id(self)] = self
 
     def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the metrics to decide by, when something may be due."""
@@ -109,12 +96,6 @@ class CallbackBase(Base):
     def _resolve_folder(self, trainer: Any) -> str:
         return str(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # Before `setup` ``dirpath`` may be None.
 
-    def _directory_index(self, trainer: Any) -> int:
-        """Return how many callbacks of the Trainer come before this one in its directory."""
-        folder = self._resolve_folder(trainer)
-        same = [other for other in siblings.ours(trainer.callbacks) if other._resolve_folder(trainer) == folder]
-        return same.index(self) if self in same else 0
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OF_A_TRAINING}
 
@@ -126,7 +107,7 @@ class CallbackBase(Base):
         self._set_up_directory(trainer, pl_module, stage)
         self._key_index = siblings.key_index(self, trainer.callbacks)
         self._stage = stage
-        self._resume.reset()
+        self._resume = Resume(state=self._resume.state, found=self._resume.found)
         if stage == "fit":
             signals_of(trainer).cover(trainer)
 
@@ -137,9 +118,9 @@ class CallbackBase(Base):
         """Open the directory, and continue the run that was loaded."""
         if trainer.fast_dev_run:
             return
-        session = TrainingSession.open(self, trainer)
-        self._last_trainer = weakref.ref(trainer)
         remove_copies(self._resume.found, trainer.ckpt_path)
+        session = TrainingSession(self, trainer)
+        self._last_trainer = weakref.ref(trainer)
         session.signals.listen(trainer, several_ranks=session.ranks.size > 1)
         self._session = session
         self.__dict__.update(self._resume.attributes)  # From here on the attributes follow the records.
@@ -165,19 +146,7 @@ class CallbackBase(Base):
         session = self._session
         if session is None:
             return
-        reports = self._reports("batch", trainer)
-        if session.ranks.size > 1:
-            self._end_batch_together(session, reports=reports)
-            return
-        if reports and session.is_due():
-            session.report("batch")
-        if session.background is not None and session.background.is_ready(session.manager):
-            session.collect()
-        if session.signals.requeue and session.is_last:
-            self._requeue(session)
-
-    def _end_batch_together(self, session: TrainingSession, *, reports: bool) -> None:
-        reports, collects, requeues, stops = session.agree(reports=reports)
+        reports, collects, requeues, stops = session.agree(reports=self._reports("batch", trainer))
         if reports:
             session.report("batch")
         if collects:
@@ -189,7 +158,7 @@ class CallbackBase(Base):
 
     def _requeue(self, session: TrainingSession) -> None:
         """Let Lightning save for SLURM and requeue the job, as it does within its signal handler."""
-        with in_foreground(session.trainer.strategy, self._package.async_io):
+        with self._package.in_foreground(session.trainer.strategy):
             session.signals.pass_on()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:

@@ -190,7 +190,7 @@ class DropIn(CallbackBase):
 
     def _log_decision(self, trainer: Any, decision: Decision, attributes: Attributes) -> None:
         if self.verbose and self.monitor is not None and (message := self._message(trainer, decision, attributes)):
-            self._package.info(message)
+            self._package.log(message)
         if isinstance(decision, Save):
             self._warn_of_unknown(decision)
 

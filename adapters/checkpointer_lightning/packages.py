@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Final
 
 import attrs
@@ -15,28 +16,19 @@ _INSTALL: Final = {"lightning": "'torch-checkpointer[lightning]'", "pytorch_ligh
 """What to install for each root."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Package:
-    """What the adapter uses of one package."""
+    """One of the packages, and what its Trainer does itself."""
 
-    root: str
-    """Import name of the package."""
-    trainer: type
-    strategy: type
-    """Base class of its strategies."""
-    torch_io: type
-    """Its plugin that writes with ``torch.save``."""
-    async_io: type
-    """Its plugin that writes in the background."""
-    info: Callable[[str], None]
-    """Logs on rank 0, as its own callbacks do."""
+    pl: Any
+    """The module that has its Trainer."""
 
     @classmethod
     def load(cls, path: str) -> Package:
         """Import the package; ``path`` is the module that has its Trainer."""
         root = path.partition(".")[0]
         try:
-            plugins = importlib.import_module(f"{path}.plugins.io")
+            return cls(importlib.import_module(path))
         except ModuleNotFoundError as error:
             if error.name not in (root, path):
                 raise
@@ -44,14 +36,15 @@ class Package:
                 f"checkpointer_lightning.for_{root} needs {root}, which is not installed: pip install {_INSTALL[root]}"
             )
             raise ImportError(msg) from error
-        return cls(
-            root=root,
-            trainer=importlib.import_module(path).Trainer,
-            strategy=importlib.import_module(f"{path}.strategies").Strategy,
-            torch_io=plugins.TorchCheckpointIO,
-            async_io=plugins.AsyncCheckpointIO,
-            info=importlib.import_module(f"{path}.utilities.rank_zero").rank_zero_info,
-        )
+
+    @property
+    def root(self) -> str:
+        """Import name of the package."""
+        return str(self.pl.__name__.partition(".")[0])
+
+    def log(self, message: str) -> None:
+        """Log on rank 0, as its own callbacks do."""
+        self.pl.utilities.rank_zero_info(message)
 
     def _refuse(self, root: str, name: str) -> None:
         if root in _INSTALL and root != self.root:
@@ -71,27 +64,45 @@ class Package:
 
     def refuse_trainer(self, trainer: Any, name: str) -> None:
         """Raise if the Trainer is of the other package."""
-        if not isinstance(trainer, self.trainer):
+        if not isinstance(trainer, self.pl.Trainer):
             for kind in type(trainer).__mro__:
                 self._refuse(kind.__module__.partition(".")[0], name)
 
     def saves_plainly(self, trainer: Any) -> bool:
         """Return whether ``Trainer.save_checkpoint`` is Lightning's own: a dump that the strategy writes."""
-        return _is_plain(trainer, "save_checkpoint", self.trainer)
+        return _is_plain(trainer, self.pl.Trainer)
 
     def writes_plainly(self, trainer: Any) -> bool:
         """Return whether rank 0 writes the state with ``torch.save``, without a plugin or strategy that differs."""
-        plugin = trainer.strategy.checkpoint_io
-        if isinstance(plugin, self.async_io):
-            plugin = plugin.checkpoint_io  # type: ignore[attr-defined]
+        plugin, torch_io = trainer.strategy.checkpoint_io, self.pl.plugins.TorchCheckpointIO
+        if self.is_async(plugin):
+            plugin = plugin.checkpoint_io
         return (
             self.saves_plainly(trainer)
-            and _is_plain(trainer.strategy, "save_checkpoint", self.strategy)
-            and type(plugin) is self.torch_io
-            and _is_plain(plugin, "save_checkpoint", self.torch_io)
+            and _is_plain(trainer.strategy, self.pl.strategies.Strategy)
+            and type(plugin) is torch_io
+            and _is_plain(plugin, torch_io)
         )
 
+    def is_async(self, plugin: Any) -> bool:
+        """Return whether a plugin writes in the background."""
+        return isinstance(plugin, self.pl.plugins.AsyncCheckpointIO)
 
-def _is_plain(thing: Any, method: str, base: type) -> bool:
-    """Return whether a method is the base's: neither overridden, nor replaced on the object by a test or a tool."""
-    return method not in vars(thing) and getattr(type(thing), method, None) is getattr(base, method)
+    @contextlib.contextmanager
+    def in_foreground(self, strategy: Any) -> Iterator[None]:
+        """Let a background plugin write before it returns, because a commit needs the file."""
+        plugin = strategy.checkpoint_io
+        if not self.is_async(plugin):
+            yield
+            return
+        strategy.checkpoint_io = plugin.checkpoint_io
+        try:
+            yield
+        finally:
+            strategy.checkpoint_io = plugin
+
+
+def _is_plain(thing: Any, base: type) -> bool:
+    """Return whether ``save_checkpoint`` is the base's: neither overridden, nor replaced on the object by a tool."""
+    name = "save_checkpoint"
+    return name not in vars(thing) and getattr(type(thing), name, None) is getattr(base, name)

@@ -35,30 +35,27 @@ def stop(session: TrainingSession) -> None:
 
 def rescue(session: TrainingSession, exception: BaseException) -> None:
     """Save a rescue checkpoint if the policy asks for it. A failure is a warning."""
-    if not (session.rescues and session.trainer.global_step):
-        return
-    if session.ranks.size > 1:
-        if _needs_all(session):
-            if not _are_all_here(session):
-                if session.ranks.rank == 0:
-                    _warn("no rescue checkpoint: saving takes all ranks, and not all of them came")
+    if session.ranks.size > 1 and session.may_rescue:
+        if not _needs_all(session):
+            if session.ranks.rank:
                 return
-        elif session.ranks.rank:
-            return
-        else:
             session.io.is_alone = True
+        elif not _are_all_here(session):
+            if session.ranks.rank == 0:
+                _warn("no rescue checkpoint: saving takes all ranks, and not all of them came")
+            return
     name = type(exception).__name__
     saved = _rescue_together(session, f"{name}: {exception}")
     if isinstance(saved, Save):
         path = os.path.join(session.callback._folder, saved.name)
-        session.callback._package.info(f"An {name} was raised with message: {exception}, saved checkpoint to {path}")
+        session.callback._package.log(f"An {name} was raised with message: {exception}, saved checkpoint to {path}")
 
 
 def _rescue_together(session: TrainingSession, why: str) -> Decision | None:
     """Save a rescue on all ranks, all of which call this at one step; or on rank 0 alone."""
-    trainer = session.trainer
-    if not (session.rescues and trainer.global_step):
+    if not session.may_rescue:
         return None
+    trainer = session.trainer
 
     def act() -> Decision:
         step, epoch = trainer.global_step, trainer.current_epoch
@@ -100,11 +97,8 @@ def _has_hook(thing: Any) -> bool:
 
 def _are_all_here(session: TrainingSession) -> bool:
     """Return whether all ranks come here in time, and at the same step."""
-    if not session.ranks.barrier(DEADLINE_S):
-        return False
-    step = float(session.trainer.global_step)
-    highest, lowest = session.ranks.highest(step, -step)
-    return highest == -lowest
+    ranks = session.ranks
+    return ranks.barrier(DEADLINE_S) and 1 == len(set(ranks.gather(session.trainer.global_step)))
 
 
 def _warn(msg: str) -> None:

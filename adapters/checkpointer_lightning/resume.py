@@ -19,7 +19,7 @@ from checkpointer.errors import NotFoundError
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer_lightning.siblings import is_local, label, name_in, with_own_aliases
+from checkpointer_lightning.siblings import is_local, name_in, policy_and_label
 
 __all__ = ["Resume", "find_valid", "remove_copies"]
 
@@ -43,14 +43,9 @@ class Resume:
     found: str | None = None
     """The path that ``ckpt_path="last"`` was resolved to."""
 
-    def reset(self) -> None:
-        """Begin the setup of a training: no state is loaded yet."""
-        self.is_loaded, self.scores, self.attributes = False, {}, {}
-
     def apply(self, manager: CheckpointManager, policy: Policy, callback: Any, trainer: Any) -> None:
         """Let the manager continue from what was loaded, or from the callback's last training by the same Trainer."""
         again = callback._last_trainer is not None and callback._last_trainer() is trainer
-        remove_copies(self.found, trainer.ckpt_path)
         state = self.state if self.is_loaded or again else None
         if self.scores:
             _adopt(manager, callback._folder, self.scores, callback.monitor)
@@ -80,15 +75,14 @@ def find_valid(which: Literal["last", "best"], callback: Any, trainer: Any) -> s
     Raises:
         NoValidCheckpointError: If there are checkpoints, and none of them is whole: a run never starts over silently.
     """
-    directory, number = callback._resolve_folder(trainer), callback._directory_index(trainer)
-    policy = with_own_aliases(callback._make_policy(), number)
+    directory, (policy, label) = callback._resolve_folder(trainer), policy_and_label(callback, trainer)
     options = {name: value for name, value in callback._options.items() if name in _OPTIONS}
     if is_local(directory) and not os.path.isdir(directory) and options.get("mirror") is None:
         return None
     if which == "best" and not policy.keep:
         return None
     contents: Literal["full", "any"] = "full" if trainer.state.fn == "fit" else "any"
-    with contextlib.closing(CheckpointManager(directory, policy, label=label(number), **options)) as manager:
+    with contextlib.closing(CheckpointManager(directory, policy, label=label, **options)) as manager:
         found = None
         with contextlib.suppress(NotFoundError):  # No checkpoint is ranked yet.
             found = manager.session.locate(which if policy.ranking else "last", contents=contents)

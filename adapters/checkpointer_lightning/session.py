@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import math
 import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 import attrs
+import torch
+import torch.distributed as dist
 
 from checkpointer import Attach, CheckpointManager, Decision, Progress, Save, Skip
-from checkpointer.distributed.ranks import Agreement, on_rank_zero
+from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks, on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Listener, Ranks
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
-from checkpointer_lightning.ranks import close_ranks, open_ranks
-from checkpointer_lightning.siblings import label, ours, with_own_aliases
-from checkpointer_lightning.signals import Signals, signals_of
+from checkpointer_lightning.siblings import ours, policy_and_label
+from checkpointer_lightning.signals import signals_of
 from checkpointer_lightning.trainer_io import TrainerIO, cache_of
 
 __all__ = ["Moment", "TrainingSession"]
@@ -41,17 +42,16 @@ class BackgroundEvents(Listener):
     is_pending: bool = False
     """Whether the end of a save or an attachment was not collected yet; the same on every rank."""
     _has_waited: bool = False
-    _saved: deque[str] = attrs.field(factory=deque)
-    _retired: deque[str] = attrs.field(factory=deque)
+    _events: deque[tuple[str, bool]] = attrs.field(factory=deque)
 
     def on_saved(self, record: Any) -> None:
         """See `Listener.on_saved`."""
         if record.kind == "regular":  # Loggers are not called for a rescue.
-            self._saved.append(record.name)
+            self._events.append((record.name, True))
 
     def on_retired(self, record: Any) -> None:
         """See `Listener.on_retired`."""
-        self._retired.append(record.name)
+        self._events.append((record.name, False))
 
     def is_ready(self, manager: CheckpointManager | None) -> bool:
         """Return whether all pending work of the writer thread has ended, on rank 0."""
@@ -68,18 +68,14 @@ class BackgroundEvents(Listener):
             waited = time.monotonic() - started
             _log.log(level, "step %d: waited %.3g s for %s to be written", step, waited, running[0])
 
-    def take(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of what was saved and retired since the last call."""
-        return _drained(self._saved), _drained(self._retired)
+    def take(self) -> list[tuple[str, bool]]:
+        """Return the names since the last call, each with whether it was saved; else it was retired."""
+        return [self._events.popleft() for _ in range(len(self._events))]
 
 
 def _unfinished(manager: CheckpointManager) -> tuple[str, ...]:
     status = manager.session.background_status
     return status.unfinished if status is not None else ()
-
-
-def _drained(names: deque[str]) -> tuple[str, ...]:
-    return tuple(names.popleft() for _ in range(len(names)))
 
 
 class FreshMetrics:
@@ -90,96 +86,81 @@ class FreshMetrics:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Any, int]] = {}
-        self._ranked: tuple[int, Mapping[str, Any]] = -1, {}
+        self._step = -1
+        self._ranked: dict[str, Any] = {}
+        """The metrics that the step was ranked by."""
 
     def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics that were measured at ``step``, which is the training's step now."""
+        if step != self._step:
+            self._step, self._ranked = step, {}
         for name, value in metrics.items():
             seen = self._seen.get(name)
             if seen is None or not _is_same(seen[0], value):
                 self._seen[name] = value, step
         return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
 
-    def rank(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Remember the metrics that a step was ranked by."""
-        self._ranked = step, {**self._ranked_at(step), **metrics}
+    def rank(self, metrics: Mapping[str, Any]) -> None:
+        """Remember the metrics that the step was ranked by."""
+        self._ranked.update(metrics)
 
-    def as_ranked(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def as_ranked(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics, with the values that the step was ranked by if it was ranked.
 
         With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first. At the end of the epoch it shows the
         mean of all batches under the same name: another quantity, which does not measure the step's weights.
         """
-        ranked = self._ranked_at(step)
-        return {name: ranked.get(name, value) for name, value in metrics.items()}
-
-    def _ranked_at(self, step: int) -> Mapping[str, Any]:
-        return self._ranked[1] if self._ranked[0] == step else {}
+        return {name: self._ranked.get(name, value) for name, value in metrics.items()}
 
 
-@attrs.define(eq=False)
 class TrainingSession:
-    """Exists from the start of a training to its end."""
+    """Exists from the start of a training to its end. It opens the directory, and continues the run that was loaded."""
 
-    callback: Any
-    trainer: Any
-    ranks: Ranks
-    io: TrainerIO
-    signals: Signals
-    grace: Grace
-    """Seconds that are left after a SIGTERM."""
-    rescues: bool
-    """Whether the policy saves when something ends the training."""
-    background: BackgroundEvents | None
-    """Set if the manager writes in the background."""
-    horizon: Horizon = attrs.field(init=False)
-    manager: CheckpointManager | None = attrs.field(default=None, init=False)
-    """Only rank 0 has one."""
-    agreement: Agreement = attrs.field(init=False)
-    """Reports to all ranks what has happened on one of them."""
-    validation_agreement: Agreement | None = attrs.field(default=None, init=False)
-    """How the ranks agree to stop within the running validation; None if they wait for its end."""
-    moment: Moment | None = attrs.field(default=None, init=False)
-    """What is being reported."""
-    is_validating: bool = attrs.field(default=False, init=False)
-    """Whether a validation has begun and not ended."""
-    pending: Save | None = attrs.field(default=None, init=False)
-    """The decision that `_save_checkpoint` carries out."""
-    _metrics: FreshMetrics = attrs.field(factory=FreshMetrics, init=False)
-    _last_epoch: tuple[int, int, bool] = attrs.field(default=(-1, -1, False), init=False)
-    """The last report of an epoch: its step, its index, and whether the epoch was complete."""
-    _before: Mapping[str, Any] = attrs.field(factory=dict, init=False)
-    """The attributes before the pending save."""
-
-    @classmethod
-    def open(cls, callback: Any, trainer: Any) -> TrainingSession:
-        """Open the directory on rank 0, and continue the run that was loaded."""
-        number = callback._directory_index(trainer)
-        policy = with_own_aliases(callback._make_policy(), number)
-        ranks = open_ranks(trainer)
-        weights_only = policy.contents == "weights"
-        io = TrainerIO(trainer, callback._package, ranks, lambda: callback._dump(trainer), weights_only)
-        options = {**callback._options, **io.manager_options(callback._background)}
-        background = BackgroundEvents() if options.get("background") else None
-        if background is not None:
-            options["listeners"] = (*options.get("listeners", ()), background)
-        grace = Grace(callback._grace_s)
-        session = cls(callback, trainer, ranks, io, signals_of(trainer), grace, policy.rescue, background)
-        session.agreement = Agreement(ranks)
+    def __init__(self, callback: Any, trainer: Any) -> None:
+        self.callback, self.trainer = callback, trainer
+        policy, label = policy_and_label(callback, trainer)
+        self._rescues = policy.rescue
+        self.ranks = _open_ranks(trainer)
+        self.agreement = Agreement(self.ranks)
+        """Reports to all ranks what has happened on one of them."""
+        self.validation_agreement: Agreement | None = None
+        """How the ranks agree to stop within the running validation; None if they wait for its end."""
+        dump, weights_only = functools.partial(callback._dump, trainer), policy.contents == "weights"
+        self.io = TrainerIO(trainer, callback._package, self.ranks, dump, weights_only)
+        self.signals = signals_of(trainer)
+        self.grace = Grace(callback._grace_s)
+        """Seconds that are left after a SIGTERM."""
+        self.moment: Moment | None = None
+        """What is being reported."""
+        self.is_validating = False
+        """Whether a validation has begun and not ended."""
+        self.pending: Save | None = None
+        """The decision that `_save_checkpoint` carries out."""
+        self._before: Mapping[str, Any] = {}
+        """The attributes before the pending save."""
+        self._metrics = FreshMetrics()
+        self._last_epoch = -1, -1, False
+        """The last report of an epoch: its step, its index, and whether the epoch was complete."""
+        options = {**callback._options, **self.io.manager_options(callback._background)}
+        self.background = BackgroundEvents() if options.get("background") else None
+        """Set if the manager writes in the background."""
+        if self.background is not None:
+            options["listeners"] = (*options.get("listeners", ()), self.background)
+        self.manager: CheckpointManager | None = None
+        """Only rank 0 has one."""
 
         def open_manager() -> Horizon:
-            session.manager = manager = CheckpointManager(
-                callback._folder, policy, label=label(number), clock=callback._clock, **options
+            self.manager = manager = CheckpointManager(
+                callback._folder, policy, label=label, clock=callback._clock, **options
             )
             callback._resume.apply(manager, policy, callback, trainer)
             return manager.session.horizon
 
         try:
-            session.horizon = on_rank_zero(ranks, open_manager)
+            self.horizon = on_rank_zero(self.ranks, open_manager)
         except BaseException:
-            session.close()
+            self.close()
             raise
-        return session
 
     def close(self) -> None:
         """Close the directory, within the seconds that are left."""
@@ -187,7 +168,8 @@ class TrainingSession:
             if self.manager is not None:
                 self.manager.close(timeout=self.grace.left)
         finally:
-            close_ranks(self.ranks)
+            if isinstance(self.ranks, TorchRanks):
+                self.ranks.close()
 
     @property
     def managing(self) -> CheckpointManager:
@@ -196,15 +178,14 @@ class TrainingSession:
         return self.manager
 
     @property
+    def may_rescue(self) -> bool:
+        """Whether the policy asks for a rescue, and there is anything to save."""
+        return bool(self._rescues and self.trainer.global_step)
+
+    @property
     def is_last(self) -> bool:
         """Whether this callback is the last of its Trainer: it acts once for all, after they have reported."""
         return ours(self.trainer.callbacks)[-1] is self.callback
-
-    def is_due(self, *, ends_epoch: bool = False, at: float | None = None) -> bool:
-        """Return whether the trigger may be due ``at`` some seconds of the callback's clock; None means now."""
-        now = self.callback._clock.time() if at is None else at
-        epochs = self.trainer.current_epoch + ends_epoch
-        return not self.horizon.covers(Progress(step=self.trainer.global_step, epochs=epochs, time=now))
 
     # Reports
 
@@ -214,14 +195,22 @@ class TrainingSession:
         if metrics is None:
             return
         decision, attributes = self._decide(moment, metrics)
-        with self._at(moment):
-            self.callback._log_decision(self.trainer, decision, attributes)
+        callback, trainer, cache = self.callback, self.trainer, cache_of(self.trainer)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        cache.begin((moment, trainer.global_step, trainer.current_epoch, batches))
+        self.moment = moment
+        try:
+            callback._log_decision(trainer, decision, attributes)
             if isinstance(decision, Attach):
-                attributes.set_on(self.callback)
-                self._carried_out((), decision.retire)
+                attributes.set_on(callback)
+                self._carried_out(decision)
             elif isinstance(decision, Save):
                 with self._saving(decision, attributes):
-                    self.callback._save_checkpoint(self.trainer, os.path.join(self.callback._folder, decision.name))
+                    callback._save_checkpoint(trainer, os.path.join(callback._folder, decision.name))
+        finally:
+            self.moment = None
+            if self.is_last:
+                cache.begin(None)
 
     def _measured(self, moment: Moment) -> dict[str, Any] | None:
         """Return the metrics of this step; None if the moment is not reported."""
@@ -238,12 +227,13 @@ class TrainingSession:
             return None
         self.collect()
         # A validation measures anew.
-        return metrics if moment in ("validation", "asked") else self._metrics.as_ranked(step, metrics)
+        return metrics if moment in ("validation", "asked") else self._metrics.as_ranked(metrics)
 
     def _decide(self, moment: Moment, metrics: dict[str, Any]) -> tuple[Decision, Attributes]:
         step, epoch = self.trainer.global_step, self.trainer.current_epoch
         ends, due = self.callback._ends_epoch(moment, self.trainer), self.callback._due(moment)
-        if due or self.is_due(ends_epoch=ends):
+        now = Progress(step=step, epochs=epoch + ends, time=self.callback._clock.time())
+        if due or not self.horizon.covers(now):
             metrics = self.callback._ask(moment, self.trainer, metrics)
         if moment == "epoch":
             self._last_epoch = step, epoch, ends
@@ -260,21 +250,8 @@ class TrainingSession:
         decision, self.horizon, attributes = on_rank_zero(self.ranks, decide)
         # If a step waits for a metric, the rules have not looked at it yet.
         if not isinstance(decision, Skip) or (decision.due and not decision.waiting):
-            self._metrics.rank(step, metrics)
+            self._metrics.rank(metrics)
         return decision, attributes
-
-    @contextlib.contextmanager
-    def _at(self, moment: Moment) -> Iterator[None]:
-        trainer, cache = self.trainer, cache_of(self.trainer)
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        cache.begin((moment, trainer.global_step, trainer.current_epoch, batches))
-        self.moment = moment
-        try:
-            yield
-        finally:
-            self.moment = None
-            if self.is_last:
-                cache.begin(None)
 
     # Saves
 
@@ -299,13 +276,14 @@ class TrainingSession:
         attributes.set_on(self.callback)
         if isinstance(decision, Save):  # Else the write failed, and that is tolerated.
             self.callback._last_global_step_saved = self.trainer.global_step
-            self._carried_out((decision.name,), decision.retire)
+            self._carried_out(decision)
 
-    def _carried_out(self, saved: tuple[str, ...], retired: tuple[str, ...]) -> None:
+    def _carried_out(self, decision: Save | Attach) -> None:
         if self.background is not None:
             self.background.is_pending = True
-        else:
-            self._on_durable(saved, retired)
+            return
+        saved = [(decision.name, True)] if isinstance(decision, Save) else []
+        self._on_durable([*saved, *((name, False) for name in decision.retire)])
 
     def collect(self, *, waits: bool = False, is_alone: bool = False) -> None:
         """Set the attributes and call the loggers for what was written in the background; raise what failed there.
@@ -316,25 +294,27 @@ class TrainingSession:
         if background is None or not background.is_pending or (is_alone and self.ranks.rank):
             return
 
-        def look() -> tuple[tuple[str, ...], tuple[str, ...], bool, Attributes]:
+        def look() -> tuple[list[tuple[str, bool]], bool, Attributes]:
             if waits:
                 background.wait(self.managing, self.trainer.global_step, self.grace.left)
             is_idle = self.managing.wait(0)
-            return *background.take(), is_idle, self.attributes()
+            return background.take(), is_idle, self.attributes()
 
-        saved, retired, is_idle, attributes = look() if is_alone else on_rank_zero(self.ranks, look)
+        events, is_idle, attributes = look() if is_alone else on_rank_zero(self.ranks, look)
         background.is_pending = not is_idle
         attributes.set_on(self.callback)
-        self._on_durable(saved, retired)
+        self._on_durable(events)
 
-    def _on_durable(self, saved: tuple[str, ...], retired: tuple[str, ...]) -> None:
+    def _on_durable(self, events: Iterable[tuple[str, bool]]) -> None:
         callback, trainer = self.callback, self.trainer
-        for name in saved:
-            callback._last_checkpoint_saved = os.path.join(callback._folder, name)
+        for name, is_saved in events:
+            path = os.path.join(callback._folder, name)
+            if not is_saved:
+                callback._remove_checkpoint(trainer, path)
+                continue
+            callback._last_checkpoint_saved = path
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.after_save_checkpoint(weakref.proxy(callback))
-        for name in retired:
-            callback._remove_checkpoint(trainer, os.path.join(callback._folder, name))
 
     # Attributes
 
@@ -363,8 +343,6 @@ class TrainingSession:
         finally:
             vars(self.callback).update(before)
 
-    # Several ranks
-
     def agree(self, *, reports: bool) -> tuple[bool, bool, bool, bool]:
         """Return for all ranks alike: whether to report this batch, to collect, to requeue the job, and to stop.
 
@@ -373,13 +351,50 @@ class TrainingSession:
         is_late = reports and self.ranks.rank == 0 and self.callback._clock.time() >= self.horizon.time
         is_ready = self.background is not None and self.background.is_ready(self.manager)
         requeues = self.signals.requeue and self.is_last
-        stops = self.signals.noted and self.is_last
-        is_due = reports and self.is_due(at=-math.inf)
+        # Lightning itself stops a single rank.
+        stops = self.signals.noted and self.ranks.size > 1 and self.is_last
+        is_due = reports and not self.horizon.is_ahead_of(self.trainer.global_step, self.trainer.current_epoch)
         if not self.agreement(is_late or is_ready or requeues or stops):
             return is_due, False, False, False
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))
         is_late, is_ready, requeues, stops = (bool(flag) for flag in flags)
         return is_due or (reports and is_late), is_ready, requeues, stops
+
+
+@attrs.frozen
+class _StrategyRanks:
+    """The ranks of a strategy that does not use ``torch.distributed``."""
+
+    trainer: Any
+
+    @property
+    def rank(self) -> int:
+        return int(self.trainer.global_rank)
+
+    @property
+    def size(self) -> int:
+        return int(self.trainer.world_size)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.trainer.strategy.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
+
+    def highest(self, *values: float) -> tuple[float, ...]:
+        strategy = self.trainer.strategy
+        numbers = torch.tensor(values, dtype=torch.float32, device=strategy.root_device)
+        return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
+
+    def barrier(self, timeout_s: float) -> bool:
+        return False  # A strategy has no barrier with a timeout.
+
+
+def _open_ranks(trainer: Any) -> Ranks:
+    """Return the ranks of a Trainer; every rank calls it, at the same place."""
+    if trainer.world_size == 1:
+        return OneRank()
+    return TorchRanks() if dist.is_available() and dist.is_initialized() else _StrategyRanks(trainer)
 
 
 def _is_same(old: Any, new: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from collections.abc import Iterable
@@ -11,15 +12,10 @@ import attrs
 
 from checkpointer import Policy
 
-__all__ = ["is_local", "key_index", "label", "name_in", "ours", "register", "with_own_aliases"]
+__all__ = ["CALLBACKS", "is_local", "key_index", "name_in", "ours", "policy_and_label"]
 
-_CALLBACKS: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
-"""All callbacks that exist, in the order they were made."""
-
-
-def register(callback: Any) -> None:
-    """Add a new callback."""
-    _CALLBACKS[max(_CALLBACKS, default=0) + 1] = callback
+CALLBACKS: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
+"""All callbacks that exist, by id, in the order they were made."""
 
 
 def ours(callbacks: Iterable[Any]) -> list[Any]:
@@ -32,27 +28,22 @@ def key_index(callback: Any, callbacks: Iterable[Any] | None = None) -> int:
 
     A Trainer asks for the key before its callbacks can be listed. Until then all callbacks that exist are counted.
     """
-    everything = [_CALLBACKS[number] for number in sorted(_CALLBACKS)]
-    before = 0
-    for other in ours(everything if callbacks is None else callbacks):
-        if other is callback:
-            break
-        before += other._base_key == callback._base_key
-    return before
+    everything = list(CALLBACKS.values()) if callbacks is None else callbacks
+    earlier = itertools.takewhile(lambda other: other is not callback, ours(everything))
+    return sum(other._base_key == callback._base_key for other in earlier)
 
 
-def label(number: int) -> str:
-    """Return the label of the callback that comes ``number`` places after the first in a directory."""
-    return f"{number + 1}" if number else ""
-
-
-def with_own_aliases(policy: Policy, number: int) -> Policy:
-    """Return the policy of that callback, with aliases of its own."""
+def policy_and_label(callback: Any, trainer: Any) -> tuple[Policy, str]:
+    """Return the policy and the label of a callback: in a directory each but the first has aliases of its own."""
+    policy, folder = callback._make_policy(), callback._resolve_folder(trainer)
+    same = [other for other in ours(trainer.callbacks) if other._resolve_folder(trainer) == folder]
+    number = same.index(callback) if callback in same else 0
     if not number:
-        return policy
+        return policy, ""
     naming = policy.name
     version = f"{naming.join}v{number}"
-    return attrs.evolve(policy, name=attrs.evolve(naming, last=naming.last + version, best=naming.best + version))
+    naming = attrs.evolve(naming, last=naming.last + version, best=naming.best + version)
+    return attrs.evolve(policy, name=naming), f"{number + 1}"
 
 
 def is_local(folder: str) -> bool:

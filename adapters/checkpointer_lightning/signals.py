@@ -43,8 +43,7 @@ class Signals:
     requeued: bool = False
     """Whether Lightning has saved the file that the next run of the job continues from by itself."""
     _trainer: weakref.ref[Any] | None = None
-    _undo: list[Callable[[], None]] = attrs.field(factory=list)
-    """Each puts one handler of Lightning's back."""
+    """Set while the flags are, in a training."""
     _pass_on: Callable[[], None] | None = None
     _workers: Workers | None = None
 
@@ -76,50 +75,27 @@ class Signals:
         teardown = connector.teardown
 
         def teardown_and_leave() -> None:
-            del connector.teardown
+            del connector.teardown, trainer.strategy.process_dataloader
             teardown()
-            self._leave(trainer)
+            workers.leave()
+            self._trainer = self._pass_on = self._workers = None
 
         # No hook runs after Lightning has shut the workers down. Until then each worker's end may raise torch's error.
         connector.teardown = teardown_and_leave
 
     def listen(self, trainer: Any, *, several_ranks: bool) -> None:
         """Set a flag from now on where Lightning's handlers would act. A second call does nothing."""
-        if self._undo:
+        if self._trainer is not None:
             return
         self.noted = self.agreed = self.requeue = self.requeued = False
         self._trainer = weakref.ref(trainer)
         connector = trainer._signal_connector
         notifier = getattr(connector, "_sigterm_notifier_fn", None)
         # Lightning's handler of SIGTERM communicates if there are several ranks.
-        self._swap(signal.SIGTERM, notifier, self._note if several_ranks else functools.partial(self._first, notifier))
+        _swap(signal.SIGTERM, notifier, self._note if several_ranks else functools.partial(self._first, notifier))
         requeue, theirs = _requeue_signal(trainer), getattr(connector, "_slurm_sigusr_handler_fn", None)
-        if requeue is not None and theirs is not None and self._swap(requeue, theirs, self._note_requeue):
+        if requeue is not None and theirs is not None and _swap(requeue, theirs, self._note_requeue):
             self._pass_on = lambda: theirs(requeue, None)
-
-    def _swap(self, signum: int, theirs: Callable[..., None] | None, ours: Callable[..., None]) -> bool:
-        """Replace one handler in Lightning's list; return whether it was there."""
-        handlers = getattr(signal.getsignal(signum), "signal_handlers", None)
-        if theirs is None or not isinstance(handlers, list) or theirs not in handlers:
-            return False
-        handlers[handlers.index(theirs)] = ours
-
-        def undo() -> None:
-            if ours in handlers:
-                handlers[handlers.index(ours)] = theirs
-
-        self._undo.append(undo)
-        return True
-
-    def _leave(self, trainer: Any) -> None:
-        """Put everything back: Lightning does not use its handlers any more."""
-        if self._workers is not None:
-            del trainer.strategy.process_dataloader
-            self._workers.leave()
-            self._workers = None
-        for undo in self._undo:
-            undo()
-        self._undo, self._pass_on = [], None
 
     def stop(self, trainer: Any) -> None:
         """Let every rank raise Lightning's exception at the end of this batch."""
@@ -152,6 +128,15 @@ class Signals:
 
     def _note_requeue(self, signum: int, frame: Any) -> None:
         self.requeue = True
+
+
+def _swap(signum: int, theirs: Callable[..., None] | None, ours: Callable[..., None]) -> bool:
+    """Replace one handler in Lightning's list, which it drops at its teardown; return whether it was there."""
+    handlers = getattr(signal.getsignal(signum), "signal_handlers", None)
+    if theirs is None or not isinstance(handlers, list) or theirs not in handlers:
+        return False
+    handlers[handlers.index(theirs)] = ours
+    return True
 
 
 def _requeue_signal(trainer: Any) -> int | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from checkpointer.ports import Ranks
 from checkpointer.save.background import Busy
 from checkpointer_lightning.packages import Package
 
-__all__ = ["StateCache", "TrainerIO", "cache_of", "in_foreground"]
+__all__ = ["StateCache", "TrainerIO", "cache_of"]
 
 
 @attrs.define
@@ -46,7 +45,7 @@ class TrainerIO:
     def manager_options(self, background: Busy | None) -> dict[str, Any]:
         """Return a manager's arguments: how it gets a checkpoint, and whether the training waits for it."""
         if self.package.writes_plainly(self.trainer):
-            if isinstance(self.trainer.strategy.checkpoint_io, self.package.async_io):
+            if self.package.is_async(self.trainer.strategy.checkpoint_io):
                 background = background or "wait"
             return {"state": self.capture, "background": background}
         if background and self.ranks.rank == 0:
@@ -67,7 +66,7 @@ class TrainerIO:
         self._state = state if self.ranks.rank == 0 else None
 
     def _write(self, path: str) -> None:
-        with in_foreground(self.trainer.strategy, self.package.async_io):
+        with self.package.in_foreground(self.trainer.strategy):
             if not self.package.saves_plainly(self.trainer):
                 self.trainer.save_checkpoint(path, self.weights_only)
                 return
@@ -82,20 +81,6 @@ _NO_BACKGROUND: Final = (
     "background has no effect here: a plugin, strategy or Trainer that saves in a way of its own reads the live "
     "state, so the training waits for it"
 )
-
-
-@contextlib.contextmanager
-def in_foreground(strategy: Any, async_io: type) -> Iterator[None]:
-    """Let a background plugin write before it returns, because a commit needs the file."""
-    plugin = strategy.checkpoint_io
-    if not isinstance(plugin, async_io):
-        yield
-        return
-    strategy.checkpoint_io = plugin.checkpoint_io  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        strategy.checkpoint_io = plugin
 
 
 @attrs.define

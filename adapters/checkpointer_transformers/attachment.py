@@ -9,7 +9,7 @@ import signal
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from checkpointer import CheckpointerWarning
@@ -17,9 +17,8 @@ from checkpointer.errors import PolicyError
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
-from checkpointer_transformers.leader import staging_parent
 from checkpointer_transformers.trainer_state import evaluated
-from checkpointer_transformers.training import Training
+from checkpointer_transformers.training import Training, staging_parent
 
 __all__ = ["attach"]
 
@@ -56,7 +55,7 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
     if isinstance(getattr(trainer.train, "__self__", None), _Attachment):
         msg = "this Trainer is attached to its CheckpointCallback already; call attach once"
         raise PolicyError(msg)
-    _Attachment(trainer, callback, tuple(signals)).install()
+    _Attachment(trainer, callback, tuple(signals))
 
 
 class _Attachment:
@@ -71,11 +70,7 @@ class _Attachment:
         self._evaluate, self._load_random = trainer._evaluate, trainer._load_rng_state
         self._ignored: Any = None
         """Keys of the model's output that evaluations do not gather."""
-
-    def install(self) -> None:
-        """Replace the methods."""
-        self._callback._at_end = self.save_end
-        trainer = self._trainer
+        callback._at_end = self.save_end
         trainer._save_checkpoint, trainer._load_best_model, trainer.train = self.save, self.load_best, self.train
         trainer._evaluate, trainer._load_rng_state = self.evaluate, self.load_random
 
@@ -89,23 +84,17 @@ class _Attachment:
             return
         if not (training.pending or training.report(state, due=ASKED)):
             return
-        with self._writing(training, lambda: self._save(model, trial, **kwargs)):
-            training.commit(state, self._trainer.optimizer, is_written=False)
 
-    @contextlib.contextmanager
-    def _writing(self, training: Training, write: Callable[[], None]) -> Iterator[None]:
-        trainer = self._trainer
-
-        def write_to(path: str) -> None:
-            trainer._get_output_dir = lambda trial=None: staging_parent(path)
+        def write(path: str) -> None:
+            self._trainer._get_output_dir = lambda trial=None: staging_parent(path)
             try:
-                write()
+                self._save(model, trial, **kwargs)
             finally:
-                del trainer._get_output_dir
+                del self._trainer._get_output_dir
 
-        training.write, training.failing = write_to, True
+        training.write, training.failing = write, True
         try:
-            yield
+            training.commit(state, self._trainer.optimizer, is_written=False)
             training.failing = False
         finally:
             training.write = None
@@ -175,7 +164,9 @@ class _Attachment:
         """Replace ``train``."""
         callback = self._callback
         self._ignored = kwargs.get("ignore_keys_for_eval", args[2] if len(args) > 2 else None)
-        with self._handling(), self._covering():
+        with contextlib.ExitStack() as ends:
+            self._take_signals(ends)
+            self._cover_workers(ends)
             try:
                 result = self._train(*args, **kwargs)
             except BaseException as error:
@@ -187,37 +178,25 @@ class _Attachment:
             deliver(number)
         return result
 
-    @contextlib.contextmanager
-    def _covering(self) -> Iterator[None]:
-        """Let the loaders' workers outlive the signals."""
-        workers = Workers(self._signals, lambda: bool(self._callback._signal))
-        workers.listen()
-        own = vars(self._trainer)
-        before = {name: own.get(name) for name in _LOADERS}
-        for name in _LOADERS:
-            own[name] = _covered(getattr(self._trainer, name), workers)
-        try:
-            yield
-        finally:
-            for name, method in before.items():
-                own.pop(name)
-                if method is not None:
-                    own[name] = method
-            workers.leave()
-
-    @contextlib.contextmanager
-    def _handling(self) -> Iterator[None]:
+    def _take_signals(self, ends: contextlib.ExitStack) -> None:
         if threading.current_thread() is not threading.main_thread():
             msg = "train() does not run in the main thread, so signals cannot be caught"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
-            yield
+            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
             return
         for number in self._signals:
             self._before[number] = signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            self._give_back(*self._signals)
+        ends.callback(self._give_back, *self._signals)
+
+    def _cover_workers(self, ends: contextlib.ExitStack) -> None:
+        """Let the loaders' workers outlive the signals."""
+        workers = Workers(self._signals, lambda: bool(self._callback._signal))
+        workers.listen()
+        ends.callback(workers.leave)
+        own = vars(self._trainer)
+        ends.callback(own.update, {name: own[name] for name in _LOADERS if name in own})
+        for name in _LOADERS:
+            own[name] = functools.partial(_covered, workers, getattr(self._trainer, name))
+            ends.callback(own.pop, name)
 
     def _give_back(self, *numbers: int) -> None:
         for number in numbers:
@@ -248,14 +227,10 @@ class _Attachment:
             warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
 
-def _covered(make: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
-    @functools.wraps(make)
-    def make_and_cover(*args: Any, **kwargs: Any) -> Any:
-        loader = make(*args, **kwargs)
-        workers.cover(loader)
-        return loader
-
-    return make_and_cover
+def _covered(workers: Workers, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loader = make(*args, **kwargs)
+    workers.cover(loader)
+    return loader
 
 
 def _obstacle(training: Training) -> str:

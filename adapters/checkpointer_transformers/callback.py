@@ -12,6 +12,7 @@ import attrs
 from transformers import TrainerCallback
 
 from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.team import on_rank_zero
 from checkpointer.errors import PolicyError
@@ -19,8 +20,8 @@ from checkpointer.hosts.grace import Grace
 from checkpointer.manager import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
-from checkpointer_transformers.cleanup import clear
-from checkpointer_transformers.trainer_state import epoch_of, finished_epochs, numbers_of
+from checkpointer_transformers.find_checkpoint import clear
+from checkpointer_transformers.trainer_state import ends_epoch, epoch_of, numbers_of
 from checkpointer_transformers.training import Training
 
 __all__ = ["ASKED", "CheckpointCallback"]
@@ -76,7 +77,7 @@ class CheckpointCallback(TrainerCallback):
         check_options(options, type(self).__name__)
         self.policy = _with_trainer_names(policy)
         self.directory = directory
-        self._clock = clock
+        self._clock = clock or SystemClock()
         self._options: Mapping[str, Any] = options
         self._ranks: Ranks | None = None
         self._training: Training | None = None
@@ -120,12 +121,7 @@ class CheckpointCallback(TrainerCallback):
         self._signal = self._stopped_by = 0
         self._grace = Grace(self._grace_s)
         self._training = Training(
-            self._folder(args),
-            self.policy,
-            self._open_ranks(args),
-            output_dir=args.output_dir,
-            options=self._options,
-            clock=self._clock,
+            self._folder(args), args.output_dir, self.policy, self._open_ranks(args), self._clock, self._options
         )
         self._training.open(state, again)
 
@@ -180,37 +176,40 @@ class CheckpointCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a step; costs two comparisons unless something is due."""
-        training = self._training
+        training = self._between_steps(control)
         if training is None:
-            return
-        training.phase = "between"
-        if training.stopping:  # A signal ended an evaluation before this step, and that state is saved.
-            control.should_save = control.should_evaluate = False
             return
         due = not training.is_quiet(state, epoch_of(state)) and not training.is_waiting
         called = training.agreed(flag=bool(self._signal), attached=self._at_end is not None)
         if not (due or called or control.should_save):
             return
         # The evaluation at the end of the epoch comes after this save.
-        training.owes_evaluation = args.eval_strategy == "epoch" and finished_epochs(state) > epoch_of(state)
+        training.owes_evaluation = args.eval_strategy == "epoch" and ends_epoch(state)
         if not (called and self._is_stopped(training, state, control)):
             self._report(training, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the end of an epoch, and of the training if that ends here."""
-        training = self._training
+        training = self._between_steps(control)
         if training is None or not state.global_step:
             return
-        training.phase = "between"
-        if training.stopping:
-            control.should_save = control.should_evaluate = False
-            return
         stops = bool(control.should_training_stop)
-        is_whole = finished_epochs(state) > epoch_of(state) or not (stops or control.should_epoch_stop)
+        is_whole = ends_epoch(state) or not (stops or control.should_epoch_stop)
         due = "the training ends" if stops else ""
         quiet = training.is_quiet(state, epoch_of(state) + is_whole)
         if due or not quiet or control.should_save or training.is_saved(state):
             self._report(training, state, control, epoch_end=is_whole, due=due)
+
+    def _between_steps(self, control: Any) -> Training | None:
+        """Note that a step has ended, and return the training if it goes on."""
+        training = self._training
+        if training is None:
+            return None
+        training.phase = "between"
+        if training.stopping:  # A signal ended an evaluation before this step, and that state is saved.
+            control.should_save = control.should_evaluate = False
+            return None
+        return training
 
     def _report(self, training: Training, state: Any, control: Any, *, epoch_end: bool = False, due: str = "") -> None:
         due = due or (ASKED if control.should_save else "")

@@ -1,20 +1,31 @@
-"""Which checkpoint to resume from."""
+"""Which checkpoint to resume from; before a training, those that are not whole are renamed, and never deleted."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
-from checkpointer import HMACKey
-from checkpointer.commit.index import HOME
-from checkpointer.errors import NoValidCheckpointError
+from checkpointer import CheckpointerWarning, HMACKey, Record
+from checkpointer.commit.index import HOME, record_path
+from checkpointer.errors import CorruptError, NoValidCheckpointError
+from checkpointer.ports import Storage
+from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.digests import size_of
+from checkpointer.storage.owner import is_live, new_owner, release
 from checkpointer.tools.catalog import look_at
-from checkpointer_transformers.cleanup import by_name, look
+from checkpointer.tools.sweep import sweep
+from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
 from checkpointer_transformers.lock import Claim
 
-__all__ = ["last_valid_checkpoint"]
+__all__ = ["clear", "last_valid_checkpoint"]
+
+_ASIDE: Final = f"{HOME}/aside"
+"""Where the records of renamed checkpoints are."""
 
 
 def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey | None = None) -> str | None:
@@ -34,23 +45,97 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
     Raises:
         NoValidCheckpointError: If checkpoints were committed, and none of them is whole.
     """
-    folder, owner = Path(directory), new_owner()
+    folder = Path(directory)
     if not folder.is_dir():
         return None
-    storage = open_storage(folder, owner)
-    try:
-        with_records = (folder / HOME).is_dir()
-        records = by_name(look_at(storage, trust)) if with_records else {}
-        problems = []
-        for found in look(storage, folder, records, Claim.of(storage)):
-            if found.record is not None and found.record.contents == "weights":
+    problems = []
+    with _opened(folder) as (storage, _):
+        for name, record, problem in _look(storage, folder, Claim.of(storage), trust):
+            if record is not None and record.contents == "weights":
                 continue
-            if found.problem is None:
-                return os.path.join(directory, found.name)
-            problems += [found.problem] if found.record is not None else []
-    finally:
-        release(owner)
+            if problem is None:
+                return os.path.join(directory, name)
+            problems += [problem] if record is not None else []
     if problems:
         msg = f"no valid checkpoint in {folder}: {'; '.join(problems)}. Training does not start over silently"
         raise NoValidCheckpointError(msg)
     return None
+
+
+def clear(folder: Path, options: Mapping[str, Any]) -> None:
+    """Rename what is not whole, with a warning. If a live process trains here, nothing changes."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    trust = options.get("trust")
+    with _opened(folder) as (storage, owner):
+        claim = Claim.of(storage)
+        if is_live(claim.owner):
+            return
+        if storage.list(HOME):
+            sweep(storage, owner, trust)  # A dead process's unfinished changes are finished or undone first.
+        for name, record, problem in list(_look(storage, folder, claim, trust)):
+            if problem is not None:
+                _rename(folder, name, record, problem)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Storage, str]]:
+    owner = new_owner()
+    try:
+        yield open_storage(folder, owner), owner
+    finally:
+        release(owner)
+
+
+def _look(
+    storage: Storage, folder: Path, claim: Claim, trust: HMACKey | None
+) -> Iterator[tuple[str, Record | None, str | None]]:
+    """Yield each checkpoint, newest first: its name, its record if it is committed, and why it is not whole.
+
+    The newest whole one is compared with its digest, older ones by size.
+    """
+    catalog = look_at(storage, trust) if storage.list(HOME) else None
+    records = {record.name: record for record in catalog.with_missing.records} if catalog is not None else {}
+    names = {*checkpoints_of(folder), *(name for name in records if step_of(name) is not None)}
+    is_newest = True
+    for name in sorted(names, key=lambda name: step_of(name) or 0, reverse=True):
+        record = records.get(name)
+        if record is not None:
+            problem = _differs(storage, record, thoroughly=is_newest)
+        else:
+            problem = problem_of(folder / name, ranks=claim.ranks if name == claim.writing else None)
+        is_newest = is_newest and problem is not None
+        yield name, record, problem
+
+
+def _differs(storage: Storage, record: Record, *, thoroughly: bool) -> str | None:
+    if not thoroughly and size_of(storage, record.name, record.size) == record.size:
+        return None
+    try:
+        verify(storage, record)
+    except CorruptError as error:
+        return str(error)
+    return None
+
+
+def _rename(folder: Path, name: str, record: Record | None, problem: str) -> None:
+    msg = f"{folder / name} is not a whole checkpoint: {problem}"
+    if (folder / name).exists():
+        new = _free(folder, f"incomplete-{name}" if record is None else f"damaged-{name}")
+        os.rename(folder / name, folder / new)
+        msg += f". It is {new} now, so that nothing resumes from it; delete it if you do not need it"
+    if record is not None:
+        path = folder / record_path(name)
+        (folder / _ASIDE).mkdir(exist_ok=True)
+        aside = _free(folder / _ASIDE, path.name)
+        os.replace(path, folder / _ASIDE / aside)
+        msg += f". Its record is {_ASIDE}/{aside} now"
+    warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+
+def _free(folder: Path, stem: str) -> str:
+    name, version = stem, 0
+    while os.path.lexists(folder / name):
+        version += 1
+        name = f"{stem}-v{version}"
+    return name

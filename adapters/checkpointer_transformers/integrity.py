@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
 
 __all__ = ["STATE_FILE", "checkpoints_of", "problem_of", "step_of"]
 
@@ -20,9 +20,9 @@ _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS: Final = re.compile(
     r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)|adapter_model\.(safetensors|bin)|pytorch_model_fsdp.*|global_step\d+"
 )
+_SHARDED: Final = ("pytorch_model_fsdp", "optimizer_", "optimizer.bin", "global_step")
+"""Names of FSDP and DeepSpeed, which keep the optimizer elsewhere."""
 _ZIPPED: Final = (".pt", ".pth", ".bin")
-_MAX_HEADER: Final = 100_000_000
-"""Longest header (bytes) of a safetensors file, as its own reader has it."""
 
 
 def step_of(name: str) -> int | None:
@@ -33,9 +33,8 @@ def step_of(name: str) -> int | None:
 
 def checkpoints_of(folder: Path) -> list[str]:
     """Return the names in a folder that the Trainer would resume from, newest first."""
-    if not folder.is_dir():
-        return []
-    steps = {path.name: step for path in folder.iterdir() if (step := step_of(path.name)) is not None and path.is_dir()}
+    paths = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    steps = {path.name: step for path in paths if (step := step_of(path.name)) is not None}
     return sorted(steps, key=lambda name: steps[name], reverse=True)
 
 
@@ -49,20 +48,22 @@ def problem_of(folder: Path, *, ranks: int | None = None) -> str | None:
         folder: The folder.
         ranks: How many processes wrote it; None if that is not known.
     """
-    names = {path.name for path in folder.iterdir()}
     state = _read_json(folder / STATE_FILE)
     if not isinstance(state, dict):
         return f"{STATE_FILE} is missing or torn"
     if state.get("global_step") != step_of(folder.name):
         return f"{STATE_FILE} is of step {state.get('global_step')}"
-    return _missing(folder, names, ranks) or next(filter(None, map(_torn, _files(folder))), None)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _missing(folder, ranks) or next(filter(None, map(_torn, files)), None)
 
 
-def _missing(folder: Path, names: set[str], ranks: int | None) -> str | None:
-    below = {child.name for path in folder.iterdir() if path.is_dir() for child in path.iterdir()}
+def _missing(folder: Path, ranks: int | None) -> str | None:
+    names = {path.name for path in folder.iterdir()}
+    below = {path.name for path in folder.glob("*/*")}
     if not any(_WEIGHTS.fullmatch(name) for name in names | below):
         return "it has no weights"
-    if ("optimizer.pt" in names) != ("scheduler.pt" in names) and not any(_is_sharded(name) for name in names):
+    is_sharded = any(name.startswith(_SHARDED) for name in names)
+    if ("optimizer.pt" in names) != ("scheduler.pt" in names) and not is_sharded:
         return "one of optimizer.pt and scheduler.pt is missing"
     found = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name)))
     if found and (len(found) == 1 or found != list(range(ranks or len(found)))):
@@ -73,56 +74,32 @@ def _missing(folder: Path, names: set[str], ranks: int | None) -> str | None:
     return None
 
 
-def _is_sharded(name: str) -> bool:
-    """Return whether the name is one of FSDP or DeepSpeed, which keep the optimizer elsewhere."""
-    return name.startswith(("pytorch_model_fsdp", "optimizer_", "optimizer.bin", "global_step"))
-
-
 def _shards(index: Path) -> set[str]:
     data = _read_json(index)
     shards = data.get("weight_map") if isinstance(data, dict) else None
     return set(map(str, shards.values())) if isinstance(shards, dict) else {"shards that can be read"}
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    for parent, _, files in os.walk(folder):
-        yield from (Path(parent, name) for name in sorted(files))
-
-
 def _torn(path: Path) -> str | None:
     try:
         if path.suffix == ".safetensors":
-            whole = _is_whole_safetensors(path)
+            with safe_open(path, "np"):
+                whole = True
         elif path.suffix in _ZIPPED:
             whole = zipfile.is_zipfile(path) or _is_old_torch(path)
         else:
             whole = path.suffix != ".json" or _read_json(path) is not None
+    except SafetensorError:
+        whole = False
     except OSError as error:
         return f"{path.name} cannot be read ({error})"
     return None if whole else f"{path.name} is torn"
 
 
-def _is_whole_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-        if length > min(size, _MAX_HEADER):
-            return False
-        try:
-            tensors = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return False
-    return bool(8 + length + max(ends, default=0) == size)
-
-
 def _is_old_torch(path: Path) -> bool:
     """Return whether it is a whole file of torch before 1.6, or of pickle: it then ends as a pickle does."""
     with open(path, "rb") as stream:
-        begins = stream.read(1) == b"\x80"
-        stream.seek(0, os.SEEK_END)
-        if not begins or stream.tell() < 2:
+        if stream.read(1) != b"\x80":
             return False
         stream.seek(-1, os.SEEK_END)
         return stream.read(1) == b"."

@@ -11,7 +11,6 @@ import attrs
 from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.errors import RecordError
 from checkpointer.ports import Storage
-from checkpointer.storage.owner import is_live
 
 __all__ = ["Claim"]
 
@@ -30,11 +29,6 @@ class Claim:
     """How many processes write it."""
     state: Mapping[str, Any] = attrs.field(factory=dict)
     """The manager's state once it is written, because a killed training may not have put it into the checkpoint."""
-
-    @property
-    def is_live(self) -> bool:
-        """Whether that process is certainly alive."""
-        return bool(self.owner) and is_live(self.owner)
 
     def put(self, storage: Storage) -> None:
         """Write it."""

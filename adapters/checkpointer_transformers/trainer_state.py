@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
-import attrs
-
-from checkpointer import CheckpointManager, Manifest, Policy, Save
-from checkpointer_transformers.integrity import STATE_FILE
+from checkpointer import Manifest, Observation, Policy
+from checkpointer.ports import Clock
 
 __all__ = [
-    "Best",
     "best_of",
+    "ends_epoch",
     "epoch_of",
     "evaluated",
-    "finished_epochs",
     "logged_at",
     "numbers_of",
+    "observation",
     "owes_evaluation",
+    "save_state",
     "saved_state",
-    "write_state",
+    "show_best",
 ]
 
 _KEY: Final = "checkpointer"
@@ -34,20 +32,8 @@ _SUMMARY: Final = "train_runtime"
 """This key is only in the log of a whole training, which does not belong to a step."""
 
 
-@attrs.frozen(kw_only=True)
-class Best:
-    """The best checkpoint in the Trainer's terms; plain values, because they are sent to other ranks."""
-
-    metric: float | None = None
-    step: int | None = None
-    name: str | None = None
-
-    def show(self, state: Any, output_dir: str) -> None:
-        """Write it into the Trainer's state."""
-        state.best_metric = self.metric
-        state.best_model_checkpoint = None if self.name is None else os.path.join(output_dir, self.name)
-        if hasattr(state, "best_global_step"):  # Older ones do not have it.
-            state.best_global_step = self.step
+Best = tuple[float | None, int | None, str | None]
+"""Metric, step and name of the best checkpoint; None if no checkpoint is ranked yet."""
 
 
 def best_of(policy: Policy, manifest: Manifest) -> Best | None:
@@ -55,7 +41,17 @@ def best_of(policy: Policy, manifest: Manifest) -> Best | None:
     if policy.ranking is None:
         return None
     best = policy.best_of(manifest.history)
-    return Best() if best is None else Best(metric=policy.ranking.value(best), step=best.step, name=best.name)
+    return (None, None, None) if best is None else (policy.ranking.value(best), best.step, best.name)
+
+
+def show_best(best: Best | None, state: Any, output_dir: str) -> None:
+    """Write the best checkpoint into the Trainer's state, unless it is None."""
+    if best is None:
+        return
+    state.best_metric, step, name = best
+    state.best_model_checkpoint = None if name is None else os.path.join(output_dir, name)
+    if hasattr(state, "best_global_step"):  # Older ones do not have it.
+        state.best_global_step = step
 
 
 def epoch_of(state: Any) -> int:
@@ -63,9 +59,16 @@ def epoch_of(state: Any) -> int:
     return max(0, math.ceil(state.epoch or 0) - 1)
 
 
-def finished_epochs(state: Any) -> int:
-    """Return how many epochs are whole."""
-    return math.floor(state.epoch or 0)
+def ends_epoch(state: Any) -> bool:
+    """Return whether the epoch is whole."""
+    return math.floor(state.epoch or 0) > epoch_of(state)
+
+
+def observation(metrics: Mapping[str, Any], state: Any, clock: Clock, *, epoch_end: bool) -> Observation:
+    """Return what was measured at the Trainer's step, which is now."""
+    return Observation(
+        metrics=metrics, step=state.global_step, epoch=epoch_of(state), epoch_end=epoch_end, time=clock.time()
+    )
 
 
 def numbers_of(logs: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,17 +106,6 @@ def saved_state(state: Any) -> Mapping[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def write_state(
-    state: Any, folder: Path, manager: CheckpointManager, decision: Save, *, output_dir: str, owes: bool
-) -> None:
-    """Write the Trainer's state into the checkpoint again, as it will be once that is committed.
-
-    ``owes``: whether a resume has to run the evaluation of this step.
-    """
-    best = best_of(manager.policy, manager.session.after(decision))
-    if best is not None:
-        best.show(state, output_dir)
-    state.stateful_callbacks[_KEY] = {**manager.session.state_dict(decision), _OWES: owes}
-    staged = folder / f"{STATE_FILE}.new"
-    state.save_to_json(str(staged))
-    os.replace(staged, folder / STATE_FILE)
+def save_state(state: Any, saved: Mapping[str, Any], *, owes: bool) -> None:
+    """Put the manager's state into the Trainer's; ``owes``: a resume has to run the evaluation of this step."""
+    state.stateful_callbacks[_KEY] = {**saved, _OWES: owes}

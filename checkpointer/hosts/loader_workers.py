@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import multiprocessing
 import os
 import signal
@@ -11,10 +10,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from multiprocessing import resource_tracker
 from multiprocessing.sharedctypes import RawArray
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any, Final
 
 import attrs
@@ -48,8 +47,6 @@ class Workers:
         self._over = RawArray("b", 1)
         self._pid = os.getpid()
         self._covered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._contexts: dict[int, Any] = {}
-        """The ``multiprocessing_context`` that each covered loader had."""
         self._earlier: Any = None
 
     def listen(self) -> None:
@@ -80,16 +77,16 @@ class Workers:
             if has_workers and not isinstance(each.worker_init_fn, _Covered):
                 each.worker_init_fn = _Covered(self._signals, self._over, each.worker_init_fn)
                 self._covered[id(each)] = each
-                self._contexts[id(each)] = before = getattr(each, "multiprocessing_context", None)
-                each.multiprocessing_context = _blocking(before or multiprocessing.get_context(), self._signals)
+                if hasattr(each, "_get_iterator"):
+                    each._get_iterator = MethodType(_get_iterator, each)
 
     def leave(self) -> None:
         """The training is over: signals end the workers again, and SIGCHLD goes where it went before."""
         self._over[0] = 1
-        for key, loader in list(self._covered.items()):
+        for loader in list(self._covered.values()):
             if isinstance(loader.worker_init_fn, _Covered):
                 loader.worker_init_fn = loader.worker_init_fn.then
-                loader.multiprocessing_context = self._contexts[key]
+                vars(loader).pop("_get_iterator", None)
         self._forget_losses()
         if self._earlier is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
             signal.signal(signal.SIGCHLD, self._earlier)
@@ -107,8 +104,13 @@ class Workers:
             from torch.utils.data._utils import signal_handling
 
             check = getattr(signal_handling, "_error_if_any_worker_fails", lambda: None)
-            while _is_raised_by(check):
-                pass  # Once it has raised for a loader, it forgets that loader's workers.
+            lost = True
+            while lost:
+                try:
+                    check()
+                    lost = False
+                except RuntimeError:
+                    pass  # Once it has raised for a loader, it forgets that loader's workers.
 
     def _stops_soon(self) -> bool:
         """Return whether the signal has come: some senders go from process to process, and a worker may be first."""
@@ -118,54 +120,13 @@ class Workers:
         return self._is_stopping()
 
 
-def _is_raised_by(check: Callable[[], None]) -> bool:
+def _get_iterator(loader: Any) -> Any:
+    """Take the place of a loader's ``_get_iterator``, which starts the workers: they inherit the blocked signals."""
+    if (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+        resource_tracker.ensure_running()  # Python unblocks SIGTERM here when it starts the tracker.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, loader.worker_init_fn.signals)
     try:
-        check()
-    except RuntimeError:
-        return True
-    return False
-
-
-def _blocking(context: Any, signals: tuple[int, ...]) -> Any:
-    """Return a copy of a multiprocessing context that starts the workers of covered loaders with signals blocked."""
-    blocking = copy.copy(context)
-    blocking.Process = _Maker(context.Process, signals)
-    return blocking
-
-
-@attrs.frozen
-class _Maker:
-    """Takes the place of a context's ``Process``."""
-
-    kind: Callable[..., Any]
-    signals: tuple[int, ...]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        process = self.kind(*args, **kwargs)
-        if any(isinstance(value, _Covered) for value in process._args):  # It is what unblocks them.
-            process._Popen = _Starter(self.signals)
-        return process
-
-
-@attrs.frozen
-class _Starter:
-    """Takes the place of a process's ``_Popen``, which starts it."""
-
-    signals: tuple[int, ...]
-
-    def __call__(self, process: Any) -> Any:
-        if process._start_method != "fork":
-            resource_tracker.ensure_running()  # Python unblocks SIGTERM here when it starts the tracker.
-        with _blocked(self.signals):
-            return type(process)._Popen(process)
-
-
-@contextlib.contextmanager
-def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
-    """Block the signals in this thread; a process that it starts inherits that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
+        return type(loader)._get_iterator(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
