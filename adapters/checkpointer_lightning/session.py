@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import time
 import weakref
@@ -14,7 +13,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from checkpointer import Attach, CheckpointManager, Decision, Progress, Save, Skip
+from checkpointer import Attach, CheckpointManager, Decision, Save, Skip
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
@@ -200,11 +199,10 @@ class TrainingSession:
         """Whether this callback is the last of its Trainer: it acts once for all, after they have reported."""
         return ours(self.trainer.callbacks)[-1] is self.callback
 
-    def is_due(self, *, ends_epoch: bool = False, at: float | None = None) -> bool:
-        """Return whether the trigger may be due ``at`` some seconds of the callback's clock; None means now."""
-        now = self.callback._clock.time() if at is None else at
-        epochs = self.trainer.current_epoch + ends_epoch
-        return not self.horizon.covers(Progress(step=self.trainer.global_step, epochs=epochs, time=now))
+    def is_due(self, *, ends_epoch: bool = False, timed: bool = True) -> bool:
+        """Return whether the trigger may be due now; without ``timed`` the time is left out."""
+        clock = self.callback._clock if timed else None
+        return not self.horizon.covers(self.trainer.global_step, self.trainer.current_epoch, ends_epoch, clock)
 
     # Reports
 
@@ -374,7 +372,7 @@ class TrainingSession:
         is_ready = self.background is not None and self.background.is_ready(self.manager)
         requeues = self.signals.requeue and self.is_last
         stops = self.signals.noted and self.is_last
-        is_due = reports and self.is_due(at=-math.inf)
+        is_due = reports and self.is_due(timed=False)
         if not self.agreement(is_late or is_ready or requeues or stops):
             return is_due, False, False, False
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))
