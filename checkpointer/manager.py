@@ -30,8 +30,7 @@ from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.mirror.mirror import open_mirror
 from checkpointer.mirror.plan import Mirror
-from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue
-from checkpointer.policy.explain import manifest_html
+from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue, manifest_html
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.triggers import AtSteps

@@ -1,61 +1,23 @@
-"""The flat arguments of Lightning's ``ModelCheckpoint``, translated to the parts of a policy.
+"""The flat arguments of Lightning's ``ModelCheckpoint``, translated to a trigger and to rules.
 
-Only a translation: no flag has a meaning beyond the trigger, rule or setting it becomes. Meanings and validation
-errors follow Lightning 2.6, so that a configuration that people know says the same here.
+Only a translation: no flag has a meaning beyond the trigger or rule it becomes. Meanings and validation errors follow
+Lightning 2.6, so that a configuration that people know says the same here.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from checkpointer.errors import PolicyError
-from checkpointer.policy.naming import Naming
 from checkpointer.policy.retention import KeepAll, KeepBest, KeepLast, Limit, Rule
 from checkpointer.policy.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps, Trigger
 
-__all__ = ["policy_parts"]
+__all__ = ["rules_of", "trigger_of"]
 
 
-def policy_parts(
-    *,
-    monitor: str | None = None,
-    mode: Literal["min", "max"] = "min",
-    save_top_k: int = 1,
-    save_last: bool | Literal["link"] | None = None,
-    every_n_train_steps: int | None = None,
-    every_n_epochs: int | None = None,
-    train_time_interval: timedelta | None = None,
-    filename: str | None = None,
-    auto_insert_metric_name: bool = True,
-    enable_version_counter: bool = True,
-    save_weights_only: bool = False,
-    save_on_exception: bool = False,
-) -> dict[str, Any]:
-    """Return the keyword arguments of a `Policy`; see `Policy.from_flags` for their meaning."""
-    if mode not in ("min", "max"):
-        msg = f"mode is {mode!r}; expected 'min' or 'max'"
-        raise PolicyError(msg)
-    if save_last not in (None, True, False, "link"):
-        msg = f"save_last is {save_last!r}; expected True, False, None or 'link'"
-        raise PolicyError(msg)
-    return {
-        "when": _when(every_n_train_steps, every_n_epochs, train_time_interval),
-        "keep": _keep(monitor, mode, save_top_k),
-        "name": Naming(
-            filename,
-            auto_insert=auto_insert_metric_name,
-            version_counter=enable_version_counter,
-            missing="zero",
-            rescue="template",
-        ),
-        "last": "link" if save_last == "link" else "copy" if save_last else None,
-        "contents": "weights" if save_weights_only else "full",
-        "rescue": save_on_exception,
-    }
-
-
-def _when(steps: int | None, epochs: int | None, interval: timedelta | None) -> Trigger:
+def trigger_of(steps: int | None, epochs: int | None, interval: timedelta | None) -> Trigger:
+    """Return the trigger of ``every_n_train_steps``, ``every_n_epochs`` and ``train_time_interval``."""
     for name, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             msg = f"{name} is {value!r}; expected a whole number of at least 0 (0 turns it off)"
@@ -77,7 +39,11 @@ def _when(steps: int | None, epochs: int | None, interval: timedelta | None) -> 
     return next(iter(triggers.values()), AtSteps())
 
 
-def _keep(monitor: str | None, mode: Literal["min", "max"], top_k: int) -> list[Rule | Limit]:
+def rules_of(monitor: str | None, mode: Literal["min", "max"], top_k: int) -> list[Rule | Limit]:
+    """Return the rules of ``monitor``, ``mode`` and ``save_top_k``."""
+    if mode not in ("min", "max"):
+        msg = f"mode is {mode!r}; expected 'min' or 'max'"
+        raise PolicyError(msg)
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < -1:
         msg = f"save_top_k is {top_k!r}; expected -1 (all), 0 (none) or how many to keep"
         raise PolicyError(msg)

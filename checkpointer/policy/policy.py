@@ -14,7 +14,7 @@ from checkpointer._display import lines_html
 from checkpointer._validation import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.policy import yaml_codec as config
-from checkpointer.policy.lightning_flags import policy_parts
+from checkpointer.policy.lightning_flags import rules_of, trigger_of
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.ranking import Metric
 from checkpointer.policy.retention import KeepBest, Limit, Rule
@@ -24,14 +24,13 @@ from checkpointer.records.record import Contents, Record
 __all__ = ["Policy"]
 
 
-def _as_naming(value: Any) -> Any:
-    return Naming(value) if value is None or isinstance(value, str) else value
-
-
-def _is_naming(instance: object, field: object, value: Any) -> None:
-    if not isinstance(value, Naming):
-        msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
-        raise PolicyError(msg)
+def _as_naming(value: Any) -> Naming:
+    if value is None or isinstance(value, str):
+        return Naming(value)
+    if isinstance(value, Naming):
+        return value
+    msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
+    raise PolicyError(msg)
 
 
 def _is_trigger(instance: object, field: object, value: Any) -> None:
@@ -77,7 +76,7 @@ class Policy:
 
     when: Trigger = attrs.field(validator=_is_trigger)
     keep: tuple[Rule | Limit, ...] = attrs.field(converter=_as_rules)
-    name: Naming = attrs.field(default=None, converter=_as_naming, validator=_is_naming, kw_only=True)
+    name: Naming = attrs.field(default=None, converter=_as_naming, kw_only=True)
     last: Literal["link", "copy"] | None = attrs.field(
         default=None, validator=one_of(None, "link", "copy"), kw_only=True
     )
@@ -132,8 +131,7 @@ class Policy:
 
     def best_first(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
-        rule = self.best_rule
-        return rule.ranked(records) if rule else []
+        return self.best_rule.ranked(records) if self.best_rule else []
 
     def best_of(self, records: Iterable[Record]) -> Record | None:
         """Return the best of these records, or None if none is ranked."""
@@ -145,9 +143,9 @@ class Policy:
 
     def scores(self, records: Iterable[Record]) -> dict[str, float]:
         """Return name and score of the best k by the first `KeepBest`, best first."""
-        rule = self.best_rule
+        metric = self.ranking
         best = self.top(records)
-        return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
+        return {record.name: value for record in best if metric and (value := metric.value(record)) is not None}
 
     @classmethod
     def from_flags(
@@ -182,8 +180,24 @@ class Policy:
             >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3))
             save every epoch; keep the best 3 by val_loss (min); no rescue on exceptions
         """
-        arguments = {key: value for key, value in locals().items() if key != "cls"}
-        return cls(**policy_parts(**arguments))
+        if save_last not in (None, True, False, "link"):
+            msg = f"save_last is {save_last!r}; expected True, False, None or 'link'"
+            raise PolicyError(msg)
+        name = Naming(
+            filename,
+            auto_insert=auto_insert_metric_name,
+            version_counter=enable_version_counter,
+            missing="zero",
+            rescue="template",
+        )
+        return cls(
+            trigger_of(every_n_train_steps, every_n_epochs, train_time_interval),
+            rules_of(monitor, mode, save_top_k),
+            name=name,
+            last="link" if save_last == "link" else "copy" if save_last else None,
+            contents="weights" if save_weights_only else "full",
+            rescue=save_on_exception,
+        )
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the policy as YAML, and write it to ``path`` if given. Scores are written by name.
@@ -225,9 +239,11 @@ class Policy:
             FileNotFoundError: If there is no such file.
         """
         if isinstance(path, str) and "\n" in path:
-            return _policy_from_plain(config.parse_yaml(path.encode(errors="surrogatepass")), known or {})
-        with open(path, "rb") as stream:
-            return _policy_from_plain(config.parse_yaml(stream.read(config.MAX_YAML_BYTES + 1)), known or {})
+            data = path.encode(errors="surrogatepass")
+        else:
+            with open(path, "rb") as stream:
+                data = stream.read(config.MAX_YAML_BYTES + 1)
+        return _policy_from_plain(config.parse_yaml(data), known or {})
 
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"

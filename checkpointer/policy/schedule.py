@@ -18,17 +18,7 @@ __all__ = ["Schedule", "epoch_of"]
 
 @attrs.define
 class Schedule:
-    """What a manager remembers of the loop between two reports. It reads no clock: times are arguments.
-
-    Example:
-        >>> from checkpointer import EverySteps, Progress
-        >>> from checkpointer.policy.schedule import Schedule
-        >>> from checkpointer.testing import FakeClock
-        >>> schedule, clock = Schedule(when=EverySteps(10)), FakeClock()
-        >>> schedule.go_on(Progress(step=20), 0.0)
-        >>> schedule.is_quiet({}, 29, 0, False, clock), schedule.is_quiet({}, 30, 0, False, clock)
-        (True, False)
-    """
+    """What a manager remembers of the loop between two reports."""
 
     when: Trigger
     since: Progress = attrs.field(factory=Progress)
@@ -51,12 +41,7 @@ class Schedule:
     # The hot path
 
     def is_quiet(
-        self,
-        metrics: Mapping[str, Any],
-        step: int,
-        epoch: int | None,
-        epoch_end: bool | None,
-        clock: Clock,
+        self, metrics: Mapping[str, Any], step: int, epoch: int | None, epoch_end: bool | None, clock: Clock
     ) -> bool:
         """Return whether nothing is due at this report, and then remember it: a few comparisons."""
         if epoch is None:
@@ -197,14 +182,7 @@ class Schedule:
 def epoch_of(last: tuple[int, int, bool | None], step: int, epoch_end: bool | None) -> tuple[int, bool]:
     """Return the epoch of a report that names none, and whether the report ends it.
 
-    Args:
-        last: Step, epoch and end of the report before.
-        step: The step of this report; a second report of a step is of the same epoch.
-        epoch_end: What this report says of the end of the epoch.
-
-    Example:
-        >>> epoch_of((10, 3, False), 11, None), epoch_of((10, 3, True), 11, None), epoch_of((10, 3, True), 10, None)
-        ((3, False), (4, False), (3, True))
+    ``last`` is the step, epoch and end of the report before. A second report of a step is of the same epoch.
     """
     at, epoch, ended = last
     if step == at:

@@ -197,18 +197,11 @@ class DuringEpochs:
 
 
 def _as_seconds(value: Any) -> float:
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    msg = f"EverySeconds.seconds is {value!r}; expected seconds of at least 0, or a timedelta"
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < math.inf:
+        return float(seconds)
+    msg = f"EverySeconds.seconds is {seconds!r}; expected seconds of at least 0, or a timedelta"
     raise PolicyError(msg)
-
-
-def _not_negative(instance: object, field: object, value: float) -> None:
-    if value < 0:
-        msg = f"EverySeconds.seconds is {value!r}; expected at least 0"
-        raise PolicyError(msg)
 
 
 @attrs.frozen
@@ -228,7 +221,7 @@ class EverySeconds:
         1800.0
     """
 
-    seconds: float = attrs.field(converter=_as_seconds, validator=_not_negative)
+    seconds: float = attrs.field(converter=_as_seconds)
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
