@@ -22,13 +22,7 @@ class StateIO:
     """Takes, writes and reads a state on all ranks, when rank 0's manager asks for it.
 
     If a checkpoint is a folder, this is the format of rank 0's manager. If it is a file, rank 0 writes it alone.
-
-    Args:
-        ranks: The processes.
-        state: Returns this rank's state.
-        format: As for `CheckpointManager`.
-        storage_options: As for `CheckpointManager`.
-        background: As for `CheckpointManager`.
+    ``state`` returns this rank's state. The other arguments are as for `DistributedManager`.
 
     Raises:
         PolicyError: If these ranks, or this format, cannot write in the background.

@@ -14,16 +14,7 @@ import attrs
 from checkpointer.policy.decide import Save
 from checkpointer.records.record import Observation, Record
 
-__all__ = [
-    "OTHER",
-    "apart_from_saved",
-    "marked",
-    "modes_of",
-    "ranking_doubt",
-    "states_in",
-    "trains",
-    "unranked",
-]
+__all__ = ["OTHER", "apart_from_saved", "marked", "modes_of", "ranking_doubt", "states_in", "trains", "unranked"]
 
 _TRAINING: Final = "the training weights of a schedule-free optimizer"
 _MARK: Final = f"with {_TRAINING}"
