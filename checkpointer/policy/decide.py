@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice, product, zip_longest
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import attrs
 
@@ -42,58 +42,49 @@ _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
 
 
-def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
-    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
-
-
 @attrs.frozen(kw_only=True)
-class Save:
-    """The observation is saved. Truthy."""
-
+class _Change:
     name: str
-    """File name relative to the directory."""
+    """File name of the checkpoint, relative to the directory."""
     retire: tuple[str, ...] = ()
-    """Checkpoints that no rule keeps once this one is committed."""
+    """Checkpoints that no rule keeps once this is done."""
     reason: str
     """Why."""
     observation: Observation
-    """What is saved: the commit needs nothing else."""
+    """What is saved, or whose metrics are attached: the commit needs nothing else."""
+    _verb: ClassVar[str]
+
+    def __str__(self) -> str:
+        retires = f"; retires {', '.join(self.retire)}" if self.retire else ""
+        return f"{self._verb} {self.name}: {self.reason}{retires}"
+
+    def _repr_html_(self) -> str:
+        title = f"{self._verb.capitalize()} {self.name}"
+        return lines_html(title, [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Save(_Change):
+    """The observation is saved. Truthy."""
+
     kind: Kind = "regular"
     """``"rescue"`` if an exception or a signal asked for it."""
     replaces: bool = False
     """Whether a checkpoint has that name and is replaced: of this run, or without a version counter of any."""
+    _verb = "save"
 
     def __bool__(self) -> Literal[True]:
         return True
 
-    def __str__(self) -> str:
-        return _sentence(f"save {self.name}", self.reason, self.retire)
-
-    def _repr_html_(self) -> str:
-        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
-
 
 @attrs.frozen(kw_only=True)
-class Attach:
+class Attach(_Change):
     """The step is saved already: its record gets the new metrics and a new rank. Falsy, as nothing is written."""
 
-    name: str
-    """File name of the checkpoint that gets the metrics."""
-    retire: tuple[str, ...] = ()
-    """Checkpoints that no rule keeps after the new ranking."""
-    reason: str
-    """Why."""
-    observation: Observation
-    """Where the new metrics come from."""
+    _verb = "attach metrics to"
 
     def __bool__(self) -> Literal[False]:
         return False
-
-    def __str__(self) -> str:
-        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
-
-    def _repr_html_(self) -> str:
-        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
 
 
 @attrs.frozen(kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
 
 import attrs
 
@@ -14,6 +16,9 @@ from checkpointer.ports import Clock
 from checkpointer.records.record import Observation, Progress, as_metrics
 
 __all__ = ["Schedule", "epoch_of"]
+
+_RESTORED: Final[Mapping[str, float]] = MappingProxyType({})
+"""Stands for the metrics while nothing was reported since the restore."""
 
 
 @attrs.define
@@ -34,9 +39,10 @@ class Schedule:
     _in_force: Horizon = ALWAYS
     """The horizon, or one that covers nothing while there is something to report."""
     _is_awake: bool = False
-    _report: tuple[Any, int, int, bool | None] = (None, -1, 0, False)
-    """The newest report: metrics, step, epoch, and whether it ended the epoch. Without metrics, what was restored."""
-    _epoch_ended: tuple[int, int] | None = None
+    _report: tuple[Any, int, int, bool | None] = (_RESTORED, -1, 0, False)
+    """The newest report: metrics, step, epoch, and whether it ended the epoch."""
+    _epoch_ended: tuple[int, int] = (-1, -1)
+    """The epoch that a report ended without ``epoch_end``, and its step."""
 
     # The hot path
 
@@ -79,11 +85,8 @@ class Schedule:
 
     def look_ahead(self, time: float) -> None:
         """Work out below which step, epoch and time nothing is due."""
-        horizon = horizon_of(self.when, self.since)
-        if self.owed or self.since.time > time:
-            horizon = ALWAYS
-        self.horizon = horizon
-        self.quiet = Skip(reason=f"not due{horizon.text()} ({self.when})")
+        self.horizon = ALWAYS if self.owed or self.since.time > time else horizon_of(self.when, self.since)
+        self.quiet = Skip(reason=f"not due{self.horizon.text()} ({self.when})")
         self._sleep()
 
     # What was reported
@@ -114,10 +117,8 @@ class Schedule:
         return now
 
     def _check_epoch(self, now: Observation) -> None:
-        if self.horizon.epochs == NEVER or self._epoch_ended is None:
-            return
         before, at_step = self._epoch_ended
-        if before == now.epoch and at_step != now.step:
+        if self.horizon.epochs < NEVER and before == now.epoch and at_step != now.step:
             msg = (
                 f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
                 "epoch_end=True at the end of an epoch and epoch_end=False within it"
@@ -131,7 +132,7 @@ class Schedule:
             ObservationError: If ``step`` is before the step that the run goes on from.
         """
         metrics, seen_step, seen_epoch, ended = self._report
-        if metrics is None and step is None:
+        if metrics is _RESTORED and step is None:
             return None
         if step is not None and step < self.start:
             msg = (
@@ -140,11 +141,16 @@ class Schedule:
             )
             raise ObservationError(msg)
         at = seen_step if step is None else step
+        usable: Mapping[str, float] = {}
+        if at == seen_step:
+            # A report that was not checked yet must not make a rescue fail.
+            with contextlib.suppress(MetricError):
+                usable = as_metrics(metrics)
         return Observation(
-            metrics=_usable(metrics) if at == seen_step and metrics is not None else {},
+            metrics=usable,
             step=at,
             epoch=seen_epoch if epoch is None else epoch,
-            epoch_end=bool(ended) if at == seen_step else False,
+            epoch_end=bool(ended) and at == seen_step,
             time=time,
         )
 
@@ -175,7 +181,7 @@ class Schedule:
         """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
         self.since, self.owed = progress, owed
         self.start = step if step is not None else progress.step or -1
-        self._report, self._epoch_ended = (None, self.start, progress.epochs, False), None
+        self._report, self._epoch_ended = (_RESTORED, self.start, progress.epochs, False), (-1, -1)
         self.look_ahead(time)
 
 
@@ -188,11 +194,3 @@ def epoch_of(last: tuple[int, int, bool | None], step: int, epoch_end: bool | No
     if step == at:
         return epoch, bool(ended if epoch_end is None else epoch_end)
     return epoch + (ended is not False), bool(epoch_end)
-
-
-def _usable(metrics: Any) -> Mapping[str, float]:
-    """Return the metrics, or none if one is bad: a report that was not checked yet must not make a rescue fail."""
-    try:
-        return as_metrics(metrics)
-    except MetricError:
-        return {}
