@@ -115,11 +115,7 @@ class DistributedManager:
         self._clock = clock or SystemClock()
         self._agreement = Agreement(self._ranks)
         self._io = StateIO(
-            self._ranks,
-            state,
-            format,
-            storage_options=storage_options,
-            background=as_busy(options.get("background")),
+            self._ranks, state, format, storage_options=storage_options, background=as_busy(options.get("background"))
         )
         self.manager: CheckpointManager | None = None
         """Rank 0's manager; None on the others."""

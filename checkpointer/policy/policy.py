@@ -14,11 +14,10 @@ from checkpointer._display import lines_html
 from checkpointer._validation import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.policy import yaml_codec as config
-from checkpointer.policy.lightning_flags import rules_of, trigger_of
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.ranking import Metric
-from checkpointer.policy.retention import KeepBest, Limit, Rule
-from checkpointer.policy.triggers import Trigger
+from checkpointer.policy.retention import KeepAll, KeepBest, KeepLast, Limit, Rule
+from checkpointer.policy.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps, Trigger
 from checkpointer.records.record import Contents, Record
 
 __all__ = ["Policy"]
@@ -191,8 +190,8 @@ class Policy:
             rescue="template",
         )
         return cls(
-            trigger_of(every_n_train_steps, every_n_epochs, train_time_interval),
-            rules_of(monitor, mode, save_top_k),
+            _trigger_of(every_n_train_steps, every_n_epochs, train_time_interval),
+            _rules_of(monitor, mode, save_top_k),
             name=name,
             last="link" if save_last == "link" else "copy" if save_last else None,
             contents="weights" if save_weights_only else "full",
@@ -265,3 +264,50 @@ def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
     arguments["keep"] = [config.from_plain(rule, f"keep[{i}]", known) for i, rule in enumerate(keep)]
     arguments["name"] = config.naming_from_plain(arguments.get("name"), "name")
     return Policy(**arguments)
+
+
+# The flags of Lightning's ModelCheckpoint. Their meanings and validation errors follow Lightning 2.6.
+
+
+def _trigger_of(steps: int | None, epochs: int | None, interval: timedelta | None) -> Trigger:
+    for name, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            msg = f"{name} is {value!r}; expected a whole number of at least 0 (0 turns it off)"
+            raise PolicyError(msg)
+    given = {
+        "every_n_train_steps": EverySteps(steps) if steps else None,
+        "every_n_epochs": EveryEpochs(epochs) if epochs else None,
+        "train_time_interval": None if interval is None else EverySeconds(interval),
+    }
+    triggers = {name: trigger for name, trigger in given.items() if trigger is not None}
+    if len(triggers) > 1:
+        msg = (
+            f"{' and '.join(triggers)} are mutually exclusive; compose them instead: "
+            f"Policy(when=AnyOf({', '.join(map(repr, triggers.values()))}), ...)"
+        )
+        raise PolicyError(msg)
+    if steps is None and epochs is None and interval is None:
+        return EveryEpochs(1)
+    return next(iter(triggers.values()), AtSteps())
+
+
+def _rules_of(monitor: str | None, mode: Literal["min", "max"], top_k: int) -> list[Rule | Limit]:
+    if mode not in ("min", "max"):
+        msg = f"mode is {mode!r}; expected 'min' or 'max'"
+        raise PolicyError(msg)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < -1:
+        msg = f"save_top_k is {top_k!r}; expected -1 (all), 0 (none) or how many to keep"
+        raise PolicyError(msg)
+    if monitor is None and top_k not in (-1, 0, 1):
+        msg = (
+            f"save_top_k={top_k} with monitor=None has nothing to rank by; name the metric with monitor=, "
+            f"or keep the newest ones with Policy(keep=[KeepLast({top_k})])"
+        )
+        raise PolicyError(msg)
+    if top_k == 0:
+        return []
+    if monitor is None:
+        return [KeepAll()] if top_k == -1 else [KeepLast(1)]
+    if top_k == -1:
+        return [KeepAll(), KeepBest(1, monitor, mode=mode, ties="incumbent")]
+    return [KeepBest(top_k, monitor, mode=mode, ties="incumbent")]

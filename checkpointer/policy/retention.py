@@ -68,13 +68,7 @@ class KeepBest:
 
     @overload
     def __init__(
-        self,
-        k: int,
-        metric: str | Score,
-        *,
-        mode: Literal["min", "max"],
-        ties: Ties = "older",
-        after_step: int = 0,
+        self, k: int, metric: str | Score, *, mode: Literal["min", "max"], ties: Ties = "older", after_step: int = 0
     ) -> None: ...
 
     def __init__(

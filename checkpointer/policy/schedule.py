@@ -96,10 +96,6 @@ class Schedule:
 
         The step counts as reported even if the metrics are refused, because the state is of that step. A step before
         the newest one leaves no trace: it is refused, or it brings late metrics for a step that is saved.
-
-        Raises:
-            ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
-            MetricError: If a metric is not one number.
         """
         if epoch is None:
             epoch, epoch_end = epoch_of(self._report[1:], step, epoch_end)
@@ -126,11 +122,7 @@ class Schedule:
             raise ObservationError(msg)
 
     def last_report(self, step: int | None, epoch: int | None, time: float) -> Observation | None:
-        """Return what was reported last, as it is for a rescue; None if nothing was reported.
-
-        Raises:
-            ObservationError: If ``step`` is before the step that the run goes on from.
-        """
+        """Return what was reported last, as it is for a rescue; None if nothing was reported."""
         metrics, seen_step, seen_epoch, ended = self._report
         if metrics is _RESTORED and step is None:
             return None
