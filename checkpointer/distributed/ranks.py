@@ -78,24 +78,14 @@ class TorchRanks:
             raise RanksError(msg)
         self._dist = dist
         members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        self._rank, self._size = dist.get_rank(group), len(members)
+        self.rank, self.size = dist.get_rank(group), len(members)
         self._first = members[0]
         self._timeout_s = timeout_s
         # Two groups that are made at once, apart from each other, must not get one name: they would share store keys.
-        apart = self._size < dist.get_world_size()
+        apart = self.size < dist.get_world_size()
         self._group = dist.new_group(
             members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=apart
         )
-
-    @property
-    def rank(self) -> int:
-        """See `Ranks.rank`."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """See `Ranks.size`."""
-        return self._size
 
     @property
     def group(self) -> Any:
@@ -107,13 +97,13 @@ class TorchRanks:
 
     def broadcast(self, value: Any) -> Any:
         """See `Ranks.broadcast`."""
-        box = [value if self._rank == 0 else None]
+        box = [value if self.rank == 0 else None]
         self._dist.broadcast_object_list(box, src=self._first, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks.gather`."""
-        values: list[Any] = [None] * self._size
+        values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -138,8 +128,8 @@ class TorchRanks:
             work = start(token, dist.get_global_rank(self.group, peer), self.group)
             return work is not None and bool(work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001))))
 
-        peers = [0] if self._rank else range(1, self._size)
-        order = (dist.isend, dist.irecv) if self._rank else (dist.irecv, dist.isend)
+        peers = [0] if self.rank else range(1, self.size)
+        order = (dist.isend, dist.irecv) if self.rank else (dist.irecv, dist.isend)
         try:
             return all(passes(start, peer) for start in order for peer in peers)
         except Exception:  # gloo has an error for a late rank and one for a dead rank, and most are RuntimeErrors.

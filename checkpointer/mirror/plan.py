@@ -20,6 +20,10 @@ RETRY_S: Final = (1.0, 60.0)
 """Minimum and maximum seconds between two tries."""
 
 
+def _as_rules(keep: Iterable[Rule | Limit] | None) -> tuple[Rule | Limit, ...] | None:
+    return None if keep is None else tuple(keep)
+
+
 @attrs.frozen
 class Mirror:
     """A second place for checkpoints: ``CheckpointManager(..., mirror=Mirror("s3://bucket/run"))``.
@@ -36,9 +40,7 @@ class Mirror:
     """
 
     where: Where
-    keep: tuple[Rule | Limit, ...] | None = attrs.field(
-        default=None, kw_only=True, converter=attrs.converters.optional(tuple)
-    )
+    keep: tuple[Rule | Limit, ...] | None = attrs.field(default=None, kw_only=True, converter=_as_rules)
     options: Mapping[str, Any] | None = attrs.field(default=None, kw_only=True, repr=False)
 
 

@@ -270,16 +270,15 @@ def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
 
 
 def _trigger_of(steps: int | None, epochs: int | None, interval: timedelta | None) -> Trigger:
-    for name, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
+    triggers: dict[str, Trigger] = {}
+    for name, value, kind in (("every_n_train_steps", steps, EverySteps), ("every_n_epochs", epochs, EveryEpochs)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             msg = f"{name} is {value!r}; expected a whole number of at least 0 (0 turns it off)"
             raise PolicyError(msg)
-    given = {
-        "every_n_train_steps": EverySteps(steps) if steps else None,
-        "every_n_epochs": EveryEpochs(epochs) if epochs else None,
-        "train_time_interval": None if interval is None else EverySeconds(interval),
-    }
-    triggers = {name: trigger for name, trigger in given.items() if trigger is not None}
+        if value:
+            triggers[name] = kind(value)
+    if interval is not None:
+        triggers["train_time_interval"] = EverySeconds(interval)
     if len(triggers) > 1:
         msg = (
             f"{' and '.join(triggers)} are mutually exclusive; compose them instead: "
