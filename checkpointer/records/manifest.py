@@ -146,7 +146,7 @@ class Manifest:
 
     def draft(self, name: str, now: Observation, **known: Any) -> Record:
         """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
-        fields = {"serial": self.next_serial, "size": 0, "digest": "", "format": "", "token": ""}
+        fields: dict[str, Any] = {"serial": self.next_serial, "size": 0, "digest": "", "format": "", "token": ""}
         fields |= {field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")}
         fields |= {field: getattr(self, field) for field in ("run", "label", "line", "term")}
         return Record(name=name, **(fields | known))
