@@ -30,8 +30,7 @@ from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.mirror.mirror import open_mirror
 from checkpointer.mirror.plan import Mirror
-from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue
-from checkpointer.policy.explain import manifest_html
+from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue, manifest_html
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.triggers import AtSteps
@@ -250,8 +249,9 @@ class CheckpointManager:
             SaveError: If the checkpoint could not be written; older ones are untouched. With ``background=`` also if
                 an earlier one could not: then this report was not used, and may be made again.
         """
-        if not due and self._schedule.is_quiet(metrics, step, epoch, epoch_end, self._clock.time):
-            return self._schedule.quiet
+        schedule = self._schedule
+        if not due and schedule.is_quiet(metrics, step, epoch, epoch_end, self._clock):
+            return schedule.quiet
         decision = self.session.decide(metrics, step, epoch, epoch_end=epoch_end, due=due)
         return self._executor.execute(decision) if isinstance(decision, Save) else decision
 

@@ -121,7 +121,7 @@ class Training:
 
     def is_quiet(self, state: Any, epochs: int) -> bool:
         """Return whether neither the step nor the count of finished epochs can be due; alike on every rank."""
-        return self._horizon.is_ahead_of(state.global_step, epochs)
+        return self._horizon.covers(state.global_step, epochs, epoch_end=False)
 
     def is_saved(self, state: Any) -> bool:
         """Return whether the step is saved, and takes what is measured now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from checkpointer.policy.decide import Decision, Skip
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.schedule import epoch_of
-from checkpointer.policy.triggers import AtSteps
+from checkpointer.policy.triggers import NEVER, AtSteps
 from checkpointer.ports import Clock, FolderFormat, Format, Ranks, Storage
 from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, Verify, load
@@ -116,11 +115,7 @@ class DistributedManager:
         self._clock = clock or SystemClock()
         self._agreement = Agreement(self._ranks)
         self._io = StateIO(
-            self._ranks,
-            state,
-            format,
-            storage_options=storage_options,
-            background=as_busy(options.get("background")),
+            self._ranks, state, format, storage_options=storage_options, background=as_busy(options.get("background"))
         )
         self.manager: CheckpointManager | None = None
         """Rank 0's manager; None on the others."""
@@ -209,12 +204,10 @@ class DistributedManager:
 
     def _is_quiet(self, step: int, epoch: int, epoch_end: bool | None) -> bool:
         horizon = self._horizon
-        if self._is_closed or (epoch_end is None and horizon.epochs != math.inf):
-            return False
-        if not horizon.is_ahead_of(step, epoch + bool(epoch_end)):
+        if self._is_closed or not horizon.covers(step, epoch, epoch_end):
             return False
         # Clocks differ, so only rank 0's decides.
-        return horizon.time == math.inf or not self._agreement(
+        return horizon.time == NEVER or not self._agreement(
             self._ranks.rank == 0 and self._clock.time() >= horizon.time
         )
 

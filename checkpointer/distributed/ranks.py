@@ -76,25 +76,16 @@ class TorchRanks:
         if not (dist.is_available() and dist.is_initialized()):
             msg = "torch.distributed is not initialised; call init_process_group first, or use OneRank()"
             raise RanksError(msg)
+        self._dist = dist
         members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        self._rank, self._size = dist.get_rank(group), len(members)
+        self.rank, self.size = dist.get_rank(group), len(members)
         self._first = members[0]
         self._timeout_s = timeout_s
         # Two groups that are made at once, apart from each other, must not get one name: they would share store keys.
-        apart = self._size < dist.get_world_size()
+        apart = self.size < dist.get_world_size()
         self._group = dist.new_group(
             members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=apart
         )
-
-    @property
-    def rank(self) -> int:
-        """See `Ranks.rank`."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """See `Ranks.size`."""
-        return self._size
 
     @property
     def group(self) -> Any:
@@ -106,45 +97,39 @@ class TorchRanks:
 
     def broadcast(self, value: Any) -> Any:
         """See `Ranks.broadcast`."""
-        import torch.distributed as dist
-
-        box = [value if self._rank == 0 else None]
-        dist.broadcast_object_list(box, src=self._first, group=self.group)
+        box = [value if self.rank == 0 else None]
+        self._dist.broadcast_object_list(box, src=self._first, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks.gather`."""
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self._size
-        dist.all_gather_object(values, value, group=self.group)
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value, group=self.group)
         return values
 
     def highest(self, *values: float) -> tuple[float, ...]:
         """See `Ranks.highest`."""
         import torch
-        import torch.distributed as dist
 
         # On the CPU whatever the default device is: the group is gloo's.
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MAX, group=self.group)
         return tuple(tensor.tolist())
 
     def barrier(self, timeout_s: float) -> bool:
         """See `Ranks.barrier`."""
         import torch
-        import torch.distributed as dist
 
         # Not monitored_barrier: only rank 0 has its timeout there, the other ranks wait as long as the group does.
         end = time.monotonic() + timeout_s
-        token = torch.zeros(1, device="cpu")
+        token, dist = torch.zeros(1, device="cpu"), self._dist
 
         def passes(start: Any, peer: int) -> bool:
             work = start(token, dist.get_global_rank(self.group, peer), self.group)
             return work is not None and bool(work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001))))
 
-        peers = [0] if self._rank else range(1, self._size)
-        order = (dist.isend, dist.irecv) if self._rank else (dist.irecv, dist.isend)
+        peers = [0] if self.rank else range(1, self.size)
+        order = (dist.isend, dist.irecv) if self.rank else (dist.irecv, dist.isend)
         try:
             return all(passes(start, peer) for start in order for peer in peers)
         except Exception:  # gloo has an error for a late rank and one for a dead rank, and most are RuntimeErrors.
@@ -156,11 +141,9 @@ class TorchRanks:
 
     def close(self) -> None:
         """Destroy the group without communication. A second call does nothing."""
-        import torch.distributed as dist
-
         group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
+        if group is not None and self._dist.is_initialized():
+            self._dist.destroy_process_group(group)
 
 
 class TorchMailbox(TorchRanks):

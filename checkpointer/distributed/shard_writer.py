@@ -41,12 +41,8 @@ class ShardWriter:
     rank 0's message (a path, or "cancelled") before they start to write. So a rank never waits in a collective that
     another rank does not reach.
 
-    Args:
-        rank: This process's number.
-        mailbox: Where rank 0 posts messages; None if this is the only rank.
-        payload: Writes a copy together with the other ranks' of that number, in the mailbox's group.
-        snapshots: Copies a state.
-        copies: How many there are at a time.
+    The mailbox is None if this is the only rank. The payload writes in the mailbox's group. There are at most
+    ``copies`` at a time.
     """
 
     def __init__(
@@ -71,11 +67,7 @@ class ShardWriter:
     # In the loop
 
     def copy(self, number: int, state: Any) -> None:
-        """Copy this rank's part. All ranks call it; the others then start to poll for rank 0's message.
-
-        Raises:
-            SaveError: If it cannot be copied.
-        """
+        """Copy this rank's part. All ranks call it; the others then start to poll for rank 0's message."""
         self._make_room()
         self._copies[number] = self._snapshots.take(state)
         before = self._thread
@@ -112,13 +104,9 @@ class ShardWriter:
             self._released.notify_all()
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Wait until this rank has written its copies, or rank 0's heartbeat stops.
+        """Wait, at most ``timeout`` seconds, until this rank has written its copies or rank 0's heartbeat stops.
 
-        Args:
-            timeout: Seconds to wait at most; None waits as long as it takes.
-
-        Returns:
-            Whether it has written them.
+        Return whether it has written them.
         """
         self._heartbeat = time.monotonic(), ""
         self._is_closing = True
@@ -189,11 +177,7 @@ class ShardWriter:
         self._payload.write_folder(state, path)
 
     def _synchronize(self, number: int, error: Exception | None) -> None:
-        """Wait for all ranks. If one of them failed, or is at another copy, no rank may begin the collective write.
-
-        Raises:
-            RanksError: If a rank failed, or this rank is behind the others.
-        """
+        """Wait for all ranks; raise if one of them failed, or is at another copy: no rank may begin the write then."""
         reports = []
         while self._mailbox is not None:
             reports = self._mailbox.gather((number, repr(error) if error is not None else ""))
@@ -220,11 +204,7 @@ class ShardWriter:
             self._forget(number)
 
     def _poll(self, number: int) -> tuple[str, Exception | None]:
-        """Return rank 0's message about a copy as soon as it is there, or the error of looking for it.
-
-        Raises:
-            RanksError: If this rank is closing, and rank 0's heartbeat has stopped.
-        """
+        """Return rank 0's message about a copy as soon as it is there, or the error of looking for it."""
         assert self._mailbox is not None, "rank 0 is another process"
         pause = SHORTEST_POLL_S
         try:

@@ -22,13 +22,7 @@ class StateIO:
     """Takes, writes and reads a state on all ranks, when rank 0's manager asks for it.
 
     If a checkpoint is a folder, this is the format of rank 0's manager. If it is a file, rank 0 writes it alone.
-
-    Args:
-        ranks: The processes.
-        state: Returns this rank's state.
-        format: As for `CheckpointManager`.
-        storage_options: As for `CheckpointManager`.
-        background: As for `CheckpointManager`.
+    ``state`` returns this rank's state. The other arguments are as for `DistributedManager`.
 
     Raises:
         PolicyError: If these ranks, or this format, cannot write in the background.
@@ -55,6 +49,7 @@ class StateIO:
             self.payload: Any = _dcp(getattr(ranks, "group", None), template, storage_options)
         else:
             self.payload = open_format(format, storage_options)
+        self.name, self.extension = self.payload.name, self.payload.extension
         self.is_folder = isinstance(self.payload, FolderFormat)
         if background is not None and self.is_folder:
             self.writer = _open_writer(ranks, format, storage_options, copies_of(background))
@@ -74,16 +69,6 @@ class StateIO:
         self._taken = self.loaded = None
 
     # The ports FolderFormat, SupportsSnapshots and Snapshotting, on rank 0
-
-    @property
-    def name(self) -> str:
-        """See `FolderFormat.name`."""
-        return str(self.payload.name)
-
-    @property
-    def extension(self) -> str:
-        """See `FolderFormat.extension`."""
-        return str(self.payload.extension)
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`."""

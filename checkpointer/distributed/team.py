@@ -19,7 +19,6 @@ from checkpointer.ports import Ranks
 __all__ = ["Agreement", "Broadcast", "Team", "on_every_rank", "on_rank_zero"]
 
 T = TypeVar("T")
-Attempt = tuple[T | None, Exception | None]
 
 
 @attrs.frozen
@@ -52,7 +51,7 @@ def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     if ranks.size == 1:
         return [work()]
     result, error = _attempt(work)
-    outcomes = ranks.gather(_portable((result, error)))
+    outcomes = ranks.gather((result, None if error is None else portable(error)))
     if error is not None:
         raise error
     for rank, (_, failure) in enumerate(outcomes):
@@ -87,9 +86,9 @@ class Team:
         on_every_rank(self.ranks, lambda: self.acts[act](*args))
 
     def _lead(self, work: Callable[[], T]) -> T:
-        result, error = outcome = _attempt(work)
+        result, error = _attempt(work)
         try:
-            self.ranks.broadcast(("", _portable(outcome)))
+            self.ranks.broadcast(("", (result, None if error is None else portable(error))))
         except Exception:
             if error is None:
                 raise
@@ -109,16 +108,11 @@ class Team:
                 on_every_rank(self.ranks, functools.partial(self.acts[act], *args))
 
 
-def _attempt(work: Callable[[], T]) -> Attempt[T]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except Exception as error:  # The other ranks must receive it before it is raised here: they wait.
         return None, error
-
-
-def _portable(outcome: Attempt[T]) -> Attempt[T]:
-    result, error = outcome
-    return outcome if error is None else (result, portable(error))
 
 
 @attrs.define
@@ -168,9 +162,7 @@ class Agreement:
             return flag
         self._flag = self._flag or flag
         self._left -= 1
-        if self._left > 0:
-            return False
-        return self._exchange()
+        return self._left <= 0 and self._exchange()
 
     def _exchange(self) -> bool:
         before = self.clock()

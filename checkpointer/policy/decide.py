@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice, product, zip_longest
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import attrs
 
-from checkpointer._display import lines_html
+from checkpointer._display import lines_html, number_text, size_text, table_html
 from checkpointer.errors import NamingError
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
@@ -29,6 +30,7 @@ __all__ = [
     "decide",
     "decide_rescue",
     "explain",
+    "manifest_html",
     "own_name",
     "surplus",
 ]
@@ -40,58 +42,49 @@ _CANDIDATE = "\0candidate"
 """Name of the record that is being decided on, until it has one: no file can be called so."""
 
 
-def _sentence(what: str, reason: str, retire: tuple[str, ...]) -> str:
-    return f"{what}: {reason}" + (f"; retires {', '.join(retire)}" if retire else "")
-
-
 @attrs.frozen(kw_only=True)
-class Save:
-    """The observation is saved. Truthy."""
-
+class _Change:
     name: str
-    """File name relative to the directory."""
+    """File name of the checkpoint, relative to the directory."""
     retire: tuple[str, ...] = ()
-    """Checkpoints that no rule keeps once this one is committed."""
+    """Checkpoints that no rule keeps once this is done."""
     reason: str
     """Why."""
     observation: Observation
-    """What is saved: the commit needs nothing else."""
+    """What is saved, or whose metrics are attached: the commit needs nothing else."""
+    _verb: ClassVar[str]
+
+    def __str__(self) -> str:
+        retires = f"; retires {', '.join(self.retire)}" if self.retire else ""
+        return f"{self._verb} {self.name}: {self.reason}{retires}"
+
+    def _repr_html_(self) -> str:
+        title = f"{self._verb.capitalize()} {self.name}"
+        return lines_html(title, [("why", self.reason), ("retires", "\n".join(self.retire))])
+
+
+@attrs.frozen(kw_only=True)
+class Save(_Change):
+    """The observation is saved. Truthy."""
+
     kind: Kind = "regular"
     """``"rescue"`` if an exception or a signal asked for it."""
     replaces: bool = False
     """Whether a checkpoint has that name and is replaced: of this run, or without a version counter of any."""
+    _verb = "save"
 
     def __bool__(self) -> Literal[True]:
         return True
 
-    def __str__(self) -> str:
-        return _sentence(f"save {self.name}", self.reason, self.retire)
-
-    def _repr_html_(self) -> str:
-        return lines_html(f"Save {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
-
 
 @attrs.frozen(kw_only=True)
-class Attach:
+class Attach(_Change):
     """The step is saved already: its record gets the new metrics and a new rank. Falsy, as nothing is written."""
 
-    name: str
-    """File name of the checkpoint that gets the metrics."""
-    retire: tuple[str, ...] = ()
-    """Checkpoints that no rule keeps after the new ranking."""
-    reason: str
-    """Why."""
-    observation: Observation
-    """Where the new metrics come from."""
+    _verb = "attach metrics to"
 
     def __bool__(self) -> Literal[False]:
         return False
-
-    def __str__(self) -> str:
-        return _sentence(f"attach metrics to {self.name}", self.reason, self.retire)
-
-    def _repr_html_(self) -> str:
-        return lines_html(f"Attach to {self.name}", [("why", self.reason), ("retires", "\n".join(self.retire))])
 
 
 @attrs.frozen(kw_only=True)
@@ -146,24 +139,15 @@ def decide(
         return _attach(policy, now, manifest, saved)
     if since is None:
         since = manifest.newest.progress if manifest.newest else Progress()
-    due = policy.when.due(now.progress, since)
-    if due is None and not owed:
-        return Skip(reason=f"not due: {policy.when}")
-    due = due or owed
-    return _save_or_skip(policy, now, manifest, due)
+    due = policy.when.due(now.progress, since) or owed
+    return _save_or_skip(policy, now, manifest, due) if due else Skip(reason=f"not due: {policy.when}")
 
 
 def advance(decision: Decision, now: Observation, when: Trigger, *, since: Progress, owed: str) -> tuple[Progress, str]:
     """Return the last due observation, and why it still waits for a metric, once a decision is carried out.
 
-    A save that fails counts too: the next due point is another one. A rescue changes nothing.
-
-    Args:
-        decision: What was decided on ``now``.
-        now: The observation.
-        when: The policy's trigger.
-        since: The last due observation so far.
-        owed: Why it waits for a metric; empty if it does not.
+    A save that fails counts too: the next due point is another one. A rescue changes nothing. ``since`` and ``owed``
+    are what holds before it.
     """
     if isinstance(decision, Save):
         return (now.progress, "") if decision.kind == "regular" else (since, owed)
@@ -178,14 +162,6 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
 
     A host that keeps its own account in the very file that is being saved needs it before. With the policy, what
     happens to a slot under ``last`` is foreseen too.
-
-    Example:
-        >>> from checkpointer import EverySteps, KeepLast, Manifest, Observation, Policy, decide
-        >>> from checkpointer.policy.decide import after
-        >>> now = Observation(metrics={}, step=10, epoch=0, time=0.0)
-        >>> decision = decide(Policy(EverySteps(10), [KeepLast(1)]), now, Manifest())
-        >>> [record.name for record in after(decision, Manifest()).own]
-        ['epoch=0-step=10.ckpt']
     """
     if isinstance(decision, Attach):
         return _attached(decision, manifest, policy)
@@ -202,11 +178,13 @@ def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) 
 
 def own_name(policy: Policy, record: Record, manifest: Manifest, taken: Container[str] | None = None) -> str:
     """Return the name that the template gives a checkpoint, whatever alias it is written under now."""
-    if taken is None:
-        taken = _Taken(manifest, policy.aliases)
-    known = manifest.seen | policy.known_metrics | set(policy.name.keys)
-    stem = policy.name.stem(record.metrics, step=record.step, epoch=record.epoch, known=known)
-    return policy.name.free_name(stem, taken)
+    taken = _Taken(manifest, policy.aliases) if taken is None else taken
+    return policy.name.free_name(_stem(policy, record, manifest, policy.name.keys), taken)
+
+
+def _stem(policy: Policy, what: Observation | Record, manifest: Manifest, known: Iterable[str] = ()) -> str:
+    known = manifest.seen.union(policy.known_metrics, known)
+    return policy.name.stem(what.metrics, step=what.step, epoch=what.epoch, known=known)
 
 
 def _attached(decision: Attach, manifest: Manifest, policy: Policy | None) -> Manifest:
@@ -243,10 +221,9 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
 def _named(
     policy: Policy, now: Observation, manifest: Manifest, candidate: Record, retire: tuple[str, ...], why: str
 ) -> Save:
-    known = manifest.seen | policy.known_metrics
-    stem = policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known)
-    replaceable = _Replaceable(manifest, retire, frozenset((*policy.aliases, manifest.resumed)), policy)
-    name = policy.name.free_name(stem, _Taken(manifest, policy.aliases), replaceable=replaceable)
+    taken = _Taken(manifest, policy.aliases)
+    replaceable = _replaceable(policy, manifest, retire)
+    name = policy.name.free_name(_stem(policy, now, manifest), taken, replaceable=replaceable)
     replaces = name in manifest.by_name
     if replaces:
         # What is replaced takes no place among the k or the last n.
@@ -267,20 +244,13 @@ def _attach(policy: Policy, now: Observation, manifest: Manifest, saved: Record)
 
 def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str) -> Save:
     """Decide on a rescue: never over anything, never ranked, nothing retired for it."""
-    taken = _Taken(manifest, policy.aliases)
-    name = _template_name(policy, now, manifest) if policy.name.rescue == "template" else None
-    if name is None or name in taken:
+    taken, name = _Taken(manifest, policy.aliases), ""
+    if policy.name.rescue == "template":
+        with contextlib.suppress(NamingError):  # A rescue must not fail because of its name.
+            name = _stem(policy, now, manifest) + policy.name.suffix
+    if not name or name in taken:
         name = policy.name.free_name(f"rescue{policy.name.join}step{policy.name.equals}{now.step}", taken)
     return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
-
-
-def _template_name(policy: Policy, now: Observation, manifest: Manifest) -> str | None:
-    """Return the file name that the template gives; None if it gives none: a rescue must not fail for its name."""
-    try:
-        known = manifest.seen | policy.known_metrics
-        return policy.name.stem(now.metrics, step=now.step, epoch=now.epoch, known=known) + policy.name.suffix
-    except NamingError:
-        return None
 
 
 _NEWEST = "newest (last points here)"
@@ -389,6 +359,17 @@ def explain(policy: Policy, manifest: Manifest) -> dict[str, tuple[str, ...]]:
     return {record.name: why for record in manifest.records if (why := reasons.of(record.name))}
 
 
+def manifest_html(policy: Policy, manifest: Manifest, where: str) -> str:
+    """Return the run's checkpoints as a table for a notebook: name, step, metrics, size, and why each is kept."""
+    why = explain(policy, manifest)
+    rows = []
+    for record in manifest.live:
+        metrics = "\n".join(f"{name}={number_text(value)}" for name, value in record.metrics.items())
+        reasons = "\n".join(why.get(record.name, ()))
+        rows.append([record.name, str(record.step), metrics, size_text(record.size), reasons])
+    return table_html(["name", "step", "metrics", "size", "why"], rows, f"{where}: {policy}")
+
+
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
     """Return the names of this run that nothing keeps, oldest first. Follows from the whole history."""
     return Reasons(policy, manifest).surplus
@@ -405,38 +386,20 @@ class _Taken:
         return isinstance(name, str) and (self.manifest.is_taken(name) or name in self.aliases)
 
 
-@attrs.frozen
-class _Replaceable:
-    """The names that a save may take: of what it retires, and without a version counter of any checkpoint that may go.
+def _replaceable(policy: Policy, manifest: Manifest, retired: Iterable[str]) -> set[str]:
+    """Return the names that a save may take: of what it retires, and without a version counter of what may go.
 
-    It may be another run's, but not another label's, whose manager may be alive, and not an abandoned one of this run.
+    These may be another run's, but not another label's, whose manager may be alive, nor abandoned ones of this run.
     """
-
-    manifest: Manifest
-    retired: tuple[str, ...]
-    spared: frozenset[str]
-    policy: Policy
-
-    def __contains__(self, name: object) -> bool:
-        # A name that is foreign although a record has it may be changed by another writer.
-        if not isinstance(name, str) or name in self.spared or name in self.manifest.foreign:
-            return False
-        there = None
-        if not self.policy.name.version_counter:
-            there = self.manifest.by_name.get(name) or self.manifest.lost(name)
-        return name in self.retired or (there is not None and self._may_go(there))
-
-    def _may_go(self, there: Record) -> bool:
-        is_abandoned = there.run == self.manifest.run and not self.manifest.counts(there)
-        return there.label == self.manifest.label and not there.pinned and not is_abandoned
-
-
-def _ranked_history(policy: Policy, manifest: Manifest) -> tuple[Record, ...]:
-    """Return what rules look at. The ``last`` slot is not among it: the next save overwrites it."""
-    slot = policy.name.last_file if policy.last else None
-    if slot not in manifest.by_name:
-        return manifest.history
-    return tuple(record for record in manifest.history if record.name != slot)
+    names = set(retired)
+    if not policy.name.version_counter:
+        lost = {record.name: record for record in reversed(manifest.aside) if record.name not in manifest.foreign}
+        for name, record in (lost | manifest.by_name).items():
+            is_abandoned = record.run == manifest.run and not manifest.counts(record)
+            if record.label == manifest.label and not record.pinned and not is_abandoned:
+                names.add(name)
+    # A name that is foreign although a record has it may be changed by another writer.
+    return (names - manifest.foreign).difference(policy.aliases, [manifest.resumed])
 
 
 def _candidate(now: Observation, manifest: Manifest) -> Record:

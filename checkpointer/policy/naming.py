@@ -6,7 +6,7 @@ import math
 import re
 import string
 from bisect import bisect_left
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 from typing import Any, Final, Literal
 
@@ -60,29 +60,22 @@ class _Part:
 
 
 def _parse(template: str, join: str) -> tuple[_Part, ...]:
-    parts: list[_Part] = []
-    pieces: list[str | _Field] = []
-    separator = ""
-    for token in _tokens(template, join):
-        if isinstance(token, str) and token in (join, "/"):
-            parts.append(_Part(separator, tuple(pieces)))
-            pieces, separator = [], token
-        else:
-            pieces.append(token)
-    return (*parts, _Part(separator, tuple(pieces)))
-
-
-def _tokens(template: str, join: str) -> Iterator[str | _Field]:
     separators = re.compile("(" + "|".join(re.escape(sep) for sep in {join, "/"} if sep) + ")")
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         msg = f"the template {template!r} cannot be parsed ({error}); write a literal brace as '{{{{' or '}}}}'"
         raise NamingError(msg) from error
+    parts: list[tuple[str, list[str | _Field]]] = [("", [])]
     for literal, key, spec, conversion in parsed:
-        yield from (text for text in separators.split(literal) if text)
+        for text in filter(None, separators.split(literal)):
+            if text in (join, "/"):
+                parts.append((text, []))
+            else:
+                parts[-1][1].append(text)
         if key is not None:
-            yield _field(template, key, spec or "", conversion)
+            parts[-1][1].append(_field(template, key, spec or "", conversion))
+    return tuple(_Part(separator, tuple(pieces)) for separator, pieces in parts)
 
 
 def _field(template: str, key: str, spec: str, conversion: str | None) -> _Field:
@@ -103,13 +96,7 @@ def _field(template: str, key: str, spec: str, conversion: str | None) -> _Field
 
 
 def fixed_parts(template: str, join: str = "-") -> str:
-    """Return what of a template is the same for every checkpoint: an alias is a fixed name. Empty if nothing is.
-
-    Example:
-        >>> from checkpointer.policy.naming import fixed_parts
-        >>> fixed_parts("{epoch}-last")
-        'last'
-    """
+    """Return what of a template, such as ``{epoch}-last``, is the same for every checkpoint; empty if nothing is."""
     parts = [part for part in _parse(template, join) if not part.fields]
     texts = [(part.separator, "".join(map(str, part.pieces))) for part in parts]
     return "".join(separator + text for separator, text in texts)[len(texts[0][0]) :] if texts else ""

@@ -14,24 +14,22 @@ from checkpointer._display import lines_html
 from checkpointer._validation import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.policy import yaml_codec as config
-from checkpointer.policy.lightning_flags import policy_parts
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.ranking import Metric
-from checkpointer.policy.retention import KeepBest, Limit, Rule
-from checkpointer.policy.triggers import Trigger
+from checkpointer.policy.retention import KeepAll, KeepBest, KeepLast, Limit, Rule
+from checkpointer.policy.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps, Trigger
 from checkpointer.records.record import Contents, Record
 
 __all__ = ["Policy"]
 
 
-def _as_naming(value: Any) -> Any:
-    return Naming(value) if value is None or isinstance(value, str) else value
-
-
-def _is_naming(instance: object, field: object, value: Any) -> None:
-    if not isinstance(value, Naming):
-        msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
-        raise PolicyError(msg)
+def _as_naming(value: Any) -> Naming:
+    if value is None or isinstance(value, str):
+        return Naming(value)
+    if isinstance(value, Naming):
+        return value
+    msg = f"Policy.name is {value!r}; expected a template such as '{{epoch}}-{{step}}', or a Naming"
+    raise PolicyError(msg)
 
 
 def _is_trigger(instance: object, field: object, value: Any) -> None:
@@ -77,7 +75,7 @@ class Policy:
 
     when: Trigger = attrs.field(validator=_is_trigger)
     keep: tuple[Rule | Limit, ...] = attrs.field(converter=_as_rules)
-    name: Naming = attrs.field(default=None, converter=_as_naming, validator=_is_naming, kw_only=True)
+    name: Naming = attrs.field(default=None, converter=_as_naming, kw_only=True)
     last: Literal["link", "copy"] | None = attrs.field(
         default=None, validator=one_of(None, "link", "copy"), kw_only=True
     )
@@ -132,8 +130,7 @@ class Policy:
 
     def best_first(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that the first `KeepBest` ranks, best first; empty if no rule ranks."""
-        rule = self.best_rule
-        return rule.ranked(records) if rule else []
+        return self.best_rule.ranked(records) if self.best_rule else []
 
     def best_of(self, records: Iterable[Record]) -> Record | None:
         """Return the best of these records, or None if none is ranked."""
@@ -145,9 +142,9 @@ class Policy:
 
     def scores(self, records: Iterable[Record]) -> dict[str, float]:
         """Return name and score of the best k by the first `KeepBest`, best first."""
-        rule = self.best_rule
+        metric = self.ranking
         best = self.top(records)
-        return {record.name: value for record in best if rule and (value := rule.metric.value(record)) is not None}
+        return {record.name: value for record in best if metric and (value := metric.value(record)) is not None}
 
     @classmethod
     def from_flags(
@@ -182,8 +179,24 @@ class Policy:
             >>> print(Policy.from_flags(monitor="val_loss", save_top_k=3))
             save every epoch; keep the best 3 by val_loss (min); no rescue on exceptions
         """
-        arguments = {key: value for key, value in locals().items() if key != "cls"}
-        return cls(**policy_parts(**arguments))
+        if save_last not in (None, True, False, "link"):
+            msg = f"save_last is {save_last!r}; expected True, False, None or 'link'"
+            raise PolicyError(msg)
+        name = Naming(
+            filename,
+            auto_insert=auto_insert_metric_name,
+            version_counter=enable_version_counter,
+            missing="zero",
+            rescue="template",
+        )
+        return cls(
+            _trigger_of(every_n_train_steps, every_n_epochs, train_time_interval),
+            _rules_of(monitor, mode, save_top_k),
+            name=name,
+            last="link" if save_last == "link" else "copy" if save_last else None,
+            contents="weights" if save_weights_only else "full",
+            rescue=save_on_exception,
+        )
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the policy as YAML, and write it to ``path`` if given. Scores are written by name.
@@ -225,9 +238,11 @@ class Policy:
             FileNotFoundError: If there is no such file.
         """
         if isinstance(path, str) and "\n" in path:
-            return _policy_from_plain(config.parse_yaml(path.encode(errors="surrogatepass")), known or {})
-        with open(path, "rb") as stream:
-            return _policy_from_plain(config.parse_yaml(stream.read(config.MAX_YAML_BYTES + 1)), known or {})
+            data = path.encode(errors="surrogatepass")
+        else:
+            with open(path, "rb") as stream:
+                data = stream.read(config.MAX_YAML_BYTES + 1)
+        return _policy_from_plain(config.parse_yaml(data), known or {})
 
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"
@@ -249,3 +264,49 @@ def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:
     arguments["keep"] = [config.from_plain(rule, f"keep[{i}]", known) for i, rule in enumerate(keep)]
     arguments["name"] = config.naming_from_plain(arguments.get("name"), "name")
     return Policy(**arguments)
+
+
+# The flags of Lightning's ModelCheckpoint. Their meanings and validation errors follow Lightning 2.6.
+
+
+def _trigger_of(steps: int | None, epochs: int | None, interval: timedelta | None) -> Trigger:
+    triggers: dict[str, Trigger] = {}
+    for name, value, kind in (("every_n_train_steps", steps, EverySteps), ("every_n_epochs", epochs, EveryEpochs)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            msg = f"{name} is {value!r}; expected a whole number of at least 0 (0 turns it off)"
+            raise PolicyError(msg)
+        if value:
+            triggers[name] = kind(value)
+    if interval is not None:
+        triggers["train_time_interval"] = EverySeconds(interval)
+    if len(triggers) > 1:
+        msg = (
+            f"{' and '.join(triggers)} are mutually exclusive; compose them instead: "
+            f"Policy(when=AnyOf({', '.join(map(repr, triggers.values()))}), ...)"
+        )
+        raise PolicyError(msg)
+    if steps is None and epochs is None and interval is None:
+        return EveryEpochs(1)
+    return next(iter(triggers.values()), AtSteps())
+
+
+def _rules_of(monitor: str | None, mode: Literal["min", "max"], top_k: int) -> list[Rule | Limit]:
+    if mode not in ("min", "max"):
+        msg = f"mode is {mode!r}; expected 'min' or 'max'"
+        raise PolicyError(msg)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < -1:
+        msg = f"save_top_k is {top_k!r}; expected -1 (all), 0 (none) or how many to keep"
+        raise PolicyError(msg)
+    if monitor is None and top_k not in (-1, 0, 1):
+        msg = (
+            f"save_top_k={top_k} with monitor=None has nothing to rank by; name the metric with monitor=, "
+            f"or keep the newest ones with Policy(keep=[KeepLast({top_k})])"
+        )
+        raise PolicyError(msg)
+    if top_k == 0:
+        return []
+    if monitor is None:
+        return [KeepAll()] if top_k == -1 else [KeepLast(1)]
+    if top_k == -1:
+        return [KeepAll(), KeepBest(1, monitor, mode=mode, ties="incumbent")]
+    return [KeepBest(top_k, monitor, mode=mode, ties="incumbent")]

@@ -68,13 +68,7 @@ class KeepBest:
 
     @overload
     def __init__(
-        self,
-        k: int,
-        metric: str | Score,
-        *,
-        mode: Literal["min", "max"],
-        ties: Ties = "older",
-        after_step: int = 0,
+        self, k: int, metric: str | Score, *, mode: Literal["min", "max"], ties: Ties = "older", after_step: int = 0
     ) -> None: ...
 
     def __init__(
@@ -153,14 +147,11 @@ class KeepLast:
         return f"the last {self.n}" if self.n > 1 else "the newest"
 
 
-def _optional_seconds(value: Any) -> Any:
-    return value.total_seconds() if isinstance(value, timedelta) else value
-
-
-def _positive_seconds(instance: object, field: object, value: Any) -> None:
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
-        return
-    msg = f"KeepEvery.seconds is {value!r}; expected more than 0, or a timedelta"
+def _as_seconds(value: Any) -> float | None:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if seconds is None or (isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0):
+        return seconds
+    msg = f"KeepEvery.seconds is {seconds!r}; expected more than 0, or a timedelta"
     raise PolicyError(msg)
 
 
@@ -188,7 +179,7 @@ class KeepEvery:
 
     steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
     epochs: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
-    seconds: float | None = attrs.field(default=None, converter=_optional_seconds, validator=_positive_seconds)
+    seconds: float | None = attrs.field(default=None, converter=_as_seconds)
 
     def __attrs_post_init__(self) -> None:
         given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]

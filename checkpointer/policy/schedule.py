@@ -2,85 +2,75 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+import contextlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
 
 import attrs
 
 from checkpointer.errors import MetricError, ObservationError
 from checkpointer.policy.decide import Decision, Skip, advance
-from checkpointer.policy.triggers import ALWAYS, Horizon, Trigger, horizon_of
+from checkpointer.policy.triggers import ALWAYS, NEVER, Horizon, Trigger, horizon_of
+from checkpointer.ports import Clock
 from checkpointer.records.record import Observation, Progress, as_metrics
 
 __all__ = ["Schedule", "epoch_of"]
 
+_RESTORED: Final[Mapping[str, float]] = MappingProxyType({})
+"""Stands for the metrics while nothing was reported since the restore."""
+
 
 @attrs.define
 class Schedule:
-    """What a manager remembers of the loop between two reports. It reads no clock: times are arguments.
-
-    Example:
-        >>> from checkpointer import EverySteps, Progress
-        >>> from checkpointer.policy.schedule import Schedule
-        >>> pacing = Schedule(when=EverySteps(10))
-        >>> pacing.go_on(Progress(step=20), 0.0)
-        >>> pacing.is_quiet({}, 29, 0, False, float), pacing.is_quiet({}, 30, 0, False, float)
-        (True, False)
-    """
+    """What a manager remembers of the loop between two reports."""
 
     when: Trigger
     since: Progress = attrs.field(factory=Progress)
     """The last due observation, saved or declined."""
     owed: str = ""
     """Why a point was due that still waits for a metric; empty if none does."""
-    last_step: int = -1
-    """The newest step that was reported or restored; -1 before the first."""
     start: int = -1
     """The step that the run goes on from; -1 for a new run."""
     horizon: Horizon = ALWAYS
     """Below which nothing is due."""
     quiet: Skip = attrs.field(factory=lambda: Skip(reason="nothing was worked out yet"))
     """The decision on what lies below the horizon."""
-    _step: float = -math.inf
+    _in_force: Horizon = ALWAYS
+    """The horizon, or one that covers nothing while there is something to report."""
     _is_awake: bool = False
-    _epochs: float | None = None
-    _time: float | None = None
-    _report: tuple[Any, int, int, bool | None] | None = None
-    _epoch_ended: tuple[int, int] | None = None
+    _report: tuple[Any, int, int, bool | None] = (_RESTORED, -1, 0, False)
+    """The newest report: metrics, step, epoch, and whether it ended the epoch."""
+    _epoch_ended: tuple[int, int] = (-1, -1)
+    """The epoch that a report ended without ``epoch_end``, and its step."""
 
     # The hot path
 
     def is_quiet(
-        self,
-        metrics: Mapping[str, Any],
-        step: int,
-        epoch: int | None,
-        epoch_end: bool | None,
-        time: Callable[[], float],
+        self, metrics: Mapping[str, Any], step: int, epoch: int | None, epoch_end: bool | None, clock: Clock
     ) -> bool:
         """Return whether nothing is due at this report, and then remember it: a few comparisons."""
         if epoch is None:
-            epoch, epoch_end = epoch_of(self._last, step, epoch_end)
-        if (
-            self.last_step < step < self._step
-            and (self._epochs is None or (epoch_end is not None and epoch + epoch_end < self._epochs))
-            and (self._time is None or time() < self._time)
+            epoch, epoch_end = epoch_of(self._report[1:], step, epoch_end)
+        ahead = self._in_force
+        if (  # As `Horizon.covers`, without a call.
+            self._report[1] < step < ahead.step
+            and (ahead.epochs == NEVER or (epoch_end is not None and epoch + epoch_end < ahead.epochs))
+            and (ahead.time == NEVER or clock.time() < ahead.time)
         ):
-            self.last_step = step
             self._report = (metrics, step, epoch, epoch_end)
             return True
         return False
 
     @property
-    def _last(self) -> tuple[int, int, bool | None]:
-        """Step, epoch and end of the last report."""
-        return self._report[1:] if self._report else (-1, self.since.epochs, False)
+    def last_step(self) -> int:
+        """The newest step that was reported or restored; -1 before the first."""
+        return self._report[1]
 
     def wake(self) -> None:
         """Let no report be quiet until `calm`: there is something to say. Safe to call from any thread."""
         self._is_awake = True
-        self._step = -math.inf
+        self._in_force = ALWAYS
 
     def calm(self) -> None:
         """Let reports be quiet again. What there is to say is asked for after this: so nothing is missed."""
@@ -89,19 +79,14 @@ class Schedule:
             self._sleep()
 
     def _sleep(self) -> None:
-        self._step = self.horizon.step
+        self._in_force = self.horizon
         if self._is_awake:  # Looked at last, for another thread may have called `wake` meanwhile.
-            self._step = -math.inf
+            self._in_force = ALWAYS
 
     def look_ahead(self, time: float) -> None:
         """Work out below which step, epoch and time nothing is due."""
-        horizon = horizon_of(self.when, self.since)
-        if self.owed or self.since.time > time:
-            horizon = ALWAYS
-        self.horizon = horizon
-        self._epochs = None if horizon.epochs == math.inf else horizon.epochs
-        self._time = None if horizon.time == math.inf else horizon.time
-        self.quiet = Skip(reason=f"not due{horizon.text()} ({self.when})")
+        self.horizon = ALWAYS if self.owed or self.since.time > time else horizon_of(self.when, self.since)
+        self.quiet = Skip(reason=f"not due{self.horizon.text()} ({self.when})")
         self._sleep()
 
     # What was reported
@@ -111,18 +96,13 @@ class Schedule:
 
         The step counts as reported even if the metrics are refused, because the state is of that step. A step before
         the newest one leaves no trace: it is refused, or it brings late metrics for a step that is saved.
-
-        Raises:
-            ObservationError: For an epoch that ends twice while ``epoch_end`` is None.
-            MetricError: If a metric is not one number.
         """
         if epoch is None:
-            epoch, epoch_end = epoch_of(self._last, step, epoch_end)
+            epoch, epoch_end = epoch_of(self._report[1:], step, epoch_end)
         ended = True if epoch_end is None else bool(epoch_end)
         place = Observation(step=step, epoch=epoch, epoch_end=ended, time=time)
         goes_on = place.step >= self.last_step
         if goes_on:
-            self.last_step = place.step
             self._report = ({}, place.step, place.epoch, False)
         now = attrs.evolve(place, metrics=metrics)
         if goes_on:
@@ -133,10 +113,8 @@ class Schedule:
         return now
 
     def _check_epoch(self, now: Observation) -> None:
-        if self._epochs is None or self._epoch_ended is None:
-            return
         before, at_step = self._epoch_ended
-        if before == now.epoch and at_step != now.step:
+        if self.horizon.epochs < NEVER and before == now.epoch and at_step != now.step:
             msg = (
                 f"epoch {now.epoch} ended at step {at_step} and again at step {now.step}; pass "
                 "epoch_end=True at the end of an epoch and epoch_end=False within it"
@@ -144,12 +122,9 @@ class Schedule:
             raise ObservationError(msg)
 
     def last_report(self, step: int | None, epoch: int | None, time: float) -> Observation | None:
-        """Return what was reported last, as it is for a rescue; None if nothing was reported.
-
-        Raises:
-            ObservationError: If ``step`` is before the step that the run goes on from.
-        """
-        if self._report is None and step is None:
+        """Return what was reported last, as it is for a rescue; None if nothing was reported."""
+        metrics, seen_step, seen_epoch, ended = self._report
+        if metrics is _RESTORED and step is None:
             return None
         if step is not None and step < self.start:
             msg = (
@@ -157,13 +132,17 @@ class Schedule:
                 "of optimizer steps that are finished"
             )
             raise ObservationError(msg)
-        metrics, seen_step, seen_epoch, ended = self._report or ({}, 0, 0, False)
         at = seen_step if step is None else step
+        usable: Mapping[str, float] = {}
+        if at == seen_step:
+            # A report that was not checked yet must not make a rescue fail.
+            with contextlib.suppress(MetricError):
+                usable = as_metrics(metrics)
         return Observation(
-            metrics=_usable(metrics) if at == seen_step else {},
+            metrics=usable,
             step=at,
             epoch=seen_epoch if epoch is None else epoch,
-            epoch_end=bool(ended) if at == seen_step else False,
+            epoch_end=bool(ended) and at == seen_step,
             time=time,
         )
 
@@ -193,32 +172,17 @@ class Schedule:
     def go_on(self, progress: Progress, time: float, *, step: int | None = None, owed: str = "") -> None:
         """Begin anew from a checkpoint; ``step`` is where the loop is, if not where the last due observation was."""
         self.since, self.owed = progress, owed
-        self.last_step = self.start = step if step is not None else progress.step or -1
-        self._report = self._epoch_ended = None
+        self.start = step if step is not None else progress.step or -1
+        self._report, self._epoch_ended = (_RESTORED, self.start, progress.epochs, False), (-1, -1)
         self.look_ahead(time)
 
 
 def epoch_of(last: tuple[int, int, bool | None], step: int, epoch_end: bool | None) -> tuple[int, bool]:
     """Return the epoch of a report that names none, and whether the report ends it.
 
-    Args:
-        last: Step, epoch and end of the report before.
-        step: The step of this report; a second report of a step is of the same epoch.
-        epoch_end: What this report says of the end of the epoch.
-
-    Example:
-        >>> epoch_of((10, 3, False), 11, None), epoch_of((10, 3, True), 11, None), epoch_of((10, 3, True), 10, None)
-        ((3, False), (4, False), (3, True))
+    ``last`` is the step, epoch and end of the report before. A second report of a step is of the same epoch.
     """
     at, epoch, ended = last
     if step == at:
         return epoch, bool(ended if epoch_end is None else epoch_end)
     return epoch + (ended is not False), bool(epoch_end)
-
-
-def _usable(metrics: Any) -> Mapping[str, float]:
-    """Return the metrics, or none if one is bad: a report that was not checked yet must not make a rescue fail."""
-    try:
-        return as_metrics(metrics)
-    except MetricError:
-        return {}

@@ -6,7 +6,7 @@ The optimizer's ``train_mode`` says which of them a state has. If it has those o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 import attrs
@@ -14,33 +14,22 @@ import attrs
 from checkpointer.policy.decide import Save
 from checkpointer.records.record import Observation, Record
 
-__all__ = [
-    "OTHER",
-    "apart_from_saved",
-    "marked",
-    "modes_of",
-    "ranking_doubt",
-    "states_in",
-    "trains",
-    "unranked",
-]
+__all__ = ["OTHER", "apart_from_saved", "marked", "modes_of", "ranking_doubt", "states_in", "trains", "unranked"]
 
 _TRAINING: Final = "the training weights of a schedule-free optimizer"
 _MARK: Final = f"with {_TRAINING}"
 """How the reason of a record ends whose state has those."""
 OTHER: Final = " (other weights)"
 """How the name of a metric ends that was measured of other weights than the checkpoint has."""
+_ADVICE: Final = (
+    "Let the save come between optimizer.eval() and optimizer.train(): see 'Averaged weights' in docs/loops.md"
+)
 _MANY: Final = 32
 """A list of more values than this is not a list of optimizers."""
 
 
 def modes_of(optimizer: Any) -> list[bool]:
-    """Return the modes of a schedule-free optimizer or of its state, True for training; nothing for anything else.
-
-    Example:
-        >>> modes_of({"param_groups": [{"lr": 0.1, "train_mode": True}]}), modes_of({"w": 1})
-        ([True], [])
-    """
+    """Return the modes of a schedule-free optimizer or of its state, True for training; nothing for anything else."""
     is_state = isinstance(optimizer, dict)
     groups = optimizer.get("param_groups") if is_state else getattr(optimizer, "param_groups", None)
     if not isinstance(groups, (list, tuple)):
@@ -92,11 +81,12 @@ def apart_from_saved(now: Observation, saved: Record | None) -> tuple[Observatio
     """
     if saved is None or not saved.reason.endswith(_MARK):
         return now, ""
-    late = {name for name, value in now.metrics.items() if _is_late(name, value, saved.metrics)}
+    metrics = now.metrics.items()
+    late = {name for name, v in metrics if not name.endswith(OTHER) and repr(saved.metrics.get(name)) != repr(v)}
     if not late:
         return now, ""
-    metrics = {f"{name}{OTHER}" if name in late else name: value for name, value in now.metrics.items()}
-    return attrs.evolve(now, metrics=metrics), unranked(late, saved.step)
+    apart = {f"{name}{OTHER}" if name in late else name: value for name, value in metrics}
+    return attrs.evolve(now, metrics=apart), unranked(late, saved.step)
 
 
 def unranked(names: Iterable[str], step: int) -> str:
@@ -105,12 +95,3 @@ def unranked(names: Iterable[str], step: int) -> str:
         f"{', '.join(sorted(names))} does not rank the checkpoint of step {step}, which has {_TRAINING}; a validation "
         f"measures those of optimizer.eval(). {_ADVICE}"
     )
-
-
-def _is_late(name: str, value: float, metrics: Mapping[str, float]) -> bool:
-    return not name.endswith(OTHER) and not (name in metrics and str(metrics[name]) == str(value))
-
-
-_ADVICE: Final = (
-    "Let the save come between optimizer.eval() and optimizer.train(): see 'Averaged weights' in docs/loops.md"
-)

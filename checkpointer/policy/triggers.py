@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
 from checkpointer._display import count_text, every_text
 from checkpointer._validation import whole_number
 from checkpointer.errors import PolicyError
+from checkpointer.ports import Clock
 from checkpointer.records.record import Progress
 
 __all__ = [
+    "ALWAYS",
+    "NEVER",
     "AnyOf",
     "AtSteps",
     "DuringEpochs",
@@ -24,7 +26,11 @@ __all__ = [
     "Horizon",
     "SupportsHorizon",
     "Trigger",
+    "horizon_of",
 ]
+
+NEVER: Final = math.inf
+"""A bound that is never reached."""
 
 
 @runtime_checkable
@@ -44,20 +50,23 @@ class Trigger(Protocol):
 class Horizon:
     """Bounds below which nothing is due: the manager's fast path compares three numbers and returns."""
 
-    step: float = math.inf
+    step: float = NEVER
     """Nothing is due while the step is below this ..."""
-    epochs: float = math.inf
+    epochs: float = NEVER
     """... and the count of finished epochs below this ..."""
-    time: float = math.inf
+    time: float = NEVER
     """... and the time (seconds since the Unix epoch) below this."""
 
-    def covers(self, now: Progress) -> bool:
-        """Return whether nothing can be due at ``now``."""
-        return self.is_ahead_of(now.step, now.epochs) and now.time < self.time
+    def covers(self, step: int, epoch: int, epoch_end: bool | None, clock: Clock | None = None) -> bool:
+        """Return whether nothing can be due at a report, whose arguments are as for `CheckpointManager.observe`.
 
-    def is_ahead_of(self, step: int, epochs: int) -> bool:
-        """Return whether neither the step nor the count of finished epochs can be due: all ranks know both."""
-        return step < self.step and epochs < self.epochs
+        Without a clock the time is left out. All ranks know the rest, but their clocks differ.
+        """
+        return (
+            step < self.step
+            and (self.epochs == NEVER or (epoch_end is not None and epoch + epoch_end < self.epochs))
+            and (self.time == NEVER or clock is None or clock.time() < self.time)
+        )
 
     def text(self) -> str:
         """Return before what nothing is due, to follow "not due"; empty if nothing ever is."""
@@ -188,18 +197,11 @@ class DuringEpochs:
 
 
 def _as_seconds(value: Any) -> float:
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    msg = f"EverySeconds.seconds is {value!r}; expected seconds of at least 0, or a timedelta"
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < math.inf:
+        return float(seconds)
+    msg = f"EverySeconds.seconds is {seconds!r}; expected seconds of at least 0, or a timedelta"
     raise PolicyError(msg)
-
-
-def _not_negative(instance: object, field: object, value: float) -> None:
-    if value < 0:
-        msg = f"EverySeconds.seconds is {value!r}; expected at least 0"
-        raise PolicyError(msg)
 
 
 @attrs.frozen
@@ -219,7 +221,7 @@ class EverySeconds:
         1800.0
     """
 
-    seconds: float = attrs.field(converter=_as_seconds, validator=_not_negative)
+    seconds: float = attrs.field(converter=_as_seconds)
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
@@ -267,18 +269,14 @@ class AtSteps:
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
         upcoming = self._upcoming(since)
-        if upcoming is None or now.step < upcoming:
-            return None
-        return f"step {now.step} reached {upcoming}"
+        return f"step {now.step} reached {upcoming}" if now.step >= upcoming else None
 
     def horizon(self, since: Progress) -> Horizon:
         """See `SupportsHorizon.horizon`."""
-        upcoming = self._upcoming(since)
-        return Horizon() if upcoming is None else Horizon(step=upcoming)
+        return Horizon(step=self._upcoming(since))
 
-    def _upcoming(self, since: Progress) -> int | None:
-        index = bisect_right(self.steps, since.step)
-        return self.steps[index] if index < len(self.steps) else None
+    def _upcoming(self, since: Progress) -> float:
+        return next((step for step in self.steps if step > since.step), NEVER)
 
     def __str__(self) -> str:
         return "at steps " + ", ".join(map(str, self.steps)) if self.steps else "never"
@@ -312,9 +310,9 @@ class AnyOf:
         """See `SupportsHorizon.horizon`."""
         horizons = [horizon_of(trigger, since) for trigger in self.triggers]
         return Horizon(
-            step=min((h.step for h in horizons), default=math.inf),
-            epochs=min((h.epochs for h in horizons), default=math.inf),
-            time=min((h.time for h in horizons), default=math.inf),
+            step=min((h.step for h in horizons), default=NEVER),
+            epochs=min((h.epochs for h in horizons), default=NEVER),
+            time=min((h.time for h in horizons), default=NEVER),
         )
 
     def __str__(self) -> str:

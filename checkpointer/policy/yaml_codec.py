@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -44,8 +44,10 @@ def parse_yaml(data: bytes) -> Any:
     try:
         loader = yaml.SafeLoader(data.decode())
         node = loader.get_single_node()
-        _check_node(node)
-        return None if node is None else loader.construct_document(node)
+        if node is None:
+            return None
+        _check_node(node, iter(range(MAX_VALUES)))
+        return loader.construct_document(node)
     except PolicyError:
         raise
     except Exception as error:  # Odd scalars fail anywhere in it: ValueError for a 99th month, IndexError for !!int ''.
@@ -53,39 +55,28 @@ def parse_yaml(data: bytes) -> Any:
         raise PolicyError(msg) from error
 
 
-def _check_node(root: Any) -> None:
-    level = [] if root is None else [root]
-    count = len(level)
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for node in level:
-            children = _children(node)
-            count += len(children)
-            if count > MAX_VALUES:
-                msg = f"the policy stands for more than {MAX_VALUES} values; write each trigger and rule out"
-                raise PolicyError(msg)
-            below += children
-        level = below
-        if not level:
-            return
-    msg = "the policy refers to itself or is nested too deeply; write each trigger and rule out"
-    raise PolicyError(msg)
-
-
-def _children(node: Any) -> list[Any]:
+def _check_node(node: Any, values: Iterator[int], depth: int = MAX_DEPTH) -> None:
+    if next(values, None) is None:
+        msg = f"the policy stands for more than {MAX_VALUES} values; write each trigger and rule out"
+        raise PolicyError(msg)
+    if not depth:
+        msg = "the policy refers to itself or is nested too deeply; write each trigger and rule out"
+        raise PolicyError(msg)
     if isinstance(node, yaml.ScalarNode):
         if len(node.value) > MAX_TEXT:
             msg = f"the policy has a text of {len(node.value)} characters: {node.value[:20]!r}...; at most {MAX_TEXT}"
             raise PolicyError(msg)
-        return []
-    if isinstance(node, yaml.SequenceNode):
-        return list(node.value)
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    if len(keys) != len(set(keys)):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        msg = f"the policy is not valid YAML: the key {twice!r} stands in one mapping twice"
-        raise PolicyError(msg)
-    return [node for pair in node.value for node in pair]
+        return
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
+        if len(keys) != len(set(keys)):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            msg = f"the policy is not valid YAML: the key {twice!r} stands in one mapping twice"
+            raise PolicyError(msg)
+        children = [child for pair in children for child in pair]
+    for child in children:
+        _check_node(child, values, depth - 1)
 
 
 def to_plain(value: Any) -> Any:
@@ -101,19 +92,15 @@ def _arguments(value: Any) -> Any:
         return list(value.steps)
     if isinstance(value, AnyOf):
         return [to_plain(trigger) for trigger in value.triggers]
-    plain = {}
+    plain, parameters = {}, inspect.signature(type(value)).parameters
     for field in attrs.fields(type(value)):
         item = getattr(value, field.name)
         if isinstance(item, Metric):
             plain["metric"] = item.name if isinstance(item.key, str) else {"score": item.name}
             plain |= {"mode": item.mode} | ({"ties": item.ties} if item.ties != "older" else {})
-        elif field.init and item != _default(type(value), field.name):
+        elif field.init and item != parameters[field.name].default:
             plain[field.name] = item
     return plain
-
-
-def _default(cls: type, name: str) -> Any:
-    return inspect.signature(cls).parameters[name].default
 
 
 def from_plain(data: object, where: str, known: Mapping[str, Any]) -> Any:

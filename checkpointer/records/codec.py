@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, cast
+
+import xxhash
 
 from checkpointer._validation import brief
 from checkpointer.errors import RecordError
 from checkpointer.records.names import has_surrogate, name_problem
 
-__all__ = ["HEX_DIGITS", "MAX_RECORD_BYTES", "Reader", "as_number", "parse_json", "to_json", "to_plain_float"]
+__all__ = ["DIGESTS", "MAX_RECORD_BYTES", "Reader", "as_number", "parse_json", "to_json", "to_plain_float"]
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
@@ -23,8 +26,9 @@ MAX_DEPTH: Final = 8
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
-HEX_DIGITS: Final = {"xxh3-128": 32, "sha256": 64}
-"""The digest algorithms there are, see `checkpointer.storage.digests`, and how long each one's digests are."""
+DIGESTS: Final[dict[str, Callable[..., Any]]] = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+"""The digest algorithms there are."""
+_HEX_DIGITS: Final = {name: 2 * new().digest_size for name, new in DIGESTS.items()}
 
 
 def to_json(data: Mapping[str, Any]) -> bytes:
@@ -47,15 +51,12 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
         raise RecordError(msg) from error
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for node in level if type(node) in (dict, list) for child in _children(node)]
+        lists = [node.values() if type(node) is dict else node for node in level if type(node) in (dict, list)]
+        level = [child for children in lists for child in children]
         if not level:
             return value
     msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
     raise RecordError(msg)
-
-
-def _children(node: Any) -> Any:
-    return node if type(node) is list else node.values()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -85,6 +86,10 @@ def as_number(value: object) -> float | None:
 def _is_whole(value: object) -> bool:
     # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_fork(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
 
 
 def to_plain_float(value: float) -> float | str:
@@ -163,11 +168,11 @@ class Reader:
         match = _DIGEST.fullmatch(value)
         if match is None:
             raise self.bad(key, "'algorithm:hex'")
-        if match[1] not in HEX_DIGITS:
-            known = " or ".join(HEX_DIGITS)
+        if match[1] not in DIGESTS:
+            known = " or ".join(DIGESTS)
             raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
-        if len(match[2]) != HEX_DIGITS[match[1]]:
-            raise self.bad(key, f"{HEX_DIGITS[match[1]]} hex digits")
+        if len(match[2]) != _HEX_DIGITS[match[1]]:
+            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
         return value
 
     def metrics(self, key: str) -> dict[str, float]:
@@ -177,26 +182,18 @@ class Reader:
             raise self.bad(key, "an object of numbers")
         if any(map(has_surrogate, value)):
             raise self.bad(key, "names that can be encoded")
-        return dict(self._metric(key, name, number) for name, number in value.items())
-
-    def _metric(self, key: str, name: str, value: object) -> tuple[str, float]:
-        number = _NON_FINITE.get(value) if isinstance(value, str) else as_number(value)
-        if number is not None:
-            return name, number
-        msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(value)}; expected a number"
-        raise RecordError(msg)
+        numbers = {}
+        for name, item in value.items():
+            number = _NON_FINITE.get(item) if isinstance(item, str) else as_number(item)
+            if number is None:
+                msg = f"{self._where}: '{key}[{brief(name)}]' is {brief(item)}; expected a number"
+                raise RecordError(msg)
+            numbers[name] = number
+        return numbers
 
     def line(self, key: str) -> tuple[tuple[int, int], ...]:
         """Return forks as ``(fork, step)``."""
-        return tuple(self._forks(key))
-
-    def _forks(self, key: str) -> Iterator[tuple[int, int]]:
-        value = self.raw(key)
-        if not isinstance(value, list):
-            raise self.bad(key, "a list of [fork, step]")
-        for fork in value:
-            match fork:
-                case [number, step] if _is_whole(number) and _is_whole(step):
-                    yield number, step
-                case _:
-                    raise self.bad(key, "a list of [fork, step]")
+        forks = self.raw(key)
+        if isinstance(forks, list) and all(map(_is_fork, forks)):
+            return tuple((number, step) for number, step in forks)
+        raise self.bad(key, "a list of [fork, step]")

@@ -146,16 +146,10 @@ class Manifest:
 
     def draft(self, name: str, now: Observation, **known: Any) -> Record:
         """Return the record of a checkpoint that this run may commit next; size, digest and token come later."""
-        fields = {
-            **{field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")},
-            **{field: getattr(self, field) for field in ("run", "label", "line", "term")},
-            "serial": self.next_serial,
-            "size": 0,
-            "digest": "",
-            "format": "",
-            "token": "",
-        }
-        return Record(name=name, **{**fields, **known})
+        fields: dict[str, Any] = {"serial": self.next_serial, "size": 0, "digest": "", "format": "", "token": ""}
+        fields |= {field: getattr(now, field) for field in ("step", "epoch", "epoch_end", "metrics", "time")}
+        fields |= {field: getattr(self, field) for field in ("run", "label", "line", "term")}
+        return Record(name=name, **(fields | known))
 
     def with_record(self, record: Record) -> Manifest:
         """Return the manifest after ``record`` was committed, in place of any other of that name."""

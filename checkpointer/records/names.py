@@ -29,7 +29,7 @@ def check_name(name: str) -> str:
         msg = f"the name {name!r} holds a lone surrogate, which cannot be encoded; remove it from the template"
     elif "\\" in name or any(ord(char) < 32 for char in name):
         msg = f"the name {name!r} holds a backslash or control character; remove it from the template"
-    elif name.startswith("/") or re.match(r"[A-Za-z]:", name):
+    elif name.startswith("/") or _DRIVE.match(name):
         msg = f"the name {name!r} is absolute; names are relative to the manager's directory"
     elif any(part in ("", ".", "..") for part in parts):
         msg = f"the name {name!r} has an empty part, '.' or '..'; it must stay inside the directory"

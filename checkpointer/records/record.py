@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -13,14 +14,7 @@ import attrs
 from checkpointer._display import lines_html, number_text, size_text
 from checkpointer._validation import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, SaveError, SchemaError
-from checkpointer.records.codec import (
-    HEX_DIGITS,
-    MAX_RECORD_BYTES,
-    Reader,
-    parse_json,
-    to_json,
-    to_plain_float,
-)
+from checkpointer.records.codec import DIGESTS, MAX_RECORD_BYTES, Reader, parse_json, to_json, to_plain_float
 from checkpointer.records.names import has_surrogate
 
 __all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics", "commit_order"]
@@ -144,17 +138,12 @@ class Observation:
 
     def __reduce__(self) -> Any:
         # The read-only metrics cannot be pickled or deep-copied as they are.
-        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Observation)}
-        return _observation, (fields | {"metrics": dict(self.metrics)},)
+        return partial(Observation, **(attrs.asdict(self, recurse=False) | {"metrics": dict(self.metrics)})), ()
 
     @property
     def progress(self) -> Progress:
         """The observation on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
-
-
-def _observation(fields: dict[str, Any]) -> Observation:
-    return Observation(**fields)
 
 
 @attrs.frozen(kw_only=True)
@@ -242,7 +231,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
-        data = {field: getattr(self, field) for field in _FIELDS}
+        data = {field: getattr(self, field) for field in _READERS}
         data["metrics"] = {name: to_plain_float(value) for name, value in self.metrics.items()}
         data["line"] = [list(fork) for fork in self.line]
         return data
@@ -277,14 +266,10 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, safe for JSON."""
-        data: dict[str, Any] = {"schema": SCHEMA, "status": self.status, "record": self.record.to_dict()}
-        if self.previous is not None:
-            data["previous"] = self.previous.to_dict()
-        if self.owner:
-            data["owner"] = self.owner
-        if self.signature:
-            data["signature"] = self.signature
-        return data
+        previous = None if self.previous is None else self.previous.to_dict()
+        optional = {"previous": previous, "owner": self.owner, "signature": self.signature}
+        data = {"schema": SCHEMA, "status": self.status, "record": self.record.to_dict()}
+        return data | {key: value for key, value in optional.items() if value}
 
     def to_json(self) -> bytes:
         """Return the record file's bytes."""
@@ -318,7 +303,7 @@ class Entry:
 
 def check_readable(record: Record) -> None:
     """Raise `SaveError` if the record, once written, could not be read again: before anything is written for it."""
-    digest = record.digest or f"sha256:{'0' * HEX_DIGITS['sha256']}"
+    digest = record.digest or f"sha256:{DIGESTS['sha256']().hexdigest()}"
     try:
         data = Entry(record=attrs.evolve(record, digest=digest)).to_json()
         Entry.from_json(data, "the record")
@@ -355,4 +340,3 @@ _READERS: Final[dict[str, Any]] = {
     "pinned": Reader.flag,
     "term": lambda reader, key: reader.whole(key, 0),
 }
-_FIELDS: Final = tuple(_READERS)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO, Final
-
-import xxhash
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
+from checkpointer.records.codec import DIGESTS
 from checkpointer.storage.reader import SeekableReader
 
 __all__ = [
@@ -32,7 +30,6 @@ ALGORITHM: Final = "xxh3-128"
 CRYPTOGRAPHIC: Final = "sha256"
 """Cannot be forged. It is used under trust, where an attacker may try."""
 
-_NEW: Final[dict[str, Callable[..., Any]]] = {ALGORITHM: xxhash.xxh3_128, CRYPTOGRAPHIC: hashlib.sha256}
 _CHUNK: Final = 4 << 20
 _BLOCK: Final = 1 << 20
 
@@ -49,12 +46,12 @@ def is_cryptographic(digest: str) -> bool:
 
 class _Digest:
     def __init__(self, algorithm: str) -> None:
-        if algorithm not in _NEW:
-            known = ", ".join(_NEW)
+        if algorithm not in DIGESTS:
+            known = ", ".join(DIGESTS)
             msg = f"the digest algorithm {algorithm!r} is not known (known: {known}); upgrade torch-checkpointer"
             raise CorruptError(msg)
         self._algorithm = algorithm
-        self._hash = _NEW[algorithm]()
+        self._hash = DIGESTS[algorithm]()
         self.size = 0
         """Bytes so far."""
 
@@ -152,7 +149,7 @@ class VerifiedReader(SeekableReader):
     def __init__(self, stream: BinaryIO, algorithm: str) -> None:
         self._stream = stream
         whole = _Digest(algorithm)
-        self._new: Final = _NEW[algorithm]
+        self._new: Final = DIGESTS[algorithm]
         self._blocks: list[bytes] = []
         while block := _read_fully(stream, _BLOCK):
             whole.update(block)

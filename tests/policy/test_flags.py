@@ -95,7 +95,7 @@ def test_flags_become_a_policy(flags: dict[str, Any], expected: Policy) -> None:
         ({"every_n_train_steps": -1}, "every_n_train_steps is -1; expected a whole number"),
         ({"every_n_epochs": -1}, "every_n_epochs is -1"),
         ({"every_n_epochs": 1.0}, "every_n_epochs is 1.0"),
-        ({"train_time_interval": timedelta(seconds=-1)}, "is -1.0; expected at least 0"),
+        ({"train_time_interval": timedelta(seconds=-1)}, "is -1.0; expected seconds of at least 0"),
         ({"every_n_train_steps": 1, "every_n_epochs": 1}, "every_n_train_steps and every_n_epochs are mutually excl"),
         (
             {"every_n_train_steps": 1, "train_time_interval": timedelta(seconds=1)},

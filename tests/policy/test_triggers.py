@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from checkpointer.errors import PolicyError
+from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.triggers import (
     ALWAYS,
     AnyOf,
@@ -23,6 +24,7 @@ from checkpointer.policy.triggers import (
     horizon_of,
 )
 from checkpointer.records.record import Progress
+from checkpointer.testing import FakeClock
 
 
 def due_steps(trigger: Trigger, steps: range) -> list[int]:
@@ -101,24 +103,31 @@ def test_during_epochs_asks_of_each_report_whether_its_epoch_counts(
     for epochs in reported:
         now = Progress(epochs=epochs)
         if trigger.due(now, since):
-            assert not trigger.horizon(since).covers(now)
+            assert not trigger.horizon(since).covers(0, now.epochs, epoch_end=False)
             since = now
             due.append(epochs)
     assert expected == due
 
 
 @pytest.mark.parametrize(
-    ("now", "expected"),
+    ("step", "epoch", "epoch_end", "time", "expected"),
     [
-        (Progress(step=9, epochs=1, time=4.0), True),
-        (Progress(step=10, epochs=1, time=4.0), False),
-        (Progress(step=9, epochs=2, time=4.0), False),
-        (Progress(step=9, epochs=1, time=5.0), False),
+        (9, 1, False, 4.0, True),
+        (9, 0, True, 4.0, True),
+        (10, 1, False, 4.0, False),
+        (9, 1, True, 4.0, False),
+        (9, 0, None, 4.0, False),
+        (9, 1, False, 5.0, False),
     ],
 )
-def test_a_horizon_covers_what_is_below_all_its_bounds(now: Progress, expected: bool) -> None:
-    """One bound reached is enough to ask."""
-    assert expected is Horizon(step=10, epochs=2, time=5.0).covers(now)
+def test_a_horizon_covers_what_is_below_all_its_bounds(
+    step: int, epoch: int, epoch_end: bool | None, time: float, expected: bool
+) -> None:
+    """One bound reached is enough to ask, and so is an epoch that may end. The manager's fast path agrees."""
+    clock, schedule = FakeClock(time), Schedule(AnyOf(EverySteps(10), EveryEpochs(2), EverySeconds(5)))
+    schedule.go_on(Progress(), 0.0)
+    assert expected is schedule.horizon.covers(step, epoch, epoch_end, clock)
+    assert expected is schedule.is_quiet({}, step, epoch, epoch_end, clock)
 
 
 def test_three_short_runs_save_under_a_long_interval() -> None:
