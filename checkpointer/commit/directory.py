@@ -187,8 +187,13 @@ class Directory:
             else:
                 # Its payload may be replaced at any moment.
                 self.names.move_slot(known)
-        serials = (record.serial for record in self.manifest.everywhere.records if (record.run, record.label) == run)
-        term.limit(max(serials, default=0))
+        manifest = self.manifest
+        serials = (record.serial for record in manifest.everywhere.records if (record.run, record.label) == run)
+        limit = term.number, max(serials, default=0)
+        term.limit(limit[1])
+        self.contents.manifest = attrs.evolve(
+            manifest, limits={**manifest.limits, run: (*manifest.limits.get(run, ()), limit)}
+        )
 
     @property
     def manifest(self) -> Manifest:

@@ -21,7 +21,7 @@ from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.recovery import Recovered, recover
 from checkpointer.commit.transaction import Transaction
-from checkpointer.errors import CorruptError, RestoreError, SaveError, UnsafePayloadError
+from checkpointer.errors import CorruptError, FencedError, RestoreError, RunInUseError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import new_owner
@@ -151,7 +151,7 @@ def test_nothing_is_synced_at_a_url() -> None:
 def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
     monkeypatch: pytest.MonkeyPatch, goes_on: str
 ) -> None:
-    """The next job opens the directory while the last one still writes, and saves after that one has ended."""
+    """A job that takes over while the last one still writes counts what that one had announced, and no later save."""
     url = f"memory://meanwhile-{goes_on}"
     how: dict[str, Any] = {"state": lambda: {"w": torch.ones(2)}, "format": "dcp"}
     policy = Policy(EverySteps(1), [KeepAll()])
@@ -163,20 +163,26 @@ def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
 
     def open_another(*args: Any) -> Any:
         if not opened:
-            opened.append(CheckpointManager(url, policy, run=run if goes_on == "run" else None, **how))
+            with pytest.raises(RunInUseError, match="trains run"):
+                CheckpointManager(url, policy, run=run, **how)
+            again = run if goes_on == "run" else None
+            opened.append(CheckpointManager(url, policy, run=again, takeover=True, **how))
             if goes_on == "restore":
                 opened[0].restore()
         return measure(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(transaction, "_measure", open_another)
-        assert before.observe({}, 2, 0, epoch_end=False)
+        before.observe({}, 2, 0, epoch_end=False)
+    with pytest.raises(FencedError):
+        before.observe({}, 3, 0, epoch_end=False)
     before.close()
     opened[0].observe({}, 5, 0, epoch_end=False)
-    assert [1, 2, 5] == [record.step for record in opened[0].records]
+    assert [1, 5] == [record.step for record in opened[0].records]
     opened[0].close()
     with CheckpointManager(url, format="dcp", run=run) as reader:
-        assert [1, 2, 5] == [record.step for record in reader.records]
+        assert [1, 5] == [record.step for record in reader.records]
+        assert [2] == [record.step for record in reader.session.manifest.abandoned]
 
 
 def test_sweep_leaves_what_was_finished_after_it_had_looked(monkeypatch: pytest.MonkeyPatch) -> None:
