@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from checkpointer import CheckpointerWarning, Decision, Save
+from checkpointer.errors import ConflictError
 from checkpointer_lightning.session import TrainingSession
 from checkpointer_lightning.siblings import ours
 
@@ -35,6 +36,8 @@ def stop(session: TrainingSession) -> None:
 
 def rescue(session: TrainingSession, exception: BaseException) -> None:
     """Save a rescue checkpoint if the policy asks for it. A failure is a warning."""
+    if isinstance(exception, ConflictError):  # Another process trains the run.
+        return
     if session.ranks.size > 1 and session.may_rescue:
         if not _needs_all(session):
             if session.ranks.rank:

@@ -10,7 +10,7 @@ import attrs
 from checkpointer.commit.changes import Changes, clear_changes, write_changes
 from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.signing import HMACKey, signed
-from checkpointer.commit.terms import Lease, Term, claim_term
+from checkpointer.commit.terms import LEASE_S, Term, as_lease, claim_term
 from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, Upload
 from checkpointer.records.codec import to_json
@@ -134,7 +134,9 @@ def holding(journal: Journal, run: str, label: str) -> Iterator[None]:
     Raises:
         RunInUseError: If a process trains the run.
     """
-    journal.term = claim_term(journal.storage, run, label, journal.owner, Lease(), journal.trust, is_new=False)
+    journal.term = claim_term(
+        journal.storage, run, label, journal.owner, as_lease(LEASE_S, None), journal.trust, is_new=False
+    )
     try:
         yield
     finally:

@@ -154,8 +154,8 @@ class Term:
         holder = read_claim(self.storage, self.folder, number, self.trust)
         return (
             f"{holder} has taken over run {self.run!r} in {self.storage} (term {number}; this process had term "
-            f"{self.number}). This process is too late: it writes nothing there any more, and has to end. Its "
-            "checkpoints from before the takeover are kept, later ones are listed as abandoned"
+            f"{self.number}). This process must not write there any more, and has to end. Its checkpoints from before "
+            "the takeover are kept, later ones are listed as abandoned"
         )
 
     def has_replaced(self, owner: str) -> bool:

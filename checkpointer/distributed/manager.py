@@ -16,7 +16,14 @@ from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.state_io import StateIO
 from checkpointer.distributed.team import Agreement, Broadcast
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, ClosedError, PolicyError, SaveError
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointerWarning,
+    ClosedError,
+    ConflictError,
+    PolicyError,
+    SaveError,
+)
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager, check_options
 from checkpointer.policy.decide import Decision, Skip
@@ -340,7 +347,8 @@ class DistributedManager:
         """
         if self._is_closed:
             return
-        if error is not None and self._has_state and self._view.rescues:
+        may_rescue = self._has_state and self._view.rescues and not isinstance(error, ConflictError)
+        if error is not None and may_rescue:
             self._rescue_together(error, timeout)
         self._is_closed = True
         try:
@@ -351,7 +359,7 @@ class DistributedManager:
                     closing.callback(self._io.writer.close, timeout)
                 if self.manager is not None:
                     closing.callback(self.manager.close, timeout=timeout)
-        except SaveError as failure:
+        except (SaveError, ConflictError) as failure:
             if error is None:
                 raise
             # The error that ended the training must be the one that is raised.

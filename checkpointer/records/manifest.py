@@ -125,9 +125,9 @@ class Manifest:
         """Return whether the record lies on the current line."""
         shared = len(record.line)
         is_on_line = record.line == self.line[:shared] and all(record.step <= step for _, step in self.line[shared:])
-        return is_on_line and self._is_of_holder(record)
+        return is_on_line and self.is_of_holder(record)
 
-    def _is_of_holder(self, record: Record) -> bool:
+    def is_of_holder(self, record: Record) -> bool:
         """Return whether the record was committed before another process took over the run."""
         return all(record.term >= term or record.serial <= serial for term, serial in self._limits)
 
@@ -181,7 +181,7 @@ class Manifest:
     def on_newest_line(self, run: str) -> Manifest:
         """Return the same records as a run sees them that goes on where its newest record is, even if that is aside."""
         seen = self.seen_by(run, ()).everywhere
-        own = [record for record in seen.own if seen._is_of_holder(record)]
+        own = [record for record in seen.own if seen.is_of_holder(record)]
         return self.seen_by(run, own[-1].line if own else ())
 
     def resumed_at(self, record: Record) -> Manifest:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+from support.commands import command
 from support.plain_format import PlainFormat
 
 from checkpointer import (
@@ -21,6 +26,7 @@ from checkpointer import (
 from checkpointer.commit import terms
 from checkpointer.errors import FencedError, PolicyError, RunInUseError
 from checkpointer.ports import Storage
+from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
 from checkpointer.testing import MemoryStorage
@@ -192,6 +198,31 @@ def test_a_fenced_save_is_never_tolerated_and_fences_the_writer_thread(tmp_path:
     with pytest.raises(FencedError):
         save(old, 2) and old.wait()
     old.close(RuntimeError("end"))
+
+
+def test_the_terms_of_a_run_are_shown(tmp_path: Path) -> None:
+    """`ls` names the holder, `show --run` all terms, and a late checkpoint is listed as abandoned."""
+    old = started(tmp_path, ALL, "old", host="node1")
+    save(old, 1)
+    new = started(tmp_path, ALL, "new")
+    restored = new.restore()
+    assert restored is not None
+    run = restored.record.run
+    late = attrs.evolve(restored.record, name="late.ckpt", step=2, serial=2, token="late")
+    (tmp_path / "late.ckpt").write_bytes((tmp_path / restored.record.name).read_bytes())
+    new.session._directory.journal.put(Entry(record=late))
+    save(new, 2)
+    listed = command("ls", tmp_path)
+    assert "abandoned: another process had taken over the run" in listed.out
+    assert f"run {run} is held by process {os.getpid()} on this host" in listed.out
+    shown = command("show", tmp_path, "--run", run).out
+    assert re.search(r"1 +replaced +process \d+ on host node1", shown)
+    assert re.search(r"2 +holds +process \d+ on this host", shown)
+    new.close()
+    assert "is held by" not in command("ls", tmp_path).out
+    states = [(one["term"], one["state"]) for one in json.loads(command("show", tmp_path, "--run", run, "--json").out)]
+    assert [(1, "replaced"), (2, "released")] == states
+    assert 2 == command("show", tmp_path).code
 
 
 class Pausing(MemoryStorage):

@@ -16,6 +16,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.query import Condition, metric_names, select
+from checkpointer.tools.terms import holders
 
 MOST_RUNS = 200
 """So many runs of a directory are looked into, unless more are asked for."""
@@ -40,8 +41,8 @@ def ls_command(
 ) -> None:
     """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
 
-    With a policy, why is what keeps each one; without, what it was saved for. If only the directories below have
-    checkpoints, it lists those directories.
+    With a policy, why is what keeps each one; without, what it was saved for. If a process may be training a run, it is
+    named. If only the directories below have checkpoints, it lists those directories.
     """
     catalog = options.look(directory, access, below=True)
     below = catalog.below
@@ -59,6 +60,9 @@ def ls_command(
         output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
         _print(catalog, found, reasons, metric or _metrics(found, chosen))
+        for one in holders(catalog, access.key):
+            label = f" ({one.label})" if one.label else ""
+            output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
     if below:
         output.say(f"below are directories with records of their own: {some_of(below)}")
     output.leave_if(output.say_damaged(catalog))
@@ -101,7 +105,9 @@ def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
         manifest = catalog.manifest(run, label)
         kept = {} if policy is None else explain(policy, manifest)
         for record in manifest.own:
-            if not manifest.counts(record):
+            if not manifest.is_of_holder(record):
+                reasons[record.name] = "abandoned: another process had taken over the run"
+            elif not manifest.counts(record):
                 reasons[record.name] = "abandoned: the run went back to an earlier step"
             elif policy is None:
                 reasons[record.name] = ("pinned; " if record.pinned else "") + record.reason

@@ -16,18 +16,29 @@ from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.terms import terms_of
 
 
 def show_command(
     directory: options.Directory,
-    name: Annotated[str, typer.Argument(help="A name, a step, `last` or `best`.", show_default=False)],
     access: options.Access,
+    name: Annotated[str, typer.Argument(help="A name, a step, `last` or `best`; not with --run.")] = "",
+    run: Annotated[str, typer.Option("--run", metavar="ID", help="Show which processes have held this run.")] = "",
     match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
     policy: options.PolicyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show a record, and the tensors of its payload with shape, dtype and bytes. Nothing is unpickled or loaded."""
+    """Show a record, and the tensors of its payload with shape, dtype and bytes. Nothing is unpickled or loaded.
+
+    With --run show which processes have held a run: its terms.
+    """
+    if bool(name) == bool(run):
+        msg = "pass the name of a checkpoint, or --run"
+        raise typer.BadParameter(msg)
     catalog = options.look(directory, access)
+    if run:
+        _show_terms(catalog, run, access, as_json=as_json)
+        return
     record = catalog.find(name)
     reason = why(catalog, None if policy is None else options.read_policy(policy))[record.name]
     try:
@@ -37,6 +48,21 @@ def show_command(
         _show(catalog, record, reason, None, match, as_json=as_json)
         output.say(f"its tensors cannot be shown: {error}")
         output.leave_if(bad=True)
+
+
+def _show_terms(catalog: Catalog, run: str, access: options.Access, *, as_json: bool) -> None:
+    catalog.manifest(run)  # Raises if there is no such run.
+    terms = [one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, access.key)]
+    if as_json:
+        output.print_json([
+            {"term": one.term, "label": one.label, "state": one.state, "limit": one.limit}
+            | {"owner": one.claim.owner, "since": one.claim.since}
+            for one in terms
+        ])  # fmt: skip
+        return
+    output.print_line(f"{catalog.place}: run {run}, {count_text(len(terms), 'term')}")
+    rows = [[str(one.term), one.label, one.state, str(one.claim)] for one in terms]
+    output.print_table(["term", "label", "state", "process"], rows, right=["term"])
 
 
 def _show(
