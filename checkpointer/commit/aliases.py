@@ -258,6 +258,7 @@ def claim(journal: Journal, alias: str, label: str) -> bool:
     if other != journal.owner and is_live(other) and not (term is not None and term.has_replaced(other)):
         if term is None and marker.get("label") == label:
             return False  # It may hold the run that this manager is about to go on with: that is decided first.
+        journal.check_term()
         pid = other.split("~")[1]
         msg = (
             f"the alias {alias!r} in {journal.storage} is kept by another live manager (process {pid}). If both train "

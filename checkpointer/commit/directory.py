@@ -20,7 +20,7 @@ from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
-from checkpointer.commit.recovery import finish, recover, retire
+from checkpointer.commit.recovery import finish_run, recover, retire
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import BEATS, Heartbeat, Lease, Term, claim_term, limits_of
 from checkpointer.commit.transaction import Transaction
@@ -32,7 +32,7 @@ from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
 from checkpointer.storage.opening import access_advice
-from checkpointer.storage.owner import is_dead, is_live
+from checkpointer.storage.owner import is_dead
 
 __all__ = ["Directory", "created"]
 
@@ -107,8 +107,14 @@ class Directory:
         contents, journal, manifest = self.contents, self.journal, self.manifest
         self.damaged = listing.damaged
         self._num_unindexed = listing.reads
-        found = recover(journal, listing, write=self.writes)
+        term = journal.term
+        found = recover(journal, listing, run=(term.run, term.label) if term is not None else None)
         self._left = found.left
+        self._ended = {
+            (entry.record.run, entry.record.label): None
+            for entry in (*found.left, *found.announced)
+            if is_dead(entry.owner)
+        }
         known = (*found.records, *found.missing)
         announced = [one for one in listing.changes if one.owner != journal.owner and not is_dead(one.owner)]
         contents.aliases.poisoned = poisoned = frozenset(name for one in announced for name in one.names)
@@ -119,13 +125,13 @@ class Directory:
             aside=(),
             foreign=listing.foreign | unfinished | poisoned,
             seen=manifest.seen.union(*(record.metrics for record in known)),
-            term=journal.term.number if journal.term else 0,
+            term=term.number if term is not None else 0,
             limits=limits_of(listing.files, {(r.run, r.label) for r in known} | {(manifest.run, manifest.label)}),
         )
         manifest = manifest.without_payload(*found.missing, there=listing.sizes)
         contents.manifest = manifest if contents.is_on_line else manifest.on_newest_line(manifest.run)
-        if journal.term is not None and journal.term.number > 1:
-            self._take_over(announced, journal.term)
+        if term is not None and term.number > 1:
+            self._take_over(announced, term)
 
     def hold(self, run: str) -> bool:
         """Claim the next term of a run, unless this writer holds one; return whether the directory was read again.
@@ -221,30 +227,27 @@ class Directory:
             )
             contents.warn_once("not empty", msg)
         contents.is_claimed = contents.is_on_line = True
-        self._left = tuple(entry for listed in self._left for entry in self._finish(listed))
+        if self.writes:
+            for run in self._ended:
+                with contextlib.suppress(ConflictError):
+                    finish_run(self.storage, self.journal.trust, run)
+        self._left = tuple(entry for listed in self._left for entry in self._look_again(listed))
         contents.settle_aliases(claims=True)
         self._free_slot()
         contents.is_begun = True
 
-    def _finish(self, listed: Entry) -> list[Entry]:
-        """Finish a write that an earlier process of this run left; return the entry if it belongs to others."""
-        entry = self.journal.find(listed.record.name)
+    def _look_again(self, listed: Entry) -> list[Entry]:
+        """See how an unfinished write has ended meanwhile; return the entry if it has not."""
+        contents, record = self.contents, listed.record
+        entry = self.journal.find(record.name)
         if entry is None:
+            if not self.storage.list(record.name):
+                contents.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign - {record.name})
             return []
-        record, manifest = entry.record, self.manifest
-        if entry.status == "committed":
-            known = manifest.by_name.get(record.name)
-            if known is None or known.token != record.token:
-                self.contents.manifest = manifest.with_record(record)
-        elif is_dead(entry.owner):
-            finish(self.journal, entry, write=True)
-        else:
-            whole = finish(self.journal, entry, write=False) if not is_live(entry.owner) else []
-            for found in whole if (record.run, record.label) == (manifest.run, manifest.label) else ():
-                self.journal.put(Entry(record=found))
-                return []
-            return [entry]
-        return []
+        known = self.manifest.by_name.get(record.name)
+        if entry.status == "committed" and (known is None or known.token != entry.record.token):
+            contents.manifest = self.manifest.with_record(entry.record)
+        return [] if entry.status == "committed" else [entry]
 
     def _free_slot(self) -> None:
         """If a checkpoint under the alias must stay, give it another name before the alias is written."""

@@ -10,14 +10,16 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from checkpointer.commit.changes import Changes, changes_path, read_changes
-from checkpointer.commit.index import Listing, record_path
-from checkpointer.commit.journal import Journal
+from checkpointer.commit.index import Listing, load, record_path
+from checkpointer.commit.journal import Journal, holding
+from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CheckpointerWarning, RecordError
+from checkpointer.ports import Storage
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
-from checkpointer.storage.owner import is_dead
+from checkpointer.storage.owner import is_dead, new_owner, release
 
-__all__ = ["Recovered", "finish", "finish_changes", "recover", "remove", "retire", "settle"]
+__all__ = ["Recovered", "finish", "finish_changes", "finish_run", "recover", "remove", "retire", "settle"]
 
 
 @attrs.frozen(kw_only=True)
@@ -34,44 +36,82 @@ class Recovered:
     """Changes of existing records that other writers have announced, and may not have finished."""
 
 
-def recover(journal: Journal, listing: Listing, *, write: bool) -> Recovered:
-    """Find the checkpoints of a directory; with ``write`` finish what ended writers left unfinished."""
+def recover(journal: Journal, listing: Listing, *, run: tuple[str, str] | None = None) -> Recovered:
+    """Find the checkpoints of a directory; finish what ended writers of one ``run`` and label left unfinished.
+
+    The journal must hold the term of that run, so that only one process finishes its writes.
+    """
     entries = dict(listing.entries)
-    overlaid: set[str] = set()
-    for changes in listing.changes:
-        if write and is_dead(changes.owner):
-            finish_changes(journal, changes.owner, entries)
-        else:
-            overlaid |= _overlay(changes, entries)
+    ours = [changes for changes in listing.changes if is_dead(changes.owner) and _is_of(run, *changes.entries)]
+    left = [entry for entry in entries.values() if entry.status != "committed" and _may_finish(entry, run)]
+    moved = [record for record in _moved(journal, entries.values()) if (record.run, record.label) == run]
+    names = {entry.record.name for entry in left}.union(*(one.names for one in ours), (r.name for r in moved))
+    with journal.changing(aliases=names):
+        for changes in ours:
+            finish_changes(journal, changes.owner)
+        for listed in left:
+            entry = journal.find(listed.record.name)
+            if entry is not None and entry.status != "committed" and is_dead(entry.owner):
+                finish(journal, entry, write=True)
+        for record in moved:
+            journal.delete(record.name)
+    for name in names:
+        now = journal.find(name)
+        entries.pop(record_path(name), None)
+        entries |= {record_path(name): now} if now is not None else {}
+    return _seen(journal, entries, [one for one in listing.changes if one not in ours], listing.sizes)
+
+
+def _may_finish(entry: Entry, run: tuple[str, str] | None) -> bool:
+    return is_dead(entry.owner) and _is_of(run, entry)
+
+
+def _is_of(run: tuple[str, str] | None, *entries: Entry) -> bool:
+    return run is not None and all((entry.record.run, entry.record.label) == run for entry in entries)
+
+
+def _seen(
+    journal: Journal, entries: dict[str, Entry], announced: Iterable[Changes], sizes: Mapping[str, int]
+) -> Recovered:
+    """Return what the entries of a directory say, with the changes that other writers have announced."""
+    overlaid: set[str] = set().union(*(_overlay(changes, entries) for changes in announced))
     records: list[Record] = []
     left: list[Entry] = []
-    for path, listed in entries.items():
-        is_left = listed.status != "committed" and write and is_dead(listed.owner)
-        entry = journal.find(listed.record.name) if is_left and path not in overlaid else listed
-        if entry is None:
-            continue
+    for path, entry in entries.items():
         if entry.status == "committed":
             records.append(entry.record)
             continue
-        can_finish = write and is_dead(entry.owner) and path not in overlaid
-        records.extend(finish(journal, entry, write=can_finish))
-        left.extend([] if can_finish or path in overlaid else [entry])
-    there, missing = _with_payload(journal, _without_moved(journal, records, write=write), listing.sizes)
-    announced = tuple(entries[path] for path in overlaid)
-    return Recovered(records=tuple(there), missing=tuple(missing), left=tuple(left), announced=announced)
+        records.extend(finish(journal, entry, write=False))
+        left.extend([] if path in overlaid else [entry])
+    gone = _moved(journal, [Entry(record=record) for record in records])
+    there, missing = _with_payload(journal, [record for record in records if record not in gone], sizes)
+    waiting = tuple(entries[path] for path in overlaid)
+    return Recovered(records=tuple(there), missing=tuple(missing), left=tuple(left), announced=waiting)
 
 
-def finish_changes(journal: Journal, owner: str, entries: dict[str, Entry]) -> None:
-    """Finish the changes that an ended writer has announced; update the ``entries`` of a listing by path."""
+def finish_run(storage: Storage, trust: HMACKey | None, run: tuple[str, str]) -> None:
+    """Hold a run, and finish what its ended writers left.
+
+    Raises:
+        RunInUseError: If a process trains the run.
+    """
+    owner = new_owner()
+    journal = Journal(storage, owner, trust)
+    try:
+        with holding(journal, *run):
+            recover(journal, load(storage, trust), run=run)
+        storage.delete(changes_path(owner))
+    finally:
+        release(owner)
+
+
+def finish_changes(journal: Journal, owner: str) -> None:
+    """Finish the changes that an ended writer has announced."""
     with contextlib.suppress(RecordError):
         changes = read_changes(journal.storage, changes_path(owner), journal.trust)
         for entry in changes.entries if changes is not None else ():
-            there = journal.find(entry.record.name)
-            if _applies(entry, there):
+            if _applies(entry, journal.find(entry.record.name)):
                 finish(journal, entry, write=True)
-            now, path = journal.find(entry.record.name), record_path(entry.record.name)
-            entries.pop(path, None)
-            entries |= {path: now} if now is not None else {}
         journal.storage.delete(changes_path(owner))
 
 
@@ -91,14 +131,12 @@ def _applies(entry: Entry, there: Entry | None) -> bool:
     return there.status == "committed" and before is not None and there.record.token == before.token
 
 
-def _without_moved(journal: Journal, records: list[Record], *, write: bool) -> list[Record]:
-    """Leave out the old name of a checkpoint if `Transaction.move` was interrupted after the rename."""
+def _moved(journal: Journal, entries: Iterable[Entry]) -> list[Record]:
+    """Return the old record of each checkpoint for which `Transaction.move` was interrupted after the rename."""
+    records = [entry.record for entry in entries if entry.status != "retired"]
     twice = {token for token, count in Counter(r.token for r in records).items() if count > 1}
     there = {r.token for r in records if r.token in twice and journal.has_payload(r)}
-    gone = [r for r in records if r.token in there and size_of(journal.storage, r.name, r.size) is None]
-    for record in gone if write else ():
-        journal.delete(record.name)
-    return [record for record in records if record not in gone]
+    return [r for r in records if r.token in there and size_of(journal.storage, r.name, r.size) is None]
 
 
 def _with_payload(

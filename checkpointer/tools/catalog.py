@@ -154,7 +154,7 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     except OSError as error:
         msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error
-    found = recover(Journal(storage, "", trust), listing, write=False)
+    found = recover(Journal(storage, "", trust), listing)
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
         place=str(storage),

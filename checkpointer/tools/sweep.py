@@ -63,7 +63,7 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
     for path in changes_in(before.files):
         changes = read_changes(storage, path, trust)
         if changes is not None and (is_dead(changes.owner) or (force and not is_live(changes.owner))):
-            finish_changes(journal, changes.owner, {})
+            finish_changes(journal, changes.owner)
             finished += changes.names
         else:
             left += changes.names if changes is not None else ()

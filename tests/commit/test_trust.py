@@ -19,7 +19,7 @@ from support.plain_format import PlainFormat
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMACKey, KeepAll, KeepBest, Policy
 from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal
-from checkpointer.commit.recovery import Recovered, recover
+from checkpointer.commit.recovery import finish_run, recover
 from checkpointer.commit.signing import check_signature, signed
 from checkpointer.errors import (
     CorruptError,
@@ -379,8 +379,9 @@ def test_interrupted_saves_are_settled_by_sha256() -> None:
     there = record("a.ckpt", size=found[0], digest=found[1])
     journal.put(Entry(record=there, status="pending", owner=owner))
     release(owner)
-    found_out = recover(Journal(storage, new_owner(), KEY), load(storage, KEY), write=True)
-    assert Recovered(records=(there,), missing=(), left=()) == found_out
+    found_out = recover(Journal(storage, new_owner(), KEY), load(storage, KEY))
+    assert (there,) == found_out.records
+    finish_run(storage, KEY, (there.run, there.label))
     assert ["committed"] == [entry.status for entry in load(storage, KEY).entries.values()]
 
 

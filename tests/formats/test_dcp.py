@@ -19,7 +19,8 @@ from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, Kee
 from checkpointer.commit import transaction
 from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal
-from checkpointer.commit.recovery import Recovered, recover
+from checkpointer.commit.recovery import Recovered, finish_run, recover
+from checkpointer.commit.terms import TERMS
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, FencedError, RestoreError, RunInUseError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
@@ -216,10 +217,9 @@ def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
     with pytest.raises(_KilledError):
         Transaction(Journal(storage, owner)).commit_named(record(name="a.dcp", format="dcp"), killed)
     die(owner)
-    assert Recovered(records=(), missing=(), left=()) == recover(
-        Journal(storage, new_owner()), load(storage), write=True
-    )
-    assert ["a.dcp"] == [*storage.list()]
+    finish_run(storage, None, (record().run, record().label))
+    assert Recovered(records=(), missing=(), left=()) == recover(Journal(storage, new_owner()), load(storage))
+    assert ["a.dcp"] == [path for path in storage.list() if not path.startswith(TERMS)]
 
 
 class _KilledError(BaseException):
