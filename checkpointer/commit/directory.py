@@ -20,7 +20,7 @@ from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
-from checkpointer.commit.recovery import finish_run, recover, retire
+from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import BEATS, Heartbeat, Lease, Term, claim_term, limits_of
 from checkpointer.commit.transaction import Transaction
@@ -117,7 +117,10 @@ class Directory:
         }
         known = (*found.records, *found.missing)
         announced = [one for one in listing.changes if one.owner != journal.owner and not is_dead(one.owner)]
-        contents.aliases.poisoned = poisoned = frozenset(name for one in announced for name in one.names)
+        pending = {
+            entry.record.name for entry in found.left if entry.owner != journal.owner and not is_dead(entry.owner)
+        }
+        contents.aliases.poisoned = poisoned = frozenset(pending.union(*(one.names for one in announced)))
         unfinished = {entry.record.name for entry in found.left} - {record.name for record in known}
         manifest = attrs.evolve(
             manifest,
@@ -174,30 +177,27 @@ class Directory:
             self._heartbeat.stop()
 
     def _take_over(self, announced: Iterable[Changes], term: Term) -> None:
-        """Do what other writers of the run have announced, so that it does not matter whether they still do it.
+        """Make what counts independent of other writers of the run, which may be alive and finish what they began.
 
-        The names stay taken, because those writers may be alive.
+        What they remove is removed. If the record or payload of a checkpoint may still change, it gets another name.
         """
-        run, journal = (term.run, term.label), self.journal
-        entries = [entry for one in announced for entry in one.entries]
-        own = [entry for entry in entries if (entry.record.run, entry.record.label) == run]
-        retired = [entry for entry in own if entry.status == "retired"]
+        contents, journal, run = self.contents, self.journal, (term.run, term.label)
+        entries = [entry for one in announced for entry in one.entries if entry.status == "retired"]
+        retired = [entry for entry in entries if (entry.record.run, entry.record.label) == run]
         with journal.changing(*retired) as failed:
             retire(journal, [entry.record for entry in retired], failed)
-        for entry in own:
-            known = self.manifest.by_name.get(entry.record.name)
-            if entry.status == "retired" or known is None:
-                continue
-            if known.token == entry.record.token:
-                self.rewrite(known)
-            else:
-                # Its payload may be replaced at any moment.
-                self.names.move_slot(known)
+        for record in [r for r in self.manifest.records if (r.run, r.label) == run]:
+            if record.name in contents.aliases.poisoned:
+                moved = self.names.move_slot(record)
+                if moved is not None and not is_payload_of(journal, moved):  # It was replaced in this very moment.
+                    with journal.changing(self.transaction.retiring(moved)) as failed:
+                        retire(journal, [moved], failed)
+                    contents.manifest = self.manifest.without(moved.name)
         manifest = self.manifest
-        serials = (record.serial for record in manifest.everywhere.records if (record.run, record.label) == run)
-        limit = term.number, max(serials, default=0)
+        own = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
+        limit = term.number, max((r.serial for r in own if r.name not in contents.aliases.poisoned), default=0)
         term.limit(limit[1])
-        self.contents.manifest = attrs.evolve(
+        contents.manifest = attrs.evolve(
             manifest, limits={**manifest.limits, run: (*manifest.limits.get(run, ()), limit)}
         )
 
@@ -303,7 +303,7 @@ class Directory:
         going = {record.name: record for record in waiting} | {
             name: later.by_name[name] for name in surplus if name not in spare
         }
-        entries = [Entry(record=record, status="retired", owner=journal.owner) for record in (*going.values(), *slots)]
+        entries = [self.transaction.retiring(record) for record in (*going.values(), *slots)]
         try:
             with journal.changing(*entries, aliases=[one.alias for one in pointings]) as failed:
                 replaced = contents.aliases.point(pointings)

@@ -13,13 +13,25 @@ from checkpointer.commit.changes import Changes, changes_path, read_changes
 from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.terms import limits_of
 from checkpointer.errors import CheckpointerWarning, RecordError
 from checkpointer.ports import Storage
+from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
 from checkpointer.storage.owner import is_dead, new_owner, release
 
-__all__ = ["Recovered", "finish", "finish_changes", "finish_run", "recover", "remove", "retire", "settle"]
+__all__ = [
+    "Recovered",
+    "finish",
+    "finish_changes",
+    "finish_run",
+    "is_payload_of",
+    "recover",
+    "remove",
+    "retire",
+    "settle",
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +71,9 @@ def recover(journal: Journal, listing: Listing, *, run: tuple[str, str] | None =
         now = journal.find(name)
         entries.pop(record_path(name), None)
         entries |= {record_path(name): now} if now is not None else {}
-    return _seen(journal, entries, [one for one in listing.changes if one not in ours], listing.sizes)
+    announced = [one for one in listing.changes if one not in ours]
+    limits = limits_of(listing.files, {(entry.record.run, entry.record.label) for entry in entries.values()})
+    return _seen(journal, entries, announced, listing.sizes, limits)
 
 
 def _may_finish(entry: Entry, run: tuple[str, str] | None) -> bool:
@@ -71,7 +85,11 @@ def _is_of(run: tuple[str, str] | None, *entries: Entry) -> bool:
 
 
 def _seen(
-    journal: Journal, entries: dict[str, Entry], announced: Iterable[Changes], sizes: Mapping[str, int]
+    journal: Journal,
+    entries: dict[str, Entry],
+    announced: Iterable[Changes],
+    sizes: Mapping[str, int],
+    limits: Limits,
 ) -> Recovered:
     """Return what the entries of a directory say, with the changes that other writers have announced."""
     overlaid: set[str] = set().union(*(_overlay(changes, entries) for changes in announced))
@@ -81,12 +99,23 @@ def _seen(
         if entry.status == "committed":
             records.append(entry.record)
             continue
-        records.extend(finish(journal, entry, write=False))
+        if path in overlaid or not _is_late(entry.record, limits):
+            records.extend(finish(journal, entry, write=False))
         left.extend([] if path in overlaid else [entry])
     gone = _moved(journal, [Entry(record=record) for record in records])
-    there, missing = _with_payload(journal, [record for record in records if record not in gone], sizes)
+    # A process that took over has given a checkpoint another name, and the writer before may restore the old record.
+    terms: dict[str, int] = {}
+    for record in records:
+        terms[record.token] = max(record.term, terms.get(record.token, 0))
+    records = [record for record in records if record not in gone and record.term == terms[record.token]]
+    there, missing = _with_payload(journal, records, sizes)
     waiting = tuple(entries[path] for path in overlaid)
     return Recovered(records=tuple(there), missing=tuple(missing), left=tuple(left), announced=waiting)
+
+
+def _is_late(record: Record, limits: Limits) -> bool:
+    """Return whether another process has taken over the run while this record was pending. It did not count it."""
+    return any(record.term < term for term, _ in limits.get((record.run, record.label), ()))
 
 
 def finish_run(storage: Storage, trust: HMACKey | None, run: tuple[str, str]) -> None:
@@ -163,7 +192,7 @@ def finish(journal: Journal, entry: Entry, *, write: bool) -> list[Record]:
     if entry.status == "pending":
         settled = settle(journal, entry, write=write)
         return [settled] if settled else []
-    if write and _is_payload_of(journal, entry.record):
+    if write and is_payload_of(journal, entry.record):
         remove(journal, entry.record)
     elif write:
         journal.delete(entry.record.name)
@@ -172,7 +201,7 @@ def finish(journal: Journal, entry: Entry, *, write: bool) -> list[Record]:
 
 def settle(journal: Journal, entry: Entry, *, write: bool) -> Record | None:
     """Return the record of a ``pending`` entry that the payload's digest proves; with ``write`` commit that record."""
-    truth = entry.record if _is_payload_of(journal, entry.record) else entry.previous
+    truth = entry.record if is_payload_of(journal, entry.record) else entry.previous
     if write and truth is not None:
         journal.put(Entry(record=truth))
     elif write:
@@ -180,7 +209,8 @@ def settle(journal: Journal, entry: Entry, *, write: bool) -> Record | None:
     return truth
 
 
-def _is_payload_of(journal: Journal, record: Record) -> bool:
+def is_payload_of(journal: Journal, record: Record) -> bool:
+    """Return whether the payload of this name has the size and digest of the record. Reads all of it."""
     if not journal.has_payload(record):
         return False
     return digest_of(journal.storage, record.name, algorithm_of(record.digest)) == (record.size, record.digest)

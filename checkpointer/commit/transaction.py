@@ -251,6 +251,10 @@ class Transaction:
     def _pending(self, record: Record, previous: Record | None = None) -> Entry:
         return Entry(record=record, status="pending", previous=previous, owner=self.journal.owner)
 
+    def retiring(self, record: Record) -> Entry:
+        """Return the announcement that a checkpoint is removed."""
+        return Entry(record=record, status="retired", owner=self.journal.owner)
+
     def _commit(self, record: Record) -> Record:
         self.journal.put(Entry(record=record))
         return record
@@ -293,7 +297,8 @@ class Transaction:
 
     def relocate(self, record: Record, name: str) -> Record:
         """Give a checkpoint another name by a copy or hard link. After a crash both names may have it."""
-        moved = attrs.evolve(record, name=name)
+        term = self.journal.term
+        moved = attrs.evolve(record, name=name, term=term.number if term is not None else record.term)
         self.journal.announce(self._pending(moved))
         try:
             duplicate(self.storage, record.name, name, "hardlink")

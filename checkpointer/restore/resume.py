@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import attrs
 
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
-from checkpointer.errors import NotFoundError, RecordError
+from checkpointer.errors import NotFoundError, RecordError, RestoreError
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored, load_first_valid
@@ -33,28 +34,41 @@ def go_to(
     Arguments, result and errors are those of `CheckpointManager.restore`. With ``strict`` files without a record are an
     error if there is no checkpoint.
     """
-    view = directory.lines.widened(found.records.values())
-    policy = directory.policy
+    with _fenced_first(directory):
+        view = directory.lines.widened(found.records.values())
+        policy = directory.policy
+        try:
+            candidates = select(which, policy, view, contents, damaged=directory.damaged)
+        except NotFoundError as error:
+            if not found.problems:
+                raise
+            msg = f"{error}; not looked at: {'; '.join(found.problems)}"
+            raise NotFoundError(msg) from error
+        if candidates and directory.writes and directory.hold(candidates[0].run):
+            # Now this process holds the run, and the directory was read again.
+            return go_to(which, directory, found, contents, load, strict=strict)
+        if which is None or which in ("last", "best") or which in policy.aliases:
+            bad = (*map(str, directory.damaged.values()), *found.problems)
+            restored = load_first_valid(
+                candidates, partial(found.load, directory, load), directory.contents.set_aside, bad
+            )
+            if restored is None:
+                check_empty(which, policy, view, directory.storage if strict else None)
+                return None
+        else:
+            restored = found.load(directory, load, candidates[0])
+        directory.lines.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
+        return restored
+
+
+@contextlib.contextmanager
+def _fenced_first(directory: Directory) -> Iterator[None]:
+    """If another process has taken over the run, raise that instead of a `RestoreError`: it is the reason."""
     try:
-        candidates = select(which, policy, view, contents, damaged=directory.damaged)
-    except NotFoundError as error:
-        if not found.problems:
-            raise
-        msg = f"{error}; not looked at: {'; '.join(found.problems)}"
-        raise NotFoundError(msg) from error
-    if candidates and directory.writes and directory.hold(candidates[0].run):
-        # Now this process holds the run, and the directory was read again.
-        return go_to(which, directory, found, contents, load, strict=strict)
-    if which is None or which in ("last", "best") or which in policy.aliases:
-        bad = (*map(str, directory.damaged.values()), *found.problems)
-        restored = load_first_valid(candidates, partial(found.load, directory, load), directory.contents.set_aside, bad)
-        if restored is None:
-            check_empty(which, policy, view, directory.storage if strict else None)
-            return None
-    else:
-        restored = found.load(directory, load, candidates[0])
-    directory.lines.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
-    return restored
+        yield
+    except RestoreError:
+        directory.journal.check_term()
+        raise
 
 
 @attrs.frozen(kw_only=True)
