@@ -22,7 +22,7 @@ from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import BEATS, Heartbeat, Lease, Term, claim_term, limits_of
+from checkpointer.commit.terms import Heartbeat, Lease, Term, claim_term, limits_of
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import CheckpointerWarning, ConflictError, RecordError, StorageError
@@ -163,7 +163,7 @@ class Directory:
         journal = self.journal
         term = claim_term(self.storage, run, label, journal.owner, self._lease, journal.trust, is_new=is_new)
         journal.term = term
-        self._heartbeat = Heartbeat(term, self._open_again, self._lease.seconds / BEATS)
+        self._heartbeat = Heartbeat(term, self._open_again)
 
     def let_go(self) -> None:
         """Release the term, so that the next process goes on at once."""

@@ -54,7 +54,7 @@ import xxhash
 from checkpointer.commit.signing import HMACKey, check_signature, signed
 from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError
 from checkpointer.ports import Storage, SupportsScratch
-from checkpointer.records.codec import MAX_RECORD_BYTES, parse_json
+from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import SCHEMA
 from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, machine
@@ -82,6 +82,7 @@ LEASE_S: Final = 60.0
 TAKEOVER: Final = "CHECKPOINTER_TAKEOVER"
 BEATS: Final = 4
 """Heartbeats in one lease."""
+MAX_BEAT_S: Final = 3600.0
 _POLLS: Final = 20
 """Polls of the heartbeat in one lease."""
 _FILE: Final = re.compile(r"(\d{1,15})\.(json|beat|end|from-(\d{1,18}))")
@@ -134,6 +135,8 @@ class Term:
     label: str
     number: int
     owner: str
+    beat_s: float
+    """Seconds between two heartbeats."""
     trust: HMACKey | None = None
     _fenced: str = ""
 
@@ -194,6 +197,8 @@ class Claim:
     owner: str = ""
     since: str = "an unknown time"
     machine: str = ""
+    beat_s: float = 0.0
+    """Seconds between two heartbeats."""
 
     def __str__(self) -> str:
         pid = self.owner.split("~")[1] if "~" in self.owner else "of an unknown writer"
@@ -213,7 +218,8 @@ def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None
         data = parse_json(read_whole(lambda: storage.open(path), MAX_RECORD_BYTES + 1), path)
         check_signature(data, path, trust)
         if isinstance(data, dict):
-            return Claim(*(str(data.get(key, "")) for key in ("owner", "since", "machine")))
+            texts = {key: str(data.get(key, "")) for key in ("owner", "since", "machine")}
+            return Claim(**texts, beat_s=as_number(data.get("beat_s")) or 0.0)  # type: ignore[arg-type]
     return Claim()
 
 
@@ -257,7 +263,7 @@ def claim_term(
             holder = read_claim(storage, folder, found.highest, trust)
             if not holder.has_ended and not _may_replace(storage, folder, found.highest, holder, lease, run):
                 continue
-        term = Term(storage, run, label, found.highest + 1, owner, trust)
+        term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust)
         if _create(term):
             return term
         is_new = False
@@ -272,6 +278,7 @@ def _create(term: Term) -> bool:
         "term": term.number,
         "owner": term.owner,
         "machine": machine(),
+        "beat_s": term.beat_s,
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
     upload = term.storage.upload(f"{term.folder}/{term.number}.json")
@@ -293,23 +300,24 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
         return True
     if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
         raise RunInUseError(_in_use(storage, run, number, holder, "it is another manager of this process"))
-    _log.warning(
-        "%s: %s holds run %r (term %d); waiting up to %g s for its heartbeat before this process goes on with the run",
-        storage, holder, run, number, lease.seconds,
-    )  # fmt: skip
+    # The holder may have a longer lease, and sends heartbeats less often then.
+    patience_s = max(lease.seconds, BEATS / 2 * min(holder.beat_s, MAX_BEAT_S))
+    text = (
+        "%s: %s holds run %r (term %d); waiting up to %g s for its heartbeat before this process goes on with the run"
+    )
+    _log.warning(text, storage, holder, run, number, patience_s)
     began = lease.now()
     first = _beat_of(storage, folder, number)
-    while (waited := lease.now() - began) < lease.seconds:
-        lease.sleep(min(lease.seconds / _POLLS, max(0.0, lease.seconds - waited)))
+    while (waited := lease.now() - began) < patience_s:
+        lease.sleep(min(patience_s / _POLLS, max(0.0, patience_s - waited)))
         found = TermFiles.of(storage.list(folder), folder.rpartition("/")[2])
         if found.highest > number or number in found.ended or is_dead(holder.owner):
             return False
         if _beat_of(storage, folder, number) != first:
             text = f"its last heartbeat came {lease.now() - began:.0f} s after this process had begun to wait"
             raise RunInUseError(_in_use(storage, run, number, holder, text))
-    _log.warning(
-        "%s: %s sent no heartbeat for %g s; this process takes over run %r", storage, holder, lease.seconds, run
-    )
+    text = "%s: %s sent no heartbeat for %g s; this process takes over run %r"
+    _log.warning(text, storage, holder, patience_s, run)
     return True
 
 
@@ -334,12 +342,11 @@ class Heartbeat:
     Args:
         term: The term.
         open: Returns a storage that the thread may use; called on the thread, before the first heartbeat.
-        every_s: Seconds between two heartbeats.
     """
 
-    def __init__(self, term: Term, open: Callable[[], Storage], every_s: float) -> None:
+    def __init__(self, term: Term, open: Callable[[], Storage]) -> None:
         self._ended = threading.Event()
-        work = (self._ended, term, open, every_s)
+        work = (self._ended, term, open, term.beat_s)
         threading.Thread(target=_keep_beating, args=work, name="checkpointer-heartbeat", daemon=True).start()
 
     def stop(self) -> None:

@@ -53,13 +53,19 @@ def started(storage: Storage | Path, policy: Policy, name: str, host: str = "", 
             policy,
             state=lambda: dict(state),
             format=PlainFormat(),
-            lease_s=60.0 if host else 0.05,
-            **options,
+            **{"lease_s": 0.05, **options},
         )
     finally:
         owners._host = before
+    if host:
+        manager.session._directory._open_again = _hang
     manager.state = state  # type: ignore[attr-defined]
     return manager
+
+
+def _hang() -> Any:
+    """Open no storage for heartbeats, as on a host that is gone."""
+    raise OSError
 
 
 def save(manager: CheckpointManager, step: int, loss: float = 0.5) -> Any:
