@@ -219,7 +219,7 @@ def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None
         check_signature(data, path, trust)
         if isinstance(data, dict):
             texts = {key: str(data.get(key, "")) for key in ("owner", "since", "machine")}
-            return Claim(**texts, beat_s=as_number(data.get("beat_s")) or 0.0)  # type: ignore[arg-type]
+            return Claim(**texts, beat_s=as_number(data.get("beat_s")) or 0.0)
     return Claim()
 
 
