@@ -23,7 +23,7 @@ from checkpointer.records.codec import parse_json
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
-from checkpointer.storage.owner import is_live
+from checkpointer.storage.owner import is_dead, is_live
 
 __all__ = ["Aliases", "Pointing", "claim", "is_marked", "make_alias", "marker_path", "read_marker", "release"]
 
@@ -255,9 +255,9 @@ def claim(journal: Journal, alias: str, label: str) -> bool:
     """
     marker, term = read_marker(journal, alias), journal.term
     other = marker.get("owner", "")
+    if term is None and marker.get("label") == label and other not in ("", journal.owner) and not is_dead(other):
+        return False  # It may hold the run that this manager is about to go on with: that is decided first.
     if other != journal.owner and is_live(other) and not (term is not None and term.has_replaced(other)):
-        if term is None and marker.get("label") == label:
-            return False  # It may hold the run that this manager is about to go on with: that is decided first.
         journal.check_term()
         pid = other.split("~")[1]
         msg = (

@@ -7,13 +7,13 @@ is paused between any two of its operations: see `checkpointer.commit.terms`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 
 from checkpointer.commit.signing import HMACKey, check_signature, signed
-from checkpointer.errors import RecordError
+from checkpointer.errors import NamingError, RecordError
 from checkpointer.ports import Stat, Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, Reader, parse_json, to_json
 from checkpointer.records.names import check_name
@@ -61,7 +61,11 @@ def _alias(alias: object, where: str) -> str:
     if not isinstance(alias, str):
         msg = f"{where}: the alias {alias!r} is not text"
         raise RecordError(msg)
-    return check_name(alias)
+    try:
+        return check_name(alias)
+    except NamingError as error:
+        msg = f"{where}: {error}"
+        raise RecordError(msg) from error
 
 
 def changes_path(owner: str) -> str:
@@ -112,8 +116,3 @@ def read_changes(storage: Storage, path: str, trust: HMACKey | None) -> Changes 
         msg = f"{path}: it has the changes of {changes.owner!r}; the file has the name of its writer"
         raise RecordError(msg)
     return changes
-
-
-def named_in(changes: Iterable[Changes]) -> frozenset[str]:
-    """Return every name that one of the writers may change."""
-    return frozenset(name for one in changes for name in one.names)

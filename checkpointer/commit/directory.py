@@ -22,7 +22,7 @@ from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import Heartbeat, Lease, Term, claim_term, limits_of
+from checkpointer.commit.terms import Heartbeat, Lease, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import CheckpointerWarning, ConflictError, RecordError, StorageError
@@ -105,6 +105,8 @@ class Directory:
     def _take_in(self, listing: index.Listing) -> None:
         """See the records of a listing as the run does."""
         contents, journal, manifest = self.contents, self.journal, self.manifest
+        if journal.term is not None:
+            journal.term.check_listed(listing.files)
         self.damaged = listing.damaged
         self._num_unindexed = listing.reads
         term = journal.term
@@ -129,7 +131,7 @@ class Directory:
             foreign=listing.foreign | unfinished | poisoned,
             seen=manifest.seen.union(*(record.metrics for record in known)),
             term=term.number if term is not None else 0,
-            limits=limits_of(listing.files, {(r.run, r.label) for r in known} | {(manifest.run, manifest.label)}),
+            limits=listing.limits,
         )
         manifest = manifest.without_payload(*found.missing, there=listing.sizes)
         contents.manifest = manifest if contents.is_on_line else manifest.on_newest_line(manifest.run)
@@ -179,27 +181,31 @@ class Directory:
     def _take_over(self, announced: Iterable[Changes], term: Term) -> None:
         """Make what counts independent of other writers of the run, which may be alive and finish what they began.
 
-        What they remove is removed. If the record or payload of a checkpoint may still change, it gets another name.
+        If the record or payload of a checkpoint may still change, it gets another name.
         """
-        contents, journal, run = self.contents, self.journal, (term.run, term.label)
-        entries = [entry for one in announced for entry in one.entries if entry.status == "retired"]
-        retired = [entry for entry in entries if (entry.record.run, entry.record.label) == run]
-        with journal.changing(*retired) as failed:
-            retire(journal, [entry.record for entry in retired], failed)
-        for record in [r for r in self.manifest.records if (r.run, r.label) == run]:
-            if record.name in contents.aliases.poisoned:
-                moved = self.names.move_slot(record)
-                if moved is not None and not is_payload_of(journal, moved):  # It was replaced in this very moment.
-                    with journal.changing(self.transaction.retiring(moved)) as failed:
-                        retire(journal, [moved], failed)
-                    contents.manifest = self.manifest.without(moved.name)
+        contents, run = self.contents, (term.run, term.label)
+        poisoned = contents.aliases.poisoned
+        replacing = {entry.record.name: entry.record for one in announced for entry in one.entries}
+        for record in [r for r in self.manifest.records if (r.run, r.label) == run and r.name in poisoned]:
+            moved = self.names.move_slot(record)
+            if moved is not None and not is_payload_of(self.journal, moved):
+                self._move_replaced(moved, replacing.get(record.name))
         manifest = self.manifest
-        own = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
-        limit = term.number, max((r.serial for r in own if r.name not in contents.aliases.poisoned), default=0)
-        term.limit(limit[1])
-        contents.manifest = attrs.evolve(
-            manifest, limits={**manifest.limits, run: (*manifest.limits.get(run, ()), limit)}
-        )
+        before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
+        serials = (r.serial for r in before if r.name not in poisoned and manifest.is_of_holder(r))
+        limits = (*manifest.limits.get(run, ()), (term.number, max(serials, default=0)))
+        term.limit(limits)
+        contents.manifest = attrs.evolve(manifest, limits={**manifest.limits, run: limits})
+
+    def _move_replaced(self, moved: Record, by: Record | None) -> None:
+        """Correct the record of a checkpoint whose payload was replaced by that of ``by`` just before it was moved."""
+        record = None if by is None else attrs.evolve(by, name=moved.name, term=moved.term)
+        if record is not None and is_payload_of(self.journal, record):
+            self.rewrite(record)
+            return
+        with self.journal.changing(self.transaction.retiring(moved)) as failed:
+            retire(self.journal, [moved], failed)
+        self.contents.manifest = self.manifest.without(moved.name)
 
     @property
     def manifest(self) -> Manifest:
@@ -232,7 +238,8 @@ class Directory:
                 with contextlib.suppress(ConflictError):
                     finish_run(self.storage, self.journal.trust, run)
         self._left = tuple(entry for listed in self._left for entry in self._look_again(listed))
-        contents.settle_aliases(claims=True)
+        with self.journal.changing(aliases=self.policy.aliases):
+            contents.settle_aliases(claims=True)
         self._free_slot()
         contents.is_begun = True
 

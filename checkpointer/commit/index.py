@@ -11,10 +11,12 @@ import xxhash
 
 from checkpointer.commit.changes import Changes, changes_in, read_changes
 from checkpointer.commit.signing import HMACKey, check_signature
+from checkpointer.commit.terms import read_limits
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.codec import MAX_RECORD_BYTES
 from checkpointer.records.codec import parse_json as parse_json
+from checkpointer.records.manifest import Limits
 from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
@@ -40,6 +42,8 @@ RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
 _JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
+_TRIES: Final = 5
+"""If announced changes are finished during so many listings in a row, the last one is taken."""
 
 
 def record_path(name: str) -> str:
@@ -82,6 +86,8 @@ class Listing:
     """Every file of the directory."""
     changes: tuple[Changes, ...] = ()
     """What writers have announced to change, and may not have finished."""
+    limits: Limits = attrs.field(factory=dict)
+    """Which records count after another process took over a run: see `Manifest.limits`."""
     reads: int = 0
     """How many record files were read, because the index did not have them."""
 
@@ -121,7 +127,46 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
     Raises:
         SchemaError: If a record was written by a newer version of this library.
     """
-    files = storage.list()
+    for _ in range(_TRIES):
+        files = storage.list()
+        changes, damaged, is_sure = _read_changes(storage, files, trust)
+        if is_sure:
+            break
+    entries, refused, reads = _read_entries(storage, files, trust)
+    runs = {(entry.record.run, entry.record.label) for entry in entries.values()}
+    limits, unknown = read_limits(storage, files, runs, trust)
+    return Listing(
+        entries=entries,
+        damaged=refused | damaged | unknown,
+        files=files,
+        changes=changes,
+        limits=limits,
+        reads=reads,
+    )
+
+
+def _read_changes(
+    storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None
+) -> tuple[tuple[Changes, ...], dict[str, RecordError], bool]:
+    """Return what writers have announced, what cannot be read, and whether nothing was finished since the listing."""
+    changes: list[Changes] = []
+    damaged: dict[str, RecordError] = {}
+    paths = changes_in(files)
+    for path in paths:
+        try:
+            found = read_changes(storage, path, trust)
+        except SchemaError:
+            raise
+        except RecordError as error:
+            damaged[path] = error
+        else:
+            changes += [found] if found is not None else []
+    return tuple(changes), damaged, len(changes) + len(damaged) == len(paths)
+
+
+def _read_entries(
+    storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None
+) -> tuple[dict[str, Entry], dict[str, RecordError], int]:
     cached = _cached(storage, files)
     entries: dict[str, Entry] = {}
     damaged: dict[str, RecordError] = {}
@@ -139,17 +184,7 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
             raise
         except RecordError as error:
             damaged[path] = error
-    changes: list[Changes] = []
-    for path in changes_in(files):
-        try:
-            found = read_changes(storage, path, trust)
-        except SchemaError:
-            raise
-        except RecordError as error:
-            damaged[path] = error
-        else:
-            changes += [found] if found is not None else []
-    return Listing(entries=entries, damaged=damaged, files=files, changes=tuple(changes), reads=reads)
+    return entries, damaged, reads
 
 
 def read_entry(storage: Storage, path: str, trust: HMACKey | None) -> Entry:

@@ -100,7 +100,12 @@ class Journal:
             self._write_changes(before)
             raise
         self.unfinished = {**before, **announced}
-        yield failed
+        try:
+            yield failed
+        except Exception:
+            with contextlib.suppress(OSError):
+                self._write_changes(self.unfinished)
+            raise
         self.unfinished = {
             name: entry for name, entry in self.unfinished.items() if name not in announced or name in failed
         }

@@ -35,7 +35,7 @@ class Lines:
         """Return the manifest as the next process sees it if it goes on with the newest run under the label."""
         # If no payload exists, the newest run is the one whose payloads are gone: a restore reports them.
         for records in (manifest.records, manifest.aside):
-            labelled = [record for record in records if record.label == manifest.label]
+            labelled = [r for r in records if r.label == manifest.label and manifest.is_of_holder(r)]
             if labelled:
                 return manifest.on_newest_line(labelled[-1].run)
         return manifest
@@ -66,10 +66,10 @@ class Lines:
         if contents.is_on_line:
             return wide
         # Before this process has saved or restored, the run goes on from its newest record, here or on the mirror.
-        labelled = [record for record in wide.records if record.label == wide.label]
+        labelled = [record for record in wide.records if record.label == wide.label and wide.is_of_holder(record)]
         if not contents.is_claimed and not view.own and labelled:
             view = view.seen_by(labelled[-1].run, labelled[-1].line)
-        return view.seen_by(view.run, view.own[-1].line) if view.own else view
+        return view.seen_by(view.run, view.newest_line) if view.own else view
 
     def resume(self, record: Record, *, protect: bool) -> None:
         """Go on from this record; ``protect`` keeps it even if no rule does."""

@@ -13,7 +13,6 @@ from checkpointer.commit.changes import Changes, changes_path, read_changes
 from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import limits_of
 from checkpointer.errors import CheckpointerWarning, RecordError
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
@@ -72,8 +71,7 @@ def recover(journal: Journal, listing: Listing, *, run: tuple[str, str] | None =
         entries.pop(record_path(name), None)
         entries |= {record_path(name): now} if now is not None else {}
     announced = [one for one in listing.changes if one not in ours]
-    limits = limits_of(listing.files, {(entry.record.run, entry.record.label) for entry in entries.values()})
-    return _seen(journal, entries, announced, listing.sizes, limits)
+    return _seen(journal, entries, announced, listing.sizes, listing.limits)
 
 
 def _may_finish(entry: Entry, run: tuple[str, str] | None) -> bool:
@@ -211,9 +209,11 @@ def settle(journal: Journal, entry: Entry, *, write: bool) -> Record | None:
 
 def is_payload_of(journal: Journal, record: Record) -> bool:
     """Return whether the payload of this name has the size and digest of the record. Reads all of it."""
-    if not journal.has_payload(record):
-        return False
-    return digest_of(journal.storage, record.name, algorithm_of(record.digest)) == (record.size, record.digest)
+    with contextlib.suppress(FileNotFoundError):  # A live writer may delete it at any moment.
+        if journal.has_payload(record):
+            found = digest_of(journal.storage, record.name, algorithm_of(record.digest))
+            return found == (record.size, record.digest)
+    return False
 
 
 def retire(journal: Journal, records: Iterable[Record], failed: set[str]) -> None:

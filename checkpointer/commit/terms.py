@@ -4,7 +4,7 @@ The argument. A term is a number that only grows, for one run and label in one d
 ``.checkpointer/terms/<key>``:
 
 - ``<term>.json``: the *claim*. It is created once, by a request that fails if it exists, and never replaced or removed.
-- ``<term>.from-<serial>``: records of lower terms count up to this serial.
+- ``<term>.limits``: for this and earlier terms, up to which serial the records of lower terms count.
 - ``<term>.beat``: a number that the holder changes every few seconds.
 - ``<term>.end``: the holder has released the term.
 
@@ -17,16 +17,19 @@ The holder of a term (the old writer) and the process that claims the next one (
 3. *Change*: the old writer makes the changes that it has announced, and no others.
 4. *Claim*: the new writer creates the claim of the next term. If another process has created it, that one has the term.
 5. *Read*: after that the new writer lists the directory, and reads the changes of every writer that may be alive.
-6. *Limit*: the new writer writes the highest serial that it has found to ``<term>.from-<serial>``.
+6. *Limit*: the new writer writes ``<term>.limits``: the highest serial that it counts, and the limits that it applied.
+   Readers use the file of the highest term only, so a file that is written late changes nothing.
 
-Either step 2 comes after step 4, and the old writer changes nothing. Or it comes before, so step 1 comes before step 5,
-and the new writer reads what the old writer may still change, now or later. It counts none of it: a checkpoint that is
-being removed is removed; a checkpoint that is being replaced gets another name first; and these names are never used
-again. This holds if each of the processes is paused between any two of its operations, for any time.
+Either step 2 comes after step 4, and the old writer changes nothing. Or it comes before, so step 1 comes before step
+5, and the new writer reads what the old writer may still change, now or later. It relies on none of it. A checkpoint
+that is being removed does not count. If the payload or record of a checkpoint may still change, because it is being
+replaced, rewritten or not yet committed, the checkpoint gets another name. The names are never used again, as long as
+the old writer may be alive. This holds if each process is paused between any two of its operations, for any time.
 
 An old writer writes *new* files without these steps, because a new file harms nothing: its record is created once, so
-no name is used twice. If such a record is committed after step 5, its serial is above the limit. It is listed, but is
-never ``last``, never ranked, and no run goes on from it by itself.
+no name is used twice. If such a record is committed after step 5, its serial is above the limit, or it was pending in
+step 5 and a record of a higher term has its token. It is listed, but is never ``last``, never ranked, and no run goes
+on from it by itself.
 
 A storage must show a file to every reader once its write has returned, if it is asked for that file. A listing may lag:
 the changes and records of the run are read one by one. A network mount that caches missing files (NFS) breaks this for
@@ -46,7 +49,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import xxhash
@@ -72,8 +75,8 @@ __all__ = [
     "as_lease",
     "claim_term",
     "key_of",
-    "limits_of",
     "read_claim",
+    "read_limits",
 ]
 
 TERMS: Final = ".checkpointer/terms"
@@ -85,7 +88,7 @@ BEATS: Final = 4
 MAX_BEAT_S: Final = 3600.0
 _POLLS: Final = 20
 """Polls of the heartbeat in one lease."""
-_FILE: Final = re.compile(r"(\d{1,15})\.(json|beat|end|from-(\d{1,18}))")
+_FILE: Final = re.compile(r"([1-9]\d{0,8})\.(json|beat|end|limits)")
 
 _log = logging.getLogger("checkpointer")
 
@@ -99,31 +102,66 @@ def key_of(run: str, label: str) -> str:
 class TermFiles:
     """The terms of one run, by the names of their files."""
 
-    highest: int = 0
-    """The term that counts; 0 if there is none."""
+    claimed: tuple[int, ...] = ()
+    """Every term that was claimed, the highest first."""
     ended: frozenset[int] = frozenset()
     """Terms that were released."""
-    limits: tuple[tuple[int, int], ...] = ()
-    """``(term, serial)``: records of lower terms count up to this serial."""
+    limiting: int = 0
+    """The highest term that has limits; 0 if there is none."""
 
     @classmethod
     def of(cls, paths: Iterable[str], key: str) -> TermFiles:
         """Read the names of the files in ``.checkpointer/terms/<key>``; leave out other paths."""
         folder = f"{TERMS}/{key}/"
         names = (path[len(folder) :] for path in paths if path.startswith(folder))
-        found = [match for match in map(_FILE.fullmatch, names) if match]
+        found = [(int(match[1]), match[2]) for match in map(_FILE.fullmatch, names) if match]
         return cls(
-            highest=max((int(match[1]) for match in found), default=0),
-            ended=frozenset(int(match[1]) for match in found if match[2] == "end"),
-            limits=tuple(sorted((int(match[1]), int(match[3])) for match in found if match[3] is not None)),
+            claimed=tuple(sorted((term for term, kind in found if kind == "json"), reverse=True)),
+            ended=frozenset(term for term, kind in found if kind == "end"),
+            limiting=max((term for term, kind in found if kind == "limits"), default=0),
         )
 
+    @property
+    def highest(self) -> int:
+        """The term that counts; 0 if there is none."""
+        return max([self.limiting, *self.claimed[:1]])
 
-def limits_of(files: Iterable[str], runs: Iterable[tuple[str, str]]) -> Limits:
-    """Return by run and label which records count after a takeover."""
+
+def read_limits(
+    storage: Storage, files: Iterable[str], runs: Iterable[tuple[str, str]], trust: HMACKey | None
+) -> tuple[Limits, dict[str, RecordError]]:
+    """Return by run and label which records count after a takeover, and each file that cannot be read or trusted."""
     paths = [path for path in files if path.startswith(f"{TERMS}/")]
-    found = {run: TermFiles.of(paths, key_of(*run)).limits for run in runs} if paths else {}
-    return {run: limits for run, limits in found.items() if limits}
+    limits: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {}
+    damaged: dict[str, RecordError] = {}
+    for run in runs if paths else ():
+        found = TermFiles.of(paths, key_of(*run))
+        if found.limiting:
+            path = f"{TERMS}/{key_of(*run)}/{found.limiting}.limits"
+            try:
+                limits[run] = _limits_of(_read_json(storage, path, trust), path)
+            except FileNotFoundError:
+                continue
+            except RecordError as error:
+                damaged[path] = error
+    return limits, damaged
+
+
+def _limits_of(data: object, path: str) -> tuple[tuple[int, int], ...]:
+    pairs = data.get("limits") if isinstance(data, dict) else None
+    if isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(number) is int and number >= 0 for number in pair)
+        for pair in pairs
+    ):
+        return tuple((term, serial) for term, serial in pairs)
+    msg = f"{path}: 'limits' is {pairs!r:.100}; expected a list of [term, serial]"
+    raise RecordError(msg)
+
+
+def _read_json(storage: Storage, path: str, trust: HMACKey | None) -> Any:
+    data = parse_json(read_whole(lambda: storage.open(path), MAX_RECORD_BYTES + 1), path)
+    check_signature(data, path, trust)
+    return data
 
 
 @attrs.define
@@ -151,6 +189,11 @@ class Term:
             self._fenced = self._fenced or self._fenced_text()
             raise FencedError(self._fenced)
 
+    def check_listed(self, files: Iterable[str]) -> None:
+        """Do as `check` if a listing has a higher term."""
+        if TermFiles.of(files, key_of(self.run, self.label)).highest > self.number:
+            self.check()
+
     def _fenced_text(self) -> str:
         found = TermFiles.of(self.storage.list(self.folder), key_of(self.run, self.label))
         number = max(found.highest, self.number + 1)
@@ -163,7 +206,8 @@ class Term:
 
     def has_replaced(self, owner: str) -> bool:
         """Return whether the owner held an earlier term. Reads the claims one by one."""
-        earlier = range(self.number - 1, 0, -1)
+        found = TermFiles.of(self.storage.list(self.folder), key_of(self.run, self.label))
+        earlier = (number for number in found.claimed if number < self.number)
         return any(read_claim(self.storage, self.folder, number, self.trust).owner == owner for number in earlier)
 
     @property
@@ -171,9 +215,10 @@ class Term:
         """Whether a check has found a higher term. Sends no request."""
         return bool(self._fenced)
 
-    def limit(self, serial: int) -> None:
-        """Let records of lower terms count up to this serial only."""
-        self.storage.write(f"{self.folder}/{self.number}.from-{serial}", b"")
+    def limit(self, limits: Iterable[tuple[int, int]]) -> None:
+        """Let the records of lower terms count up to these serials only: ``(term, serial)``, with those of before."""
+        data = {"schema": SCHEMA, "limits": [list(pair) for pair in limits]}
+        self.storage.write(f"{self.folder}/{self.number}.limits", json.dumps(signed(data, self.trust)).encode())
 
     def release(self) -> None:
         """Let the next process go on at once. Failures do not matter."""
@@ -213,10 +258,8 @@ class Claim:
 
 def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None) -> Claim:
     """Return who has claimed a term; an unknown one if the claim cannot be read or trusted."""
-    path = f"{folder}/{number}.json"
     with contextlib.suppress(FileNotFoundError, RecordError):
-        data = parse_json(read_whole(lambda: storage.open(path), MAX_RECORD_BYTES + 1), path)
-        check_signature(data, path, trust)
+        data = _read_json(storage, f"{folder}/{number}.json", trust)
         if isinstance(data, dict):
             texts = {key: str(data.get(key, "")) for key in ("owner", "since", "machine")}
             return Claim(**texts, beat_s=as_number(data.get("beat_s")) or 0.0)

@@ -240,7 +240,9 @@ class Transaction:
                 self.journal.put(Entry(record=record))  # 5
             except OSError as error:
                 if is_new:
-                    remove(self.journal, record)
+                    # Another process may have taken over, and count it.
+                    with self.journal.changing(self.retiring(record)):
+                        remove(self.journal, record)
                     raise
                 # The old payload is gone, and the announced change proves the new one.
                 failed.add(record.name)

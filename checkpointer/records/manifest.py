@@ -68,7 +68,7 @@ class Manifest:
     @cached_property
     def live(self) -> tuple[Record, ...]:
         """Own records on the current line, rescues included."""
-        line, limits = self.line, self._limits
+        line, limits = self.line, self.limits
         return tuple([r for r in self.own if (r.line == line and not limits) or self.counts(r)])
 
     @cached_property
@@ -128,17 +128,19 @@ class Manifest:
         return is_on_line and self.is_of_holder(record)
 
     def is_of_holder(self, record: Record) -> bool:
-        """Return whether the record was committed before another process took over the run."""
-        return all(record.term >= term or record.serial <= serial for term, serial in self._limits)
-
-    @property
-    def _limits(self) -> tuple[tuple[int, int], ...]:
-        return self.limits.get((self.run, self.label), ()) if self.limits else ()
+        """Return whether the record was committed before another process took over its run."""
+        limits = self.limits.get((record.run, record.label), ()) if self.limits else ()
+        return all(record.term >= term or record.serial <= serial for term, serial in limits)
 
     @property
     def highest_term(self) -> int:
         """The highest term of the run that is known."""
-        return max([self.term, *(term for term, _ in self._limits)])
+        return max([self.term, *(term for term, _ in self.limits.get((self.run, self.label), ()))])
+
+    @property
+    def newest_line(self) -> Line:
+        """The line of the newest own record, without those of a process that was replaced; empty if there is none."""
+        return next((record.line for record in reversed(self.own) if self.is_of_holder(record)), ())
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""
@@ -180,9 +182,7 @@ class Manifest:
 
     def on_newest_line(self, run: str) -> Manifest:
         """Return the same records as a run sees them that goes on where its newest record is, even if that is aside."""
-        seen = self.seen_by(run, ()).everywhere
-        own = [record for record in seen.own if seen.is_of_holder(record)]
-        return self.seen_by(run, own[-1].line if own else ())
+        return self.seen_by(run, self.seen_by(run, ()).everywhere.newest_line)
 
     def resumed_at(self, record: Record) -> Manifest:
         """Return the manifest of a run that goes on from ``record``."""

@@ -84,6 +84,12 @@ class Saver:
         except FileNotFoundError:
             # The directory or the staged file was removed during the write. The second try makes it again.
             return commit()
+        except NameTakenError:
+            # Another writer has taken the name since it was looked for.
+            again = attrs.evolve(decision, replaces=False)
+            if decision.replaces or over_alias or directory.names.is_free(decision.name):
+                raise
+            return self.write(again, state, None)
 
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that no other writer has taken since the directory was listed."""

@@ -13,7 +13,6 @@ from checkpointer.commit.journal import Journal
 from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import limits_of
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Limits, Manifest
@@ -167,7 +166,7 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         files=listing.files,
         foreign=listing.foreign,
         signed=sum(bool(entry.signature) for entry in listing.entries.values()),
-        limits=limits_of(listing.files, {(record.run, record.label) for record in (*records, *found.missing)}),
+        limits=listing.limits,
     )
 
 

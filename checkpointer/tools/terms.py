@@ -46,7 +46,7 @@ def terms_of(catalog: Catalog, run: str, label: str, trust: HMACKey | None = Non
     key = key_of(run, label)
     found, limits = TermFiles.of(catalog.files, key), dict(catalog.limits.get((run, label), ()))
     terms = []
-    for number in range(1, found.highest + 1):
+    for number in reversed(found.claimed):
         claim = read_claim(catalog.storage, f"{TERMS}/{key}", number, trust)
         state: State = "holds"
         if number in found.ended:
@@ -64,6 +64,6 @@ def holders(catalog: Catalog, trust: HMACKey | None = None) -> tuple[HeldTerm, .
     found = []
     for run, label in catalog.runs:
         terms = TermFiles.of(catalog.files, key_of(run, label))
-        if terms.highest and terms.highest not in terms.ended:
+        if terms.claimed and terms.claimed[0] not in terms.ended:
             found += [one for one in terms_of(catalog, run, label, trust)[-1:] if one.state == "holds"]
     return tuple(found)
