@@ -173,6 +173,8 @@ class CheckpointManager:
             open_again=again,
         )
         weakref.finalize(keep_alive, opened.stop_heartbeat)
+        if self._mirror is not None:
+            self._mirror.check = opened.journal.check_term
         self._report_below()
         on_change = self._mirror.update if self._mirror else None
         self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)

@@ -202,6 +202,7 @@ class Session:
         """
         self.check_open()
         self._executor.settle()
+        self._directory.hold(self._directory.manifest.run)
         stem = stem or f"earlier-{name.removesuffix(self._directory.policy.name.suffix)}"
         return self._directory.names.make_way(name, stem)
 

@@ -341,6 +341,7 @@ def test_same_alias_twice_is_an_error(tmp_path: Path) -> None:
     policy = Policy(EverySteps(1), [KeepLast(1)], last="link")
     first = make(tmp_path, policy)
     second = make(tmp_path, policy)
+    first.observe({}, step=1, epoch=0)
     with pytest.raises(AliasInUseError, match=r"the alias 'last.ckpt'.* is kept by another live manager"):
         second.observe({}, step=1, epoch=0)
     with pytest.raises(AliasInUseError, match="stop one of them"):

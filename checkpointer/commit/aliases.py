@@ -23,9 +23,9 @@ from checkpointer.records.codec import parse_json
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
-from checkpointer.storage.owner import is_dead, is_live
+from checkpointer.storage.owner import is_live
 
-__all__ = ["Aliases", "Pointing", "claim", "is_marked", "make_alias", "marker_path", "read_marker", "release"]
+__all__ = ["Aliases", "Pointing", "claim", "is_marked", "make_alias", "mark", "marker_path", "read_marker", "release"]
 
 
 @attrs.define
@@ -248,15 +248,15 @@ def marker_path(alias: str) -> str:
 
 
 def claim(journal: Journal, alias: str, label: str) -> bool:
-    """Mark ``alias`` as owned by this manager; return False if that has to wait until the manager holds its run.
+    """Mark ``alias`` as owned by this manager, if it holds its run; return whether it is marked.
 
     Raises:
         AliasInUseError: If another live manager owns it.
     """
     marker, term = read_marker(journal, alias), journal.term
     other = marker.get("owner", "")
-    if term is None and marker.get("label") == label and other not in ("", journal.owner) and not is_dead(other):
-        return False  # It may hold the run that this manager is about to go on with: that is decided first.
+    if term is None and marker.get("label") == label:
+        return False  # The other one may hold the run that this manager is about to go on with: that comes first.
     if other != journal.owner and is_live(other) and not (term is not None and term.has_replaced(other)):
         journal.check_term()
         pid = other.split("~")[1]
@@ -266,8 +266,9 @@ def claim(journal: Journal, alias: str, label: str) -> bool:
             "label='b', Naming(last='last-b')"
         )
         raise AliasInUseError(msg)
-    _mark(journal, alias, label, journal.owner)
-    return True
+    if term is not None:
+        mark(journal, alias, label, journal.owner)
+    return term is not None
 
 
 def release(journal: Journal, aliases: Iterable[str]) -> None:
@@ -275,7 +276,7 @@ def release(journal: Journal, aliases: Iterable[str]) -> None:
     for alias in aliases:
         marker = read_marker(journal, alias)
         if marker.get("owner") == journal.owner:
-            _mark(journal, alias, marker.get("label", ""), "")
+            mark(journal, alias, marker.get("label", ""), "")
 
 
 def is_marked(journal: Journal, alias: str) -> bool:
@@ -283,7 +284,8 @@ def is_marked(journal: Journal, alias: str) -> bool:
     return bool(read_marker(journal, alias))
 
 
-def _mark(journal: Journal, alias: str, label: str, owner: str) -> None:
+def mark(journal: Journal, alias: str, label: str, owner: str) -> None:
+    """Write the marker of an alias; an empty owner stands for no manager."""
     marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": owner}
     journal.storage.write(marker_path(alias), json.dumps(signed(marker, journal.trust)).encode())
 

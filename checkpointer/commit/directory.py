@@ -76,6 +76,7 @@ class Directory:
         self._lease = lease or Lease()
         self._open_again = open_again or (lambda: storage)
         self._heartbeat: Heartbeat | None = None
+        self._is_sure = False
         if writes and run is not None:
             self._claim(run, label, is_new=False)
         listing = _listing(storage, trust)
@@ -152,13 +153,25 @@ class Directory:
         self._claim(run, self.manifest.label, is_new=is_new)
         assert self.journal.term is not None, "claimed above"
         contents.manifest = attrs.evolve(self.manifest, term=self.journal.term.number)
-        if self.journal.term.number == 1:
+        if is_new and self.journal.term.number == 1:
             return False
+        self._read_again()
+        return True
+
+    def look_again(self) -> bool:
+        """If payloads were gone when the directory was read, read it once more; return whether it was."""
+        if self._is_sure or not self.manifest.aside:
+            return False
+        self._is_sure = True
+        self._read_again()
+        return True
+
+    def _read_again(self) -> None:
+        contents = self.contents
         contents.aliases.listing = listing = _listing(self.storage, self.journal.trust)
         contents.aliases.forget()
         self._take_in(listing)
         contents.is_begun = False
-        return True
 
     def _claim(self, run: str, label: str, *, is_new: bool) -> None:
         self.let_go()

@@ -10,7 +10,7 @@ import attrs
 from checkpointer.commit.changes import Changes, clear_changes, write_changes
 from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.signing import HMACKey, signed
-from checkpointer.commit.terms import LEASE_S, Term, as_lease, claim_term
+from checkpointer.commit.terms import Lease, Term, claim_term
 from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, Upload
 from checkpointer.records.codec import to_json
@@ -68,7 +68,7 @@ class Journal:
         self.storage.write(record_path(entry.record.name), self._encode(entry))
 
     def announce(self, pending: Entry) -> None:
-        """Write the pending record of a new name. If two writers create it, `NameTakenError` stops the second one."""
+        """Create the record of a new name. If two writers create it, `NameTakenError` stops the second one."""
         try:
             with aborting(self.storage.upload(record_path(pending.record.name))) as upload:
                 upload.write(self._encode(pending))
@@ -133,15 +133,14 @@ class Journal:
 
 
 @contextlib.contextmanager
-def holding(journal: Journal, run: str, label: str) -> Iterator[None]:
-    """Hold a run while a command changes it.
+def holding(journal: Journal, run: str, label: str, lease: Lease | None = None) -> Iterator[None]:
+    """Hold a run while a command changes it; without a ``lease`` only if no process may be training it.
 
     Raises:
         RunInUseError: If a process trains the run.
     """
-    journal.term = claim_term(
-        journal.storage, run, label, journal.owner, as_lease(LEASE_S, None), journal.trust, is_new=False
-    )
+    lease = lease or Lease(waits=False)
+    journal.term = claim_term(journal.storage, run, label, journal.owner, lease, journal.trust, is_new=False)
     try:
         yield
     finally:

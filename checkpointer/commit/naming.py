@@ -98,7 +98,8 @@ class Names:
         new = self._unused(stem)
         if record is None:
             # The next record's write syncs the folder that holds both.
-            os.rename(storage.local_path(name), storage.local_path(new))
+            with contents.journal.changing(aliases=[name]):
+                os.rename(storage.local_path(name), storage.local_path(new))
             contents.manifest = attrs.evolve(contents.manifest, foreign=(contents.manifest.foreign - {name}) | {new})
             return new
         self._replace(record, self._transaction.move(record, new))
@@ -113,8 +114,9 @@ class Names:
             return
         contents.prepare()
         moved = attrs.evolve(missing, name=self._unused(stem))
-        contents.journal.put(Entry(record=moved))
-        contents.journal.delete(name)
+        with contents.journal.changing(aliases=[name]):
+            contents.journal.put(Entry(record=moved))
+            contents.journal.delete(name)
         contents.manifest = contents.manifest.without(name).without_payload(moved)
 
     def _unused(self, stem: str) -> str:

@@ -18,13 +18,15 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
-from checkpointer.storage.owner import is_dead, new_owner, release
+from checkpointer.storage.owner import is_dead, is_live, new_owner, release
 
 __all__ = [
     "Recovered",
     "finish",
     "finish_changes",
+    "finish_left",
     "finish_run",
+    "has_stopped",
     "is_payload_of",
     "recover",
     "remove",
@@ -53,29 +55,38 @@ def recover(journal: Journal, listing: Listing, *, run: tuple[str, str] | None =
     The journal must hold the term of that run, so that only one process finishes its writes.
     """
     entries = dict(listing.entries)
-    ours = [changes for changes in listing.changes if is_dead(changes.owner) and _is_of(run, *changes.entries)]
-    left = [entry for entry in entries.values() if entry.status != "committed" and _may_finish(entry, run)]
-    moved = [record for record in _moved(journal, entries.values()) if (record.run, record.label) == run]
+    for name in finish_left(journal, listing, run):
+        now = journal.find(name)
+        entries.pop(record_path(name), None)
+        entries |= {record_path(name): now} if now is not None else {}
+    announced = [one for one in listing.changes if not (has_stopped(one.owner) and _is_of(run, *one.entries))]
+    return _seen(journal, entries, announced, listing.sizes, listing.limits)
+
+
+def finish_left(
+    journal: Journal, listing: Listing, run: tuple[str, str] | None, *, force: bool = False
+) -> frozenset[str]:
+    """Finish what ended writers of a run left, and return the names; ``force`` counts unknown writers as ended."""
+    ours = [one for one in listing.changes if has_stopped(one.owner, force=force) and _is_of(run, *one.entries)]
+    entries = [entry for entry in listing.entries.values() if _is_of(run, entry)]
+    left = [one for one in entries if one.status != "committed" and has_stopped(one.owner, force=force)]
+    moved = _moved(journal, entries)
     names = {entry.record.name for entry in left}.union(*(one.names for one in ours), (r.name for r in moved))
     with journal.changing(aliases=names):
         for changes in ours:
             finish_changes(journal, changes.owner)
         for listed in left:
             entry = journal.find(listed.record.name)
-            if entry is not None and entry.status != "committed" and is_dead(entry.owner):
+            if entry is not None and entry.status != "committed" and has_stopped(entry.owner, force=force):
                 finish(journal, entry, write=True)
         for record in moved:
             journal.delete(record.name)
-    for name in names:
-        now = journal.find(name)
-        entries.pop(record_path(name), None)
-        entries |= {record_path(name): now} if now is not None else {}
-    announced = [one for one in listing.changes if one not in ours]
-    return _seen(journal, entries, announced, listing.sizes, listing.limits)
+    return frozenset(names)
 
 
-def _may_finish(entry: Entry, run: tuple[str, str] | None) -> bool:
-    return is_dead(entry.owner) and _is_of(run, entry)
+def has_stopped(owner: str, *, force: bool = False) -> bool:
+    """Return whether a writer has certainly ended; with ``force`` also if that is not known."""
+    return is_dead(owner) or (force and not is_live(owner))
 
 
 def _is_of(run: tuple[str, str] | None, *entries: Entry) -> bool:

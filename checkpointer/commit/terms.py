@@ -41,6 +41,7 @@ The clocks of two hosts are never compared. Whether a holder is alive decides wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -124,7 +125,9 @@ class TermFiles:
     @property
     def highest(self) -> int:
         """The term that counts; 0 if there is none."""
-        return max([self.limiting, *self.claimed[:1]])
+        numbers = self.claimed[::-1]
+        # A file that is beyond a gap was not made by this library.
+        return next((n for n, after in itertools.zip_longest(numbers, numbers[1:]) if after != n + 1), 0)
 
 
 def read_limits(
@@ -274,6 +277,8 @@ class Lease:
     """A holder that sends no heartbeat for so long is replaced."""
     takeover: bool = False
     """Replace a holder even if it is alive."""
+    waits: bool = True
+    """If False, a holder that may be alive is not replaced at all."""
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
 
@@ -343,6 +348,8 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
         return True
     if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
         raise RunInUseError(_in_use(storage, run, number, holder, "it is another manager of this process"))
+    if not lease.waits:
+        raise RunInUseError(_in_use(storage, run, number, holder, "it may be alive"))
     # The holder may have a longer lease, and sends heartbeats less often then.
     patience_s = max(lease.seconds, BEATS / 2 * min(holder.beat_s, MAX_BEAT_S))
     text = (

@@ -148,7 +148,10 @@ class Transaction:
         size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
         record = attrs.evolve(draft, size=size, digest=digest)
         replaced = self._check_replaced(record, replaces, over_alias=False)
-        with self.journal.changing(*([self._pending(record, replaced)] if replaced else [])):
+        if replaced is None and self.journal.read(record.name) is None:
+            self.journal.announce(Entry(record=record))
+            return record
+        with self.journal.changing(self._pending(record, replaced)):
             return self._commit(record)
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:

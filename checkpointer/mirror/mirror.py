@@ -94,6 +94,8 @@ class MirrorThread:
         self._skipped: frozenset[tuple[str, str]] = frozenset()
         self._error = ""
         self._conflict: ConflictError | None = None
+        self.check: Callable[[], None] = lambda: None
+        """Raises if another process has taken over the run; called before the thread claims it on the mirror."""
         # Only the thread uses these:
         self._directory: Directory | None = None
         self._owner = ""
@@ -248,6 +250,7 @@ class MirrorThread:
 
     def _connect(self, here: Manifest) -> Directory:
         if self._directory is None:
+            self.check()
             self._owner = new_owner()
             storage = open_storage(self._mirror.where, self._owner, self._mirror.options)
             refuse_same(self._source, storage)

@@ -44,8 +44,9 @@ def go_to(
                 raise
             msg = f"{error}; not looked at: {'; '.join(found.problems)}"
             raise NotFoundError(msg) from error
-        if candidates and directory.writes and directory.hold(candidates[0].run):
-            # Now this process holds the run, and the directory was read again.
+        holds = directory.hold(candidates[0].run) if candidates and directory.writes else False
+        if holds or (not candidates and directory.look_again()):
+            # Now this process holds the run, or a live one has changed its checkpoints during the listing.
             return go_to(which, directory, found, contents, load, strict=strict)
         if which is None or which in ("last", "best") or which in policy.aliases:
             bad = (*map(str, directory.damaged.values()), *found.problems)

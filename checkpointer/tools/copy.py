@@ -9,11 +9,12 @@ from typing import Literal
 import attrs
 
 from checkpointer._display import count_text, size_text, some_of
-from checkpointer.commit.aliases import claim, make_alias, release
+from checkpointer.commit.aliases import make_alias, mark
 from checkpointer.commit.index import HOME
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.recovery import settle
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
+from checkpointer.commit.terms import TERMS
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
@@ -154,14 +155,17 @@ def copy(
     if _CREATED in source.files and _CREATED not in target.files:
         with source.storage.open(_CREATED) as stream:
             storage.write(_CREATED, stream.read())
+    for path in source.files:
+        if path.startswith(f"{TERMS}/") and path.endswith(".limits") and path not in target.files:
+            with source.storage.open(path) as stream:
+                storage.write(path, stream.read())
     by_name = {record.name: record for record in source.records}
     for alias, name, how in plan.aliases:
         if target.aliases.get(alias) == name:
             continue
-        claim(journal, alias, by_name[name].label)
         with journal.changing(aliases=[alias]):
             make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
-        release(journal, [alias])
+        mark(journal, alias, by_name[name].label, "")
     return plan
 
 

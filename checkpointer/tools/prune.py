@@ -10,6 +10,7 @@ from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.recovery import retire
 from checkpointer.commit.signing import refuse_unsigned
+from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import RestoreError
 from checkpointer.policy.decide import explain
@@ -117,7 +118,7 @@ def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record,
     if not pruning.records:
         return ()
     first = pruning.records[0]
-    with holding(journal, first.run, first.label):
+    with holding(journal, first.run, first.label, as_lease(LEASE_S, None)):
         going = [record for record in pruning.records if _is_there(journal, record)]
         entries = [Entry(record=record, status="retired", owner=journal.owner) for record in going]
         with journal.changing(*entries) as failed:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import attrs
 
 from checkpointer.commit.changes import changes_in, read_changes
-from checkpointer.commit.journal import Journal
-from checkpointer.commit.recovery import finish, finish_changes
+from checkpointer.commit.index import load
+from checkpointer.commit.journal import Journal, holding
+from checkpointer.commit.recovery import finish_left, has_stopped
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
+from checkpointer.commit.terms import Lease
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
+from checkpointer.errors import ConflictError
 from checkpointer.ports import Storage, SupportsSweep
-from checkpointer.storage.owner import is_dead, is_live
 from checkpointer.tools.catalog import look_at
 
 __all__ = ["Swept", "sweep"]
@@ -49,27 +51,30 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
     if isinstance(storage, SupportsSweep):
         storage.prepare()
         staged = storage.sweep()
-    left = []
-    finished = []
-    for listed in before.unfinished:
-        entry = journal.find(listed.record.name)
-        if entry is None or entry.status == "committed":
-            continue  # Its writer has finished it meanwhile.
-        if is_dead(entry.owner) or (force and not is_live(entry.owner)):
-            finish(journal, entry, write=True)
-            finished.append(entry.record.name)
-        else:
-            left.append(entry.record.name)
-    for path in changes_in(before.files):
+    left: set[str] = set()
+    finished: set[str] = set()
+    lease = Lease(takeover=True) if force else None
+    for run in dict.fromkeys((entry.record.run, entry.record.label) for entry in before.unfinished):
+        names = {entry.record.name for entry in before.unfinished if (entry.record.run, entry.record.label) == run}
+        try:
+            with holding(journal, *run, lease):
+                done = finish_left(journal, load(storage, trust), run, force=force)
+            finished |= done
+        except ConflictError:
+            done = frozenset()
+        left |= {name for name in names - done if (entry := journal.find(name)) and entry.status != "committed"}
+    for path in changes_in(storage.list()):
         changes = read_changes(storage, path, trust)
-        if changes is not None and (is_dead(changes.owner) or (force and not is_live(changes.owner))):
-            finish_changes(journal, changes.owner)
-            finished += changes.names
-        else:
-            left += changes.names if changes is not None else ()
+        if changes is not None and not changes.entries and has_stopped(changes.owner, force=force):
+            storage.delete(path)
+        elif changes is not None:
+            left |= changes.names
     writers = clear_ended(storage, writers_in(storage, before.files), force=force)
     if isinstance(storage, SupportsSweep):
         storage.close()
     return Swept(
-        staged=staged, finished=tuple(finished), left=tuple(left), writers=tuple(describe(other) for other in writers)
+        staged=staged,
+        finished=tuple(sorted(finished)),
+        left=tuple(sorted(left)),
+        writers=tuple(describe(other) for other in writers),
     )
