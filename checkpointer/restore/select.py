@@ -101,6 +101,8 @@ def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Stor
         raise NoValidCheckpointError(msg)
     suffix = policy.name.suffix
     files = sorted(path for path in there if path.endswith(suffix) and not path.startswith(f"{HOME}/"))
+    # A process that was replaced may have committed a checkpoint since the records were read.
+    files = [path for path in files if record_path(path) not in there]
     if files:
         msg = (
             f"{storage} has no record, but files such as {', '.join(files[:3])}. Training does not start over "

@@ -18,17 +18,21 @@ from support.plain_format import PlainFormat
 from checkpointer import (
     CheckpointManager,
     EverySteps,
+    HMACKey,
     KeepAll,
     KeepBest,
     KeepLast,
     Policy,
 )
 from checkpointer.commit import terms
+from checkpointer.commit.writer_marks import writers_in
 from checkpointer.errors import FencedError, PolicyError, RunInUseError
 from checkpointer.ports import Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
+from checkpointer.storage.local import LocalStorage
+from checkpointer.storage.owner import release
 from checkpointer.testing import MemoryStorage
 from checkpointer.tools.catalog import look_at
 
@@ -229,6 +233,88 @@ def test_the_terms_of_a_run_are_shown(tmp_path: Path) -> None:
     states = [(one["term"], one["state"]) for one in json.loads(command("show", tmp_path, "--run", run, "--json").out)]
     assert [(1, "replaced"), (2, "released")] == states
     assert 2 == command("show", tmp_path).code
+
+
+def replaced(place: Storage | Path, policy: Policy = ALL) -> tuple[CheckpointManager, CheckpointManager]:
+    """Return a manager that was replaced after two saves, and the one that has replaced it and saved once."""
+    old = started(place, policy, "old", host="node1")
+    save(old, 1)
+    save(old, 2)
+    new = started(place, policy, "new")
+    assert new.restore() is not None
+    save(new, 3)
+    return old, new
+
+
+def test_a_process_that_only_looks_blocks_no_alias(tmp_path: Path) -> None:
+    """The holder claims its aliases at its first save, although another manager was opened before."""
+    with started(tmp_path, LAST, "first") as first:
+        save(first, 1)
+    onlooker = started(tmp_path, LAST, "onlooker")
+    with started(tmp_path, LAST, "second") as second:
+        assert second.restore() is not None
+        assert save(second, 2)
+    onlooker.close()
+
+
+def test_a_replaced_process_renames_and_pins_nothing(tmp_path: Path) -> None:
+    """A host that makes way for a file of its own is fenced, too."""
+    old, new = replaced(tmp_path)
+    name = new.records[-1].name
+    with pytest.raises(FencedError):
+        old.session.make_way(name)
+    with pytest.raises(FencedError):
+        old.pin("epoch=0-step=1.ckpt")
+    (tmp_path / "own.ckpt").write_bytes(b"theirs")
+    decision = old.session.decide({}, step=4, epoch=0)
+    with pytest.raises(FencedError):
+        old.session.commit(decision, tmp_path / "own.ckpt")
+    assert (tmp_path / name).exists()
+    new.close()
+
+
+def test_a_copy_knows_what_was_abandoned(tmp_path: Path) -> None:
+    """What a replaced process has saved late does not count in a copy either."""
+    old, new = replaced(tmp_path / "a")
+    record = new.records[-1]
+    late = attrs.evolve(record, name="late.ckpt", step=9, serial=9, term=1, token="late")
+    (tmp_path / "a" / "late.ckpt").write_bytes((tmp_path / "a" / record.name).read_bytes())
+    new.session._directory.journal.put(Entry(record=late))
+    new.close()
+    old.close()
+    for owner in writers_in(LocalStorage(tmp_path / "a", "")):
+        release(owner)
+    assert 0 == command("copy", tmp_path / "a", tmp_path / "b").code
+    with CheckpointManager(tmp_path / "b", format=PlainFormat()) as reader:
+        assert [1, 2, 3] == [found.step for found in reader.records]
+        assert 4 == len(reader.session.manifest.own)
+
+
+@pytest.mark.parametrize("name", ["999999999.json", "99999999999999999999.json", "7.limits", "3.json.tmp", "x.json"])
+def test_a_file_among_the_terms_that_this_library_did_not_write_disturbs_nothing(tmp_path: Path, name: str) -> None:
+    """Terms follow one another without a gap; limits that cannot be read are damage."""
+    with started(tmp_path, ALL, "first") as first:
+        save(first, 1)
+    (folder,) = (tmp_path / ".checkpointer/terms").iterdir()
+    (folder / name).write_bytes(b"junk")
+    with started(tmp_path, ALL, "second") as second:
+        assert second.restore() is not None
+        save(second, 2)
+        assert 2 == second.session._directory.journal.term.number  # type: ignore[union-attr]
+    assert name.endswith(".limits") == ("damaged" in command("ls", tmp_path).err)
+
+
+def test_limits_without_the_key_hide_no_signed_checkpoint(tmp_path: Path) -> None:
+    """An unsigned file of limits is damage, and does not count."""
+    key = HMACKey(b"0123456789abcdef")
+    with started(tmp_path, ALL, "first", trust=key) as first:
+        save(first, 1)
+    (folder,) = (tmp_path / ".checkpointer/terms").iterdir()
+    (folder / "9.limits").write_bytes(b'{"schema": 1, "limits": [[9, 0]]}')
+    with started(tmp_path, ALL, "second", trust=key) as second:
+        restored = second.restore()
+        assert restored is not None
+        assert 1 == restored.record.step
 
 
 class Pausing(MemoryStorage):
