@@ -347,7 +347,9 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
     if lease.takeover:
         return True
     if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
-        raise RunInUseError(_in_use(storage, run, number, holder, "it is another manager of this process"))
+        raise RunInUseError(
+            _in_use(storage, run, number, holder, "it is another manager of this process; close() that one")
+        )
     if not lease.waits:
         raise RunInUseError(_in_use(storage, run, number, holder, "it may be alive"))
     # The holder may have a longer lease, and sends heartbeats less often then.

@@ -127,8 +127,9 @@ def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record,
 
 
 def _is_there(journal: Journal, record: Record) -> bool:
+    """Return whether the record is as it was planned with: it may have been pinned since."""
     entry = journal.find(record.name)
-    return entry is not None and entry.record.token == record.token
+    return entry is not None and entry.record == record
 
 
 def _owners(catalog: Catalog) -> Iterator[str]:

@@ -11,7 +11,7 @@ from checkpointer.commit.recovery import finish_left, has_stopped
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import Lease
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
-from checkpointer.errors import ConflictError
+from checkpointer.errors import ConflictError, RecordError
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.tools.catalog import look_at
 
@@ -64,7 +64,11 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
             done = frozenset()
         left |= {name for name in names - done if (entry := journal.find(name)) and entry.status != "committed"}
     for path in changes_in(storage.list()):
-        changes = read_changes(storage, path, trust)
+        try:
+            changes = read_changes(storage, path, trust)
+        except RecordError as error:
+            left.add(str(error))
+            continue
         if changes is not None and not changes.entries and has_stopped(changes.owner, force=force):
             storage.delete(path)
         elif changes is not None:

@@ -83,7 +83,9 @@ def test_a_second_manager_of_the_process_is_refused_at_once(tmp_path: Path) -> N
     first = started(tmp_path, ALL, "first")
     save(first, 1)
     second = started(tmp_path, ALL, "second")
-    with pytest.raises(RunInUseError, match=r"process \d+ on this host .* another manager of this process"):
+    with pytest.raises(
+        RunInUseError, match=r"on this host .* another manager of this process; close\(\) that one"
+    ):
         second.restore()
     save(first, 2)
     first.close()
