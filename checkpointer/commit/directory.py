@@ -159,8 +159,8 @@ class Directory:
         return True
 
     def look_again(self) -> bool:
-        """If payloads were gone when the directory was read, read it once more; return whether it was."""
-        if self._is_sure or not self.manifest.aside:
+        """Read the directory once more, because a live run may change it; return False if that was done before."""
+        if self._is_sure:
             return False
         self._is_sure = True
         self._read_again()

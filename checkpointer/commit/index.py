@@ -127,12 +127,18 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
     Raises:
         SchemaError: If a record was written by a newer version of this library.
     """
-    for _ in range(_TRIES):
+    entries: dict[str, Entry] = {}
+    refused: dict[str, RecordError] = {}
+    reads = 0
+    for tries_left in reversed(range(_TRIES)):
         files = storage.list()
         changes, damaged, is_sure = _read_changes(storage, files, trust)
-        if is_sure:
+        if not is_sure and tries_left:
+            continue
+        entries, refused, reads, gone = _read_entries(storage, files, trust)
+        # A live manager may have removed the one checkpoint that was listed, and committed the next one.
+        if entries or not gone:
             break
-    entries, refused, reads = _read_entries(storage, files, trust)
     runs = {(entry.record.run, entry.record.label) for entry in entries.values()}
     limits, unknown = read_limits(storage, files, runs, trust)
     return Listing(
@@ -166,8 +172,10 @@ def _read_changes(
 
 def _read_entries(
     storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None
-) -> tuple[dict[str, Entry], dict[str, RecordError], int]:
+) -> tuple[dict[str, Entry], dict[str, RecordError], int, bool]:
+    """Return the entries, what cannot be read, how many were read, and whether one was removed since the listing."""
     cached = _cached(storage, files)
+    gone = False
     entries: dict[str, Entry] = {}
     damaged: dict[str, RecordError] = {}
     reads = 0
@@ -179,12 +187,12 @@ def _read_entries(
             reads += entry is None
             entries[path] = entry or read_entry(storage, path, trust)
         except FileNotFoundError:
-            continue  # A live manager has retired it since the listing.
+            gone = True
         except SchemaError:
             raise
         except RecordError as error:
             damaged[path] = error
-    return entries, damaged, reads
+    return entries, damaged, reads, gone
 
 
 def read_entry(storage: Storage, path: str, trust: HMACKey | None) -> Entry:

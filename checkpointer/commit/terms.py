@@ -125,6 +125,8 @@ class TermFiles:
     @property
     def highest(self) -> int:
         """The term that counts; 0 if there is none."""
+        if not self.claimed:
+            return self.limiting  # In a copy of a directory.
         numbers = self.claimed[::-1]
         # A file that is beyond a gap was not made by this library.
         return next((n for n, after in itertools.zip_longest(numbers, numbers[1:]) if after != n + 1), 0)

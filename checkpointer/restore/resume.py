@@ -11,7 +11,7 @@ import attrs
 
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
-from checkpointer.errors import NotFoundError, RecordError, RestoreError
+from checkpointer.errors import NotFoundError, NoValidCheckpointError, RecordError, RestoreError
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored, load_first_valid
@@ -45,14 +45,20 @@ def go_to(
             msg = f"{error}; not looked at: {'; '.join(found.problems)}"
             raise NotFoundError(msg) from error
         holds = directory.hold(candidates[0].run) if candidates and directory.writes else False
-        if holds or (not candidates and directory.look_again()):
+        if holds or (not candidates and view.aside and directory.look_again()):
             # Now this process holds the run, or a live one has changed its checkpoints during the listing.
             return go_to(which, directory, found, contents, load, strict=strict)
         if which is None or which in ("last", "best") or which in policy.aliases:
             bad = (*map(str, directory.damaged.values()), *found.problems)
-            restored = load_first_valid(
-                candidates, partial(found.load, directory, load), directory.contents.set_aside, bad
-            )
+            try:
+                restored = load_first_valid(
+                    candidates, partial(found.load, directory, load), directory.contents.set_aside, bad
+                )
+            except NoValidCheckpointError:
+                # A live run may have retired them for newer ones meanwhile.
+                if directory.look_again():
+                    return go_to(which, directory, found, contents, load, strict=strict)
+                raise
             if restored is None:
                 check_empty(which, policy, view, directory.storage if strict else None)
                 return None

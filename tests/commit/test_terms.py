@@ -83,9 +83,7 @@ def test_a_second_manager_of_the_process_is_refused_at_once(tmp_path: Path) -> N
     first = started(tmp_path, ALL, "first")
     save(first, 1)
     second = started(tmp_path, ALL, "second")
-    with pytest.raises(
-        RunInUseError, match=r"on this host .* another manager of this process; close\(\) that one"
-    ):
+    with pytest.raises(RunInUseError, match=r"on this host .* another manager of this process; close\(\) that one"):
         second.restore()
     save(first, 2)
     first.close()
@@ -373,6 +371,19 @@ class _PausingUpload:
 
 
 Pausing.upload = lambda self, path: _PausingUpload(self, path)  # type: ignore[method-assign, arg-type]
+
+
+def test_a_listing_of_a_live_run_is_not_taken_for_an_empty_directory() -> None:
+    """While it is read, the only checkpoint is retired for the next one: a start finds that one."""
+    inner = MemoryStorage()
+    first = started(inner, Policy(EverySteps(1), [KeepLast(1)]), "first")
+    save(first, 1)
+    for at in range(1, 12):
+        storage = Pausing(inner, at, lambda at=at: save(first, at + 1))  # type: ignore[misc]
+        storage.is_armed = True
+        with CheckpointManager(storage, format=PlainFormat()) as reader:
+            assert reader.session.locate() is not None, at
+    first.close()
 
 
 @pytest.mark.parametrize("policy", [LAST, SLOT, POLICIES["copies"], ALL, ONE_NAME], ids=[*POLICIES, "one name"])
