@@ -203,7 +203,14 @@ class _Portable:
 
     def __init_subclass__(cls) -> None:
         for step in _STEPS & set(dir(cls)):
-            setattr(cls, step, _portably()(getattr(cls, step)))
+            setattr(cls, step, _portably()(vars(cls).get(step) or _of_parent(cls, step)))
+
+
+def _of_parent(cls: type, step: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(cls, self), step)(*args, **kwargs)
+
+    return call
 
 
 class _SavePlanner(_Portable, DefaultSavePlanner):
