@@ -114,10 +114,13 @@ class SupportsCopy(Protocol):
 
 @runtime_checkable
 class SupportsScratch(Protocol):
-    """A storage that can write a small file sooner if it need not survive a crash of the machine."""
+    """A storage that is quicker with a small file that need not survive a crash of the machine."""
 
     def write_scratch(self, path: str, data: bytes) -> None:
         """Do as `Storage.write`, but let the system decide when the file becomes durable."""
+
+    def delete_scratch(self, path: str) -> None:
+        """Delete a file, not durably. Deleting a missing path succeeds."""
 
 
 @runtime_checkable

@@ -86,8 +86,11 @@ def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> 
 
 
 def clear_changes(storage: Storage, owner: str) -> None:
-    """Say that no change is unfinished. An empty file costs fewer requests than its removal."""
-    _put(storage, changes_path(owner), b"", durable=False)
+    """Say that no change is unfinished. On an object store an empty file costs fewer requests than its removal."""
+    if isinstance(storage, SupportsScratch):
+        storage.delete_scratch(changes_path(owner))
+    else:
+        storage.write(changes_path(owner), b"")
 
 
 def _put(storage: Storage, path: str, data: bytes, *, durable: bool) -> None:

@@ -107,6 +107,11 @@ class LocalStorage:
         except FileNotFoundError:
             self.write(path, data)
 
+    def delete_scratch(self, path: str) -> None:
+        """See `SupportsScratch.delete_scratch`."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(self._within(path))
+
     def _replace(self, target: Path, data: bytes, *, durable: bool) -> None:
         staged = self._new_staged()
         try:

@@ -19,6 +19,7 @@ from checkpointer.ports import (
     SupportsFreeSpace,
     SupportsLinks,
     SupportsPaths,
+    SupportsScratch,
     SupportsSweep,
     Upload,
 )
@@ -490,6 +491,18 @@ class StorageContract:
             storage.copy("missing", "b")
 
         assert b"1" == _read(storage, "b")
+
+    # SupportsScratch
+
+    def test_a_scratch_file_is_there_and_gone(self) -> None:
+        """It replaces an older one; deleting it twice is fine."""
+        storage = _supporting(self.make_storage(), SupportsScratch)
+        for data in (b"old", b"new"):
+            storage.write_scratch("folder/scratch", data)
+            assert data == _read(storage, "folder/scratch")
+        for _ in range(2):
+            storage.delete_scratch("folder/scratch")
+            assert not storage.list("folder/scratch")
 
     # SupportsFreeSpace
 
