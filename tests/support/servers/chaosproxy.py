@@ -7,7 +7,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, TypeAlias
 
 import attrs
@@ -88,20 +88,38 @@ class CutRequest:
     times: int = 1
 
 
-Plan: TypeAlias = Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answer | CutRequest
+@attrs.frozen(eq=False)
+class Halt:
+    """Call ``halt`` when a request arrives, and forward the request when the call returns.
+
+    Requests are counted over all connections. What is not HTTP counts by the chunk.
+    """
+
+    halt: Callable[[], None]
+    nth: int
+    """Number of the request, from 1."""
+
+
+Plan: TypeAlias = Halt | Pass | Refuse | Reset | Cut | Stall | Delay | LoseReply | Answer | CutRequest
 
 
 class ChaosProxy:
     """A proxy for a server on 127.0.0.1: ``with ChaosProxy(server.port) as proxy: proxy.plan = Refuse()``.
 
+    Args:
+        upstream: The server's port.
+        bind: Returns a socket that is bound to a port; 0 is any port. None binds it on 127.0.0.1.
+
     Attributes:
         port: The proxy's port.
+        arrived: The number of requests since the plan was set; what is not HTTP counts by the chunk.
         requests: First lines of all HTTP requests, including those that the proxy answers.
         hits: How often the plan was applied since it was set. A test must check it, to be sure that a fault happened.
     """
 
-    def __init__(self, upstream: int) -> None:
+    def __init__(self, upstream: int, bind: Callable[[int], socket.socket] | None = None) -> None:
         self._upstream = upstream
+        self._bind = bind or bound
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._plan: Plan = Pass()
@@ -110,9 +128,10 @@ class ChaosProxy:
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
         # It is bound but never listens, to reserve the port while connections are refused.
-        self._reserved = _bound(0)
+        self._reserved = self._bind(0)
         self.port: int = self._reserved.getsockname()[1]
         self.requests: list[str] = []
+        self.arrived = 0
         self.hits = 0
 
     def __enter__(self) -> ChaosProxy:
@@ -133,7 +152,7 @@ class ChaosProxy:
     @plan.setter
     def plan(self, plan: Plan) -> None:
         with self._changed:
-            self._plan, self._matches, self.hits = plan, 0, 0
+            self._plan, self._matches, self.arrived, self.hits = plan, 0, 0, 0
             links = tuple(self._links)
             for link in links:
                 link.up = link.down = 0
@@ -153,6 +172,16 @@ class ChaosProxy:
             if isinstance(self._plan, Stall):
                 self.hits += 1
             self._changed.wait_for(lambda: not isinstance(self._plan, Stall) or link.is_reset)
+
+    def let_in(self) -> None:
+        """Count a request, and halt it if the plan says so."""
+        with self._lock:
+            plan = self._plan
+            self.arrived += 1
+            if not isinstance(plan, Halt) or self.arrived != plan.nth:
+                return
+            self.hits += 1
+        plan.halt()
 
     def strikes(self, *, head: bytes) -> Plan | None:
         """Return the plan if it applies to the request, and count it."""
@@ -202,7 +231,7 @@ class ChaosProxy:
     # Connections
 
     def _listen(self) -> None:
-        self._listener = _bound(self.port)
+        self._listener = self._bind(self.port)
         self._listener.listen(128)
         self._run(self._accept, self._listener)
 
@@ -278,10 +307,12 @@ class _Link:
         with self._ending(self._server), self._client.makefile("rb") as stream:
             if re.match(rb"[A-Z]{3,8} ", stream.peek(9)) is None:
                 while data := stream.read1(CHUNK):
+                    self._proxy.let_in()
                     self._send(data, up=True)
                 return
             while head := _read_head(stream):
                 plan = self._proxy.strikes(head=head)
+                self._proxy.let_in()
                 if isinstance(plan, Answer):
                     self._answer(plan, head, stream)
                     return
@@ -396,12 +427,13 @@ def _split_interim(data: bytes) -> tuple[bytes, bytes]:
     return head + end, rest
 
 
-def _bound(port: int) -> socket.socket:
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind(("127.0.0.1", port))
-    return bound
+def bound(port: int) -> socket.socket:
+    """Return a socket that is bound to a port of 127.0.0.1."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind(("127.0.0.1", port))
+    return one
 
 
 def _linger_none(side: socket.socket) -> None:
