@@ -9,6 +9,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from checkpointer import HMACKey, KeepBest, Policy
+from checkpointer.commit.terms import LEASE_S
 from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.retention import KeepAll
 from checkpointer.ports import Listener
@@ -43,6 +44,8 @@ class Composed(CallbackBase):
             are called on that thread.
         grace_s: Seconds between SIGTERM and the kill that follows it, if known. The end of a stopped training waits for
             the mirror no longer than that. The count begins at the end of the batch, where Lightning stops.
+        takeover: Go on with the run even if another process trains it.
+        lease_s: If such a process sends no heartbeat for so many seconds, this one goes on with the run.
         verbose: Log each decision.
 
     Example:
@@ -63,6 +66,8 @@ class Composed(CallbackBase):
         mirror: Mirror | Where | None = None,
         background: Busy | None = None,
         grace_s: float = math.inf,
+        takeover: bool | None = None,
+        lease_s: float = LEASE_S,
         verbose: bool = False,
     ) -> None:
         policy = policy if isinstance(policy, Policy) else Policy.from_yaml(policy)
@@ -87,6 +92,8 @@ class Composed(CallbackBase):
             "storage_options": storage_options,
             "trust": trust,
             "mirror": mirror,
+            "takeover": takeover,
+            "lease_s": lease_s,
             "verbose": verbose,
         }
         if storage_options:

@@ -67,8 +67,8 @@ class CrashingStorage:
     By `isinstance` it supports the same ports as ``inner``. These count as one operation each: ``list``, ``open``,
     ``write``, ``write_scratch``, ``delete``, ``delete_scratch``, ``symlink``, ``hardlink``, ``copy``, ``sync``,
     ``prepare``, ``sweep``, the begin of an upload (``upload`` or ``stage``), and the upload's ``write``, ``finish`` and
-    ``publish``. After the death every method raises `Crash`, ``abort`` and ``close`` included, because a dead process does not clean up. Only
-    its open files are closed, as the kernel does. Staged files stay, unpublished.
+    ``publish``. After the death every method raises `Crash`, ``abort`` and ``close`` included, because a dead process
+    does not clean up. Only its open files are closed, as the kernel does. Staged files stay, unpublished.
 
     Args:
         inner: The real storage. Look at it, or open a new storage on it, to see the files after the crash.
