@@ -748,8 +748,8 @@ def test_the_plan_says_that_last_saves_every_due_point(caplog: pytest.LogCapture
     """With ``last=`` a step is saved even if no rule keeps it, which the rules do not show."""
     with caplog.at_level(logging.INFO, logger="checkpointer"):
         make(policy=Policy(EverySteps(5), [KeepLast(1)], last="copy"))
-    plan = "memory: save every 5 steps; keep the newest; last -> copy, so every due point is saved"
-    assert plan == caplog.messages[0]
+    plan = "last is a copy of the newest, so every due point is saved even if no rule keeps it"
+    assert f"memory: save every 5 steps; keep the newest; {plan}" == caplog.messages[0]
 
 
 def test_the_facade_has_these_names_and_no_others() -> None:

@@ -228,7 +228,7 @@ def is_payload_of(journal: Journal, record: Record) -> bool:
 
 
 def retire(journal: Journal, records: Iterable[Record], failed: set[str]) -> None:
-    """Remove checkpoints that are announced as retired (step 7). Add a name to ``failed`` if that fails, and warn."""
+    """Remove checkpoints that are announced as retired (step 8). Add a name to ``failed`` if that fails, and warn."""
     for record in records:
         try:
             remove(journal, record)

@@ -69,8 +69,8 @@ class Policy:
 
     Example:
         >>> from checkpointer import EveryEpochs, KeepBest, KeepLast, Policy
-        >>> print(Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min"), KeepLast(1)], last="link"))
-        save every epoch; keep the best 3 by val_loss (min) and the newest; last -> link, so every due point is saved
+        >>> print(Policy(EveryEpochs(1), [KeepBest(3, "val_loss", mode="min"), KeepLast(1)]))
+        save every epoch; keep the best 3 by val_loss (min) and the newest
     """
 
     when: Trigger = attrs.field(validator=_is_trigger)
@@ -247,8 +247,10 @@ class Policy:
     def __str__(self) -> str:
         rules = " and ".join(map(str, self.rules)) or "nothing"
         limits = "".join(f", {limit}" for limit in self.limits)
-        last = f"; last -> {self.last}, so every due point is saved" if self.last else ""
-        best = f"; best -> {self.best}" if self.best else ""
+        to = {"link": "a link to", "copy": "a copy of"}
+        every = "so every due point is saved even if no rule keeps it"
+        last = f"; last is {to[self.last]} the newest, {every}" if self.last else ""
+        best = f"; best is {to[self.best]} the best" if self.best else ""
         contents = "; weights only" if self.contents == "weights" else ""
         rescue = "" if self.rescue else "; no rescue on exceptions"
         return f"save {self.when}; keep {rules}{limits}{last}{best}{contents}{rescue}"

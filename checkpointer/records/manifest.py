@@ -78,7 +78,7 @@ class Manifest:
 
     @property
     def abandoned(self) -> tuple[Record, ...]:
-        """Own records beyond a step the run went back to: listed, never ranked, never deleted."""
+        """Own records that do not count (see `why_abandoned`): listed, never ranked, never deleted."""
         return tuple(record for record in self.own if not self.counts(record))
 
     @cached_property
@@ -131,6 +131,12 @@ class Manifest:
         """Return whether the record was committed before another process took over its run."""
         limits = self.limits.get((record.run, record.label), ()) if self.limits else ()
         return all(record.term >= term or record.serial <= serial for term, serial in limits)
+
+    def why_abandoned(self, record: Record) -> str:
+        """Return why a record of the run does not count; empty if it counts."""
+        if not self.is_of_holder(record):
+            return "abandoned: another process had taken over the run"
+        return "" if self.counts(record) else "abandoned: the run went back to an earlier step"
 
     @property
     def highest_term(self) -> int:

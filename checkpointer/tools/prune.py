@@ -48,7 +48,8 @@ def plan_pruning(
         policy: What to keep; its trigger does not count.
         manifest: The records, as the run sees them.
         aliases: Aliases that are there, and what they stand for: that is kept.
-        abandoned: Also remove what the run left behind when it went back to an earlier step.
+        abandoned: Also remove what the run left behind when it went back to an earlier step, and what a process has
+            saved after another one had taken over the run.
     """
     reasons = {name: "; ".join(why) for name, why in explain(policy, manifest).items()}
     for alias, name in (aliases or {}).items():
@@ -62,12 +63,12 @@ def plan_pruning(
             kept[record.name] = reasons[record.name]
         elif record.pinned:
             kept[record.name] = "pinned"
-        elif manifest.counts(record):
+        elif not (why_abandoned := manifest.why_abandoned(record)):
             going[record.name] = why_not.get(record.name, "a rescue, and a regular one came after it")
         elif abandoned:
-            going[record.name] = "abandoned: the run went back to an earlier step"
+            going[record.name] = why_abandoned
         else:
-            kept[record.name] = "abandoned; --abandoned removes it"
+            kept[record.name] = f"{why_abandoned}; --abandoned removes it"
     return Pruning(kept=kept, going=going, records=tuple(r for r in manifest.own if r.name in going))
 
 

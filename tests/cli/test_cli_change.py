@@ -147,6 +147,7 @@ def test_prune_leaves_what_is_abandoned_unless_asked(tmp_path: Path) -> None:
     assert [] == command("prune", folder, "-p", path, "--apply", "--json").data["removed"]
     data = command("prune", folder, "-p", path, "--abandoned", "--apply", "--json").data
     assert ["epoch=1-step=20.ckpt"] == data["removed"]
+    assert "abandoned: the run went back to an earlier step" == data["going"]["epoch=1-step=20.ckpt"]
 
 
 def test_prune_refuses_a_directory_that_a_live_manager_writes_to(tmp_path: Path) -> None:

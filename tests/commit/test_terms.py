@@ -223,12 +223,17 @@ def test_the_terms_of_a_run_are_shown(tmp_path: Path) -> None:
     new.session._directory.journal.put(Entry(record=late))
     save(new, 2)
     listed = command("ls", tmp_path)
-    assert "abandoned: another process had taken over the run" in listed.out
+    why = "abandoned: another process had taken over the run"
+    assert why in listed.out
     assert f"run {run} is held by process {os.getpid()} on this host" in listed.out
     shown = command("show", tmp_path, "--run", run).out
     assert re.search(r"1 +replaced +process \d+ on host node1", shown)
     assert re.search(r"2 +holds +process \d+ on this host", shown)
     new.close()
+    (policy := tmp_path / "policy.yaml").write_text(ALL.to_yaml())
+    assert why == command("prune", tmp_path, "-p", policy, "--abandoned", "--json").data["going"]["late.ckpt"]
+    kept = command("prune", tmp_path, "-p", policy, "--json").data["kept"]["late.ckpt"]
+    assert f"{why}; --abandoned removes it" == kept
     assert "is held by" not in command("ls", tmp_path).out
     states = [(one["term"], one["state"]) for one in json.loads(command("show", tmp_path, "--run", run, "--json").out)]
     assert [(1, "replaced"), (2, "released")] == states

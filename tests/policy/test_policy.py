@@ -432,8 +432,8 @@ def test_a_policy_reads_as_a_sentence() -> None:
         rescue=False,
     )
     assert (
-        "save every 10 steps; keep one every 100 steps, at most 5 B; last -> copy, so every due point is "
-        "saved; weights only; no rescue on exceptions"
+        "save every 10 steps; keep one every 100 steps, at most 5 B; last is a copy of the newest, so every due point "
+        "is saved even if no rule keeps it; weights only; no rescue on exceptions"
     ) == str(policy)
     assert "save every step; keep nothing" == str(Policy(EACH, []))
 

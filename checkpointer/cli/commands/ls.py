@@ -105,10 +105,8 @@ def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
         manifest = catalog.manifest(run, label)
         kept = {} if policy is None else explain(policy, manifest)
         for record in manifest.own:
-            if not manifest.is_of_holder(record):
-                reasons[record.name] = "abandoned: another process had taken over the run"
-            elif not manifest.counts(record):
-                reasons[record.name] = "abandoned: the run went back to an earlier step"
+            if abandoned := manifest.why_abandoned(record):
+                reasons[record.name] = abandoned
             elif policy is None:
                 reasons[record.name] = ("pinned; " if record.pinned else "") + record.reason
             else:

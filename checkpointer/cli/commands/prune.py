@@ -19,7 +19,7 @@ def prune_command(
     access: options.Access,
     apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
     abandoned: Annotated[
-        bool, typer.Option("--abandoned", help="Also abandoned checkpoints: the run went back to a step before them.")
+        bool, typer.Option("--abandoned", help="Also abandoned checkpoints, which do not count in the run any more.")
     ] = False,
     run: options.Run = None,
     as_json: options.Json = False,
