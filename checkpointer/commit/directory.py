@@ -200,9 +200,11 @@ class Directory:
         poisoned = contents.aliases.poisoned
         replacing = {entry.record.name: entry.record for one in announced for entry in one.entries}
         for record in [r for r in self.manifest.records if (r.run, r.label) == run and r.name in poisoned]:
-            moved = self.names.move_slot(record)
+            moved, by = self.names.move_slot(record), replacing.get(record.name)
+            if moved is None and by is not None:
+                moved = self.names.move_slot(by)  # It was replaced since it was read.
             if moved is not None and not is_payload_of(self.journal, moved):
-                self._move_replaced(moved, replacing.get(record.name))
+                self._move_replaced(moved, by)
         manifest = self.manifest
         before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
         serials = (r.serial for r in before if r.name not in poisoned and manifest.is_of_holder(r))

@@ -70,7 +70,9 @@ def finish_left(
     ours = [one for one in listing.changes if has_stopped(one.owner, force=force) and _is_of(run, *one.entries)]
     entries = [entry for entry in listing.entries.values() if _is_of(run, entry)]
     left = [one for one in entries if one.status != "committed" and has_stopped(one.owner, force=force)]
-    moved = _moved(journal, entries)
+    # A pending record without a payload may be that of a live writer, which is about to write the payload.
+    kept = {one.record.name for one in entries if one.status != "committed"}
+    moved = [record for record in _moved(journal, entries) if record.name not in kept]
     names = {entry.record.name for entry in left}.union(*(one.names for one in ours), (r.name for r in moved))
     with journal.changing(aliases=names):
         for changes in ours:
