@@ -213,8 +213,8 @@ class CheckpointManager:
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
-        if manifest.own:
-            return manifest.own[-1].progress
+        if manifest.newest_own is not None:
+            return manifest.newest_own.progress
         if any(record.label == manifest.label for record in manifest.records):
             return Progress(time=self._clock.time())
         return Progress(time=created(self._directory, self._clock))

@@ -144,9 +144,14 @@ class Manifest:
         return max([self.term, *(term for term, _ in self.limits.get((self.run, self.label), ()))])
 
     @property
+    def newest_own(self) -> Record | None:
+        """The newest own record of any line, without those of a process that was replaced; None if there is none."""
+        return next((record for record in reversed(self.own) if self.is_of_holder(record)), None)
+
+    @property
     def newest_line(self) -> Line:
-        """The line of the newest own record, without those of a process that was replaced; empty if there is none."""
-        return next((record.line for record in reversed(self.own) if self.is_of_holder(record)), ())
+        """The line of that record; empty if there is none."""
+        return self.newest_own.line if self.newest_own is not None else ()
 
     def at_step(self, step: int) -> Record | None:
         """Return the newest regular record that counts and has this step."""

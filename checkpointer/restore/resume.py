@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import NotFoundError, NoValidCheckpointError, RecordError, RestoreError
@@ -61,11 +62,24 @@ def go_to(
                 raise
             if restored is None:
                 check_empty(which, policy, view, directory.storage if strict else None)
+                _warn_of_abandoned(directory)
                 return None
         else:
             restored = found.load(directory, load, candidates[0])
         directory.lines.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
         return restored
+
+
+def _warn_of_abandoned(directory: Directory) -> None:
+    """Warn if training starts over although a process that was replaced has saved something."""
+    manifest = directory.manifest
+    late = [r.name for r in manifest.records if r.label == manifest.label and not manifest.is_of_holder(r)]
+    if late:
+        msg = (
+            f"training starts over, because {some_of(late)} in {directory.storage} are abandoned: another process had "
+            "taken over their run. To go on from one of them, restore it by its name or step"
+        )
+        directory.contents.warn_once("abandoned", msg)
 
 
 @contextlib.contextmanager

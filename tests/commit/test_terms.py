@@ -26,7 +26,7 @@ from checkpointer import (
 )
 from checkpointer.commit import terms
 from checkpointer.commit.writer_marks import writers_in
-from checkpointer.errors import FencedError, PolicyError, RunInUseError
+from checkpointer.errors import CheckpointerWarning, FencedError, PolicyError, RunInUseError
 from checkpointer.ports import Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
@@ -276,6 +276,22 @@ def test_a_replaced_process_renames_and_pins_nothing(tmp_path: Path) -> None:
         old.session.commit(decision, tmp_path / "own.ckpt")
     assert (tmp_path / name).exists()
     new.close()
+
+
+def test_a_run_of_which_only_abandoned_checkpoints_are_left_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that took over has ended before its first save: the next one saves the first step again."""
+    inner = MemoryStorage()
+    old = started(inner, ALL, "old", host="node1", run="r")
+    started(inner, ALL, "new", host="node2", run="r", takeover=True)
+    with monkeypatch.context() as paused_after_its_look:
+        paused_after_its_look.setattr(terms.Term, "check", lambda self: None)
+        assert save(old, 1)
+    third = started(inner, ALL, "third", run="r", takeover=True)
+    with pytest.warns(CheckpointerWarning, match=r"training starts over, because .*step=1.ckpt .* are abandoned"):
+        assert third.restore() is None
+    assert save(third, 1)
+    assert ["third"] == [found["writer"] for found in states(inner)]
+    third.close()
 
 
 def test_a_copy_knows_what_was_abandoned(tmp_path: Path) -> None:
