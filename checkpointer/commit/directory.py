@@ -79,7 +79,7 @@ class Directory:
         self._is_sure = False
         if writes and run is not None:
             self._claim(run, label, is_new=False)
-        listing = _listing(storage, trust)
+        listing = _listing(journal)
         self.below = index.directories_below(listing.files, index.RECORDS)
         self.contents = contents = Contents(
             journal=journal,
@@ -168,7 +168,7 @@ class Directory:
 
     def _read_again(self) -> None:
         contents = self.contents
-        contents.aliases.listing = listing = _listing(self.storage, self.journal.trust)
+        contents.aliases.listing = listing = _listing(self.journal)
         contents.aliases.forget()
         self._take_in(listing)
         contents.is_begun = False
@@ -413,9 +413,10 @@ def _read_created(storage: Storage, path: str) -> float | None:
     return None
 
 
-def _listing(storage: Storage, trust: HMACKey | None) -> index.Listing:
+def _listing(journal: Journal) -> index.Listing:
+    storage, before = journal.storage, journal.term.before if journal.term is not None else ""
     try:
-        return index.load(storage, trust)
+        return index.load(storage, journal.trust, writers=[before] if before else [])
     except StorageError:
         raise
     except OSError as error:

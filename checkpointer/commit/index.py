@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 import xxhash
 
-from checkpointer.commit.changes import Changes, changes_in, read_changes
+from checkpointer.commit.changes import Changes, changes_in, changes_path, read_changes
 from checkpointer.commit.signing import HMACKey, check_signature
 from checkpointer.commit.terms import read_limits
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
@@ -119,10 +119,11 @@ class Listing:
         return frozenset(names)
 
 
-def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
+def load(storage: Storage, trust: HMACKey | None = None, *, writers: Iterable[str] = ()) -> Listing:
     """Read all records. If the listing shows that a record file is unchanged, the index replaces it.
 
-    With a key, a record or index entry without its signature counts as damaged.
+    With a key, a record or index entry without its signature counts as damaged. The changes of these ``writers`` are
+    read even if the listing does not show them.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
@@ -132,7 +133,7 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
     reads = 0
     for tries_left in reversed(range(_TRIES)):
         files = storage.list()
-        changes, damaged, is_sure = _read_changes(storage, files, trust)
+        changes, damaged, is_sure = _read_changes(storage, files, trust, writers)
         if not is_sure and tries_left:
             continue
         entries, refused, reads, gone = _read_entries(storage, files, trust)
@@ -152,13 +153,14 @@ def load(storage: Storage, trust: HMACKey | None = None) -> Listing:
 
 
 def _read_changes(
-    storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None
+    storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None, writers: Iterable[str]
 ) -> tuple[tuple[Changes, ...], dict[str, RecordError], bool]:
     """Return what writers have announced, what cannot be read, and whether nothing was finished since the listing."""
     changes: list[Changes] = []
     damaged: dict[str, RecordError] = {}
-    paths = changes_in(files)
-    for path in paths:
+    listed = changes_in(files)
+    finished = False
+    for path in dict.fromkeys((*listed, *map(changes_path, writers))):
         try:
             found = read_changes(storage, path, trust)
         except SchemaError:
@@ -167,7 +169,8 @@ def _read_changes(
             damaged[path] = error
         else:
             changes += [found] if found is not None else []
-    return tuple(changes), damaged, len(changes) + len(damaged) == len(paths)
+            finished |= found is None and path in listed
+    return tuple(changes), damaged, not finished
 
 
 def _read_entries(

@@ -181,6 +181,8 @@ class Term:
     beat_s: float
     """Seconds between two heartbeats."""
     trust: HMACKey | None = None
+    before: str = ""
+    """Owner of the term before, if that was not released: its changes are read even if no listing shows them yet."""
     _fenced: str = ""
 
     @property
@@ -309,11 +311,12 @@ def claim_term(
     folder = f"{TERMS}/{key}"
     while True:
         found = TermFiles() if is_new else TermFiles.of(storage.list(folder), key)
+        holder = Claim()
         if found.highest and found.highest not in found.ended:
             holder = read_claim(storage, folder, found.highest, trust)
             if not holder.has_ended and not _may_replace(storage, folder, found.highest, holder, lease, run):
                 continue
-        term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust)
+        term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust, holder.owner)
         if _create(term):
             return term
         is_new = False

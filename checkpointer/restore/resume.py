@@ -57,9 +57,13 @@ def go_to(
                 )
             except NoValidCheckpointError:
                 # A live run may have retired them for newer ones meanwhile.
+                again = None
                 if directory.look_again():
-                    return go_to(which, directory, found, contents, load, strict=strict)
-                raise
+                    with contextlib.suppress(NotFoundError):
+                        again = go_to(which, directory, found, contents, load, strict=strict)
+                if again is None:
+                    raise
+                return again
             if restored is None:
                 check_empty(which, policy, view, directory.storage if strict else None)
                 _warn_of_abandoned(directory)

@@ -13,7 +13,6 @@ import attrs
 import pytest
 from support.interleave import Disk, Env, Model, Notes, Operation, Report, Scenario, State, deterministic
 from support.plain_format import PlainFormat
-from support.sampling import EVERY
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
 from checkpointer.commit import directory, index, recovery, terms, transaction
@@ -28,7 +27,7 @@ from checkpointer.restore import load as restoring
 from checkpointer.storage.owner import is_live
 from checkpointer.testing import FakeClock
 
-STATES = int(os.environ.get("CHECKPOINTER_STATES", 60_000 // EVERY))
+STATES = int(os.environ.get("CHECKPOINTER_STATES", "6000"))
 """How many states of each scenario are visited; those with the fewest changes of the writer come first."""
 RUN = "r"
 LOSSES = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.3, 5: 0.8, 6: 0.2}

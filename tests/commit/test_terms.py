@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from checkpointer import (
 from checkpointer.commit import terms
 from checkpointer.commit.writer_marks import writers_in
 from checkpointer.errors import CheckpointerWarning, FencedError, PolicyError, RunInUseError
-from checkpointer.ports import Storage
+from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
@@ -392,6 +393,42 @@ class _PausingUpload:
 
 
 Pausing.upload = lambda self, path: _PausingUpload(self, path)  # type: ignore[method-assign, arg-type]
+
+
+class Lagging(MemoryStorage):
+    """Lists no file of changes: its listing lags behind what can be opened."""
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """See `Storage.list`."""
+        found = super().list(prefix)
+        return found if prefix else {path: stat for path, stat in found.items() if "/changes/" not in path}
+
+
+def test_the_changes_of_the_holder_are_read_although_no_listing_shows_them() -> None:
+    """The old writer is paused after its look, before it replaces the one checkpoint; the new one relies on a copy."""
+    inner = Lagging()
+    made: list[CheckpointManager] = []
+
+    def take_over() -> None:
+        made.append(started(inner, ONE_NAME, "new"))
+        assert made[0].restore() is not None
+
+    for at in range(1, 30):
+        inner, made[:] = Lagging(), []
+        storage = Pausing(inner, at, take_over)
+        old = started(storage, ONE_NAME, "old", host="node1")
+        save(old, 1)
+        storage.is_armed = True
+        with contextlib.suppress(FencedError):
+            save(old, 2)
+        storage.is_armed = False
+        if not made:
+            break
+        (record,) = made[0].records
+        assert record.name in {found.name for found in look_at(inner).records}, at
+        verify(inner, record)
+        made[0].close()
+    assert at > 5
 
 
 def test_a_listing_of_a_live_run_is_not_taken_for_an_empty_directory() -> None:
