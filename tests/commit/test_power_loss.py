@@ -48,6 +48,7 @@ def reboot(disk: Path) -> None:
     device = mounts.sh("findmnt", "-n", "-o", "SOURCE", disk)
     image = mounts.sh("losetup", "-n", "-O", "BACK-FILE", device)
     mounts.unmount(disk)
+    mounts.wait_detached(image)
     mounts.sh("mount", "-o", "loop", image, disk)
 
 

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,14 @@ T = TypeVar("T")
 
 PATIENCE_S: Final = 60.0
 """Only a failing test waits so long, in seconds."""
-_BOOT: Final = "hostname {name} && ip link set lo up && echo ready && while read line; do :; done"
-"""What the first process of a host does. When its stdin is closed it ends, and the kernel kills the others."""
+_BOOT: Final = (
+    "grep ' {temp}/' /proc/mounts | cut -d' ' -f2 | sort -r | while read mount; do umount -l $mount; done; "
+    "hostname {name} && ip link set lo up && echo ready && while read line; do :; done"
+)
+"""What the first process of a host does. When its stdin is closed it ends, and the kernel kills the others.
+
+First it drops its copies of what other tests have mounted, because these could not be unmounted for good otherwise.
+"""
 _CLONE_NEWNET: Final = 0x40000000
 
 
@@ -41,7 +48,7 @@ class Host:
     def __enter__(self) -> Host:
         need("unshare", "nsenter", "ip", "hostname", part="namespaces")
         kinds = ["--pid", "--uts", "--net", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        boot = ["sh", "-c", _BOOT.format(name=self.name)]
+        boot = ["sh", "-c", _BOOT.format(name=self.name, temp=tempfile.gettempdir())]
         self._unshare = subprocess.Popen(
             ["unshare", *kinds, *boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

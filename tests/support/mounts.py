@@ -66,6 +66,17 @@ def unmount(target: Path) -> None:
             time.sleep(0.02)
 
 
+def wait_detached(image: object) -> None:
+    """Wait until the kernel has let go of a disk image: another mount namespace may have copied the mount for a moment.
+
+    Else the next mount of the image would show the old contents.
+    """
+    deadline = time.monotonic() + 10
+    while sh("losetup", "-j", image):
+        assert time.monotonic() < deadline, f"{image} is still attached"
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def mounted(target: Path, *command: object) -> Iterator[Path]:
     """Run a mount command for ``target``, and unmount it afterwards."""
@@ -75,6 +86,8 @@ def mounted(target: Path, *command: object) -> Iterator[Path]:
         yield target
     finally:
         unmount(target)
+        if "loop" in command:
+            wait_detached(command[-2])
 
 
 def image(path: Path, kind: str, size: int) -> Path:
