@@ -364,9 +364,10 @@ def list_first(patch: pytest.MonkeyPatch) -> None:
         storage.early = index.load(storage, None)
         return claim(storage, *args, **kw)
 
-    def listed_early(storage: Any, trust: Any) -> Any:
+    def listed_early(journal: Journal) -> Any:
+        storage: Any = journal.storage
         early, storage.early = getattr(storage, "early", None), None
-        return early or listing(storage, trust)
+        return early or listing(journal)
 
     patch.setattr(directory, "claim_term", claim_late)
     patch.setattr(directory, "_listing", listed_early)
@@ -379,9 +380,9 @@ def read_no_changes(patch: pytest.MonkeyPatch) -> None:
 def records_first(patch: pytest.MonkeyPatch) -> None:
     entries, changes = index._read_entries, index._read_changes
 
-    def read_changes(storage: Any, files: Any, trust: Any) -> Any:
+    def read_changes(storage: Any, files: Any, trust: Any, writers: Any) -> Any:
         storage.known = entries(storage, files, trust)
-        return (*changes(storage, files, trust)[:2], True)
+        return (*changes(storage, files, trust, writers)[:2], True)
 
     patch.setattr(index, "_read_changes", read_changes)
     patch.setattr(index, "_read_entries", lambda storage, *_: storage.known)
