@@ -32,7 +32,7 @@ from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
 from checkpointer.storage.opening import access_advice
-from checkpointer.storage.owner import is_dead
+from checkpointer.storage.owner import is_dead, is_of_host
 
 __all__ = ["Directory", "created"]
 
@@ -53,7 +53,7 @@ class Directory:
         trust: Signs each record; a record without its signature counts as damaged.
         clock: Decides when a transfer is slow enough to be logged.
         lease: When the run may be taken over from another process.
-        open_again: Opens the storage a second time, for the heartbeat's thread.
+        open_again: Opens the storage again. The heartbeat's thread uses that one.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class Directory:
         self._ended = {
             (entry.record.run, entry.record.label): None
             for entry in (*found.left, *found.announced)
-            if is_dead(entry.owner)
+            if is_dead(entry.owner) or is_of_host(entry.owner, journal.owner)
         }
         known = (*found.records, *found.missing)
-        announced = [one for one in listing.changes if one.owner != journal.owner and not is_dead(one.owner)]
-        pending = {
-            entry.record.name for entry in found.left if entry.owner != journal.owner and not is_dead(entry.owner)
-        }
+        others = [one for one in listing.changes if one.owner != journal.owner]
+        announced = [one for one in others if not journal.has_stopped(one.owner)]
+        left = [entry for entry in found.left if entry.owner != journal.owner]
+        pending = {entry.record.name for entry in left if not journal.has_stopped(entry.owner)}
         contents.aliases.poisoned = poisoned = frozenset(pending.union(*(one.names for one in announced)))
         unfinished = {entry.record.name for entry in found.left} - {record.name for record in known}
         manifest = attrs.evolve(

@@ -16,6 +16,7 @@ from checkpointer.ports import Storage, Upload
 from checkpointer.records.codec import to_json
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import ALGORITHM, CRYPTOGRAPHIC, size_of
+from checkpointer.storage.owner import is_dead, is_live
 
 __all__ = ["Journal", "aborting", "holding"]
 
@@ -118,6 +119,12 @@ class Journal:
         else:
             with contextlib.suppress(OSError):  # The names are changed already, so another process finds that out.
                 clear_changes(self.storage, self.owner)
+
+    def has_stopped(self, owner: str, *, force: bool = False) -> bool:
+        """Return whether another writer of the run has certainly ended; with ``force`` also if that is not known."""
+        if is_dead(owner) or (force and not is_live(owner)):
+            return True
+        return self.term is not None and self.term.has_outlasted(owner)
 
     def check_term(self) -> None:
         """Raise `FencedError` if another process has taken over the run."""

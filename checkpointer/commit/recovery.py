@@ -18,7 +18,7 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
-from checkpointer.storage.owner import is_dead, is_live, new_owner, release
+from checkpointer.storage.owner import new_owner, release
 
 __all__ = [
     "Recovered",
@@ -26,7 +26,6 @@ __all__ = [
     "finish_changes",
     "finish_left",
     "finish_run",
-    "has_stopped",
     "is_payload_of",
     "recover",
     "remove",
@@ -59,7 +58,7 @@ def recover(journal: Journal, listing: Listing, *, run: tuple[str, str] | None =
         now = journal.find(name)
         entries.pop(record_path(name), None)
         entries |= {record_path(name): now} if now is not None else {}
-    announced = [one for one in listing.changes if not (has_stopped(one.owner) and _is_of(run, *one.entries))]
+    announced = [one for one in listing.changes if not (journal.has_stopped(one.owner) and _is_of(run, *one.entries))]
     return _seen(journal, entries, announced, listing.sizes, listing.limits)
 
 
@@ -67,9 +66,9 @@ def finish_left(
     journal: Journal, listing: Listing, run: tuple[str, str] | None, *, force: bool = False
 ) -> frozenset[str]:
     """Finish what ended writers of a run left, and return the names; ``force`` counts unknown writers as ended."""
-    ours = [one for one in listing.changes if has_stopped(one.owner, force=force) and _is_of(run, *one.entries)]
+    ours = [one for one in listing.changes if journal.has_stopped(one.owner, force=force) and _is_of(run, *one.entries)]
     entries = [entry for entry in listing.entries.values() if _is_of(run, entry)]
-    left = [one for one in entries if one.status != "committed" and has_stopped(one.owner, force=force)]
+    left = [one for one in entries if one.status != "committed" and journal.has_stopped(one.owner, force=force)]
     # A pending record without a payload may be that of a live writer, which is about to write the payload.
     kept = {one.record.name for one in entries if one.status != "committed"}
     moved = [record for record in _moved(journal, entries) if record.name not in kept]
@@ -79,16 +78,11 @@ def finish_left(
             finish_changes(journal, changes.owner)
         for listed in left:
             entry = journal.find(listed.record.name)
-            if entry is not None and entry.status != "committed" and has_stopped(entry.owner, force=force):
+            if entry is not None and entry.status != "committed" and journal.has_stopped(entry.owner, force=force):
                 finish(journal, entry, write=True)
         for record in moved:
             journal.delete(record.name)
     return frozenset(names)
-
-
-def has_stopped(owner: str, *, force: bool = False) -> bool:
-    """Return whether a writer has certainly ended; with ``force`` also if that is not known."""
-    return is_dead(owner) or (force and not is_live(owner))
 
 
 def _is_of(run: tuple[str, str] | None, *entries: Entry) -> bool:

@@ -61,7 +61,7 @@ from checkpointer.ports import Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import SCHEMA
-from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, machine
+from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, is_of_host, machine
 from checkpointer.storage.reader import read_whole
 
 __all__ = [
@@ -212,10 +212,19 @@ class Term:
         )
 
     def has_replaced(self, owner: str) -> bool:
-        """Return whether the owner held an earlier term. Reads the claims one by one."""
+        """Return whether the owner held an earlier term."""
+        return self._earlier_claim(owner) is not None
+
+    def has_outlasted(self, owner: str) -> bool:
+        """Return whether the owner held an earlier term, and ran before this machine was last booted."""
+        claim = self._earlier_claim(owner) if is_of_host(owner, self.owner) else None
+        return claim is not None and claim.has_ended
+
+    def _earlier_claim(self, owner: str) -> Claim | None:
+        """Return the owner's claim. Reads the claims one by one, the newest first."""
         found = TermFiles.of(self.storage.list(self.folder), key_of(self.run, self.label))
-        earlier = (number for number in found.claimed if number < self.number)
-        return any(read_claim(self.storage, self.folder, number, self.trust).owner == owner for number in earlier)
+        claims = (read_claim(self.storage, self.folder, n, self.trust) for n in found.claimed if n < self.number)
+        return next((claim for claim in claims if claim.owner == owner), None)
 
     @property
     def is_fenced(self) -> bool:

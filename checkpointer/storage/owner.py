@@ -21,6 +21,7 @@ __all__ = [
     "is_dead",
     "is_here",
     "is_live",
+    "is_of_host",
     "machine",
     "new_owner",
     "release",
@@ -103,6 +104,11 @@ def machine() -> str:
 def is_here(owner: str) -> bool:
     """Return whether the owner's process would be seen from here: same host, boot and pid namespace."""
     return _process(owner) is not None
+
+
+def is_of_host(owner: str, other: str) -> bool:
+    """Return whether the owner's host has the name of the other one's host, but its process would not be seen here."""
+    return host_of(owner) == host_of(other) and not is_here(owner)
 
 
 def host_of(owner: str) -> str:

@@ -7,7 +7,7 @@ import attrs
 from checkpointer.commit.changes import changes_in, read_changes
 from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal, holding
-from checkpointer.commit.recovery import finish_left, has_stopped
+from checkpointer.commit.recovery import finish_left
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import Lease
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
@@ -69,7 +69,7 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
         except RecordError as error:
             left.add(str(error))
             continue
-        if changes is not None and not changes.entries and has_stopped(changes.owner, force=force):
+        if changes is not None and not changes.entries and journal.has_stopped(changes.owner, force=force):
             storage.delete(path)
         elif changes is not None:
             left |= changes.names

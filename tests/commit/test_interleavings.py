@@ -15,7 +15,8 @@ from support.interleave import Disk, Env, Model, Notes, Operation, Report, Scena
 from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
-from checkpointer.commit import directory, index, recovery, terms, transaction
+from checkpointer.commit import directory, index, terms, transaction
+from checkpointer.commit import journal as journal_module
 from checkpointer.commit.aliases import Aliases
 from checkpointer.commit.changes import clear_changes
 from checkpointer.commit.journal import Journal
@@ -410,7 +411,7 @@ def keep_alias(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_dead(patch: pytest.MonkeyPatch) -> None:
-    for module in (recovery, directory, transaction):
+    for module in (journal_module, directory, transaction):
         patch.setattr(module, "is_dead", lambda owner: not is_live(owner))
 
 

@@ -26,6 +26,7 @@ from checkpointer import (
     Policy,
 )
 from checkpointer.commit import terms
+from checkpointer.commit.changes import Changes, write_changes
 from checkpointer.commit.writer_marks import writers_in
 from checkpointer.errors import CheckpointerWarning, FencedError, PolicyError, RunInUseError
 from checkpointer.ports import Stat, Storage
@@ -33,7 +34,7 @@ from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
 from checkpointer.storage.local import LocalStorage
-from checkpointer.storage.owner import release
+from checkpointer.storage.owner import machine, release
 from checkpointer.testing import MemoryStorage
 from checkpointer.tools.catalog import look_at
 
@@ -293,6 +294,38 @@ def test_a_run_of_which_only_abandoned_checkpoints_are_left_begins_anew(monkeypa
     assert save(third, 1)
     assert ["third"] == [found["writer"] for found in states(inner)]
     third.close()
+
+
+def test_what_a_machine_had_begun_before_it_was_booted_again_is_finished(tmp_path: Path) -> None:
+    """Nothing waits, the alias keeps its name, and a removal and a pending record that were left are finished."""
+    if not machine():
+        pytest.skip("this machine has no id that stays the same across boots")
+    name, boot, space = owners._host().rsplit("_", 2)
+    before, owners._host = owners._host, lambda: f"{name}_{boot}x_{space}"  # type: ignore[assignment]
+    try:
+        old = started(tmp_path, LAST, "old")
+        save(old, 1)
+        save(old, 2)
+    finally:
+        owners._host = before
+    directory = old.session._directory
+    first, second = old.records
+    pending = attrs.evolve(second, name="half.ckpt", step=3, serial=3, token="half")
+    directory.journal.announce(Entry(record=pending, status="pending", owner=directory.journal.owner))
+    going = directory.transaction.retiring(first)
+    write_changes(
+        directory.storage, Changes(owner=directory.journal.owner, entries=(going,), aliases=("last.ckpt",)), None
+    )
+    new = started(tmp_path, LAST, "new", lease_s=600)
+    restored = new.restore()
+    assert restored is not None
+    assert 2 == restored.record.step
+    save(new, 3)
+    assert ["last.ckpt"] == [*new.policy.aliases]
+    new.close()
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not files & {first.name, "half.ckpt.json"}
+    assert not list((tmp_path / ".checkpointer/changes").glob("*"))
 
 
 def test_a_copy_knows_what_was_abandoned(tmp_path: Path) -> None:
