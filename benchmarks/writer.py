@@ -141,9 +141,6 @@ def compare(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
         for process in processes.values():
             assert process.stdin is not None
             process.stdin.close()
-    if "V" in os.environ:
-        for name, rows in took.items():
-            print(name, [(round(t, 2), round(c, 2)) for t, c, _ in rows])
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in took.items()}
     time_s, cpu_s, _ = medians[names[-1]]
     return [

@@ -204,7 +204,7 @@ class Chunks:
 
 
 def test_the_stream_is_given_the_tensors_own_memory() -> None:
-    """In pieces of at most a chunk, one after the other, without a copy; except the rest of a tensor, if it is small."""
+    """In pieces of at most a chunk, one after the other. Only the rest of a tensor is copied, if it is small."""
     tensor, chunks = torch.ones(3 * archive.CHUNK, dtype=torch.uint8), Chunks()
     open_format("torch").write({"w": tensor}, chunks)
     address = tensor.data_ptr()
