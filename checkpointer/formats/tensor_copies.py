@@ -7,6 +7,7 @@ from the last copy as far as their sizes fit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -203,12 +204,14 @@ class Streams:
         """Return a context in which copies from a device are queued; for the CPU it changes nothing."""
         import torch
 
-        if device.type == "cuda" and device not in self._used:
+        if device.type != "cuda":
+            return contextlib.nullcontext()  # `torch.cuda.stream` would initialise CUDA.
+        if device not in self._used:
             if device not in self._kept:
                 self._kept[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._used[device] = self._kept[device]
             self._used[device].wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._used.get(device))  # type: ignore[arg-type]
+        return torch.cuda.stream(self._used[device])
 
     def finish(self) -> list[Any]:
         """Let the current streams wait for the copies, not this thread; return the events that say when they end."""
