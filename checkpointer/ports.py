@@ -196,7 +196,7 @@ class Format(_AnyFormat, Protocol):
     """How a state becomes a payload and back."""
 
     def write(self, state: Any, stream: Writable) -> None:
-        """Write ``state`` front to back, without a second copy of it in memory."""
+        """Write ``state`` front to back, without a second copy of it in memory. Must not change the state."""
 
     def read(self, stream: BinaryIO, *, weights_only: bool, map_location: Any) -> Any:
         """Read a state. With ``weights_only`` run no code from the payload; raise `UnsafePayloadError` instead."""

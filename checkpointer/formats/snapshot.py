@@ -2,29 +2,29 @@
 
 A state is taken apart as `torch.save` does it, by pickling: so views, strides, shared storages, tied weights and
 everything else that a payload would hold come out as they went in, and what it would not hold fails here already.
-Only the storages, where the bytes are, do not go through the pickle: each is copied once, into a buffer of its size.
+Plain tensors, and the storages of all others, do not go through the pickle: see `checkpointer.formats.tensor_copies`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import io
 import pickle
 import sys
-from collections import ChainMap, Counter
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
 
 from checkpointer.errors import SaveError
 from checkpointer.formats.pickler import Pickler, culprit
+from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
 
 __all__ = ["Snapshot", "Snapshots"]
 
 _PROTOCOL: Final = 5
-_Key = tuple[int, bool]
-"""Bytes of a buffer, and whether it is pinned."""
 
 
 @attrs.define
@@ -33,11 +33,11 @@ class Snapshot:
 
     state: Any
     """The copy. On CUDA it is whole only after `wait`."""
-    _buffers: list[tuple[_Key, Any]]
+    _memory: Memory | None
     _events: list[Any]
     _sources: list[Any]
-    """Storages that are being copied: their memory must not be freed before."""
-    _give_back: Callable[[list[tuple[_Key, Any]]], None]
+    """What is being copied: its memory must not be freed before."""
+    _give_back: Callable[[Memory], None]
 
     def wait(self) -> Any:
         """Return the state, once all of it is there. For the thread that writes it."""
@@ -47,18 +47,21 @@ class Snapshot:
         return self.state
 
     def release(self) -> None:
-        """Give the buffers back for the next snapshot: the state must not be used any more. Twice does nothing."""
-        buffers, self.state, self._buffers = self._buffers, None, []
+        """Give the memory back for the next snapshot: the state must not be used any more. Twice does nothing."""
+        memory, self.state, self._memory = self._memory, None, None
         self._events, self._sources = [], []
-        self._give_back(buffers)
+        if memory is not None:
+            self._give_back(memory)
 
 
 @attrs.define
 class Snapshots:
     """Takes snapshots, one after the other, into the same memory.
 
+    What reads a snapshot must not change its tensors: the next snapshot is in the same ones.
+
     Args:
-        copies: How many may be alive at a time; as many buffers of each size are kept.
+        copies: How many may be alive at a time.
         takes_shards: Whether a DTensor of which other processes hold a part is copied.
 
     Example:
@@ -75,8 +78,9 @@ class Snapshots:
 
     copies: int = 1
     takes_shards: bool = attrs.field(default=False, kw_only=True)
-    _free: dict[_Key, list[Any]] = attrs.field(factory=dict, init=False)
+    _free: list[Memory] = attrs.field(factory=list, init=False)
     _streams: dict[Any, Any] = attrs.field(factory=dict, init=False)
+    _places: _Places = attrs.field(factory=lambda: _Places(), init=False)
 
     def take(self, state: Any) -> Snapshot:
         """Copy a state: for CPU tensors at once, for CUDA tensors before the next operation of the current stream.
@@ -84,150 +88,127 @@ class Snapshots:
         Raises:
             SaveError: If a part of it cannot be pickled: then `torch.save` could not write it either.
         """
-        copying = _Copying(self._buffer, self._stream)
+        memory = self._memory()
+        sources, streams = Sources(), Streams(self._streams)
         try:
-            copy = self._round_trip(state, copying)
-            events = copying.finish()
+            with _outside_autograd():
+                copy = self._copy(state, sources, memory, streams)
+                events = streams.finish()
         except Exception as error:
-            self._give_back(copying.buffers)
+            self._give_back(memory)
             if isinstance(error, MemoryError):
                 raise
             what = culprit(state)
             if not what:
-                uncopied = culprit(state, lambda part: self._round_trip(part, _Numbering()))
+                uncopied = culprit(state, self._round_trip)
                 what = f"{uncopied or f'{type(error).__name__}: {error}'}, or pass background=None"
             msg = f"the state cannot be copied, which a save in the background begins with: {what}"
             raise SaveError(msg) from error
-        self._trim(Counter(key for key, _ in copying.buffers))
-        sources = list(copying.sources.values()) if events else []
-        return Snapshot(copy, copying.buffers, events, sources, self._give_back)
+        return Snapshot(copy, memory, events, [sources] if events else [], self._give_back)
 
-    def _round_trip(self, state: Any, copying: _Numbering) -> Any:
+    def _copy(self, state: Any, sources: Sources, memory: Memory, streams: Streams) -> Any:
+        """Return a copy of a state on a memory."""
+        pickled = self._pickle(state, sources)
+        if memory.matches(sources):
+            return pickled.load(memory.copy(sources, streams), memory.buffer)
+        found, plain = sources.tensors, [*map(is_plain, sources.tensors)]
+        sources.tensors = [tensor for tensor, is_one in zip(found, plain, strict=True) if is_one]
+        others = [tensor for tensor, is_one in zip(found, plain, strict=True) if not is_one]
+        pickled_others = self._pickle(others, sources, aside=False)
+        self._free.clear()  # The other memories do not match either.
+        memory.arrange(sources)
+        copies = iter(memory.copy(sources, streams))
+        other_copies = iter(pickled_others.load([], memory.buffer))
+        return pickled.load([next(copies if is_one else other_copies) for is_one in plain], memory.buffer)
+
+    def _round_trip(self, state: Any) -> None:
+        """Pickle a state as for a copy and load it, without copying its bytes."""
+        sources = Sources()
+        self._pickle(state, sources, aside=False).load([], sources.storages.__getitem__)
+
+    def _pickle(self, state: Any, sources: Sources, *, aside: bool = True) -> _Pickled:
         stream = io.BytesIO()
         arrays: list[memoryview] = []
-        pickler = Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
+        pickler = _Pickler(stream, _PROTOCOL, buffer_callback=lambda buffer: _keep(buffer, arrays))
         pickler.takes_shards = self.takes_shards
-        pickler.dispatch_table = copying.dispatch_table()
-        pickler.dump(state)
-        stream.seek(0)
-        # torch notes what a load has rebuilt, to check it later; of this nothing was read from a file.
-        noted = _noted_by_torch()
-        before = len(noted)
-        try:
-            return _Unpickler(stream, copying.copies, arrays).load()
-        finally:
-            del noted[before:]
-
-    def _buffer(self, key: _Key) -> Any:
-        # One operation, because the writer thread gives buffers back at any time.
-        free = self._free.get(key)
-        try:
-            return free.pop() if free else _allocate(key)
-        except IndexError:
-            return _allocate(key)
-
-    def _give_back(self, buffers: list[tuple[_Key, Any]]) -> None:
-        for key, buffer in buffers:
-            self._free.setdefault(key, []).append(buffer)
-
-    def _trim(self, used: Counter[_Key]) -> None:
-        """Free the buffers that such a state does not need."""
-        for key in list(self._free):
-            del self._free[key][used[key] * (self.copies - 1) :]
-            if not self._free[key]:
-                del self._free[key]
-
-    def _stream(self, device: Any) -> Any:
-        import torch
-
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
-
-
-class _Numbering:
-    """The storages of one state, by number. They are not copied, which is enough to try whether a state can be."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-        self.sources: dict[int, Any] = {}
-        self.copies: list[Any] = []
-
-    def number_of(self, storage: Any) -> int:
-        """Return the number of a storage's copy; one that many tensors share is copied once."""
-        identity = storage._cdata
-        if identity not in self._numbers:
-            self.sources[identity] = storage  # While it exists, no other has its address.
-            self._numbers[identity] = len(self.copies)
-            self.copies.append(self._copy(storage))
-        return self._numbers[identity]
-
-    def dispatch_table(self) -> Mapping[type, Any]:
-        """Return how to pickle storages, as their numbers, and all else."""
+        pickler.dispatch_table = _dispatch_table(sources)
+        pickler.tensors, pickler.places = sources.tensors, self._places
         torch = sys.modules.get("torch")
-        if torch is None:
-            return copyreg.dispatch_table
-        numbers: dict[type, Any] = {
-            torch.UntypedStorage: lambda storage: (_copy_of, (self.number_of(storage),)),
-            torch.storage.TypedStorage: lambda storage: (
-                _copy_of,
-                (self.number_of(storage._untyped_storage), storage.dtype),
-            ),
-        }
-        others: dict[type, Any] = copyreg.dispatch_table
-        return ChainMap(numbers, others)
+        if aside and torch is not None:
+            pickler.classes = torch.Tensor, torch.nn.Parameter
+        pickler.dump(state)
+        return _Pickled(stream, arrays)
 
-    def _copy(self, storage: Any) -> Any:
-        return storage
+    def _memory(self) -> Memory:
+        # One operation, because the writer thread gives memory back at any time.
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Memory()
+
+    def _give_back(self, memory: Memory) -> None:
+        if len(self._free) < self.copies:
+            self._free.append(memory)
 
 
-class _Copying(_Numbering):
-    """The storages of one state on their way into buffers."""
+class _Pickler(Pickler):
+    """Pickles a state without its tensors that have no attributes, and are not of a subclass."""
 
-    def __init__(self, buffer: Callable[[_Key], Any], stream: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._buffer = buffer
-        self._stream = stream
-        self._used: dict[Any, Any] = {}
-        self.buffers: list[tuple[_Key, Any]] = []
+    places: _Places
+    tensors: list[Any]
+    """Such tensors are appended here, and their places are pickled."""
+    classes: tuple[type, ...] = ()
+    """The classes of tensors that are put aside."""
 
-    def _copy(self, storage: Any) -> Any:
-        import torch
+    def reducer_override(self, value: Any) -> Any:
+        """See `Pickler.reducer_override`."""
+        if type(value) in self.classes and not value.__dict__:
+            tensors = self.tensors
+            place = self.places[len(tensors)]
+            tensors.append(value)
+            return place
+        return super().reducer_override(value)
 
-        if storage.device.type == "meta":
-            return torch.UntypedStorage(storage.nbytes(), device="meta")  # type: ignore[no-untyped-call]
-        is_cuda = storage.device.type == "cuda"
-        key = storage.nbytes(), is_cuda
-        buffer = self._buffer(key)
-        self.buffers.append((key, buffer))
-        if not storage.nbytes():
-            return buffer
-        if not is_cuda:
-            _bytes_of(buffer).copy_(_bytes_of(storage))
-            return buffer
-        with torch.cuda.stream(self._stream_for(storage.device)):
-            _bytes_of(buffer).copy_(_bytes_of(storage), non_blocking=True)
-        return buffer
 
-    def _stream_for(self, device: Any) -> Any:
-        import torch
+class _Places(dict[int, Any]):
+    """What stands in the pickle for each tensor. It is kept, because new tuples would start a garbage collection."""
 
-        if device not in self._used:
-            stream = self._used[device] = self._stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-        return self._used[device]
+    def __missing__(self, number: int) -> Any:
+        self[number] = _tensor, (number,)
+        return self[number]
 
-    def finish(self) -> list[Any]:
-        """Let the current streams wait for the copies, not this thread; return the events that say when they end."""
-        if not self._used:
-            return []
-        import torch
 
-        events = []
-        for device, stream in self._used.items():
-            events.append(stream.record_event())
-            torch.cuda.current_stream(device).wait_event(events[-1])
-        return events
+def _dispatch_table(sources: Sources) -> Mapping[type, Any]:
+    """Return how to pickle storages, as their numbers, and all else."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return copyreg.dispatch_table
+    numbers: dict[type, Any] = {
+        torch.UntypedStorage: lambda storage: (_copy_of, (sources.number_of(storage),)),
+        torch.storage.TypedStorage: lambda storage: (
+            _copy_of,
+            (sources.number_of(storage._untyped_storage), storage.dtype),
+        ),
+    }
+    others: dict[type, Any] = copyreg.dispatch_table
+    return ChainMap(numbers, others)
+
+
+@contextlib.contextmanager
+def _outside_autograd() -> Iterator[None]:
+    """Copy in a mode in which later copies can change the same tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+def _on_the_host() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which tensors are made on the CPU, whatever the default device is."""
+    torch = sys.modules.get("torch")
+    return torch.device("cpu") if torch is not None else contextlib.nullcontext()
 
 
 def _noted_by_torch() -> list[Any]:
@@ -248,16 +229,42 @@ def _keep(buffer: pickle.PickleBuffer, arrays: list[memoryview]) -> bool:
     return False
 
 
-class _Unpickler(pickle.Unpickler):
-    """Puts a state together again, on the copies of its storages. It reads nothing but what was pickled just now."""
+@attrs.frozen
+class _Pickled:
+    """A state in pieces."""
 
-    def __init__(self, stream: io.BytesIO, copies: list[Any], arrays: list[memoryview]) -> None:
+    stream: io.BytesIO
+    arrays: list[memoryview]
+
+    def load(self, tensors: list[Any], storage: Callable[[int], Any]) -> Any:
+        """Put the state together again, on copies of its tensors and storages."""
+        self.stream.seek(0)
+        # torch notes what a load has rebuilt, to check it later; of this nothing was read from a file.
+        noted = _noted_by_torch()
+        before = len(noted)
+        try:
+            with _on_the_host():
+                return _Unpickler(self.stream, self.arrays, tensors, storage).load()
+        finally:
+            del noted[before:]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts a state together again. It reads nothing but what was pickled just now."""
+
+    def __init__(
+        self, stream: io.BytesIO, arrays: list[memoryview], tensors: list[Any], storage: Callable[[int], Any]
+    ) -> None:
         super().__init__(stream, buffers=arrays)
-        self._copies = copies
+        self._tensors = tensors
+        self._storage = storage
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if module == __name__ and name == _copy_of.__name__:
-            return self._copy_of
+        if module == __name__:
+            if name == _tensor.__name__:
+                return self._tensors.__getitem__
+            if name == _copy_of.__name__:
+                return self._copy_of
         found = super().find_class(module, name)
         if module == "torch._utils" and name == "_rebuild_tensor_v3":
             # It is handed an untyped storage, but a load gives it a typed one, and so it expects that.
@@ -265,7 +272,13 @@ class _Unpickler(pickle.Unpickler):
         return found
 
     def _copy_of(self, number: int, dtype: Any = None) -> Any:
-        return self._copies[number] if dtype is None else _wrapped(self._copies[number], dtype)
+        storage = self._storage(number)
+        return storage if dtype is None else _wrapped(storage, dtype)
+
+
+def _tensor(number: int) -> Any:
+    """Stand in the pickle for a tensor's copy; the `_Unpickler` has the copies."""
+    raise AssertionError(number)
 
 
 def _copy_of(number: int, dtype: Any = None) -> Any:
@@ -278,16 +291,3 @@ def _wrapped(storage: Any, dtype: Any = None) -> Any:
 
     typed = torch.storage.TypedStorage
     return typed(wrap_storage=storage, dtype=dtype or torch.uint8, _internal=True)  # type: ignore[no-untyped-call]
-
-
-def _allocate(key: _Key) -> Any:
-    import torch
-
-    size, pinned = key
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).untyped_storage()
-
-
-def _bytes_of(storage: Any) -> Any:
-    import torch
-
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
