@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError, SaveError, UnsafePayloadError
+from checkpointer.formats import archive
 from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_name, culprit
 from checkpointer.ports import Writable
 
@@ -43,7 +44,7 @@ class TorchFormat:
     extension = ".ckpt"
 
     def write(self, state: Any, stream: Writable) -> None:
-        """See `Format.write`: torch hands each tensor's memory to the stream as it is, without a copy.
+        """See `Format.write`: the stream gets each tensor's memory in chunks, without a copy.
 
         Raises:
             SaveError: If a part of the state cannot be pickled, or is a shard; it says which.
@@ -51,7 +52,10 @@ class TorchFormat:
         import torch
 
         try:
-            torch.save(state, stream, pickle_module=ByValue)  # type: ignore[arg-type]
+            if archive.is_like_torch():
+                archive.save(state, stream, ByValue)
+            else:
+                torch.save(state, stream, pickle_module=ByValue)  # type: ignore[arg-type]
         except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
