@@ -1,11 +1,11 @@
 """Training time that a save in the background costs, in seconds for each GB: ``python benchmarks/training.py``.
 
-Each side runs in a process of its own, because of its threads, its memory and its versions. The processes stay, and take
-turns: one round is one save of each side in each setting, while all others sleep. A measurement trains undisturbed, then
-with one save, then undisturbed again. *Lost* is the time from the call that begins the save until the save is durable and
-`TAIL_S` have passed, minus the time that as many undisturbed steps take. Medians are printed. What a side does not make
-durable by itself is synced as soon as the side says that it is done. Timings on a busy machine are noisy; nothing here is
-a test.
+Each side runs in a process of its own, because of its threads, its memory and its versions. The processes stay and
+take turns: in one round each side saves once in each setting, and all others sleep. A measurement trains undisturbed,
+then with one save, then undisturbed again. *Lost* is the time from the call that begins the save until the save is
+durable and `TAIL_S` have passed, minus the time that as many undisturbed steps take. Each side keeps one checkpoint:
+to delete the one before is part of the save. Files that a side does not sync are synced as soon as it says that it is
+done. Medians are printed. Timings on a busy machine are noisy; nothing here is a test.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ def _ours(state: Any, where: str) -> tuple[Callable[[], Callable[[], bool]], Cal
 
     def begin() -> Callable[[], bool]:
         manager.observe({}, step=next(steps), epoch=0, epoch_end=False)
-        # Not wait(), because nobody waits for a save while it trains.
-        return lambda: not manager.session.background_status.unfinished
+        # Not wait(), because a loop that trains does not wait.
+
+        def is_durable() -> bool:
+            status = manager.session.background_status
+            return status is not None and not status.unfinished
+
+        return is_durable
 
     return begin, manager.wait
 
@@ -111,21 +116,19 @@ def _dcp(kind: str) -> Callable[[Any], Begin]:
     def side(state: Any) -> Begin:
         import torch
         import torch.distributed as dist
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
-        if kind == "thread":
-            store = torch._C._distributed_c10d.HashStore()
-        else:
+        store: Any = torch._C._distributed_c10d.HashStore()
+        if kind == "process":
             os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
-            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            store = torch._C._distributed_c10d.TCPStore("127.0.0.1", 0, 1, is_master=True)
             os.environ["MASTER_PORT"] = str(store.port)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         stager = DefaultStager(StagingOptions(False, kind == "process", False, False))
 
         def begin(path: str) -> Callable[[], object]:
-            answer: Any = dcp.async_save(
+            answer: Any = async_save(
                 state, checkpoint_id=path, async_stager=stager, async_checkpointer_type=AsyncCheckpointerType(kind)
             )
             return getattr(answer, "upload_completion", answer).result  # type: ignore[no-any-return]
@@ -141,7 +144,7 @@ def _lightning(state: Any) -> Begin:
     def begin(path: str) -> Callable[[], object]:
         plugin = AsyncCheckpointIO(TorchCheckpointIO())
         plugin.save_checkpoint(state, path)
-        return plugin.teardown
+        return plugin.teardown  # type: ignore[no-any-return]
 
     return begin
 
@@ -194,7 +197,7 @@ PEERS: dict[str, Callable[[Any], Begin]] = {
 
 
 def _as_side(begin: Begin, where: str) -> tuple[Callable[[], Callable[[], bool]], Callable[[], object]]:
-    """Give a peer an unused path for each save, sync what it has written, and delete the save before it, as ours does."""
+    """Give a peer an unused path for each save, sync what it has written, and delete the save before it."""
     paths = (f"{where}/{number}" for number in range(10**9))
     threads: list[threading.Thread] = []
 
@@ -312,6 +315,7 @@ def measured(
             for side in list(sides)[:: 1 if number % 2 else -1]:
                 if (answer := side.lost(*setting)) is not None and number:
                     found[setting][side.name].append(answer)
+                    print(*setting, side.name, {key: round(s, 3) for key, s in answer.items()}, file=sys.stderr)
     return found  # type: ignore[no-any-return]
 
 
@@ -329,9 +333,7 @@ def rows_of(found: dict[tuple[str, int], dict[str, list[dict[str, float]]]], meg
             )
             lost_s *= 1000 / (megabytes * 1.048576)
             base = lost_s if base is None else base
-            rows.append(
-                (what, name, f"{lost_s:.3f} s/GB", f"{lost_s / base:.2f} x", f"{share:.0%}", f"{took:.2f} s")
-            )
+            rows.append((what, name, f"{lost_s:.3f} s/GB", f"{lost_s / base:.2f} x", f"{share:.0%}", f"{took:.2f} s"))
             what = ""
     return rows
 
