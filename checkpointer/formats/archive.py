@@ -7,6 +7,7 @@ to the stream while it is in the processor's cache.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import pickle
@@ -19,7 +20,6 @@ from typing import Any, Final
 import xxhash
 
 from checkpointer.errors import SaveError
-from checkpointer.formats.inspection.tensors import memory_at
 from checkpointer.ports import Writable
 
 __all__ = ["CHUNK", "Archive", "is_like_torch", "save"]
@@ -41,6 +41,12 @@ _LIMIT: Final = 0xFFFFFFFF
 """Sizes and offsets from this one on are written as 64 bits."""
 _VERSION: Final = "3\n"
 _MASK: Final = (1 << 64) - 1
+
+_READ: Final = 0x100
+_view: Final = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+"""Makes a view of memory; torch can be installed without numpy."""
 
 try:
     from zlib_ng.zlib_ng import crc32 as _crc32
@@ -175,7 +181,7 @@ def _memory(data: Any, size: int) -> memoryview:
         return memoryview(data.encode())
     if isinstance(data, bytes):
         return memoryview(data)
-    return memory_at(data.data_ptr(), size, data)
+    return _view(data.data_ptr(), size, _READ) if size else memoryview(b"")  # `data` outlives the view.
 
 
 def _wide(start: int, size: int, stored: int) -> bytes:

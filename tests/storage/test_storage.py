@@ -330,6 +330,18 @@ def test_a_link_whose_reply_was_lost_is_a_link(local: LocalStorage, monkeypatch:
     assert [] == staged(local)
 
 
+def test_a_large_payload_whose_write_back_began_early_is_whole(local: LocalStorage) -> None:
+    """Pieces below and above the buffer's size, and more of them than the kernel is asked to write back at a time."""
+    pieces = [bytes([number]) * size for number, size in enumerate([1, 70_000, 5_000_000, 3, 9_000_001] * 3)]
+    upload = local.upload("a.ckpt")
+    for piece in pieces:
+        assert len(piece) == upload.write(piece)
+    upload.finish()
+    upload.publish(replace=False)
+    with local.open("a.ckpt") as stream:
+        assert b"".join(pieces) == stream.read()
+
+
 def begin(root: Path, owner: str) -> Upload:
     upload = LocalStorage(root, owner).upload("a")
     upload.write(b"unfinished")
