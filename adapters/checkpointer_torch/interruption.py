@@ -75,11 +75,6 @@ class Interruption:
         self._requests.listen()
         self.workers.listen()
 
-    @property
-    def wants_attention(self) -> bool:
-        """Whether `attend` has anything to do at this boundary; several ranks always have to agree."""
-        return not self._is_alone or self._requests.is_pending or time.monotonic() >= self._requests.look_at
-
     def attend(self) -> None:
         """Answer what any rank was asked; all ranks call this at the same boundary.
 
