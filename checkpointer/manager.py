@@ -56,8 +56,6 @@ from checkpointer.session import Session
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["MANAGER_OPTIONS", "CheckpointManager", "check_options"]
-
 MIRROR_S: Final = 600.0
 """Seconds that `CheckpointManager.close` waits for the mirror, without ``timeout=``."""
 _log = logging.getLogger("checkpointer")

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-__all__ = ["CallbackBase"]
-
 _STATE: Final = "checkpointer"
 """Key of the manager's state in the callback's."""
 _OF_A_TRAINING: Final = ("_session", "_last_trainer", "log", "log_dict")

@@ -18,8 +18,6 @@ from checkpointer.errors import ConflictError
 from checkpointer_lightning.session import TrainingSession
 from checkpointer_lightning.siblings import ours
 
-__all__ = ["failures_as_warnings", "rescue", "stop"]
-
 DEADLINE_S: Final = 1.0
 """Seconds that a rank with an exception waits for the other ranks to have one too."""
 

@@ -23,8 +23,6 @@ from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.signals import Requests, StopTraining
 from checkpointer_torch.training_state import TrainingState
 
-__all__ = ["END", "Interruption", "Stopwatch"]
-
 END: Final[Any] = object()
 """Returned by `Interruption.fetch` when a loader has no more batches."""
 _log: Final = logging.getLogger("checkpointer.torch")

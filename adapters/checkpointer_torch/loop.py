@@ -28,8 +28,6 @@ from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
 from checkpointer_torch.training_state import LoopProgress, TrainingState
 
-__all__ = ["Loop"]
-
 _log: Final = logging.getLogger("checkpointer.torch")
 _NOTHING: Final[Mapping[str, Any]] = {}
 _NO_NAMES: Final[frozenset[str]] = frozenset()

@@ -24,20 +24,6 @@ from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
 from checkpointer.storage.reader import read_whole
 
-__all__ = [
-    "HOME",
-    "INDEX",
-    "RECORDS",
-    "Listing",
-    "directories_below",
-    "json_name",
-    "load",
-    "read_bounded",
-    "read_entry",
-    "record_path",
-    "save",
-]
-
 HOME: Final = ".checkpointer"
 """Folder of every file that is not a payload or alias."""
 RECORDS: Final = f"{HOME}/records"

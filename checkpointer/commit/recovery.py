@@ -20,19 +20,6 @@ from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = [
-    "Recovered",
-    "finish",
-    "finish_changes",
-    "finish_left",
-    "finish_run",
-    "is_payload_of",
-    "recover",
-    "remove",
-    "retire",
-    "settle",
-]
-
 
 @attrs.frozen(kw_only=True)
 class Recovered:

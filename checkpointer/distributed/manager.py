@@ -38,8 +38,6 @@ from checkpointer.save.background import as_busy
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["DistributedManager", "RankedManager"]
-
 BARRIER_S: Final = 1.0
 """Seconds that an error waits for the other ranks, so that they write a rescue checkpoint together."""
 

@@ -16,8 +16,6 @@ from checkpointer.errors import RanksError, portable
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "Broadcast", "Team", "on_every_rank", "on_rank_zero"]
-
 T = TypeVar("T")
 
 

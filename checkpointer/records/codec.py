@@ -15,8 +15,6 @@ from checkpointer._validation import brief
 from checkpointer.errors import RecordError
 from checkpointer.records.names import has_surrogate, name_problem
 
-__all__ = ["DIGESTS", "MAX_RECORD_BYTES", "Reader", "as_number", "parse_json", "to_json", "to_plain_float"]
-
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
 

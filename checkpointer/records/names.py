@@ -8,8 +8,6 @@ from typing import Final
 
 from checkpointer.errors import NamingError
 
-__all__ = ["MAX_NAME_BYTES", "MAX_PART_BYTES", "check_name", "has_surrogate", "is_home", "name_problem"]
-
 MAX_PART_BYTES: Final = 255
 """As many as any usual filesystem takes."""
 MAX_NAME_BYTES: Final = 1024

@@ -19,8 +19,6 @@ from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import Timeline
 
-__all__ = ["Chart", "ChartItem", "chart_of_records", "chart_of_timeline"]
-
 Fate = Literal["kept", "retired", "abandoned"]
 
 
