@@ -33,7 +33,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import warnings
+from collections.abc import Iterator
 
 __all__ = [
     "AliasInUseError",
@@ -178,3 +181,12 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return RanksError(f"{type(error).__name__}: {error}")
     return error
+
+
+@contextlib.contextmanager
+def failures_as_warnings(what: str = "") -> Iterator[None]:
+    """Turn an error into a warning, so that it does not hide the error that ended the training."""
+    try:
+        yield
+    except Exception as failure:
+        warnings.warn(f"{what}: {failure!r}" if what else str(failure), CheckpointerWarning, stacklevel=4)

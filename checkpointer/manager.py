@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import inspect
@@ -11,7 +10,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -25,7 +24,14 @@ from checkpointer.commit.directory import Directory, created
 from checkpointer.commit.naming import location
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import LEASE_S, as_lease
-from checkpointer.errors import CheckpointerWarning, ConflictError, NotFoundError, PolicyError, SaveError
+from checkpointer.errors import (
+    CheckpointerWarning,
+    ConflictError,
+    NotFoundError,
+    PolicyError,
+    SaveError,
+    failures_as_warnings,
+)
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.mirror.mirror import open_mirror
@@ -55,8 +61,6 @@ from checkpointer.save.saver import FOLDER, Saver
 from checkpointer.session import Session
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
-
-__all__ = ["MANAGER_OPTIONS", "CheckpointManager", "check_options"]
 
 MIRROR_S: Final = 600.0
 """Seconds that `CheckpointManager.close` waits for the mirror, without ``timeout=``."""
@@ -464,14 +468,14 @@ class CheckpointManager:
             return
         try:
             if error is not None and self.policy.rescue and self._writes and not isinstance(error, ConflictError):
-                with _warned("no rescue checkpoint could be written"):
+                with failures_as_warnings("no rescue checkpoint could be written"):
                     self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
         finally:
             self._close(timeout)
             if error is None:
                 self._executor.collect()
             else:
-                with _warned(""):
+                with failures_as_warnings():
                     self._executor.collect()
 
     def _close(self, timeout: float | None) -> None:
@@ -514,15 +518,6 @@ def _check_functions(state: object, weights: object, save: object, *, copies: bo
     if copies and save is not None:
         msg = "background= needs state=: what save= writes is read from the live objects while they change"
         raise PolicyError(msg)
-
-
-@contextlib.contextmanager
-def _warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning, so that it does not hide the error that ended the training."""
-    try:
-        yield
-    except Exception as failure:
-        warnings.warn(f"{what}: {failure!r}" if what else str(failure), CheckpointerWarning, stacklevel=4)
 
 
 def _with_extension(policy: Policy, extension: str) -> Policy:

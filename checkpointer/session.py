@@ -27,8 +27,6 @@ from checkpointer.restore.load import Restored, verify
 from checkpointer.save.background import BackgroundStatus
 from checkpointer.save.executor import SaveExecutor
 
-__all__ = ["Session"]
-
 _log: Final = logging.getLogger("checkpointer")
 
 

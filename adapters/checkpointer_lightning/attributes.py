@@ -13,8 +13,6 @@ from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
 
-__all__ = ["NAMES", "ONLY_LAST", "Attributes", "attributes_of", "competing"]
-
 NAMES: Final = (
     "best_model_path",
     "best_model_score",

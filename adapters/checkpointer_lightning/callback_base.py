@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from checkpointer import CheckpointerWarning, Decision, Policy
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
+from checkpointer.errors import failures_as_warnings
 from checkpointer.policy.swapped_weights import marked
 from checkpointer.ports import Clock
 from checkpointer.save.background import Busy
 from checkpointer_lightning import siblings
 from checkpointer_lightning.attributes import NAMES, Attributes
 from checkpointer_lightning.packages import Package
-from checkpointer_lightning.rescue import failures_as_warnings, rescue, stop
+from checkpointer_lightning.rescue import rescue, stop
 from checkpointer_lightning.resume import Resume, find_valid, remove_copies
 from checkpointer_lightning.session import Moment, TrainingSession
 from checkpointer_lightning.signals import batches_per_loader, signals_of
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import ModelCheckpoint as Base
 else:
     Base = object
-
-__all__ = ["CallbackBase"]
 
 _STATE: Final = "checkpointer"
 """Key of the manager's state in the callback's."""

@@ -19,8 +19,6 @@ from checkpointer_lightning.callback_base import CallbackBase
 from checkpointer_lightning.session import Moment
 from checkpointer_lightning.siblings import is_local
 
-__all__ = ["Composed"]
-
 
 class Composed(CallbackBase):
     """Saves by a `checkpointer.Policy`: any triggers, any rules, several such callbacks in one Trainer.

@@ -27,8 +27,6 @@ from checkpointer_lightning.attributes import ONLY_LAST, Attributes, competing
 from checkpointer_lightning.callback_base import CallbackBase
 from checkpointer_lightning.session import Moment
 
-__all__ = ["DropIn", "make_on_use"]
-
 
 class DropIn(CallbackBase):
     """Replaces Lightning's ``ModelCheckpoint``: it has the same arguments, attributes, names and state.

@@ -10,8 +10,6 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["Package"]
-
 _INSTALL: Final = {"lightning": "'torch-checkpointer[lightning]'", "pytorch_lightning": "pytorch-lightning"}
 """What to install for each root."""
 

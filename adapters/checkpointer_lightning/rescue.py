@@ -7,21 +7,15 @@ second; if one is missing, no rank saves.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 from checkpointer import CheckpointerWarning, Decision, Save
+from checkpointer.distributed.team import all_come
 from checkpointer.errors import ConflictError
 from checkpointer_lightning.session import TrainingSession
 from checkpointer_lightning.siblings import ours
-
-__all__ = ["failures_as_warnings", "rescue", "stop"]
-
-DEADLINE_S: Final = 1.0
-"""Seconds that a rank with an exception waits for the other ranks to have one too."""
 
 
 def stop(session: TrainingSession) -> None:
@@ -43,7 +37,7 @@ def rescue(session: TrainingSession, exception: BaseException) -> None:
             if session.ranks.rank:
                 return
             session.io.is_alone = True
-        elif not _are_all_here(session):
+        elif not all_come(session.ranks, session.trainer.global_step):
             if session.ranks.rank == 0:
                 _warn("no rescue checkpoint: saving takes all ranks, and not all of them came")
             return
@@ -72,15 +66,6 @@ def _rescue_together(session: TrainingSession, why: str) -> Decision | None:
         return None
 
 
-@contextlib.contextmanager
-def failures_as_warnings() -> Iterator[None]:
-    """Turn a failure into a warning, because it must not hide what ended the training."""
-    try:
-        yield
-    except Exception as failure:
-        _warn(str(failure))
-
-
 def _needs_all(session: TrainingSession) -> bool:
     """Return whether rank 0 alone cannot take the state: ranks share it, or a user's hook may need all ranks."""
     trainer = session.trainer
@@ -96,12 +81,6 @@ def _has_hook(thing: Any) -> bool:
     hook = getattr(type(thing), "on_save_checkpoint", None)
     module = str(getattr(hook, "__module__", ""))
     return hook is not None and module.partition(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-def _are_all_here(session: TrainingSession) -> bool:
-    """Return whether all ranks come here in time, and at the same step."""
-    ranks = session.ranks
-    return ranks.barrier(DEADLINE_S) and 1 == len(set(ranks.gather(session.trainer.global_step)))
 
 
 def _warn(msg: str) -> None:

@@ -21,8 +21,6 @@ from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 from checkpointer_lightning.siblings import is_local, name_in, policy_and_label
 
-__all__ = ["Resume", "find_valid", "remove_copies"]
-
 _OPTIONS: Final = ("storage_options", "trust", "mirror")
 """Options of a manager that matter when it only looks."""
 _COPIES: Final = "checkpointer-resume-"

@@ -26,8 +26,6 @@ from checkpointer_lightning.siblings import ours, policy_and_label
 from checkpointer_lightning.signals import signals_of
 from checkpointer_lightning.trainer_io import TrainerIO, cache_of
 
-__all__ = ["Moment", "TrainingSession"]
-
 Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 """What has just ended: a training batch, a validation, an epoch, the training; or user code asks for a save."""
 

@@ -12,8 +12,6 @@ import attrs
 
 from checkpointer import Policy
 
-__all__ = ["CALLBACKS", "is_local", "key_index", "name_in", "ours", "policy_and_label"]
-
 CALLBACKS: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
 """All callbacks that exist, by id, in the order they were made."""
 

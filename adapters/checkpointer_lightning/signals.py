@@ -25,8 +25,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointer.hosts.loader_workers import Workers
 
-__all__ = ["Signals", "batches_per_loader", "signals_of"]
-
 _SIGNALS: Final[weakref.WeakKeyDictionary[Any, Signals]] = weakref.WeakKeyDictionary()
 
 

@@ -16,8 +16,6 @@ from checkpointer.ports import Ranks
 from checkpointer.save.background import Busy
 from checkpointer_lightning.packages import Package
 
-__all__ = ["StateCache", "TrainerIO", "cache_of"]
-
 
 @attrs.define
 class TrainerIO:

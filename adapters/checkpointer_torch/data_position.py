@@ -13,8 +13,6 @@ from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
-__all__ = ["DataPosition"]
-
 _OF_A_RANK: Final = {"batches", "dataset length"}
 """Facts that change with the number of processes."""
 

@@ -11,8 +11,6 @@ from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
 
-__all__ = ["StateMap", "picked"]
-
 StateMap = Mapping[str, str | Callable[[Any], Any]]
 """For each object the key of its state in the file, or a function that makes the state from the file's content."""
 _COUNTS: Final = ("epoch", "step")

@@ -23,8 +23,6 @@ from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.signals import Requests, StopTraining
 from checkpointer_torch.training_state import TrainingState
 
-__all__ = ["END", "Interruption", "Stopwatch"]
-
 END: Final[Any] = object()
 """Returned by `Interruption.fetch` when a loader has no more batches."""
 _log: Final = logging.getLogger("checkpointer.torch")
@@ -74,11 +72,6 @@ class Interruption:
         """Take the signals over."""
         self._requests.listen()
         self.workers.listen()
-
-    @property
-    def wants_attention(self) -> bool:
-        """Whether `attend` has anything to do at this boundary; several ranks always have to agree."""
-        return not self._is_alone or self._requests.is_pending or time.monotonic() >= self._requests.look_at
 
     def attend(self) -> None:
         """Answer what any rank was asked; all ranks call this at the same boundary.

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from checkpointer_torch.parts import Part
 from checkpointer_torch.random_state import accessors
 
-__all__ = ["FunctionLoader", "LoaderView", "is_stateful", "torch_loader"]
-
 _WRAPPED: Final = {
     "lightning": "_dataloader",
     "lightning_fabric": "_dataloader",

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -27,10 +28,9 @@ from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
 from checkpointer_torch.training_state import LoopProgress, TrainingState
 
-__all__ = ["Loop"]
-
 _log: Final = logging.getLogger("checkpointer.torch")
 _NOTHING: Final[Mapping[str, Any]] = {}
+_NO_NAMES: Final[frozenset[str]] = frozenset()
 _SET_BY_LOOP: Final = ("state", "weights", "save")
 """Arguments of `CheckpointManager` that the loop sets itself."""
 _SILENT_STEPS: Final = 1000
@@ -105,7 +105,8 @@ class Loop:
         kept = {**options, "state": training.take, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), stopwatch)
         self._saver: CheckpointManager | DistributedManager
-        if self._ranks.size == 1:
+        self._is_alone = self._ranks.size == 1
+        if self._is_alone:
             self._saver = CheckpointManager(directory, policy, **kept)
         else:
             self._saver = DistributedManager(directory, policy, ranks=self._ranks, **kept)
@@ -113,7 +114,7 @@ class Loop:
         self._requests = Requests(stop_on, save_on, file)
         self._interruption = Interruption(self._saver, training, self._ranks, self._requests, Grace(grace_s), stopwatch)
         self._metrics: Mapping[str, Any] = _NOTHING
-        self._reported: frozenset[str] = frozenset()
+        self._reported = _NO_NAMES
         """Names of the metrics that `report` was given."""
         self._start = self._epoch_began_at = 0
         self._epoch_ended_at = -1
@@ -329,13 +330,17 @@ class Loop:
             StopTraining: If a signal asked for the end; the ``with`` block catches it.
             SaveError: If a checkpoint could not be written.
         """
-        training = self._training
+        training, requests = self._training, self._requests
         training.end_step()
-        self._metrics, self._reported = metrics, frozenset()
-        decision = self._observe(metrics, training.epoch)
+        self._metrics, self._reported = metrics, _NO_NAMES
+        if requests.since is None:  # As `_observe`, without a call.
+            decision = self._saver.observe(metrics, training.step, training.epoch, epoch_end=False)
+        else:
+            decision = self._observe(metrics, training.epoch)
         if training.step >= self._check_at or self._is_held:
             self._check_use(decision)
-        if self._interruption.wants_attention:
+        # Several ranks always have to agree.
+        if requests.is_pending or not self._is_alone or time.monotonic() >= requests.look_at:
             self._interruption.attend()
         return decision
 
@@ -368,7 +373,7 @@ class Loop:
 
     def _add(self, metrics: Mapping[str, Any], *, anew: bool) -> None:
         if anew:  # The metrics are of the epoch before.
-            self._metrics, self._reported = _NOTHING, frozenset()
+            self._metrics, self._reported = _NOTHING, _NO_NAMES
         self._metrics, self._reported = {**self._metrics, **metrics}, self._reported | metrics.keys()
 
     def _measured(self) -> Mapping[str, Any]:
@@ -458,7 +463,7 @@ class Loop:
         source = ResumeSource(self._saver, self._training, self._directory, self._options)
         if not source.resume(from_, map, strict=strict, weights_only=weights_only):
             return self.progress
-        self._metrics, self._reported = _NOTHING, frozenset()
+        self._metrics, self._reported = _NOTHING, _NO_NAMES
         self._start = self._epoch_began_at = self._training.step
         if math.isfinite(self._check_at):
             self._check_at = self._start + _SILENT_STEPS

@@ -26,8 +26,6 @@ from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 
-__all__ = ["Opener", "is_place", "open_foreign", "own_name"]
-
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _log: Final = logging.getLogger("checkpointer.torch")
 

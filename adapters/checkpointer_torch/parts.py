@@ -21,8 +21,6 @@ from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
 from checkpointer_torch.state_differences import Differences, compared
 
-__all__ = ["PLAIN", "Part"]
-
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 """Types of plain values."""
 _WRAPPERS: Final = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

@@ -18,8 +18,6 @@ from checkpointer.errors import MismatchError
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
-__all__ = ["DataPass", "ResumedFrom", "is_over", "num_iters", "put_start"]
-
 _log: Final = logging.getLogger("checkpointer.torch")
 
 Make = Callable[[], Any]

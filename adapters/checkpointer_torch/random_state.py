@@ -13,8 +13,6 @@ import torch
 
 from checkpointer import CheckpointerWarning
 
-__all__ = ["accessors", "put_random_state", "same_random_state", "take_random_state"]
-
 
 def take_random_state() -> dict[str, Any]:
     """Return the state of python's, numpy's (if imported), torch's and every CUDA device's generator."""

@@ -18,8 +18,6 @@ from checkpointer_torch.open_any import Opener, is_place, open_foreign, own_name
 from checkpointer_torch.training_state import TrainingState
 from checkpointer_torch.weights import load_weights
 
-__all__ = ["ResumeSource"]
-
 _log: Final = logging.getLogger("checkpointer.torch")
 
 

@@ -20,8 +20,6 @@ from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.manager import check_options
 from checkpointer.ports import Storage
 
-__all__ = ["CONFIG", "config_differences", "plain_config", "read_config"]
-
 CONFIG: Final = "config"
 """The settings lie under this key of a checkpoint, beside the objects."""
 _NOTHING: Final[Mapping[str, Any]] = {}

@@ -16,8 +16,6 @@ from checkpointer.commit.index import HOME
 from checkpointer.errors import PolicyError
 from checkpointer.storage import LocalStorage
 
-__all__ = ["SAVE_ON", "STOP_ON", "Requests", "StopTraining", "request_file"]
-
 
 def _known(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))

@@ -11,8 +11,6 @@ import torch
 from checkpointer._display import some_of
 from checkpointer.formats.dtypes import holds
 
-__all__ = ["Differences", "compared"]
-
 _SHOWN: Final = 10
 """Names of each kind that a message lists."""
 

@@ -21,8 +21,6 @@ from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
 
-__all__ = ["TrainingObjects", "world_size"]
-
 
 class TrainingObjects:
     """The objects that a `Loop` was given, by name; ``objects[name]`` is a plain value or a function's value."""

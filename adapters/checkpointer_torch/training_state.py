@@ -25,8 +25,6 @@ from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.state_differences import Differences
 from checkpointer_torch.training_objects import TrainingObjects
 
-__all__ = ["KEY", "LoopProgress", "TrainingState"]
-
 KEY: Final = "loop"
 """The loop's own state is under this key, beside the objects."""
 SCHEMA: Final = 1

@@ -23,8 +23,6 @@ from checkpointer_torch.open_any import Opener
 from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.state_differences import Differences, compared
 
-__all__ = ["KeyMap", "LoadedWeights", "load_weights"]
-
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
 
 

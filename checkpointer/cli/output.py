@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ from rich.text import Text
 from checkpointer._display import count_text, one_line
 from checkpointer.commit.missing import few_names
 from checkpointer.errors import NotFoundError
+from checkpointer.records.codec import to_plain_float
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
 
@@ -55,8 +55,8 @@ def print_json(data: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
+    if isinstance(value, float):
+        return to_plain_float(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

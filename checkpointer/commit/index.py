@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import attrs
@@ -21,20 +23,6 @@ from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
 from checkpointer.storage.reader import read_whole
-
-__all__ = [
-    "HOME",
-    "INDEX",
-    "RECORDS",
-    "Listing",
-    "directories_below",
-    "json_name",
-    "load",
-    "read_bounded",
-    "read_entry",
-    "record_path",
-    "save",
-]
 
 HOME: Final = ".checkpointer"
 """Folder of every file that is not a payload or alias."""
@@ -91,14 +79,14 @@ class Listing:
     reads: int = 0
     """How many record files were read, because the index did not have them."""
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each file and folder outside `HOME`."""
         sizes: dict[str, int] = {}
         for path, stat in self.files.items():
             if path.startswith(f"{HOME}/"):
                 continue
-            for name in (path, *(path[:i] for i, char in enumerate(path) if char == "/")):
+            for name in (path, *_folders(path)):
                 sizes[name] = sizes.get(name, 0) + stat.size
         return sizes
 
@@ -110,13 +98,18 @@ class Listing:
         for path in self.files:
             if path.startswith(f"{HOME}/") or path in known:
                 continue
-            folders = [path[:i] for i, char in enumerate(path) if char == "/"]
-            if not known.intersection(folders):
+            folders = _folders(path)
+            if known.isdisjoint(folders):
                 names.update(folders, [path])
         # The payload beside a damaged record may be a checkpoint, so its name stays taken. (If the name is too long to
         # be read from the record's path, it is among the files anyway.)
         names.update(path[len(RECORDS) + 1 : -len(_JSON)] for path in self.damaged if path.startswith(f"{RECORDS}/"))
         return frozenset(names)
+
+
+def _folders(path: str) -> list[str]:
+    """Return each folder that a path lies in, the outermost first."""
+    return list(itertools.accumulate(path.split("/")[:-1], "{}/{}".format))
 
 
 def load(storage: Storage, trust: HMACKey | None = None, *, writers: Iterable[str] = ()) -> Listing:
@@ -247,8 +240,8 @@ def _index_limit(files: Mapping[str, Stat]) -> int:
     return min(MAX_INDEX_BYTES, 1024 + sum(256 + 6 * len(path) + 4 * size for path, size in records))
 
 
-def _from_cache(cached: Mapping[str, Any], path: str, stat: Stat, trust: HMACKey | None) -> Entry | None:
-    match cached.get(path):
+def _from_cache(cached: dict[str, Any], path: str, stat: Stat, trust: HMACKey | None) -> Entry | None:
+    match cached.pop(path, None):  # Taken out: the garbage collector then visits fewer objects.
         case [size, version, data] if size == stat.size and version == stat.version != "":
             try:
                 entry = _checked(data, f"{INDEX}, in {path!r}", trust)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -19,19 +19,6 @@ from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
 from checkpointer.storage.owner import new_owner, release
-
-__all__ = [
-    "Recovered",
-    "finish",
-    "finish_changes",
-    "finish_left",
-    "finish_run",
-    "is_payload_of",
-    "recover",
-    "remove",
-    "retire",
-    "settle",
-]
 
 
 @attrs.frozen(kw_only=True)
@@ -71,7 +58,8 @@ def finish_left(
     left = [one for one in entries if one.status != "committed" and journal.has_stopped(one.owner, force=force)]
     # A pending record without a payload may be that of a live writer, which is about to write the payload.
     kept = {one.record.name for one in entries if one.status != "committed"}
-    moved = [record for record in _moved(journal, entries) if record.name not in kept]
+    records = [entry.record for entry in entries if entry.status != "retired"]
+    moved = [record for record in _moved(journal, records) if record.name not in kept]
     names = {entry.record.name for entry in left}.union(*(one.names for one in ours), (r.name for r in moved))
     with journal.changing(aliases=names):
         for changes in ours:
@@ -107,7 +95,7 @@ def _seen(
         if path in overlaid or not _is_late(entry.record, limits):
             records.extend(finish(journal, entry, write=False))
         left.extend([] if path in overlaid else [entry])
-    gone = _moved(journal, [Entry(record=record) for record in records])
+    gone = _moved(journal, records)
     # A process that took over has given a checkpoint another name, and the writer before may restore the old record.
     terms: dict[str, int] = {}
     for record in records:
@@ -165,9 +153,8 @@ def _applies(entry: Entry, there: Entry | None) -> bool:
     return there.status == "committed" and before is not None and there.record.token == before.token
 
 
-def _moved(journal: Journal, entries: Iterable[Entry]) -> list[Record]:
+def _moved(journal: Journal, records: Sequence[Record]) -> list[Record]:
     """Return the old record of each checkpoint for which `Transaction.move` was interrupted after the rename."""
-    records = [entry.record for entry in entries if entry.status != "retired"]
     twice = {token for token, count in Counter(r.token for r in records).items() if count > 1}
     there = {r.token for r in records if r.token in twice and journal.has_payload(r)}
     return [r for r in records if r.token in there and size_of(journal.storage, r.name, r.size) is None]

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 
@@ -15,7 +15,7 @@ from checkpointer._validation import check_function
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.state_io import StateIO
-from checkpointer.distributed.team import Agreement, Broadcast
+from checkpointer.distributed.team import BARRIER_S, Agreement, Broadcast, all_come
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointerWarning,
@@ -23,6 +23,7 @@ from checkpointer.errors import (
     ConflictError,
     PolicyError,
     SaveError,
+    failures_as_warnings,
 )
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager, check_options
@@ -37,11 +38,6 @@ from checkpointer.restore.load import Restored, Verify, load
 from checkpointer.save.background import as_busy
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-
-__all__ = ["DistributedManager", "RankedManager"]
-
-BARRIER_S: Final = 1.0
-"""Seconds that an error waits for the other ranks, so that they write a rescue checkpoint together."""
 
 T = TypeVar("T")
 
@@ -366,17 +362,14 @@ class DistributedManager:
             warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
 
     def _rescue_together(self, error: BaseException, timeout: float | None) -> None:
-        """Rescue if all ranks come here at the same step. Otherwise another rank may wait for this one elsewhere."""
+        """Rescue if all ranks come here at the same step."""
         step = self._last_report[0]
-        try:
-            if not self._ranks.barrier(BARRIER_S) or 1 != len(set(self._ranks.gather(self._last_report))):
+        with failures_as_warnings("no rescue checkpoint could be written"):
+            if not all_come(self._ranks, self._last_report):
                 msg = f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s"
                 warnings.warn(msg, CheckpointerWarning, stacklevel=4)
                 return
             self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
-        except Exception as failure:  # The error that ended the training must be the one that is raised.
-            msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -14,8 +14,6 @@ from checkpointer.errors import RanksError
 from checkpointer.ports import FolderFormat, Mailbox, Snapshotting, Taken
 from checkpointer.save.background import finish_at_exit
 
-__all__ = ["NumberedCopy", "ShardWriter"]
-
 HEARTBEAT_S: Final = 5.0
 """Seconds between two heartbeats of rank 0."""
 HEARTBEAT_TIMEOUT_S: Final = 60.0

@@ -15,8 +15,6 @@ from checkpointer.save.background import Busy, copies_of
 if TYPE_CHECKING:
     from checkpointer.formats.dcp_folder import DcpFormat
 
-__all__ = ["StateIO"]
-
 
 class StateIO:
     """Takes, writes and reads a state on all ranks, when rank 0's manager asks for it.

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 import attrs
 
@@ -16,9 +16,10 @@ from checkpointer.errors import RanksError, portable
 from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Ranks
 
-__all__ = ["Agreement", "Broadcast", "Team", "on_every_rank", "on_rank_zero"]
-
 T = TypeVar("T")
+
+BARRIER_S: Final = 1.0
+"""Seconds that a rank with an error waits for the other ranks, so that they write a rescue checkpoint together."""
 
 
 @attrs.frozen
@@ -59,6 +60,11 @@ def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> list[T]:
             msg = f"rank {rank} failed: {failure!r}"
             raise RanksError(msg) from failure
     return [result for result, _ in outcomes]
+
+
+def all_come(ranks: Ranks, place: object) -> bool:
+    """Return whether all ranks come here in time, and at the same place. Otherwise one may wait elsewhere."""
+    return ranks.barrier(BARRIER_S) and 1 == len(set(ranks.gather(place)))
 
 
 @attrs.frozen

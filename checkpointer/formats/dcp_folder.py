@@ -42,8 +42,6 @@ from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
 
-__all__ = ["DcpFormat", "Reader"]
-
 METADATA: Final = ".metadata"
 
 _STORAGE_ONLY: Final = ("retry",)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["holds"]
-
 
 def holds(here: torch.dtype, there: torch.dtype) -> bool:
     """Return whether ``here`` is the wider type, or the same: else 300 as an int64 becomes 44 as an int8.

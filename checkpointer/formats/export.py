@@ -18,8 +18,6 @@ from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo, memory_at, memory_of
 
-__all__ = ["WeightsFormat", "format_by_name", "write_weights"]
-
 WeightsFormat = Literal["safetensors", "torch"]
 
 _TORCH: Final = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")

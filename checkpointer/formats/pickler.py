@@ -16,17 +16,6 @@ from typing import Any, Final
 
 from checkpointer.errors import SaveError
 
-__all__ = [
-    "HOW_TO_SAVE_SHARDS",
-    "ByValue",
-    "Pickler",
-    "by_value",
-    "check_whole",
-    "class_name",
-    "culprit",
-    "is_whole_dtensor",
-]
-
 HOW_TO_SAVE_SHARDS: Final = (
     'save with DistributedManager(format="dcp"), or return whole tensors: get_state_dict(model, optimizers, '
     "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint.state_dict, on "

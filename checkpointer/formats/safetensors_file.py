@@ -13,8 +13,6 @@ from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.formats.pickler import check_whole, class_name, is_whole_dtensor
 from checkpointer.ports import Writable
 
-__all__ = ["SafetensorsFormat"]
-
 try:
     from safetensors.torch import load_file as _load_file
 except ImportError as error:

@@ -18,8 +18,6 @@ from typing import Any, Final
 
 import attrs
 
-__all__ = ["Workers", "deliver"]
-
 WAIT_S: Final = 0.5
 """Seconds that the death of a worker waits for the signal that may have caused it."""
 

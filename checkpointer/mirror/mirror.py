@@ -46,8 +46,6 @@ from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
 from checkpointer.storage.same_place import SamePlaceError, refuse_same, refuse_same_by_trial
 
-__all__ = ["MirrorThread", "open_mirror"]
-
 T = TypeVar("T")
 
 PROGRESS_S = 5.0

@@ -14,8 +14,6 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.storage.opening import Where
 
-__all__ = ["Mirror", "MirrorStatus", "Plan", "lost", "plan", "retry_after"]
-
 RETRY_S: Final = (1.0, 60.0)
 """Minimum and maximum seconds between two tries."""
 

@@ -19,22 +19,6 @@ from checkpointer.policy.triggers import Trigger
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Kind, Observation, Progress, Record, commit_order
 
-__all__ = [
-    "Attach",
-    "Decision",
-    "Reasons",
-    "Save",
-    "Skip",
-    "advance",
-    "after",
-    "decide",
-    "decide_rescue",
-    "explain",
-    "manifest_html",
-    "own_name",
-    "surplus",
-]
-
 MAX_RELIED_ON: Final = 32
 """How many checkpoints are looked at before others are retired."""
 

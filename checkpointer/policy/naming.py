@@ -16,8 +16,6 @@ from checkpointer._validation import one_of, whole_number
 from checkpointer.errors import NamingError
 from checkpointer.records.names import MAX_PART_BYTES, check_name
 
-__all__ = ["DEFAULT_EXTENSION", "Naming", "fixed_parts"]
-
 DEFAULT_EXTENSION: Final = ".ckpt"
 
 _HOSTILE: Final = re.compile(r'[/\\:*?"<>|\x00-\x1f]')

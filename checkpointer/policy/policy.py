@@ -20,8 +20,6 @@ from checkpointer.policy.retention import KeepAll, KeepBest, KeepLast, Limit, Ru
 from checkpointer.policy.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps, Trigger
 from checkpointer.records.record import Contents, Record
 
-__all__ = ["Policy"]
-
 
 def _as_naming(value: Any) -> Naming:
     if value is None or isinstance(value, str):

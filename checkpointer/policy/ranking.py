@@ -13,8 +13,6 @@ from checkpointer._validation import one_of
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.records.record import Observation, Record, as_metrics
 
-__all__ = ["Metric", "Ranking", "Ties"]
-
 Score = Callable[[Mapping[str, float]], Any]
 
 

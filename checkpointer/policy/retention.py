@@ -15,8 +15,6 @@ from checkpointer.errors import PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records.record import Record
 
-__all__ = ["Budget", "KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Limit", "Rule"]
-
 
 @runtime_checkable
 class Rule(Protocol):

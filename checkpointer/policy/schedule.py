@@ -15,8 +15,6 @@ from checkpointer.policy.triggers import ALWAYS, NEVER, Horizon, Trigger, horizo
 from checkpointer.ports import Clock
 from checkpointer.records.record import Observation, Progress, as_metrics
 
-__all__ = ["Schedule", "epoch_of"]
-
 _RESTORED: Final[Mapping[str, float]] = MappingProxyType({})
 """Stands for the metrics while nothing was reported since the restore."""
 

@@ -14,8 +14,6 @@ import attrs
 from checkpointer.policy.decide import Save
 from checkpointer.records.record import Observation, Record
 
-__all__ = ["OTHER", "apart_from_saved", "marked", "modes_of", "ranking_doubt", "states_in", "trains", "unranked"]
-
 _TRAINING: Final = "the training weights of a schedule-free optimizer"
 _MARK: Final = f"with {_TRAINING}"
 """How the reason of a record ends whose state has those."""

@@ -14,21 +14,6 @@ from checkpointer.errors import PolicyError
 from checkpointer.ports import Clock
 from checkpointer.records.record import Progress
 
-__all__ = [
-    "ALWAYS",
-    "NEVER",
-    "AnyOf",
-    "AtSteps",
-    "DuringEpochs",
-    "EveryEpochs",
-    "EverySeconds",
-    "EverySteps",
-    "Horizon",
-    "SupportsHorizon",
-    "Trigger",
-    "horizon_of",
-]
-
 NEVER: Final = math.inf
 """A bound that is never reached."""
 

@@ -16,8 +16,6 @@ from checkpointer.policy.ranking import Metric
 from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.policy.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
 
-__all__ = ["MAX_YAML_BYTES", "from_plain", "mapping", "naming_from_plain", "parse_yaml", "suggest", "to_plain"]
-
 MAX_YAML_BYTES: Final = 1 << 18
 MAX_VALUES: Final = 50_000
 MAX_DEPTH: Final = 32

@@ -15,8 +15,6 @@ from checkpointer._validation import brief
 from checkpointer.errors import RecordError
 from checkpointer.records.names import has_surrogate, name_problem
 
-__all__ = ["DIGESTS", "MAX_RECORD_BYTES", "Reader", "as_number", "parse_json", "to_json", "to_plain_float"]
-
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
 
@@ -51,8 +49,8 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
         raise RecordError(msg) from error
     level = [value]
     for _ in range(MAX_DEPTH):
-        lists = [node.values() if type(node) is dict else node for node in level if type(node) in (dict, list)]
-        level = [child for children in lists for child in children]
+        nested = (node.values() if type(node) is dict else node for node in level if type(node) in (dict, list))
+        level = [child for children in nested for child in children]
         if not level:
             return value
     msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
@@ -111,45 +109,45 @@ class Reader:
         """Return the value as it is."""
         value = self._data.get(key, default)
         if value is _MISSING:
-            msg = f"{self._where}: {key!r} is missing"
-            raise RecordError(msg)
+            raise self.bad(key, "a value")
         return value
 
     def bad(self, key: str, expected: str) -> RecordError:
-        """Return the error for a value that is not what was expected."""
-        return RecordError(f"{self._where}: {key!r} is {brief(self._data.get(key))}; expected {expected}")
+        """Return the error for a value that is not what was expected, or is missing."""
+        found = f"is {brief(self._data[key])}; expected {expected}" if key in self._data else "is missing"
+        return RecordError(f"{self._where}: {key!r} {found}")
 
-    def text(self, key: str, default: Any = _MISSING) -> str:
+    def text(self, key: str, default: str | None = None) -> str:
         """Return text that can be encoded."""
-        value = self.raw(key, default)
-        if isinstance(value, str) and not has_surrogate(value):
+        value = self._data.get(key, default)
+        if isinstance(value, str) and (value.isascii() or not has_surrogate(value)):
             return value
         raise self.bad(key, "text")
 
-    def whole(self, key: str, default: Any = _MISSING) -> int:
+    def whole(self, key: str, default: int | None = None) -> int:
         """Return a whole number of at least 0 that fits into 63 bits."""
-        value = self.raw(key, default)
+        value = self._data.get(key, default)
         if _is_whole(value):
             return cast(int, value)
         raise self.bad(key, "a whole number of at least 0, and below 2**63")
 
     def number(self, key: str) -> float:
         """Return a finite number."""
-        number = as_number(self.raw(key))
+        number = as_number(self._data.get(key))
         if number is not None and math.isfinite(number):
             return number
         raise self.bad(key, "a number")
 
     def flag(self, key: str) -> bool:
         """Return true or false."""
-        value = self.raw(key)
+        value = self._data.get(key)
         if isinstance(value, bool):
             return value
         raise self.bad(key, "true or false")
 
     def choice(self, key: str, choices: tuple[str, ...]) -> Any:
         """Return one of the choices."""
-        value = self.raw(key)
+        value = self._data.get(key)
         if value in choices:
             return value
         raise self.bad(key, " or ".join(map(repr, choices)))
@@ -177,7 +175,7 @@ class Reader:
 
     def metrics(self, key: str) -> dict[str, float]:
         """Return numbers by name, NaN and infinities included."""
-        value = self.raw(key)
+        value = self._data.get(key)
         if not isinstance(value, dict):
             raise self.bad(key, "an object of numbers")
         if any(map(has_surrogate, value)):
@@ -193,7 +191,7 @@ class Reader:
 
     def line(self, key: str) -> tuple[tuple[int, int], ...]:
         """Return forks as ``(fork, step)``."""
-        forks = self.raw(key)
+        forks = self._data.get(key)
         if isinstance(forks, list) and all(map(_is_fork, forks)):
             return tuple((number, step) for number, step in forks)
         raise self.bad(key, "a list of [fork, step]")

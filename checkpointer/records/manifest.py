@@ -11,9 +11,6 @@ import attrs
 
 from checkpointer.records.record import Line, Observation, Record, commit_order
 
-__all__ = ["Limits", "Manifest"]
-
-
 Limits = Mapping[tuple[str, str], tuple[tuple[int, int], ...]]
 """By run and label ``(term, serial)``: the records of lower terms count up to this serial."""
 

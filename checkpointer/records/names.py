@@ -8,8 +8,6 @@ from typing import Final
 
 from checkpointer.errors import NamingError
 
-__all__ = ["MAX_NAME_BYTES", "MAX_PART_BYTES", "check_name", "has_surrogate", "is_home", "name_problem"]
-
 MAX_PART_BYTES: Final = 255
 """As many as any usual filesystem takes."""
 MAX_NAME_BYTES: Final = 1024
@@ -48,11 +46,12 @@ def name_problem(name: str) -> str:
     """Return what a payload's name was expected to be; empty if it stays inside the directory on every system."""
     parts = name.split("/")
     # Windows drops dots and spaces at the end: there '.. ' is the folder above.
-    if any(not part.strip(". ") for part in parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
+    if not all(part.strip(". ") for part in parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
         return "a relative path inside the directory"
     if is_home(parts[0]):
         return "a path outside '.checkpointer'"
-    if max(len(part.encode()) for part in parts) > MAX_PART_BYTES or len(name.encode()) > MAX_NAME_BYTES:
+    data = name.encode()
+    if len(data) > MAX_NAME_BYTES or max(map(len, data.split(b"/"))) > MAX_PART_BYTES:
         return f"a path of at most {MAX_NAME_BYTES} bytes, and {MAX_PART_BYTES} in each part"
     return ""
 

@@ -17,8 +17,6 @@ from checkpointer.errors import MetricError, ObservationError, SaveError, Schema
 from checkpointer.records.codec import DIGESTS, MAX_RECORD_BYTES, Reader, parse_json, to_json, to_plain_float
 from checkpointer.records.names import has_surrogate
 
-__all__ = ["ADOPTED", "SCHEMA", "Entry", "Observation", "Progress", "Record", "Status", "as_metrics", "commit_order"]
-
 SCHEMA: Final = 1
 """Number of the record format; a reader refuses a higher one."""
 

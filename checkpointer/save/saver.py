@@ -21,8 +21,6 @@ from checkpointer.ports import FolderFormat, Format, Listener, SupportsFreeSpace
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record, check_readable
 
-__all__ = ["FOLDER", "Saver"]
-
 FOLDER: Final = "folder"
 """Format name of a payload that a trainer wrote as a folder."""
 MAX_REASON: Final = 2000

@@ -18,22 +18,6 @@ from fsspec.core import url_to_fs
 from checkpointer.ports import Stat
 from checkpointer.storage.retry import is_transient
 
-__all__ = [
-    "as_native_errors",
-    "as_os_errors",
-    "connect",
-    "copy",
-    "escaped",
-    "files_below",
-    "is_link",
-    "is_refusal",
-    "modified_s",
-    "rename",
-    "stat_of",
-    "unescaped",
-    "without_password",
-]
-
 _REFUSALS: Final = ("precondition", "pre-condition", "already exists", "alreadyexists")
 _TIMES: Final = ("LastModified", "last_modified", "mtime", "modified", "updated", "last_write_time", "created")
 _MILLISECONDS: Final = ("modificationTime", "modification_time")

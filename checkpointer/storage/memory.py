@@ -10,8 +10,6 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import NameTakenError
 from checkpointer.ports import Stat, Upload
 
-__all__ = ["MemoryStorage"]
-
 _MAX_LINKS: Final = 40
 """Linux follows as many links in one path."""
 

@@ -12,8 +12,6 @@ from checkpointer.ports import Storage, SupportsPaths
 from checkpointer.storage.local import LocalStorage, permission_advice
 from checkpointer.storage.memory import MemoryStorage
 
-__all__ = ["Where", "access_advice", "open_storage"]
-
 Where = str | os.PathLike[str] | Storage
 """A path, an fsspec URL, or a storage of the user's own."""
 

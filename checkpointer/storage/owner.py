@@ -13,20 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "STAGING",
-    "has_ended",
-    "host_of",
-    "is_abandoned",
-    "is_dead",
-    "is_here",
-    "is_live",
-    "is_of_host",
-    "machine",
-    "new_owner",
-    "release",
-]
-
 STAGING: Final = ".checkpointer/staging"
 """Folder of unfinished writes; each writer has a folder below it, which begins with its id."""
 _STALE_S: Final = 24 * 3600.0

@@ -21,8 +21,6 @@ from checkpointer.storage.owner import STAGING, is_dead
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.retry import is_transient
 
-__all__ = ["REPLACING", "Capabilities", "Publisher", "owner_of"]
-
 REPLACING: Final = ".checkpointer/replacing"
 """Folder of a new file while the old one is removed, on servers that cannot replace in one step."""
 _ATTEMPTS: Final = 8

@@ -10,8 +10,6 @@ from typing import Any, Final, TypeVar
 import attrs
 import tenacity
 
-__all__ = ["Retry", "is_transient"]
-
 T = TypeVar("T")
 
 _log = logging.getLogger("checkpointer")

@@ -11,8 +11,6 @@ from checkpointer.storage.drivers import without_password
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.opening import Where
 
-__all__ = ["SamePlaceError", "refuse_same", "refuse_same_by_trial"]
-
 
 class SamePlaceError(StorageError):
     """A permanent error: another attempt will fail too."""

@@ -24,8 +24,6 @@ from checkpointer.ports import (
     Upload,
 )
 
-__all__ = ["StorageContract"]
-
 NAMES = (
     "plain.ckpt",
     "no extension",

@@ -20,8 +20,6 @@ from checkpointer.ports import (
 )
 from checkpointer.storage.owner import release
 
-__all__ = ["Crash", "CrashingStorage", "die"]
-
 T = TypeVar("T")
 When = Literal["before", "halfway", "after"]
 

@@ -23,8 +23,6 @@ from checkpointer.records.record import ADOPTED, Record
 from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.foreign import COPIES, Said, Units, find_units, parts_of, read_file, read_folder
 
-__all__ = ["Adoption", "Found", "adopt", "find_foreign"]
-
 _NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
 """Parts of a name that do not say whether a file is a copy."""
 

@@ -20,8 +20,6 @@ from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import access_advice
 from checkpointer.tools.query import name_like
 
-__all__ = ["Catalog", "look_at"]
-
 _ALIASES = f"{index.HOME}/aliases/"
 
 

@@ -25,8 +25,6 @@ from checkpointer.storage.progress import CountingStorage
 from checkpointer.storage.same_place import refuse_same
 from checkpointer.tools.catalog import Catalog, look_at
 
-__all__ = ["Copying", "copy", "plan_copying"]
-
 _CREATED = f"{HOME}/directory.json"
 
 

@@ -12,8 +12,6 @@ from checkpointer.errors import RestoreError
 from checkpointer.formats.inspection.pickled_tensors import MAX_EXPANDED_BYTES
 from checkpointer.formats.inspection.tensors import OPAQUE, TensorInfo, Tensors
 
-__all__ = ["Change", "diff", "diff_values"]
-
 _CHUNK: Final = 1 << 20
 """Elements that are compared at once, in double precision."""
 

@@ -22,8 +22,6 @@ from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Contents
 
-__all__ = ["COPIES", "Said", "Units", "find_units", "parts_of", "read_file", "read_folder"]
-
 MAX_STATE_BYTES: Final = 1 << 26
 _HF_STATE: Final = "trainer_state.json"
 _STEPS: Final = (

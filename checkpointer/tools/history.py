@@ -16,8 +16,6 @@ from checkpointer.errors import ObservationError
 from checkpointer.policy.yaml_codec import suggest
 from checkpointer.records.record import Observation, Record
 
-__all__ = ["History", "history_of", "read_history"]
-
 MAX_BYTES: Final = 1 << 28
 """A file of metrics larger than this (bytes) is refused."""
 

@@ -21,8 +21,6 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Entry, Record
 from checkpointer.tools.catalog import Catalog
 
-__all__ = ["Pruning", "plan_pruning", "prune"]
-
 
 @attrs.frozen(kw_only=True)
 class Pruning:

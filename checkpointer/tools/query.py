@@ -14,8 +14,6 @@ from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.policy.yaml_codec import suggest
 from checkpointer.records.record import Record
 
-__all__ = ["Condition", "metric_names", "name_like", "select"]
-
 FIELDS: Final = ("name", "step", "epoch", "time", "size", "serial", "kind", "contents", "format", "run", "label")
 """Fields that choose and order records, besides their metrics."""
 _OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {

@@ -12,8 +12,6 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.tools.history import History
 
-__all__ = ["Moment", "SimulatedCheckpoint", "Timeline", "simulate"]
-
 
 @attrs.frozen(kw_only=True)
 class Moment:

@@ -15,8 +15,6 @@ from checkpointer.errors import ConflictError, RecordError
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.tools.catalog import look_at
 
-__all__ = ["Swept", "sweep"]
-
 
 @attrs.frozen(kw_only=True)
 class Swept:

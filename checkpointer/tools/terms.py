@@ -10,8 +10,6 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import TERMS, Claim, TermFiles, key_of, read_claim
 from checkpointer.tools.catalog import Catalog
 
-__all__ = ["HeldTerm", "holders", "terms_of"]
-
 State = Literal["holds", "released", "ended", "replaced"]
 
 

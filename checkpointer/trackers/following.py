@@ -11,8 +11,6 @@ from checkpointer.records.record import Record
 if TYPE_CHECKING:
     from checkpointer.manager import CheckpointManager
 
-__all__ = ["Following", "Upload"]
-
 Upload = Literal["all", "best", "none"]
 """The checkpoints that the tracker gets as files: all, those that are the best when saved or ranked, or none."""
 

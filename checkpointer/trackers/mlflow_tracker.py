@@ -8,8 +8,6 @@ from typing import Any
 from checkpointer.records.record import Record
 from checkpointer.trackers.following import Following, Upload
 
-__all__ = ["MLflowTracker"]
-
 
 class MLflowTracker(Following):
     """Puts committed checkpoints into an MLflow run, once they are durable.

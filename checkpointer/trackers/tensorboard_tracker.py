@@ -7,8 +7,6 @@ from typing import Any
 from checkpointer.records.record import Record
 from checkpointer.trackers.following import Following
 
-__all__ = ["TensorBoardTracker"]
-
 
 class TensorBoardTracker(Following):
     """Marks committed checkpoints in TensorBoard; no file is copied there.

@@ -8,8 +8,6 @@ from typing import Any
 from checkpointer.records.record import Record
 from checkpointer.trackers.following import Following, Upload
 
-__all__ = ["WandbTracker"]
-
 
 class WandbTracker(Following):
     """Logs committed checkpoints as versions of one W&B artifact, once they are durable; works offline.

@@ -13,8 +13,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from checkpointer.formats.dcp_folder import Reader
 from checkpointer.formats.inspection.tensors import Branch, Leaf, Part, TensorInfo, Tensors, parts_in
 
-__all__ = ["DcpContents"]
-
 
 class DcpContents(Tensors):
     """An opened DCP folder of this machine."""

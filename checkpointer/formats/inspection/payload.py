@@ -16,8 +16,6 @@ from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
 from checkpointer.ports import Storage, SupportsPaths
 
-__all__ = ["open_contents", "open_files", "open_stream", "sniff"]
-
 _DCP: Final = ".metadata"
 _START: Final = 16
 """Bytes of a file that show what it is."""

@@ -17,8 +17,6 @@ import attrs
 
 from checkpointer.errors import CorruptError
 
-__all__ = ["CONTAINERS", "Call", "Global", "Persistent", "Size", "read_names", "read_pickle"]
-
 MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""
 _MAX_KEY_ITEMS: Final = 1000

@@ -13,8 +13,6 @@ from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.pickle import CONTAINERS, Call, Global, Persistent
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED, TensorInfo
 
-__all__ = ["MAX_EXPANDED_BYTES", "STORAGES", "StorageRef", "Stored", "is_known"]
-
 MAX_EXPANDED_BYTES: Final = 1 << 30
 """A tensor that repeats its memory, or is sparse, is not read if its elements would take more than this."""
 STORAGES: Final = {

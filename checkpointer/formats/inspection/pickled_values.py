@@ -8,8 +8,6 @@ from typing import Any, Final
 from checkpointer.formats.inspection.pickle import Call, Global
 from checkpointer.formats.inspection.tensors import Branch, Entries
 
-__all__ = ["as_data", "children_of", "is_module", "module_entries", "shown", "versions_of"]
-
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
 _MAX_DATA: Final = 1_000_000
 """A value of more entries is not plain data: a pickle of a kilobyte can name a list very often."""

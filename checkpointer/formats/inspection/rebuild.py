@@ -13,8 +13,6 @@ from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
 from checkpointer.formats.inspection.tensors import ITEM_SIZES
 
-__all__ = ["Rebuilding", "Unread", "unread_in"]
-
 
 @attrs.frozen(eq=False, repr=False)
 class Unread:

@@ -14,8 +14,6 @@ from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors, memory_of, read_exactly
 from checkpointer.ports import Writable
 
-__all__ = ["MAX_HEADER_BYTES", "SafetensorsContents", "entry", "write_safetensors"]
-
 MAX_HEADER_BYTES: Final = 100_000_000
 """A longer header is refused, as the format itself says."""
 

@@ -18,8 +18,6 @@ from checkpointer.formats.inspection.tensors import (
     tree_of,
 )
 
-__all__ = ["StateContents"]
-
 
 class StateContents(Tensors):
     """A state, such as ``torch.load`` returns it.

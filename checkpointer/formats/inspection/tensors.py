@@ -12,23 +12,6 @@ import attrs
 
 from checkpointer.errors import CorruptError
 
-__all__ = [
-    "ITEM_SIZES",
-    "OPAQUE",
-    "PACKED",
-    "Branch",
-    "Leaf",
-    "Part",
-    "TensorInfo",
-    "Tensors",
-    "free_key",
-    "memory_at",
-    "memory_of",
-    "parts_in",
-    "read_exactly",
-    "tree_of",
-]
-
 PACKED: Final = {"quint4x2": 2, "quint2x4": 4}
 """Elements in one byte, for dtypes that torch packs along the last dimension."""
 _QUANTISED: Final = ("qint8", "quint8", "qint32", *PACKED)

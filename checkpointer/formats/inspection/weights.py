@@ -13,8 +13,6 @@ from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, RestoreError
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 
-__all__ = ["Wanted", "Weights", "weights_for", "weights_of"]
-
 _MODELS: Final = frozenset(
     {"model", "state_dict", "model_state_dict", "model_state", "module", "weights", "net", "network"}
 )

@@ -13,13 +13,12 @@ from checkpointer._display import count_text
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
+from checkpointer.records.codec import to_plain_float
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
 from checkpointer.tools.history import History
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import Timeline
-
-__all__ = ["Chart", "ChartItem", "chart_of_records", "chart_of_timeline"]
 
 Fate = Literal["kept", "retired", "abandoned"]
 
@@ -70,7 +69,7 @@ class Chart:
         """Return plain data for JSON; NaN and infinities as text."""
         data = attrs.asdict(self, recurse=True)
         for item in data["items"]:
-            item["metrics"] = {k: v if math.isfinite(v) else repr(v) for k, v in item["metrics"].items()}
+            item["metrics"] = {name: to_plain_float(value) for name, value in item["metrics"].items()}
         return data
 
 

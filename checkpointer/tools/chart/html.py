@@ -9,8 +9,6 @@ from pathlib import Path
 
 from checkpointer.tools.chart.data import Chart
 
-__all__ = ["report"]
-
 
 def report(chart: Chart, path: str | os.PathLike[str] | None = None) -> str:
     """Return a chart as a self-contained HTML page, and write it to ``path`` if given.

@@ -12,8 +12,6 @@ from typing import Any, Final
 from checkpointer._display import number_text, one_line, size_text
 from checkpointer.tools.chart.data import Chart, ChartItem
 
-__all__ = ["plot"]
-
 INK: Final = "#1f2933"
 FAINT: Final = "#9aa5b1"
 GRID: Final = "#e4e7eb"
