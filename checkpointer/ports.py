@@ -152,13 +152,13 @@ class SupportsPaths(Protocol):
 
 @runtime_checkable
 class SupportsPieces(Protocol):
-    """A storage that reads a file quicker in parallel than as a stream."""
+    """A storage that fills many buffers at once, quicker than one stream does."""
 
     def read_pieces(self, path: str, pieces: Sequence[tuple[int, memoryview]]) -> Iterator[int]:
-        """Fill each buffer with the file's bytes from its offset on. The offsets ascend.
+        """Fill each buffer with the file's bytes from its offset on (offsets ascend).
 
-        Yield the number of filled pieces so far, in order: a piece counts when it and all before it are filled. Raise
-        `FileNotFoundError`, or `OSError` if the file ends early or was replaced meanwhile.
+        Yield the number of filled pieces so far, in order: a piece counts when it and all before it are filled.
+        Raise `FileNotFoundError`, or `OSError` if the file ends early or was replaced meanwhile.
         """
 
 

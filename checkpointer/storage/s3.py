@@ -26,8 +26,8 @@ from checkpointer.records.codec import parse_json
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
-from checkpointer.storage.pieces import Target, parts_of, read_parts
 from checkpointer.storage.publish import Publisher
+from checkpointer.storage.ranges import Target, parts_of, read_parts
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import BufferedUpload, FsspecStorage
 from checkpointer.storage.retry import Retry, is_transient
@@ -60,7 +60,7 @@ def _checksums(options: Mapping[str, Any]) -> Mapping[str, str]:
         return {}
     endpoint = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url") or ""
     is_signed = endpoint.startswith("http://") and not options.get("anon")
-    # Without TLS the signature has a SHA-256 of each body. The CRC32 beside it would cost a third of the client's time.
+    # Without TLS the signature has a SHA-256 of each body. The CRC32 beside it would cost a fifth of the client's time.
     request = {"request_checksum_calculation": "when_required"} if is_signed else {}
     # Payloads have a digest. Some servers send the checksum of the whole object with a range of it.
     return {"response_checksum_validation": "when_required", **request}

@@ -15,7 +15,7 @@ from support.servers.fixtures import Serve
 
 from checkpointer.ports import SupportsPieces
 from checkpointer.storage import open_storage
-from checkpointer.storage.pieces import Target, parts_of
+from checkpointer.storage.ranges import Target, parts_of
 from checkpointer.storage.retry import Retry
 from checkpointer.storage.s3 import S3Storage
 
