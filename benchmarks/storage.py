@@ -7,14 +7,16 @@ matter, not MB/s. Both sides of a ratio are measured in one process, interleaved
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from support.servers.counting import CountingProxy
 from table import Row, compared, show
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy
+from checkpointer.ports import SupportsPieces
 from checkpointer.storage import open_storage
 
 KEEP_1 = Policy(EverySteps(1), [KeepLast(1)])
@@ -53,16 +56,23 @@ class Bench:
 
     def time_each(self, sides: Mapping[str, Callable[[int], object]]) -> dict[str, float]:
         """Return each side's median in seconds; they take turns, and each begins as often as the others."""
-        times: dict[str, list[float]] = {name: [] for name in sides}
+        return {name: took for name, (took, _) in self.measure_each(sides).items()}
+
+    def measure_each(self, sides: Mapping[str, Callable[[int], object]]) -> dict[str, tuple[float, float]]:
+        """Return each side's medians in seconds, as `time_each` does, and the CPU seconds of this process."""
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         names = [*sides]
         # The first round warms up.
         for number in range(self.repeats + 1):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 os.sync()
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 sides[name](number)
-                times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(found[1:]) for name, found in times.items()}
+                times[name].append((time.perf_counter() - start, time.process_time() - busy))
+        medians = {
+            name: [statistics.median(each) for each in zip(*found[1:], strict=True)] for name, found in times.items()
+        }
+        return {name: (took, busy) for name, (took, busy) in medians.items()}
 
 
 @contextmanager
@@ -130,18 +140,90 @@ def _boto_upload(client: Any, file: Path, bucket: str, key: str) -> None:
 def upload_to_s3(bench: Bench) -> list[Row]:
     """Storage upload and manager save, beside s3fs and botocore."""
     with uploads(bench) as sides:
-        took = bench.time_each(sides)
+        took = bench.measure_each(sides)
+    return [
+        _transfer(bench, ours, took[ours], peer, took[peer], goal)
+        for ours in ("upload", "save")
+        for peer, goal in (("put_file", ""), ("botocore", " (goal <= 1.1 x)"))
+    ]
+
+
+def _transfer(
+    bench: Bench, ours: str, took: tuple[float, float], peer: str, theirs: tuple[float, float], goal: str = ""
+) -> Row:
     megabytes = bench.file.stat().st_size / 1e6
 
-    def speed(side: str) -> str:
-        return f"{megabytes / took[side]:.0f} MB/s"
+    def shown(each: tuple[float, float]) -> str:
+        return f"{megabytes / each[0]:.0f} MB/s, {each[1]:.2f} s CPU"
 
-    rows = []
-    for ours in ("upload", "save"):
-        for peer, goal in (("put_file", " (goal <= 1.1 x)"), ("botocore", "")):
-            ratio = f"{took[ours] / took[peer]:.2f} x the time{goal}"
-            rows.append((f"{ours} {megabytes / 1000:.2g} GB to S3", speed(ours), peer, speed(peer), ratio))
-    return rows
+    ratio = f"{took[0] / theirs[0]:.2f} x the time{goal}"
+    return f"{ours} {megabytes / 1000:.2g} GB, S3", shown(took), peer, shown(theirs), ratio
+
+
+# One payload from S3 into memory
+
+
+@contextmanager
+def downloads(bench: Bench) -> Iterator[dict[str, Callable[[int], object]]]:
+    """Give what reads the same object into memory: ranges into one buffer, and the ways of others."""
+    url, options, fs = bench.server.fresh(), bench.server.storage_options, bench.fs
+    path, size = f"{url}/state.pt".removeprefix("s3://"), bench.file.stat().st_size
+    fs.put_file(str(bench.file), path)
+    storage = open_storage(url, "", options)
+    assert isinstance(storage, SupportsPieces)
+    client = _boto_client(options)
+    buffer = memoryview(bytearray(size))
+    ranges = [(start, min(start + BOTO_PART, size)) for start in range(0, size, BOTO_PART)]
+    bucket, key = path.split("/", 1)
+
+    def pieces(number: int) -> None:
+        assert [*storage.read_pieces("state.pt", [(0, buffer)])]
+
+    def stream(number: int) -> None:
+        with storage.open("state.pt") as opened:
+            position = 0
+            while chunk := opened.read(CHUNK):
+                buffer[position : position + len(chunk)] = chunk
+                position += len(chunk)
+
+    def boto(each: tuple[int, int]) -> bytes:
+        reply = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={each[0]}-{each[1] - 1}")
+        data: bytes = reply["Body"].read()
+        return data
+
+    sides: dict[str, Callable[[int], object]] = {
+        "pieces": pieces,
+        "botocore": lambda number: _in_threads(boto, ranges),
+        "stream": stream,
+        "cat_file": lambda number: fs.cat_file(path),
+    }
+    with contextlib.suppress(ImportError):
+        obstore = importlib.import_module("obstore")
+        store = importlib.import_module("obstore.store").S3Store(
+            bucket, access_key_id=options["key"], secret_access_key=options["secret"],
+            endpoint=options["endpoint_url"], region="us-east-1", virtual_hosted_style_request=False,
+            client_options={"allow_http": True},
+        )  # fmt: skip
+
+        def into(each: tuple[int, int]) -> None:
+            buffer[each[0] : each[1]] = memoryview(obstore.get_range(store, key, start=each[0], end=each[1]))
+
+        sides["obstore"] = lambda number: _in_threads(into, ranges)
+    yield sides
+
+
+def _in_threads(do: Callable[[tuple[int, int]], object], ranges: Sequence[tuple[int, int]]) -> list[object]:
+    with ThreadPoolExecutor(BOTO_THREADS) as pool:
+        return [*pool.map(do, ranges)]
+
+
+def download_from_s3(bench: Bench) -> list[Row]:
+    """Read a payload in pieces, beside each other way; `stream` is what a restore did before there were pieces."""
+    with downloads(bench) as sides:
+        took = bench.measure_each(sides)
+    peers = [peer for peer in took if peer != "pieces"]
+    goals = {"botocore": " (goal <= 1.1 x)"}
+    return [_transfer(bench, "pieces", took["pieces"], peer, took[peer], goals.get(peer, "")) for peer in peers]
 
 
 def memory_of_uploads(bench: Bench) -> list[Row]:
@@ -279,6 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--transfers", action="store_true", help="measure only uploads and downloads")
     parser.add_argument("--memory-of", nargs=3, metavar=("SIDE", "PORT", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -287,7 +370,12 @@ def main() -> None:
         print_memory_of(side, int(port), Path(file))
         return
     with prepared(arguments.gigabytes, arguments.repeats) as bench:
-        show([*upload_to_s3(bench), *memory_of_uploads(bench), *open_10_000(bench), *restores(bench)])
+        rows = [*upload_to_s3(bench), *download_from_s3(bench)]
+        if not arguments.transfers:
+            rows += [*memory_of_uploads(bench), *open_10_000(bench), *restores(bench)]
+        show(rows)
+        if arguments.transfers:
+            return
         print()
         show(count_requests(bench), head=("third save", "requests", "which", "sent beside the payload"))
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
+import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import fsspec.asyn
 
@@ -24,11 +27,16 @@ from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
 from checkpointer.storage.publish import Publisher
+from checkpointer.storage.ranges import Target, parts_of, read_parts
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import BufferedUpload, FsspecStorage
-from checkpointer.storage.retry import Retry
+from checkpointer.storage.retry import Retry, is_transient
 
 __all__ = ["S3Storage"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("checkpointer")
 
 PARTS_AT_ONCE: Final = 4
 _PART: Final = 16 << 20
@@ -38,9 +46,24 @@ _NUM_SMALL_PARTS: Final = 5000
 _COPY_PART: Final = 512 << 20
 _MAX_COPY: Final = 5 << 30
 """Larger objects are copied in parts."""
+_CHUNK: Final = 1 << 20
 _MARKER: Final = ".multipart"
 _MAX_MARKER: Final = 1 << 16
 _TOKEN: Final = "checkpointer-token"
+
+
+def _checksums(options: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return botocore's options that leave out checksums of what is checked already."""
+    # Imported here, so that a missing driver is reported by the code that loads it.
+    config = importlib.import_module("botocore.config").Config if importlib.util.find_spec("botocore") else None
+    if "request_checksum_calculation" not in getattr(config, "OPTION_DEFAULTS", ()):
+        return {}
+    endpoint = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url") or ""
+    is_signed = endpoint.startswith("http://") and not options.get("anon")
+    # Without TLS the signature has a SHA-256 of each body. The CRC32 beside it would cost a fifth of the client's time.
+    request = {"request_checksum_calculation": "when_required"} if is_signed else {}
+    # Payloads have a digest. Some servers send the checksum of the whole object with a range of it.
+    return {"response_checksum_validation": "when_required", **request}
 
 
 class _S3Connection(Connection):
@@ -48,7 +71,7 @@ class _S3Connection(Connection):
 
     def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
         # Only `Retry` repeats. Repeats of botocore and s3fs would multiply its attempts and exceed its deadline.
-        config = {"retries": {"total_max_attempts": 1}, **options.get("config_kwargs", {})}
+        config = {"retries": {"total_max_attempts": 1}, **_checksums(options), **options.get("config_kwargs", {})}
         super().__init__(url, retry, {**options, "config_kwargs": config})
         self.fs.retries = 1
         self._client: Any = None
@@ -76,14 +99,41 @@ class _S3Connection(Connection):
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
-        request = self.fs._call_s3(method, Bucket=self._bucket, **arguments)
+        return await self._limited(self.fs._call_s3(method, Bucket=self._bucket, **arguments), method)
+
+    async def _limited(self, request: Awaitable[T], what: str) -> T:
         # Half of the deadline, because the driver's own timeouts do not end a body that the server stops reading.
         limit_s = self.retry.deadline_s / 2
         try:
             return await asyncio.wait_for(request, limit_s)
         except asyncio.TimeoutError as error:
-            msg = f"{method} was not answered within {limit_s:g} s"
+            msg = f"{what} was not answered within {limit_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
+
+    async def fill(self, path: str, identity: tuple[str, int], target: Target) -> None:
+        """Read a part of an object. After a cut, go on with the next byte."""
+        what = f"reading {path}"
+        with self.retrying(what) as retry:
+            while target.position < target.end:
+                # Bytes that arrived begin a new deadline.
+                await retry.run(lambda: self._fill_some(path, identity, target), f"{what} in {self}")
+
+    async def _fill_some(self, path: str, identity: tuple[str, int], target: Target) -> None:
+        begin = target.position
+        try:
+            reply = await self._call("get_object", {"Key": self.key(path), "Range": f"bytes={begin}-{target.end - 1}"})
+            try:
+                if not reply.get("ContentRange", "bytes 0-").startswith(f"bytes {begin}-"):
+                    raise OSError(errno.ENOTSUP, "the server ignores the requested range of bytes", path)
+                if _identity(reply) != identity:
+                    raise OSError(errno.ESTALE, "the file was replaced while it was read", path)
+                await self._limited(_copy_body(reply["Body"], target), what=f"the body of {path}")
+            finally:
+                reply["Body"].close()
+        except Exception as error:
+            if target.position == begin or not is_transient(error):
+                raise
+            _log.warning("reading %s was cut at byte %d (%s); it goes on there", path, target.position, error)
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """See `Connection.find`. A name costs one request, a whole directory one request per 1000 objects."""
@@ -178,6 +228,18 @@ class S3Storage(FsspecStorage):
             self._publisher, path, lambda: _Multipart(self._connection, self._publisher, path), small=_PART
         )
 
+    def read_pieces(self, path: str, pieces: Sequence[tuple[int, memoryview]]) -> Iterator[int]:
+        """See `SupportsPieces.read_pieces`."""
+        head = self._connection.head(self._connection.key(path))
+        if head is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        identity = _identity(head)
+        parts = parts_of(pieces)
+        if parts and parts[-1].end > identity[1]:
+            msg = f"the file ends at byte {identity[1]}, and the bytes up to {parts[-1].end} were requested"
+            raise OSError(errno.EIO, msg, path)
+        yield from read_parts(self._connection.fs.loop, parts, functools.partial(self._connection.fill, path, identity))
+
     def _sweep_one(self, path: str) -> None:
         if path.endswith(_MARKER):
             target, upload = _read_marker(self._connection, path)
@@ -213,6 +275,21 @@ def _unmarked(connection: _S3Connection, path: str, key: str) -> list[str]:
         and upload["UploadId"] not in marked
         and window[0] <= upload["Initiated"].timestamp() <= window[1]
     ]
+
+
+async def _copy_body(body: Any, target: Target) -> None:
+    while target.position < target.end:
+        chunk = await body.read(min(_CHUNK, target.end - target.position))
+        if not chunk:
+            msg = f"the reply ended at byte {target.position} of the requested {target.end}"
+            raise OSError(errno.EIO, msg)
+        target.write(chunk)
+
+
+def _identity(reply: Mapping[str, Any]) -> tuple[str, int]:
+    """Return what another content of an object does not have: its tag, and its size from ``bytes 0-9/1000``."""
+    size = reply["ContentRange"].rpartition("/")[2] if "ContentRange" in reply else reply["ContentLength"]
+    return reply.get("ETag", ""), int(size)
 
 
 class _Multipart:
