@@ -29,7 +29,7 @@ class Run:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether this is no dry run."""
+        """Whether a GPU takes part; without one it is a dry run."""
         return self.device == "cuda"
 
     @property

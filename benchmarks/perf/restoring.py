@@ -12,30 +12,35 @@ from perf.setup import Setup
 from perf.sides import Cost, Side, State, cost_of, folder, interleaved, state_of, touched
 
 EACH_BYTE = "torch.load(mmap), each byte"
+MEGABYTES, TENSOR_MEGABYTES = 512, 16
+"""At most so large a state, because each side writes its own file first; `performance.FRESH` needs tensors of 16 MB."""
 
 
 def restored(setup: Setup) -> list[Row]:
     """Into memory, and each page read once afterwards."""
     with folder() as path, workers(setup.trees) as builds:
-        state = state_of(setup.megabytes)
+        state = state_of(*_sizes(setup))
         file = f"{path}/state.pt"
         torch.save(state, file)
         sides: dict[str, Side | str] = {"torch.load": _touching(lambda: torch.load(file, weights_only=True))}
         for build in builds:
-            build.call("state", megabytes=setup.megabytes, tensors=64)
+            megabytes, tensors = _sizes(setup)
+            build.call("state", megabytes=megabytes, tensors=tensors)
             build.call("open", where=f"{path}/{build.name}", background=None)
             build.call("save")
             sides[f"{build.name}, verified"] = build.side("restore")
             sides[f"{build.name}, verify='size'"] = build.side("restore", verify="size")
         sides |= _of_peers(setup, state, path, "")
         taken = interleaved(sides, setup.repeats)
-    return rows_of("restore into memory", taken, "torch.load", goals={f"{OURS}, verified": 1.3})
+    return rows_of(
+        f"restore of {_sizes(setup)[0]} MB into memory", taken, "torch.load", goals={f"{OURS}, verified": 1.3}
+    )
 
 
 def mapped(setup: Setup) -> list[Row]:
     """As a map of the file."""
     with folder() as path, workers(setup.trees) as builds:
-        state = state_of(setup.megabytes)
+        state = state_of(*_sizes(setup))
         file = f"{path}/state.pt"
         torch.save(state, file)
 
@@ -45,13 +50,21 @@ def mapped(setup: Setup) -> list[Row]:
         sides: dict[str, Side | str] = {EACH_BYTE: lambda: cost_of(lambda: _summed(load()))}
         sides["torch.load(mmap), each page"] = _touching(load)
         for build in builds:
-            build.call("state", megabytes=setup.megabytes, tensors=64)
+            megabytes, tensors = _sizes(setup)
+            build.call("state", megabytes=megabytes, tensors=tensors)
             build.call("open", where=f"{path}/{build.name}", background=None)
             build.call("save")
             sides[f"{build.name}, verified"] = build.side("restore", mmap=True)
         sides |= _of_peers(setup, state, path, "mmap")
         taken = interleaved(sides, setup.repeats)
-    return rows_of("restore as a map of the file", taken, EACH_BYTE, goals={f"{OURS}, verified": 1.2})
+    return rows_of(
+        f"restore of {_sizes(setup)[0]} MB as a map of the file", taken, EACH_BYTE, goals={f"{OURS}, verified": 1.2}
+    )
+
+
+def _sizes(setup: Setup) -> tuple[int, int]:
+    megabytes = min(setup.megabytes, MEGABYTES)
+    return megabytes, max(1, megabytes // TENSOR_MEGABYTES)
 
 
 def _touching(load: Callable[[], State]) -> Side:

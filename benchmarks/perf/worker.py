@@ -83,7 +83,7 @@ class Worker:
 def main() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What a library prints is no answer.
+    os.dup2(2, 1)  # What a library prints must not be taken for an answer.
     worker = Worker()
     for line in sys.stdin:
         name, arguments = json.loads(line)
