@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ def main() -> None:
     """Measure and print."""
     options = arguments()
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that the folders, and the other commit's, are removed.
     peers, missing = find()
     rows: list[Row] = []
     with trees(options.before) as builds:
