@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
+.PHONY: help venv servers hosts peers gpu demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,9 @@ help:
 	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
-	@echo "make bench-performance  one table of what saving and restoring 1 GB cost, beside others; takes ten minutes"
+	@echo "make peers       install what bench-performance compares with, into .venv-peers"
+	@echo "make bench-performance BEFORE=...  one table of what saves and restores of 1 GB cost, beside others; 15 minutes"
+	@echo "make gpu         what a CUDA device adds, measured and checked in six minutes; DEVICE=cpu is a dry run"
 	@echo "make bench-ranks  measure what several processes pay for agreeing"
 	@echo "make bench-transformers  measure a Trainer's step with the callback; needs make hosts"
 	@echo "make bench-lightning  measure saves in Lightning beside its own class"
@@ -45,6 +47,17 @@ servers: venv
 
 hosts: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts]'
+
+# Apart from .venv, because the tests must not depend on what is installed here.
+PEERS := $(abspath .venv-peers)
+
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv "$(PEERS)"
+	"$(PEERS)/bin/python" -m pip install --quiet -c constraints.txt pip setuptools
+	"$(PEERS)/bin/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[peers]'
+	@touch $@
 
 demo: venv
 	"$(BIN)/python" examples/digits_loop.py
@@ -107,8 +120,12 @@ bench-cli: venv
 bench-storage: servers
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/storage.py
 
-bench-performance: venv
-	"$(BIN)/python" benchmarks/performance.py
+bench-performance: peers
+	"$(PEERS)/bin/python" benchmarks/performance.py $(if $(BEFORE),--before $(BEFORE))
+
+# On a machine with a GPU and no network there is no .venv: see CONTRIBUTING.md.
+gpu: venv
+	"$(BIN)/python" benchmarks/on_gpu.py $(if $(DEVICE),--device $(DEVICE))
 
 bench-lightning: hosts
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/beside_lightning.py
@@ -129,4 +146,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+from trees import REPOSITORY, checked_out
+
 GOALS = {"observe, not due (us)": "<= 1 us", "a save, wall (ms)": "<= 1.05", "a save, CPU (ms)": "<= 1.05"}
 
 LOOP = """
@@ -71,16 +72,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the checkpoints go")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        earlier = Path(folder) / "earlier"
-        git = ["git", "-C", str(REPOSITORY), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", str(earlier), options.revision], check=True)
-        try:
-            runs = [
-                (measured(earlier, options.folder), measured(REPOSITORY, options.folder)) for _ in range(options.rounds)
-            ]
-        finally:
-            subprocess.run([*git, "remove", "--force", str(earlier)], check=True)
+    with checked_out(options.revision) as earlier:
+        runs = [
+            (measured(earlier, options.folder), measured(REPOSITORY, options.folder)) for _ in range(options.rounds)
+        ]
     print(f"{'':24}{options.revision[:9]:>10}{'this':>10}{'ratio':>8}  goal")
     for number, (what, goal) in enumerate(GOALS.items()):
         before, now = (statistics.median(run[side][number] for run in runs) for side in (0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -39,12 +40,17 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not os.environ.get("CHECKPOINTER_SKIP_SLOW"):
-        return
-    skip = pytest.mark.skip(reason="slow (real kills, servers); unset CHECKPOINTER_SKIP_SLOW to run it")
+    if os.environ.get("CHECKPOINTER_SKIP_SLOW"):
+        _skip(items, "slow", "slow (real kills, servers); unset CHECKPOINTER_SKIP_SLOW to run it")
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        _skip(items, "cuda", "needs a CUDA device")
+
+
+def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

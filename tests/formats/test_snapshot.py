@@ -304,7 +304,7 @@ def test_changing_the_model_the_moment_observe_returns_changes_nothing_that_is_w
     manager.close()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_what_the_stream_does_next_comes_after_the_copy() -> None:
     """The copy runs beside the host, and before the next kernel; its buffers are pinned."""
     snapshots = Snapshots()

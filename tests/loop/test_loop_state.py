@@ -168,7 +168,7 @@ def test_random_numbers_go_on_where_they_were() -> None:
     assert drawn == draw()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_every_cuda_device_goes_on_where_it_was() -> None:
     """Dropout on a GPU draws from its own generator."""
     devices = range(torch.cuda.device_count())
