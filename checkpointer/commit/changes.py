@@ -36,6 +36,8 @@ class Changes:
     """``pending``: the payload of this name is replaced. ``retired``: payload and record are removed."""
     aliases: tuple[str, ...] = ()
     """Other names that may be replaced."""
+    term: int = 0
+    """The term that the writer held when it announced them; 0 if it held none."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -54,6 +56,7 @@ class Changes:
             owner=reader.text("owner"),
             entries=tuple(Entry.from_dict(entry, f"{where}, in 'entries'") for entry in entries),
             aliases=tuple(_alias(alias, where) for alias in aliases),
+            term=reader.whole("term", 0),
         )
 
 
@@ -82,6 +85,7 @@ def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> 
     """Announce changes. If one of them removes or replaces a payload, they are durable on return."""
     entries = [entry.to_dict() for entry in changes.entries]
     data: dict[str, Any] = {"schema": SCHEMA, "owner": changes.owner, "entries": entries, "aliases": changes.aliases}
+    data["term"] = changes.term
     _put(storage, changes_path(changes.owner), to_json(signed(data, trust)), durable=bool(entries))
 
 

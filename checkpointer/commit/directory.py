@@ -199,7 +199,9 @@ class Directory:
         contents, run = self.contents, (term.run, term.label)
         poisoned = contents.aliases.poisoned
         replacing = {entry.record.name: entry.record for one in announced for entry in one.entries}
-        for record in [r for r in self.manifest.records if (r.run, r.label) == run and r.name in poisoned]:
+        manifest = self.manifest
+        before = [r for r in manifest.records if (r.run, r.label) == run and manifest.is_of_holder(r)]
+        for record in [r for r in before if r.name in poisoned]:
             moved, by = self.names.move_slot(record), replacing.get(record.name)
             if moved is None and by is not None:
                 moved = self.names.move_slot(by)  # It was replaced since it was read.

@@ -31,7 +31,7 @@ INDEX: Final = f"{HOME}/index.json"
 _JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
 _TRIES: Final = 5
-"""If announced changes are finished during so many listings in a row, the last one is taken."""
+"""If announced changes begin or end during so many listings in a row, the last one is taken."""
 
 
 def record_path(name: str) -> str:
@@ -124,10 +124,14 @@ def load(storage: Storage, trust: HMACKey | None = None, *, writers: Iterable[st
     entries: dict[str, Entry] = {}
     refused: dict[str, RecordError] = {}
     reads = 0
+    before: tuple[Changes, ...] = ()
     for tries_left in reversed(range(_TRIES)):
         files = storage.list()
-        changes, damaged, is_sure = _read_changes(storage, files, trust, writers)
-        if not is_sure and tries_left:
+        changes, damaged, finished = _read_changes(storage, files, trust, writers)
+        # What is read later than it was listed may be newer: a checkpoint is removed, and the one instead of it is not
+        # listed. So a listing counts if the same was announced before it and after it.
+        if (finished or changes != before) and tries_left:
+            before = changes
             continue
         entries, refused, reads, gone = _read_entries(storage, files, trust)
         # A live manager may have removed the one checkpoint that was listed, and committed the next one.
@@ -148,7 +152,7 @@ def load(storage: Storage, trust: HMACKey | None = None, *, writers: Iterable[st
 def _read_changes(
     storage: Storage, files: Mapping[str, Stat], trust: HMACKey | None, writers: Iterable[str]
 ) -> tuple[tuple[Changes, ...], dict[str, RecordError], bool]:
-    """Return what writers have announced, what cannot be read, and whether nothing was finished since the listing."""
+    """Return what writers have announced, what cannot be read, and whether a change was finished since the listing."""
     changes: list[Changes] = []
     damaged: dict[str, RecordError] = {}
     listed = changes_in(files)
@@ -163,7 +167,7 @@ def _read_changes(
         else:
             changes += [found] if found is not None else []
             finished |= found is None and path in listed
-    return tuple(changes), damaged, not finished
+    return tuple(changes), damaged, finished
 
 
 def _read_entries(

@@ -113,7 +113,8 @@ class Journal:
         self._write_changes(self.unfinished)
 
     def _write_changes(self, entries: Mapping[str, Entry], aliases: tuple[str, ...] = ()) -> None:
-        changes = Changes(owner=self.owner, entries=tuple(entries.values()), aliases=aliases)
+        term = self.term.number if self.term is not None else 0
+        changes = Changes(owner=self.owner, entries=tuple(entries.values()), aliases=aliases, term=term)
         if changes.names:
             write_changes(self.storage, changes, self.trust)
         else:

@@ -54,10 +54,14 @@ class Names:
         """Give a checkpoint that was written under the alias a name of its own; None if its payload is gone."""
         if self._looks.any_gone([slot]):
             return None
+        held, term = self._contents.journal.term, slot.term
+        if held is not None and (held.run, held.label) == (slot.run, slot.label):
+            # What was abandoned stays so: a record of this writer's term would count.
+            term = held.number if self._contents.manifest.is_of_holder(slot) else slot.term
         while True:
             name = self.free(slot)
             try:
-                moved = self._transaction.relocate(slot, name)
+                moved = self._transaction.relocate(slot, attrs.evolve(slot, name=name, term=term))
                 break
             except NameTakenError:
                 # Another manager has taken the name since the check.

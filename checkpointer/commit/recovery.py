@@ -85,7 +85,10 @@ def _seen(
     limits: Limits,
 ) -> Recovered:
     """Return what the entries of a directory say, with the changes that other writers have announced."""
-    overlaid: set[str] = set().union(*(_overlay(changes, entries) for changes in announced))
+    # A writer that was replaced may announce a change of what its successor is changing. It finds out then, and does
+    # not make it. So the highest term comes first, and a later announcement of the same record does not apply.
+    by_term = sorted(announced, key=lambda changes: -changes.term)
+    overlaid: set[str] = set().union(*(_overlay(changes, entries) for changes in by_term))
     records: list[Record] = []
     left: list[Entry] = []
     for path, entry in entries.items():

@@ -31,9 +31,11 @@ no name is used twice. If such a record is committed after step 5, its serial is
 step 5 and a record of a higher term has its token. It is listed, but is never ``last``, never ranked, and no run goes
 on from it by itself.
 
-A storage must show a file to every reader once its write has returned, if it is asked for that file. A listing may lag:
-the changes and records of the run are read one by one. A network mount that caches missing files (NFS) breaks this for
-as long as it caches: then step 2 sees the claim that much later.
+A storage must show a file to every reader once its write has returned, if it is asked for that file and in a listing.
+The claim and the changes of the writer before are asked for by name; the records are found by a listing, which is
+repeated until the same changes are announced before it and after it. If a listing lags behind a write, step 5 may miss
+the newest checkpoint. A network mount that caches missing files (NFS) breaks this for as long as it caches: then step 2
+sees the claim that much later.
 
 The clocks of two hosts are never compared. Whether a holder is alive decides when a term is claimed, not what is safe.
 """

@@ -300,10 +300,9 @@ class Transaction:
 
     # Other names
 
-    def relocate(self, record: Record, name: str) -> Record:
-        """Give a checkpoint another name by a copy or hard link. After a crash both names may have it."""
-        term = self.journal.term
-        moved = attrs.evolve(record, name=name, term=term.number if term is not None else record.term)
+    def relocate(self, record: Record, moved: Record) -> Record:
+        """Give a checkpoint the name of ``moved`` by a copy or hard link. After a crash both names may have it."""
+        name = moved.name
         self.journal.announce(self._pending(moved))
         try:
             duplicate(self.storage, record.name, name, "hardlink")

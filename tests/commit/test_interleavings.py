@@ -129,6 +129,8 @@ class Laws:
             self._check_successor(state, disk, final)
         except AssertionError as error:
             return str(error)
+        except CheckpointerError as error:
+            return f"a reader or a successor gets {type(error).__name__}: {error}"
         return None
 
     def _check_errors(self, model: Model, state: State) -> None:
@@ -375,7 +377,7 @@ def list_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def read_no_changes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(index, "_read_changes", lambda *_: ((), {}, True))
+    patch.setattr(index, "_read_changes", lambda *_: ((), {}, False))
 
 
 def records_first(patch: pytest.MonkeyPatch) -> None:
@@ -383,7 +385,7 @@ def records_first(patch: pytest.MonkeyPatch) -> None:
 
     def read_changes(storage: Any, files: Any, trust: Any, writers: Any) -> Any:
         storage.known = entries(storage, files, trust)
-        return (*changes(storage, files, trust, writers)[:2], True)
+        return (*changes(storage, files, trust, writers)[:2], False)
 
     patch.setattr(index, "_read_changes", read_changes)
     patch.setattr(index, "_read_entries", lambda storage, *_: storage.known)

@@ -33,6 +33,7 @@ from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
+from checkpointer.storage.digests import digest_of
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.owner import machine, release
 from checkpointer.testing import MemoryStorage
@@ -326,6 +327,79 @@ def test_what_a_machine_had_begun_before_it_was_booted_again_is_finished(tmp_pat
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not files & {first.name, "half.ckpt.json"}
     assert not list((tmp_path / ".checkpointer/changes").glob("*"))
+
+
+def test_what_was_abandoned_stays_so_after_one_more_takeover(tmp_path: Path) -> None:
+    """A process takes over while the first writer is paused in a replacement, which it ends late. A third one comes."""
+    run = tmp_path / "run"
+    old = started(run, ONE_NAME, "old", "alpha", run="r")
+    save(old, 1)
+    directory = old.session._directory
+    (first,) = old.records
+    (tmp_path / "late").write_bytes(b'{"step": 2, "writer": "late"}')
+    found = digest_of(LocalStorage(tmp_path, ""), "late", "xxh3-128")
+    assert found is not None
+    late = attrs.evolve(first, step=2, serial=2, token="late", size=found[0], digest=found[1])
+    announced = Entry(record=late, status="pending", previous=first, owner=directory.journal.owner)
+    write_changes(directory.storage, Changes(owner=directory.journal.owner, entries=(announced,), term=1), None)
+    new = started(run, ONE_NAME, "new", "beta", run="r", takeover=True)
+    assert new.restore() is not None
+    (tmp_path / "late").replace(run / first.name)
+    directory.journal.put(Entry(record=late))
+    with started(run, ONE_NAME, "third", run="r", takeover=True) as third:
+        restored = third.restore()
+        assert restored is not None
+        assert 1 == restored.step
+    new.close()
+    old.close()
+
+
+def test_an_announcement_of_a_replaced_writer_does_not_hide_that_of_its_successor(tmp_path: Path) -> None:
+    """The successor is killed while it replaces a checkpoint, and the old writer while it learns that it is fenced."""
+    old = started(tmp_path, ONE_NAME, "old", "alpha", run="r")
+    save(old, 1)
+    new = started(tmp_path, ONE_NAME, "new", "beta", run="r", takeover=True)
+    assert new.restore() is not None
+    (first,) = old.records
+    written = b'{"step": 2, "by": "new"}'
+    (tmp_path / first.name).write_bytes(written)
+    digest = digest_of(LocalStorage(tmp_path, ""), first.name, "xxh3-128")
+    assert digest is not None
+    for manager, term, token in ((old, 1, "old"), (new, 2, "new")):
+        record = attrs.evolve(first, step=2, serial=2, token=token, term=term)
+        record = attrs.evolve(record, size=digest[0], digest=digest[1]) if manager is new else record
+        journal = manager.session._directory.journal
+        entry = Entry(record=record, status="pending", previous=first, owner=journal.owner)
+        write_changes(journal.storage, Changes(owner=journal.owner, entries=(entry,), term=term), None)
+    with CheckpointManager(tmp_path, ONE_NAME, format=PlainFormat(), run="r") as reader:
+        assert ["new"] == [record.token for record in reader.records]
+    new.close()
+    old.close()
+
+
+def test_a_listing_is_not_older_than_the_announcement_that_it_is_read_with(tmp_path: Path) -> None:
+    """Between both a save ends, and the checkpoint before it is announced as removed: then the new one is seen."""
+    old = started(tmp_path, ALL, "old", "alpha", run="r")
+    save(old, 1)
+    directory = old.session._directory
+    journal, (first,) = directory.journal, old.records
+    second = attrs.evolve(first, name="second.ckpt", step=2, serial=2, token="second")
+
+    class Between(LocalStorage):
+        def open(self, path: str) -> Any:
+            if path.startswith(".checkpointer/changes/") and not (tmp_path / "second.ckpt").exists():
+                (tmp_path / "second.ckpt").write_bytes((tmp_path / first.name).read_bytes())
+                journal.announce(Entry(record=second))
+                going = directory.transaction.retiring(first)
+                write_changes(journal.storage, Changes(owner=journal.owner, entries=(going,), term=1), None)
+            return super().open(path)
+
+    new = started(Between(tmp_path, "new"), ALL, "new", run="r", takeover=True)
+    restored = new.restore()
+    assert restored is not None
+    assert "second.ckpt" == restored.record.name
+    new.close()
+    old.close()
 
 
 def test_a_copy_knows_what_was_abandoned(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Final, Literal
 import attrs
 import xxhash
 
-from checkpointer.commit.index import HOME, Listing
+from checkpointer.commit.index import HOME, RECORDS, Listing
 from checkpointer.commit.terms import LEASE_S, TERMS, Lease
 from checkpointer.errors import NameTakenError
 from checkpointer.ports import Stat
@@ -51,9 +51,9 @@ HIDDEN: Final = ".checkpointer/writers/"
 """Files that each writer sees alone: the marks for the commands. No save depends on them."""
 ALIASES: Final = ("last", "best")
 """How the names of files begin that may be links."""
-MAX_PARKED: Final = 400
+MAX_PARKED: Final = 1500
 AUDIT_EVERY: Final = 10
-COLLECT_EVERY: Final = 100
+COLLECT_EVERY: Final = 20
 
 
 @attrs.frozen
@@ -92,6 +92,13 @@ def _stat(data: bytes, link: str) -> Stat:
     return Stat(len(data), xxhash.xxh3_64_hexdigest(data or link.encode()))
 
 
+def _listed_stat(path: str, data: bytes, link: str) -> Stat:
+    # Of a file that is neither a payload nor a record, the code asks only whether it exists and is empty.
+    if path.startswith(f"{HOME}/") and not path.startswith(f"{RECORDS}/"):
+        return _stat(data[:1] and b"1", "")
+    return _stat(data, link)
+
+
 class Disk(MemoryStorage):
     """A storage in memory that can be copied and compared; the version of a file follows from its content."""
 
@@ -104,7 +111,9 @@ class Disk(MemoryStorage):
         """See `Storage.list`; sorted, because the order must not depend on the history."""
         names = (*self._files, *self._links)
         below = [n for n in names if not prefix or n == prefix or n.startswith(prefix + "/")]
-        return {name: _stat(self._files.get(name, b""), self._links.get(name, "")) for name in sorted(below)}
+        return {
+            name: _listed_stat(name, self._files.get(name, b""), self._links.get(name, "")) for name in sorted(below)
+        }
 
     def copied(self) -> Disk:
         """Return a disk with the same contents."""
@@ -545,7 +554,7 @@ class _Program:
     def _start(self, history: Sequence[tuple[Operation, Result]]) -> _Run:
         self.runs += 1
         if self.runs % COLLECT_EVERY == 0:
-            gc.collect()
+            gc.collect(self.runs % (10 * COLLECT_EVERY) == 0)  # The oldest generation is what the search keeps.
         run = _Run(self.writer, self.host, self._script, Env(self.writer, links=self._links), history)
         if run.error is not None:
             raise run.error
@@ -931,9 +940,8 @@ class Model:
                     fresh = [i for i in able if i not in tried]
                     state.tried.extend(fresh)
                     able = fresh
-                if not able:
-                    report.schedules += not tried
-                    self._check_state(state)
+                report.schedules += not able and not tried
+                self._check_state(state)
                 chosen = [i for i in able if i in state.tried]
                 for action in reversed([*self.actions(state, chosen)]):
                     after, broken = self.step(state, action)

@@ -1,7 +1,9 @@
 """A digest of all that a thread's next steps depend on: the variables of its frames, and every value they lead to.
 
 Two threads of the same code with equal digests do the same from here on. Not in the digest is what Python keeps on a
-frame's own stack: the rest of an iteration, a half-built list. So inside of a loop or comprehension there is no digest.
+frame's own stack: the rest of an iteration, a half-built list. So inside of a comprehension there is no digest. A loop
+is taken to go over what its function has in variables, so that the loop's own variable says how far it has come. Loops
+for which that is not so are named in `_LOOP_OVER_TEMPORARY`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import enum
 import functools
 import io
 import itertools
-import os
 import pathlib
 import re
 import sys
@@ -42,6 +43,8 @@ _ATOMS: Final = (
 )
 _BY_NAME: Final = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, functools._lru_cache_wrapper)
 _UNCLEAR: Final = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
+_LOOP_OVER_TEMPORARY: Final = frozenset({"_take_over"})
+"""Functions with a loop over a list that no variable has, and that changes meanwhile."""
 
 
 def digest_of_frames(frame: types.FrameType | None, last: types.CodeType, replace: Callable[[Any], Any]) -> str | None:
@@ -65,8 +68,8 @@ def digest_of_frames(frame: types.FrameType | None, last: types.CodeType, replac
 
 @functools.lru_cache(10_000)
 def _is_in_loop(code: types.CodeType, last: int) -> bool:
-    """Return whether a frame is in a loop over values that only its stack has. A loop of a test has a range."""
-    if f"{os.sep}tests{os.sep}" in code.co_filename:
+    """Return whether a frame is in a loop over values that only its stack has."""
+    if code.co_name not in _LOOP_OVER_TEMPORARY:
         return False
     loops = [(one.offset, one.argval) for one in dis.get_instructions(code) if one.opname == "FOR_ITER"]
     return any(start <= last < end for start, end in loops)
