@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import attrs
@@ -24,6 +24,7 @@ __all__ = [
     "SupportsMailbox",
     "SupportsMapping",
     "SupportsPaths",
+    "SupportsPieces",
     "SupportsScratch",
     "SupportsSnapshots",
     "SupportsSweep",
@@ -147,6 +148,18 @@ class SupportsPaths(Protocol):
 
     def sync(self, path: str) -> None:
         """Make a file or folder that another program wrote durable, with its directory entries."""
+
+
+@runtime_checkable
+class SupportsPieces(Protocol):
+    """A storage that fills many buffers at once, quicker than one stream does."""
+
+    def read_pieces(self, path: str, pieces: Sequence[tuple[int, memoryview]]) -> Iterator[int]:
+        """Fill each buffer with the file's bytes from its offset on (offsets ascend).
+
+        Yield the number of filled pieces so far, in order: a piece counts when it and all before it are filled.
+        Raise `FileNotFoundError`, or `OSError` if the file ends early or was replaced meanwhile.
+        """
 
 
 @runtime_checkable
