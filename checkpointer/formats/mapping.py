@@ -43,10 +43,8 @@ class MappedFile:
         begin = start - start % mmap.PAGESIZE
         if populate(self._address + begin, start + length - begin, _POPULATE_READ):
             code = ctypes.get_errno()
-            if code in (errno.EFAULT, errno.EHWPOISON):
-                msg = f"bytes {start} to {start + length} of the file cannot be read, or it is shorter now"
-                raise OSError(errno.EIO, msg)
-            raise OSError(code, os.strerror(code))
+            msg = f"bytes {start} to {start + length} of the mapped file cannot be read, or it is shorter now"
+            raise OSError(errno.EIO if code == errno.EFAULT else code, msg)
 
 
 def can_map() -> bool:

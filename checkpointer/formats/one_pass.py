@@ -23,6 +23,7 @@ __all__ = ["TorchLayout", "can_unpickle"]
 
 _PIECE: Final = 1 << 20
 """Bytes of a piece at most. It is still in the processor's cache when it is digested."""
+_MAPPED_PIECE: Final = 4 << 20
 _SMALL: Final = 1 << 16
 """Storages of fewer bytes are read together with their neighbours, and copied."""
 _PICKLE: Final = "data.pkl"
@@ -77,13 +78,11 @@ class TorchLayout:
     # Where the bytes go
 
     def _place(self) -> None:
-        import torch
-
         start, members = 0, list[Member]()
         for member in self._archive.members:
             if _is_storage(member) and member.size >= _SMALL:
                 self._add_private(start, member.start, members, member)
-                storage = torch.UntypedStorage(member.size, device="cpu")
+                storage = _new_storage(member.size)
                 self._storages[member.name] = storage
                 self._add(member.start, memory_at(storage.data_ptr(), member.size, storage))
                 start, members = member.end, []
@@ -105,7 +104,7 @@ class TorchLayout:
                     self._storages[member.name] = mapped.storage[member.start : member.end]
                     self._headers.append((member, mapped.memory, member.header))
                 first = len(self.pieces)
-                self._add(start, mapped.memory[start:end])
+                self._add(start, mapped.memory[start:end], _MAPPED_PIECE)
                 self._on_pages.update(range(first, len(self.pieces)))
             else:
                 self._read_private(stream, start, end, group)
@@ -128,9 +127,9 @@ class TorchLayout:
         self._directory = buffer[max(0, len(buffer) - len(self._archive.directory)) :]
         self._add(start, buffer)
 
-    def _add(self, start: int, view: memoryview) -> None:
-        for offset in range(0, len(view), _PIECE):
-            self.pieces.append((start + offset, view[offset : offset + _PIECE]))
+    def _add(self, start: int, view: memoryview, step: int = _PIECE) -> None:
+        for offset in range(0, len(view), step):
+            self.pieces.append((start + offset, view[offset : offset + step]))
 
     def populate(self, number: int) -> None:
         """Bring the piece of that number into memory if it is a part of the mapped file. Raises `OSError` as a read."""
@@ -152,10 +151,11 @@ class TorchLayout:
         if not weights_only and os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):  # torch.load knows what it means.
             raise OtherLayoutError
         reader = _Reader(self._archive.members, self._storages, self._small)
-        module = torch.serialization._weights_only_unpickler if weights_only else pickle
+        serialization: Any = torch.serialization
+        module = serialization._weights_only_unpickler if weights_only else pickle
         with raising_unreadable(self._pickle, weights_only=weights_only):
             try:
-                return torch.serialization._load(reader, map_location, module, encoding="utf-8")
+                return serialization._load(reader, map_location, module, encoding="utf-8")
             except pickle.UnpicklingError as error:
                 raise pickle.UnpicklingError(str(error)) from None
 
@@ -203,15 +203,13 @@ class _Reader:
         return self.get_record(name).decode() if self.has_record(name) else ""
 
     def get_storage_from_record(self, name: str, size: int, kind: object) -> _Taken:
-        import torch
-
         has = self._members[name].size
         if size > has:
             msg = f"a tensor needs {size} bytes of {name}, which has {has}"
             raise CorruptError(msg)
         storage = self._storages.pop(name, None)
         if storage is None:
-            storage = torch.UntypedStorage(size, device="cpu")
+            storage = _new_storage(size)
             if size:  # torch asks again for a storage that has no memory.
                 memory_at(storage.data_ptr(), size)[:] = self._small.pop(name)[:size]
         return _Taken(storage if storage.nbytes() == size else storage[:size])
@@ -225,6 +223,13 @@ class _Taken:
 
     def _typed_storage(self) -> _Taken:
         return self
+
+
+def _new_storage(size: int) -> Any:
+    import torch
+
+    kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
+    return kind(size, device="cpu")
 
 
 def _is_storage(member: Member) -> bool:

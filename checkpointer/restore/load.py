@@ -27,6 +27,7 @@ from checkpointer.ports import (
     SupportsURLs,
 )
 from checkpointer.records.record import Record
+from checkpointer.restore.damage import damage_in
 from checkpointer.storage.digests import FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
 from checkpointer.storage.pieces import ahead, filled
 
@@ -89,13 +90,27 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
 
 
 def _verify_digest(storage: Storage, record: Record) -> None:
-    _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
+    _compare(storage, record, digest_of(storage, record.name, algorithm_of(record.digest)))
 
 
-def _compare(record: Record, found: tuple[int, str] | None) -> None:
+def _compare(storage: Storage, record: Record, found: tuple[int, str] | None) -> None:
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
-        raise CorruptError(msg)
+        damage = _damage(storage, record.name)
+        raise CorruptError(f"{msg}; {damage}" if damage else msg)
+
+
+def _damage(storage: Storage, name: str) -> str:
+    """Return which part of a file is damaged, or nothing. It is read again, so a restore from elsewhere skips it."""
+    if _is_remote(storage) or name not in storage.list(name):
+        return ""
+    with contextlib.suppress(OSError, CorruptError), storage.open(name) as stream:
+        return damage_in(stream)
+    return ""
+
+
+def _is_remote(storage: Storage) -> bool:
+    return isinstance(storage, SupportsURLs) and not isinstance(storage, SupportsPaths)
 
 
 def load(
@@ -157,7 +172,7 @@ def _read_once(
             for _, view in pieces[done:count]:
                 digest.update(view)
             done = count
-        _compare(record, (digest.size, digest.digest))
+        _compare(storage, record, (digest.size, digest.digest))
     elif not is_mapped:
         collections.deque(steps, maxlen=0)
     try:
@@ -183,7 +198,7 @@ def _read_twice(
         return payload.read(stream, **options)
     with _nearby(stream, storage, record) as near:
         verified = VerifiedReader(near, algorithm_of(record.digest))
-        _compare(record, (verified.size, verified.digest))
+        _compare(storage, record, (verified.size, verified.digest))
         try:
             buffered: Any = io.BufferedReader(verified)
             return payload.read(buffered, **options)
@@ -203,8 +218,7 @@ def _read_folder(storage: Storage, record: Record, payload: Format | FolderForma
 @contextlib.contextmanager
 def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[BinaryIO]:
     """Copy a remote payload to this machine, because it is read twice; if there is no room, read it twice there."""
-    is_remote = isinstance(storage, SupportsURLs) and not isinstance(storage, SupportsPaths)
-    if not is_remote or shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
+    if not _is_remote(storage) or shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
         yield stream
         return
     with tempfile.TemporaryFile() as copy:
