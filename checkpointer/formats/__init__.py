@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Literal, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
 
 from checkpointer.errors import PolicyError
 from checkpointer.ports import FolderFormat, Format
 
-__all__ = ["format_of", "open_format"]
+if TYPE_CHECKING:
+    from checkpointer.formats.one_pass import TorchLayout
+
+__all__ = ["format_of", "layout_of", "open_format"]
 
 
 @overload
@@ -65,3 +68,14 @@ def format_of(stream: BinaryIO, expected: Format) -> Format:
 
     found = sniff(stream)
     return expected if found in (None, expected.name) else open_format(found)
+
+
+def layout_of(stream: BinaryIO, payload: Format, *, is_mapped: bool) -> TorchLayout | None:
+    """Return where each byte of a file goes that is read once; None if ``payload`` has to read it by itself."""
+    from checkpointer.formats.torch_file import TorchFormat
+
+    if type(payload) is not TorchFormat:
+        return None
+    from checkpointer.formats.one_pass import TorchLayout
+
+    return TorchLayout.of(stream, is_mapped=is_mapped)

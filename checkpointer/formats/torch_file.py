@@ -5,16 +5,15 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-import re
 import types
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any, BinaryIO, Final
 
-from checkpointer.errors import CorruptError, SaveError, UnsafePayloadError
+from checkpointer.errors import SaveError
 from checkpointer.formats import archive
 from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_name, culprit
+from checkpointer.formats.refusals import raising_unreadable, reason_of, unsafe_globals
 from checkpointer.ports import Writable
 
 __all__ = ["TorchFormat"]
@@ -87,23 +86,8 @@ class TorchFormat:
         """Load from ``source``; ``stream`` has the same bytes, to find out from what went wrong."""
         import torch
 
-        try:
+        with raising_unreadable(lambda: stream, start, weights_only=weights_only):
             return torch.load(source, weights_only=weights_only, **options)
-        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
-            raise
-        except pickle.UnpicklingError as error:
-            refused = _refusal(stream, start, error) if weights_only else ""
-            if not refused:
-                msg = f"the payload is not a torch file that can be read: {_reason(error)}"
-                raise CorruptError(msg) from error
-            msg = (
-                f"the payload holds {refused}, which a safe load refuses to unpickle; if you trust "
-                "its writer, pass weights_only=False, or allow the class with torch.serialization.add_safe_globals"
-            )
-            raise UnsafePayloadError(msg) from error
-        except Exception as error:  # Damaged bytes fail anywhere in torch: IndexError, AssertionError, struct.error...
-            msg = f"the payload cannot be read as a torch file: {type(error).__name__}: {error}"
-            raise CorruptError(msg) from error
 
     def refused(self, state: Any) -> Mapping[str, str]:
         """See `Format.refused`: asks torch itself about every value that is neither a tensor nor plain data.
@@ -237,50 +221,14 @@ def _unsafe_alone(value: Any) -> list[str]:
     except Exception as error:  # If it cannot be pickled, the save itself fails.
         return [str(error) or type(error).__name__]
     buffer.seek(0)
-    if names := _unsafe_globals(buffer):
+    if names := unsafe_globals(buffer):
         return names
     # It names nothing that is not allowed; and still torch fills no defaultdict, even if that class is allowed.
     buffer.seek(0)
     try:
         torch.load(buffer, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        return [_reason(error)]
+        return [reason_of(error)]
     except Exception:  # Not a refusal: the skeleton has numbers where the value's own code wants tensors.
         return []
     return []
-
-
-def _refusal(stream: BinaryIO, start: int, error: pickle.UnpicklingError) -> str:
-    """Return what a safe load refused; empty if it was damage that stopped it."""
-    is_cut = not stream.read(1)  # A file without a zip's directory may end in the middle of a name.
-    stream.seek(start)
-    names = _unsafe_globals(stream)
-    if not names and not is_cut:
-        names = re.findall(r"GLOBAL (\S+) ", _reason(error))
-    stream.seek(start)
-    return ", ".join(names) or (f"an instruction ({_reason(error)})" if _is_pickle_whole(stream) else "")
-
-
-def _unsafe_globals(stream: BinaryIO) -> list[str]:
-    import torch
-
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-    except Exception:  # No zip file, or a torch before 2.5: then the error of the load has to name them.
-        return []
-
-
-def _is_pickle_whole(stream: BinaryIO) -> bool:
-    """Return whether this is a torch file whose pickle has the checksum it was written with."""
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
-            # torch writes no checksum where set_crc32_options(False) says so.
-            return bool(pickles) and all(not member.CRC or archive.read(member) for member in pickles)
-    except Exception:
-        return False
-
-
-def _reason(error: BaseException) -> str:
-    """Return what the unpickler said, without the page of advice that torch puts around it."""
-    return str(error.__context__ or error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import shutil
@@ -15,10 +16,20 @@ import attrs
 from checkpointer.commit.index import RECORDS
 from checkpointer.commit.naming import address, location
 from checkpointer.errors import CheckpointerWarning, CorruptError, NoValidCheckpointError, RestoreError
-from checkpointer.formats import format_of
-from checkpointer.ports import FolderFormat, Format, Storage, SupportsMapping, SupportsPaths, SupportsURLs
+from checkpointer.formats import format_of, layout_of
+from checkpointer.formats.archive_reader import OtherLayoutError
+from checkpointer.ports import (
+    FolderFormat,
+    Format,
+    Storage,
+    SupportsMapping,
+    SupportsPaths,
+    SupportsURLs,
+)
 from checkpointer.records.record import Record
-from checkpointer.storage.digests import VerifiedReader, algorithm_of, digest_of, files_of
+from checkpointer.restore.damage import damage_in
+from checkpointer.storage.digests import FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
+from checkpointer.storage.pieces import ahead, filled
 
 __all__ = ["Restored", "Verify", "check_size", "load", "load_first_valid", "raising_unreachable", "verify"]
 
@@ -79,13 +90,27 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
 
 
 def _verify_digest(storage: Storage, record: Record) -> None:
-    _compare(record, digest_of(storage, record.name, algorithm_of(record.digest)))
+    _compare(storage, record, digest_of(storage, record.name, algorithm_of(record.digest)))
 
 
-def _compare(record: Record, found: tuple[int, str] | None) -> None:
+def _compare(storage: Storage, record: Record, found: tuple[int, str] | None) -> None:
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
-        raise CorruptError(msg)
+        damage = _damage(storage, record.name)
+        raise CorruptError(f"{msg}; {damage}" if damage else msg)
+
+
+def _damage(storage: Storage, name: str) -> str:
+    """Return which part of a file is damaged, or nothing. It is read again, so a restore from elsewhere skips it."""
+    if _is_remote(storage) or name not in storage.list(name):
+        return ""
+    with contextlib.suppress(OSError, CorruptError), storage.open(name) as stream:
+        return damage_in(stream)
+    return ""
+
+
+def _is_remote(storage: Storage) -> bool:
+    return isinstance(storage, SupportsURLs) and not isinstance(storage, SupportsPaths)
 
 
 def load(
@@ -100,37 +125,87 @@ def load(
 ) -> Restored:
     """Verify and load one checkpoint. The loaded bytes are the verified ones, even if the file changes in between.
 
-    A folder, and a file that is mapped, are verified first, and then opened again by the code that reads them.
+    A folder is verified first, and then opened again by the code that reads it. The tensors of a mapped file are its
+    pages: they are the verified ones as long as no program writes into the file. What is unpickled is always verified.
     """
     payload = open_format(record)
     options = {"weights_only": weights_only, "map_location": map_location}
     is_folder = set(check_size(storage, record)) != {record.name}
-    if not is_folder and isinstance(payload, FolderFormat):
+    if is_folder:
+        if verify == "full":
+            _verify_digest(storage, record)
+        return Restored(record=record, state=_read_folder(storage, record, payload, options))
+    if isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
-    is_mapped = mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping)
-    if verify == "full" and (is_folder or is_mapped):
+    with storage.open(record.name) as stream:
+        payload = format_of(stream, payload)
+        is_mapped = mmap and isinstance(storage, SupportsPaths) and isinstance(payload, SupportsMapping)
+        try:
+            state = _read_once(storage, record, stream, payload, options, is_mapped=is_mapped, verify=verify)
+        except OtherLayoutError:
+            read = _read_mapped if is_mapped else _read_twice
+            state = read(storage, record, stream, payload, options, verify=verify)
+    return Restored(record=record, state=state)
+
+
+def _read_once(
+    storage: Storage,
+    record: Record,
+    stream: BinaryIO,
+    payload: Format,
+    options: Mapping[str, Any],
+    *,
+    is_mapped: bool,
+    verify: Verify,
+) -> Any:
+    """Read each byte into its final place, or map it, and digest it there. Nothing is unpickled before that."""
+    layout = layout_of(stream, payload, is_mapped=is_mapped)
+    if layout is None:
+        raise OtherLayoutError
+    pieces = layout.pieces
+    steps = ahead(layout.populate, len(pieces)) if is_mapped else filled(storage, record.name, stream, pieces)
+    if verify == "full":
+        digest = FolderDigest(algorithm_of(record.digest))
+        done = 0
+        for count in steps:
+            for _, view in pieces[done:count]:
+                digest.update(view)
+            done = count
+        _compare(storage, record, (digest.size, digest.digest))
+    elif not is_mapped:
+        collections.deque(steps, maxlen=0)
+    try:
+        return layout.state(**options)
+    except OtherLayoutError:
+        stream.seek(0)
+        raise
+
+
+def _read_mapped(
+    storage: Storage, record: Record, stream: BinaryIO, payload: Format, options: Mapping[str, Any], *, verify: Verify
+) -> Any:
+    if verify == "full":
         _verify_digest(storage, record)
-    if is_folder:
-        return Restored(record=record, state=_read_folder(storage, record, payload, options))
-    assert not isinstance(payload, FolderFormat), "it raises above"
-    with storage.open(record.name) as remote:
-        if is_mapped:
-            mapped = format_of(remote, payload)
-            assert isinstance(mapped, SupportsMapping), "both formats that format_of exchanges are"
-            return Restored(record=record, state=mapped.read_mapped(location(storage, record.name), **options))
-        if verify == "size":
-            return Restored(record=record, state=format_of(remote, payload).read(remote, **options))
-        with _nearby(remote, storage, record) as near:
-            verified = VerifiedReader(near, algorithm_of(record.digest))
-            _compare(record, (verified.size, verified.digest))
-            try:
-                buffered: Any = io.BufferedReader(verified)
-                return Restored(record=record, state=format_of(buffered, payload).read(buffered, **options))
-            finally:
-                if verified.error is not None:
-                    msg = f"{record.name} has other bytes than were written: {verified.error}"
-                    raise CorruptError(msg)
+    assert isinstance(payload, SupportsMapping)
+    return payload.read_mapped(location(storage, record.name), **options)
+
+
+def _read_twice(
+    storage: Storage, record: Record, stream: BinaryIO, payload: Format, options: Mapping[str, Any], *, verify: Verify
+) -> Any:
+    if verify == "size":
+        return payload.read(stream, **options)
+    with _nearby(stream, storage, record) as near:
+        verified = VerifiedReader(near, algorithm_of(record.digest))
+        _compare(storage, record, (verified.size, verified.digest))
+        try:
+            buffered: Any = io.BufferedReader(verified)
+            return payload.read(buffered, **options)
+        finally:
+            if verified.error is not None:
+                msg = f"{record.name} has other bytes than were written: {verified.error}"
+                raise CorruptError(msg)
 
 
 def _read_folder(storage: Storage, record: Record, payload: Format | FolderFormat, options: Mapping[str, Any]) -> Any:
@@ -143,8 +218,7 @@ def _read_folder(storage: Storage, record: Record, payload: Format | FolderForma
 @contextlib.contextmanager
 def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[BinaryIO]:
     """Copy a remote payload to this machine, because it is read twice; if there is no room, read it twice there."""
-    is_remote = isinstance(storage, SupportsURLs) and not isinstance(storage, SupportsPaths)
-    if not is_remote or shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
+    if not _is_remote(storage) or shutil.disk_usage(tempfile.gettempdir()).free < 2 * record.size:
         yield stream
         return
     with tempfile.TemporaryFile() as copy:

@@ -128,10 +128,10 @@ class _Counted(io.BytesIO):
 
 
 def test_what_lies_elsewhere_is_fetched_once() -> None:
-    """To verify and to load are two readings, of which the second needs no network."""
+    """To verify and to load it takes one reading, after a look at the directory at the end of the file."""
     storage = Elsewhere()
     manager = save(storage)
     restored = manager.restore()
     assert restored is not None
     assert torch.equal(torch.arange(100_000.0), restored.state["w"])
-    assert restored.record.size == storage.num_read
+    assert restored.record.size <= storage.num_read < restored.record.size + 2**17

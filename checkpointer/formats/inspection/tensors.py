@@ -140,7 +140,7 @@ def memory_at(address: int, size: int, owner: Any = None) -> memoryview:
         return memoryview(b"")
     array = (ctypes.c_ubyte * size).from_address(address)
     array.owner = owner  # type: ignore[attr-defined]
-    return memoryview(array)
+    return memoryview(array).cast("B")
 
 
 # Sets of weights

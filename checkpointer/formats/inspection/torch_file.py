@@ -107,6 +107,14 @@ class TorchContents(Tensors):
                     have = "is not there" if where is None else f"has {where.size} bytes"
                     yield f"{name} needs {needs} bytes of storage {ref.key!r}, which {have}"
 
+    def names_by_storage(self) -> dict[str, list[str]]:
+        """Return the names of the tensors that have bytes in each storage, by the storage's key."""
+        names: dict[str, list[str]] = {}
+        for name, stored in self._stored.items():
+            for key in {ref.key for ref, _ in stored.needs()}:
+                names.setdefault(key, []).append(name)
+        return names
+
     def close(self) -> None:
         """See `Tensors.close`."""
         self._stream.close()
