@@ -92,6 +92,25 @@ def rename(fs: Any, source: str, target: str) -> None:
         fs.mv(source, target)
 
 
+def has_rename_new(fs: Any) -> bool:
+    """Return whether the driver has a request of its own for a rename to a new name."""
+    return hasattr(getattr(fs, "ftp", None), "posix_rename")
+
+
+def rename_new(fs: Any, source: str, target: str) -> None:
+    """Rename a file with paramiko's plain request: OpenSSH refuses it if the target exists, by a hard link.
+
+    The driver's own rename replaces the target.
+    """
+    try:
+        fs.ftp.rename(source, target)
+    except OSError as error:
+        # The protocol has no number for this error.
+        if error.errno is None and fs.exists(target):
+            raise FileExistsError(errno.EEXIST, str(error), target) from error
+        raise
+
+
 def copy(fs: Any, source: str, target: str) -> None:
     """Let the server copy a file. If it cannot, `NotImplementedError` or a driver's own exception is raised."""
     own = vars(type(fs))

@@ -16,7 +16,15 @@ import attrs
 
 from checkpointer.errors import NameTakenError
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import as_native_errors, copy, is_refusal, modified_s, rename
+from checkpointer.storage.drivers import (
+    as_native_errors,
+    copy,
+    has_rename_new,
+    is_refusal,
+    modified_s,
+    rename,
+    rename_new,
+)
 from checkpointer.storage.owner import STAGING, is_dead
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.retry import is_transient
@@ -174,16 +182,22 @@ class Publisher:
     def _move_new(self, staged: str, path: str) -> None:
         if self._is_moved(staged, path):
             return
-        with self._claim(path) if self.capabilities.replaces else contextlib.nullcontext():
-            self._rename(staged, path)
+        # An object store renames by a copy, which replaces.
+        is_refused = self.capabilities.refuses and not self._to.is_object_store
+        with contextlib.nullcontext() if is_refused else self._claim(path):
+            self._rename(staged, path, is_new=True)
 
     def _is_moved(self, source: str, target: str) -> bool:
         """Return whether an earlier request has moved the file, and only its reply was lost."""
         return self._sent.get(source) == target and not self._to.find(source) and bool(self._to.find(target))
 
-    def _rename(self, source: str, target: str) -> None:
-        """Rename a file, or let an object store copy it. A second call for the same file succeeds too."""
+    def _rename(self, source: str, target: str, *, is_new: bool = False) -> None:
+        """Rename a file, or let an object store copy it. A second call for the same file succeeds too.
+
+        ``is_new`` refuses a target that exists, if the server can.
+        """
         to = self._to
+        apply = rename_new if is_new and self.capabilities.refuses and has_rename_new(to.fs) else rename
         # Other writers use the other paths too.
         is_own = source.startswith(f"{STAGING}/")
         is_again = is_own and self._sent.get(source) == target
@@ -196,12 +210,12 @@ class Publisher:
                     copy(to.fs, to.full(source), to.full(target))
                     to.fs.rm_file(to.full(source))
                 else:
-                    rename(to.fs, to.full(source), to.full(target))
+                    apply(to.fs, to.full(source), to.full(target))
         except FileNotFoundError:
             if to.find(source) and not is_again:
                 # Another writer has removed the target's folder, because it was empty.
                 to.forget_folders()
-                self._rename(source, target)
+                self._rename(source, target, is_new=is_new)
                 return
             # The reply to an earlier attempt may be lost. Only this writer knows the staged name, so it moved the file.
             if not is_again or to.find(source) or not to.find(target):
@@ -313,7 +327,8 @@ class Publisher:
             if self._to.is_object_store:
                 return Capabilities(replaces=True, refuses=self._probe_create(first), copies=True)
             replaces = self._probe_rename(first, second)
-            return Capabilities(replaces=replaces, refuses=not replaces, copies=self._probe_copy(second, third))
+            refuses = not replaces or self._probe_rename_new(first, second)
+            return Capabilities(replaces=replaces, refuses=refuses, copies=self._probe_copy(second, third))
         finally:
             for path in (first, second, third):
                 with contextlib.suppress(OSError):
@@ -328,6 +343,16 @@ class Publisher:
         self._write(target, b"old")
         # Some servers ignore the request, and report success.
         return _succeeds(rename, self._to.fs, self._to.full(source), self._to.full(target)) and self._holds(
+            target, b"new"
+        )
+
+    def _probe_rename_new(self, source: str, target: str) -> bool:
+        """Return whether the server refuses a rename to the name of ``target``, which holds what is new."""
+        fs = self._to.fs
+        if not has_rename_new(fs):
+            return False
+        self._write(source, b"newer")
+        return not _succeeds(rename_new, fs, self._to.full(source), self._to.full(target)) and self._holds(
             target, b"new"
         )
 
