@@ -109,6 +109,8 @@ class Snapshots:
     def _copy(self, state: Any, sources: Sources, memory: Memory, streams: Streams) -> Any:
         """Return a copy of a state on a memory."""
         pickled = self._pickle(state, sources)
+        if "torch" not in sys.modules:
+            return pickled.load([], memory.buffer)
         if memory.matches(sources):
             return pickled.load(memory.copy(sources, streams), memory.buffer)
         found, plain = sources.tensors, [*map(is_plain, sources.tensors)]

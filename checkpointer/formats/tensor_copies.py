@@ -237,8 +237,9 @@ def compared_by_torch(tensors: Sequence[Any]) -> Comparison | None:
     """Return a comparison with plain tensors in C++, which is private to torch; None if torch does not offer it."""
     import torch
 
+    dynamo: Any = getattr(torch._C, "_dynamo", None)
     try:
-        guards = torch._C._dynamo.guards.TensorGuards(
+        guards = dynamo.guards.TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.size()) for tensor in tensors],
             dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
@@ -380,4 +381,4 @@ def _bytes_of(storage: Any, start: int, size: int) -> Any:
     import torch
 
     unit, dtype = (1, torch.uint8) if (start | size) % 8 else (8, torch.int64)
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, start // unit, (size // unit,))
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, start // unit, (size // unit,), (1,))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,7 @@ def _metadata() -> dict[str, torch.Tensor]:
     }
 
 
-ODD = {
+ODD: dict[str, Callable[[], Any]] = {
     "conjugate": lambda: torch.randn(4, 4, dtype=torch.complex64).conj(),
     "negative": lambda: torch._neg_view(torch.randn(4, 4)),
     "meta": lambda: torch.empty(4, 4, device="meta"),
@@ -259,3 +261,13 @@ def _distance(one: torch.Tensor, two: torch.Tensor) -> int | None:
     if not one.numel() or not two.numel() or one.untyped_storage()._cdata != two.untyped_storage()._cdata:
         return None
     return one.data_ptr() - two.data_ptr()
+
+
+def test_a_state_without_tensors_is_copied_without_torch() -> None:
+    """A format of the user's own may not need it."""
+    code = (
+        "import sys; from checkpointer.formats.snapshot import Snapshots; state = {'a': [1]}; "
+        "copy = Snapshots().take(state).wait(); state['a'].clear(); print(copy, 'torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "{'a': [1]} False\n" == printed
