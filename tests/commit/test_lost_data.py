@@ -266,9 +266,9 @@ class FailingUploads(MemoryStorage):
 
 
 def test_full_disk_is_named_even_if_torch_hides_it() -> None:
-    """torch.save turns an error of its stream into one about file positions."""
+    """torch.save turns an error of its stream into one about file positions. The state has several pieces."""
     storage = FailingUploads(OSError(28, "No space left on device"))
-    manager = CheckpointManager(storage, Policy(EVERY, [KeepLast(1)]), state=lambda: {"w": torch.ones(1000)})
+    manager = CheckpointManager(storage, Policy(EVERY, [KeepLast(1)]), state=lambda: {"w": torch.ones(6_000_000)})
     with pytest.raises(SaveError, match="No space left on device"):
         manager.observe({}, step=1, epoch=0)
 
@@ -277,7 +277,7 @@ def test_ctrl_c_while_the_payload_streams_is_a_ctrl_c() -> None:
     """It must not be taken for a failed save, and tolerated."""
     storage = FailingUploads(KeyboardInterrupt())
     policy = Policy(EVERY, [KeepLast(1)])
-    manager = CheckpointManager(storage, policy, state=lambda: {"w": torch.ones(1000)}, tolerate_failures=9)
+    manager = CheckpointManager(storage, policy, state=lambda: {"w": torch.ones(6_000_000)}, tolerate_failures=9)
     with pytest.raises(KeyboardInterrupt):
         manager.observe({}, step=1, epoch=0)
 
