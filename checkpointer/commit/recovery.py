@@ -182,20 +182,17 @@ def _with_payload(
 def finish(journal: Journal, entry: Entry, *, write: bool) -> list[Record]:
     """Finish an interrupted entry, and return the committed record that results, if one does.
 
-    With ``write`` the entry must have been read again, because other writers may have changed it.
+    With ``write`` the entry must have been read again, because other writers may have changed it. Then a retired
+    checkpoint whose payload is whole counts again: an alias may still lead to it. The next save retires it.
     """
-    if entry.status == "pending":
-        settled = settle(journal, entry, write=write)
-        return [settled] if settled else []
-    if write and is_payload_of(journal, entry.record):
-        remove(journal, entry.record)
-    elif write:
-        journal.delete(entry.record.name)
-    return []
+    if entry.status == "retired" and not write:
+        return []  # A live writer may remove it at any moment.
+    settled = settle(journal, entry, write=write)
+    return [settled] if settled else []
 
 
 def settle(journal: Journal, entry: Entry, *, write: bool) -> Record | None:
-    """Return the record of a ``pending`` entry that the payload's digest proves; with ``write`` commit that record."""
+    """Return the record of an entry that the payload's digest proves; with ``write`` commit that record."""
     truth = entry.record if is_payload_of(journal, entry.record) else entry.previous
     if write and truth is not None:
         journal.put(Entry(record=truth))

@@ -22,8 +22,8 @@ A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload 
 
 So the old or the new checkpoint is there.
 A crash after step 5 leaves a checkpoint that counts. The next save computes aliases and retirement from the records.
-A crash after step 6 leaves the file of changes. A checkpoint that it names as ``retired`` does not count, and the next
-process deletes the rest of it.
+A crash after step 6 leaves the file of changes. A checkpoint that it names as ``retired`` may have lost its payload: then
+the next process deletes its record. If the payload is whole, an alias may still lead to it: then it counts again.
 The manager deletes or replaces only payloads that its own records name, and staging folders of ended writers.
 `checkpointer.commit.terms` argues that this also holds if another process takes over the run at any moment.
 """

@@ -125,6 +125,10 @@ def check_survivor(
         assert restored.step in (acknowledged, acknowledged + 1), clue
         assert {"step": restored.step} == restored.state, clue
         run.step = restored.step
+    if acknowledged and policy.last:
+        # Before the next save too, because people open these files without a manager.
+        assert json.loads(read_bounded(inner, "last.ckpt"))["step"] in (acknowledged, acknowledged + 1), clue
+        assert json.loads(read_bounded(inner, "best.ckpt"))["step"] <= acknowledged + 1, clue
     assert run.observe(0.2), clue
     names = {record.name for record in run.manager.records}
     assert len(names) <= largest, f"{clue}: {names}"
