@@ -222,15 +222,20 @@ class Laws:
     def _check_alias(self, state: State, disk: Disk, final: Chain) -> None:
         if not state.claims or not self.policy.last:
             return
-        notes = state.nodes[state.claims[-1][0]].notes
-        if notes and notes[-1][0] == "acked":
-            alias = notes[-1][2]
+        node = state.nodes[state.claims[-1][0]]
+        if node.notes and node.notes[-1][0] == "acked":
+            alias = node.notes[-1][2]
+            # If a request for it has failed, the next save or the end of the writer tries again.
+            may_lag = bool(state.lost or state.failed) and node.operation is not None
+            if may_lag and alias not in disk.list():
+                return
             try:
                 there = tuple(json.loads(disk._read(alias))["history"])
             except (FileNotFoundError, ValueError) as error:
                 msg = f"{alias} does not lead to a checkpoint: {error!r}"
                 raise AssertionError(msg) from None
-            assert final == there, f"{alias} holds {there}, and the run is at {final}"
+            is_right = final[: len(there)] == there if may_lag else final == there
+            assert is_right, f"{alias} holds {there}, and the run is at {final}"
 
     def _check_successor(self, state: State, disk: Disk, final: Chain) -> None:
         """One more process takes over, saves, and everything is right."""
@@ -505,7 +510,7 @@ def test_a_defect_of_the_protocol_is_found(name: str, monkeypatch: pytest.Monkey
     mutation = MUTATIONS[name]
     mutation.apply(monkeypatch)
 
-    report = search(SCENARIOS[mutation.scenario], first_only=True, max_states=60_000)
+    report = search(SCENARIOS[mutation.scenario], first_only=True, max_states=120_000)
 
     print(f"{name}: {report}")
     assert report.violations, mutation.why
