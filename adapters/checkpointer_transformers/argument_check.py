@@ -9,8 +9,6 @@ from checkpointer import Policy
 from checkpointer.errors import PolicyError
 from checkpointer_transformers.trainer_state import evaluated
 
-__all__ = ["refuse"]
-
 
 def refuse(args: Any, policy: Policy) -> None:
     """Raise `PolicyError` with everything that has to be changed, if anything has."""

@@ -20,8 +20,6 @@ from checkpointer_transformers.evaluation import EvaluationEnded, Watch
 from checkpointer_transformers.trainer_state import evaluated
 from checkpointer_transformers.training import Training, staging_parent
 
-__all__ = ["attach"]
-
 _LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
 """Names of the Trainer's methods that make loaders."""
 

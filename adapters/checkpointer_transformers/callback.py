@@ -24,8 +24,6 @@ from checkpointer_transformers.find_checkpoint import clear
 from checkpointer_transformers.trainer_state import ends_epoch, epoch_of, numbers_of
 from checkpointer_transformers.training import Training
 
-__all__ = ["ASKED", "CheckpointCallback"]
-
 ASKED: Final = "another callback asked for it"
 _CALLBACKS: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 """Every callback of this process."""

@@ -11,8 +11,6 @@ from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer.distributed.ranks import Agreement
 from checkpointer.ports import Ranks
 
-__all__ = ["EvaluationEnded", "Watch"]
-
 _SAME_SIZE: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer types by their size (bytes)."""
 

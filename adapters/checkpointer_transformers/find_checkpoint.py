@@ -22,8 +22,6 @@ from checkpointer.tools.sweep import sweep
 from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
 from checkpointer_transformers.lock import Claim
 
-__all__ = ["clear", "last_valid_checkpoint"]
-
 _ASIDE: Final = f"{HOME}/aside"
 """Where the records of renamed checkpoints are."""
 

@@ -11,8 +11,6 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["STATE_FILE", "checkpoints_of", "problem_of", "step_of"]
-
 STATE_FILE: Final = "trainer_state.json"
 """The Trainer's state of the training; it writes this file last."""
 

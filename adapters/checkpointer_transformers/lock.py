@@ -12,8 +12,6 @@ from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.errors import RecordError
 from checkpointer.ports import Storage
 
-__all__ = ["Claim"]
-
 _PATH: Final = f"{HOME}/transformers.json"
 
 

@@ -10,20 +10,6 @@ from typing import Any, Final
 from checkpointer import Manifest, Observation, Policy
 from checkpointer.ports import Clock
 
-__all__ = [
-    "best_of",
-    "ends_epoch",
-    "epoch_of",
-    "evaluated",
-    "logged_at",
-    "numbers_of",
-    "observation",
-    "owes_evaluation",
-    "save_state",
-    "saved_state",
-    "show_best",
-]
-
 _KEY: Final = "checkpointer"
 """The manager's state has this key in what the Trainer keeps for callbacks, which takes any name."""
 _OWES: Final = "owes_evaluation"

@@ -34,8 +34,6 @@ from checkpointer_transformers.trainer_state import (
     show_best,
 )
 
-__all__ = ["Training", "staging_parent"]
-
 Phase = Literal["between", "forward", "stepping"]
 """Where the training is: between two steps, in the passes, or where weights and optimizer do not belong together."""
 

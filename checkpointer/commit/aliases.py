@@ -25,8 +25,6 @@ from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
 from checkpointer.storage.owner import is_live
 
-__all__ = ["Aliases", "Pointing", "claim", "is_marked", "make_alias", "mark", "marker_path", "read_marker", "release"]
-
 
 @attrs.define
 class Aliases:

@@ -20,8 +20,6 @@ from checkpointer.records.names import check_name
 from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.reader import read_whole
 
-__all__ = ["CHANGES", "Changes", "changes_in", "changes_path", "clear_changes", "read_changes", "write_changes"]
-
 CHANGES: Final = ".checkpointer/changes"
 MAX_CHANGES_BYTES: Final = 64 * MAX_RECORD_BYTES
 """A file of changes that is larger (bytes) is refused unread."""

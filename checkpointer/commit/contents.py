@@ -17,8 +17,6 @@ from checkpointer.ports import Storage, SupportsLinks, SupportsSweep
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 
-__all__ = ["Contents"]
-
 
 @attrs.define(kw_only=True)
 class Contents:

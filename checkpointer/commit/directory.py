@@ -34,8 +34,6 @@ from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
 from checkpointer.storage.opening import access_advice
 from checkpointer.storage.owner import is_dead, is_of_host
 
-__all__ = ["Directory", "created"]
-
 INDEX_EVERY = 64
 """The index is written again after this many changes, or a tenth of the records if that is more."""
 

@@ -18,8 +18,6 @@ from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import ALGORITHM, CRYPTOGRAPHIC, size_of
 from checkpointer.storage.owner import is_dead, is_live
 
-__all__ = ["Journal", "aborting", "holding"]
-
 
 @attrs.define
 class Journal:

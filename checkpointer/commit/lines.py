@@ -13,8 +13,6 @@ from checkpointer.commit.naming import Names
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Line, Record
 
-__all__ = ["Lines"]
-
 _log = logging.getLogger("checkpointer")
 
 

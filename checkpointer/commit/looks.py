@@ -17,8 +17,6 @@ from checkpointer.policy.decide import Reasons
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
 
-__all__ = ["Looks"]
-
 LOOK_EVERY_S = 60.0
 """Least seconds between two looks for a declined observation, if a look costs a request."""
 

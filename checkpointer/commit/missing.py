@@ -9,8 +9,6 @@ from checkpointer.policy.policy import Policy
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 
-__all__ = ["few_names", "missing_text"]
-
 
 def few_names(records: Sequence[Record]) -> str:
     """Return the names of the first three records, and how many more there are."""

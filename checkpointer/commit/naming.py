@@ -15,8 +15,6 @@ from checkpointer.policy.decide import own_name
 from checkpointer.ports import Storage, SupportsPaths, SupportsURLs
 from checkpointer.records.record import Entry, Record
 
-__all__ = ["Names", "address", "location"]
-
 
 @attrs.frozen
 class Names:

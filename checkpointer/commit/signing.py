@@ -11,8 +11,6 @@ from typing import Any, Final, NoReturn
 
 from checkpointer.errors import PolicyError, UntrustedError
 
-__all__ = ["HMACKey", "check_signature", "refuse_unsigned", "signed"]
-
 MIN_KEY_BYTES: Final = 16
 MAX_KEY_BYTES: Final = 1 << 16
 SIGNATURE: Final = "signature"

@@ -66,22 +66,6 @@ from checkpointer.records.record import SCHEMA
 from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, is_of_host, machine
 from checkpointer.storage.reader import read_whole
 
-__all__ = [
-    "BEATS",
-    "LEASE_S",
-    "TERMS",
-    "Claim",
-    "Heartbeat",
-    "Lease",
-    "Term",
-    "TermFiles",
-    "as_lease",
-    "claim_term",
-    "key_of",
-    "read_claim",
-    "read_limits",
-]
-
 TERMS: Final = ".checkpointer/terms"
 LEASE_S: Final = 60.0
 """A holder that sends no heartbeat for so many seconds may be replaced."""

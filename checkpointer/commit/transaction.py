@@ -22,8 +22,8 @@ A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload 
 
 So the old or the new checkpoint is there.
 A crash after step 5 leaves a checkpoint that counts. The next save computes aliases and retirement from the records.
-A crash after step 6 leaves the file of changes. A checkpoint that it names as ``retired`` may have lost its payload: then
-the next process deletes its record. If the payload is whole, an alias may still lead to it: then it counts again.
+A crash after step 6 leaves the file of changes. If a checkpoint that it names as ``retired`` has lost its payload, the
+next process deletes its record. If the payload is whole, an alias may still lead to it, so the checkpoint counts again.
 The manager deletes or replaces only payloads that its own records name, and staging folders of ended writers.
 `checkpointer.commit.terms` argues that this also holds if another process takes over the run at any moment.
 """
@@ -48,8 +48,6 @@ from checkpointer.storage.digests import DigestWriter, FolderDigest, algorithm_o
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.owner import is_dead, is_live
 from checkpointer.storage.progress import Transfer
-
-__all__ = ["Transaction", "duplicate"]
 
 _CHUNK = 4 << 20
 

@@ -18,8 +18,6 @@ from checkpointer.ports import Storage
 from checkpointer.records.record import SCHEMA
 from checkpointer.storage.owner import has_ended, host_of, is_live, machine
 
-__all__ = ["WRITERS", "clear_ended", "describe", "is_marked", "mark", "refuse_if_live", "unmark", "writers_in"]
-
 WRITERS: Final = f"{HOME}/writers"
 _JSON: Final = ".json"
 

@@ -22,8 +22,6 @@ import xxhash
 from checkpointer.errors import SaveError
 from checkpointer.ports import Writable
 
-__all__ = ["CHUNK", "Archive", "is_like_torch", "save"]
-
 CHUNK: Final = 4 << 20
 """Bytes that are given to the stream at a time. They fit the processor's cache."""
 

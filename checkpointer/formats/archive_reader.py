@@ -8,8 +8,6 @@ from typing import Final
 
 import attrs
 
-__all__ = ["Archive", "Member", "OtherLayoutError", "agrees", "start_of"]
-
 Read = Callable[[int, int], bytes]
 """Returns bytes of a file: from where, and how many."""
 

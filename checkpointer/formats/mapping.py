@@ -13,8 +13,6 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.formats.inspection.tensors import memory_at
 
-__all__ = ["MappedFile", "can_map"]
-
 _POPULATE_READ: Final = 22
 """``MADV_POPULATE_READ`` of Linux 5.14: what would be a SIGBUS at an access is an error of this call instead."""
 

@@ -19,8 +19,6 @@ from checkpointer.formats.inspection.tensors import memory_at, read_exactly
 from checkpointer.formats.mapping import MappedFile, can_map
 from checkpointer.formats.refusals import raising_unreadable
 
-__all__ = ["TorchLayout", "can_unpickle"]
-
 _PIECE: Final = 1 << 20
 """Bytes of a piece at most. It is still in the processor's cache when it is digested."""
 _MAPPED_PIECE: Final = 4 << 20

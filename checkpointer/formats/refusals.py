@@ -12,8 +12,6 @@ from typing import BinaryIO
 from checkpointer.errors import CorruptError, UnsafePayloadError
 from checkpointer.formats.archive_reader import OtherLayoutError
 
-__all__ = ["raising_unreadable", "reason_of", "unsafe_globals"]
-
 
 @contextlib.contextmanager
 def raising_unreadable(file: Callable[[], BinaryIO], start: int = 0, *, weights_only: bool) -> Iterator[None]:

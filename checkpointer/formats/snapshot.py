@@ -22,8 +22,6 @@ from checkpointer.errors import SaveError
 from checkpointer.formats.pickler import Pickler, culprit
 from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
 
-__all__ = ["Snapshot", "Snapshots"]
-
 _PROTOCOL: Final = 5
 
 

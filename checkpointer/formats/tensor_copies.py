@@ -16,8 +16,6 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
-__all__ = ["Memory", "Sources", "Streams", "compared_by_torch", "compared_in_python", "is_plain"]
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

@@ -16,8 +16,6 @@ from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_n
 from checkpointer.formats.refusals import raising_unreadable, reason_of, unsafe_globals
 from checkpointer.ports import Writable
 
-__all__ = ["TorchFormat"]
-
 _CONTAINERS: Final = (dict, list, tuple, set)
 # The containers that a safe load builds, with any content.
 _SAFE_CONTAINERS: Final = frozenset({dict, list, tuple, set, OrderedDict, Counter})

@@ -12,8 +12,6 @@ from checkpointer.formats.archive_reader import Archive, Member, agrees
 from checkpointer.formats.inspection.tensors import read_exactly
 from checkpointer.formats.inspection.torch_file import open_zip
 
-__all__ = ["damage_in"]
-
 _CHUNK: Final = 4 << 20
 _PICKLE: Final = "data.pkl"
 

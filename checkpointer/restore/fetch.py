@@ -15,8 +15,6 @@ from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, raising_unreachable, verify
 
-__all__ = ["MirrorSnapshot"]
-
 _log = logging.getLogger("checkpointer")
 
 

@@ -31,8 +31,6 @@ from checkpointer.restore.damage import damage_in
 from checkpointer.storage.digests import FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
 from checkpointer.storage.pieces import ahead, filled
 
-__all__ = ["Restored", "Verify", "check_size", "load", "load_first_valid", "raising_unreachable", "verify"]
-
 Verify = Literal["full", "size"]
 """How a payload is compared with its record before it is loaded."""
 

@@ -18,8 +18,6 @@ from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored, load_first_valid
 from checkpointer.restore.select import check_empty, select
 
-__all__ = ["HostState", "go_on", "go_to"]
-
 
 def go_to(
     which: str | int | None,

@@ -21,8 +21,6 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 
-__all__ = ["check_empty", "select"]
-
 
 def select(
     which: str | int | None,

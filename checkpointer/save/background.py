@@ -19,8 +19,6 @@ from checkpointer.policy.decide import Attach, Save, after
 from checkpointer.policy.policy import Policy
 from checkpointer.records.manifest import Manifest
 
-__all__ = ["Background", "BackgroundStatus", "Busy", "Job", "Outcome", "as_busy", "copies_of", "finish_at_exit"]
-
 Busy = Literal["wait", "skip"]
 """What happens if a save is due while another is unfinished."""
 

@@ -23,9 +23,6 @@ from checkpointer.save.background import Background, Job, Outcome
 from checkpointer.save.saver import Saver
 from checkpointer.storage.opening import access_advice
 
-__all__ = ["KeepAlive", "SaveExecutor"]
-
-
 _log: Final = logging.getLogger("checkpointer")
 
 

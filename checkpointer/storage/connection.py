@@ -26,8 +26,6 @@ from checkpointer.storage.drivers import (
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
 
-__all__ = ["Connection"]
-
 T = TypeVar("T")
 
 _OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})

@@ -12,19 +12,6 @@ from checkpointer.ports import Storage, SupportsLinks, Writable
 from checkpointer.records.codec import DIGESTS
 from checkpointer.storage.reader import SeekableReader
 
-__all__ = [
-    "ALGORITHM",
-    "CRYPTOGRAPHIC",
-    "DigestWriter",
-    "FolderDigest",
-    "VerifiedReader",
-    "algorithm_of",
-    "digest_of",
-    "files_of",
-    "is_cryptographic",
-    "size_of",
-]
-
 ALGORITHM: Final = "xxh3-128"
 """Detects every accidental change, at the speed of memory."""
 CRYPTOGRAPHIC: Final = "sha256"

@@ -21,8 +21,6 @@ from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.owner import STAGING, is_abandoned
 
-__all__ = ["LocalStorage", "permission_advice"]
-
 _BUFFER: Final = 1 << 16
 """Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
 _WRITE_BACK: Final = 8 << 20

@@ -11,8 +11,6 @@ from typing import BinaryIO, Final
 
 from checkpointer.ports import Storage, SupportsPieces
 
-__all__ = ["ahead", "fill", "filled"]
-
 _CHUNK: Final = 1 << 20
 _MAX_THREADS: Final = 8
 _PIECES_PER_THREAD: Final = 4

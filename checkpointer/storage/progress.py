@@ -10,8 +10,6 @@ from typing import Any, BinaryIO, Final, cast
 from checkpointer.ports import Clock, Stat, Storage, SupportsLinks, SupportsPaths, Upload, Writable
 from checkpointer.storage.reader import SeekableReader
 
-__all__ = ["EVERY_S", "CountingStorage", "Transfer"]
-
 _log = logging.getLogger("checkpointer")
 
 EVERY_S: Final = 10.0

@@ -10,8 +10,6 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-__all__ = ["PARTS_READ_AT_ONCE", "Part", "Target", "parts_of", "read_parts"]
-
 T = TypeVar("T")
 
 PARTS_READ_AT_ONCE: Final = 8

@@ -10,8 +10,6 @@ from typing import Any, BinaryIO, Final, cast
 
 from checkpointer.storage.retry import Retry, is_transient
 
-__all__ = ["SeekableReader", "read_whole", "reader"]
-
 _BUFFER: Final = 1 << 20
 _ATTEMPTS: Final = 5
 """If a small file is replaced during so many reads in a row, that is an error."""

@@ -17,8 +17,6 @@ from checkpointer.storage.owner import STAGING, is_abandoned
 from checkpointer.storage.publish import REPLACING, Publisher, owner_of
 from checkpointer.storage.retry import Retry
 
-__all__ = ["BufferedUpload", "FsspecStorage"]
-
 _SMALL: Final = 1 << 20
 """Payloads up to this many bytes are kept in memory and sent in one request."""
 

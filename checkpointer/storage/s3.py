@@ -32,8 +32,6 @@ from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import BufferedUpload, FsspecStorage
 from checkpointer.storage.retry import Retry, is_transient
 
-__all__ = ["S3Storage"]
-
 T = TypeVar("T")
 
 _log = logging.getLogger("checkpointer")

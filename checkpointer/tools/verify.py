@@ -16,8 +16,6 @@ from checkpointer.restore.load import check_size, verify
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.tools.catalog import Catalog
 
-__all__ = ["Depth", "Finding", "verify_all", "verify_one"]
-
 Depth = Literal["sizes", "digests", "contents"]
 """Compare sizes with the listing, read every byte, or look into each payload as well."""
 

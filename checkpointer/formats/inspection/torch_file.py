@@ -27,8 +27,6 @@ from checkpointer.formats.inspection.tensors import (
     tree_of,
 )
 
-__all__ = ["TorchContents", "open_legacy", "open_zip"]
-
 MAX_PICKLE_BYTES: Final = 1 << 28
 MIN_STEPS: Final = 2_000_000
 STEPS_PER_BYTE: Final = 4
