@@ -153,7 +153,9 @@ class TorchLayout:
         module = serialization._weights_only_unpickler if weights_only else pickle
         with raising_unreadable(self._pickle, weights_only=weights_only):
             try:
-                return serialization._load(reader, map_location, module, encoding="utf-8")
+                state = serialization._load(reader, map_location, module, encoding="utf-8")
+                reader.check_sizes()
+                return state
             except pickle.UnpicklingError as error:
                 raise pickle.UnpicklingError(str(error)) from None
 
@@ -176,6 +178,18 @@ class _Reader:
         self._members = {member.name: member for member in members}
         self._storages = storages
         self._small = small
+        self._taken: list[tuple[str, Any, int]] = []
+        """Name, weak reference and size of each storage that was handed out: one that moved to a device is freed."""
+
+    def check_sizes(self) -> None:
+        """Raise `CorruptError` if a tensor has needed more bytes than its storage has. torch makes it larger then."""
+        import torch
+
+        for name, reference, size in self._taken:
+            storage: Any = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # None if it is freed.
+            if storage is not None and storage.nbytes() != size:
+                msg = f"a tensor needs {storage.nbytes()} bytes of {name}, which has {size}"
+                raise CorruptError(msg)
 
     def __getattr__(self, name: str) -> Any:
         # A later torch may call more than there is here.
@@ -205,12 +219,16 @@ class _Reader:
         if size > has:
             msg = f"a tensor needs {size} bytes of {name}, which has {has}"
             raise CorruptError(msg)
+        from torch.multiprocessing.reductions import StorageWeakRef
+
         storage = self._storages.pop(name, None)
         if storage is None:
             storage = _new_storage(size)
             if size:  # torch asks again for a storage that has no memory.
                 memory_at(storage.data_ptr(), size)[:] = self._small.pop(name)[:size]
-        return _Taken(storage if storage.nbytes() == size else storage[:size])
+        taken = storage if storage.nbytes() == size else storage[:size]
+        self._taken.append((name, StorageWeakRef(taken), size))  # type: ignore[no-untyped-call]
+        return _Taken(taken)
 
 
 class _Taken:

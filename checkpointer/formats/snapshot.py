@@ -23,6 +23,8 @@ from checkpointer.formats.pickler import Pickler, culprit
 from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
 
 _PROTOCOL: Final = 5
+_QUIET: Final = frozenset({"_codecs", "builtins", "collections", "copyreg", "numpy", "torch"})
+"""Packages whose classes leave the tensors of a state as they are while the state is put together."""
 
 
 @attrs.define
@@ -39,6 +41,7 @@ class Snapshot:
 
     def wait(self) -> Any:
         """Return the state, once all of it is there. For the thread that writes it."""
+        assert self._memory is not None, "the snapshot is released"
         for event in self._events:
             event.synchronize()
         self._events, self._sources = [], []
@@ -94,7 +97,7 @@ class Snapshots:
                 events = streams.finish()
         except Exception as error:
             self._give_back(memory)
-            if isinstance(error, MemoryError):
+            if isinstance(error, (MemoryError, SaveError)):
                 raise
             what = culprit(state)
             if not what:
@@ -110,7 +113,10 @@ class Snapshots:
         if "torch" not in sys.modules:
             return pickled.load([], memory.buffer)
         if memory.matches(sources):
-            return pickled.load(memory.copy(sources, streams), memory.buffer)
+            state = pickled.load(memory.copy(sources, streams), memory.buffer)
+            if pickled.runs_code:
+                memory.forget_tensors()
+            return state
         found, plain = sources.tensors, [*map(is_plain, sources.tensors)]
         sources.tensors = [tensor for tensor, is_one in zip(found, plain, strict=True) if is_one]
         others = [tensor for tensor, is_one in zip(found, plain, strict=True) if not is_one]
@@ -119,7 +125,11 @@ class Snapshots:
         memory.arrange(sources)
         copies = iter(memory.copy(sources, streams))
         other_copies = iter(pickled_others.load([], memory.buffer))
-        return pickled.load([next(copies if is_one else other_copies) for is_one in plain], memory.buffer)
+        state = pickled.load([next(copies if is_one else other_copies) for is_one in plain], memory.buffer)
+        memory.check_sizes()
+        if pickled.runs_code or pickled_others.runs_code:
+            memory.forget_tensors()
+        return state
 
     def _round_trip(self, state: Any) -> None:
         """Pickle a state as for a copy and load it, without copying its bytes."""
@@ -229,12 +239,14 @@ def _keep(buffer: pickle.PickleBuffer, arrays: list[memoryview]) -> bool:
     return False
 
 
-@attrs.frozen
+@attrs.define
 class _Pickled:
     """A state in pieces."""
 
     stream: io.BytesIO
     arrays: list[memoryview]
+    runs_code: bool = attrs.field(default=False, init=False)
+    """Whether `load` ran code of other packages. It may have changed tensors of the copy, or put others there."""
 
     def load(self, tensors: list[Any], storage: Callable[[int], Any]) -> Any:
         """Put the state together again, on copies of its tensors and storages."""
@@ -244,7 +256,10 @@ class _Pickled:
         before = len(noted)
         try:
             with _on_the_host():
-                return _Unpickler(self.stream, self.arrays, tensors, storage).load()
+                unpickler = _Unpickler(self.stream, self.arrays, tensors, storage)
+                state = unpickler.load()
+                self.runs_code = unpickler.runs_code
+                return state
         finally:
             del noted[before:]
 
@@ -256,6 +271,7 @@ class _Unpickler(pickle.Unpickler):
         self, stream: io.BytesIO, arrays: list[memoryview], tensors: list[Any], storage: Callable[[int], Any]
     ) -> None:
         super().__init__(stream, buffers=arrays)
+        self.runs_code = False
         self._tensors = tensors
         self._storage = storage
 
@@ -265,6 +281,7 @@ class _Unpickler(pickle.Unpickler):
                 return self._tensors.__getitem__
             if name == _copy_of.__name__:
                 return self._copy_of
+        self.runs_code = self.runs_code or module.partition(".")[0] not in _QUIET
         found = super().find_class(module, name)
         if module == "torch._utils" and name == "_rebuild_tensor_v3":
             # It is handed an untyped storage, but a load gives it a typed one, and so it expects that.

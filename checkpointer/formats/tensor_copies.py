@@ -16,6 +16,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
+from checkpointer.errors import SaveError
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -186,6 +188,16 @@ class Memory:
                 target.copy_(source, non_blocking=part.is_cuda)
         return layout.copies
 
+    def forget_tensors(self) -> None:
+        """Make new tensors for the next copy. The buffers stay."""
+        self._layout = None
+
+    def check_sizes(self) -> None:
+        """Raise `SaveError` if a tensor has needed more bytes than its storage has: torch enlarges a buffer then."""
+        for (size, _), buffer in self._buffers:
+            if buffer.nbytes() != size:
+                raise _cut(buffer.nbytes(), size)
+
     def buffer(self, number: int) -> Any:
         """Return the copy of a storage."""
         return self._buffers[number][1]
@@ -312,7 +324,17 @@ def _used(tensors: Sequence[Any], size: int) -> tuple[int, int]:
     spans = [_span(tensor) for tensor in tensors if tensor.numel()]
     start = min((first for first, _ in spans), default=0) // _ALIGNED * _ALIGNED
     end = max((last for _, last in spans), default=0)
+    if end > size:
+        raise _cut(end, size)
     return (start, end - start) if size - (end - start) >= UNUSED else (0, size)
+
+
+def _cut(needed: int, size: int) -> SaveError:
+    msg = (
+        f"a tensor of the state needs {needed} bytes of a storage that has {size}: the storage was freed or cut "
+        "(resize_), and a load would refuse it; give it its memory back before a save"
+    )
+    return SaveError(msg)
 
 
 def _span(tensor: Any) -> tuple[int, int]:
@@ -347,7 +369,8 @@ def _allocate_again(keys: Sequence[_Key], kept: list[tuple[_Key, Any]]) -> list[
     free = defaultdict(list)
     while kept:
         key, buffer = kept.pop()
-        free[key].append(buffer)
+        if buffer.nbytes() == key[0]:
+            free[key].append(buffer)
     again = [(key, free[key].pop() if free[key] else None) for key in keys]
     free.clear()
     return [(key, _allocate(key) if buffer is None else buffer) for key, buffer in again]

@@ -97,7 +97,9 @@ class Background:
     def _start_over(self) -> None:
         """Begin without jobs. In a forked child the jobs and the thread belong to the parent."""
         self._pid = os.getpid()
-        self._condition = threading.Condition()
+        # Entered itself, because `Condition.__enter__` is Python code: a Ctrl-C in it would keep the lock for ever.
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         # The first job is running; the others have not begun.
         self._jobs: deque[Job] = deque()
         self._outcomes: deque[Outcome] = deque()
@@ -118,7 +120,7 @@ class Background:
     def status(self) -> BackgroundStatus:
         """The unfinished work. Does not wait for it."""
         self._check_process()
-        with self._condition:
+        with self._lock:
             names = tuple(job.decision.name for job in self._jobs if isinstance(job.decision, Save))
         return BackgroundStatus(
             unfinished=names, num_waits=self._num_waits, waited_s=self._waited_s, num_skipped=self._num_skipped
@@ -127,7 +129,7 @@ class Background:
     def outlook(self, policy: Policy) -> Manifest:
         """Return the records as they will be once every job is done."""
         self._check_process()
-        with self._condition:
+        with self._lock:
             if not self._jobs:
                 return self._manifest()
             manifest = self._before
@@ -141,7 +143,7 @@ class Background:
         if self._busy == "skip":
             return self._drop_waiting(step)
         started = time.monotonic()
-        with self._condition:
+        with self._lock:
             running = [job.decision.name for job in self._jobs if isinstance(job.decision, Save)]
             while any(isinstance(job.decision, Save) for job in self._jobs):
                 self._wait_a_little(None)
@@ -154,7 +156,7 @@ class Background:
         return []
 
     def _drop_waiting(self, step: int) -> list[int]:
-        with self._condition:
+        with self._lock:
             waiting = [job for job in list(self._jobs)[1:] if isinstance(job.decision, Save)]
             steps = {job.decision.observation.step for job in waiting}
             # If a step is not saved, its late metrics are dropped, too.
@@ -176,7 +178,7 @@ class Background:
             RuntimeError: If the thread cannot be started.
         """
         self._check_process()
-        with self._condition:
+        with self._lock:
             if not self._jobs:
                 self._before = self._manifest()
             self._jobs.append(job)
@@ -195,7 +197,7 @@ class Background:
         if self.is_here:
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._condition:
+        with self._lock:
             while self._jobs:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
@@ -225,7 +227,7 @@ class Background:
     def collect(self) -> Outcome | None:
         """Return how the next finished job ended, once for each job; None if there are no more."""
         self._check_process()
-        with self._condition:
+        with self._lock:
             if self._jobs and (self._thread is None or not self._thread.is_alive()):
                 self._drop_all()
             return self._outcomes.popleft() if self._outcomes else None
@@ -239,9 +241,10 @@ class Background:
                 error = failure
                 # At once, because at the end of the program the loop does not collect outcomes any more.
                 _log.error("%s: %s: %s", job.decision.name, type(error).__name__, error)
-            with self._condition:
+            with self._lock:
                 self._before = self._manifest()
-                self._jobs.popleft()
+                if self._jobs and self._jobs[0] is job:
+                    self._jobs.popleft()
                 self._outcomes.append(Outcome(job.decision, job.is_saved, error))
                 self._condition.notify_all()
             if error is not None:
@@ -249,7 +252,10 @@ class Background:
             del job, error
 
     def _next(self) -> Job | None:
-        with self._condition:
+        with self._lock:
+            # A Ctrl-C may interrupt the start of a thread. Then another one was started, and this one comes late.
+            if self._thread is not threading.current_thread():
+                return None
             if self._jobs:
                 return self._jobs[0]
             self._thread = None

@@ -317,3 +317,37 @@ def test_on_cuda_what_the_stream_does_next_comes_after_the_copy() -> None:
     assert bool((state["w"] == 1).all())
     assert state["tied"].data_ptr() == state["w"].data_ptr()
     snapshot.release()
+
+
+class Trimmed:
+    """Cuts its tensor when it is unpickled."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.arange(4.0)
+
+    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
+        self.__dict__ = state
+        self.tensor.resize_(2)
+
+
+def test_tensors_that_an_object_changed_in_a_copy_are_not_used_again() -> None:
+    """Loading a copy runs the code of its classes: the next copy has the values of then, on tensors of its own."""
+    snapshots, trimmed = Snapshots(), Trimmed()
+    view = trimmed.tensor.view(2, 2)
+    for value in (1.0, 2.0, 3.0):
+        trimmed.tensor.fill_(value)
+        snapshot = snapshots.take({"trimmed": trimmed, "view": view})
+        assert [[value, value], [value, value]] == snapshot.wait()["view"].tolist()
+        assert [value, value] == snapshot.state["trimmed"].tensor.tolist()
+        snapshot.release()
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_tensor_whose_storage_was_freed_or_cut_is_refused(size: int) -> None:
+    """A buffer would be made larger for it, with whatever the memory holds."""
+    tensor = torch.full((100,), 7.0)
+    snapshots = Snapshots()
+    snapshots.take({"w": tensor}).release()
+    tensor.untyped_storage().resize_(size)
+    with pytest.raises(SaveError, match=f"needs 400 bytes of a storage that has {size}: the storage was freed or cut"):
+        snapshots.take({"w": tensor})

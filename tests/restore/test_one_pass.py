@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepLast, Policy, Save
-from checkpointer.errors import CorruptError, UnsafePayloadError
+from checkpointer.errors import CorruptError, NoValidCheckpointError, UnsafePayloadError
 from checkpointer.formats.archive_reader import Archive, start_of
 from checkpointer.formats.mapping import can_map
 from checkpointer.formats.one_pass import TorchLayout, can_unpickle
@@ -263,3 +263,13 @@ def test_many_small_tensors_are_loaded() -> None:
     found = loaded(bytes_of(state))
     assert same(state, found)
     assert 80 == found["7"].untyped_storage().nbytes()
+
+
+def test_a_tensor_that_is_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
+    """torch would make the storage larger, with whatever the memory holds; plain torch.load refuses it too."""
+    tensor = torch.full((100,), 7.0)
+    tensor.untyped_storage().resize_(8)
+    with CheckpointManager(tmp_path, Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"w": tensor}) as manager:
+        manager.observe({}, step=1, epoch=0)
+        with pytest.raises(NoValidCheckpointError, match="needs 400 bytes of data/0, which has 8"):
+            manager.restore()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from checkpointer import (
     CheckpointManager,
     EveryEpochs,
     EverySteps,
+    KeepAll,
     KeepBest,
     KeepEvery,
     KeepLast,
@@ -764,3 +766,44 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert restored is not None
     assert {"step": 1} == restored.state
     assert not (tmp_path / ".checkpointer/staging").exists()
+
+
+@pytest.mark.parametrize("busy", ["wait", "skip"])
+def test_a_ctrl_c_while_the_thread_starts_leaves_one_writer(
+    tmp_path: Path, busy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupted save may be missing. Each other one holds the state of its own step, and is written once."""
+    state = {"step": 0}
+    policy = Policy(EverySteps(1), [KeepAll()])
+    real = threading._start_new_thread  # type: ignore[attr-defined]
+
+    def late(function: Any, arguments: Any) -> Any:
+        def begin() -> None:
+            time.sleep(0.2)
+            function(*arguments)
+
+        return real(begin, ())
+
+    with CheckpointManager(
+        tmp_path, policy, state=lambda: dict(state), background=busy, tolerate_failures=9
+    ) as manager:
+        monkeypatch.setattr(threading, "_start_new_thread", late)  # As on a machine with much to do.
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                manager.observe({}, step=1)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        for step in (2, 3, 4):
+            state["step"] = step
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CheckpointerWarning)
+                manager.observe({}, step=step)
+        monkeypatch.setattr(threading, "_start_new_thread", real)
+        manager.wait()
+        for record in manager.records:
+            restored = manager.restore(record.name)
+            assert restored is not None
+            assert {"step": 0 if record.step == 1 else record.step} == restored.state
+        assert 4 == manager.records[-1].step

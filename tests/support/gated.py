@@ -64,8 +64,8 @@ class _GatedUpload:
 class _Opening(threading.Condition):
     """Opens a gate when a thread waits for this condition."""
 
-    def __init__(self, storage: GatedStorage) -> None:
-        super().__init__()
+    def __init__(self, storage: GatedStorage, lock: Any) -> None:
+        super().__init__(lock)
         self._storage = storage
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -76,4 +76,4 @@ class _Opening(threading.Condition):
 def open_when_waited_for(manager: CheckpointManager, storage: GatedStorage) -> None:
     """Open the gate at the moment when the loop waits for the writer, not earlier."""
     assert manager._background is not None
-    manager._background._condition = _Opening(storage)
+    manager._background._condition = _Opening(storage, manager._background._lock)

@@ -970,6 +970,7 @@ class Model:
             return report
         finally:
             self.close()
+            gc.collect()  # A finalizer of this search must not run in a later one either.
             gc.enable()
 
     def _check_state(self, state: State) -> None:
