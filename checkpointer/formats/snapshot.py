@@ -20,7 +20,7 @@ import attrs
 
 from checkpointer.errors import SaveError
 from checkpointer.formats.pickler import Pickler, culprit
-from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
+from checkpointer.formats.tensor_copies import CutStorageError, Memory, Sources, Streams, is_plain
 
 _PROTOCOL: Final = 5
 _QUIET: Final = frozenset({"_codecs", "builtins", "collections", "copyreg", "numpy", "torch"})
@@ -97,7 +97,7 @@ class Snapshots:
                 events = streams.finish()
         except Exception as error:
             self._give_back(memory)
-            if isinstance(error, (MemoryError, SaveError)):
+            if isinstance(error, (MemoryError, CutStorageError)):
                 raise
             what = culprit(state)
             if not what:

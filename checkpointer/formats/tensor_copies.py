@@ -329,12 +329,16 @@ def _used(tensors: Sequence[Any], size: int) -> tuple[int, int]:
     return (start, end - start) if size - (end - start) >= UNUSED else (0, size)
 
 
+class CutStorageError(SaveError):
+    """Raised if a tensor needs more bytes than its storage has."""
+
+
 def _cut(needed: int, size: int) -> SaveError:
     msg = (
         f"a tensor of the state needs {needed} bytes of a storage that has {size}: the storage was freed or cut "
         "(resize_), and a load would refuse it; give it its memory back before a save"
     )
-    return SaveError(msg)
+    return CutStorageError(msg)
 
 
 def _span(tensor: Any) -> tuple[int, int]:
