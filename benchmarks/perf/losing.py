@@ -14,7 +14,7 @@ BEFORE = "the build before"
 """What that module calls it."""
 MEGABYTES = 512
 LEFT_OUT = ("DCP async_save, process",)
-"""Sides that only the module itself measures, for the time that the table takes."""
+"""Sides that the table leaves out, because it would take too long."""
 Answers = Mapping[str, list[dict[str, float]]]
 """What each side took in each round."""
 
