@@ -32,8 +32,8 @@ class Build:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
         command = [sys.executable, "-W", "ignore", "-m", "perf.worker"]
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # -m puts the working folder before PYTHONPATH.
         where = self.call("where")
         if where != str(tree / "checkpointer"):
             msg = f"the build in {tree} was to be measured, but {where} was imported"

@@ -44,7 +44,7 @@ def rows_of(
     unit: str = "s",
     scale: float = 1,
 ) -> list[Row]:
-    """Return a row for each side, with the ratio of its median to that of ``beside``.
+    """Return a row for each side, with the ratio of its median to that of ``beside``, and of its fastest turn.
 
     Args:
         measure: What was measured.
@@ -55,7 +55,7 @@ def rows_of(
         unit: The unit that is printed.
         scale: How many of it a second has.
     """
-    base = taken[beside].median(value)
+    base, fastest = taken[beside].median(value), min(map(value, taken[beside].costs))
     rows = []
     for who, side in taken.items():
         if not side.costs:
@@ -65,7 +65,8 @@ def rows_of(
         ratio = side.median(value) / base if base else float("nan")  # Fewer CPU seconds than can be counted.
         takes = f"{side.median(value) * scale:.3f} {unit} ({values[0]:.3f} to {values[-1]:.3f})"
         goal = "" if goals is None or who not in goals else judged(ratio, goals[who])
-        rows.append(Row("", who, takes + (f"; {side.note}" if side.note else ""), beside, f"{ratio:.2f} x", goal))
+        ratios = f"{ratio:.2f} x" + (f" ({values[0] / scale / fastest:.2f} x)" if fastest else "")
+        rows.append(Row("", who, takes + (f"; {side.note}" if side.note else ""), beside, ratios, goal))
     return named(measure, rows)
 
 
