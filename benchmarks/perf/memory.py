@@ -59,9 +59,12 @@ def main(name: str, megabytes: int, kind: str) -> None:
     from perf.sides import drop, folder, state_of
 
     peer = FINDERS[name]()
-    assert not isinstance(peer.save, str)
-    assert not isinstance(peer.behind, str)
-    begin, wait = peer.behind if kind == "background" else (peer.save, lambda: None)
+    if kind == "background":
+        assert not isinstance(peer.behind, str)
+        begin, wait = peer.behind
+    else:
+        assert not isinstance(peer.save, str)
+        begin, wait = peer.save, lambda: None
     with folder() as path:
         begin(state_of(1, 4), f"{path}/small")
         wait()
