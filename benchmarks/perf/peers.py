@@ -138,7 +138,8 @@ def torch_checkpointing() -> Peer:
         return tc.CheckpointManager.Config(items=items, save=how, load=loading, storage_config=storage).build()
 
     blocking = manager(SyncCheckpointSaverConfig())
-    torch.multiprocessing.set_sharing_strategy("file_system")  # Or it opens a file for each tensor, in both processes.
+    # Or it opens a file for each tensor, in both processes.
+    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
     managers: list[Any] = []
     futures: list[Any] = []
 
