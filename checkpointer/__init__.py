@@ -9,8 +9,20 @@ from checkpointer.policy.decide import Attach, Decision, Save, Skip, decide, exp
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
-from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.policy.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, KeepWhere
+from checkpointer.policy.triggers import (
+    AnyOf,
+    AtSteps,
+    Continuous,
+    DuringEpochs,
+    EveryCount,
+    EveryEpochs,
+    EveryFraction,
+    EverySeconds,
+    EverySteps,
+    OnImprovement,
+    When,
+)
 from checkpointer.ports import Listener
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
@@ -26,23 +38,29 @@ __all__ = [
     "CheckpointManager",
     "CheckpointerError",
     "CheckpointerWarning",
+    "Continuous",
     "Decision",
     "DistributedManager",
     "DuringEpochs",
+    "EveryCount",
     "EveryEpochs",
+    "EveryFraction",
     "EverySeconds",
     "EverySteps",
     "HMACKey",
     "KeepAll",
     "KeepBest",
     "KeepEvery",
+    "KeepFor",
     "KeepLast",
+    "KeepWhere",
     "Listener",
     "Manifest",
     "Metric",
     "Mirror",
     "Naming",
     "Observation",
+    "OnImprovement",
     "Policy",
     "Progress",
     "RankedManager",
@@ -50,6 +68,7 @@ __all__ = [
     "Restored",
     "Save",
     "Skip",
+    "When",
     "decide",
     "explain",
 ]

@@ -52,6 +52,13 @@ def one_of(*allowed: object) -> Any:
     return check
 
 
+def named_function(instance: object, field: attrs.Attribute[Any], value: Any) -> None:
+    """An attrs validator: the value is a function with a name of its own."""
+    if not callable(value) or getattr(value, "__name__", "<lambda>") == "<lambda>":
+        msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected a function made with def"
+        raise PolicyError(msg)
+
+
 def check_function(value: Any, what: str, error: type[Exception]) -> None:
     """Raise if ``value`` is the state itself, or an object that has one, instead of a function that is called."""
     if value is not None and (not callable(value) or hasattr(value, "state_dict")):

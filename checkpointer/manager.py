@@ -218,7 +218,7 @@ class CheckpointManager:
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
         if manifest.newest_own is not None:
-            return manifest.newest_own.progress
+            return manifest.progress_at(manifest.newest_own)
         if any(record.label == manifest.label for record in manifest.records):
             return Progress(time=self._clock.time())
         return Progress(time=created(self._directory, self._clock))

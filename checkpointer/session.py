@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -109,19 +110,23 @@ class Session:
         self._executor.reported |= now.metrics.keys()
         if not manifest.seen.issuperset(now.metrics):
             manifest = attrs.evolve(manifest, seen=manifest.seen.union(now.metrics))
-        owed = self._schedule.owed or why
-        decision = decide(self._directory.policy, now, manifest, since=self._schedule.since, owed=owed)
+        again = functools.partial(
+            decide,
+            self._directory.policy,
+            since=self._schedule.since,
+            owed=self._schedule.owed or why,
+            is_writing=bool(self.background_status and self.background_status.unfinished),
+        )
+        decision = again(now, manifest)
         if isinstance(decision, Attach):
             apart, why_apart = apart_from_saved(now, manifest.at_step(now.step))
             if why_apart:
                 self._directory.contents.warn_once("swapped weights", why_apart)
-                decision = decide(self._directory.policy, apart, manifest, since=self._schedule.since, owed=owed)
+                decision = again(apart, manifest)
         # A slot is declined by every rule, and saved only for the alias.
         declined = decision.due if isinstance(decision, Skip) else decision.name in self._directory.policy.aliases
         if declined and not isinstance(decision, Attach) and self._executor.look_before_declining(now):
-            decision = decide(
-                self._directory.policy, now, self._executor.outlook(), since=self._schedule.since, owed=owed
-            )
+            decision = again(now, self._executor.outlook())
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now, manifest.seen)
         return decision
@@ -212,12 +217,12 @@ class Session:
                 the decision that `commit` is carrying out, if there is one.
         """
         saving = saving or self._executor.saving
-        regular = saving is not None and saving.kind == "regular"
+        regular, since = saving is not None and saving.kind == "regular", self._schedule.since
         return resume.HostState(
             run=self._directory.manifest.run,
             line=self._directory.manifest.line,
             step=max(self._schedule.last_step, saving.observation.step if saving else 0, 0),
-            since=saving.observation.progress if saving and regular else self._schedule.since,
+            since=saving.observation.progress.after([since]) if saving and regular else since,
             owed="" if regular else self._schedule.owed,
         ).to_dict()
 
@@ -244,7 +249,7 @@ class Session:
     def go_on_from(self, restored: Restored | None) -> None:
         """Count from the restored checkpoint, because it is the newest state now."""
         if restored is not None:
-            self._schedule.go_on(restored.record.progress, self._clock.time())
+            self._schedule.go_on(self.manifest.progress_at(restored.record), self._clock.time())
             self._executor.saver.changed()
 
     def check_open(self) -> None:

@@ -233,7 +233,7 @@ class Leader:
         if step:
             saved = saved_state(state) or (claim.state if is_claimed else {})
         else:
-            since = attrs.asdict(Progress(time=self._training.clock.time()))
+            since = Progress(time=self._training.clock.time()).to_dict()
             saved = {**again, "step": 0, "since": since, "owed": ""} if again else {}
         if saved:
             self.manager.session.load_state_dict(saved, source=self._chosen(step, saved))

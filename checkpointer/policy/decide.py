@@ -96,7 +96,13 @@ Decision = Save | Attach | Skip
 
 
 def decide(
-    policy: Policy, now: Observation, manifest: Manifest, *, since: Progress | None = None, owed: str = ""
+    policy: Policy,
+    now: Observation,
+    manifest: Manifest,
+    *,
+    since: Progress | None = None,
+    owed: str = "",
+    is_writing: bool = False,
 ) -> Decision:
     """Decide what to do with one observation. Pure: the same arguments give the same answer, nothing else counts.
 
@@ -106,6 +112,7 @@ def decide(
         manifest: The records, as the run sees them.
         since: The last due observation; None takes the newest record's.
         owed: Why it is due whatever the trigger says: an earlier due point that still waits for a metric, or the end.
+        is_writing: Whether a save is still being written in the background.
 
     Raises:
         NamingError: If the template asks for something that is neither reported nor known.
@@ -122,8 +129,8 @@ def decide(
     if saved is not None:
         return _attach(policy, now, manifest, saved)
     if since is None:
-        since = manifest.newest.progress if manifest.newest else Progress()
-    due = policy.when.due(now.progress, since) or owed
+        since = manifest.progress_at(manifest.newest)
+    due = policy.when.due(attrs.evolve(now.progress, is_writing=is_writing), since) or owed
     return _save_or_skip(policy, now, manifest, due) if due else Skip(reason=f"not due: {policy.when}")
 
 
@@ -134,11 +141,11 @@ def advance(decision: Decision, now: Observation, when: Trigger, *, since: Progr
     are what holds before it.
     """
     if isinstance(decision, Save):
-        return (now.progress, "") if decision.kind == "regular" else (since, owed)
+        return (now.progress.after([since]), "") if decision.kind == "regular" else (since, owed)
     if isinstance(decision, Skip) and decision.due:
-        return now.progress, decision.waiting
+        return now.progress.after([since]), decision.waiting
     # The step is saved already, and that answers this due point: it must not come up again at the next step.
-    return (now.progress, owed) if when.due(now.progress, since) else (since, owed)
+    return (now.progress.after([since]), owed) if when.due(now.progress, since) else (since, owed)
 
 
 def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
 from checkpointer._display import every_text, size_text
-from checkpointer._validation import whole_number
-from checkpointer.errors import PolicyError
+from checkpointer._validation import named_function, whole_number
+from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records.record import Record
 
@@ -145,11 +145,11 @@ class KeepLast:
         return f"the last {self.n}" if self.n > 1 else "the newest"
 
 
-def _as_seconds(value: Any) -> float | None:
+def _as_seconds(value: Any) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if seconds is None or (isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0):
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0:
         return seconds
-    msg = f"KeepEvery.seconds is {seconds!r}; expected more than 0, or a timedelta"
+    msg = f"the seconds of the rule are {seconds!r}; expected more than 0, or a timedelta"
     raise PolicyError(msg)
 
 
@@ -177,7 +177,7 @@ class KeepEvery:
 
     steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
     epochs: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
-    seconds: float | None = attrs.field(default=None, converter=_as_seconds)
+    seconds: float | None = attrs.field(default=None, converter=attrs.converters.optional(_as_seconds))
 
     def __attrs_post_init__(self) -> None:
         given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]
@@ -210,6 +210,68 @@ class KeepEvery:
         if self.seconds is not None:
             return f"one every {self.seconds:g} s"
         return f"one {every_text(self.steps, 'step') if self.steps else every_text(self.epochs or 1, 'epoch')}"
+
+
+@attrs.frozen
+class KeepFor:
+    """Keep each checkpoint for some time, counted back from the newest one.
+
+    While training stands still nothing gets older. A clock that was set back keeps more, not less.
+
+    Args:
+        seconds: More than 0, or a `datetime.timedelta`.
+
+    Example:
+        >>> from datetime import timedelta
+        >>> from checkpointer import KeepFor
+        >>> print(KeepFor(timedelta(hours=6)))
+        those of the last 21600 s
+    """
+
+    seconds: float = attrs.field(converter=_as_seconds)
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`; newest first."""
+        newest = history[-1].time if history else 0.0
+        return {record.name: str(self) for record in reversed(history) if newest - record.time < self.seconds}
+
+    def __str__(self) -> str:
+        return f"those of the last {self.seconds:g} s"
+
+
+@attrs.frozen
+class KeepWhere:
+    """Keep the checkpoints of which a function says so.
+
+    Args:
+        predicate: A named function. It gets a `Record` and returns whether it is kept. It must depend on that alone.
+
+    Raises:
+        PolicyError: If it is no function, or one without a name (a lambda).
+
+    Example:
+        >>> from checkpointer import KeepWhere
+        >>> def round_epochs(record):
+        ...     return record.epoch % 10 == 9
+        >>> print(KeepWhere(round_epochs))
+        each with round_epochs
+    """
+
+    predicate: Callable[[Record], object] = attrs.field(validator=named_function)
+
+    def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
+        """See `Rule.keep`; newest first."""
+        return {record.name: str(self) for record in reversed(history) if self._holds(record)}
+
+    def _holds(self, record: Record) -> bool:
+        try:
+            return bool(self.predicate(record))
+        except Exception as error:
+            msg = f"{self.predicate.__name__} failed on {record.name}: {error!r}; fix the function"
+            raise ObservationError(msg) from error
+
+    def __str__(self) -> str:
+        return f"each with {self.predicate.__name__}"
 
 
 @attrs.frozen

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, Protocol, runtime_checkable
+from fractions import Fraction
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
 from checkpointer._display import count_text, every_text
-from checkpointer._validation import whole_number
-from checkpointer.errors import PolicyError
+from checkpointer._validation import brief, named_function, one_of, whole_number
+from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.ports import Clock
 from checkpointer.records.record import Progress
 
@@ -185,7 +187,7 @@ def _as_seconds(value: Any) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < math.inf:
         return float(seconds)
-    msg = f"EverySeconds.seconds is {seconds!r}; expected seconds of at least 0, or a timedelta"
+    msg = f"the seconds between two saves are {seconds!r}; expected a number of at least 0, or a timedelta"
     raise PolicyError(msg)
 
 
@@ -265,6 +267,193 @@ class AtSteps:
 
     def __str__(self) -> str:
         return "at steps " + ", ".join(map(str, self.steps)) if self.steps else "never"
+
+
+def _is_metric(instance: object, field: object, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        msg = f"{type(instance).__name__}.metric is {brief(value)}; expected the name under which the loop reports it"
+        raise PolicyError(msg)
+
+
+@attrs.frozen
+class EveryCount:
+    """Due whenever a multiple of ``n`` was reached or crossed by a count that the loop reports as a metric.
+
+    Such as samples or tokens. A report without the metric is never due. Each report is looked at, so it costs some
+    microseconds instead of one.
+
+    Args:
+        metric: Name of the count among the metrics. It only grows, across restarts too.
+        n: How much between saves, at least 1.
+
+    Example:
+        >>> from checkpointer import EveryCount, Progress
+        >>> now = Progress(step=7, metrics={"tokens": 2_100_000})
+        >>> EveryCount("tokens", 1_000_000).due(now, since=Progress(highest={"tokens": 1_900_000}))
+        'tokens=2100000 reached a multiple of 1000000'
+    """
+
+    metric: str = attrs.field(validator=_is_metric)
+    n: int = attrs.field(validator=whole_number(1))
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        count = now.metrics.get(self.metric, math.nan)
+        if not math.isfinite(count) or count < _next_multiple(self.n, int(since.highest.get(self.metric, 0)), 0):
+            return None
+        return f"{self.metric}={count:.15g} reached a multiple of {self.n}"
+
+    def __str__(self) -> str:
+        return f"every {self.n} {self.metric}"
+
+
+def _as_fraction(value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    msg = f"EveryFraction.fraction is {brief(value)}; expected more than 0 and at most 1, such as 0.1 for ten saves"
+    raise PolicyError(msg)
+
+
+@attrs.frozen
+class EveryFraction:
+    """Due whenever another such part of a training of known length is finished: ten times with ``0.1``.
+
+    If a part is no whole number of steps, it is rounded up to one. Beyond the end it goes on at the same distance.
+
+    Args:
+        fraction: The part between saves, more than 0 and at most 1.
+        of: Steps of the whole training, at least 1.
+
+    Example:
+        >>> from checkpointer import EveryFraction, Progress
+        >>> EveryFraction(0.1, of=5000).due(Progress(step=1003), since=Progress(step=900))
+        'step 1003 reached step 1000, every 0.1 of 5000 steps'
+    """
+
+    fraction: float = attrs.field(converter=_as_fraction)
+    of: int = attrs.field(validator=whole_number(1))
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        upcoming = self._upcoming(since)
+        return f"step {now.step} reached step {upcoming}, {self}" if now.step >= upcoming else None
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(step=self._upcoming(since))
+
+    def _upcoming(self, since: Progress) -> int:
+        part = Fraction(str(self.fraction)) * self.of  # As it is written: 0.1 is a tenth.
+        return max(math.ceil((since.step // part + 1) * part), since.step + 1)
+
+    def __str__(self) -> str:
+        return f"every {self.fraction:.6g} of {self.of} steps"
+
+
+@attrs.frozen
+class OnImprovement:
+    """Due when a metric is better than at each due point before: nothing else makes it due.
+
+    The first report of the metric counts as better. NaN and infinity never do. Each report is looked at, so it costs
+    some microseconds instead of one.
+
+    Args:
+        metric: Name of the metric.
+        mode: ``"min"`` or ``"max"``.
+
+    Example:
+        >>> from checkpointer import OnImprovement, Progress
+        >>> OnImprovement("loss", mode="min").due(Progress(metrics={"loss": 0.3}), since=Progress(lowest={"loss": 0.4}))
+        'loss=0.3 is better than 0.4'
+    """
+
+    metric: str = attrs.field(validator=_is_metric)
+    mode: Literal["min", "max"] = attrs.field(validator=one_of("min", "max"), kw_only=True)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        value = now.metrics.get(self.metric, math.nan)
+        before = (since.lowest if self.mode == "min" else since.highest).get(self.metric)
+        if not math.isfinite(value):
+            return None
+        if before is None:
+            return f"{self.metric}={value:.6g} is the first"
+        is_better = value < before if self.mode == "min" else value > before
+        return f"{self.metric}={value:.6g} is better than {before:.6g}" if is_better else None
+
+    def __str__(self) -> str:
+        return f"when {self.metric} ({self.mode}) improves"
+
+
+@attrs.frozen
+class When:
+    """Due when a function of the report says so.
+
+    Each report is looked at, so it costs some microseconds instead of one.
+
+    Args:
+        predicate: A named function. It gets a `Progress` (step, finished epochs, time, metrics) and returns whether a
+            save is due. It must depend on that alone.
+
+    Raises:
+        PolicyError: If it is no function, or one without a name (a lambda).
+
+    Example:
+        >>> from checkpointer import Progress, When
+        >>> def spike(now):
+        ...     return now.metrics.get("loss", 0.0) > 10
+        >>> When(spike).due(Progress(step=3, metrics={"loss": 12.5}), since=Progress())
+        'spike at step 3'
+    """
+
+    predicate: Callable[[Progress], object] = attrs.field(validator=named_function)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        return f"{self.predicate.__name__} at step {now.step}" if _answer(self.predicate, now) else None
+
+    def __str__(self) -> str:
+        return f"when {self.predicate.__name__}"
+
+
+def _answer(predicate: Callable[[Progress], object], now: Progress) -> bool:
+    try:
+        return bool(predicate(now))
+    except Exception as error:
+        msg = f"{predicate.__name__} failed on {brief(now)}: {error!r}; fix the function"
+        raise ObservationError(msg) from error
+
+
+@attrs.frozen
+class Continuous:
+    """Due as soon as the save before is written: as often as the storage allows, for ``background="wait"``.
+
+    Without a background writer each report is due that comes ``min_s`` after the last due one.
+
+    Args:
+        min_s: Seconds of at least 0 between two saves, or a `datetime.timedelta`.
+
+    Example:
+        >>> from checkpointer import Continuous, Progress
+        >>> start = Progress(time=0.0)
+        >>> [Continuous(5).due(Progress(time=8.0, is_writing=busy), start) for busy in (True, False)]
+        [None, '8 s passed, and nothing is being written']
+    """
+
+    min_s: float = attrs.field(default=0.0, converter=_as_seconds)
+
+    def due(self, now: Progress, since: Progress) -> str | None:
+        """See `Trigger.due`."""
+        if now.is_writing or since.time <= now.time < since.time + self.min_s:
+            return None
+        return f"{max(now.time - since.time, 0):.0f} s passed, and nothing is being written"
+
+    def horizon(self, since: Progress) -> Horizon:
+        """See `SupportsHorizon.horizon`."""
+        return Horizon(time=since.time + self.min_s)
+
+    def __str__(self) -> str:
+        return "as often as the storage allows" + (f", at most every {self.min_s:g} s" if self.min_s else "")
 
 
 @attrs.frozen(init=False)

@@ -11,10 +11,11 @@ import attrs
 import yaml
 
 from checkpointer.errors import CheckpointerError, PolicyError
+from checkpointer.policy import retention, triggers
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.ranking import Metric
-from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
-from checkpointer.policy.triggers import AnyOf, AtSteps, DuringEpochs, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.policy.retention import KeepBest, KeepWhere
+from checkpointer.policy.triggers import AnyOf, AtSteps, When
 
 MAX_YAML_BYTES: Final = 1 << 18
 MAX_VALUES: Final = 50_000
@@ -25,8 +26,10 @@ MAX_TEXT: Final = 1000
 _TYPES: Final[dict[str, Any]] = {
     cls.__name__: cls
     for cls in (
-        *(EverySteps, EveryEpochs, DuringEpochs, EverySeconds, AtSteps, AnyOf),
-        *(KeepBest, KeepLast, KeepEvery, KeepAll, Budget),
+        *(triggers.EverySteps, triggers.EveryEpochs, triggers.DuringEpochs, triggers.EverySeconds, AtSteps),
+        *(triggers.EveryCount, triggers.EveryFraction, triggers.OnImprovement, triggers.Continuous, When, AnyOf),
+        *(KeepBest, retention.KeepLast, retention.KeepEvery, retention.KeepFor, KeepWhere, retention.KeepAll),
+        retention.Budget,
     )
 }
 
@@ -97,7 +100,7 @@ def _arguments(value: Any) -> Any:
             plain["metric"] = item.name if isinstance(item.key, str) else {"score": item.name}
             plain |= {"mode": item.mode} | ({"ties": item.ties} if item.ties != "older" else {})
         elif field.init and item != parameters[field.name].default:
-            plain[field.name] = item
+            plain[field.name] = item.__name__ if field.name == "predicate" else item
     return plain
 
 
@@ -130,15 +133,24 @@ def _build(cls: Any, arguments: Any, where: str, known: Mapping[str, Any]) -> An
     metric = arguments.get("metric")
     if cls is KeepBest and isinstance(metric, dict):
         arguments["metric"] = _score(metric, f"{where}.metric", known)
+    if cls is When or cls is KeepWhere:
+        arguments["predicate"] = _function(arguments["predicate"], f"{where}.predicate", known)
     return _call(cls, where, **arguments)
 
 
 def _score(data: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> Any:
-    """Return the function that ``{"score": name}`` stands for: a file cannot say where to import it from."""
-    name = data.get("score")
-    if list(data) == ["score"] and isinstance(name, str) and callable(known.get(name)):
+    """Return the function that ``{"score": name}`` stands for."""
+    if list(data) == ["score"]:
+        return _function(data["score"], where, known)
+    msg = f"in {where!r}: expected a metric's name or {{score: name}}, found {dict(data)!r:.80}"
+    raise PolicyError(msg)
+
+
+def _function(name: object, where: str, known: Mapping[str, Any]) -> Any:
+    """Return the function of that name: a file cannot say where to import it from."""
+    if isinstance(name, str) and callable(known.get(name)):
         return known[name]
-    msg = f"in {where!r}: {dict(data)!r:.80} names no score function; pass it as known={{{name!r}: function}}"
+    msg = f"in {where!r}: {name!r:.80} is no known function; pass it as known={{{name!r:.80}: function}}"
     raise PolicyError(msg)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from checkpointer.records.record import Line, Observation, Record, commit_order
+from checkpointer.records.record import Line, Observation, Progress, Record, commit_order
 
 Limits = Mapping[tuple[str, str], tuple[tuple[int, int], ...]]
 """By run and label ``(term, serial)``: the records of lower terms count up to this serial."""
@@ -117,6 +117,12 @@ class Manifest:
     def newest(self) -> Record | None:
         """The newest own record that counts, rescues included."""
         return self.live[-1] if self.live else None
+
+    def progress_at(self, record: Record | None) -> Progress:
+        """Return how far the run was at a record, with what its records up to there have reported; zeros for None."""
+        if record is None:
+            return Progress()
+        return record.progress.after(one.progress for one in self.history if one.step <= record.step)
 
     def counts(self, record: Record) -> bool:
         """Return whether the record lies on the current line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -96,7 +96,7 @@ def _epoch(value: Any) -> int:
 
 @attrs.frozen(kw_only=True)
 class Progress:
-    """How far training is: the three scales that triggers count on."""
+    """How far training is: what triggers count on."""
 
     step: int = 0
     """Finished optimizer steps."""
@@ -104,12 +104,40 @@ class Progress:
     """Finished epochs (a count, not an index)."""
     time: float = 0.0
     """Seconds since the Unix epoch."""
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    """What was reported at this point."""
+    lowest: Mapping[str, float] = attrs.field(factory=dict)
+    """The lowest finite value of each metric, of this due point and those before it."""
+    highest: Mapping[str, float] = attrs.field(factory=dict)
+    """The highest."""
+    is_writing: bool = False
+    """Whether a save is still being written in the background."""
 
     def later(self, other: Progress) -> Progress:
         """Return what is further on each of the scales."""
-        return Progress(
-            step=max(self.step, other.step), epochs=max(self.epochs, other.epochs), time=max(self.time, other.time)
+        return attrs.evolve(
+            self.after([other]),
+            step=max(self.step, other.step),
+            epochs=max(self.epochs, other.epochs),
+            time=max(self.time, other.time),
         )
+
+    def after(self, points: Iterable[Progress]) -> Progress:
+        """Return this point as one that comes after others: its extremes are those of them all."""
+        lowest, highest = dict(self.lowest), dict(self.highest)
+        for point in (self, *points):
+            for metrics in (point.metrics, point.lowest, point.highest):
+                for name, value in metrics.items():
+                    if math.isfinite(value):
+                        lowest[name] = min(value, lowest.get(name, value))
+                        highest[name] = max(value, highest.get(name, value))
+        return attrs.evolve(self, lowest=lowest, highest=highest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what triggers count from as primitives; what is empty is left out."""
+        scales = {"step": self.step, "epochs": self.epochs, "time": self.time}
+        extremes = {"lowest": dict(self.lowest), "highest": dict(self.highest)}
+        return scales | {name: values for name, values in extremes.items() if values}
 
 
 @attrs.frozen(kw_only=True)
@@ -141,7 +169,7 @@ class Observation:
     @property
     def progress(self) -> Progress:
         """The observation on the scales that triggers count on."""
-        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time, metrics=self.metrics)
 
 
 @attrs.frozen(kw_only=True)
@@ -198,7 +226,7 @@ class Record:
     @property
     def progress(self) -> Progress:
         """The record on the scales that triggers count on."""
-        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time)
+        return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time, metrics=self.metrics)
 
     def attached(self, now: Observation) -> Record:
         """Return the record with what was measured of its step later."""

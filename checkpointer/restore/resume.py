@@ -114,7 +114,7 @@ class HostState:
             "run": self.run,
             "line": [list(fork) for fork in self.line],
             "step": self.step,
-            "since": attrs.asdict(self.since),
+            "since": self.since.to_dict(),
             "owed": self.owed,
         }
 

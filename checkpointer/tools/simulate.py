@@ -7,7 +7,16 @@ import attrs
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Decision, Save, Skip, advance, decide, own_name, surplus
 from checkpointer.policy.policy import Policy
-from checkpointer.policy.triggers import AnyOf, DuringEpochs, EveryEpochs, EverySeconds, Trigger
+from checkpointer.policy.triggers import (
+    AnyOf,
+    Continuous,
+    DuringEpochs,
+    EveryCount,
+    EveryEpochs,
+    EverySeconds,
+    OnImprovement,
+    Trigger,
+)
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Progress, Record
 from checkpointer.tools.history import History
@@ -101,8 +110,13 @@ def _check_counted(trigger: Trigger, history: History) -> None:
     if isinstance(trigger, (EveryEpochs, DuringEpochs)) and not history.has_epochs:
         msg = f"the policy saves {trigger}, and the metrics have no column 'epoch'; add it, or try a trigger of steps"
         raise ObservationError(msg)
-    if isinstance(trigger, EverySeconds) and not history.has_times:
+    if isinstance(trigger, (EverySeconds, Continuous)) and not history.has_times:
         msg = f"the policy saves {trigger}, and the metrics have no column 'time' (seconds); add it, or count steps"
+        raise ObservationError(msg)
+    if isinstance(trigger, (EveryCount, OnImprovement)) and trigger.metric not in history.metrics:
+        msg = (
+            f"the policy saves {trigger}, and that is no column of the metrics ({', '.join(history.metrics) or 'none'})"
+        )
         raise ObservationError(msg)
 
 
