@@ -247,7 +247,7 @@ class KeepWhere:
         predicate: A named function. It gets a `Record` and returns whether it is kept. It must depend on that alone.
 
     Raises:
-        PolicyError: If it is no function, or one without a name (a lambda).
+        PolicyError: If it is not a function with a name of its own (a lambda has none).
 
     Example:
         >>> from checkpointer import KeepWhere

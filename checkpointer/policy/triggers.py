@@ -318,7 +318,7 @@ def _as_fraction(value: Any) -> float:
 class EveryFraction:
     """Due whenever another such part of a training of known length is finished: ten times with ``0.1``.
 
-    If a part is no whole number of steps, it is rounded up to one. Beyond the end it goes on at the same distance.
+    If a part is not a whole number of steps, it is rounded up to one. Beyond the end it goes on at the same distance.
 
     Args:
         fraction: The part between saves, more than 0 and at most 1.
@@ -396,7 +396,7 @@ class When:
             save is due. It must depend on that alone.
 
     Raises:
-        PolicyError: If it is no function, or one without a name (a lambda).
+        PolicyError: If it is not a function with a name of its own (a lambda has none).
 
     Example:
         >>> from checkpointer import Progress, When

@@ -150,7 +150,7 @@ def _function(name: object, where: str, known: Mapping[str, Any]) -> Any:
     """Return the function of that name: a file cannot say where to import it from."""
     if isinstance(name, str) and callable(known.get(name)):
         return known[name]
-    msg = f"in {where!r}: {name!r:.80} is no known function; pass it as known={{{name!r:.80}: function}}"
+    msg = f"in {where!r}: {name!r:.80} is not a known function; pass it as known={{{name!r:.80}: function}}"
     raise PolicyError(msg)
 
 

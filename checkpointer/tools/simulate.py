@@ -115,7 +115,7 @@ def _check_counted(trigger: Trigger, history: History) -> None:
         raise ObservationError(msg)
     if isinstance(trigger, (EveryCount, OnImprovement)) and trigger.metric not in history.metrics:
         msg = (
-            f"the policy saves {trigger}, and that is no column of the metrics ({', '.join(history.metrics) or 'none'})"
+            f"the policy saves {trigger}, which the metrics do not have ({', '.join(history.metrics) or 'none'})"
         )
         raise ObservationError(msg)
 

@@ -99,7 +99,7 @@ def test_scores_go_by_name() -> None:
     assert "score: f1" in text
     assert policy == Policy.from_yaml(text, known={"f1": f1})
     with pytest.raises(
-        PolicyError, match=r"in 'keep\[\d\]\.KeepBest\.metric': .*'f1'.* is no known function; pass it as known"
+        PolicyError, match=r"in 'keep\[\d\]\.KeepBest\.metric': .*'f1'.* is not a known function; pass it as known"
     ):
         Policy.from_yaml(text)
 

@@ -85,7 +85,7 @@ def test_what_is_reported_makes_a_save_due(when: Trigger, reports: list[dict[str
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 1 / 3, 0.07, 1])
 @pytest.mark.parametrize("of", [1, 7, 10, 1000])
 def test_a_fraction_of_the_run_ends_with_the_run(fraction: float, of: int) -> None:
-    """Each part is met once, by one step, and 0.1 of the run makes ten saves of it if it has as many steps."""
+    """Each part counts once, at one step, and 0.1 of the run makes ten saves of it if it has as many steps."""
     trigger, since, due = EveryFraction(fraction, of=of), Progress(), []
     for step in range(1, of + 1):
         if trigger.due(Progress(step=step), since):
@@ -156,7 +156,7 @@ def test_the_file_and_the_plan_name_them(when: Trigger) -> None:
     text = policy.to_yaml()
     assert policy == Policy.from_yaml(text, known={"spiked": spiked, "tenth": tenth})
     assert "every 0.1 of 10000 steps or as often as the storage allows, at most every 30 s; keep those" in str(policy)
-    with pytest.raises(PolicyError, match=r"in 'keep\[1\]\.KeepWhere\.predicate': 'tenth' is no known function; pass"):
+    with pytest.raises(PolicyError, match=r"in 'keep\[1\]\.KeepWhere\.predicate': 'tenth' is not a known function; pass"):
         Policy.from_yaml(text, known={"spiked": spiked})
 
 
@@ -199,6 +199,6 @@ def test_a_simulation_needs_what_the_trigger_looks_at() -> None:
     timeline = simulate(Policy(EveryCount("tokens", 100), [KeepAll()]), history)
     assert [2, 4] == [saved.record.step for saved in timeline.checkpoints]
     with pytest.raises(
-        ObservationError, match=r"saves when loss \(min\) improves, and that is no column of the metrics \\(tokens\\)"
+        ObservationError, match=r"saves when loss \(min\) improves, which the metrics do not have \(tokens\)"
     ):
         simulate(Policy(OnImprovement("loss", mode="min"), [KeepAll()]), history)
