@@ -89,11 +89,12 @@ class Session:
         self.check_open()
         now = self._schedule.observation(metrics, step, epoch, epoch_end=epoch_end, time=self._clock.time())
         self._executor.collect()
-        decision = self._decide(now, due)
+        is_writing = bool(self.background_status and self.background_status.unfinished)
+        decision = self._decide(now, due, is_writing=is_writing)
         if isinstance(decision, Attach):
             decision = self._executor.attach(decision)
         if not isinstance(decision, Save):
-            self._schedule.take(decision, now, self._clock.time())
+            self._schedule.take(decision, now, self._clock.time(), is_writing=is_writing)
         _log.log(self._level, "step %d: %s", now.step, decision.reason)
         return decision
 
@@ -101,7 +102,7 @@ class Session:
         """Return the records as they will be once the decision is carried out."""
         return after(decision, self._executor.outlook())
 
-    def _decide(self, now: Observation, why: str = "") -> Decision:
+    def _decide(self, now: Observation, why: str = "", *, is_writing: bool = False) -> Decision:
         manifest = self._executor.outlook()
         if now.step < self._schedule.last_step and manifest.at_step(now.step) is None:
             if now.step in self._executor.saved_steps:
@@ -115,7 +116,7 @@ class Session:
             self._directory.policy,
             since=self._schedule.since,
             owed=self._schedule.owed or why,
-            is_writing=bool(self.background_status and self.background_status.unfinished),
+            is_writing=is_writing,
         )
         decision = again(now, manifest)
         if isinstance(decision, Attach):

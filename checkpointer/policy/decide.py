@@ -130,22 +130,29 @@ def decide(
         return _attach(policy, now, manifest, saved)
     if since is None:
         since = manifest.progress_at(manifest.newest)
-    due = policy.when.due(attrs.evolve(now.progress, is_writing=is_writing), since) or owed
+    due = policy.when.due(_place(now, is_writing=is_writing), since) or owed
     return _save_or_skip(policy, now, manifest, due) if due else Skip(reason=f"not due: {policy.when}")
 
 
-def advance(decision: Decision, now: Observation, when: Trigger, *, since: Progress, owed: str) -> tuple[Progress, str]:
+def _place(now: Observation, *, is_writing: bool) -> Progress:
+    return attrs.evolve(now.progress, is_writing=True) if is_writing else now.progress
+
+
+def advance(
+    decision: Decision, now: Observation, when: Trigger, *, since: Progress, owed: str, is_writing: bool = False
+) -> tuple[Progress, str]:
     """Return the last due observation, and why it still waits for a metric, once a decision is carried out.
 
     A save that fails counts too: the next due point is another one. A rescue changes nothing. ``since`` and ``owed``
-    are what holds before it.
+    are what holds before it, ``is_writing`` what `decide` was given.
     """
     if isinstance(decision, Save):
         return (now.progress.after([since]), "") if decision.kind == "regular" else (since, owed)
     if isinstance(decision, Skip) and decision.due:
         return now.progress.after([since]), decision.waiting
     # The step is saved already, and that answers this due point: it must not come up again at the next step.
-    return (now.progress.after([since]), owed) if when.due(now.progress, since) else (since, owed)
+    answered = when.due(_place(now, is_writing=is_writing), since)
+    return (now.progress.after([since]), owed) if answered else (since, owed)
 
 
 def after(decision: Decision, manifest: Manifest, policy: Policy | None = None) -> Manifest:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
 from checkpointer._display import every_text, size_text
-from checkpointer._validation import named_function, whole_number
+from checkpointer._validation import as_seconds, named_function, whole_number
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
 from checkpointer.records.record import Record
@@ -145,14 +144,6 @@ class KeepLast:
         return f"the last {self.n}" if self.n > 1 else "the newest"
 
 
-def _as_seconds(value: Any) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0:
-        return seconds
-    msg = f"the seconds of the rule are {seconds!r}; expected more than 0, or a timedelta"
-    raise PolicyError(msg)
-
-
 @attrs.frozen(kw_only=True)
 class KeepEvery:
     """Keep one record per interval for good, thinning a long history evenly.
@@ -177,7 +168,9 @@ class KeepEvery:
 
     steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
     epochs: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
-    seconds: float | None = attrs.field(default=None, converter=attrs.converters.optional(_as_seconds))
+    seconds: float | None = attrs.field(
+        default=None, converter=attrs.converters.optional(as_seconds("KeepEvery.seconds", above_zero=True))
+    )
 
     def __attrs_post_init__(self) -> None:
         given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]
@@ -222,13 +215,12 @@ class KeepFor:
         seconds: More than 0, or a `datetime.timedelta`.
 
     Example:
-        >>> from datetime import timedelta
-        >>> from checkpointer import KeepFor
+        >>>         >>> from checkpointer import KeepFor
         >>> print(KeepFor(timedelta(hours=6)))
         those of the last 21600 s
     """
 
-    seconds: float = attrs.field(converter=_as_seconds)
+    seconds: float = attrs.field(converter=as_seconds("KeepFor.seconds", above_zero=True))
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; newest first."""

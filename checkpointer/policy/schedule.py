@@ -160,9 +160,9 @@ class Schedule:
 
     # What was due
 
-    def take(self, decision: Decision, now: Observation, time: float) -> None:
-        """Take in what became of an observation."""
-        since, self.owed = advance(decision, now, self.when, since=self.since, owed=self.owed)
+    def take(self, decision: Decision, now: Observation, time: float, *, is_writing: bool = False) -> None:
+        """Take in what became of an observation; ``is_writing`` as it was when that was decided."""
+        since, self.owed = advance(decision, now, self.when, since=self.since, owed=self.owed, is_writing=is_writing)
         if since is not self.since:
             self.since = since
             self.look_ahead(time)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
 from checkpointer._display import count_text, every_text
-from checkpointer._validation import brief, named_function, one_of, whole_number
+from checkpointer._validation import as_seconds, brief, named_function, one_of, whole_number
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.ports import Clock
 from checkpointer.records.record import Progress
@@ -183,14 +182,6 @@ class DuringEpochs:
         return f"at each report of {every_text(self.n, 'epoch')}"
 
 
-def _as_seconds(value: Any) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < math.inf:
-        return float(seconds)
-    msg = f"the seconds between two saves are {seconds!r}; expected a number of at least 0, or a timedelta"
-    raise PolicyError(msg)
-
-
 @attrs.frozen
 class EverySeconds:
     """Due when ``seconds`` have passed since the last due observation, across restarts.
@@ -202,13 +193,12 @@ class EverySeconds:
         seconds: Seconds of at least 0, or a `datetime.timedelta`.
 
     Example:
-        >>> from datetime import timedelta
-        >>> from checkpointer import EverySeconds
+        >>>         >>> from checkpointer import EverySeconds
         >>> EverySeconds(timedelta(minutes=30)).seconds
         1800.0
     """
 
-    seconds: float = attrs.field(converter=_as_seconds)
+    seconds: float = attrs.field(converter=as_seconds("EverySeconds.seconds"))
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
@@ -440,7 +430,7 @@ class Continuous:
         [None, '8 s passed, and nothing is being written']
     """
 
-    min_s: float = attrs.field(default=0.0, converter=_as_seconds)
+    min_s: float = attrs.field(default=0.0, converter=as_seconds("Continuous.min_s"))
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""

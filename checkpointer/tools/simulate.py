@@ -114,9 +114,8 @@ def _check_counted(trigger: Trigger, history: History) -> None:
         msg = f"the policy saves {trigger}, and the metrics have no column 'time' (seconds); add it, or count steps"
         raise ObservationError(msg)
     if isinstance(trigger, (EveryCount, OnImprovement)) and trigger.metric not in history.metrics:
-        msg = (
-            f"the policy saves {trigger}, which the metrics do not have ({', '.join(history.metrics) or 'none'})"
-        )
+        have = ", ".join(history.metrics) or "none"
+        msg = f"the policy saves {trigger}, and the metrics have no column {trigger.metric!r} (have: {have})"
         raise ObservationError(msg)
 
 

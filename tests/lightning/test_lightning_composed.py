@@ -10,7 +10,18 @@ import torch
 from checkpointer_lightning import CheckpointCallback
 from tiny import BATCHES, Forked, Model, files, fit, is_at_least, quiet, step_of
 
-from checkpointer import AnyOf, CheckpointManager, EveryEpochs, EverySteps, KeepAll, KeepBest, KeepLast, Policy, Record
+from checkpointer import (
+    AnyOf,
+    CheckpointManager,
+    EveryEpochs,
+    EverySteps,
+    KeepAll,
+    KeepBest,
+    KeepLast,
+    OnImprovement,
+    Policy,
+    Record,
+)
 
 pytestmark = quiet
 
@@ -210,3 +221,15 @@ def test_weights_alone(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "w.ckpt", weights_only=True)
     assert "optimizer_states" not in state
     assert "state_dict" in state
+
+
+def test_a_policy_may_look_at_what_is_logged(tmp_path: Path) -> None:
+    """Of five epochs only those that improve are due, whatever the rules would keep."""
+    callback = CheckpointCallback(tmp_path, Policy(OnImprovement("val_loss", mode="min"), [KeepAll()]))
+    fit(callback)
+    best, improved = float("inf"), []
+    for record in records(tmp_path):
+        improved.append(record.metrics["val_loss"] < best)
+        best = min(best, record.metrics["val_loss"])
+    assert [True, True, True, False] == improved  # The end of the training is due too.
+    assert 2.0 == best

@@ -17,7 +17,18 @@ from checkpointer_torch.training_state import KEY, TrainingState
 from support.commands import command
 from torch import nn
 
-from checkpointer import CheckpointerWarning, EverySteps, HMACKey, KeepAll, KeepLast, Policy
+from checkpointer import (
+    AnyOf,
+    CheckpointerWarning,
+    CheckpointManager,
+    EveryCount,
+    EverySteps,
+    HMACKey,
+    KeepAll,
+    KeepLast,
+    OnImprovement,
+    Policy,
+)
 from checkpointer.distributed.ranks import OneRank
 from checkpointer.errors import MismatchError, NotFoundError, PolicyError, UnknownValueError
 
@@ -387,3 +398,14 @@ def make_pair() -> tuple[nn.Linear, torch.optim.SGD]:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     return model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+
+def test_a_policy_may_look_at_what_the_steps_report(tmp_path: Path) -> None:
+    """A count and an improvement make a step of a Loop due; so does the end of the training."""
+    policy = Policy(AnyOf(EveryCount("tokens", 100), OnImprovement("loss", mode="min")), [KeepAll()])
+    losses = [3.0, 4.0, 5.0, 2.0, 3.0, 3.0]
+    with Loop(tmp_path, policy) as loop:
+        for at in loop.steps(6):
+            loop.step({"tokens": 40.0 * (at + 1), "loss": losses[at]})
+    with CheckpointManager(tmp_path) as manager:
+        assert [1, 3, 4, 5, 6] == [record.step for record in manager.records]

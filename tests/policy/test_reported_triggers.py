@@ -131,7 +131,9 @@ def test_a_continuous_save_waits_for_the_writer_and_not_the_loop_for_it() -> Non
         is_free.set()
         manager.wait()
         assert manager.observe({}, 50)
-        assert 0 == manager.session.background_status.num_waits
+        status = manager.session.background_status
+        assert status is not None
+        assert 0 == status.num_waits
         assert not manager.observe({}, 51)
         manager.wait()
         clock.advance(4.9)
@@ -156,7 +158,9 @@ def test_the_file_and_the_plan_name_them(when: Trigger) -> None:
     text = policy.to_yaml()
     assert policy == Policy.from_yaml(text, known={"spiked": spiked, "tenth": tenth})
     assert "every 0.1 of 10000 steps or as often as the storage allows, at most every 30 s; keep those" in str(policy)
-    with pytest.raises(PolicyError, match=r"in 'keep\[1\]\.KeepWhere\.predicate': 'tenth' is not a known function; pass"):
+    with pytest.raises(
+        PolicyError, match=r"in 'keep\[1\]\.KeepWhere\.predicate': 'tenth' is not a known function; pass"
+    ):
         Policy.from_yaml(text, known={"spiked": spiked})
 
 
@@ -170,8 +174,8 @@ def test_the_file_and_the_plan_name_them(when: Trigger) -> None:
         (lambda: OnImprovement("loss", mode="best"), r"OnImprovement\.mode is 'best'; expected 'min' or 'max'"),  # type: ignore[arg-type]
         (lambda: When(lambda now: True), r"When\.predicate is <function .*; expected a function made with def"),
         (lambda: KeepWhere("tenth"), r"KeepWhere\.predicate is 'tenth'; expected a function made with def"),  # type: ignore[arg-type]
-        (lambda: KeepFor(0), r"the seconds of the rule are 0; expected more than 0"),
-        (lambda: Continuous(-1), r"the seconds between two saves are -1; expected a number of at least 0"),
+        (lambda: KeepFor(0), r"KeepFor\.seconds is 0; expected more than 0"),
+        (lambda: Continuous(-1), r"Continuous\.min_s is -1; expected seconds of at least 0"),
     ],
 )
 def test_bad_values_are_named(make: Any, message: str) -> None:
@@ -195,10 +199,11 @@ def test_a_simulation_needs_what_the_trigger_looks_at() -> None:
         Observation(metrics=report, step=step, epoch=0, time=0.0)
         for step, report in enumerate(counts(60, 120, 130, 250), 1)
     ]
-    history = History(tuple(reports))
+    history = History(observations=tuple(reports))
     timeline = simulate(Policy(EveryCount("tokens", 100), [KeepAll()]), history)
     assert [2, 4] == [saved.record.step for saved in timeline.checkpoints]
     with pytest.raises(
-        ObservationError, match=r"saves when loss \(min\) improves, which the metrics do not have \(tokens\)"
+        ObservationError,
+        match=r"saves when loss \(min\) improves, and the metrics have no column .loss. \(have: tokens\)",
     ):
         simulate(Policy(OnImprovement("loss", mode="min"), [KeepAll()]), history)

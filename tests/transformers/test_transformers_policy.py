@@ -28,6 +28,8 @@ from checkpointer import (
     KeepEvery,
     KeepLast,
     Policy,
+    Progress,
+    When,
 )
 from checkpointer.errors import NoValidCheckpointError, PolicyError
 from checkpointer.storage import open_storage
@@ -81,6 +83,16 @@ def test_it_saves_when_the_policy_says(tmp_path: Path, when: Any, steps: list[in
     assert {f"checkpoint-{step}": step for step in steps} == {name: record.step for name, record in found.items()}
     assert {step: (step - 1) // STEPS for step in steps} == {record.step: record.epoch for record in found.values()}
     assert {step: step in (5, 10) for step in steps} == {record.step: record.epoch_end for record in found.values()}
+
+
+def test_a_function_of_the_report_may_make_it_due(tmp_path: Path) -> None:
+    """The Trainer's steps and epochs are asked about, and the end of the training is due too."""
+
+    def fibonacci(now: Progress) -> bool:
+        return now.step in (1, 2, 3, 5, 8)
+
+    make_trainer(tmp_path, Policy(When(fibonacci), [KeepLast(20)])).train()
+    assert [1, 2, 3, 5, 8, 10] == sorted(record.step for record in records(tmp_path).values())
 
 
 def test_time_counts_on_the_manager_s_clock(tmp_path: Path) -> None:
