@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -43,19 +42,15 @@ def whole_number(minimum: int) -> Any:
     return check
 
 
-def as_seconds(what: str, *, above_zero: bool = False) -> Callable[[Any], float]:
-    """Return an attrs converter for seconds or a ``timedelta``: finite and at least 0, or above zero and any."""
-
-    def convert(value: Any) -> float:
-        seconds = value.total_seconds() if isinstance(value, timedelta) else value
-        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if is_number and (seconds > 0 if above_zero else 0 <= seconds < math.inf):
-            return float(seconds)
-        expected = "more than 0" if above_zero else "seconds of at least 0"
-        msg = f"{what} is {brief(seconds)}; expected {expected}, or a timedelta"
-        raise PolicyError(msg)
-
-    return convert
+def as_seconds(value: Any, what: str, *, above_zero: bool = False) -> float:
+    """Return seconds or a ``timedelta`` as seconds: finite and at least 0, or above zero and any."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if is_number and (seconds > 0 if above_zero else 0 <= seconds < math.inf):
+        return float(seconds)
+    expected = "more than 0" if above_zero else "seconds of at least 0"
+    msg = f"{what} is {brief(seconds)}; expected {expected}, or a timedelta"
+    raise PolicyError(msg)
 
 
 def one_of(*allowed: object) -> Any:

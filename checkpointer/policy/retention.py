@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
 
@@ -144,6 +144,10 @@ class KeepLast:
         return f"the last {self.n}" if self.n > 1 else "the newest"
 
 
+def _as_seconds(value: Any) -> float:
+    return as_seconds(value, "the interval of the rule", above_zero=True)
+
+
 @attrs.frozen(kw_only=True)
 class KeepEvery:
     """Keep one record per interval for good, thinning a long history evenly.
@@ -168,9 +172,7 @@ class KeepEvery:
 
     steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
     epochs: int | None = attrs.field(default=None, validator=attrs.validators.optional(whole_number(1)))
-    seconds: float | None = attrs.field(
-        default=None, converter=attrs.converters.optional(as_seconds("KeepEvery.seconds", above_zero=True))
-    )
+    seconds: float | None = attrs.field(default=None, converter=attrs.converters.optional(_as_seconds))
 
     def __attrs_post_init__(self) -> None:
         given = [name for name in ("steps", "epochs", "seconds") if getattr(self, name) is not None]
@@ -220,7 +222,7 @@ class KeepFor:
         those of the last 21600 s
     """
 
-    seconds: float = attrs.field(converter=as_seconds("KeepFor.seconds", above_zero=True))
+    seconds: float = attrs.field(converter=_as_seconds)
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; newest first."""

@@ -182,6 +182,10 @@ class DuringEpochs:
         return f"at each report of {every_text(self.n, 'epoch')}"
 
 
+def _as_seconds(value: Any) -> float:
+    return as_seconds(value, "the interval of the trigger")
+
+
 @attrs.frozen
 class EverySeconds:
     """Due when ``seconds`` have passed since the last due observation, across restarts.
@@ -198,7 +202,7 @@ class EverySeconds:
         1800.0
     """
 
-    seconds: float = attrs.field(converter=as_seconds("EverySeconds.seconds"))
+    seconds: float = attrs.field(converter=_as_seconds)
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
@@ -430,7 +434,7 @@ class Continuous:
         [None, '8 s passed, and nothing is being written']
     """
 
-    min_s: float = attrs.field(default=0.0, converter=as_seconds("Continuous.min_s"))
+    min_s: float = attrs.field(default=0.0, converter=_as_seconds)
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""

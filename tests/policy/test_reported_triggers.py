@@ -174,8 +174,8 @@ def test_the_file_and_the_plan_name_them(when: Trigger) -> None:
         (lambda: OnImprovement("loss", mode="best"), r"OnImprovement\.mode is 'best'; expected 'min' or 'max'"),  # type: ignore[arg-type]
         (lambda: When(lambda now: True), r"When\.predicate is <function .*; expected a function made with def"),
         (lambda: KeepWhere("tenth"), r"KeepWhere\.predicate is 'tenth'; expected a function made with def"),  # type: ignore[arg-type]
-        (lambda: KeepFor(0), r"KeepFor\.seconds is 0; expected more than 0"),
-        (lambda: Continuous(-1), r"Continuous\.min_s is -1; expected seconds of at least 0"),
+        (lambda: KeepFor(0), r"the interval of the rule is 0; expected more than 0"),
+        (lambda: Continuous(-1), r"the interval of the trigger is -1; expected seconds of at least 0"),
     ],
 )
 def test_bad_values_are_named(make: Any, message: str) -> None:
