@@ -137,6 +137,21 @@ def test_stage_commit_alias_retire_listeners_happen_in_that_order() -> None:
     ] == seen
 
 
+def test_the_loop_does_not_wait_for_the_deletes_of_old_checkpoints() -> None:
+    """The writer thread deletes, after the new checkpoint is durable."""
+    training = Training(Policy(EverySteps(1), [KeepLast(1)]))
+    training.observe()
+    training.manager.wait()
+    training.storage.may_delete.clear()
+    assert training.observe()
+    assert training.storage.deleting.wait(PATIENCE_S)
+    assert {"epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt"} <= set(training.storage.list())
+    training.storage.may_delete.set()
+    training.manager.close()
+    assert [2] == training.steps
+    assert "epoch=0-step=1.ckpt" not in training.storage.list()
+
+
 def test_decisions_see_the_save_that_is_under_way_as_done() -> None:
     """A worse loss is declined, and the same step attached to, as if the writer were infinitely fast."""
     training = Training(Policy(EverySteps(1), [BEST]))

@@ -23,10 +23,21 @@ class GatedStorage(MemoryStorage):
         self.arrived = threading.Semaphore(0)
         """Released once for each payload that reaches the gate."""
         self.broken: BaseException | None = None
+        self.deleting = threading.Event()
+        """Set as soon as a payload is to be deleted ..."""
+        self.may_delete = threading.Event()
+        """... which waits for this."""
+        self.may_delete.set()
 
     def upload(self, path: str) -> Any:
         upload = super().upload(path)
         return upload if path.startswith(".checkpointer") else _GatedUpload(upload, self)
+
+    def delete(self, path: str) -> None:
+        if not path.startswith(".checkpointer"):
+            self.deleting.set()
+            assert self.may_delete.wait(PATIENCE_S), "the delete was not allowed"
+        super().delete(path)
 
     def shut(self) -> None:
         self.gate.clear()
