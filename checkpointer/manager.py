@@ -177,8 +177,11 @@ class CheckpointManager:
             open_again=again,
         )
         weakref.finalize(keep_alive, opened.stop_heartbeat)
+        me = weakref.ref(self)
+        opened.status.read = functools.partial(_status_of, me)
         if self._mirror is not None:
             self._mirror.check = opened.journal.check_term
+            self._mirror.beat_status.read = opened.status.read
         self._report_below()
         on_change = self._mirror.update if self._mirror else None
         self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)
@@ -507,6 +510,12 @@ class CheckpointManager:
 
     def _repr_html_(self) -> str:
         return manifest_html(self.policy, self.session.manifest, str(self._directory.storage))
+
+
+def _status_of(reference: weakref.ref[CheckpointManager]) -> str:
+    """Return how far the training is, for the heartbeat; empty if the manager is garbage-collected."""
+    manager = reference()
+    return "" if manager is None else manager.session.status.to_json()
 
 
 def _check_functions(state: object, weights: object, save: object, *, copies: bool) -> None:

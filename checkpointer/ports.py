@@ -26,6 +26,7 @@ __all__ = [
     "SupportsPaths",
     "SupportsPieces",
     "SupportsScratch",
+    "SupportsServerTime",
     "SupportsSnapshots",
     "SupportsSweep",
     "SupportsURLs",
@@ -182,6 +183,14 @@ class SupportsSweep(Protocol):
 
     def close(self) -> None:
         """Remove this writer's own staging area."""
+
+
+@runtime_checkable
+class SupportsServerTime(Protocol):
+    """A storage that stamps its files with a clock, which may differ from this machine's."""
+
+    def server_time(self) -> float | None:
+        """Return seconds since the Unix epoch by that clock, or None if the storage does not show it."""
 
 
 @runtime_checkable

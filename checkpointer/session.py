@@ -22,6 +22,7 @@ from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
+from checkpointer.records.status import TrainingStatus
 from checkpointer.restore import resume
 from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored, verify
@@ -72,6 +73,27 @@ class Session:
         """The unfinished work of the writer thread, and its cost for the loop; None without ``background=``."""
         background = self._executor.background
         return background.status if background is not None else None
+
+    @property
+    def status(self) -> TrainingStatus:
+        """How far the training is. Any thread may ask; sends no request."""
+        ahead, executor, mirror = self._schedule.horizon, self._executor, self.mirror_status
+        transfer, behind = self._directory.transaction.transfer, mirror.behind if mirror is not None else ()
+        sizes = self._directory.manifest.by_name
+        return TrainingStatus(
+            time=self._clock.time(),
+            step=self._schedule.last_step,
+            due=ahead.text().removeprefix(" before "),
+            due_step=max(ahead.step, 0.0),
+            due_time=max(ahead.time, 0.0),
+            writing=transfer.name if transfer is not None else executor.unfinished,
+            written=transfer.bytes if transfer is not None else 0,
+            expected=transfer.expected if transfer is not None else 0,
+            mirror=str(self._mirror) if self._mirror is not None else "",
+            behind=len(behind),
+            behind_bytes=sum(sizes[name].size for name in behind if name in sizes),
+            mirror_error=mirror.error[:500] if mirror is not None else "",
+        )
 
     def decide(
         self,

@@ -26,9 +26,19 @@ def test_all_is_sorted_and_importable() -> None:
 
 def test_all_names_every_public_value() -> None:
     """Nothing public slips into the root by way of an import."""
-    modules = {name for name, value in vars(checkpointer).items() if type(value) is type(sys)}
-    public = {name for name in vars(checkpointer) if not name.startswith("_")} - modules - {"annotations"}
+    modules = {name for name in dir(checkpointer) if type(getattr(checkpointer, name)) is type(sys)}
+    public = {name for name in dir(checkpointer) if not name.startswith("_")} - modules
     assert set(checkpointer.__all__) == public
+
+
+def test_names_are_imported_at_their_first_use() -> None:
+    """The command line begins at once; modules of the package are attributes, as before."""
+    code = (
+        "import checkpointer, sys; assert 'checkpointer.manager' not in sys.modules; "
+        "checkpointer.CheckpointManager; assert 'checkpointer.manager' in sys.modules; "
+        "checkpointer.errors.SaveError; print(hasattr(checkpointer, 'nothing'))"
+    )
+    assert "False\n" == subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 def test_version_is_the_distributions() -> None:

@@ -4,34 +4,80 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
-from checkpointer.cli.options import expanded
-from checkpointer.cli.output import say
+from checkpointer.cli.messages import flush, say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
-from checkpointer.storage.drivers import without_password
 
-COMMANDS: Final = {
-    "ls": "ls", "show": "show", "best": "paths", "last": "paths", "diff": "diff", "verify": "verify",
-    "prune": "prune", "sweep": "sweep", "copy": "copy", "adopt": "adopt", "export": "weights", "average": "weights",
-    "simulate": "simulate", "plot": "chart", "report": "chart",
-}  # fmt: skip
-"""The module in `checkpointer.cli.commands` of each command."""
+COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+    "Look": {
+        "ls": ("ls", "List the checkpoints of a directory, or the directories below it."),
+        "show": ("show", "Show one checkpoint or any file: its tensors and values."),
+        "last": ("paths", "Print the path of the newest checkpoint."),
+        "best": ("paths", "Print the path of the best checkpoint."),
+        "diff": ("diff", "Compare two checkpoints or files, tensor by tensor."),
+        "verify": ("verify", "Compare checkpoints or files with their checksums."),
+        "watch": ("watch", "Follow a training that runs elsewhere."),
+        "plot": ("chart", "Draw a run as a picture."),
+        "report": ("chart", "Write an HTML page about a run."),
+    },
+    "Change": {
+        "prune": ("prune", "Remove what a policy does not keep; shows it first."),
+        "rm": ("rm", "Remove named checkpoints; shows it first."),
+        "pin": ("pins", "Keep a checkpoint, whatever the rules say."),
+        "unpin": ("pins", "Let the rules decide about a checkpoint again."),
+        "sweep": ("sweep", "Remove what dead processes left unfinished."),
+        "copy": ("copy", "Copy a directory to another storage."),
+        "adopt": ("adopt", "Make records for checkpoints of other programs."),
+        "export": ("weights", "Write the weights of a checkpoint as one file."),
+        "average": ("weights", "Write the mean of several checkpoints."),
+    },
+    "Plan": {
+        "doctor": ("doctor", "Try a directory or URL before a long run."),
+        "policy": ("policy", "Write a policy file, check it, or show a run's own."),
+        "simulate": ("simulate", "Play a policy over the metrics of a training."),
+        "version": ("version", "Print the versions of this installation."),
+    },
+}
+"""For each group of the help: the commands, each with its module in `checkpointer.cli.commands` and what it does."""
 CANNOT: Final = 2
 """Exit code: it could not be done, and nothing was changed."""
 
+_PLACES: Final = {name: place for group in COMMANDS.values() for name, (place, _) in group.items()}
+_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
+_ERRNO: Final = re.compile(r"\[Errno -?\d+\] ")
+
+
+class _Commands(TyperGroup):
+    """Imports a command when it is called, so that the help does not wait for the modules of all commands."""
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        """Return the command of that name."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else _load(name), rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group."""
+        for title, group in COMMANDS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, what) for name, (_, what) in group.items()])
+
+
 app = typer.Typer(
     name="checkpointer",
+    cls=_Commands,
     epilog="Exit codes: 0 fine, 1 something bad was found, 2 it could not be done, and nothing was changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
 )
 
 
@@ -49,30 +95,60 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Look at checkpoints, and manage them. Nothing that is read is ever unpickled."""
+    """Look at checkpoints, and manage them. Nothing that is read is ever unpickled.
+
+    'checkpointer COMMAND -h' shows the arguments and options of a command.
+    """
 
 
-for _name, _place in COMMANDS.items():
-    _module = importlib.import_module(f"checkpointer.cli.commands.{_place}")
-    app.command(_name)(expanded(getattr(_module, f"{_name}_command")))
+def _named() -> None:
+    """Stand for a command that is not imported yet."""
+
+
+for _group in COMMANDS.values():
+    for _name, (_, _what) in _group.items():
+        app.command(_name, help=_what)(_named)
+
+
+def _load(name: str) -> Any:
+    """Import a command."""
+    from checkpointer.cli.options import expanded
+
+    module = importlib.import_module(f"checkpointer.cli.commands.{_PLACES[name]}")
+    one: typer.Typer | None = getattr(module, f"{name}_commands", None)
+    if one is None:
+        one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
+        one.command(name)(expanded(getattr(module, f"{name}_command")))
+    return typer.main.get_command(one)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    code = _run(argv)
+    flush()
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         with _warnings_on_stderr():
             app(args=None if argv is None else list(argv), prog_name="checkpointer")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else CANNOT
-    except BrokenPipeError:
-        # The reader of the output has closed it: Python must not report that as an error when it ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (CheckpointerError, OSError, ImportError, UnicodeError) as error:
-        say(f"checkpointer: {without_password(str(error)) or type(error).__name__}")
+        say(f"checkpointer: {_text_of(error)}")
         return CANNOT
     return 0
+
+
+def _text_of(error: Exception) -> str:
+    """Return an error as it is printed: without passwords and numbers of the system."""
+    from checkpointer.storage.drivers import without_password
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename and not isinstance(error, CheckpointerError):
+        text = f"{error.filename}: {error.strerror}"
+    return without_password(_ERRNO.sub("", text))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import json
@@ -15,18 +14,53 @@ from typing import Annotated, Any, Final, Literal, get_type_hints
 import attrs
 import typer
 
-from checkpointer._display import some_of
+from checkpointer._display import count_text, some_of
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.errors import NameTakenError, NotFoundError, PolicyError, StorageError
+from checkpointer.errors import CheckpointerError, NameTakenError, NotFoundError, PolicyError, StorageError
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.ranking import Metric
-from checkpointer.policy.yaml_codec import suggest
+from checkpointer.policy.yaml_codec import MAX_YAML_BYTES, suggest
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 from checkpointer.storage.retry import Retry
 from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.payloads import Payload, payload_at, similar
+from checkpointer.tools.policies import Policies
+from checkpointer.tools.policy_file import check_policy
+from checkpointer.tools.query import FIELDS, metric_names
+
+
+def complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the names and aliases in the directory that the shell has on its line already."""
+    catalog = _for_completion(ctx)
+    names = [*catalog.aliases, *(record.name for record in reversed(catalog.records))] if catalog else []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_metric(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the metrics in the directory that the shell has on its line already."""
+    catalog = _for_completion(ctx)
+    return [name for name in metric_names(catalog.records if catalog else ()) if name.startswith(incomplete)]
+
+
+def complete_field(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the fields and metrics to sort by."""
+    return [*complete_metric(ctx, incomplete), *(field for field in FIELDS if field.startswith(incomplete))]
+
+
+def _for_completion(ctx: typer.Context) -> Catalog | None:
+    """Look at the directory; None if it is a URL, because the shell would wait for the server."""
+    items = ctx.params.get("items") or ()
+    # While the value of an option is completed, the arguments are not parsed.
+    place = ctx.params.get("directory") or ctx.params.get("place") or next(iter((*items, *ctx.args)), "")
+    if "://" in place or not os.path.isdir(place):
+        return None
+    with contextlib.suppress(CheckpointerError, OSError):
+        return look_at(open_storage(place, ""))
+    return None
+
 
 Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
 StorageOptions = Annotated[
@@ -81,7 +115,13 @@ class Ranking:
     """Options that say which checkpoint is best."""
 
     by: Annotated[
-        str | None, typer.Option("--by", metavar="METRIC", help="The metric that says which checkpoint is best.")
+        str | None,
+        typer.Option(
+            "--by",
+            metavar="METRIC",
+            help="The metric that says which checkpoint is best.",
+            autocompletion=complete_metric,
+        ),
     ] = None
     mode: Annotated[
         Literal["min", "max"] | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")
@@ -134,19 +174,9 @@ def open_place(directory: str, access: Access, owner: str = "", *, new: bool = F
     options = {"retry": Retry(PATIENCE_S), **_parse_options(access.storage_options)}
     storage = open_storage(directory, owner, options)
     if isinstance(storage, SupportsPaths) and not (new or os.path.isdir(path := storage.local_path("").rstrip("/"))):
-        msg = f"there is no directory {path}{_similar(Path(path))}"
+        msg = f"there is no directory {path}{similar(Path(path), folders=True)}"
         raise StorageError(msg)
     return storage
-
-
-def _similar(path: Path) -> str:
-    """Return a hint: the closest folder beside the one that is not there."""
-    parent = path
-    while not parent.parent.is_dir():
-        parent = parent.parent
-    folders = [entry.name for entry in parent.parent.iterdir() if entry.is_dir()]
-    close = difflib.get_close_matches(parent.name, folders, n=1)
-    return f" (did you mean {parent.parent / close[0]}?)" if close else ""
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:
@@ -167,12 +197,27 @@ def _parse_options(text: str | None) -> dict[str, Any]:
 
 
 def read_policy(path: str) -> Policy:
-    """Read a policy file; an error names the file."""
+    """Read a policy file; an error names the file and the line."""
+    policy, problems = check_policy(read_policy_file(path))
+    if policy is None:
+        msg = "; ".join(f"{path}, {problem}" for problem in problems[:3])
+        raise PolicyError(msg)
+    return policy
+
+
+def read_policy_file(path: str) -> bytes:
+    """Return the bytes of a policy file, at most one more than are parsed."""
     try:
-        return Policy.from_yaml(Path(path))
-    except PolicyError as error:
-        msg = f"{path}: {error}"
-        raise PolicyError(msg) from error
+        with open(path, "rb") as stream:
+            return stream.read(MAX_YAML_BYTES + 1)
+    except FileNotFoundError as error:
+        msg = f"there is no policy file {path}{similar(Path(path).absolute())}"
+        raise NotFoundError(msg) from error
+
+
+def policies(catalog: Catalog, path: str | None, access: Access) -> Policies:
+    """Return the policy of each run: that of the file, else the one that the run has noted."""
+    return Policies(catalog, None if path is None else read_policy(path), access.key)
 
 
 def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
@@ -185,6 +230,24 @@ def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
     return catalog
 
 
+def payload(place: str, access: Access, usage: str) -> Payload:
+    """Return the file or folder at a path or URL; if it is a directory of checkpoints, the error has the ``usage``."""
+    found = payload_alone(place, access)
+    if found is None:
+        catalog = look(place, access)
+        msg = (
+            f"{place} is a directory of checkpoints ({count_text(len(catalog.records), 'checkpoint')}); name one of "
+            f"them: 'checkpointer {usage}'. NAME may be a step or 'last'; 'checkpointer ls {place}' lists the names"
+        )
+        raise NotFoundError(msg)
+    return found
+
+
+def payload_alone(place: str, access: Access) -> Payload | None:
+    """Return the file or folder at a path or URL; None if it is a directory of checkpoints."""
+    return payload_at(place, lambda directory: open_place(directory, access), access.key)
+
+
 def _what_is_there(catalog: Catalog) -> str:
     if catalog.below:
         return (
@@ -195,14 +258,26 @@ def _what_is_there(catalog: Catalog) -> str:
     if files:
         return (
             f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
-            "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote"
+            "'checkpointer adopt' makes records of what Lightning, the HF Trainer or torch.save wrote, and "
+            "'checkpointer show' shows one file"
         )
     return f"{catalog.place} holds no checkpoint"
+
+
+def check_source(source: str) -> None:
+    """Raise `NotFoundError` if a local source of metrics is not there."""
+    if "://" not in source and not os.path.exists(source):
+        msg = f"there is no file or directory {source}{similar(Path(source).absolute())}"
+        raise NotFoundError(msg)
 
 
 def check_out(path: str, access: Access, *known: str) -> None:
     """Refuse a new file that would replace a checkpoint or an alias, or lie in a signed directory without its key."""
     place, key = Path(path).absolute(), access.key
+    if not place.parent.is_dir():
+        hint = similar(place.parent, folders=True)
+        msg = f"there is no directory {place.parent} to write {place.name} to{hint}; make it first"
+        raise StorageError(msg)
     for folder in place.parents:
         if (folder / HOME).is_dir():
             catalog = look_at(open_place(str(folder), Access()), key)

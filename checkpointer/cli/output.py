@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import typer
-from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.text import Text
 
 from checkpointer._display import count_text, one_line
+from checkpointer.cli.messages import flush as flush
+from checkpointer.cli.messages import print_line as print_line
+from checkpointer.cli.messages import say as say
+from checkpointer.cli.messages import write as write
 from checkpointer.commit.missing import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.codec import to_plain_float
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
 
-FOUND_BAD = 1
+FOUND_BAD: Final = 1
 """Exit code: it was done, and something bad was found."""
 
 Cell = str | Sequence[tuple[str, str]]
@@ -39,19 +39,9 @@ _WIDE: Final = 200
 _STYLES: Final = {"bold": "1", "dim": "2", "green": "32", "red": "1;31"}
 
 
-def say(text: str) -> None:
-    """Print a message to stderr; results go to stdout."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(one_line(text)))
-
-
-def print_line(text: str) -> None:
-    """Print one line of a result, not folded to the width, for scripts."""
-    sys.stdout.write(one_line(text) + "\n")
-
-
 def print_json(data: Any) -> None:
     """Print a result as JSON; NaN and infinities as text, as in records."""
-    sys.stdout.write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -105,12 +95,17 @@ def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
 
     The function that is yielded counts more bytes as done; its keyword ``total`` replaces the number of all.
     """
-    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield lambda count=0, *, total=None: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(what, total=total)
-    # A bar that was started ends with a newline, even if it is disabled.
-    with bar if console.is_terminal else contextlib.nullcontext():
+    # On a terminal lines of stdout appear above the bar. Elsewhere they must not go to stderr.
+    both = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=both) as bar:
+        task = bar.add_task(what, total=total)
         yield lambda count=0, *, total=None: bar.update(task, advance=count, total=total)
 
 
@@ -148,7 +143,7 @@ def print_table(
                 room = " " * (size - _len(text))
                 shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_coloured and style and text else text
                 cells.append(room + shown if name in right else shown + room)
-            sys.stdout.write(_GAP.join(cells).rstrip() + "\n")
+            write(_GAP.join(cells).rstrip() + "\n")
 
 
 def _lines(cell: Cell) -> list[tuple[str, str]]:
@@ -157,7 +152,11 @@ def _lines(cell: Cell) -> list[tuple[str, str]]:
 
 
 def _len(text: str) -> int:
-    return len(text) if text.isascii() else cell_len(text)
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def _fold(text: str, size: int) -> list[str]:

@@ -22,11 +22,11 @@ from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import Heartbeat, Lease, Term, claim_term
+from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import CheckpointerWarning, ConflictError, RecordError, StorageError
-from checkpointer.policy.policy import Policy
+from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
@@ -52,6 +52,7 @@ class Directory:
         clock: Decides when a transfer is slow enough to be logged.
         lease: When the run may be taken over from another process.
         open_again: Opens the storage again. The heartbeat's thread uses that one.
+        status: What the heartbeats say of the training.
     """
 
     def __init__(
@@ -67,10 +68,13 @@ class Directory:
         clock: Clock | None = None,
         lease: Lease | None = None,
         open_again: Callable[[], Storage] | None = None,
+        status: Status | None = None,
     ) -> None:
         self.storage = storage
         self.journal = journal = Journal(storage, owner, trust)
         self.writes = writes
+        self._noted = noted(policy)
+        self.status = status or Status()
         self._lease = lease or Lease()
         self._open_again = open_again or (lambda: storage)
         self._heartbeat: Heartbeat | None = None
@@ -174,9 +178,10 @@ class Directory:
     def _claim(self, run: str, label: str, *, is_new: bool) -> None:
         self.let_go()
         journal = self.journal
-        term = claim_term(self.storage, run, label, journal.owner, self._lease, journal.trust, is_new=is_new)
+        owner, policy = journal.owner, self._noted
+        term = claim_term(self.storage, run, label, owner, self._lease, journal.trust, is_new=is_new, policy=policy)
         journal.term = term
-        self._heartbeat = Heartbeat(term, self._open_again)
+        self._heartbeat = Heartbeat(term, self._open_again, self.status)
 
     def let_go(self) -> None:
         """Release the term, so that the next process goes on at once."""

@@ -5,7 +5,8 @@ The argument. A term is a number that only grows, for one run and label in one d
 
 - ``<term>.json``: the *claim*. It is created once, by a request that fails if it exists, and never replaced or removed.
 - ``<term>.limits``: for this and earlier terms, up to which serial the records of lower terms count.
-- ``<term>.beat``: a number that the holder changes every few seconds.
+- ``<term>.beat``: a number that the holder changes every few seconds; after it, on a line of its own, how far the
+  training is, for ``checkpointer watch``.
 - ``<term>.end``: the holder has released the term.
 
 The holder of a term (the old writer) and the process that claims the next one (the new writer) act in this order:
@@ -73,6 +74,7 @@ TAKEOVER: Final = "CHECKPOINTER_TAKEOVER"
 BEATS: Final = 4
 """Heartbeats in one lease."""
 MAX_BEAT_S: Final = 3600.0
+MAX_STATUS_BYTES: Final = 1 << 14
 _POLLS: Final = 20
 """Polls of the heartbeat in one lease."""
 _FILE: Final = re.compile(r"([1-9]\d{0,8})\.(json|beat|end|limits)")
@@ -228,9 +230,9 @@ class Term:
             with contextlib.suppress(OSError):
                 self.storage.write(f"{self.folder}/{self.number}.end", b"")
 
-    def beat(self, storage: Storage, number: int) -> None:
-        """Write a heartbeat, through a storage that this thread may use."""
-        path, data = f"{self.folder}/{self.number}.beat", str(number).encode()
+    def beat(self, storage: Storage, number: int, status: str = "") -> None:
+        """Write a heartbeat, through a storage that this thread may use. ``status`` is one line for people."""
+        path, data = f"{self.folder}/{self.number}.beat", f"{number}\n{status}".rstrip().encode()
         if isinstance(storage, SupportsScratch):
             storage.write_scratch(path, data)
         else:
@@ -242,10 +244,14 @@ class Claim:
     """Who holds a term."""
 
     owner: str = ""
+    run: str = ""
+    label: str = ""
     since: str = "an unknown time"
     machine: str = ""
     beat_s: float = 0.0
     """Seconds between two heartbeats."""
+    policy: str = ""
+    """The holder's policy as YAML, for commands; empty if it is not known. No manager uses it."""
 
     def __str__(self) -> str:
         pid = self.owner.split("~")[1] if "~" in self.owner else "of an unknown writer"
@@ -263,7 +269,7 @@ def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None
     with contextlib.suppress(FileNotFoundError, RecordError):
         data = _read_json(storage, f"{folder}/{number}.json", trust)
         if isinstance(data, dict):
-            texts = {key: str(data.get(key, "")) for key in ("owner", "since", "machine")}
+            texts = {key: str(data.get(key, "")) for key in ("owner", "run", "label", "since", "machine", "policy")}
             return Claim(**texts, beat_s=as_number(data.get("beat_s")) or 0.0)
     return Claim()
 
@@ -295,9 +301,19 @@ def as_lease(seconds: float, takeover: bool | None) -> Lease:
 
 
 def claim_term(
-    storage: Storage, run: str, label: str, owner: str, lease: Lease, trust: HMACKey | None = None, *, is_new: bool
+    storage: Storage,
+    run: str,
+    label: str,
+    owner: str,
+    lease: Lease,
+    trust: HMACKey | None = None,
+    *,
+    is_new: bool,
+    policy: str = "",
 ) -> Term:
     """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
+
+    The claim contains the ``policy`` (YAML), so that commands need not be given it.
 
     Raises:
         RunInUseError: If another process holds the run, and sends a heartbeat within the lease.
@@ -312,12 +328,12 @@ def claim_term(
             if not holder.has_ended and not _may_replace(storage, folder, found.highest, holder, lease, run):
                 continue
         term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust, holder.owner)
-        if _create(term):
+        if _create(term, policy):
             return term
         is_new = False
 
 
-def _create(term: Term) -> bool:
+def _create(term: Term, policy: str) -> bool:
     """Create the claim; return False if another process has created it."""
     claim = {
         "schema": SCHEMA,
@@ -328,6 +344,7 @@ def _create(term: Term) -> bool:
         "machine": machine(),
         "beat_s": term.beat_s,
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        **({"policy": policy} if policy else {}),
     }
     upload = term.storage.upload(f"{term.folder}/{term.number}.json")
     try:
@@ -388,17 +405,35 @@ def _beat_of(storage: Storage, folder: str, number: int) -> bytes:
         return b""
 
 
+def read_status(storage: Storage, folder: str, number: int) -> str:
+    """Return the status in the last heartbeat of a term; empty if there is none."""
+    try:
+        data = read_whole(lambda: storage.open(f"{folder}/{number}.beat"), MAX_STATUS_BYTES)
+    except FileNotFoundError:
+        return ""
+    return data.decode(errors="replace").partition("\n")[2]
+
+
+@attrs.define
+class Status:
+    """What a heartbeat says of the training. It refers to no manager, because the thread must not keep one alive."""
+
+    read: Callable[[], str] = attrs.field(default=lambda: "")
+    """Returns one line; called on the heartbeat's thread."""
+
+
 class Heartbeat:
     """Writes the heartbeat of a term, on a thread of its own: one small request a few times per lease.
 
     Args:
         term: The term.
         open: Returns a storage that the thread may use; called on the thread, before the first heartbeat.
+        status: What each heartbeat says of the training.
     """
 
-    def __init__(self, term: Term, open: Callable[[], Storage]) -> None:
+    def __init__(self, term: Term, open: Callable[[], Storage], status: Status) -> None:
         self._ended = threading.Event()
-        work = (self._ended, term, open, term.beat_s)
+        work = (self._ended, term, open, status)
         threading.Thread(target=_keep_beating, args=work, name="checkpointer-heartbeat", daemon=True).start()
 
     def stop(self) -> None:
@@ -406,16 +441,24 @@ class Heartbeat:
         self._ended.set()
 
 
-def _keep_beating(ended: threading.Event, term: Term, open: Callable[[], Storage], every_s: float) -> None:
+def _keep_beating(ended: threading.Event, term: Term, open: Callable[[], Storage], status: Status) -> None:
     storage: Storage | None = None
     number = 0
-    while not ended.wait(every_s):
+    while not ended.wait(term.beat_s):
         number += 1
         try:
             storage = storage or open()
-            term.beat(storage, number)
+            term.beat(storage, number, _read(status))
         except Exception as error:  # Without a heartbeat another process may take over. Training goes on.
             _log.debug("no heartbeat could be written: %r", error)
             storage = None
         except BaseException:  # The process ends.
             return
+
+
+def _read(status: Status) -> str:
+    try:
+        return status.read()
+    except Exception as error:  # The heartbeat matters more than what it says.
+        _log.debug("the heartbeat has no status: %r", error)
+        return ""

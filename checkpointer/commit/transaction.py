@@ -60,6 +60,8 @@ class Transaction:
     clock: Clock = attrs.field(factory=SystemClock)
     """Decides when a transfer is slow enough to be logged."""
     storage: Storage = attrs.field(init=False)
+    transfer: Transfer | None = attrs.field(default=None, init=False)
+    """The payload that is being written; other threads may read how far it is."""
 
     def __attrs_post_init__(self) -> None:
         self.storage = self.journal.storage
@@ -79,7 +81,7 @@ class Transaction:
         the estimated size (bytes), for the log.
         """
         with aborting(self.storage.upload(draft.name)) as upload:
-            transfer = Transfer(upload, draft.name, self.clock, expected=expected)
+            self.transfer = transfer = Transfer(upload, draft.name, self.clock, expected=expected)
             stream = DigestWriter(transfer, self.journal.algorithm)
             try:
                 write(stream)  # 1
@@ -88,6 +90,8 @@ class Transaction:
                 if stream.error is not None:
                     raise stream.error from None
                 raise
+            finally:
+                self.transfer = None
             upload.finish()  # 2
             record = attrs.evolve(draft, size=stream.size, digest=stream.digest)
             return self._publish(upload, record, replaces, over_alias)

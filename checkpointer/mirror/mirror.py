@@ -25,7 +25,7 @@ from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import Lease
+from checkpointer.commit.terms import Lease, Status
 from checkpointer.errors import (
     CheckpointerWarning,
     ConflictError,
@@ -94,6 +94,7 @@ class MirrorThread:
         self._conflict: ConflictError | None = None
         self.check: Callable[[], None] = lambda: None
         """Raises if another process has taken over the run; called before the thread claims it on the mirror."""
+        self.beat_status = Status()
         # Only the thread uses these:
         self._directory: Directory | None = None
         self._owner = ""
@@ -263,6 +264,7 @@ class MirrorThread:
                 trust=self._trust,
                 lease=self._lease,
                 open_again=lambda: open_storage(self._mirror.where, self._owner, self._mirror.options),
+                status=self.beat_status,
             )
         self._directory.hold(here.run)
         self._directory.lines.see(here.run, here.line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import attrs
 import yaml
@@ -19,6 +19,9 @@ from checkpointer.policy.ranking import Metric
 from checkpointer.policy.retention import KeepAll, KeepBest, KeepLast, Limit, Rule
 from checkpointer.policy.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps, Trigger
 from checkpointer.records.record import Contents, Record
+
+MAX_NOTED: Final = 1 << 16
+"""A policy of more characters is not noted with a run."""
 
 
 def _as_naming(value: Any) -> Naming:
@@ -252,6 +255,20 @@ class Policy:
         contents = "; weights only" if self.contents == "weights" else ""
         rescue = "" if self.rescue else "; no rescue on exceptions"
         return f"save {self.when}; keep {rules}{limits}{last}{best}{contents}{rescue}"
+
+
+def noted(policy: Policy) -> str:
+    """Return the policy as YAML for the claim of a run; empty if it keeps nothing, or cannot be written.
+
+    A manager without a policy of its user's has one that keeps nothing, which must not be advice to remove all.
+    """
+    if not policy.rules and not policy.last:
+        return ""
+    try:
+        text = policy.to_yaml()
+    except (PolicyError, yaml.YAMLError):
+        return ""  # It has a rule of the user's own.
+    return text if len(text) <= MAX_NOTED else ""
 
 
 def _policy_from_plain(data: object, known: Mapping[str, Any]) -> Policy:

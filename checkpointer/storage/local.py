@@ -250,12 +250,12 @@ class LocalStorage:
 
     def _is_abandoned(self, folder: Path) -> bool:
         try:
-            return is_abandoned(_owner_of(folder), lambda: self._now() - folder.stat().st_mtime)
+            return is_abandoned(_owner_of(folder), lambda: self.server_time() - folder.stat().st_mtime)
         except FileNotFoundError:
             return False
 
-    def _now(self) -> float:
-        """Return the time by the clock that stamps files here. On a network mount that is the server's clock."""
+    def server_time(self) -> float:
+        """See `SupportsServerTime.server_time`. On a network mount it is the time of the server."""
         with self._scratch() as staged:
             staged.touch()
             return staged.stat().st_mtime

@@ -26,30 +26,30 @@ class Transfer:
         self, stream: Writable, name: str, clock: Clock, *, expected: int | None = None, is_copy: bool = False
     ) -> None:
         self._stream = stream
-        self._name = name
+        self.name = name
         self._clock = clock
-        self._expected = expected or 0
+        self.expected = expected or 0
         self._of, self._verb = ("of", "copied") if is_copy else ("of about", "written")
-        self._bytes = 0
+        self.bytes = 0
         self._begun = self._logged = clock.time()
 
     def write(self, data: Any) -> int:
         """Write all of ``data`` and return its length in bytes."""
         count = self._stream.write(data)
-        self._bytes += count
+        self.bytes += count
         now = self._clock.time()
         if now - self._logged >= EVERY_S:
             self._logged = now
-            rate = self._bytes / (now - self._begun) / 1e6
-            _log.info("%s: %s %s (%.3g MB/s)", self._name, self._amount(), self._verb, rate)
+            rate = self.bytes / (now - self._begun) / 1e6
+            _log.info("%s: %s %s (%.3g MB/s)", self.name, self._amount(), self._verb, rate)
         return count
 
     def _amount(self) -> str:
-        unit, size = ("GB", 1e9) if max(self._expected, self._bytes) >= 1e9 else ("MB", 1e6)
-        done = f"{self._bytes / size:.1f}"
-        if self._bytes > self._expected:  # The size is unknown, or the estimate was too low.
+        unit, size = ("GB", 1e9) if max(self.expected, self.bytes) >= 1e9 else ("MB", 1e6)
+        done = f"{self.bytes / size:.1f}"
+        if self.bytes > self.expected:  # The size is unknown, or the estimate was too low.
             return f"{done} {unit}"
-        return f"{done} {self._of} {self._expected / size:.1f} {unit}"
+        return f"{done} {self._of} {self.expected / size:.1f} {unit}"
 
 
 class CountingStorage:

@@ -123,7 +123,7 @@ class FsspecStorage:
         """See `SupportsSweep.sweep`."""
         count = 0
         own = f"{self._publisher.staging}/"
-        now = functools.cache(self._now)
+        now = functools.cache(self.server_time)
         for path, info in self._connection.find(STAGING).items():
             if not path.startswith(own) and is_abandoned(owner_of(path), functools.partial(_age_s, info, now)):
                 with contextlib.suppress(OSError):
@@ -131,8 +131,9 @@ class FsspecStorage:
                     count += 1
         return count
 
-    def _now(self) -> float | None:
-        """Return the server's time. If this machine's clock were wrong, a live writer's files might be swept."""
+    def server_time(self) -> float | None:
+        """See `SupportsServerTime.server_time`."""
+        # If this machine's clock were used and were wrong, a live writer's files might be swept.
         path = f"{self._publisher.staging}/now"
         try:
             self._publisher.put(path, b"")

@@ -22,7 +22,7 @@ from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, Suppor
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
-from checkpointer.storage.same_place import refuse_same
+from checkpointer.storage.same_place import SamePlaceError, refuse_same
 from checkpointer.tools.catalog import Catalog, look_at
 
 _CREATED = f"{HOME}/directory.json"
@@ -131,7 +131,11 @@ def copy(
         >>> copy(look_at(here), there, "me").missing
         ()
     """
-    refuse_same(source.storage, storage)
+    try:
+        refuse_same(source.storage, storage)
+    except SamePlaceError as error:
+        msg = f"{source.place} is the directory itself, so there is nothing to copy; name another place"
+        raise StorageError(msg) from error
     refuse_unsigned(source.signed, source.place, trust)
     journal = Journal(storage, owner, trust)
     target = look_at(storage, trust)

@@ -1,4 +1,4 @@
-"""Plans what a policy removes from a directory, with the reasons, and removes it."""
+"""Plans what a policy removes from a directory, with the reasons, and removes it. Pins what it must not remove."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from checkpointer.commit.recovery import retire
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.commit.writer_marks import refuse_if_live
-from checkpointer.errors import RestoreError
+from checkpointer.errors import NameTakenError, RestoreError
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest, KeepLast, Rule
@@ -104,21 +104,76 @@ def prune(catalog: Catalog, pruning: Pruning, journal: Journal) -> tuple[Record,
         RunInUseError: If a process trains the run.
         RestoreError: If records are damaged, because the policy might keep their checkpoints.
     """
-    refuse_unsigned(catalog.signed, catalog.place, journal.trust)
-    refuse_if_live(journal.storage, catalog.place, _owners(catalog))
+    _refuse(catalog, journal)
     if catalog.damaged:
         msg = (
             f"{catalog.place} has damaged records ({', '.join(catalog.damaged)}), and their checkpoints may be better "
             "than those that the policy keeps; nothing was removed. Repair or remove these records first"
         )
         raise RestoreError(msg)
+    return _remove(pruning.records, journal)
+
+
+def why_not_removed(catalog: Catalog, record: Record) -> str:
+    """Return why a checkpoint may not be removed by its name; empty if it may."""
+    if record.pinned:
+        return f"it is pinned; 'checkpointer unpin {catalog.place} {record.name}' comes first"
+    aliases = catalog.aliases_of(record)
+    if aliases:
+        return f"{aliases[0]} points to it; delete {aliases[0]} first, if no program needs it"
+    return ""
+
+
+def remove(catalog: Catalog, records: Sequence[Record], journal: Journal) -> tuple[Record, ...]:
+    """Remove checkpoints by the steps of `checkpointer.commit.transaction`; return them.
+
+    Raises:
+        NameTakenError: If one may not be removed; see `why_not_removed`. Nothing was removed.
+        UntrustedError, AliasInUseError, RunInUseError: See `prune`.
+    """
+    _refuse(catalog, journal)
+    for record in records:
+        if why := why_not_removed(catalog, record):
+            msg = f"{record.name} stays: {why}; nothing was removed"
+            raise NameTakenError(msg)
+    runs = dict.fromkeys((record.run, record.label) for record in records)
+    removed = [_remove([r for r in records if (r.run, r.label) == run], journal) for run in runs]
+    return tuple(record for some in removed for record in some)
+
+
+def set_pinned(catalog: Catalog, records: Sequence[Record], journal: Journal, *, pinned: bool) -> tuple[Record, ...]:
+    """Pin checkpoints, or let the rules decide about them again; return those that changed.
+
+    Raises:
+        UntrustedError, AliasInUseError, RunInUseError: See `prune`.
+    """
+    _refuse(catalog, journal)
+    changing = [record for record in records if record.pinned != pinned]
     if isinstance(journal.storage, SupportsSweep):
         journal.storage.prepare()
-    if not pruning.records:
+    for run in dict.fromkeys((record.run, record.label) for record in changing):
+        own = [record for record in changing if (record.run, record.label) == run]
+        with holding(journal, *run, as_lease(LEASE_S, None)), journal.changing(aliases=[r.name for r in own]):
+            for record in own:
+                if _is_there(journal, record):
+                    journal.put(Entry(record=attrs.evolve(record, pinned=pinned)))
+    return tuple(changing)
+
+
+def _refuse(catalog: Catalog, journal: Journal) -> None:
+    """Raise an error if the key is missing, or another process writes to the directory."""
+    refuse_unsigned(catalog.signed, catalog.place, journal.trust)
+    refuse_if_live(journal.storage, catalog.place, _owners(catalog))
+
+
+def _remove(records: Sequence[Record], journal: Journal) -> tuple[Record, ...]:
+    """Remove checkpoints of one run."""
+    if isinstance(journal.storage, SupportsSweep):
+        journal.storage.prepare()
+    if not records:
         return ()
-    first = pruning.records[0]
-    with holding(journal, first.run, first.label, as_lease(LEASE_S, None)):
-        going = [record for record in pruning.records if _is_there(journal, record)]
+    with holding(journal, records[0].run, records[0].label, as_lease(LEASE_S, None)):
+        going = [record for record in records if _is_there(journal, record)]
         entries = [Entry(record=record, status="retired", owner=journal.owner) for record in going]
         with journal.changing(*entries) as failed:
             retire(journal, going, failed)

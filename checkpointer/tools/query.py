@@ -72,6 +72,15 @@ def metric_names(records: Iterable[Record]) -> list[str]:
     return [name for name, _ in Counter(name for record in records for name in record.metrics).most_common()]
 
 
+def check_metrics(names: Iterable[str], records: Iterable[Record]) -> None:
+    """Raise `PolicyError` if no record has a metric of one of these names; the message has the closest one."""
+    known = dict.fromkeys(metric_names(records))
+    for name in names:
+        if name not in known:
+            msg = f"no checkpoint has the metric {name!r}{suggest(name, known)}"
+            raise PolicyError(msg)
+
+
 def select(
     records: Sequence[Record], conditions: Iterable[Condition] = (), *, sort: str = "serial", reverse: bool = False
 ) -> list[Record]:

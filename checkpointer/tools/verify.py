@@ -29,6 +29,8 @@ class Finding:
     """The damage; empty if it is sound."""
     calls: tuple[str, ...] = ()
     """The functions that an ordinary unpickler would call; empty unless its contents were looked at."""
+    by: str = ""
+    """What it was compared with, if it has no record; empty if there was nothing to compare it with."""
 
     def __bool__(self) -> bool:
         """Return whether it is sound."""
@@ -93,17 +95,21 @@ def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:
         if problems := [*contents.problems()][:3]:
             raise CorruptError("; ".join(problems))
         calls = contents.calls
-    _check_sums(storage, record.name)
+    check_sums(storage, record.name)
     return calls
 
 
-def _check_sums(storage: Storage, name: str) -> None:
-    """Compare each part of a zip file with the checksum it was written with."""
+def check_sums(storage: Storage, name: str) -> bool:
+    """Compare each part of a zip file with the checksum it was written with; return whether it is a zip file.
+
+    Raises:
+        CorruptError: If a part differs, or cannot be read.
+    """
     if name not in storage.list(name):
-        return
+        return False
     with storage.open(name) as stream:
         if stream.read(2) != b"PK":
-            return
+            return False
         stream.seek(0)
         try:
             bad = zipfile.ZipFile(stream).testzip()
@@ -113,3 +119,4 @@ def _check_sums(storage: Storage, name: str) -> None:
     if bad is not None:
         msg = f"its part {bad} has other bytes than its checksum says"
         raise CorruptError(msg)
+    return True

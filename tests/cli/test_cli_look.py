@@ -261,7 +261,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "foreign", "future", "file"])
-@pytest.mark.parametrize("argv", [["ls"], ["last"], ["best"], ["verify"], ["show", "last"]])
+@pytest.mark.parametrize("argv", [["ls"], ["last"], ["best"], ["verify", "last"], ["show", "last"]])
 def test_a_directory_that_is_no_good_is_said_on_stderr_and_left_as_it_is(
     tmp_path: Path, kind: str, argv: list[str]
 ) -> None:
@@ -293,7 +293,7 @@ def test_a_typo_in_a_policy_is_reported_with_its_place(run: Path, tmp_path: Path
     (tmp_path / "p.yaml").write_text("when:\n  EverySteps: {n: 1}\nkeep:\n- KeepBset: {k: 1, metric: a, mode: min}\n")
     said = command("ls", run, "-p", tmp_path / "p.yaml")
     assert (2, "") == (said.code, said.out)
-    assert f"{tmp_path}/p.yaml: in 'keep[0]': 'KeepBset' is not known (did you mean 'KeepBest'?)" in said.err
+    assert f"{tmp_path}/p.yaml, line 4: in 'keep[0]': 'KeepBset' is not known (did you mean 'KeepBest'?)" in said.err
 
 
 def test_signed_directories_need_their_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def report_command(
 
 def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:
     policy = None if ranking.policy is None else options.read_policy(ranking.policy)
+    options.check_source(source)
     if os.path.isfile(source):
         if policy is None:
             msg = f"{source} is a file of metrics: pass --policy FILE, to see what it would have saved"
@@ -80,6 +81,8 @@ def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: opti
     catalog = options.look(source, access)
     manifest, metrics = catalog.manifest(drawing.run), drawing.metrics
     metric = ranking.metric(metric_names(manifest.own))
+    if policy is None and metric is None:
+        policy = options.policies(catalog, None, access).of(manifest.run, manifest.label)
     output.say_damaged(catalog)
     return chart_of_records(
         catalog.place,

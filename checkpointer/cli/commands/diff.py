@@ -9,16 +9,24 @@ import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
+from checkpointer.errors import PolicyError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.tools.diff import Change, diff, diff_values
+from checkpointer.tools.payloads import Payload
 
 _DIGITS = 4
 
 
 def diff_command(
-    directory: options.Directory,
-    before: Annotated[str, typer.Argument(metavar="A", help="A name, step or alias.", show_default=False)],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    items: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DIRECTORY] A B",
+            help="Two files or folders; or a directory of checkpoints and two names, steps or aliases.",
+            show_default=False,
+            autocompletion=options.complete_name,
+        ),
+    ],
     access: options.Access,
     other: Annotated[
         str | None, typer.Option("--in", metavar="DIRECTORY", help="Where B is, if not in the same directory.")
@@ -30,12 +38,10 @@ def diff_command(
 
     Exits with 1 if they differ, as diff does.
     """
-    catalog = options.look(directory, access)
-    second = catalog if other is None else options.look(other, access)
-    one, two = catalog.find(before), second.find(after)
+    one, two = _sides(items, other, access)
     with (
-        open_contents(catalog.storage, one.name) as old,
-        open_contents(second.storage, two.name) as new,
+        open_contents(one.storage, one.name) as old,
+        open_contents(two.storage, two.name) as new,
         output.progress("comparing", sum(info.bytes for info in old.tensors.values() if match in info.name)) as advance,
     ):
         changes = []
@@ -49,6 +55,24 @@ def diff_command(
     else:
         _print(changes, values)
     output.leave_if(any(changes) or bool(values))
+
+
+def _sides(items: list[str], other: str | None, access: options.Access) -> tuple[Payload, Payload]:
+    """Return the two payloads."""
+    if len(items) == 2 and other is None:
+        one, two = (options.payload(place, access, "diff DIRECTORY A B") for place in items)
+        return one, two
+    if len(items) != 3:
+        msg = f"diff takes two files, or a directory and two checkpoints; {len(items)} were given: {' '.join(items)}"
+        raise PolicyError(msg)
+    here = options.look(items[0], access)
+    there = here if other is None else options.look(other, access)
+    records = (here.find(items[1]), there.find(items[2]))
+    one, two = (
+        Payload(place=catalog.place, storage=catalog.storage, name=record.name, record=record)
+        for catalog, record in zip((here, there), records, strict=True)
+    )
+    return one, two
 
 
 def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:

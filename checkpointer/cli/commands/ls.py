@@ -12,10 +12,10 @@ from checkpointer._display import age_text, count_text, number_text, size_text, 
 from checkpointer.cli import options, output
 from checkpointer.errors import CheckpointerError
 from checkpointer.policy.decide import explain
-from checkpointer.policy.policy import Policy
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, look_at
-from checkpointer.tools.query import Condition, metric_names, select
+from checkpointer.tools.policies import Policies
+from checkpointer.tools.query import Condition, check_metrics, metric_names, select
 from checkpointer.tools.terms import holders
 
 MOST_RUNS = 200
@@ -28,21 +28,44 @@ def ls_command(
     directory: options.Directory,
     access: options.Access,
     policy: options.PolicyFile = None,
-    sort: Annotated[str, typer.Option("--sort", "-s", help="A field (step, size, time, ...) or a metric.")] = "serial",
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            "-s",
+            metavar="FIELD",
+            help="A field (step, size, time, ...) or a metric, the smallest first; else the oldest first.",
+            autocompletion=options.complete_field,
+        ),
+    ] = None,
     reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")] = False,
     where: Annotated[
         list[str] | None,
         typer.Option("--where", "-w", metavar="CONDITION", help="Such as 'val_loss<0.1'; may be given again."),
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option("--metric", "-m", help="To show; may be given again.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Show at most so many.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            "-m",
+            metavar="METRIC",
+            help="To show; may be given again.",
+            autocompletion=options.complete_metric,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most so many; the newest, without --sort."),
+    ] = None,
+    names: Annotated[bool, typer.Option("--names", "-1", help="Print only the names, one on each line.")] = False,
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
     """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
 
-    With a policy, why is what keeps each one; without, what it was saved for. If a process may be training a run, it is
-    named. If only the directories below have checkpoints, it lists those directories.
+    "Why" is what keeps each one now, by --policy or by the policy that the run noted in the directory. If there is
+    neither, it is why each one was saved. If a process may be training a run, it is named. If only the directories
+    below have checkpoints, it lists those directories.
     """
     catalog = options.look(directory, access, below=True)
     below = catalog.below
@@ -50,16 +73,21 @@ def ls_command(
         runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
         _print_runs(catalog, runs, len(below), as_json=as_json)
         return
-    chosen = None if policy is None else options.read_policy(policy)
+    chosen = options.policies(catalog, policy, access)
     records = [record for record in catalog.records if run in (None, record.run)]
     if run is not None:
         catalog.manifest(run)  # Raises if there is no such run.
-    found = select(records, map(Condition.parse, where or ()), sort=sort, reverse=reverse)[:limit]
-    reasons = why(catalog, chosen)
-    if as_json:
+    is_reversed = reverse or (limit is not None and sort is None)
+    found = select(records, map(Condition.parse, where or ()), sort=sort or "serial", reverse=is_reversed)[:limit]
+    check_metrics(metric or (), records)
+    if names:
+        for record in found:
+            output.print_line(record.name)
+    elif as_json:
+        reasons = why(catalog, chosen)
         output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
-        _print(catalog, found, reasons, metric or _metrics(found, chosen))
+        _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen))
         for one in holders(catalog, access.key):
             label = f" ({one.label})" if one.label else ""
             output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
@@ -98,17 +126,17 @@ def _print_runs(catalog: Catalog, runs: list[dict[str, Any]], count: int, *, as_
         output.say(f"{count - len(runs)} more not shown; --limit N shows more")
 
 
-def why(catalog: Catalog, policy: Policy | None) -> dict[str, str]:
-    """Return why each checkpoint is there: what keeps it under a policy, else what it was saved for."""
+def why(catalog: Catalog, policies: Policies) -> dict[str, str]:
+    """Return why each checkpoint is there: what keeps it now under a policy, else what it was saved for."""
     reasons: dict[str, str] = {}
     for run, label in catalog.runs:
-        manifest = catalog.manifest(run, label)
+        manifest, policy = catalog.manifest(run, label), policies.of(run, label)
         kept = {} if policy is None else explain(policy, manifest)
         for record in manifest.own:
             if abandoned := manifest.why_abandoned(record):
                 reasons[record.name] = abandoned
             elif policy is None:
-                reasons[record.name] = ("pinned; " if record.pinned else "") + record.reason
+                reasons[record.name] = ("pinned; " if record.pinned else "") + f"when it was saved: {record.reason}"
             else:
                 reasons[record.name] = "; ".join(kept.get(record.name, ("no rule keeps it",)))
     return reasons
@@ -120,9 +148,9 @@ def as_data(catalog: Catalog, record: Record, reason: str) -> dict[str, Any]:
     return record.to_dict() | more
 
 
-def _metrics(records: list[Record], policy: Policy | None) -> list[str]:
-    """Return the metrics there are, what the policy ranks by first."""
-    ranked = sorted(policy.known_metrics) if policy else []
+def _metrics(records: list[Record], policies: Policies) -> list[str]:
+    """Return the metrics there are, what the policies rank by first."""
+    ranked = policies.metrics((record.run, record.label) for record in records)
     names = metric_names(records)
     return [name for name in ranked if name in names] + [name for name in names if name not in ranked]
 

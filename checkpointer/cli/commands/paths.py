@@ -30,13 +30,15 @@ def best_command(
 ) -> None:
     """Print the path of the best checkpoint, and nothing else.
 
-    A metric (--by and --mode) or the first KeepBest of a policy ranks them. Without both, the `best` alias is followed.
+    A metric (--by and --mode) or the first KeepBest of a policy ranks them. Without both, the policy counts that the
+    run noted in the directory; if it noted none, the `best` alias is followed.
     """
     catalog = options.look(directory, access)
-    output.print_path(catalog, best_first(catalog, catalog.manifest(run), ranking)[0], as_json=as_json)
+    ranked = best_first(catalog, catalog.manifest(run), ranking, access)
+    output.print_path(catalog, ranked[0], as_json=as_json)
 
 
-def best_first(catalog: Catalog, manifest: Manifest, ranking: options.Ranking) -> list[Record]:
+def best_first(catalog: Catalog, manifest: Manifest, ranking: options.Ranking, access: options.Access) -> list[Record]:
     """Return the ranked checkpoints, best first, at least one."""
     metric = ranking.metric((*metric_names(manifest.history), "step", "epoch")) if manifest.live else None
     if ranking.by is not None and ranking.policy is not None:
@@ -52,6 +54,8 @@ def best_first(catalog: Catalog, manifest: Manifest, ranking: options.Ranking) -
             msg = f"{ranking.policy} has no KeepBest, so no best; pass --by METRIC --mode min or max"
             raise PolicyError(msg)
         ranked = policy.best_first(manifest.history)
+    elif (noted := options.policies(catalog, None, access).of(manifest.run, manifest.label)) and noted.ranking:
+        ranked = noted.best_first(manifest.history)
     else:
         ranked = [r for r in manifest.live if any(alias.startswith("best") for alias in catalog.aliases_of(r))]
     if not ranked:

@@ -9,14 +9,16 @@ import typer
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.commit.journal import Journal
-from checkpointer.tools.catalog import look_at
+from checkpointer.errors import PolicyError
+from checkpointer.policy.policy import Policy
+from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
 
 
 def prune_command(
     directory: options.Directory,
-    policy: options.RequiredPolicyFile,
     access: options.Access,
+    policy: options.PolicyFile = None,
     apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
     abandoned: Annotated[
         bool, typer.Option("--abandoned", help="Also abandoned checkpoints, which do not count in the run any more.")
@@ -26,10 +28,11 @@ def prune_command(
 ) -> None:
     """Show which checkpoints of a run a policy would remove, and why; with --apply remove them.
 
+    Without --policy it is the policy that the run noted in the directory.
     Other runs, files that no record names, what is pinned and what an alias names are never removed.
     """
-    chosen, key = options.read_policy(policy), access.key
-    options.look(directory, access)
+    key = access.key
+    chosen = _policy(options.look(directory, access), policy, run, access)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
         pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
@@ -45,6 +48,19 @@ def prune_command(
     else:
         _print(pruning, len(names) if apply else None)
     output.leave_if(output.say_damaged(catalog) or (apply and len(names) < len(pruning.going)))
+
+
+def _policy(catalog: Catalog, path: str | None, run: str | None, access: options.Access) -> Policy:
+    """Return the policy to prune by."""
+    if path is not None:
+        return options.read_policy(path)
+    manifest = catalog.manifest(run)
+    noted = options.policies(catalog, None, access).of(manifest.run, manifest.label)
+    if noted is None:
+        msg = f"run {manifest.run} in {catalog.place} has not noted its policy; pass --policy FILE"
+        raise PolicyError(msg)
+    output.say(f"by the policy that run {manifest.run} noted: {noted}")
+    return noted
 
 
 def _print(pruning: Pruning, removed: int | None) -> None:

@@ -10,42 +10,86 @@ import typer
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.commands.ls import as_data, why
-from checkpointer.errors import CheckpointerError, RestoreError
+from checkpointer.commit.naming import location
+from checkpointer.errors import CheckpointerError, PolicyError, RestoreError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import weights_of
+from checkpointer.ports import Storage
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.payloads import Payload
 from checkpointer.tools.terms import terms_of
 
 
 def show_command(
-    directory: options.Directory,
+    place: Annotated[
+        str, typer.Argument(help="A file or folder with tensors, or a directory of checkpoints.", show_default=False)
+    ],
     access: options.Access,
-    name: Annotated[str, typer.Argument(help="A name, a step, `last` or `best`; not with --run.")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="In a directory of checkpoints: a name, a step, last or best.",
+            show_default=False,
+            autocompletion=options.complete_name,
+        ),
+    ] = "",
     run: Annotated[str, typer.Option("--run", metavar="ID", help="Show which processes have held this run.")] = "",
     match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
     policy: options.PolicyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show a record, and the tensors of its payload with shape, dtype and bytes. Nothing is unpickled or loaded.
+    """Show the tensors of a checkpoint with shape, dtype and bytes, and its record. Nothing is unpickled or loaded.
 
-    With --run show which processes have held a run: its terms.
+    It takes any file or folder that torch, safetensors or a trainer wrote, also at a URL. With --run it shows which
+    processes have held a run: its terms.
     """
-    if bool(name) == bool(run):
-        msg = "pass the name of a checkpoint, or --run"
-        raise typer.BadParameter(msg)
-    catalog = options.look(directory, access)
+    if name and run:
+        msg = "both the name of a checkpoint and --run are given; pass one"
+        raise PolicyError(msg)
     if run:
-        _show_terms(catalog, run, access, as_json=as_json)
+        _show_terms(options.look(place, access), run, access, as_json=as_json)
         return
+    if not name:
+        _show_payload(options.payload(place, access, "show DIRECTORY NAME"), match, as_json=as_json)
+        return
+    catalog = options.look(place, access)
     record = catalog.find(name)
-    reason = why(catalog, None if policy is None else options.read_policy(policy))[record.name]
+    reason = why(catalog, options.policies(catalog, policy, access))[record.name]
+    lines = _lines_of(record, catalog.location(record.name))
+    lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason, "saved": record.reason}
+    shown = as_data(catalog, record, reason) if as_json else lines
+    _show(catalog.storage, record.name, shown, match, as_json=as_json)
+
+
+def _show_payload(found: Payload, match: str, *, as_json: bool) -> None:
+    """Show a file or folder, and its record if it has one."""
+    size = sum(stat.size for stat in found.storage.list(found.name).values())
+    path = location(found.storage, found.name)
+    if found.problem:
+        output.say(f"damaged: {found.problem}")
+    if as_json:
+        shown = {"path": path, "size": size} if found.record is None else found.record.to_dict() | {"path": path}
+    elif found.record is not None:
+        shown = _lines_of(found.record, path)
+    else:
+        shown = {"path": path, "size": f"{size_text(size)} ({size} bytes)", "record": "none"}
+    _show(found.storage, found.name, shown, match, as_json=as_json)
+    output.leave_if(bool(found.problem))
+
+
+def _show(storage: Storage, name: str, shown: dict[str, Any], match: str, *, as_json: bool) -> None:
+    """Print what is known of a payload, then its tensors."""
     try:
-        with open_contents(catalog.storage, record.name) as contents:
-            _show(catalog, record, reason, contents, match, as_json=as_json)
+        with open_contents(storage, name) as contents:
+            if as_json:
+                output.print_json(shown | _as_data(contents, match))
+            else:
+                _print_lines(shown)
+                _print_contents(contents, match)
     except CheckpointerError as error:
-        _show(catalog, record, reason, None, match, as_json=as_json)
+        output.print_json(shown) if as_json else _print_lines(shown)
         output.say(f"its tensors cannot be shown: {error}")
         output.leave_if(bad=True)
 
@@ -63,18 +107,6 @@ def _show_terms(catalog: Catalog, run: str, access: options.Access, *, as_json: 
     output.print_line(f"{catalog.place}: run {run}, {count_text(len(terms), 'term')}")
     rows = [[str(one.term), one.label, one.state, str(one.claim)] for one in terms]
     output.print_table(["term", "label", "state", "process"], rows, right=["term"])
-
-
-def _show(
-    catalog: Catalog, record: Record, reason: str, contents: Tensors | None, match: str, *, as_json: bool
-) -> None:
-    if as_json:
-        more = {} if contents is None else _as_data(contents, match)
-        output.print_json(as_data(catalog, record, reason) | more)
-        return
-    _print_record(catalog, record, reason)
-    if contents is not None:
-        _print_contents(contents, match)
 
 
 def _as_data(contents: Tensors, match: str) -> dict[str, Any]:
@@ -98,12 +130,13 @@ def _where(contents: Tensors) -> str:
     return f"{count_text(len(found.tensors), 'tensor')}, {under}"
 
 
-def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
+def _lines_of(record: Record, path: str) -> dict[str, str]:
+    """Return what a record says, as lines."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.time))
-    rows = {
+    return {
         "name": record.name,
-        "path": catalog.location(record.name),
-        "aliases": ", ".join(catalog.aliases_of(record)),
+        "path": path,
+        "aliases": "",
         "step": f"{record.step} (epoch {record.epoch}{', ended' if record.epoch_end else ''})",
         "metrics": ", ".join(f"{name}={number_text(value)}" for name, value in record.metrics.items()),
         "time": f"{when} ({age_text(time.time() - record.time)} ago)",
@@ -112,9 +145,13 @@ def _print_record(catalog: Catalog, record: Record, reason: str) -> None:
         "format": f"{record.format}, {record.contents}",
         "run": f"{record.run}{f' ({record.label})' if record.label else ''}, commit {record.serial}",
         "kind": "" if record.kind == "regular" else record.kind,
-        "why": reason,
+        "why": "",
+        "saved": record.reason,
     }
-    output.print_table(["", ""], [([(key, "bold")], value) for key, value in rows.items() if value])
+
+
+def _print_lines(lines: dict[str, str]) -> None:
+    output.print_table(["", ""], [([(key, "bold")], value) for key, value in lines.items() if value])
 
 
 def _print_contents(contents: Tensors, match: str) -> None:

@@ -54,6 +54,7 @@ def simulate_command(
 def _read_source(source: str, run: str | None, access: options.Access) -> History:
     if source == "-":
         return read_history(sys.stdin.buffer.read(), "stdin")
+    options.check_source(source)
     if os.path.isfile(source):
         return read_history(Path(source).read_bytes(), source)
     return history_of(options.look(source, access).manifest(run).own)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
-from checkpointer._display import size_text
+from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.errors import PolicyError
+from checkpointer.errors import NotFoundError, PolicyError
+from checkpointer.tools.catalog import look_at
+from checkpointer.tools.checksums import verify_files
+from checkpointer.tools.payloads import Payload
 from checkpointer.tools.verify import Depth, Finding, verify_all
 
 
 def verify_command(
-    directory: options.Directory,
+    place: Annotated[
+        str, typer.Argument(help="A directory of checkpoints, or any file or folder.", show_default=False)
+    ],
     access: options.Access,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names, steps or aliases; none: all.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="Names, steps or aliases; none: all.", show_default=False, autocompletion=options.complete_name
+        ),
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,
@@ -24,26 +33,62 @@ def verify_command(
 ) -> None:
     """Compare payloads with the sizes and digests in their records. Nothing is loaded.
 
-    Exits with 1 if a payload differs or is gone, or a record cannot be read.
+    Files without a record are compared with a checksum file beside them (model.pt.sha256, SHA256SUMS), else with the
+    checksums in a torch file. Exits with 1 if a payload differs or is gone, or a record cannot be read.
     """
     if deep and quick:
         msg = "both --deep and --quick are given; pass one"
         raise PolicyError(msg)
     depth: Depth = "contents" if deep else "sizes" if quick else "digests"
-    catalog = options.look(directory, access).with_missing
-    records = [catalog.find(name) for name in names] if names else [*catalog.records]
+    alone = None if names else options.payload_alone(place, access)
+    if alone is not None and alone.record is None and not alone.problem:
+        _verify_files(alone, as_json=as_json)
+        return
+    catalog = (options.look(place, access) if alone is None else look_at(alone.storage, access.key)).with_missing
+    wanted = [alone.name] if alone is not None else names
+    records = [catalog.find(name) for name in wanted] if wanted else [*catalog.records]
     total = sum(record.size for record in records)
     with output.progress("verifying", total) as advance:
-        findings = [*verify_all(catalog, records, depth, on_bytes=advance)]
-    bad = [finding for finding in findings if not finding]
-    if as_json:
-        output.print_json([{"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls} for f in findings])
-    else:
-        for finding in findings:
+        found = _printed(verify_all(catalog, records, depth, on_bytes=advance), silent=as_json)
+    what = {"sizes": "by size", "digests": "by digest", "contents": "by digest, and looked into"}[depth]
+    _end(found, f"{size_text(total)} {what}", as_json=as_json)
+
+
+def _verify_files(payload: Payload, *, as_json: bool) -> None:
+    """Verify what has no record."""
+    found = _printed(verify_files(payload.storage, payload.name), silent=as_json, with_record=False)
+    compared = [finding for finding in found if finding.by or finding.problem]
+    if not compared:
+        msg = (
+            f"nothing in {payload.place} can be verified: it has no record and no checksum file "
+            "(such as SHA256SUMS), and it is neither a torch file nor safetensors"
+        )
+        raise NotFoundError(msg)
+    without = count_text(len(found) - len(compared), "other file")
+    _end(compared, f"no record; {without} without a checksum", as_json=as_json)
+
+
+def _printed(findings: Iterable[Finding], *, silent: bool, with_record: bool = True) -> list[Finding]:
+    """Return the findings. Each is printed at once, so that Ctrl-C loses none.
+
+    A file without a record is left out if there was nothing to compare it with.
+    """
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not silent and (with_record or finding.by or finding.problem):
             _print(finding)
-        what = {"sizes": "by size", "digests": "by digest", "contents": "by digest, and looked into"}[depth]
-        good = len(findings) - len(bad)
-        output.print_line(f"{good} of {len(findings)} whole, {len(bad)} bad; {size_text(total)} {what}")
+            output.flush()
+    return found
+
+
+def _end(found: list[Finding], how: str, *, as_json: bool) -> None:
+    bad = [finding for finding in found if not finding]
+    if as_json:
+        data = [{"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls, "by": f.by} for f in found]
+        output.print_json(data)
+    else:
+        output.print_line(f"{len(found) - len(bad)} of {len(found)} whole, {len(bad)} bad; {how}")
     output.leave_if(bool(bad))
 
 
@@ -52,4 +97,5 @@ def _print(finding: Finding) -> None:
         output.print_line(f"BAD   {finding.name}: {finding.problem}")
         return
     calls = f"  (unpickling it would call {', '.join(finding.calls)})" if finding.calls else ""
-    output.print_line(f"ok    {finding.name}{calls}")
+    by = f": {finding.by}" if finding.by else ""
+    output.print_line(f"ok    {finding.name}{by}{calls}")

@@ -21,6 +21,7 @@ from checkpointer.records.record import Record
 from checkpointer.restore.load import verify
 from checkpointer.tools.average import average
 from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.payloads import Payload
 
 
 @attrs.frozen(kw_only=True)
@@ -43,16 +44,30 @@ class File:
 
 
 def export_command(
-    directory: options.Directory,
-    name: Annotated[str, typer.Argument(help="A name, step or alias.", show_default=False)],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The new file.", show_default=False)],
+    items: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DIRECTORY] NAME OUT",
+            help="A file or folder, or a directory of checkpoints and a name, step or alias; then the new file.",
+            show_default=False,
+            autocompletion=options.complete_name,
+        ),
+    ],
     file: File,
     access: options.Access,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
+    if len(items) not in (2, 3):
+        msg = f"export takes FILE OUT, or DIRECTORY NAME OUT; {len(items)} were given: {' '.join(items)}"
+        raise PolicyError(msg)
+    out = items[-1]
     options.check_out(out, access)
-    catalog = options.look(directory, access)
-    _write(catalog, [catalog.find(name)], out, file, lambda sources: sources[0][1])
+    if len(items) == 2:
+        found = options.payload(items[0], access, f"export {items[0]} NAME {out}")
+        _write([found], out, file, lambda sources: sources[0][1])
+        return
+    catalog = options.look(items[0], access)
+    _write(_payloads(catalog, [catalog.find(items[1])]), out, file, lambda sources: sources[0][1])
     # The checkpoint that an alias was meant for may be among these.
     output.say_damaged(catalog)
 
@@ -63,7 +78,10 @@ def average_command(
     access: options.Access,
     ranking: options.Ranking,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names, steps or aliases; or else --best.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="Names, steps or aliases; or else --best.", show_default=False, autocompletion=options.complete_name
+        ),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
     best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
@@ -77,16 +95,18 @@ def average_command(
         msg = "--out is missing; name the new file, such as --out averaged.safetensors"
         raise PolicyError(msg)
     if bool(names) == (best is not None):
-        msg = "name the checkpoints, or pass --best K with --by METRIC --mode min or max, or a --policy"
+        msg = (
+            "name the checkpoints, or pass --best K; --by METRIC --mode min or max, or a --policy, says which are best"
+        )
         raise PolicyError(msg)
     options.check_out(out, access)
     catalog = options.look(directory, access)
     records = [catalog.find(name) for name in names or ()]
     if best is not None:
-        records = best_first(catalog, catalog.manifest(run), ranking)[:best]
+        records = best_first(catalog, catalog.manifest(run), ranking, access)[:best]
         if len(records) < best:
             output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
-    _write(catalog, records, out, file, average)
+    _write(_payloads(catalog, records), out, file, average)
     if not file.as_json:
         for record in records:
             output.print_line(f"  {record.name}")
@@ -101,21 +121,25 @@ def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
         raise type(error)(msg) from error
 
 
+def _payloads(catalog: Catalog, records: list[Record]) -> list[Payload]:
+    return [Payload(place=catalog.place, storage=catalog.storage, name=r.name, record=r) for r in records]
+
+
 def _write(
-    catalog: Catalog,
-    records: list[Record],
+    payloads: list[Payload],
     out: str,
     file: File,
     combined: Callable[[list[tuple[str, Weights]]], Weights],
 ) -> None:
-    """Verify checkpoints, write their combined weights, and say what was written."""
+    """Verify what has a record, write the combined weights, and say what was written."""
     format = file.format or format_by_name(out)
     with contextlib.ExitStack() as stack:
         sources = []
-        for record in records:
-            verify(catalog.storage, record)
-            contents = stack.enter_context(open_contents(catalog.storage, record.name))
-            sources.append((record.name, _weights(contents, file.only, record.name)))
+        for payload in payloads:
+            if payload.record is not None:
+                verify(payload.storage, payload.record)
+            contents = stack.enter_context(open_contents(payload.storage, payload.name))
+            sources.append((payload.name, _weights(contents, file.only, payload.name)))
         weights = combined(sources)
         advance = stack.enter_context(output.progress("writing", sum(info.bytes for info in weights.tensors.values())))
 
@@ -126,7 +150,7 @@ def _write(
         size = write_weights(out, weights.tensors, read, format=format)
     left_out, count = [*weights.values], len(weights.tensors)
     if file.as_json:
-        of = [record.name for record in records]
+        of = [payload.name for payload in payloads]
         data = {"path": out, "bytes": size, "tensors": count, "key": weights.prefix, "of": of, "left_out": left_out}
         output.print_json(data)
         return

@@ -1,0 +1,49 @@
+"""``checkpointer pin`` and ``unpin``: keep a checkpoint, whatever the rules say."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpointer.cli import options, output
+from checkpointer.commit.journal import Journal
+from checkpointer.tools.catalog import look_at
+from checkpointer.tools.prune import set_pinned
+
+Names = Annotated[
+    list[str],
+    typer.Argument(help="Names, steps or aliases.", show_default=False, autocompletion=options.complete_name),
+]
+
+
+def pin_command(
+    directory: options.Directory, names: Names, access: options.Access, as_json: options.Json = False
+) -> None:
+    """Pin checkpoints: no rule, no limit and no command removes them until they are unpinned.
+
+    While a training runs, its own manager pins: manager.pin(name).
+    """
+    _set_pinned(directory, names, access, pinned=True, as_json=as_json)
+
+
+def unpin_command(
+    directory: options.Directory, names: Names, access: options.Access, as_json: options.Json = False
+) -> None:
+    """Let the rules decide about checkpoints again. The next save, or prune, removes what no rule keeps."""
+    _set_pinned(directory, names, access, pinned=False, as_json=as_json)
+
+
+def _set_pinned(directory: str, names: list[str], access: options.Access, *, pinned: bool, as_json: bool) -> None:
+    key = access.key
+    options.look(directory, access)
+    with options.writing(directory, access) as (storage, owner):
+        catalog = look_at(storage, key)
+        records = [*{(found := catalog.find(name)).name: found for name in names}.values()]
+        changed = set_pinned(catalog, records, Journal(storage, owner, key), pinned=pinned)
+    what = "pinned" if pinned else "unpinned"
+    if as_json:
+        output.print_json({what: [record.name for record in records], "changed": [record.name for record in changed]})
+        return
+    for record in records:
+        output.print_line(f"{what}  {record.name}{'' if record in changed else ' (was so before)'}")

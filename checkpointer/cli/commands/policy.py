@@ -1,0 +1,87 @@
+"""``checkpointer policy``: write a policy file, check it, or show the one that a run has noted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from checkpointer._display import count_text
+from checkpointer.cli import options, output
+from checkpointer.errors import NameTakenError, NotFoundError
+from checkpointer.tools.policies import noted_text
+from checkpointer.tools.policy_file import START, check_policy
+
+policy_commands = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+"""The commands below ``checkpointer policy``."""
+
+
+@policy_commands.callback()
+def policy() -> None:
+    """Write a policy file, check it, or show the one that a run has noted."""
+
+
+def check(
+    file: Annotated[str, typer.Argument(help="The file; - reads stdin.", show_default=False)],
+    as_json: options.Json = False,
+) -> None:
+    """Check a policy file, and print what it means. Exits with 1 if something in it is wrong; each error has its line.
+
+    Example: checkpointer policy check policy.yaml
+    """
+    data = sys.stdin.buffer.read() if file == "-" else options.read_policy_file(file)
+    found, problems = check_policy(data)
+    if as_json:
+        means = None if found is None else str(found)
+        output.print_json({"policy": means, "problems": [{"line": p.line, "text": p.text} for p in problems]})
+    elif found is not None:
+        output.print_line(f"{file}: {found}")
+    else:
+        for problem in problems:
+            output.print_line(f"{file}, {problem}")
+        output.print_line(f"{file}: {count_text(len(problems), 'problem')}")
+    output.leave_if(bool(problems))
+
+
+def init(
+    file: Annotated[str, typer.Argument(help="The new file; without it, it is printed.", show_default=False)] = "",
+) -> None:
+    """Write a policy file to begin with: every epoch, the best 3 and the last 2, and more as comments.
+
+    Example: checkpointer policy init policy.yaml
+    """
+    if not file:
+        output.write(START)
+        return
+    try:
+        with open(file, "x", encoding="utf-8") as stream:
+            stream.write(START)
+    except FileExistsError as error:
+        msg = f"{file} exists already, and is not replaced; name a new file"
+        raise NameTakenError(msg) from error
+    output.print_line(f"{file}: written; edit it, then try 'checkpointer policy check {file}'")
+
+
+def show(directory: options.Directory, access: options.Access, run: options.Run = None) -> None:
+    """Print the policy that a run has noted in its directory, as YAML.
+
+    Example: checkpointer policy show runs/digits > policy.yaml
+    """
+    catalog = options.look(directory, access)
+    manifest = catalog.manifest(run)
+    text = noted_text(catalog, manifest.run, manifest.label, access.key)
+    if not text:
+        msg = f"run {manifest.run} in {catalog.place} has not noted its policy"
+        raise NotFoundError(msg)
+    for line in text.splitlines():
+        output.print_line(line)
+
+
+for _command in (init, check, show):
+    policy_commands.command(_command.__name__)(options.expanded(_command))

@@ -1,0 +1,63 @@
+"""``checkpointer rm``: remove named checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpointer._display import count_text, size_text
+from checkpointer.cli import options, output
+from checkpointer.commit.journal import Journal
+from checkpointer.records.record import Record
+from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.prune import remove, why_not_removed
+
+
+def rm_command(
+    directory: options.Directory,
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Names or steps.", show_default=False, autocompletion=options.complete_name),
+    ],
+    access: options.Access,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show the checkpoints of these names; with --apply remove them, payload and record.
+
+    What is pinned and what an alias points to stays, and then nothing is removed.
+    """
+    key = access.key
+    options.look(directory, access)
+    with options.writing(directory, access) as (storage, owner):
+        catalog = look_at(storage, key)
+        records = [*{(found := catalog.find(name)).name: found for name in names}.values()]
+        stay = {record.name: why for record in records if (why := why_not_removed(catalog, record))}
+        gone = remove(catalog, records, Journal(storage, owner, key)) if apply else ()
+    if as_json:
+        going = [record.name for record in records if record.name not in stay]
+        output.print_json({"going": going, "stay": stay, "removed": [record.name for record in gone]})
+    else:
+        _print(catalog, records, stay, is_done=apply)
+    output.leave_if(bool(stay) or (apply and len(gone) < len(records)))
+
+
+def _print(catalog: Catalog, records: list[Record], stay: dict[str, str], *, is_done: bool) -> None:
+    for record in records:
+        if record.name in stay:
+            output.print_line(f"stays  {record.name}: {stay[record.name]}")
+        else:
+            output.print_line(f"{'gone ' if is_done else 'drop '}  {record.name}: step {record.step}")
+    going = [record for record in records if record.name not in stay]
+    what = f"{count_text(len(going), 'checkpoint')} ({size_text(sum(record.size for record in going))})"
+    if is_done:
+        output.print_line(f"removed {what}")
+        return
+    output.print_line(f"would remove {what}; --apply removes them")
+    for run, label in dict.fromkeys((record.run, record.label) for record in going):
+        newest = catalog.manifest(run, label).newest
+        if newest in going:
+            left = [r for r in catalog.manifest(run, label).live if r not in going]
+            then = f"the run would go on from {left[-1].name} (step {left[-1].step})" if left else "none of it is left"
+            output.say(f"{newest.name} is the newest of run {run}; then {then}")

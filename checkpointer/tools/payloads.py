@@ -1,0 +1,112 @@
+"""Finds the payload at a path or URL, with its record if it has one. It needs no directory of records."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+
+from checkpointer.commit.index import HOME, RECORDS, read_entry, record_path
+from checkpointer.commit.signing import HMACKey
+from checkpointer.errors import NotFoundError, RecordError
+from checkpointer.ports import Storage
+from checkpointer.records.record import Record
+
+
+@attrs.frozen(kw_only=True)
+class Payload:
+    """A file or folder that may hold tensors."""
+
+    place: str
+    """The path or URL, as it was given."""
+    storage: Storage = attrs.field(repr=False)
+    name: str
+    """Its path in the storage; empty if it is the storage itself, as a folder."""
+    record: Record | None = None
+    """Its record, if it is a checkpoint of a directory."""
+    problem: str = ""
+    """Why its record cannot be read; empty if it can, or if there is none."""
+
+
+def payload_at(place: str, open: Callable[[str], Storage], trust: HMACKey | None = None) -> Payload | None:
+    """Return the payload at a path or URL; None if a directory of checkpoints is there, or only directories below it.
+
+    Args:
+        place: The path or URL of a file or folder.
+        open: Opens the storage of a directory.
+        trust: The key of signed records.
+
+    Raises:
+        NotFoundError: If there is nothing.
+
+    Example:
+        >>> import os, tempfile
+        >>> from checkpointer.storage import open_storage
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.pt")
+        ...     size = open(path, "wb").write(b"data")
+        ...     payload_at(path, lambda place: open_storage(place, "")).name
+        'model.pt'
+    """
+    protocol, separator, rest = place.partition("://")
+    if not separator or protocol in ("file", "local"):
+        return _local(place, rest if separator else place, open, trust)
+    parent, slash, name = place.rstrip("/").rpartition("/")
+    if not slash or parent.endswith("/"):  # The root of a bucket or server.
+        parent, name = place, ""
+    storage = open(parent)
+    files = storage.list(name)
+    if not files:
+        msg = f"there is no file or folder {place}"
+        raise NotFoundError(msg)
+    home = f"/{HOME}/" if not name else f"{name}/{HOME}/"
+    if name not in files and any(home in f"/{path}" for path in files):
+        return None
+    return _with_record(Payload(place=place, storage=storage, name=name), trust)
+
+
+def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey | None) -> Payload | None:
+    given = Path(path).expanduser()
+    if not given.exists():
+        msg = f"there is no file or folder {path}{similar(given.absolute())}"
+        if given.is_symlink():
+            msg = f"{path} is a link to {os.readlink(given)}, which is not there"
+        raise NotFoundError(msg)
+    # The payload of an alias that is a link has its record under its own name.
+    real = Path(os.path.realpath(given))
+    if real.is_dir() and any(real.glob(f"**/{HOME}")):
+        return None
+    for folder in real.parents:
+        if (folder / RECORDS).is_dir():
+            found = Payload(place=place, storage=open(str(folder)), name=real.relative_to(folder).as_posix())
+            found = _with_record(found, trust)
+            if found.record is not None or found.problem:
+                return found
+    return Payload(place=place, storage=open(str(real.parent)), name=real.name)
+
+
+def similar(path: Path, *, folders: bool = False) -> str:
+    """Return a hint: the closest file or folder beside the one that is not there."""
+    parent = path
+    while not parent.parent.is_dir():
+        parent = parent.parent
+    try:
+        names = [entry.name for entry in parent.parent.iterdir() if not folders or entry.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(parent.name, names, n=1)
+    return f" (did you mean {parent.parent / close[0]}?)" if close else ""
+
+
+def _with_record(payload: Payload, trust: HMACKey | None) -> Payload:
+    path = record_path(payload.name)
+    try:
+        entry = read_entry(payload.storage, path, trust)
+    except FileNotFoundError:
+        return payload
+    except RecordError as error:
+        return attrs.evolve(payload, problem=str(error))
+    return attrs.evolve(payload, record=entry.record) if entry.status == "committed" else payload
