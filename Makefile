@@ -28,7 +28,7 @@ help:
 	@echo "make peers       install what bench-performance compares with, into .venv-peers"
 	@echo "make bench-performance BEFORE=...  one table of what saves and restores of 1 GB cost, beside others; 15 minutes"
 	@echo "make gpu         what a CUDA device adds, measured and checked in six minutes; DEVICE=cpu is a dry run"
-	@echo "make bench-ranks  measure what several processes pay for agreeing"
+	@echo "make bench-ranks BEFORE=...  measure what several processes pay: agreement, saves and restores of shards beside DCP's"
 	@echo "make bench-transformers  measure a Trainer's step with the callback; needs make hosts"
 	@echo "make bench-lightning  measure saves in Lightning beside its own class"
 	@echo "make format      let ruff format and fix"
@@ -131,7 +131,7 @@ bench-lightning: hosts
 	PYTHONPATH=tests "$(BIN)/python" benchmarks/beside_lightning.py
 
 bench-ranks: venv
-	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py
+	PYTHONPATH=tests "$(BIN)/python" benchmarks/ranks.py $(if $(BEFORE),--before $(BEFORE))
 
 bench-transformers: venv
 	"$(BIN)/python" benchmarks/transformers_overhead.py

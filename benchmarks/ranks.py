@@ -1,28 +1,33 @@
 """What several processes pay: for agreeing, in a training of 5 ms steps, and for a save of shards.
 
-Run it with ``make bench-ranks``. Blocks of steps with and without a trigger are interleaved in the same processes; a
-step sleeps and then reduces a gradient, as DDP does. The overhead is the median over pairs of blocks. Saves of sharded
-state are interleaved too; what counts is how long the loop of the slowest rank is blocked.
+Run it with ``make bench-ranks``; with ``BEFORE=v0.1.0`` it measures saves and restores of that commit, too. Blocks of
+steps with and without a trigger are interleaved in the same processes; a step sleeps and then reduces a gradient, as
+DDP does. The overhead is the median over pairs of blocks. Saves of sharded state are interleaved too; what counts is
+how long the loop of the slowest rank is blocked. `shards` measures the whole save and restore.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from shards import measured, rows
 from support.together import together
 from table import Row, show
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from trees import REPOSITORY, checked_out
 
 from checkpointer import DistributedManager, EverySeconds, EverySteps, KeepLast, Policy
 
@@ -124,9 +129,34 @@ def blocked(rank: int, folder: str) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in took.items()}  # The first one warms.
 
 
+def saved_and_restored(before: str | None, sizes: Sequence[int]) -> list[Row]:
+    """Return the rows of `shards`, of this build and an earlier one, which take turns."""
+    table: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        builds = {"this build": REPOSITORY}
+        if before:
+            builds[before[:9]] = stack.enter_context(checked_out(before))
+        for size in sizes:
+            found = {name: measured(tree, size, SHARDS_MB, SAVES, folder) for name, tree in builds.items()}
+            table += rows(found, size, SHARDS_MB)
+    return table
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", metavar="REV", help="a commit or tag that is measured beside this build")
+    parser.add_argument("--only", choices=["shards"], help="leave out what agreement costs")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4], help="numbers of ranks")
+    options = parser.parse_args()
+    rows = [] if options.only else agreed(options.sizes)
+    show([*rows, *saved_and_restored(options.before, options.sizes)])
+
+
+def agreed(sizes: Sequence[int]) -> list[Row]:
+    """Return what agreement costs, and how long saves block the loop."""
     rows: list[Row] = []
-    for size in (2, 4):
+    for size in sizes:
         for name, (without, more) in together(size, overheads)[0].items():
             goal = " (goal <= 1 %)" if name.startswith("time trigger") else ""
             rows.append(
@@ -144,7 +174,7 @@ def main() -> None:
         rows += [
             (f"{what}: {name}", f"{s:.3f} s", copy, f"{copied:.3f} s", f"{s / copied:.2f} x") for name, s in others
         ]
-    show(rows)
+    return rows
 
 
 if __name__ == "__main__":

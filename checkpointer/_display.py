@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -10,6 +11,7 @@ from typing import Final
 
 _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+_SHARDS: Final = re.compile(r"__(\d+)_\d+\.distcp")
 _CELL: Final = 'style="text-align: left; vertical-align: top; padding: 2px 10px 2px 0"'
 
 
@@ -38,6 +40,16 @@ def age_text(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0.0):.0f} s"
+
+
+def shard_text(file: str) -> str:
+    """Return the name of a file of shards with the rank that wrote it: DCP puts its number into the name.
+
+    >>> shard_text("__3_0.distcp"), shard_text(".metadata")
+    ('__3_0.distcp (the shards of rank 3)', '.metadata')
+    """
+    match = _SHARDS.fullmatch(file)
+    return f"{file} (the shards of rank {match[1]})" if match else file
 
 
 def count_text(count: int, noun: str) -> str:

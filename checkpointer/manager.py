@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import attrs
 import yaml
@@ -338,7 +338,8 @@ class CheckpointManager:
             weights_only: Unpickle nothing but plain data; pass False only for a file you trust.
             map_location: Where tensors go, as for ``torch.load``.
             contents: ``"any"`` also takes checkpoints that hold only weights.
-            verify: ``"full"`` compares the digest of all bytes with the record. ``"size"`` compares only the size, and
+            verify: ``"full"`` compares the digest of all bytes with the record. ``"mine"`` leaves out the parts of a
+                folder of shards that are not read; otherwise it is ``"full"``. ``"size"`` compares only the size, and
                 is refused with ``trust=``.
             mmap: Map a local file into memory instead of reading it, which is many times faster. The tensors use its
                 pages, so no program may change the file in place while they are used; on a network mount, nor delete
@@ -356,8 +357,8 @@ class CheckpointManager:
             RestoreError: If it has to be fetched from the mirror, and there is no room for it; or if a remote storage
                 does not answer.
         """
-        if verify not in ("full", "size"):
-            msg = f"verify is {verify!r}; expected 'full' or 'size'"
+        if verify not in get_args(Verify):
+            msg = f"verify is {verify!r}; expected 'full', 'mine' or 'size'"
             raise PolicyError(msg)
         if verify == "size" and self._directory.journal.trust is not None:
             msg = "verify='size' would load payloads whose bytes are not verified; leave it out, or open without trust="

@@ -19,6 +19,7 @@ __all__ = [
     "Storage",
     "SupportsCapabilities",
     "SupportsCopy",
+    "SupportsFileDigests",
     "SupportsFreeSpace",
     "SupportsLinks",
     "SupportsMailbox",
@@ -30,6 +31,7 @@ __all__ = [
     "SupportsSnapshots",
     "SupportsSweep",
     "SupportsURLs",
+    "SupportsUploads",
     "Taken",
     "Upload",
     "Writable",
@@ -164,6 +166,14 @@ class SupportsPieces(Protocol):
 
 
 @runtime_checkable
+class SupportsUploads(Protocol):
+    """A storage that keeps the parts of an upload that was not finished, although no listing shows them."""
+
+    def abort_uploads(self, path: str) -> None:
+        """Drop the unfinished uploads of files at or below ``path``, of all writers."""
+
+
+@runtime_checkable
 class SupportsURLs(Protocol):
     """A storage whose files have a URL, for trainers that write by themselves where nothing can be staged."""
 
@@ -241,6 +251,32 @@ class FolderFormat(_AnyFormat, Protocol):
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """Read a state. With ``weights_only`` run no code from the payload; raise `UnsafePayloadError` instead."""
+
+
+@runtime_checkable
+class SupportsFileDigests(Protocol):
+    """A format of folders that digests each file while it writes it, and verifies what it reads."""
+
+    def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]] | None:
+        """Do as `FolderFormat.write_folder`. Return size (bytes) and digest (hex digits) of each file in the folder.
+
+        Returns None if they are not known. Then the files are read for it.
+        """
+
+    def read_verified(
+        self,
+        path: str,
+        *,
+        files: Mapping[str, tuple[int, str]],
+        algorithm: str,
+        everything: bool,
+        weights_only: bool,
+        map_location: Any,
+    ) -> Any:
+        """Do as `FolderFormat.read_folder`; raise `CorruptError` if what was read is not what was written.
+
+        ``files`` is what `write_digested` returned. ``everything`` also verifies what is not read.
+        """
 
 
 class Taken(Protocol):

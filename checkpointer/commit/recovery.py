@@ -12,6 +12,7 @@ import attrs
 from checkpointer.commit.changes import Changes, changes_path, read_changes
 from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
+from checkpointer.commit.named_writes import announced_by_others, has_named_files, is_replaced, remove_files
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CheckpointerWarning, RecordError
 from checkpointer.ports import Storage
@@ -55,7 +56,14 @@ def finish_left(
     """Finish what ended writers of a run left, and return the names; ``force`` counts unknown writers as ended."""
     ours = [one for one in listing.changes if journal.has_stopped(one.owner, force=force) and _is_of(run, *one.entries)]
     entries = [entry for entry in listing.entries.values() if _is_of(run, entry)]
-    left = [one for one in entries if one.status != "committed" and journal.has_stopped(one.owner, force=force)]
+    unsure = announced_by_others(journal, listing.changes, force=force)
+
+    def can_finish(entry: Entry) -> bool:
+        if entry.status == "committed" or entry.record.name in unsure:
+            return False
+        return journal.has_stopped(entry.owner, force=force) or is_replaced(journal, entry)
+
+    left = [one for one in entries if can_finish(one)]
     # A pending record without a payload may be that of a live writer, which is about to write the payload.
     kept = {one.record.name for one in entries if one.status != "committed"}
     records = [entry.record for entry in entries if entry.status != "retired"]
@@ -66,7 +74,12 @@ def finish_left(
             finish_changes(journal, changes.owner)
         for listed in left:
             entry = journal.find(listed.record.name)
-            if entry is not None and entry.status != "committed" and journal.has_stopped(entry.owner, force=force):
+            if entry is None or not can_finish(entry):
+                continue
+            record, storage = entry.record, journal.storage
+            if entry.status == "pending" and has_named_files(storage, record) and not is_payload_of(journal, record):
+                remove_files(storage, record)
+            if journal.has_stopped(entry.owner, force=force):
                 finish(journal, entry, write=True)
         for record in moved:
             journal.delete(record.name)

@@ -13,7 +13,8 @@ The crash argument. A save takes these steps. Each step is durable before the ne
 8. *Retire*: of each checkpoint that no rule keeps, the payload is deleted, then the record.
 9. *Report*: the manager empties the file of changes, and calls the listeners.
 
-A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once its writer has certainly ended.
+A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once its writer has certainly ended. Folders
+at a URL are not staged: `checkpointer.commit.named_writes` has their steps, and argues when files are removed.
 A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload under its name decides:
 
 - If it is the new payload, it is whole, and the new record counts.
@@ -30,26 +31,43 @@ The manager deletes or replaces only payloads that its own records name, and sta
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Literal
 
 import attrs
 
+from checkpointer._display import shard_text, some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
+from checkpointer.commit.named_writes import is_begun, no_digest, remove_files
 from checkpointer.commit.recovery import remove, settle
 from checkpointer.errors import CheckpointerWarning, CorruptError, NameTakenError, SaveError
 from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
 from checkpointer.records.names import check_name
 from checkpointer.records.record import Entry, Record
-from checkpointer.storage.digests import DigestWriter, FolderDigest, algorithm_of, digest_of, size_of
+from checkpointer.storage.digests import (
+    DigestWriter,
+    FolderDigest,
+    algorithm_of,
+    digest_of,
+    digest_of_files,
+    size_of,
+)
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.owner import is_dead, is_live
 from checkpointer.storage.progress import Transfer
 
 _CHUNK = 4 << 20
+_MAX_FILES: Final = 2000
+"""A record names no more files than this, because it has to stay small."""
+
+Files = Mapping[str, tuple[int, str]]
+"""Size (bytes) and digest (hex digits) of each file of a folder by its path inside."""
+WritePath = Callable[[str], "Files | None"]
+"""Writes a payload to a path or URL. Returns its files if it has digested them."""
 
 
 @attrs.define
@@ -62,6 +80,8 @@ class Transaction:
     storage: Storage = attrs.field(init=False)
     transfer: Transfer | None = attrs.field(default=None, init=False)
     """The payload that is being written; other threads may read how far it is."""
+    _failed: list[Record] = attrs.field(factory=list, init=False)
+    """Saves under final names that have failed."""
 
     def __attrs_post_init__(self) -> None:
         self.storage = self.journal.storage
@@ -99,7 +119,7 @@ class Transaction:
     def commit_path(
         self,
         draft: Record,
-        write: Callable[[str], None],
+        write: WritePath,
         *,
         replaces: Record | None,
         over_alias: bool,
@@ -112,36 +132,59 @@ class Transaction:
         assert isinstance(self.storage, SupportsPaths), "the saver checks it"
         path, upload = self.storage.stage(draft.name)
         try:
-            write(path)  # 1
+            files = write(path)  # 1
             if os.path.isdir(path) and (over_alias or (replaces is not None and self.storage.list(draft.name))):
                 draft, replaces, over_alias, written = attrs.evolve(draft, name=own_name()), None, False, path
                 path, upload = self.storage.stage(draft.name)
                 os.rename(written, path)
             upload.finish()  # 2
-            size, digest = self._measure_staged(path, self.journal.algorithm)
-            return self._publish(upload, attrs.evolve(draft, size=size, digest=digest), replaces, over_alias)
+            parent, _, name = path.rpartition("/")
+            record = self._digested(draft, LocalStorage(parent, self.journal.owner), name, files)
+            return self._publish(upload, record, replaces, over_alias)
         finally:
             upload.abort()
 
-    def commit_named(self, draft: Record, write: Callable[[], None]) -> Record:
+    def commit_named(self, draft: Record, write: Callable[[], Files | None]) -> Record:
         """Let a trainer write a file or folder to an unused final name, if the storage cannot stage it.
 
         A pending record reserves the name, so only one of two writers continues. After a crash the payload does not
-        match the record: it does not count, and the written files stay.
+        match the record, so it does not count. `checkpointer.commit.named_writes` removes its files.
+
+        Raises:
+            FencedError: If another process has taken over the run meanwhile. It may have removed the files.
         """
-        # No payload has this digest, so the record does not match the payload before it is committed.
-        zeros = "0" * len(FolderDigest(self.journal.algorithm).digest.partition(":")[2])
-        draft = attrs.evolve(draft, size=0, digest=f"{self.journal.algorithm}:{zeros}")
-        self._check_replaced(draft, None, over_alias=False)
+        draft = attrs.evolve(draft, size=0, digest=no_digest(self.journal.algorithm))
         self.journal.announce(self._pending(draft))  # 3
         try:
-            write()  # 1, 2, 4
-            size, digest = _measure(self.storage, draft.name, self.journal.algorithm)
+            files = write()  # 1, 2, 4
+            record = self._digested(draft, self.storage, draft.name, files)
         except Exception:
-            self.storage.delete(draft.name)
-            self.journal.delete(draft.name)
+            with contextlib.suppress(OSError), self.journal.changing(aliases=[draft.name]):
+                remove_files(self.storage, draft)
+                self._failed.append(draft)
             raise
-        return self._commit(attrs.evolve(draft, size=size, digest=digest))  # 5
+        self._commit(record)  # 5
+        self.journal.check_term()
+        self._forget_failed()
+        return record
+
+    def _forget_failed(self) -> None:
+        """Remove the records of saves that have failed. Their ranks have ended them, because they have saved again."""
+        failed, self._failed = self._failed, []
+        if failed:
+            with contextlib.suppress(OSError), self.journal.changing(aliases=[draft.name for draft in failed]):
+                for draft in failed:
+                    remove_files(self.storage, draft)
+                    self.journal.delete(draft.name)
+
+    def _digested(self, draft: Record, storage: Storage, name: str, files: Files | None) -> Record:
+        """Return the record of a payload that is written. It is read for its digest, unless its ``files`` are known."""
+        if files is None:
+            size, digest = _measure(storage, name, self.journal.algorithm)
+            return attrs.evolve(draft, size=size, digest=digest)
+        _check_written(storage, name, files)
+        size, digest = digest_of_files(files, self.journal.algorithm)
+        return attrs.evolve(draft, size=size, digest=digest, files=files if len(files) <= _MAX_FILES else {})
 
     def adopt(self, draft: Record, *, replaces: Record | None = None) -> Record:
         """Commit a payload that a trainer has written under its final name (steps 2 and 5)."""
@@ -191,9 +234,10 @@ class Transaction:
 
     def _upload_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
         """Upload the files of a folder one by one. They count when the record is committed."""
-        self._check_replaced(record, replaces, over_alias=False)
         if replaces is None:
             self.journal.announce(self._pending(record))  # 3
+        else:
+            self._check_replaced(record, replaces, over_alias=False)
         with self.journal.changing(*([self._pending(record, replaces)] if replaces else [])):
             return self._upload_files(record, source, path, replaces)
 
@@ -213,12 +257,13 @@ class Transaction:
                 published.append(name)
             _check_copied(record, (digest.size, digest.digest), f"{path} in {source}")
         except Exception:
-            for name in published:
-                self.storage.delete(name)
-            if replaces is None:
-                self.journal.delete(record.name)
-            else:
-                self._commit(replaces)
+            with self.journal.changing(aliases=[record.name]):
+                for name in published:
+                    self.storage.delete(name)
+                if replaces is None:
+                    self.journal.delete(record.name)
+                else:
+                    self._commit(replaces)
             raise
         return self._commit(record)  # 5
 
@@ -272,6 +317,9 @@ class Transaction:
         entry = self.journal.read(record.name)
         if entry is None or entry.status == "retired":
             return replaces
+        if entry.status == "pending" and is_begun(entry.record):
+            msg = f"another save has begun to write {record.name}; nothing was replaced"
+            raise NameTakenError(msg)
         there: Record | None = entry.record
         # A writer on another host may be alive, so its new name is not taken over.
         replacing = replaces is not None or over_alias
@@ -358,6 +406,20 @@ def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "co
                 upload.write(chunk)
         upload.finish()
         upload.publish(replace=True)
+
+
+def _check_written(storage: Storage, name: str, files: Files) -> None:
+    """Raise unless a folder has exactly the files that were written."""
+    there = {path[len(name) + 1 :]: stat.size for path, stat in storage.list(name).items()}
+    if there == {inside: size for inside, (size, _) in files.items()}:
+        return
+    if gone := sorted(files.keys() - there.keys()):
+        what = f"{some_of([*map(shard_text, gone)])} cannot be seen by rank 0"
+        msg = f"{what}, although it was written; all ranks have to use one directory, on a storage that they share"
+        raise SaveError(msg)
+    other = sorted(inside for inside, size in there.items() if files.get(inside, (-1, ""))[0] != size)
+    msg = f"{some_of(other)} in {name!r} was written by another program, or was changed while the folder was written"
+    raise SaveError(msg)
 
 
 def _read_chunks(storage: Storage, path: str) -> Iterator[bytes]:

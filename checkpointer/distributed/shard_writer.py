@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
 
 from checkpointer.errors import RanksError
-from checkpointer.ports import FolderFormat, Mailbox, Snapshotting, Taken
+from checkpointer.ports import Mailbox, Snapshotting, SupportsFileDigests, Taken
 from checkpointer.save.background import finish_at_exit
 
 HEARTBEAT_S: Final = 5.0
@@ -36,15 +36,15 @@ class ShardWriter:
     """One rank's copies, each under the number that it has on all ranks.
 
     The threads of all ranks write a copy together, in a process group of their own. Other ranks poll the mailbox for
-    rank 0's message (a path, or "cancelled") before they start to write. So a rank never waits in a collective that
-    another rank does not reach.
+    rank 0's message (the digest's algorithm and a path, or "cancelled") before they start to write. So a rank never
+    waits in a collective that another rank does not reach.
 
     The mailbox is None if this is the only rank. The payload writes in the mailbox's group. There are at most
     ``copies`` at a time.
     """
 
     def __init__(
-        self, rank: int, mailbox: Mailbox | None, payload: FolderFormat, snapshots: Snapshotting, copies: int
+        self, rank: int, mailbox: Mailbox | None, payload: SupportsFileDigests, snapshots: Snapshotting, copies: int
     ) -> None:
         self._rank = rank
         self._mailbox = mailbox
@@ -132,10 +132,11 @@ class ShardWriter:
             raise RanksError(msg)
         return copy.wait()
 
-    def write(self, number: int, path: str) -> None:
-        """Write a copy to a new folder, together with the other ranks. On rank 0."""
-        self._post(number, path)
-        self._write(number, path)
+    def write(self, number: int, path: str, algorithm: str) -> Mapping[str, tuple[int, str]] | None:
+        """Do as `SupportsFileDigests.write_digested` with a copy, together with the other ranks. On rank 0."""
+        message = f"{algorithm} {path}"
+        self._post(number, message)
+        return self._write(number, message)
 
     def release(self, number: int) -> None:
         """Release a copy on all ranks, written or not. On rank 0; a second call does nothing."""
@@ -165,14 +166,15 @@ class ShardWriter:
 
     # On the writer threads of all
 
-    def _write(self, number: int, path: str, error: Exception | None = None) -> None:
+    def _write(self, number: int, message: str, error: Exception | None = None) -> Mapping[str, tuple[int, str]] | None:
         state: Any = None
         try:
             state = self.state(number)
         except Exception as failure:
             error = error or failure
         self._synchronize(number, error)
-        self._payload.write_folder(state, path)
+        algorithm, _, path = message.partition(" ")
+        return self._payload.write_digested(state, path, algorithm=algorithm)
 
     def _synchronize(self, number: int, error: Exception | None) -> None:
         """Wait for all ranks; raise if one of them failed, or is at another copy: no rank may begin the write then."""
@@ -193,9 +195,9 @@ class ShardWriter:
         if before is not None:
             before.join()
         try:
-            path, failure = self._poll(number)
-            if path != CANCELLED:
-                self._write(number, path, failure)
+            message, failure = self._poll(number)
+            if message != CANCELLED:
+                self._write(number, message, failure)
         except Exception as error:  # Rank 0 gets it too, and raises it in the loops.
             _log.error("rank %d: its part of a state was not written: %s: %s", self._rank, type(error).__name__, error)
         finally:

@@ -9,8 +9,9 @@ from checkpointer.distributed.shard_writer import NumberedCopy, ShardWriter
 from checkpointer.distributed.team import Team
 from checkpointer.errors import PolicyError
 from checkpointer.formats import open_format
-from checkpointer.ports import FolderFormat, Format, Mailbox, Ranks, SupportsMailbox
+from checkpointer.ports import FolderFormat, Format, Mailbox, Ranks, SupportsFileDigests, SupportsMailbox
 from checkpointer.save.background import Busy, copies_of
+from checkpointer.storage.digests import ALGORITHM
 
 if TYPE_CHECKING:
     from checkpointer.formats.dcp_folder import DcpFormat
@@ -39,6 +40,8 @@ class StateIO:
         self.team = Team(ranks, {"take": self._take, "write": self._write, "read": self._read, "copy": self._copy})
         self._num_copies = 0
         self._taken: Any = None
+        self._written: Mapping[str, tuple[int, str]] | None = None
+        """On rank 0: the files of the folder that was written last."""
         self.loaded: Any = None
         """What this rank has read."""
         self.writer: ShardWriter | None = None
@@ -70,10 +73,18 @@ class StateIO:
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`."""
+        self.write_digested(state, path, algorithm=ALGORITHM)
+
+    def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]] | None:
+        """See `SupportsFileDigests.write_digested`."""
         if isinstance(state, NumberedCopy):
-            state.writer.write(state.number, path)
-        else:
-            self.team.call("write", path)
+            return state.writer.write(state.number, path, algorithm)
+        self.team.call("write", path, algorithm)
+        return self._written
+
+    def read_verified(self, path: str, **options: Any) -> Any:
+        """See `SupportsFileDigests.read_verified`."""
+        return self.read_folder(path, **options)
 
     def read_folder(self, path: str, **options: Any) -> Any:
         """See `FolderFormat.read_folder`."""
@@ -112,11 +123,16 @@ class StateIO:
         if self._ranks.rank and not self.is_folder:
             self._taken = None  # Rank 0 writes its own.
 
-    def _write(self, path: str) -> None:
-        self.payload.write_folder(self._taken, path)
+    def _write(self, path: str, algorithm: str) -> None:
+        self._written = None
+        if isinstance(self.payload, SupportsFileDigests):
+            self._written = self.payload.write_digested(self._taken, path, algorithm=algorithm)
+        else:
+            self.payload.write_folder(self._taken, path)
 
     def _read(self, path: str, options: Mapping[str, Any]) -> None:
-        self.loaded = self.payload.read_folder(path, **options)
+        read = self.payload.read_verified if "files" in options else self.payload.read_folder
+        self.loaded = read(path, **options)
 
     def _copy(self, number: int) -> None:
         assert self.writer is not None, "the manager saves in the background"

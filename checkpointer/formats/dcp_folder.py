@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, cast
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
@@ -35,6 +36,7 @@ from checkpointer.errors import (
     UnsafePayloadError,
     portable,
 )
+from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.pickler import by_value, check_whole
 from checkpointer.formats.snapshot import Snapshots
@@ -42,10 +44,11 @@ from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
 
-METADATA: Final = ".metadata"
-
 _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
+
+_ALGORITHM: Final = "xxh3-128"
+"""The digest of shards if no record says which one it needs."""
 
 MAX_LIST: Final = 1_000_000
 MAX_PROBLEMS: Final = 10
@@ -108,9 +111,15 @@ class DcpFormat:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard.
+            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard; or if
+                a rank does not see the folder that the first rank has made.
         """
-        writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
+        self.write_digested(state, path, algorithm=_ALGORITHM)
+
+    def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]]:
+        """See `SupportsFileDigests.write_digested`. Only the first rank gets the digests of all files."""
+        writer = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
+        writer.digest_by(algorithm)
         plain: dict[str, Any] = {}
         error: Exception | None = None
         try:
@@ -122,6 +131,7 @@ class DcpFormat:
         with _as_they_are(SaveError):
             save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
             self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
+        return writer.files
 
     def snapshots(self, copies: int) -> Snapshotting:
         """See `SupportsSnapshots.snapshots`: ``state_dict`` of stateful objects is called in the loop."""
@@ -133,8 +143,30 @@ class DcpFormat:
         Raises:
             RestoreError: If the template lacks what the folder has, or the other way round.
         """
+        return self._read(path, None, weights_only=weights_only, map_location=map_location)
+
+    def read_verified(
+        self,
+        path: str,
+        *,
+        files: Mapping[str, tuple[int, str]],
+        algorithm: str,
+        everything: bool,
+        weights_only: bool,
+        map_location: Any,
+    ) -> Any:
+        """See `SupportsFileDigests.read_verified`: each rank verifies what it reads, and a share of what no rank reads.
+
+        Raises:
+            CorruptError: If a file is gone, or other bytes were read than were written. The message names the tensors.
+            RestoreError: As `read_folder`, or if a rank does not see the folder that the first rank sees.
+        """
+        check = Check(files=files, algorithm=algorithm, everything=everything)
+        return self._read(path, check, weights_only=weights_only, map_location=map_location)
+
+    def _read(self, path: str, check: Check | None, *, weights_only: bool, map_location: Any) -> Any:
         reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
-        reader.weights_only = weights_only
+        reader.weights_only, reader.check = weights_only, check
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only)
@@ -235,11 +267,29 @@ class _Movable:
         return StorageMeta(save_id=self.save_id)
 
 
-class _Writer(_Portable, _Movable, FileSystemWriter):
-    """Writes to a path."""
+class _Writer(_Portable, _Movable, DigestingWriter, FileSystemWriter):
+    """Writes to a path. The first rank makes the folder, and the others have to see it."""
+
+    _makes_folder = True
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._makes_folder = is_coordinator
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return super().prepare_local_plan(plan) if self._makes_folder else plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        if not os.path.isdir(self.path):
+            msg = (
+                f"this rank ({socket.gethostname()}) does not see {os.fspath(self.path)}, which the first rank has "
+                "made; all ranks have to use one directory, on a disk that they share"
+            )
+            raise SaveError(msg)
+        return super().write_data(plan, planner)
 
 
-class _UrlWriter(_Portable, _Movable, FsspecWriter):
+class _UrlWriter(_Portable, _Movable, DigestingWriter, FsspecWriter):
     """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
 
     DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
@@ -249,35 +299,32 @@ class _UrlWriter(_Portable, _Movable, FsspecWriter):
         super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
-class _Safe:
+class _Safe(VerifyingReader):
     """A reader that runs nothing its folder's metadata might hold, and reads nothing outside of the folder."""
 
     weights_only = True
-    error: RestoreError | None = None
-    """The error of the folder: DCP passes on its text only."""
-    fs: Any
-    path: str
+    error: Exception | None = None
+    """The error of the metadata, which the planner raises: DCP would pass on its text only."""
     load_id: str
+    _is_planned = False
 
     def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
         """Read the folder into a state."""
-        try:
-            with _as_they_are(RestoreError):
-                load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
-        except RestoreError as error:
-            raise self.error or error from None
+        if isinstance(planner, _Planner):
+            planner.reader, self._is_planned = self, True
+        self.rank = torch.distributed.get_rank(group["process_group"]) if "process_group" in group else 0
+        with _as_they_are(RestoreError):
+            load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
-            with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
-                metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
-        except FileNotFoundError as error:
-            msg = f"{self.path} has no {METADATA}, so torch.distributed.checkpoint did not write this folder"
-            self.error = CorruptError(msg)
-            raise self.error from error
-        except RestoreError as error:
+            stream = io.BytesIO(self.metadata_bytes())
+            metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
+        except (RestoreError, OSError) as error:
+            if not self._is_planned:
+                raise
             self.error = error
-            raise
+            metadata = Metadata({})
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -288,6 +335,8 @@ class Reader(_Portable, _Safe, FileSystemReader):  # type: ignore[misc]
 
 class _UrlReader(_Portable, _Safe, FsspecReader):  # type: ignore[misc]
     """Reads a URL."""
+
+    is_near = False
 
 
 def _read_metadata(stream: BinaryIO, folder: str, *, weights_only: bool) -> Metadata:
@@ -325,11 +374,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _Planner(_Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
+    reader: _Safe | None = None
+
     def __init__(self, *, weights_only: bool) -> None:
         super().__init__()
         self._weights_only = weights_only
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        if self.reader is not None and self.reader.error is not None:
+            raise self.reader.error
         assert metadata is not None, "a load has read it"
         _check_same(state_dict, metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)

@@ -16,7 +16,8 @@ from checkpointer.errors import NameTakenError, PolicyError, SaveError
 from checkpointer.formats.inspection.pickle import Persistent
 from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
-from checkpointer.formats.inspection.tensors import TensorInfo, memory_at, memory_of
+from checkpointer.formats.inspection.tensors import TensorInfo
+from checkpointer.formats.memory import memory_at, memory_of
 
 WeightsFormat = Literal["safetensors", "torch"]
 

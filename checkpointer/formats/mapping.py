@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
-from checkpointer.formats.inspection.tensors import memory_at
+from checkpointer.formats.memory import memory_at
 
 _POPULATE_READ: Final = 22
 """``MADV_POPULATE_READ`` of Linux 5.14: what would be a SIGBUS at an access is an error of this call instead."""

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
-from checkpointer.formats.inspection.tensors import memory_at, read_exactly
 from checkpointer.formats.mapping import MappedFile, can_map
+from checkpointer.formats.memory import memory_at, read_exactly
 from checkpointer.formats.refusals import raising_unreadable
 
 _PIECE: Final = 1 << 20

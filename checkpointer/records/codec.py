@@ -23,9 +23,12 @@ MAX_DEPTH: Final = 8
 
 _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_HEX: Final = re.compile(r"[0-9a-f]{1,128}")
 _DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
 DIGESTS: Final[dict[str, Callable[..., Any]]] = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 """The digest algorithms there are."""
+OF_FILES: Final = "files-"
+"""Before the name of an algorithm: the digest of a folder is the digest of its files' digests."""
 _HEX_DIGITS: Final = {name: 2 * new().digest_size for name, new in DIGESTS.items()}
 
 
@@ -88,6 +91,13 @@ def _is_whole(value: object) -> bool:
 
 def _is_fork(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
+
+
+def _is_file(item: tuple[str, object]) -> bool:
+    inside, value = item
+    if has_surrogate(inside) or name_problem(inside) or not isinstance(value, list) or len(value) != 2:
+        return False
+    return _is_whole(value[0]) and isinstance(value[1], str) and bool(_HEX.fullmatch(value[1]))
 
 
 def to_plain_float(value: float) -> float | str:
@@ -166,12 +176,20 @@ class Reader:
         match = _DIGEST.fullmatch(value)
         if match is None:
             raise self.bad(key, "'algorithm:hex'")
-        if match[1] not in DIGESTS:
+        algorithm = match[1].removeprefix(OF_FILES)
+        if algorithm not in DIGESTS:
             known = " or ".join(DIGESTS)
             raise self.bad(key, f"one by {known}; a newer version of torch-checkpointer wrote it, so upgrade")
-        if len(match[2]) != _HEX_DIGITS[match[1]]:
-            raise self.bad(key, f"{_HEX_DIGITS[match[1]]} hex digits")
+        if len(match[2]) != _HEX_DIGITS[algorithm]:
+            raise self.bad(key, f"{_HEX_DIGITS[algorithm]} hex digits")
         return value
+
+    def files(self, key: str) -> dict[str, tuple[int, str]]:
+        """Return sizes (bytes) and digests (hex digits) by the path of a file inside its folder; empty if missing."""
+        files = self._data.get(key, {})
+        if not isinstance(files, dict) or not all(map(_is_file, files.items())):
+            raise self.bad(key, "an object of [size, hex digits] by the paths of files")
+        return {inside: (size, digits) for inside, (size, digits) in files.items()}
 
     def metrics(self, key: str) -> dict[str, float]:
         """Return numbers by name, NaN and infinities included."""

@@ -86,6 +86,13 @@ def _frozen(metrics: Mapping[str, float]) -> Mapping[str, float]:
     return MappingProxyType({name: math.nan if math.isnan(value) else value for name, value in metrics.items()})
 
 
+_NO_FILES: Final[Mapping[str, tuple[int, str]]] = MappingProxyType({})
+
+
+def _as_files(files: Mapping[str, tuple[int, str]]) -> Mapping[str, tuple[int, str]]:
+    return MappingProxyType(dict(files)) if files else _NO_FILES
+
+
 def _step(value: Any) -> int:
     return as_index(value, "step", ObservationError)
 
@@ -195,6 +202,8 @@ class Record:
     """Bytes of the payload."""
     digest: str
     """Over the payload's bytes: ``"xxh3-128:"`` and 32 hex digits, under trust ``"sha256:"`` and 64."""
+    files: Mapping[str, tuple[int, str]] = attrs.field(factory=dict, converter=_as_files, repr=False)
+    """Size (bytes) and digest (hex digits) of each file of a folder by its path inside, if the writer took them."""
     format: str
     """Name of the payload format, such as ``"torch"``."""
     contents: Contents = "full"
@@ -260,7 +269,8 @@ class Record:
         data = {field: getattr(self, field) for field in _READERS}
         data["metrics"] = {name: to_plain_float(value) for name, value in self.metrics.items()}
         data["line"] = [list(fork) for fork in self.line]
-        return data
+        files = {inside: list(file) for inside, file in data.pop("files").items()}
+        return data | ({"files": files} if files else {})
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Record:
@@ -365,4 +375,5 @@ _READERS: Final[dict[str, Any]] = {
     "token": Reader.text,
     "pinned": Reader.flag,
     "term": lambda reader, key: reader.whole(key, 0),
+    "files": Reader.files,
 }

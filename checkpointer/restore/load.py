@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import io
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import attrs
@@ -22,16 +24,24 @@ from checkpointer.ports import (
     FolderFormat,
     Format,
     Storage,
+    SupportsFileDigests,
     SupportsMapping,
     SupportsPaths,
     SupportsURLs,
 )
 from checkpointer.records.record import Record
 from checkpointer.restore.damage import damage_in
-from checkpointer.storage.digests import FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
+from checkpointer.restore.folders import difference, expected, other_files
+from checkpointer.storage.digests import (
+    FolderDigest,
+    VerifiedReader,
+    algorithm_of,
+    files_of,
+    read_digest,
+)
 from checkpointer.storage.pieces import ahead, filled
 
-Verify = Literal["full", "size"]
+Verify = Literal["full", "mine", "size"]
 """How a payload is compared with its record before it is loaded."""
 
 _CHUNK = 4 << 20
@@ -81,6 +91,8 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
         msg = f"{record.name} is gone, though its record is there"
         raise _GoneError(msg)
     size = sum(files.values())
+    if problem := difference(record, files):
+        raise CorruptError(problem)
     if size != record.size:
         msg = f"{record.name} has {size} bytes where its record says {record.size}"
         raise CorruptError(msg)
@@ -88,13 +100,19 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
 
 
 def _verify_digest(storage: Storage, record: Record) -> None:
-    _compare(storage, record, digest_of(storage, record.name, algorithm_of(record.digest)))
+    found = read_digest(storage, record.name, algorithm_of(record.digest))
+    _compare(storage, record, None if found is None else (found.size, found.digest), found.files if found else {})
 
 
-def _compare(storage: Storage, record: Record, found: tuple[int, str] | None) -> None:
+def _compare(
+    storage: Storage,
+    record: Record,
+    found: tuple[int, str] | None,
+    files: Mapping[str, tuple[int, str]] = MappingProxyType({}),
+) -> None:
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
-        damage = _damage(storage, record.name)
+        damage = other_files(record, files) or _damage(storage, record.name)
         raise CorruptError(f"{msg}; {damage}" if damage else msg)
 
 
@@ -123,16 +141,20 @@ def load(
 ) -> Restored:
     """Verify and load one checkpoint. The loaded bytes are the verified ones, even if the file changes in between.
 
-    A folder is verified first, and then opened again by the code that reads it. The tensors of a mapped file are its
-    pages: they are the verified ones as long as no program writes into the file. What is unpickled is always verified.
+    If the record of a folder does not name its files, the folder is verified first, and then opened again by the code
+    that reads it. The tensors of a mapped file are its pages: they are the verified ones as long as no program writes
+    into the file. What is unpickled is always verified.
     """
     payload = open_format(record)
     options = {"weights_only": weights_only, "map_location": map_location}
     is_folder = set(check_size(storage, record)) != {record.name}
     if is_folder:
-        if verify == "full":
+        read_folder: Callable[..., Any] | None = payload.read_folder if isinstance(payload, FolderFormat) else None
+        if verify != "size" and record.files and isinstance(payload, SupportsFileDigests):
+            read_folder = functools.partial(payload.read_verified, **expected(record, everything=verify == "full"))
+        elif verify != "size":
             _verify_digest(storage, record)
-        return Restored(record=record, state=_read_folder(storage, record, payload, options))
+        return Restored(record=record, state=_read_folder(storage, record, read_folder, options))
     if isinstance(payload, FolderFormat):
         msg = f"{record.name} is a file, and the format {payload.name!r} reads folders"
         raise RestoreError(msg)
@@ -163,7 +185,7 @@ def _read_once(
         raise OtherLayoutError
     pieces = layout.pieces
     steps = ahead(layout.populate, len(pieces)) if is_mapped else filled(storage, record.name, stream, pieces)
-    if verify == "full":
+    if verify != "size":
         digest = FolderDigest(algorithm_of(record.digest))
         done = 0
         for count in steps:
@@ -183,7 +205,7 @@ def _read_once(
 def _read_mapped(
     storage: Storage, record: Record, stream: BinaryIO, payload: Format, options: Mapping[str, Any], *, verify: Verify
 ) -> Any:
-    if verify == "full":
+    if verify != "size":
         _verify_digest(storage, record)
     assert isinstance(payload, SupportsMapping)
     return payload.read_mapped(location(storage, record.name), **options)
@@ -206,9 +228,13 @@ def _read_twice(
                 raise CorruptError(msg)
 
 
-def _read_folder(storage: Storage, record: Record, payload: Format | FolderFormat, options: Mapping[str, Any]) -> Any:
-    if isinstance(payload, FolderFormat) and isinstance(storage, SupportsPaths | SupportsURLs):
-        return payload.read_folder(address(storage, record.name), **options)
+def _read_folder(storage: Storage, record: Record, read: Callable[..., Any] | None, options: Mapping[str, Any]) -> Any:
+    if read is not None and isinstance(storage, SupportsPaths | SupportsURLs):
+        try:
+            return read(address(storage, record.name), **options)
+        except CorruptError as error:
+            text = str(error)
+            raise CorruptError(text if text.startswith(record.name) else f"{record.name}: {text}") from error
     msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
     raise RestoreError(msg)
 

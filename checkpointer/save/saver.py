@@ -15,9 +15,18 @@ import attrs
 from checkpointer._display import size_text, some_of
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
+from checkpointer.commit.transaction import WritePath
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
-from checkpointer.ports import FolderFormat, Format, Listener, SupportsFreeSpace, SupportsPaths, SupportsURLs
+from checkpointer.ports import (
+    FolderFormat,
+    Format,
+    Listener,
+    SupportsFileDigests,
+    SupportsFreeSpace,
+    SupportsPaths,
+    SupportsURLs,
+)
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record, check_readable
 
@@ -119,13 +128,21 @@ class Saver:
             return attrs.evolve(decision, name=directory.names.own(directory.manifest.draft("", now)), replaces=False)
         return attrs.evolve(decision, name=again.name, replaces=again.replaces)
 
-    def _write_path(self, state: Any) -> Callable[[str], None] | None:
+    def _write_path(self, state: Any) -> WritePath | None:
         """Return a function that writes to a path, from the trainer or a folder format; None for a file format."""
-        if self.save is not None:
-            return self.save
-        self._warn_of_refused(state)
         payload = self.format
-        return partial(payload.write_folder, state) if isinstance(payload, FolderFormat) else None
+        if self.save is None:
+            self._warn_of_refused(state)
+            if isinstance(payload, SupportsFileDigests):
+                return partial(payload.write_digested, state, algorithm=self.directory.journal.algorithm)
+            if not isinstance(payload, FolderFormat):
+                return None
+        write = self.save or partial(payload.write_folder, state)  # type: ignore[union-attr]
+
+        def write_undigested(path: str) -> None:
+            write(path)  # A trainer's function may return anything.
+
+        return write_undigested
 
     def _draft(self, decision: Save) -> Record:
         return self.directory.manifest.draft(
@@ -163,7 +180,7 @@ class Saver:
             return None
         return taken if (taken.run, taken.step) == (draft.run, draft.step) else None
 
-    def _write_by_url(self, draft: Record, write: Callable[[str], None]) -> Record:
+    def _write_by_url(self, draft: Record, write: WritePath) -> Record:
         """Let the trainer write to a URL with an unused name, never over an alias or another checkpoint."""
         storage = self.directory.storage
         if not isinstance(storage, SupportsURLs):

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.codec import DIGESTS, OF_FILES
 from checkpointer.storage.reader import SeekableReader
 
 ALGORITHM: Final = "xxh3-128"
@@ -26,9 +26,31 @@ def algorithm_of(digest: str) -> str:
     return digest.partition(":")[0]
 
 
+def algorithm_of_files(digest: str) -> str:
+    """Return the algorithm of each file's digest, if a folder's digest is that of its files' digests."""
+    return algorithm_of(digest).removeprefix(OF_FILES)
+
+
 def is_cryptographic(digest: str) -> bool:
     """Return whether it is infeasible to make other bytes with the same digest."""
-    return algorithm_of(digest) == CRYPTOGRAPHIC
+    return algorithm_of_files(digest) == CRYPTOGRAPHIC
+
+
+def is_of_files(digest: str) -> bool:
+    """Return whether a folder's digest is that of its files' digests."""
+    return digest.startswith(OF_FILES)
+
+
+def digest_of_files(files: Mapping[str, tuple[int, str]], algorithm: str) -> tuple[int, str]:
+    """Return size (bytes) and digest of a folder, from size and digest (hex digits) of each of its files.
+
+    ``algorithm`` is that of the files' digests. No byte of a file is read.
+    """
+    whole = DIGESTS[algorithm]()
+    for inside in sorted(files):
+        size, digits = files[inside]
+        whole.update(f"{inside}\0{size}\0{digits}\0".encode(errors="surrogateescape"))
+    return sum(size for size, _ in files.values()), f"{OF_FILES}{algorithm}:{whole.hexdigest()}"
 
 
 class _Digest:
@@ -83,9 +105,36 @@ class DigestWriter(_Digest):
 class FolderDigest(_Digest):
     """Digests a folder that is read file by file, in the order of their names, as `digest_of` does."""
 
+    def __init__(self, algorithm: str) -> None:
+        super().__init__(algorithm.removeprefix(OF_FILES))
+        self._is_of_files = is_of_files(algorithm)
+        self._files: dict[str, tuple[int, str]] = {}
+        self._inside, self._begun = "", 0
+
     def begin(self, inside: str, size: int) -> None:
         """Begin the next file: its path inside the folder, and its size in bytes."""
-        self._hash.update(f"{inside}\0{size}\0".encode(errors="surrogateescape"))
+        if self._is_of_files:
+            self._end_file()
+            self._inside = inside
+        else:
+            self._hash.update(f"{inside}\0{size}\0".encode(errors="surrogateescape"))
+
+    def _end_file(self) -> None:
+        if self._inside or self.size > self._begun:
+            self._files[self._inside] = self.size - self._begun, self._hash.hexdigest()
+        self._inside, self._begun, self._hash = "", self.size, DIGESTS[self._algorithm]()
+
+    @property
+    def files(self) -> Mapping[str, tuple[int, str]]:
+        """Size (bytes) and digest of each file, if the folder's digest is that of its files' digests."""
+        if self._is_of_files:
+            self._end_file()
+        return self._files
+
+    @property
+    def digest(self) -> str:
+        """The digest so far."""
+        return digest_of_files(self.files, self._algorithm)[1] if self._is_of_files else super().digest
 
 
 def files_of(storage: Storage, path: str, expected: int | None = None) -> Mapping[str, int]:
@@ -113,6 +162,12 @@ def size_of(storage: Storage, path: str, expected: int) -> int | None:
 
 def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | None:
     """Return size (bytes) and digest of a payload, file or folder; None if it is missing."""
+    digest = read_digest(storage, path, algorithm)
+    return None if digest is None else (digest.size, digest.digest)
+
+
+def read_digest(storage: Storage, path: str, algorithm: str) -> FolderDigest | None:
+    """Do as `digest_of`, and return the digests of its files, too."""
     files = files_of(storage, path)
     if not files:
         return None
@@ -123,7 +178,7 @@ def digest_of(storage: Storage, path: str, algorithm: str) -> tuple[int, str] | 
         with storage.open(name) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
-    return digest.size, digest.digest
+    return digest
 
 
 class VerifiedReader(SeekableReader):

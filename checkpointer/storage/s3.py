@@ -238,6 +238,13 @@ class S3Storage(FsspecStorage):
             raise OSError(errno.EIO, msg, path)
         yield from read_parts(self._connection.fs.loop, parts, functools.partial(self._connection.fill, path, identity))
 
+    def abort_uploads(self, path: str) -> None:
+        """See `SupportsUploads.abort_uploads`."""
+        key = self._connection.key(path)
+        for upload in self._connection.call("list_multipart_uploads", Prefix=key).get("Uploads", ()):
+            if f"{upload['Key']}/".startswith(f"{key}/"):
+                self._connection.abort(upload["Key"], upload["UploadId"])
+
     def _sweep_one(self, path: str) -> None:
         if path.endswith(_MARKER):
             target, upload = _read_marker(self._connection, path)

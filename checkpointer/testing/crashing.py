@@ -16,6 +16,8 @@ from checkpointer.ports import (
     SupportsPaths,
     SupportsScratch,
     SupportsSweep,
+    SupportsUploads,
+    SupportsURLs,
     Upload,
 )
 from checkpointer.storage.owner import release
@@ -31,8 +33,10 @@ _OPTIONAL: Final = (
     SupportsScratch,
     SupportsSweep,
     SupportsCapabilities,
+    SupportsURLs,
+    SupportsUploads,
 )
-_UNCOUNTED: Final = {"free_space", "local_path", "close", "capabilities"}
+_UNCOUNTED: Final = {"free_space", "local_path", "url", "close", "capabilities"}
 
 
 class Crash(BaseException):
@@ -64,8 +68,9 @@ class CrashingStorage:
 
     By `isinstance` it supports the same ports as ``inner``. These count as one operation each: ``list``, ``open``,
     ``write``, ``write_scratch``, ``delete``, ``delete_scratch``, ``symlink``, ``hardlink``, ``copy``, ``sync``,
-    ``prepare``, ``sweep``, the begin of an upload (``upload`` or ``stage``), and the upload's ``write``, ``finish`` and
-    ``publish``. After the death every method raises `Crash`, ``abort`` and ``close`` included, because a dead process
+    ``prepare``, ``sweep``, ``abort_uploads``, the begin of an upload (``upload`` or ``stage``), and the upload's
+    ``write``, ``finish`` and ``publish``. After the death every method raises `Crash`, ``abort`` and ``close``
+    included, because a dead process
     does not clean up. Only its open files are closed, as the kernel does. Staged files stay, unpublished.
 
     Args:

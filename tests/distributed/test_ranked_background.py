@@ -352,17 +352,17 @@ def fail_to_read(rank: int, directory: Path) -> Any:
     how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp"}
     with DistributedManager(directory, POLICY, **how) as manager:
         manager.observe({}, 3, 0, epoch_end=False)
-        read = FolderModule.FileSystemReader.read_data
+        read = FolderModule.VerifyingReader.read_data
         for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
 
             def fail(*args: Any, failure: Exception = failure) -> Any:
                 raise failure
 
             if rank == 1:
-                FolderModule.FileSystemReader.read_data = fail
+                FolderModule.VerifyingReader.read_data = fail
             with pytest.raises(Exception, match="no bucket"):
                 manager.restore(3)
-            FolderModule.FileSystemReader.read_data = read
+            FolderModule.VerifyingReader.read_data = read
             torch.distributed.barrier()
         restored = manager.restore()
         assert restored is not None

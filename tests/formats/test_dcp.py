@@ -152,7 +152,7 @@ def test_nothing_is_synced_at_a_url() -> None:
 def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
     monkeypatch: pytest.MonkeyPatch, goes_on: str
 ) -> None:
-    """A job that takes over while the last one still writes counts what that one had announced, and no later save."""
+    """A job that takes over while the last one still writes removes what that one has written; its save fails."""
     url = f"memory://meanwhile-{goes_on}"
     how: dict[str, Any] = {"state": lambda: {"w": torch.ones(2)}, "format": "dcp"}
     policy = Policy(EverySteps(1), [KeepAll()])
@@ -160,7 +160,7 @@ def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
     before.observe({}, 1, 0, epoch_end=False)
     run = before.records[-1].run
     opened: list[CheckpointManager] = []
-    measure = transaction._measure
+    check_written = transaction._check_written
 
     def open_another(*args: Any) -> Any:
         if not opened:
@@ -170,20 +170,19 @@ def test_what_an_earlier_job_finishes_meanwhile_is_not_taken_for_half_a_save(
             opened.append(CheckpointManager(url, policy, run=again, takeover=True, **how))
             if goes_on == "restore":
                 opened[0].restore()
-        return measure(*args)
+        return check_written(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transaction, "_measure", open_another)
-        before.observe({}, 2, 0, epoch_end=False)
-    with pytest.raises(FencedError):
-        before.observe({}, 3, 0, epoch_end=False)
+        patched.setattr(transaction, "_check_written", open_another)
+        with pytest.raises(FencedError):
+            before.observe({}, 2, 0, epoch_end=False)
     before.close()
     opened[0].observe({}, 5, 0, epoch_end=False)
     assert [1, 5] == [record.step for record in opened[0].records]
     opened[0].close()
     with CheckpointManager(url, format="dcp", run=run) as reader:
         assert [1, 5] == [record.step for record in reader.records]
-        assert [2] == [record.step for record in reader.session.manifest.abandoned]
+        assert () == reader.session.manifest.abandoned
 
 
 def test_sweep_leaves_what_was_finished_after_it_had_looked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +205,8 @@ def test_sweep_leaves_what_was_finished_after_it_had_looked(monkeypatch: pytest.
     assert ["a.dcp"] == [found.name for found in look(storage).records]
 
 
-def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
-    """As some tools make folders on object stores: an empty object, beside the record of a save that was killed."""
+def test_an_object_that_a_killed_save_has_left_under_the_very_name_is_removed() -> None:
+    """The save had reserved the name before it wrote."""
     storage, owner = MemoryStorage(), new_owner()
 
     def killed() -> None:
@@ -219,7 +218,7 @@ def test_an_object_under_the_very_name_is_no_checkpoint() -> None:
     die(owner)
     finish_run(storage, None, (record().run, record().label))
     assert Recovered(records=(), missing=(), left=()) == recover(Journal(storage, new_owner()), load(storage))
-    assert ["a.dcp"] == [path for path in storage.list() if not path.startswith(TERMS)]
+    assert [] == [path for path in storage.list() if not path.startswith(TERMS)]
 
 
 class _KilledError(BaseException):

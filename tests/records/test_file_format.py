@@ -25,17 +25,21 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
 
 
 def digest(payload: Path, algorithm: str) -> tuple[int, str]:
-    hashed, size = NEW[algorithm](), 0
+    hashed, size = NEW[algorithm.removeprefix("files-")](), 0
     folder = payload.is_dir()
     files = (
         {f.relative_to(payload).as_posix(): f for f in payload.rglob("*") if f.is_file()} if folder else {"": payload}
     )
     for inside, file in sorted(files.items()):
         data = file.read_bytes()
+        size += len(data)
+        if folder and algorithm.startswith("files-"):
+            digits = NEW[algorithm.removeprefix("files-")](data).hexdigest()
+            hashed.update(f"{inside}\0{len(data)}\0{digits}\0".encode())
+            continue
         if folder:
             hashed.update(f"{inside}\0{len(data)}\0".encode())
         hashed.update(data)
-        size += len(data)
     return size, f"{algorithm}:{hashed.hexdigest()}"
 
 
@@ -67,9 +71,13 @@ def test_a_directory_is_read_by_the_page_alone(tmp_path: Path, format: str, trus
     assert [4] == abandoned
     for record in records:
         algorithm = record["digest"].partition(":")[0]
-        assert ("sha256" if trust else "xxh3-128") == algorithm
+        assert f"{'files-' if format == 'dcp' else ''}{'sha256' if trust else 'xxh3-128'}" == algorithm
         assert (record["size"], record["digest"]) == digest(tmp_path / record["name"], algorithm)
         assert "dcp" != format or (tmp_path / record["name"]).is_dir()
+        for inside, (size, digits) in record.get("files", {}).items():
+            data = (tmp_path / record["name"] / inside).read_bytes()
+            assert (size, digits) == (len(data), NEW[algorithm.removeprefix("files-")](data).hexdigest())
+        assert ("files" in record) == (format == "dcp")
         if trust is not None:
             signed = json.loads((tmp_path / ".checkpointer/records" / f"{record['name']}.json").read_text())
             signature = signed.pop("signature")

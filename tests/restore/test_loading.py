@@ -72,7 +72,7 @@ def test_a_changed_byte_is_found_by_the_digest_and_not_by_the_size(tmp_path: Pat
 
 def test_other_values_of_verify_are_refused(tmp_path: Path) -> None:
     """``verify=False`` must not silently be something else."""
-    with pytest.raises(PolicyError, match="expected 'full' or 'size'"):
+    with pytest.raises(PolicyError, match="expected 'full', 'mine' or 'size'"):
         save(tmp_path).restore(verify=False)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors, memory_of, read_exactly
+from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors
+from checkpointer.formats.memory import memory_of, read_exactly
 from checkpointer.ports import Writable
 
 MAX_HEADER_BYTES: Final = 100_000_000

@@ -23,9 +23,9 @@ from checkpointer.formats.inspection.tensors import (
     Tensors,
     free_key,
     parts_in,
-    read_exactly,
     tree_of,
 )
+from checkpointer.formats.memory import read_exactly
 
 MAX_PICKLE_BYTES: Final = 1 << 28
 MIN_STEPS: Final = 2_000_000
