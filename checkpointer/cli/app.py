@@ -12,10 +12,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from checkpointer._secrets import without_secrets
 from checkpointer.cli.options import expanded
 from checkpointer.cli.output import say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
-from checkpointer.storage.drivers import without_password
 
 COMMANDS: Final = {
     "ls": "ls", "show": "show", "best": "paths", "last": "paths", "diff": "diff", "verify": "verify",
@@ -70,7 +70,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointerError, OSError, ImportError, UnicodeError) as error:
-        say(f"checkpointer: {without_password(str(error)) or type(error).__name__}")
+        say(f"checkpointer: {without_secrets(str(error)) or type(error).__name__}")
         return CANNOT
     return 0
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from checkpointer._display import count_text, one_line
+from checkpointer._display import count_text, escaped_json, one_line
 from checkpointer.commit.missing import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.codec import to_plain_float
@@ -51,7 +51,8 @@ def print_line(text: str) -> None:
 
 def print_json(data: Any) -> None:
     """Print a result as JSON; NaN and infinities as text, as in records."""
-    sys.stdout.write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(escaped_json(text) + "\n")
 
 
 def _plain(value: Any) -> Any:

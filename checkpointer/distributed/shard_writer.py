@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer._secrets import Secrets
 from checkpointer.errors import RanksError
 from checkpointer.ports import FolderFormat, Mailbox, Snapshotting, Taken
 from checkpointer.save.background import finish_at_exit
@@ -172,7 +173,8 @@ class ShardWriter:
         except Exception as failure:
             error = error or failure
         self._synchronize(number, error)
-        self._payload.write_folder(state, path)
+        with Secrets(path, {}).hidden():
+            self._payload.write_folder(state, path)
 
     def _synchronize(self, number: int, error: Exception | None) -> None:
         """Wait for all ranks; raise if one of them failed, or is at another copy: no rank may begin the write then."""

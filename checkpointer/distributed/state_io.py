@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from checkpointer._secrets import Secrets
 from checkpointer.distributed.shard_writer import NumberedCopy, ShardWriter
 from checkpointer.distributed.team import Team
 from checkpointer.errors import PolicyError
@@ -113,10 +114,12 @@ class StateIO:
             self._taken = None  # Rank 0 writes its own.
 
     def _write(self, path: str) -> None:
-        self.payload.write_folder(self._taken, path)
+        with Secrets(path, {}).hidden():
+            self.payload.write_folder(self._taken, path)
 
     def _read(self, path: str, options: Mapping[str, Any]) -> None:
-        self.loaded = self.payload.read_folder(path, **options)
+        with Secrets(path, {}).hidden():
+            self.loaded = self.payload.read_folder(path, **options)
 
     def _copy(self, number: int) -> None:
         assert self.writer is not None, "the manager saves in the background"

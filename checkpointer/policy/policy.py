@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
-import yaml
 
 from checkpointer._display import lines_html
 from checkpointer._validation import one_of
@@ -217,7 +216,7 @@ class Policy:
             value = getattr(self, field)
             if value != getattr(attrs.fields(Policy), field).default:
                 data[field] = value
-        text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        text = config.dump_yaml(data)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

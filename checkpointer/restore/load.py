@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal
 
 import attrs
 
+from checkpointer._secrets import Secrets
 from checkpointer.commit.index import RECORDS
 from checkpointer.commit.naming import address, location
 from checkpointer.errors import CheckpointerWarning, CorruptError, NoValidCheckpointError, RestoreError
@@ -28,7 +29,7 @@ from checkpointer.ports import (
 )
 from checkpointer.records.record import Record
 from checkpointer.restore.damage import damage_in
-from checkpointer.storage.digests import FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
+from checkpointer.storage.digests import Blocks, FolderDigest, VerifiedReader, algorithm_of, digest_of, files_of
 from checkpointer.storage.pieces import ahead, filled
 
 Verify = Literal["full", "size"]
@@ -88,10 +89,11 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
 
 
 def _verify_digest(storage: Storage, record: Record) -> None:
-    _compare(storage, record, digest_of(storage, record.name, algorithm_of(record.digest)))
+    compare(storage, record, digest_of(storage, record.name, algorithm_of(record.digest)))
 
 
-def _compare(storage: Storage, record: Record, found: tuple[int, str] | None) -> None:
+def compare(storage: Storage, record: Record, found: tuple[int, str] | None) -> None:
+    """Raise `CorruptError` unless a payload has this size (bytes) and digest."""
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
         damage = _damage(storage, record.name)
@@ -170,7 +172,7 @@ def _read_once(
             for _, view in pieces[done:count]:
                 digest.update(view)
             done = count
-        _compare(storage, record, (digest.size, digest.digest))
+        compare(storage, record, (digest.size, digest.digest))
     elif not is_mapped:
         collections.deque(steps, maxlen=0)
     try:
@@ -195,8 +197,9 @@ def _read_twice(
     if verify == "size":
         return payload.read(stream, **options)
     with _nearby(stream, storage, record) as near:
-        verified = VerifiedReader(near, algorithm_of(record.digest))
-        _compare(storage, record, (verified.size, verified.digest))
+        digest = FolderDigest(algorithm_of(record.digest))
+        verified = VerifiedReader(near, Blocks(near, digest))
+        compare(storage, record, (digest.size, digest.digest))
         try:
             buffered: Any = io.BufferedReader(verified)
             return payload.read(buffered, **options)
@@ -208,7 +211,9 @@ def _read_twice(
 
 def _read_folder(storage: Storage, record: Record, payload: Format | FolderFormat, options: Mapping[str, Any]) -> Any:
     if isinstance(payload, FolderFormat) and isinstance(storage, SupportsPaths | SupportsURLs):
-        return payload.read_folder(address(storage, record.name), **options)
+        place = address(storage, record.name)
+        with Secrets(place, {}).hidden():
+            return payload.read_folder(place, **options)
     msg = f"{record.name} is a folder that a trainer wrote; load it with the trainer's own reader"
     raise RestoreError(msg)
 

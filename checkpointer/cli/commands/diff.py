@@ -9,7 +9,7 @@ import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
-from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.restore.verified import open_verified
 from checkpointer.tools.diff import Change, diff, diff_values
 
 _DIGITS = 4
@@ -34,8 +34,10 @@ def diff_command(
     second = catalog if other is None else options.look(other, access)
     one, two = catalog.find(before), second.find(after)
     with (
-        open_contents(catalog.storage, one.name) as old,
-        open_contents(second.storage, two.name) as new,
+        catalog.naming_retired(one),
+        second.naming_retired(two),
+        open_verified(catalog.storage, one) as old,
+        open_verified(second.storage, two) as new,
         output.progress("comparing", sum(info.bytes for info in old.tensors.values() if match in info.name)) as advance,
     ):
         changes = []

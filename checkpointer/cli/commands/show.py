@@ -37,12 +37,12 @@ def show_command(
         raise typer.BadParameter(msg)
     catalog = options.look(directory, access)
     if run:
-        _show_terms(catalog, run, access, as_json=as_json)
+        _show_terms(catalog, run, as_json=as_json)
         return
     record = catalog.find(name)
     reason = why(catalog, None if policy is None else options.read_policy(policy))[record.name]
     try:
-        with open_contents(catalog.storage, record.name) as contents:
+        with catalog.naming_retired(record), open_contents(catalog.storage, record.name) as contents:
             _show(catalog, record, reason, contents, match, as_json=as_json)
     except CheckpointerError as error:
         _show(catalog, record, reason, None, match, as_json=as_json)
@@ -50,9 +50,11 @@ def show_command(
         output.leave_if(bad=True)
 
 
-def _show_terms(catalog: Catalog, run: str, access: options.Access, *, as_json: bool) -> None:
+def _show_terms(catalog: Catalog, run: str, *, as_json: bool) -> None:
     catalog.manifest(run)  # Raises if there is no such run.
-    terms = [one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, access.key)]
+    terms = [
+        one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, catalog.trust)
+    ]
     if as_json:
         output.print_json([
             {"term": one.term, "label": one.label, "state": one.state, "limit": one.limit}

@@ -37,19 +37,30 @@ def verify_command(
         findings = [*verify_all(catalog, records, depth, on_bytes=advance)]
     bad = [finding for finding in findings if not finding]
     if as_json:
-        output.print_json([{"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls} for f in findings])
+        output.print_json(
+            [
+                {"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls, "retired": f.is_retired}
+                for f in findings
+            ]
+        )
     else:
         for finding in findings:
             _print(finding)
         what = {"sizes": "by size", "digests": "by digest", "contents": "by digest, and looked into"}[depth]
-        good = len(findings) - len(bad)
-        output.print_line(f"{good} of {len(findings)} whole, {len(bad)} bad; {size_text(total)} {what}")
+        retired = sum(finding.is_retired for finding in findings)
+        count = len(findings) - retired
+        meanwhile = f", {retired} retired meanwhile" if retired else ""
+        whole = f"{count - len(bad)} of {count} whole, {len(bad)} bad{meanwhile}"
+        output.print_line(f"{whole}; {size_text(total)} {what}")
     output.leave_if(bool(bad))
 
 
 def _print(finding: Finding) -> None:
     if not finding:
         output.print_line(f"BAD   {finding.name}: {finding.problem}")
+        return
+    if finding.is_retired:
+        output.print_line(f"gone  {finding.name}: retired meanwhile")
         return
     calls = f"  (unpickling it would call {', '.join(finding.calls)})" if finding.calls else ""
     output.print_line(f"ok    {finding.name}{calls}")

@@ -14,11 +14,10 @@ from checkpointer.cli import options, output
 from checkpointer.cli.commands.paths import best_first
 from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
-from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_of
 from checkpointer.records.record import Record
-from checkpointer.restore.load import verify
+from checkpointer.restore.verified import open_verified
 from checkpointer.tools.average import average
 from checkpointer.tools.catalog import Catalog
 
@@ -110,11 +109,10 @@ def _write(
 ) -> None:
     """Verify checkpoints, write their combined weights, and say what was written."""
     format = file.format or format_by_name(out)
-    with contextlib.ExitStack() as stack:
+    with catalog.naming_retired(*records), contextlib.ExitStack() as stack:
         sources = []
         for record in records:
-            verify(catalog.storage, record)
-            contents = stack.enter_context(open_contents(catalog.storage, record.name))
+            contents = stack.enter_context(open_verified(catalog.storage, record))
             sources.append((record.name, _weights(contents, file.only, record.name)))
         weights = combined(sources)
         advance = stack.enter_context(output.progress("writing", sum(info.bytes for info in weights.tensors.values())))
