@@ -87,7 +87,29 @@ def one_line(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char for char in text)
+    return "".join("?" if _drives(char) else char for char in text)
+
+
+def escaped_json(text: str) -> str:
+    r"""Return JSON text in which each character that a terminal or browser acts on is an escape, newlines excepted.
+
+    >>> escaped_json('"a\u202eb\x7f"')
+    '"a\\u202eb\\u007f"'
+    """
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    # Such characters stand only within strings. A character beyond 16 bits takes two escapes.
+    return "".join(char if char == "\n" or not _drives(char) else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    units = char.encode("utf-16-be", errors="surrogatepass")
+    return "".join(f"\\u{high:02x}{low:02x}" for high, low in zip(units[::2], units[1::2], strict=True))
+
+
+def _drives(char: str) -> bool:
+    """Return whether a character controls, formats or separates, or is half of one."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

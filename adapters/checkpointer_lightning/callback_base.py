@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer._secrets import shown_place
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
 from checkpointer.errors import failures_as_warnings
@@ -34,6 +35,7 @@ else:
 
 _STATE: Final = "checkpointer"
 """Key of the manager's state in the callback's."""
+_PATHS: Final = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
 _OF_A_TRAINING: Final = ("_session", "_last_trainer", "log", "log_dict")
 """Attributes that a copy leaves out. The Trainer gives a callback the ``log`` methods of its module."""
 
@@ -264,7 +266,8 @@ class CallbackBase(Base):
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning's callback does, and the manager's state, so that a resume is a restore."""
         with contextlib.nullcontext() if self._session is None else self._session.outlook():
-            return {**super().state_dict(), _STATE: dict(self._manager_state())}
+            state = _with_paths(super().state_dict(), shown_place)  # It goes into the payload.
+            return {**state, _STATE: dict(self._manager_state())}
 
     def _manager_state(self) -> Mapping[str, Any]:
         session = self._session
@@ -276,7 +279,7 @@ class CallbackBase(Base):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned, or what Lightning's callback did."""
-        resume, state = self._resume, dict(state_dict)
+        resume, state = self._resume, _with_paths(state_dict, self._as_given)
         ours = state.pop(_STATE, {})
         if not ours:
             super().load_state_dict(state)
@@ -290,6 +293,11 @@ class CallbackBase(Base):
             resume.attributes = {name: vars(self)[name] for name in NAMES if name != "best_model_path"}
             self.__dict__.update({name: state[name] for name in NAMES})
         resume.state, resume.is_loaded = ours, self._stage == "fit"
+
+    def _as_given(self, path: str) -> str:
+        """Return a path that `state_dict` has written, with the user and password that the directory has here."""
+        folder, shown = self._folder, shown_place(self._folder)
+        return folder + path[len(shown) :] if path == shown or path.startswith(f"{shown}/") else path
 
     @property
     def best_model_path(self) -> str:
@@ -312,6 +320,15 @@ class CallbackBase(Base):
         """Return what ``ckpt_path="last"`` means here: the newest checkpoint that is whole."""
         self._resume.found = found = find_valid("last", self, trainer)
         return {found} if found else super()._find_last_checkpoints(trainer)
+
+
+def _with_paths(state: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a callback's state with each path changed."""
+    state = {key: change(value) if key in _PATHS and isinstance(value, str) else value for key, value in state.items()}
+    ranked = state.get("best_k_models")
+    if isinstance(ranked, dict):
+        state["best_k_models"] = {change(path): score for path, score in ranked.items()}
+    return state
 
 
 def _with_validation_at_start(dump: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from checkpointer import (
     Save,
     Skip,
 )
+from checkpointer._secrets import shown_place
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.policy.retention import Rule
 from checkpointer_lightning.attributes import ONLY_LAST, Attributes, competing
@@ -211,7 +212,7 @@ class DropIn(CallbackBase):
             reached = decision.observation.metrics.get(self.monitor or "")
             if reached is None or ONLY_LAST in decision.observation.metrics or not attributes.best:
                 return ""
-            best, path = attributes.best[attributes.best_path], f"{self._folder}/{decision.name}"
+            best, path = attributes.best[attributes.best_path], shown_place(f"{self._folder}/{decision.name}")
             return f"{now} reached {reached:0.5f} (best {best:0.5f}), saving model to {path!r} as top {self.save_top_k}"
         is_rejected = isinstance(decision, Skip) and decision.due and not decision.waiting
         return f"{now} was not in top {self.save_top_k}" if is_rejected else ""

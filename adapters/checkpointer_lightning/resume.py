@@ -15,6 +15,7 @@ import torch
 from fsspec.core import url_to_fs
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Policy, Save
+from checkpointer._secrets import shown_place
 from checkpointer.errors import NotFoundError
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
@@ -120,7 +121,7 @@ def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any]
     found = sorted((*_progress_of(path), path) for path in scores if _is_in(directory, path))
     for step, epoch, path in found:
         if step < 0:
-            msg = f"{path} is not adopted: its step cannot be read; it is neither ranked nor removed"
+            msg = f"{shown_place(path)} is not adopted: its step cannot be read; it is neither ranked nor removed"
             warnings.warn(msg, CheckpointerWarning, stacklevel=3)
             continue
         metrics = {} if monitor is None else {monitor: scores[path]}

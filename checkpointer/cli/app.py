@@ -142,13 +142,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _text_of(error: Exception) -> str:
-    """Return an error as it is printed: without passwords and numbers of the system."""
-    from checkpointer.storage.drivers import without_password
-
+    """Return an error as it is printed: without numbers of the system."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename and not isinstance(error, CheckpointerError):
         text = f"{error.filename}: {error.strerror}"
-    return without_password(_ERRNO.sub("", text))
+    return _ERRNO.sub("", text)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ import os
 import sys
 
 from checkpointer._display import one_line
+from checkpointer._secrets import without_secrets
 
 
 def say(text: str) -> None:
-    """Print a message to stderr; results go to stdout."""
+    """Print a message to stderr, without the secrets of URLs; results go to stdout."""
     with contextlib.suppress(BrokenPipeError):
-        sys.stderr.write(one_line(text) + "\n")
+        sys.stderr.write(one_line(without_secrets(text)) + "\n")
 
 
 def write(text: str) -> None:

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
@@ -15,6 +16,7 @@ import attrs
 import typer
 
 from checkpointer._display import count_text, some_of
+from checkpointer.cli import output
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.errors import CheckpointerError, NameTakenError, NotFoundError, PolicyError, StorageError
@@ -84,6 +86,8 @@ RequiredPolicyFile = Annotated[
 ]
 Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
 
+_mixed: Final[ContextVar[list[str]]] = ContextVar("mixed")
+"""Directories of this command that have signed records and others, and were read without the key."""
 PATIENCE_S: Final = 30.0
 """Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
 
@@ -159,7 +163,10 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         made = {name: kind(**{f.name: given.pop(f.name) for f in attrs.fields(kind)}) for name, kind in groups.items()}
+        mixed: list[str] = []
+        _mixed.set(mixed)
         command(**given, **made)
+        output.leave_if(bool(mixed))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -225,8 +232,16 @@ def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
+    announced(catalog)
     if not catalog.has_records and not (below and catalog.below):
         raise StorageError(_what_is_there(catalog))
+    return catalog
+
+
+def announced(catalog: Catalog) -> Catalog:
+    """Return the directory, and say if its signatures were not checked."""
+    if unchecked := unchecked_text(catalog):
+        output.say(f"{catalog.place}: {unchecked}")
     return catalog
 
 
@@ -246,6 +261,22 @@ def payload(place: str, access: Access, usage: str) -> Payload:
 def payload_alone(place: str, access: Access) -> Payload | None:
     """Return the file or folder at a path or URL; None if it is a directory of checkpoints."""
     return payload_at(place, lambda directory: open_place(directory, access), access.key)
+
+
+def unchecked_text(catalog: Catalog) -> str:
+    """Return how many records are signed and were not checked; empty if none is, or the key was given.
+
+    If there are records without a signature among them, the command ends with the exit code that says so.
+    """
+    if not catalog.is_unchecked:
+        return ""
+    mixed = _mixed.get(None)
+    if catalog.is_mixed and mixed is not None:
+        mixed.append(catalog.place)
+    are = "record is" if catalog.total == 1 else "records are"
+    return (
+        f"{catalog.signed} of {catalog.total} {are} signed, and no signature was checked: pass --key-env or --key-file"
+    )
 
 
 def _what_is_there(catalog: Catalog) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import typer
 
-from checkpointer._display import count_text, one_line
+from checkpointer._display import count_text, escaped_json, one_line
 from checkpointer.cli.messages import flush as flush
 from checkpointer.cli.messages import print_line as print_line
 from checkpointer.cli.messages import say as say
@@ -41,7 +41,7 @@ _STYLES: Final = {"bold": "1", "dim": "2", "green": "32", "red": "1;31"}
 
 def print_json(data: Any) -> None:
     """Print a result as JSON; NaN and infinities as text, as in records."""
-    write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write(escaped_json(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -131,6 +131,21 @@ class Aliases:
             return True
         return not self._is_ours(alias, manifest)
 
+    def has_foreign_marker(self, alias: str) -> bool:
+        """Return whether a folder, or a file of another user, is where the marker of an alias belongs.
+
+        If a look costs a request, the answer is False; then the write of the marker fails.
+        """
+        if not self._is_near:
+            return False
+        try:
+            read_bounded(self.journal.storage, marker_path(alias))
+        except FileNotFoundError:
+            return False
+        except RecordError:
+            return True
+        return False
+
     def _is_taken(self, alias: str, manifest: Manifest) -> bool:
         listed = self.journal.storage.list
         if self._is_near:
@@ -222,7 +237,9 @@ class _Blocked:
     slots: bool
 
     def __contains__(self, alias: object) -> bool:
-        return self.aliases.is_blocked(str(alias), self.manifest, slots=self.slots)
+        name = str(alias)
+        is_blocked = self.aliases.is_blocked(name, self.manifest, slots=self.slots)
+        return is_blocked or self.aliases.has_foreign_marker(name)
 
 
 def make_alias(

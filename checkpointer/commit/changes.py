@@ -18,7 +18,7 @@ from checkpointer.ports import Stat, Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, Reader, parse_json, to_json
 from checkpointer.records.names import check_name
 from checkpointer.records.record import SCHEMA, Entry
-from checkpointer.storage.reader import read_whole
+from checkpointer.storage.reader import read_small
 
 CHANGES: Final = ".checkpointer/changes"
 MAX_CHANGES_BYTES: Final = 64 * MAX_RECORD_BYTES
@@ -109,7 +109,7 @@ def read_changes(storage: Storage, path: str, trust: HMACKey | None) -> Changes 
         RecordError: If they cannot be read or trusted.
     """
     try:
-        data = read_whole(lambda: storage.open(path), MAX_CHANGES_BYTES + 1)
+        data = read_small(storage, path, MAX_CHANGES_BYTES + 1)
     except FileNotFoundError:
         return None
     if not data:

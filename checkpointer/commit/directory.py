@@ -405,7 +405,8 @@ def created(directory: Directory, clock: Clock) -> float:
             return found
         if not isinstance(error, FileExistsError):
             raise
-        storage.write(path, data)  # The file is damaged.
+        with contextlib.suppress(IsADirectoryError, PermissionError):  # A foreign folder or file is left.
+            storage.write(path, data)  # The file is damaged.
     return now
 
 

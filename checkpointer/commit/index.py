@@ -22,7 +22,7 @@ from checkpointer.records.manifest import Limits
 from checkpointer.records.names import MAX_PART_BYTES
 from checkpointer.records.record import SCHEMA, Entry
 from checkpointer.storage.digests import is_cryptographic
-from checkpointer.storage.reader import read_whole
+from checkpointer.storage.reader import read_small
 
 HOME: Final = ".checkpointer"
 """Folder of every file that is not a payload or alias."""
@@ -217,7 +217,7 @@ def _checked(data: object, where: str, trust: HMACKey | None) -> Entry:
 
 def read_bounded(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
     """Read a file, and of a file over the limit only one byte more than the limit."""
-    return read_whole(lambda: storage.open(path), limit + 1)
+    return read_small(storage, path, limit + 1)
 
 
 def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.signing import HMACKey, signed
 from checkpointer.commit.terms import Lease, Term, claim_term
 from checkpointer.errors import FencedError, NameTakenError, RecordError
-from checkpointer.ports import Storage, Upload
+from checkpointer.ports import Storage, SupportsLinks, Upload
 from checkpointer.records.codec import to_json
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import ALGORITHM, CRYPTOGRAPHIC, size_of
@@ -54,9 +54,12 @@ class Journal:
     def has_record(self, name: str) -> bool:
         """Return whether this record file exists, damaged or not. A listing may not show it yet."""
         try:
-            return self.read(name) is not None
+            if self.read(name) is not None:
+                return True
         except RecordError:
             return True
+        # A link that leads nowhere, or a pipe, has no record; but no record can be created under its name.
+        return isinstance(self.storage, SupportsLinks) and bool(self.storage.list(record_path(name)))
 
     def has_payload(self, record: Record) -> bool:
         """Return whether a payload of the recorded size exists. Reads no bytes."""

@@ -101,6 +101,26 @@ class HMACKey:
         raise TypeError(msg)
 
 
+class _Unchecked(HMACKey):
+    """Stands for the key of a signed directory where a reader does not have it: what is not signed is not believed.
+
+    A signature is not checked, because only the key could do that. It signs nothing.
+    """
+
+    def __init__(self) -> None:
+        pass
+
+    def sign(self, data: bytes) -> str:
+        msg = "nothing is written without the key"
+        raise UntrustedError(msg)
+
+    def verify(self, data: bytes, signature: str) -> bool:
+        return True
+
+
+UNCHECKED: Final = _Unchecked()
+
+
 def _check_length(key: bytes, what: str) -> None:
     if len(key) < MIN_KEY_BYTES:
         msg = f"{what} has {len(key)} bytes, and can be guessed; use at least {MIN_KEY_BYTES} ({_MAKE_ONE})"

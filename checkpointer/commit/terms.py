@@ -52,6 +52,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -59,13 +60,13 @@ import attrs
 import xxhash
 
 from checkpointer.commit.signing import HMACKey, check_signature, signed
-from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError
+from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError, StorageError
 from checkpointer.ports import Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import SCHEMA
 from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, is_of_host, machine
-from checkpointer.storage.reader import read_whole
+from checkpointer.storage.reader import read_small
 
 TERMS: Final = ".checkpointer/terms"
 LEASE_S: Final = 60.0
@@ -75,6 +76,8 @@ BEATS: Final = 4
 """Heartbeats in one lease."""
 MAX_BEAT_S: Final = 3600.0
 MAX_STATUS_BYTES: Final = 1 << 14
+_REFUSALS: Final = 16
+"""If a claim cannot be created so often, it is not that of another process, which a listing would show by then."""
 _POLLS: Final = 20
 """Polls of the heartbeat in one lease."""
 _FILE: Final = re.compile(r"([1-9]\d{0,8})\.(json|beat|end|limits)")
@@ -102,7 +105,8 @@ class TermFiles:
     def of(cls, paths: Iterable[str], key: str) -> TermFiles:
         """Read the names of the files in ``.checkpointer/terms/<key>``; leave out other paths."""
         folder = f"{TERMS}/{key}/"
-        names = (path[len(folder) :] for path in paths if path.startswith(folder))
+        # If a folder has the name of a claim, no process can create that claim: it counts as that of an unknown holder.
+        names = {path[len(folder) :].partition("/")[0] for path in paths if path.startswith(folder)}
         found = [(int(match[1]), match[2]) for match in map(_FILE.fullmatch, names) if match]
         return cls(
             claimed=tuple(sorted((term for term, kind in found if kind == "json"), reverse=True)),
@@ -152,7 +156,7 @@ def _limits_of(data: object, path: str) -> tuple[tuple[int, int], ...]:
 
 
 def _read_json(storage: Storage, path: str, trust: HMACKey | None) -> Any:
-    data = parse_json(read_whole(lambda: storage.open(path), MAX_RECORD_BYTES + 1), path)
+    data = parse_json(read_small(storage, path, MAX_RECORD_BYTES + 1), path)
     check_signature(data, path, trust)
     return data
 
@@ -320,6 +324,7 @@ def claim_term(
     """
     key = key_of(run, label)
     folder = f"{TERMS}/{key}"
+    refused: Counter[int] = Counter()
     while True:
         found = TermFiles() if is_new else TermFiles.of(storage.list(folder), key)
         holder = Claim()
@@ -331,6 +336,13 @@ def claim_term(
         if _create(term, policy):
             return term
         is_new = False
+        refused[term.number] += 1
+        if refused[term.number] == _REFUSALS:
+            msg = (
+                f"{folder}/{term.number}.json in {storage} cannot be created, and no listing shows it: an empty folder "
+                "may be there. Remove it"
+            )
+            raise StorageError(msg)
 
 
 def _create(term: Term, policy: str) -> bool:
@@ -399,17 +411,20 @@ def _in_use(storage: Storage, run: str, number: int, holder: Claim, why: str) ->
 
 
 def _beat_of(storage: Storage, folder: str, number: int) -> bytes:
+    path = f"{folder}/{number}.beat"
     try:
-        return read_whole(lambda: storage.open(f"{folder}/{number}.beat"), 64)
+        return read_small(storage, path, MAX_STATUS_BYTES).partition(b"\n")[0]
     except FileNotFoundError:
         return b""
+    except RecordError:  # If it cannot be read, its version shows that it changes.
+        return b"".join(found.version.encode() for found in storage.list(path).values())
 
 
 def read_status(storage: Storage, folder: str, number: int) -> str:
     """Return the status in the last heartbeat of a term; empty if there is none."""
     try:
-        data = read_whole(lambda: storage.open(f"{folder}/{number}.beat"), MAX_STATUS_BYTES)
-    except FileNotFoundError:
+        data = read_small(storage, f"{folder}/{number}.beat", MAX_STATUS_BYTES)
+    except (FileNotFoundError, RecordError):
         return ""
     return data.decode(errors="replace").partition("\n")[2]
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer._secrets import Secrets
 from checkpointer.errors import RanksError
 from checkpointer.ports import Mailbox, Snapshotting, SupportsFileDigests, Taken
 from checkpointer.save.background import finish_at_exit
@@ -174,7 +175,8 @@ class ShardWriter:
             error = error or failure
         self._synchronize(number, error)
         algorithm, _, path = message.partition(" ")
-        return self._payload.write_digested(state, path, algorithm=algorithm)
+        with Secrets(path, {}).hidden():
+            return self._payload.write_digested(state, path, algorithm=algorithm)
 
     def _synchronize(self, number: int, error: Exception | None) -> None:
         """Wait for all ranks; raise if one of them failed, or is at another copy: no rank may begin the write then."""

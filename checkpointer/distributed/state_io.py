@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from checkpointer._secrets import Secrets
 from checkpointer.distributed.shard_writer import NumberedCopy, ShardWriter
 from checkpointer.distributed.team import Team
 from checkpointer.errors import PolicyError
@@ -125,14 +126,16 @@ class StateIO:
 
     def _write(self, path: str, algorithm: str) -> None:
         self._written = None
-        if isinstance(self.payload, SupportsFileDigests):
-            self._written = self.payload.write_digested(self._taken, path, algorithm=algorithm)
-        else:
-            self.payload.write_folder(self._taken, path)
+        with Secrets(path, {}).hidden():
+            if isinstance(self.payload, SupportsFileDigests):
+                self._written = self.payload.write_digested(self._taken, path, algorithm=algorithm)
+            else:
+                self.payload.write_folder(self._taken, path)
 
     def _read(self, path: str, options: Mapping[str, Any]) -> None:
         read = self.payload.read_verified if "files" in options else self.payload.read_folder
-        self.loaded = read(path, **options)
+        with Secrets(path, {}).hidden():
+            self.loaded = read(path, **options)
 
     def _copy(self, number: int) -> None:
         assert self.writer is not None, "the manager saves in the background"

@@ -68,7 +68,13 @@ class SafetensorsFormat:
 
     def read_mapped(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """See `SupportsMapping.read_mapped`."""
-        return self._load(lambda: _load_file(path), map_location)
+
+        def load() -> dict[str, torch.Tensor]:
+            with open(path, "rb") as stream:
+                SafetensorsContents(stream)  # Raises if the header says two things; safetensors takes one of them.
+            return _load_file(path)
+
+        return self._load(load, map_location)
 
     def _load(self, load: Callable[[], dict[str, torch.Tensor]], map_location: Any) -> Any:
         try:

@@ -22,6 +22,7 @@ from typing import TypeVar
 import attrs
 
 from checkpointer._display import size_text
+from checkpointer._secrets import without_secrets
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
@@ -41,7 +42,6 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.restore.fetch import MirrorSnapshot
-from checkpointer.storage.drivers import without_password
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
 from checkpointer.storage.same_place import SamePlaceError, refuse_same, refuse_same_by_trial
@@ -101,7 +101,7 @@ class MirrorThread:
         self._logged: set[str] = set()
 
     def __str__(self) -> str:
-        return without_password(str(self._mirror.where))
+        return without_secrets(str(self._mirror.where))
 
     def update(self, manifest: Manifest) -> None:
         """Mirror these records from now on. Returns at once.

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import attrs
 
+from checkpointer._secrets import without_secrets
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import Limit, Rule
@@ -20,6 +21,10 @@ RETRY_S: Final = (1.0, 60.0)
 
 def _as_rules(keep: Iterable[Rule | Limit] | None) -> tuple[Rule | Limit, ...] | None:
     return None if keep is None else tuple(keep)
+
+
+def _shown(where: Where) -> str:
+    return repr(without_secrets(where) if isinstance(where, str) else where)
 
 
 @attrs.frozen
@@ -37,7 +42,7 @@ class Mirror:
         Mirror(where='s3://bucket/run', keep=(KeepLast(n=3),))
     """
 
-    where: Where
+    where: Where = attrs.field(repr=_shown)
     keep: tuple[Rule | Limit, ...] | None = attrs.field(default=None, kw_only=True, converter=_as_rules)
     options: Mapping[str, Any] | None = attrs.field(default=None, kw_only=True, repr=False)
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Final, Literal
 import attrs
 
 from checkpointer._display import lines_html, number_text, size_text, table_html
+from checkpointer._secrets import without_secrets
 from checkpointer.errors import NamingError
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
@@ -248,7 +249,8 @@ def decide_rescue(policy: Policy, now: Observation, manifest: Manifest, why: str
             name = _stem(policy, now, manifest) + policy.name.suffix
     if not name or name in taken:
         name = policy.name.free_name(f"rescue{policy.name.join}step{policy.name.equals}{now.step}", taken)
-    return Save(name=name, reason=f"rescue: {why}", observation=now, kind="rescue")
+    # The text of an exception may have a URL with a password.
+    return Save(name=name, reason=f"rescue: {without_secrets(why)}", observation=now, kind="rescue")
 
 
 _NEWEST = "newest (last points here)"

@@ -220,7 +220,7 @@ class Policy:
             value = getattr(self, field)
             if value != getattr(attrs.fields(Policy), field).default:
                 data[field] = value
-        text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        text = config.dump_yaml(data)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -34,6 +36,45 @@ _TYPES: Final[dict[str, Any]] = {
 }
 
 
+_INT: Final = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
+_FLOAT: Final = re.compile(
+    r"[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_NUMBERS: Final = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does: ``010`` is 10, ``1e3`` is 1000, and ``1:30`` is text. YAML 1.1 has 8 and 90."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that some reader would take for a number."""
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "").lower()
+    digits = text.lstrip("+-")
+    number = int(digits, {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10))
+    return -number if text.startswith("-") else number
+
+
+for _tag, _pattern in _NUMBERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern.pattern})$"), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def dump_yaml(data: object) -> str:
+    """Return YAML that `parse_yaml` reads as the same data."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def parse_yaml(data: bytes) -> Any:
     """Parse YAML as plain data, with bounds on what it says and on what it expands to; failures are `PolicyError`.
 
@@ -43,7 +84,7 @@ def parse_yaml(data: bytes) -> Any:
         msg = f"the policy has more than {MAX_YAML_BYTES} bytes; a file of triggers and rules is far smaller"
         raise PolicyError(msg)
     try:
-        loader = yaml.SafeLoader(data.decode())
+        loader = _Loader(data.decode())
         node = loader.get_single_node()
         if node is None:
             return None
@@ -70,9 +111,9 @@ def _check_node(node: Any, values: Iterator[int], depth: int = MAX_DEPTH) -> Non
         return
     children = node.value
     if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
-        if len(keys) != len(set(keys)):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        keys = Counter(key.value for key, _ in children if isinstance(key, yaml.ScalarNode))
+        twice, count = next(iter(keys.most_common(1)), ("", 0))
+        if count > 1:
             msg = f"the policy is not valid YAML: the key {twice!r} stands in one mapping twice"
             raise PolicyError(msg)
         children = [child for pair in children for child in pair]

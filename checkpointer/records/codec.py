@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, cast
 
@@ -46,7 +47,7 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
         msg = f"{where} is {len(data)} bytes; at most {limit} are read"
         raise RecordError(msg)
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(data, object_pairs_hook=object_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
         raise RecordError(msg) from error
@@ -60,11 +61,12 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
     raise RecordError(msg)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise `ValueError` if it has a key twice: two readers would see two things in it."""
     data = dict(pairs)
     if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        msg = f"the key {brief(name)} stands there twice"
         raise ValueError(msg)
     return data
 

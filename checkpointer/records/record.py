@@ -13,7 +13,7 @@ import attrs
 
 from checkpointer._display import lines_html, number_text, size_text
 from checkpointer._validation import as_index, brief
-from checkpointer.errors import MetricError, ObservationError, SaveError, SchemaError
+from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
 from checkpointer.records.codec import DIGESTS, MAX_RECORD_BYTES, Reader, parse_json, to_json, to_plain_float
 from checkpointer.records.names import has_surrogate
 
@@ -322,11 +322,17 @@ class Entry:
                 "Upgrade it to read this directory; nothing was changed"
             )
             raise SchemaError(msg)
-        previous = reader.raw("previous", None)
+        data = reader.raw("previous", None)
+        record = Record.from_dict(reader.raw("record"), f"{where}, in 'record'")
+        previous = None if data is None else Record.from_dict(data, f"{where}, in 'previous'")
+        if previous is not None and previous.name != record.name:
+            # Else the payload of one name would prove the record of another one.
+            msg = f"{where}: 'previous' is the record of {brief(previous.name)}; expected that of {brief(record.name)}"
+            raise RecordError(msg)
         return cls(
-            record=Record.from_dict(reader.raw("record"), f"{where}, in 'record'"),
+            record=record,
             status=reader.choice("status", ("pending", "committed", "retired")),
-            previous=None if previous is None else Record.from_dict(previous, f"{where}, in 'previous'"),
+            previous=previous,
             owner=reader.text("owner", ""),
             signature=reader.text("signature", ""),
         )

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 import attrs
 
+from checkpointer._secrets import Secrets
 from checkpointer.commit.index import RECORDS
 from checkpointer.commit.naming import address, location
 from checkpointer.errors import CheckpointerWarning, CorruptError, NoValidCheckpointError, RestoreError
@@ -33,6 +34,7 @@ from checkpointer.records.record import Record
 from checkpointer.restore.damage import damage_in
 from checkpointer.restore.folders import difference, expected, other_files
 from checkpointer.storage.digests import (
+    Blocks,
     FolderDigest,
     VerifiedReader,
     algorithm_of,
@@ -101,15 +103,16 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
 
 def _verify_digest(storage: Storage, record: Record) -> None:
     found = read_digest(storage, record.name, algorithm_of(record.digest))
-    _compare(storage, record, None if found is None else (found.size, found.digest), found.files if found else {})
+    compare(storage, record, None if found is None else (found.size, found.digest), found.files if found else {})
 
 
-def _compare(
+def compare(
     storage: Storage,
     record: Record,
     found: tuple[int, str] | None,
     files: Mapping[str, tuple[int, str]] = MappingProxyType({}),
 ) -> None:
+    """Raise `CorruptError` unless a payload has this size (bytes) and digest; by ``files`` it names what differs."""
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
         damage = other_files(record, files) or _damage(storage, record.name)
@@ -192,7 +195,7 @@ def _read_once(
             for _, view in pieces[done:count]:
                 digest.update(view)
             done = count
-        _compare(storage, record, (digest.size, digest.digest))
+        compare(storage, record, (digest.size, digest.digest))
     elif not is_mapped:
         collections.deque(steps, maxlen=0)
     try:
@@ -217,8 +220,9 @@ def _read_twice(
     if verify == "size":
         return payload.read(stream, **options)
     with _nearby(stream, storage, record) as near:
-        verified = VerifiedReader(near, algorithm_of(record.digest))
-        _compare(storage, record, (verified.size, verified.digest))
+        digest = FolderDigest(algorithm_of(record.digest))
+        verified = VerifiedReader(near, Blocks(near, digest))
+        compare(storage, record, (digest.size, digest.digest))
         try:
             buffered: Any = io.BufferedReader(verified)
             return payload.read(buffered, **options)
@@ -230,8 +234,10 @@ def _read_twice(
 
 def _read_folder(storage: Storage, record: Record, read: Callable[..., Any] | None, options: Mapping[str, Any]) -> Any:
     if read is not None and isinstance(storage, SupportsPaths | SupportsURLs):
+        place = address(storage, record.name)
         try:
-            return read(address(storage, record.name), **options)
+            with Secrets(place, {}).hidden():
+                return read(place, **options)
         except CorruptError as error:
             text = str(error)
             raise CorruptError(text if text.startswith(record.name) else f"{record.name}: {text}") from error

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from checkpointer._display import size_text, some_of
+from checkpointer._secrets import Secrets
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
 from checkpointer.commit.transaction import WritePath
@@ -188,7 +189,12 @@ class Saver:
             msg = f"{what} needs a directory with paths or URLs, and {storage} has neither"
             raise SaveError(msg)
         name = self.directory.names.free(draft)
-        return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), lambda: write(storage.url(name)))
+
+        def write_there() -> None:
+            with Secrets(storage.url(""), {}).hidden():  # The trainer's own errors may repeat the URL.
+                write(storage.url(name))
+
+        return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), write_there)
 
     def _last_size(self) -> int | None:
         """Return the size (bytes) of the last checkpoint with the same contents, as an estimate for the next one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ import attrs
 import fsspec.asyn
 from fsspec import AbstractFileSystem
 
+from checkpointer._secrets import Secrets, without_secrets
 from checkpointer.errors import StorageError
 from checkpointer.storage.drivers import (
     as_native_errors,
@@ -21,10 +23,10 @@ from checkpointer.storage.drivers import (
     files_below,
     is_link,
     unescaped,
-    without_password,
 )
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
+from checkpointer.storage.unreadable import is_needed
 
 T = TypeVar("T")
 
@@ -43,7 +45,8 @@ class Connection:
     """Requests to one folder of one filesystem, by paths relative to it. For the arguments see `FsspecStorage`."""
 
     def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
-        self.retry = retry
+        self.secrets = Secrets(url, options)
+        self.retry = attrs.evolve(retry, hide=self.secrets.hide)
         self.protocol = url.partition("://")[0]
         self.is_object_store = self.protocol in _OBJECT_STORES
         """Whether a file appears whole when its upload ends, and the store has neither folders nor renames."""
@@ -51,18 +54,19 @@ class Connection:
         self._url = url
         self._options = options
         self._impatient_until = 0.0
-        try:
-            self.retry(self._connect, f"connecting to {self}")
-        except StorageError:
-            raise
-        except Exception as error:
-            raise self._cannot_connect(error) from error
+        with self.secrets.hidden():
+            try:
+                self.retry(self._connect, f"connecting to {self}")
+            except StorageError:
+                raise
+            except Exception as error:
+                raise self._cannot_connect(error) from error
         shared = isinstance(self.fs, fsspec.asyn.AsyncFileSystem)
         self.turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if shared else threading.RLock()
         """Held during each request, because the session of a synchronous driver serves one thread at a time."""
 
     def __str__(self) -> str:
-        return without_password(self._url)
+        return without_secrets(self._url)
 
     @property
     def url(self) -> str:
@@ -104,7 +108,7 @@ class Connection:
         as an `OSError`.
         """
         is_patient = time.monotonic() >= self._impatient_until
-        with as_os_errors(what):
+        with self.secrets.hidden(), as_os_errors(what):
             try:
                 yield self.retry if is_patient else attrs.evolve(self.retry, deadline_s=0.0)
             except Exception as error:
@@ -146,20 +150,29 @@ class Connection:
         folder = self.full(prefix)
         try:
             with as_native_errors():
-                found = files_below(self.fs, folder)
+                found = files_below(self.fs, folder, lambda name: is_needed(self._inside(name)))
                 # Links are not followed, because the files behind them are not the manager's.
                 if prefix and found and set(found) != {folder} and is_link(self.fs, folder):
                     found = {folder: {"size": 0}}
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except PermissionError:
+            if is_needed(prefix, is_asked_for=True):
+                raise
+            return {prefix: {"size": 0}}
+        return {self._inside(name): info for name, info in found.items()}
+
+    def _inside(self, full: str) -> str:
+        """Return the relative path of a path as the filesystem knows it."""
         # Some filesystems return names with their leading slash, some without.
         root = f"{self.root}/".lstrip("/")
-        return {unescaped(name.strip("/")[len(root) :], self._unsafe): info for name, info in found.items()}
+        return unescaped(full.strip("/")[len(root) :], self._unsafe)
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading. If the connection is cut, the stream opens the file again at its position."""
         with self.retrying(f"opening {path}") as retry:
-            return reader(lambda: self._noting(lambda: self._begin_reading(path)), path, retry, self.turn)
+            begin = functools.partial(self._noting, functools.partial(self._begin_reading, path))
+            return reader(begin, path, retry, self.turn, self.secrets.hidden)
 
     def _begin_reading(self, path: str) -> Any:
         # Some drivers keep sizes from a listing. If the file was replaced since then, they read too little.

@@ -59,7 +59,7 @@ class _Digest:
             known = ", ".join(DIGESTS)
             msg = f"the digest algorithm {algorithm!r} is not known (known: {known}); upgrade torch-checkpointer"
             raise CorruptError(msg)
-        self._algorithm = algorithm
+        self.algorithm = algorithm
         self._hash = DIGESTS[algorithm]()
         self.size = 0
         """Bytes so far."""
@@ -72,7 +72,7 @@ class _Digest:
     @property
     def digest(self) -> str:
         """The digest so far."""
-        return f"{self._algorithm}:{self._hash.hexdigest()}"
+        return f"{self.algorithm}:{self._hash.hexdigest()}"
 
 
 class DigestWriter(_Digest):
@@ -122,7 +122,7 @@ class FolderDigest(_Digest):
     def _end_file(self) -> None:
         if self._inside or self.size > self._begun:
             self._files[self._inside] = self.size - self._begun, self._hash.hexdigest()
-        self._inside, self._begun, self._hash = "", self.size, DIGESTS[self._algorithm]()
+        self._inside, self._begun, self._hash = "", self.size, DIGESTS[self.algorithm]()
 
     @property
     def files(self) -> Mapping[str, tuple[int, str]]:
@@ -134,7 +134,7 @@ class FolderDigest(_Digest):
     @property
     def digest(self) -> str:
         """The digest so far."""
-        return digest_of_files(self.files, self._algorithm)[1] if self._is_of_files else super().digest
+        return digest_of_files(self.files, self.algorithm)[1] if self._is_of_files else super().digest
 
 
 def files_of(storage: Storage, path: str, expected: int | None = None) -> Mapping[str, int]:
@@ -181,25 +181,30 @@ def read_digest(storage: Storage, path: str, algorithm: str) -> FolderDigest | N
     return digest
 
 
+class Blocks:
+    """The digest of each block of a file. ``whole`` gets all of its bytes: it is the digest of the payload."""
+
+    def __init__(self, stream: BinaryIO, whole: FolderDigest) -> None:
+        self.new: Final = DIGESTS[whole.algorithm]
+        self.digests: Final[list[bytes]] = []
+        self.size = 0
+        """Bytes of the file."""
+        while block := _read_fully(stream, _BLOCK):
+            whole.update(block)
+            self.digests.append(self.new(block).digest())
+            self.size += len(block)
+
+
 class VerifiedReader(SeekableReader):
-    """Digests a payload at construction. Afterwards it returns only bytes that it has digested.
+    """Returns only bytes that were digested before.
 
     A payload is read twice, to verify it and to load it. In between an attacker may replace its bytes for a moment.
     Therefore the first read keeps a digest of each block, and each block of the second read must have it.
     """
 
-    def __init__(self, stream: BinaryIO, algorithm: str) -> None:
+    def __init__(self, stream: BinaryIO, blocks: Blocks) -> None:
         self._stream = stream
-        whole = _Digest(algorithm)
-        self._new: Final = DIGESTS[algorithm]
-        self._blocks: list[bytes] = []
-        while block := _read_fully(stream, _BLOCK):
-            whole.update(block)
-            self._blocks.append(self._new(block).digest())
-        self.size: Final = whole.size
-        """Bytes of the payload."""
-        self.digest: Final = whole.digest
-        """The digest of the whole payload."""
+        self._blocks = blocks
         self.error: CorruptError | None = None
         """Set if a block has changed, because a format may raise another error in its place."""
         self._position = 0
@@ -208,7 +213,7 @@ class VerifiedReader(SeekableReader):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """See `io.RawIOBase`."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._blocks.size}[whence]
         self._position = max(0, start + offset)
         return self._position
 
@@ -216,7 +221,7 @@ class VerifiedReader(SeekableReader):
         """See `io.RawIOBase`; returns at most the rest of one block."""
         view = memoryview(buffer).cast("B")
         number, offset = divmod(self._position, _BLOCK)
-        if number >= len(self._blocks):
+        if number >= len(self._blocks.digests):
             return 0
         data = memoryview(self._verified(number))[offset : offset + len(view)]
         view[: len(data)] = data
@@ -227,11 +232,16 @@ class VerifiedReader(SeekableReader):
         if number != self._held:
             self._stream.seek(number * _BLOCK)
             block = _read_fully(self._stream, _BLOCK)
-            if self._new(block).digest() != self._blocks[number]:
-                self.error = CorruptError("it changed between being verified and being loaded; nothing was restored")
+            if self._blocks.new(block).digest() != self._blocks.digests[number]:
+                self.error = CorruptError("it changed between being verified and being read; nothing of it was used")
                 raise self.error
             self._held, self._block = number, block
         return self._block
+
+    def close(self) -> None:
+        """See `io.IOBase`."""
+        self._stream.close()
+        super().close()
 
 
 def _read_fully(stream: BinaryIO, size: int) -> bytes:

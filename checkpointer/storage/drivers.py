@@ -7,7 +7,7 @@ import datetime
 import errno
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import fsspec
@@ -120,10 +120,11 @@ def copy(fs: Any, source: str, target: str) -> None:
         fs.cp_file(source, target)
 
 
-def files_below(fs: Any, path: str) -> dict[str, Any]:
+def files_below(fs: Any, path: str, is_needed: Callable[[str], bool]) -> dict[str, Any]:
     """Return the driver's details of every file at or below ``path``, by name; raise if a folder cannot be listed.
 
-    fsspec's own `find` leaves out a folder that it cannot list. After a cut connection that is every folder.
+    fsspec's own `find` leaves out a folder that it cannot list. After a cut connection that is every folder. A folder
+    without permission that is not needed is listed instead of its files.
     """
     if not _walks(fs):
         found = fs.find(path, detail=True)
@@ -134,7 +135,14 @@ def files_below(fs: Any, path: str) -> dict[str, Any]:
     folders = [path]
     while folders:
         folder = folders.pop()
-        for info in _ls(fs, folder):
+        try:
+            listing = _ls(fs, folder)
+        except PermissionError:
+            if folder == path or is_needed(folder):
+                raise
+            files[folder] = {"size": 0}
+            continue
+        for info in listing:
             name = info["name"].rstrip("/")
             if info["type"] != "directory":
                 files[name] = info
@@ -169,7 +177,7 @@ def _ls(fs: Any, path: str) -> list[dict[str, Any]]:
                     return list(listing)
             failure = None
         except Exception as error:
-            if is_transient(error):
+            if is_transient(error) or isinstance(error, PermissionError):
                 raise
             failure = error
         # Drivers differ in their answer for a file.
@@ -224,8 +232,3 @@ def escaped(path: str, unsafe: str) -> str:
 def unescaped(path: str, unsafe: str) -> str:
     """Return the path that was passed to `escaped`."""
     return re.sub(r"\^([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), path) if unsafe else path
-
-
-def without_password(url: str) -> str:
-    """Return a URL without its user and password, to show it."""
-    return re.sub(r"(?<=://)[^/]*@", "", url)

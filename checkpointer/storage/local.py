@@ -20,12 +20,15 @@ from typing import Any, BinaryIO, Final, cast
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.owner import STAGING, is_abandoned
+from checkpointer.storage.unreadable import UNREADABLE, is_needed
 
 _BUFFER: Final = 1 << 16
 """Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
 _WRITE_BACK: Final = 8 << 20
 """After so many bytes the kernel is asked to begin writing them to the disk."""
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_CLAIMS: Final = ".checkpointer/terms/"
+"""An empty folder below it is listed: if it has the name of a claim, no process can create that claim."""
 _CLAIM: Final = "claim-"
 """Prefix of the name of a claim on a file's name."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
@@ -59,29 +62,46 @@ class LocalStorage:
         return str(self._root)
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        """See `Storage.list`; unfinished writes are not listed."""
+        """See `Storage.list`; unfinished writes are not listed.
+
+        If this process may not read a folder, such as ``lost+found`` or that of another user, the folder is listed
+        instead of its files. `HOME` and the folders in it are an exception, because records may be hidden there.
+        """
         base = os.path.join(self._root, prefix)
         found: dict[str, Stat] = {}
         if f"{prefix}/".startswith(f"{STAGING}/"):
             return found
         try:
             info = os.lstat(base)
+            if not stat.S_ISDIR(info.st_mode):
+                return {prefix: _stat(info)}
+            self._walk(base, prefix + "/" if prefix else "", found)
         except (FileNotFoundError, NotADirectoryError):
             return found
-        if not stat.S_ISDIR(info.st_mode):
-            return {prefix: _stat(info)}
-        self._walk(base, prefix + "/" if prefix else "", found)
+        except PermissionError:
+            if is_needed(prefix, is_asked_for=True):
+                raise
+            return {prefix: UNREADABLE}
         return found
 
     def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
+        count = len(found)
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             for entry in entries:
                 name = prefix + entry.name
-                if not entry.is_dir(follow_symlinks=False):
-                    with contextlib.suppress(FileNotFoundError):
+                try:
+                    if not entry.is_dir(follow_symlinks=False):
                         found[name] = _stat(entry.stat(follow_symlinks=False))
-                elif name != STAGING:
-                    self._walk(entry.path, name + "/", found)
+                    elif name != STAGING:
+                        self._walk(entry.path, name + "/", found)
+                except FileNotFoundError:
+                    continue
+                except PermissionError:
+                    if is_needed(name):
+                        raise
+                    found[name] = UNREADABLE
+        if len(found) == count and prefix.startswith(_CLAIMS):
+            found[prefix.rstrip("/")] = UNREADABLE
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
@@ -246,12 +266,15 @@ class LocalStorage:
         abandoned = [folder for folder in folders if folder != self._staging and self._is_abandoned(folder)]
         for folder in abandoned:
             shutil.rmtree(folder, ignore_errors=True)
-        return len(abandoned)
+        return sum(not os.path.lexists(folder) for folder in abandoned)
 
     def _is_abandoned(self, folder: Path) -> bool:
+        # A file or link that is not a folder of this library, or a folder of another user, is foreign.
         try:
-            return is_abandoned(_owner_of(folder), lambda: self.server_time() - folder.stat().st_mtime)
-        except FileNotFoundError:
+            return not folder.is_symlink() and is_abandoned(
+                _owner_of(folder), lambda: self.server_time() - folder.stat().st_mtime
+            )
+        except OSError:
             return False
 
     def server_time(self) -> float:

@@ -8,6 +8,8 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
+from checkpointer.errors import RecordError
+from checkpointer.ports import Storage, SupportsPaths
 from checkpointer.storage.retry import Retry, is_transient
 
 _BUFFER: Final = 1 << 20
@@ -30,12 +32,37 @@ def read_whole(open: Callable[[], BinaryIO], limit: int) -> bytes:
     raise AssertionError
 
 
-def reader(begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]) -> BinaryIO:
+def read_small(storage: Storage, path: str, limit: int) -> bytes:
+    """Do as `read_whole` with a small file of this library, such as a record.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        RecordError: If it is a folder, or another user's file on a disk: this one file is foreign, not the directory.
+    """
+    try:
+        return read_whole(lambda: storage.open(path), limit)
+    except IsADirectoryError as error:
+        msg = f"{path} is a folder, not a file of this library; it is left alone"
+        raise RecordError(msg) from error
+    except PermissionError as error:
+        if not isinstance(storage, SupportsPaths):  # The credentials lack a permission.
+            raise
+        msg = f"{path} cannot be read, because this process lacks the permission; it is left alone"
+        raise RecordError(msg) from error
+
+
+def reader(
+    begin: Callable[[], Any],
+    path: str,
+    retry: Retry,
+    turn: contextlib.AbstractContextManager[Any],
+    hidden: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> BinaryIO:
     """Return a seekable, buffered stream over the stream that ``begin`` opens, at first and after each cut.
 
-    ``turn`` is held during each request.
+    ``turn`` is held during each request, and ``hidden`` hides secrets in its errors.
     """
-    return cast(BinaryIO, io.BufferedReader(_ResumingReader(begin, path, retry, turn), _BUFFER))
+    return cast(BinaryIO, io.BufferedReader(_ResumingReader(begin, path, retry, turn, hidden), _BUFFER))
 
 
 class SeekableReader(io.RawIOBase):
@@ -52,8 +79,14 @@ class SeekableReader(io.RawIOBase):
 
 class _ResumingReader(SeekableReader):
     def __init__(
-        self, begin: Callable[[], Any], path: str, retry: Retry, turn: contextlib.AbstractContextManager[Any]
+        self,
+        begin: Callable[[], Any],
+        path: str,
+        retry: Retry,
+        turn: contextlib.AbstractContextManager[Any],
+        hidden: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
+        self._hidden = hidden
         self._begin = begin
         self._path = path
         self._retry = retry
@@ -69,11 +102,13 @@ class _ResumingReader(SeekableReader):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = self._retry(lambda: self._seek(offset, whence), f"seeking in {self._path}")
+        with self._hidden():
+            self._position = self._retry(lambda: self._seek(offset, whence), f"seeking in {self._path}")
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._retry(lambda: self._read(len(buffer)), f"reading {self._path}")
+        with self._hidden():
+            data = self._retry(lambda: self._read(len(buffer)), f"reading {self._path}")
         buffer[: len(data)] = data
         self._has_read = self._has_read or bool(data)
         self._position += len(data)

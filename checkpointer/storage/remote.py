@@ -264,7 +264,8 @@ class _StagedStream:
     def _errors(self) -> Iterator[None]:
         # The sent bytes are not kept in memory, so they cannot be sent again. The next request connects anew.
         try:
-            with self._connection.turn, as_os_errors(f"sending {self._path}"):
+            connection = self._connection
+            with connection.secrets.hidden(), connection.turn, as_os_errors(f"sending {self._path}"):
                 yield
         except OSError as error:
             self._connection.note(error.__cause__ if isinstance(error.__cause__, Exception) else error)

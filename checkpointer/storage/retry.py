@@ -72,6 +72,8 @@ class Retry:
     """Seconds after which no further attempt begins. A running attempt is limited by the driver's own timeouts."""
     first_wait_s: float = 0.2
     """Upper bound of the first pause in seconds; it doubles each time, up to 20, and each pause is random below it."""
+    hide: Callable[[str], str] = attrs.field(default=str, repr=False, eq=False)
+    """Hides secrets in what is logged."""
 
     def __call__(self, do: Callable[[], T], what: str) -> T:
         """Return the result of ``do``; ``what`` names the request in the log."""
@@ -91,7 +93,8 @@ class Retry:
         def before_sleep(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             pause = state.next_action.sleep if state.next_action else 0.0
-            _log.warning("%s failed (%s: %s); next attempt in %.1f s", what, type(error).__name__, error, pause)
+            text = self.hide(f"{what} failed ({type(error).__name__}: {error})")
+            _log.warning("%s; next attempt in %.1f s", text, pause)
 
         return {
             "retry": tenacity.retry_if_exception(is_transient),

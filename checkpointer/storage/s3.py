@@ -131,7 +131,8 @@ class _S3Connection(Connection):
         except Exception as error:
             if target.position == begin or not is_transient(error):
                 raise
-            _log.warning("reading %s was cut at byte %d (%s); it goes on there", path, target.position, error)
+            text = self.secrets.hide(str(error))
+            _log.warning("reading %s was cut at byte %d (%s); it goes on there", path, target.position, text)
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """See `Connection.find`. A name costs one request, a whole directory one request per 1000 objects."""

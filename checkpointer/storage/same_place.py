@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import uuid
 
+from checkpointer._secrets import without_secrets
 from checkpointer.errors import StorageError
 from checkpointer.ports import Storage
-from checkpointer.storage.drivers import without_password
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.opening import Where
 
@@ -40,14 +40,14 @@ def refuse_same_by_trial(source: Storage, mirror: Storage) -> None:
 
 
 def _is_same(where: Where) -> SamePlaceError:
-    return SamePlaceError(f"the mirror {without_password(str(where))} is the directory itself; name another place")
+    return SamePlaceError(f"the mirror {without_secrets(str(where))} is the directory itself; name another place")
 
 
 def _place(where: Where) -> str:
     """Return a path or URL in one spelling, without access to the disk."""
     if not isinstance(where, (str, os.PathLike)):
         return str(where).rstrip("/")
-    text = without_password(os.fspath(where))
+    text = without_secrets(os.fspath(where))
     protocol, separator, rest = text.partition("://")
     if separator and protocol not in ("file", "local"):
         return text.rstrip("/")

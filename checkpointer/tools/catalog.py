@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.commit import index
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
-from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError
+from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
+from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError, UntrustedError
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Limits, Manifest
 from checkpointer.records.record import Entry, Record, commit_order
@@ -46,6 +47,10 @@ class Catalog:
     """Names in use that no record names."""
     signed: int = 0
     """Number of records with a signature."""
+    total: int = 0
+    """Number of records that can be read, with a signature or without."""
+    trust: HMACKey | None = attrs.field(default=None, repr=False)
+    """The key; `UNCHECKED` if there are signed records, and no key was given."""
     limits: Limits = attrs.field(factory=dict, repr=False)
     """Which records count after another process took over a run: see `Manifest.limits`."""
 
@@ -53,6 +58,31 @@ class Catalog:
     def has_records(self) -> bool:
         """Whether there is any record, readable or not."""
         return bool(self.records or self.missing or self.damaged or self.unfinished)
+
+    @property
+    def is_unchecked(self) -> bool:
+        """Whether records are signed, and no signature was checked, because no key was given."""
+        return self.trust is UNCHECKED
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether files that are not signed are among the signed ones, and no key was given. They are damaged."""
+        return self.is_unchecked and any(isinstance(error, UntrustedError) for error in self.damaged.values())
+
+    def again(self) -> Catalog:
+        """Return the directory as it is now."""
+        return attrs.evolve(look_at(self.storage, self.trust), place=self.place)
+
+    def current(self, record: Record) -> Record | None:
+        """Return the record that has the name of this one now; None if it was retired, or is being removed."""
+        return next((one for one in (*self.records, *self.missing) if one.name == record.name), None)
+
+    def lacks(self, record: Record) -> bool:
+        """Return whether a running process has retired or replaced a checkpoint of an earlier look."""
+        found = self.current(record)
+        if found is None:
+            return index.record_path(record.name) not in self.damaged
+        return (found.token, found.digest) != (record.token, record.digest)
 
     @property
     def below(self) -> list[str]:
@@ -133,25 +163,44 @@ class Catalog:
         return [alias for alias, target in self.aliases.items() if target == record.name]
 
 
+@contextlib.contextmanager
+def naming_retired(storage: Storage, trust: HMACKey | None, *records: Record) -> Iterator[None]:
+    """If the block fails because a running process has retired one of these checkpoints, say so."""
+    try:
+        yield
+    except (CorruptError, OSError) as error:
+        now = look_at(storage, trust)
+        gone = [record.name for record in records if now.lacks(record)]
+        if not gone:
+            raise
+        msg = f"a running process has retired {some_of(gone)} meanwhile; choose a checkpoint that is there now"
+        raise NotFoundError(msg) from error
+
+
 def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     """Read the records and the listing of a directory. Nothing is written, locked, claimed, loaded or unpickled.
 
     Args:
         storage: Where to look, as `checkpointer.storage.open_storage` returns it.
-        trust: The key of a signed directory; a record without its signature is damaged.
+        trust: The key of a signed directory; a record without its signature is damaged. Without the key no signature
+            is checked. But if one record is signed, each record without a signature is damaged: it may be planted.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
     """
-    try:
-        listing = index.load(storage, trust)
-    except StorageError:
-        raise
-    except OSError as error:
-        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
-        raise StorageError(msg) from error
-    found = recover(Journal(storage, "", trust), listing)
+    listing = _load(storage, trust)
+    signed = sum(bool(entry.signature) for entry in listing.entries.values())
+    total = len(listing.entries)
+    if signed and trust is None:
+        trust = UNCHECKED
+        listing = _load(storage, trust)
+    journal = Journal(storage, "", trust)
+    found = recover(journal, listing)
+    if found.missing:
+        # A live run may have retired them since they were listed.
+        listing = _load(storage, trust)
+        found = recover(journal, listing)
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
         place=str(storage),
@@ -163,9 +212,21 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         damaged=listing.damaged,
         files=listing.files,
         foreign=listing.foreign,
-        signed=sum(bool(entry.signature) for entry in listing.entries.values()),
+        signed=signed,
+        total=total,
+        trust=trust,
         limits=listing.limits,
     )
+
+
+def _load(storage: Storage, trust: HMACKey | None) -> index.Listing:
+    try:
+        return index.load(storage, trust)
+    except StorageError:
+        raise
+    except OSError as error:
+        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
+        raise StorageError(msg) from error
 
 
 def _aliases(
@@ -181,6 +242,7 @@ def _aliases(
             continue
         with contextlib.suppress(FileNotFoundError, RecordError):
             data = index.parse_json(index.read_bounded(storage, path), path)
+            check_signature(data, path, trust)
             alias = data.get("alias") if isinstance(data, dict) else None
             if not isinstance(alias, str) or path != f"{_ALIASES}{index.json_name(alias)}":
                 continue  # This library did not write it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -10,14 +11,14 @@ import attrs
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.commit.aliases import make_alias, mark
-from checkpointer.commit.index import HOME
+from checkpointer.commit.index import HOME, read_bounded
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.recovery import settle
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import TERMS
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
-from checkpointer.errors import NameTakenError, NotEnoughSpaceError, StorageError
+from checkpointer.errors import CorruptError, NameTakenError, NotEnoughSpaceError, RecordError, StorageError
 from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsSweep
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import is_dead
@@ -38,6 +39,8 @@ class Copying:
     """Checkpoints that the destination has already."""
     aliases: tuple[tuple[str, str, Literal["link", "copy"]], ...] = ()
     """Each alias, what it stands for, and how it is made."""
+    retired: tuple[Record, ...] = ()
+    """Checkpoints that a running process has retired before they were copied."""
 
     @property
     def bytes(self) -> int:
@@ -117,7 +120,8 @@ def copy(
         NotEnoughSpaceError: If the destination has too little space. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
         AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
-        CorruptError: If a payload is not what its record says. It is not copied; what was before it is.
+        CorruptError: If a payload is not what its record says. It is not copied; what was before it is. If a running
+            process has retired the checkpoint meanwhile, it is left out instead.
         UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
 
     Example:
@@ -150,17 +154,12 @@ def copy(
     if _clear(source, target, plan, journal):
         target = look_at(storage, trust)
         plan = plan_copying(source, target, records)
-    counted = CountingStorage(source.storage, on_bytes)
-    without_payload = {record.name: record for record in target.missing}
-    for record in plan.missing:
-        Transaction(journal).copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
-    if _CREATED in source.files and _CREATED not in target.files:
-        with source.storage.open(_CREATED) as stream:
-            storage.write(_CREATED, stream.read())
-    for path in source.files:
-        if path.startswith(f"{TERMS}/") and path.endswith(".limits") and path not in target.files:
-            with source.storage.open(path) as stream:
-                storage.write(path, stream.read())
+    plan = _copy_payloads(source, target, plan, journal, on_bytes)
+    limits = [path for path in source.files if path.startswith(f"{TERMS}/") and path.endswith(".limits")]
+    for path in (_CREATED, *limits):
+        if path in source.files and path not in target.files:
+            with contextlib.suppress(FileNotFoundError, RecordError):  # It is a folder, or a link that leads nowhere.
+                storage.write(path, read_bounded(source.storage, path))
     by_name = {record.name: record for record in source.records}
     for alias, name, how in plan.aliases:
         if target.aliases.get(alias) == name:
@@ -169,6 +168,34 @@ def copy(
             make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
         mark(journal, alias, by_name[name].label, "")
     return plan
+
+
+def _copy_payloads(
+    source: Catalog, target: Catalog, plan: Copying, journal: Journal, on_bytes: Callable[[int], object]
+) -> Copying:
+    """Copy the payloads and records; return the plan without what a running process has retired meanwhile."""
+    counted = CountingStorage(source.storage, on_bytes)
+    without_payload = {record.name: record for record in target.missing}
+    transaction, now = Transaction(journal), source
+    retired: list[Record] = []
+    for record in plan.missing:
+        if now is not source and now.lacks(record):
+            retired.append(record)
+            continue
+        try:
+            transaction.copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
+        except (CorruptError, OSError):
+            now = source.again()
+            if not now.lacks(record):
+                raise
+            retired.append(record)
+    gone = {record.name for record in retired}
+    return attrs.evolve(
+        plan,
+        missing=tuple(record for record in plan.missing if record.name not in gone),
+        aliases=tuple(alias for alias in plan.aliases if alias[1] not in gone),
+        retired=tuple(retired),
+    )
 
 
 def _check_space(plan: Copying, storage: Storage) -> None:

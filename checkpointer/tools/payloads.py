@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
@@ -12,8 +13,12 @@ import attrs
 from checkpointer.commit.index import HOME, RECORDS, read_entry, record_path
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import NotFoundError, RecordError
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
+from checkpointer.restore.verified import open_verified
+from checkpointer.tools.catalog import naming_retired
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +34,27 @@ class Payload:
     """Its record, if it is a checkpoint of a directory."""
     problem: str = ""
     """Why its record cannot be read; empty if it can, or if there is none."""
+    trust: HMACKey | None = attrs.field(default=None, repr=False)
+    """The key of the directory, if it has one."""
+
+
+@contextlib.contextmanager
+def opened(payload: Payload) -> Iterator[Tensors]:
+    """Open a payload. If it has a record, what is read from it are bytes that were compared with the record.
+
+    Raises:
+        CorruptError: If the payload differs from its record.
+        NotFoundError: If a running process has retired it meanwhile.
+    """
+    if payload.record is None:
+        with open_contents(payload.storage, payload.name) as contents:
+            yield contents
+        return
+    with (
+        naming_retired(payload.storage, payload.trust, payload.record),
+        open_verified(payload.storage, payload.record) as contents,
+    ):
+        yield contents
 
 
 def payload_at(place: str, open: Callable[[str], Storage], trust: HMACKey | None = None) -> Payload | None:
@@ -65,7 +91,7 @@ def payload_at(place: str, open: Callable[[str], Storage], trust: HMACKey | None
     home = f"/{HOME}/" if not name else f"{name}/{HOME}/"
     if name not in files and any(home in f"/{path}" for path in files):
         return None
-    return _with_record(Payload(place=place, storage=storage, name=name), trust)
+    return _with_record(Payload(place=place, storage=storage, name=name, trust=trust))
 
 
 def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey | None) -> Payload | None:
@@ -81,8 +107,8 @@ def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey
         return None
     for folder in real.parents:
         if (folder / RECORDS).is_dir():
-            found = Payload(place=place, storage=open(str(folder)), name=real.relative_to(folder).as_posix())
-            found = _with_record(found, trust)
+            name = real.relative_to(folder).as_posix()
+            found = _with_record(Payload(place=place, storage=open(str(folder)), name=name, trust=trust))
             if found.record is not None or found.problem:
                 return found
     return Payload(place=place, storage=open(str(real.parent)), name=real.name)
@@ -101,10 +127,10 @@ def similar(path: Path, *, folders: bool = False) -> str:
     return f" (did you mean {parent.parent / close[0]}?)" if close else ""
 
 
-def _with_record(payload: Payload, trust: HMACKey | None) -> Payload:
+def _with_record(payload: Payload) -> Payload:
     path = record_path(payload.name)
     try:
-        entry = read_entry(payload.storage, path, trust)
+        entry = read_entry(payload.storage, path, payload.trust)
     except FileNotFoundError:
         return payload
     except RecordError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
@@ -16,6 +16,8 @@ from checkpointer.restore.load import check_size, verify
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.tools.catalog import Catalog
 
+_LOOKS: Final = 3
+"""So often the directory is read again, if checkpoints are replaced while they are read."""
 Depth = Literal["sizes", "digests", "contents"]
 """Compare sizes with the listing, read every byte, or look into each payload as well."""
 
@@ -31,6 +33,8 @@ class Finding:
     """The functions that an ordinary unpickler would call; empty unless its contents were looked at."""
     by: str = ""
     """What it was compared with, if it has no record; empty if there was nothing to compare it with."""
+    is_retired: bool = False
+    """Whether a running process has retired it since the directory was read. That is not damage."""
 
     def __bool__(self) -> bool:
         """Return whether it is sound."""
@@ -59,6 +63,9 @@ def verify_all(
 ) -> Iterator[Finding]:
     """Verify checkpoints one after the other, then report the record files that are damaged.
 
+    If one is not sound, the directory is read again before that is said, after all the others: a running process may
+    have retired or replaced the checkpoint.
+
     Args:
         catalog: The directory, as `checkpointer.tools.catalog.look_at` returns it.
         records: Which of its checkpoints.
@@ -74,15 +81,30 @@ def verify_all(
         ...     decision = manager.observe({}, step=1, epoch=0)
         >>> catalog = look_at(storage)
         >>> list(verify_all(catalog, catalog.records, "contents"))
-        [Finding(name='epoch=0-step=1.ckpt', problem='', calls=())]
+        [Finding(name='epoch=0-step=1.ckpt', problem='', calls=(), is_retired=False)]
     """
     storage = CountingStorage(catalog.storage, on_bytes)
     listed = {name: stat.size for name, stat in catalog.files.items()}
+    bad: list[tuple[Record, Finding]] = []
     for record in records:
-        if depth == "sizes" and listed.get(record.name) == record.size:
-            yield Finding(name=record.name)
+        is_listed = depth == "sizes" and listed.get(record.name) == record.size
+        finding = Finding(name=record.name) if is_listed else verify_one(storage, record, depth)
+        if finding:
+            yield finding
         else:
-            yield verify_one(storage, record, depth)
+            bad.append((record, finding))
+    for _ in range(_LOOKS if bad else 0):
+        now, before, bad = catalog.again(), bad, []
+        for record, finding in before:
+            if not now.lacks(record):
+                yield finding
+            elif (found := now.current(record)) is None:
+                yield Finding(name=record.name, is_retired=True)
+            elif again := verify_one(storage, found, depth):
+                yield again
+            else:
+                bad.append((found, again))
+    yield from (finding for _, finding in bad)
     for path, error in catalog.damaged.items():
         yield Finding(name=path, problem=str(error))
 

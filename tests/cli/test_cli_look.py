@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,18 @@ def test_what_records_say_cannot_drive_the_terminal(tmp_path: Path) -> None:
     plant(tmp_path / "run", "a.ckpt", b"data", reason="\x1b]0;owned\x07\x1b[2J", metrics={"a\u202eb": 1.0})
     said = command("ls", tmp_path / "run")
     assert not {"\x1b", "\x07", "\u202e"} & set(said.out)
+
+
+def test_json_shows_such_characters_as_escapes(tmp_path: Path) -> None:
+    """Control, format and separator characters, of the basic plane and beyond it; the data is the same."""
+    odd = "a\u202eb\x7f\x9b\u2028\u200bc\U000e0041\u00e9"
+    plant(tmp_path / "run", "a.ckpt", b"data", reason=odd, metrics={odd: 1.0})
+    for name in ("ls", "verify", "last"):
+        said = command(name, tmp_path / "run", "--json")
+        shown = {char for char in said.out if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+        assert {"\n"} == shown, name
+    data = command("ls", tmp_path / "run", "--json").data[0]
+    assert (odd, [odd]) == (data["reason"], [*data["metrics"]])
 
 
 # best and last

@@ -185,6 +185,17 @@ def test_huge_numbers_are_refused(field: str, value: int) -> None:
         Record.from_dict(record().to_dict() | {field: value}, "f")
 
 
+def test_a_key_that_stands_twice_among_many_is_found_at_once() -> None:
+    """In a megabyte of JSON and in a large policy: to count each name would take an hour."""
+    names = [f"{n:x}" for n in range(70_000)]
+    text = ", ".join(f'"{name}": 0' for name in (*names, names[-1]))
+    with pytest.raises(RecordError, match="the key '1116f' stands there twice"):
+        parse_json(f"{{{text}}}".encode(), "f")
+    lines = "".join(f"k{n}: 0\n" for n in (*range(22_000), 21_999))
+    with pytest.raises(PolicyError, match="the key 'k21999' stands in one mapping twice"):
+        Policy.from_yaml(lines)
+
+
 def test_a_message_about_hostile_data_is_short() -> None:
     """Lists that share lists, long texts and huge numbers do not fill a log."""
     laugh: Any = "ha"

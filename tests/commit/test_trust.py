@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import attrs
 import pytest
+import torch
 from support.factories import record
 from support.plain_format import PlainFormat
 
@@ -30,12 +31,16 @@ from checkpointer.errors import (
     SaveError,
     UntrustedError,
 )
+from checkpointer.formats.export import write_weights
+from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.records.codec import to_json
 from checkpointer.records.record import Entry
+from checkpointer.restore.verified import open_verified
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import digest_of
 from checkpointer.storage.memory import MemoryStorage
 from checkpointer.storage.owner import new_owner, release
+from checkpointer.tools.catalog import look_at
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 KEY = HMACKey(SECRET)
@@ -447,6 +452,9 @@ class _Swapping:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def read(self, size: int = -1) -> bytes:
         return self._now.read(size)
 
@@ -463,6 +471,50 @@ def test_what_is_loaded_is_what_was_verified(trust: HMACKey | None) -> None:
     manager = CheckpointManager(storage, ALL, state=lambda: {"step": 1}, format=PlainFormat(), trust=trust)
     manager.observe({}, step=1, epoch=0, epoch_end=False)
     storage.evil = b'{"step": 2}'
-    with pytest.raises(CorruptError, match="changed between being verified and being loaded; nothing was restored"):
+    with pytest.raises(CorruptError, match="changed between being verified and being read; nothing of it was used"):
         manager.restore(1)
     assert storage.swaps
+
+
+def test_what_export_and_diff_read_is_what_was_verified() -> None:
+    """They open a payload through the verified blocks, as a restore does; a part that has changed is an error."""
+    states = ({"w": torch.ones(4)}, {"w": torch.zeros(4)})
+    good, evil = (io.BytesIO(), io.BytesIO())
+    torch.save(states[0], good)
+    torch.save(states[1], evil)
+    storage = SwappingStorage()
+    with CheckpointManager(storage, ALL, state=lambda: states[0]) as manager:
+        manager.observe({}, step=1, epoch=0, epoch_end=False)
+    (record,) = look_at(storage).records
+    with open_verified(storage, record) as contents:
+        assert torch.equal(torch.ones(4), contents.read("w"))
+    storage.evil = evil.getvalue()
+    assert len(storage.evil) == record.size
+    with (
+        pytest.raises(CorruptError, match="changed between being verified and being read"),
+        open_verified(storage, record) as contents,
+    ):
+        contents.read("w")
+    assert storage.swaps
+    del storage._files[record.name]
+    with pytest.raises(CorruptError, match="is gone"), open_verified(storage, record):
+        pass
+
+
+@pytest.mark.parametrize("name", ["w.pt", "part/w.safetensors"])
+def test_a_part_of_a_folder_that_changes_after_it_was_verified_is_not_read(tmp_path: Path, name: str) -> None:
+    """Each file of a folder has its verified blocks, and no file is read that was not there."""
+    folder = tmp_path / "a.ckpt"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_weights(folder / name, {"w": TensorInfo(name="w", dtype="float32", shape=(4,))}, lambda _: torch.ones(4))
+    storage = LocalStorage(tmp_path, new_owner())
+    found = digest_of(storage, "a.ckpt", "sha256")
+    assert found is not None
+    whole = record("a.ckpt", size=found[0], digest=found[1])
+    with open_verified(storage, whole) as contents:
+        assert torch.equal(torch.ones(4), contents.read(f"{name}: w"))
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data.replace(torch.ones(4).numpy().tobytes(), torch.zeros(4).numpy().tobytes()))
+    with pytest.raises(CorruptError, match=r"a\.ckpt has other bytes than were written"), open_verified(storage, whole):
+        pass

@@ -18,6 +18,8 @@ import torch
 
 from checkpointer.errors import CorruptError, PolicyError, SaveError, UnsafePayloadError
 from checkpointer.formats import open_format
+from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import DigestWriter
 
 TENSORS = {
@@ -361,3 +363,21 @@ def test_unknown_format_lists_the_known() -> None:
     """A typo is an error at construction."""
     with pytest.raises(PolicyError, match=r"'pickle' is not known \(known: torch, safetensors, dcp\)"):
         open_format("pickle")
+
+
+@pytest.mark.parametrize("twice", ["w", "__metadata__"])
+def test_a_safetensors_header_that_has_a_key_twice_is_refused(twice: str, tmp_path: Path) -> None:
+    """One reader would take the first tensor, another one the last: neither is read, shown or mapped."""
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
+    second = '{"a": "b"}' if twice == "__metadata__" else entry % (4, 8)
+    header = f'{{"w": {entry % (0, 4)}, "__metadata__": {{"a": "c"}}, "{twice}": {second}}}'.encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    payload = open_format("safetensors")
+    message = f"the key '{twice}' stands there twice"
+    with pytest.raises(CorruptError, match=message), open(path, "rb") as stream:
+        payload.read(stream, weights_only=True, map_location="cpu")
+    with pytest.raises(CorruptError, match=message):
+        payload.read_mapped(str(path), weights_only=True, map_location="cpu")  # type: ignore[attr-defined]
+    with pytest.raises(CorruptError, match=message), open_contents(LocalStorage(tmp_path, ""), path.name):
+        pass

@@ -65,6 +65,33 @@ def test_a_run_is_saved_at_a_url(url: str, kind: str) -> None:
     assert training.ckpt_path == again.best_model_path
 
 
+@pytest.mark.parametrize("kind", ["drop-in", "policy"])
+def test_a_password_of_the_directory_goes_into_no_payload(kind: str) -> None:
+    """A checkpoint is shared more widely than a URL; what is read from it has the URL of the callback again."""
+    password = "hunter2pass"
+    folder = uuid.uuid4().hex
+    url, shown = f"memory://me:{password}@{folder}/run", f"memory://{folder}/run"
+
+    def make() -> Any:
+        if kind == "policy":
+            return CheckpointCallback(url, BEST_AND_LAST)
+        return ModelCheckpoint(url, "{epoch}-{val_loss:.0f}", monitor="val_loss", save_last=True)
+
+    callback = make()
+    fit(callback, max_epochs=2)
+    filesystem, root = fsspec.core.url_to_fs(url)
+    for path in filesystem.find(root):
+        assert password.encode() not in filesystem.cat_file(path), path
+    state = callback.state_dict()
+    assert f"{url}/epoch=1-val_loss=3.ckpt" == callback.best_model_path
+    assert f"{shown}/epoch=1-val_loss=3.ckpt" == state["best_model_path"]
+    again = make()
+    again.load_state_dict(state)
+    names = ("dirpath", "best_model_path", "best_k_models", "kth_best_model_path", "last_model_path")
+    assert [getattr(callback, name) for name in names] == [getattr(again, name) for name in names]
+    assert 3 * BATCHES == fit(make(), resume="last", max_epochs=3).global_step
+
+
 def test_49_the_run_that_was_resumed_from_is_left_alone() -> None:
     """Lightning deletes it when both are URLs."""
     first, second = (f"memory://{uuid.uuid4().hex}/{name}" for name in ("first", "second"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.policy.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
+from checkpointer.policy.yaml_codec import parse_yaml
 from checkpointer.records.record import Progress
 
 EACH = EverySteps(1)
@@ -189,3 +191,46 @@ def test_known_does_not_replace_a_metric_that_is_no_function() -> None:
     known: dict[str, Any] = {"f1": f1, "loss": 3}
     policy = Policy(EACH, [KeepBest(1, "loss", mode="min")])
     assert policy == Policy.from_yaml(policy.to_yaml(), known=known)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("08", 8),
+        ("-0500", -500),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("0b11", 3),
+        ("1e3", 1000.0),
+        ("1.5E-3", 0.0015),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.inf", -math.inf),
+        ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("'010'", "010"),
+        ("1.2.3", "1.2.3"),
+        ("!!int 010", 10),
+    ],
+)
+def test_a_number_means_what_it_says(text: str, value: object) -> None:
+    """YAML 1.1 reads 010 as 8, 1:30 as 90 and 1e3 as text; PyYAML does, too."""
+    found = parse_yaml(f"a: {text}\n".encode())["a"]
+    assert (value, type(value)) == (found, type(found))
+
+
+def test_an_interval_with_a_leading_zero_is_not_octal() -> None:
+    """A policy saves as often as its file says; a time with a colon is refused instead of counted in base 60."""
+    keep = "keep: [{KeepLast: {n: 1}}]\n"
+    assert EverySteps(100) == Policy.from_yaml(f"when: {{EverySteps: {{n: 0100}}}}\n{keep}").when
+    with pytest.raises(PolicyError, match="1:30"):
+        Policy.from_yaml(f"when: {{EverySeconds: {{seconds: 1:30}}}}\n{keep}")
+
+
+@pytest.mark.parametrize("text", ["010", "1:30", "1e3", "0o7", "1_0", ".5", "5.", "0x1F", "1e", "-.inf", "null", "yes"])
+def test_a_text_that_looks_like_a_number_is_read_as_it_was_written(text: str) -> None:
+    """It is quoted."""
+    policy = Policy(EACH, [KeepBest(1, text, mode="min")])
+    assert policy == Policy.from_yaml(policy.to_yaml())

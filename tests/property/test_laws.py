@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import attrs
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.factories import RUN, manifest, observation, record
@@ -209,6 +210,8 @@ entries = st.builds(
     status=st.sampled_from(["pending", "committed", "retired"]),
     previous=st.none() | any_record,
     owner=st.just("") | texts,
+).map(
+    lambda entry: attrs.evolve(entry, previous=entry.previous and attrs.evolve(entry.previous, name=entry.record.name))
 )
 
 

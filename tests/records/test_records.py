@@ -129,7 +129,7 @@ def test_an_epoch_counts_once_it_ended(ended: Any, epochs: int) -> None:
         Entry(record=record()),
         Entry(record=record(name="a/b:c.ckpt", metrics={"a": math.nan, "b": math.inf, "c": -math.inf, "ü": -0.0})),
         Entry(record=record(kind="rescue", contents="weights", pinned=True, label="x", line=((1, 5), (2, 7)))),
-        Entry(record=record(step=2), previous=record(step=1), status="pending", owner="host-1-2"),
+        Entry(record=record("a", step=2), previous=record("a"), status="pending", owner="host-1-2"),
         Entry(record=record(), status="retired"),
     ],
 )

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer._secrets import without_secrets
 from checkpointer.errors import StorageError
 from checkpointer.storage import open_storage
 from checkpointer.storage.drivers import (
@@ -27,7 +28,6 @@ from checkpointer.storage.drivers import (
     modified_s,
     stat_of,
     unescaped,
-    without_password,
 )
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
@@ -291,8 +291,8 @@ def test_the_quotes_of_a_tag_are_no_part_of_the_version() -> None:
 
 def test_a_password_in_the_url_is_never_shown() -> None:
     """Neither the storage nor its errors show it."""
-    assert "sftp://host/runs" == without_password("sftp://me:secret@host/runs")
-    assert "sftp://host/a@b" == without_password("sftp://me:se@cret@host/a@b")
+    assert "sftp://host/runs" == without_secrets("sftp://me:secret@host/runs")
+    assert "sftp://host/a@b" == without_secrets("sftp://me:se@cret@host/a@b")
     with pytest.raises((StorageError, OSError)) as caught:
         open_storage("sftp://me:secret@127.0.0.1:1/runs", "me", {"retry": Retry(deadline_s=0)})
     assert "secret" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.factories import manifest, record
 from support.servers.fixtures import lacks
 
 from checkpointer import EverySteps, KeepBest, KeepLast, Metric, Policy
-from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
+from checkpointer.tools.chart.data import Chart, ChartItem, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.png import BEST, KEPT, RETIRED, plot
 from checkpointer.tools.history import read_history
@@ -140,6 +141,77 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
         page.open(path)
         assert (evil, 0) == (page.run("title.textContent"), page.run("document.querySelectorAll('img').length"))
         assert [] == page.errors
+
+
+ENDS = (1e17, 1e17 + 16), (-1.7976931348623157e308, 1.7976931348623157e308), (0.0, 5e-324), (1e308, 1.7e308)
+STEPS = (1, 2), (2**62, 2**62), (0, 2**63 - 1)
+
+
+def two(values: tuple[float, float], steps: tuple[int, int]) -> Chart:
+    """Return the chart of two checkpoints."""
+    records = [record(f"a{n}", step=steps[n], serial=n + 1, metrics={"loss": values[n]}) for n in (0, 1)]
+    return chart_of_records("ends", manifest(records), metric=Metric("loss", mode="min"))
+
+
+@pytest.mark.slow
+def test_the_page_draws_metrics_whose_neighbours_are_far_apart_or_at_the_ends(tmp_path: Path) -> None:
+    """The script ends, each point has a place, and there are ticks."""
+    if CHROMIUM is None:
+        lacks("chromium", "there is none; run as root: .ci/install-servers")
+    places = "[...document.querySelectorAll('#metric circle')].map((node) => Number(node.getAttribute('cy')))"
+    with browser(tmp_path / "profile") as page:
+        for values, steps in itertools.product(ENDS, STEPS):
+            report(two(values, steps), tmp_path / "report.html")
+            page.open(tmp_path / "report.html")
+            assert [] == page.errors, (values, steps)
+            assert 2 == page.run("document.querySelectorAll('#rows tr').length")
+            assert all(0 <= place <= 270 for place in page.run(places)), (values, steps)
+            assert page.run("document.querySelectorAll('#metric .grid').length > 0")
+            assert not page.run("document.body.innerHTML.includes('NaN')"), (values, steps)
+
+
+@pytest.mark.parametrize(("values", "steps"), [(ENDS[0], STEPS[1]), (ENDS[1], STEPS[2]), (ENDS[2], STEPS[0])])
+def test_the_picture_draws_them_too(values: tuple[float, float], steps: tuple[int, int]) -> None:
+    """Without a warning about numbers that overflow."""
+    assert len(plot(two(values, steps))) > 10_000
+
+
+@pytest.mark.slow
+def test_the_page_of_200_000_rows_opens_and_is_thinned(tmp_path: Path) -> None:
+    """It draws some of them, names the number of all, and its filter finds each one."""
+    if CHROMIUM is None:
+        lacks("chromium", "there is none; run as root: .ci/install-servers")
+    items = tuple(
+        ChartItem(
+            name=f"step={n}.ckpt", step=n, epoch=0, size=10, metrics={"loss": 1 / n}, why="",
+            fate="kept" if n % 1000 == 0 else "retired", end=n + 9, is_best=n == 200_000,
+        )
+        for n in range(1, 200_001)
+    )  # fmt: skip
+    line = tuple((item.step, item.metrics["loss"]) for item in items)
+    disk = tuple((item.step, 10 * item.step) for item in items)
+    chart = Chart(
+        title="many", subtitle="", metric="loss", mode="min", line=line, items=items, disk=disk, risk=disk,
+        last_step=200_000,
+    )  # fmt: skip
+    report(chart, tmp_path / "report.html")
+    with browser(tmp_path / "profile") as page:
+        page.open(tmp_path / "report.html")
+        assert [] == page.errors
+        count = "document.querySelectorAll('{}').length"
+        assert 500 == page.run(count.format("#rows tr"))
+        assert "199500 more are not shown: sort or filter to see them" == page.run("more.textContent")
+        bars = page.run(count.format("#bars rect"))
+        assert 1500 < bars < 4100
+        assert f"{bars} of 200000 are drawn" in page.run("barsname.textContent")
+        assert 200 == page.run(count.format("#bars rect.kept"))
+        assert 1 == page.run(count.format("#metric .star"))
+        assert "200000" == page.run("tiles.querySelector('b').textContent")
+        assert page.run("document.querySelector('#metric .line').getAttribute('points').length") < 200_000
+        page.run("(filter.value = 'step=123457.ckpt', filter.dispatchEvent(new Event('input')))")
+        assert ["step=123457.ckpt"] == page.run(
+            "[...document.querySelectorAll('#rows tr')].map((row) => row.children[0].textContent)"
+        )
 
 
 # The commands

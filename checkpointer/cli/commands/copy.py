@@ -44,8 +44,11 @@ def copy_command(
         )
     _say(done, str(storage), as_json=as_json)
     made = {alias for alias, *_ in done.aliases}
+    gone = {record.name for record in done.retired}
+    for name in gone:
+        output.say(f"{name} was not copied: a running process has retired it meanwhile")
     for alias, name in catalog.aliases.items():
-        if name and alias not in made and records is None:
+        if name and alias not in made and records is None and name not in gone:
             output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
         if not name:
             why = f"{catalog.place} does not say which checkpoint it is a copy of"
@@ -59,6 +62,7 @@ def _say(done: Copying, place: str, *, as_json: bool) -> None:
             "target": place,
             "copied": [record.name for record in done.missing],
             "there": [record.name for record in done.there],
+            "retired": [record.name for record in done.retired],
             "aliases": {alias: name for alias, name, _ in done.aliases},
             "bytes": done.bytes,
         }

@@ -10,9 +10,8 @@ import typer
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
 from checkpointer.errors import PolicyError
-from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.tools.diff import Change, diff, diff_values
-from checkpointer.tools.payloads import Payload
+from checkpointer.tools.payloads import Payload, opened
 
 _DIGITS = 4
 
@@ -40,8 +39,8 @@ def diff_command(
     """
     one, two = _sides(items, other, access)
     with (
-        open_contents(one.storage, one.name) as old,
-        open_contents(two.storage, two.name) as new,
+        opened(one) as old,
+        opened(two) as new,
         output.progress("comparing", sum(info.bytes for info in old.tensors.values() if match in info.name)) as advance,
     ):
         changes = []
@@ -69,7 +68,7 @@ def _sides(items: list[str], other: str | None, access: options.Access) -> tuple
     there = here if other is None else options.look(other, access)
     records = (here.find(items[1]), there.find(items[2]))
     one, two = (
-        Payload(place=catalog.place, storage=catalog.storage, name=record.name, record=record)
+        Payload(place=catalog.place, storage=catalog.storage, name=record.name, record=record, trust=catalog.trust)
         for catalog, record in zip((here, there), records, strict=True)
     )
     return one, two

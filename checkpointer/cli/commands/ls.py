@@ -88,7 +88,7 @@ def ls_command(
         output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
         _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen))
-        for one in holders(catalog, access.key):
+        for one in holders(catalog, catalog.trust):
             label = f" ({one.label})" if one.label else ""
             output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
     if below:
@@ -101,7 +101,8 @@ def _run(directory: str, name: str, access: options.Access) -> dict[str, Any]:
     path, error = f"{directory.rstrip('/')}/{name}", ""
     records: tuple[Record, ...] = ()
     try:
-        records = look_at(options.open_place(path, access), access.key).records
+        catalog = look_at(options.open_place(path, access), access.key)
+        records, error = catalog.records, options.unchecked_text(catalog)
     except (CheckpointerError, OSError) as refusal:
         error = str(refusal)
     step, when = (records[-1].step, records[-1].time) if records else (None, None)

@@ -37,10 +37,6 @@ def prune_command(
         catalog = look_at(storage, key)
         pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
-    if catalog.signed and key is None:
-        output.say(
-            f"{count_text(catalog.signed, 'signed record')}: without the key, unsigned records are believed as well"
-        )
     names = [record.name for record in gone]
     if as_json:
         data = {"kept": dict(pruning.kept), "going": dict(pruning.going), "bytes": pruning.bytes, "removed": names}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
@@ -15,9 +18,8 @@ from checkpointer.errors import CheckpointerError, PolicyError, RestoreError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import weights_of
-from checkpointer.ports import Storage
 from checkpointer.records.record import Record
-from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.catalog import Catalog, naming_retired
 from checkpointer.tools.payloads import Payload
 from checkpointer.tools.terms import terms_of
 
@@ -49,7 +51,7 @@ def show_command(
         msg = "both the name of a checkpoint and --run are given; pass one"
         raise PolicyError(msg)
     if run:
-        _show_terms(options.look(place, access), run, access, as_json=as_json)
+        _show_terms(options.look(place, access), run, as_json=as_json)
         return
     if not name:
         _show_payload(options.payload(place, access, "show DIRECTORY NAME"), match, as_json=as_json)
@@ -60,7 +62,16 @@ def show_command(
     lines = _lines_of(record, catalog.location(record.name))
     lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason, "saved": record.reason}
     shown = as_data(catalog, record, reason) if as_json else lines
-    _show(catalog.storage, record.name, shown, match, as_json=as_json)
+    _show(_of_record(catalog, record), shown, match, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _of_record(catalog: Catalog, record: Record) -> Iterator[Tensors]:
+    with (
+        naming_retired(catalog.storage, catalog.trust, record),
+        open_contents(catalog.storage, record.name) as contents,
+    ):
+        yield contents
 
 
 def _show_payload(found: Payload, match: str, *, as_json: bool) -> None:
@@ -75,14 +86,14 @@ def _show_payload(found: Payload, match: str, *, as_json: bool) -> None:
         shown = _lines_of(found.record, path)
     else:
         shown = {"path": path, "size": f"{size_text(size)} ({size} bytes)", "record": "none"}
-    _show(found.storage, found.name, shown, match, as_json=as_json)
+    _show(open_contents(found.storage, found.name), shown, match, as_json=as_json)
     output.leave_if(bool(found.problem))
 
 
-def _show(storage: Storage, name: str, shown: dict[str, Any], match: str, *, as_json: bool) -> None:
+def _show(opening: AbstractContextManager[Tensors], shown: dict[str, Any], match: str, *, as_json: bool) -> None:
     """Print what is known of a payload, then its tensors."""
     try:
-        with open_contents(storage, name) as contents:
+        with opening as contents:
             if as_json:
                 output.print_json(shown | _as_data(contents, match))
             else:
@@ -94,9 +105,11 @@ def _show(storage: Storage, name: str, shown: dict[str, Any], match: str, *, as_
         output.leave_if(bad=True)
 
 
-def _show_terms(catalog: Catalog, run: str, access: options.Access, *, as_json: bool) -> None:
+def _show_terms(catalog: Catalog, run: str, *, as_json: bool) -> None:
     catalog.manifest(run)  # Raises if there is no such run.
-    terms = [one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, access.key)]
+    terms = [
+        one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, catalog.trust)
+    ]
     if as_json:
         output.print_json([
             {"term": one.term, "label": one.label, "state": one.state, "limit": one.limit}

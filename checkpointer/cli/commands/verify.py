@@ -44,7 +44,8 @@ def verify_command(
     if alone is not None and alone.record is None and not alone.problem:
         _verify_files(alone, as_json=as_json)
         return
-    catalog = (options.look(place, access) if alone is None else look_at(alone.storage, access.key)).with_missing
+    catalog = options.look(place, access) if alone is None else options.announced(look_at(alone.storage, access.key))
+    catalog = catalog.with_missing
     wanted = [alone.name] if alone is not None else names
     records = [catalog.find(name) for name in wanted] if wanted else [*catalog.records]
     total = sum(record.size for record in records)
@@ -85,16 +86,23 @@ def _printed(findings: Iterable[Finding], *, silent: bool, with_record: bool = T
 def _end(found: list[Finding], how: str, *, as_json: bool) -> None:
     bad = [finding for finding in found if not finding]
     if as_json:
-        data = [{"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls, "by": f.by} for f in found]
-        output.print_json(data)
+        output.print_json([
+            {"name": f.name, "ok": bool(f), "problem": f.problem, "calls": f.calls, "by": f.by, "retired": f.is_retired}
+            for f in found
+        ])  # fmt: skip
     else:
-        output.print_line(f"{len(found) - len(bad)} of {len(found)} whole, {len(bad)} bad; {how}")
+        retired = sum(finding.is_retired for finding in found)
+        count, meanwhile = len(found) - retired, f", {retired} retired meanwhile" if retired else ""
+        output.print_line(f"{count - len(bad)} of {count} whole, {len(bad)} bad{meanwhile}; {how}")
     output.leave_if(bool(bad))
 
 
 def _print(finding: Finding) -> None:
     if not finding:
         output.print_line(f"BAD   {finding.name}: {finding.problem}")
+        return
+    if finding.is_retired:
+        output.print_line(f"gone  {finding.name}: retired meanwhile")
         return
     calls = f"  (unpickling it would call {', '.join(finding.calls)})" if finding.calls else ""
     by = f": {finding.by}" if finding.by else ""

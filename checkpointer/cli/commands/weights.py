@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -14,14 +15,12 @@ from checkpointer.cli import options, output
 from checkpointer.cli.commands.paths import best_first
 from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
-from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_of
 from checkpointer.records.record import Record
-from checkpointer.restore.load import verify
 from checkpointer.tools.average import average
 from checkpointer.tools.catalog import Catalog
-from checkpointer.tools.payloads import Payload
+from checkpointer.tools.payloads import Payload, opened
 
 
 @attrs.frozen(kw_only=True)
@@ -122,7 +121,8 @@ def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
 
 
 def _payloads(catalog: Catalog, records: list[Record]) -> list[Payload]:
-    return [Payload(place=catalog.place, storage=catalog.storage, name=r.name, record=r) for r in records]
+    of = functools.partial(Payload, place=catalog.place, storage=catalog.storage, trust=catalog.trust)
+    return [of(name=record.name, record=record) for record in records]
 
 
 def _write(
@@ -134,12 +134,10 @@ def _write(
     """Verify what has a record, write the combined weights, and say what was written."""
     format = file.format or format_by_name(out)
     with contextlib.ExitStack() as stack:
-        sources = []
-        for payload in payloads:
-            if payload.record is not None:
-                verify(payload.storage, payload.record)
-            contents = stack.enter_context(open_contents(payload.storage, payload.name))
-            sources.append((payload.name, _weights(contents, file.only, payload.name)))
+        sources = [
+            (payload.name, _weights(stack.enter_context(opened(payload)), file.only, payload.name))
+            for payload in payloads
+        ]
         weights = combined(sources)
         advance = stack.enter_context(output.progress("writing", sum(info.bytes for info in weights.tensors.values())))
 

@@ -14,6 +14,7 @@ from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors
 from checkpointer.formats.memory import memory_of, read_exactly
 from checkpointer.ports import Writable
+from checkpointer.records.codec import object_once
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """A longer header is refused, as the format itself says."""
@@ -125,7 +126,7 @@ def _header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
         msg = f"it is neither a torch file nor safetensors: as the latter its header would have {length} bytes"
         raise CorruptError(msg)
     try:
-        header = json.loads(stream.read(length))
+        header = json.loads(stream.read(length), object_pairs_hook=object_once)
     except (ValueError, RecursionError) as error:
         msg = f"its safetensors header cannot be read ({error})"
         raise CorruptError(msg) from error

@@ -42,6 +42,11 @@ class ChartItem:
     is_best: bool = False
     aliases: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; NaN and infinities as text."""
+        metrics = {name: to_plain_float(value) for name, value in self.metrics.items()}
+        return {**attrs.asdict(self, recurse=False), "metrics": metrics}
+
 
 @attrs.frozen(kw_only=True)
 class Chart:
@@ -67,10 +72,8 @@ class Chart:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinities as text."""
-        data = attrs.asdict(self, recurse=True)
-        for item in data["items"]:
-            item["metrics"] = {name: to_plain_float(value) for name, value in item["metrics"].items()}
-        return data
+        # Not with recurse=True, which takes seconds for 200 000 checkpoints.
+        return {**attrs.asdict(self, recurse=False), "items": [item.to_dict() for item in self.items]}
 
 
 def chart_of_records(

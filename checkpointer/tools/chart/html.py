@@ -7,6 +7,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from checkpointer._display import escaped_json
 from checkpointer.tools.chart.data import Chart
 
 
@@ -29,8 +30,9 @@ def report(chart: Chart, path: str | os.PathLike[str] | None = None) -> str:
     template = resources.files("checkpointer.tools.chart").joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps(chart.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # With these escapes a name cannot end the element that it is in.
-    for char in "<>&\u2028\u2029":
+    for char in "<>&":
         data = data.replace(char, f"\\u{ord(char):04x}")
+    data = escaped_json(data)
     page = template.replace("__CHART__", data)
     if path is not None:
         Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")

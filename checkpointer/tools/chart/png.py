@@ -35,6 +35,11 @@ _NAMED: Final = 16
 """If there are more checkpoints than this, only those that are kept have a label."""
 
 
+_LARGEST: Final = 1e300
+_NEAREST: Final = 1e-9
+"""The axis of steps is at least this part of the last step wide: two limits must not be equal as floats."""
+
+
 def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
     r"""Draw a chart as a PNG of 1440 x 1080 pixels, and write it to ``path`` if given.
 
@@ -79,7 +84,7 @@ def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
 
 
 def _limits(chart: Chart) -> tuple[float, float]:
-    width = max(chart.last_step - chart.first_step, 1)
+    width = max(chart.last_step - chart.first_step, 1, chart.last_step * _NEAREST)
     return chart.first_step - 0.03 * width, chart.last_step + 0.03 * width
 
 
@@ -110,17 +115,23 @@ def _color(item: ChartItem) -> str:
     return {"kept": KEPT, "retired": RETIRED, "abandoned": ABANDONED}[item.fate]
 
 
+def _drawn(value: float) -> float:
+    """Return where a value is drawn: matplotlib computes with distances, which overflow at the ends of the range."""
+    return max(-_LARGEST, min(_LARGEST, value))
+
+
 def _metric(axes: Any, chart: Chart) -> None:
     mode = f" ({chart.mode})" if chart.mode else ""
     axes.set_ylabel(_text(f"{chart.metric or 'no metric'}{mode}", 40), color=INK)
     if chart.line:
-        axes.plot(*zip(*chart.line, strict=True), color=FAINT, linewidth=1.1, zorder=1)
+        line = [(step, _drawn(value)) for step, value in chart.line]
+        axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1.1, zorder=1)
     values = [(item, item.metrics.get(chart.metric, math.nan)) for item in chart.items]
     points = [(item, value) for item, value in values if math.isfinite(value)]
     points.sort(key=lambda point: ("retired", "abandoned", "kept").index(point[0].fate))
     axes.scatter(
         [item.step for item, _ in points],
-        [value for _, value in points],
+        [_drawn(value) for _, value in points],
         s=[26 if item.fate == "kept" else 20 for item, _ in points],
         facecolors=[_color(item) if item.fate == "kept" else "white" for item, _ in points],
         edgecolors=[_color(item) if item.fate != "retired" else FAINT for item, _ in points],
@@ -140,12 +151,12 @@ def _star(axes: Any, step: int, y: float, size: int) -> None:
 
 def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
     if item.is_best:
-        _star(axes, item.step, value, 190)
+        _star(axes, item.step, _drawn(value), 190)
     labels = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
     text = f"{', '.join(dict.fromkeys(labels))}: {number_text(value, 4)}"
     above = 11 if chart.mode == "max" or not item.is_best else -16
     axes.annotate(
-        _text(text, 40), (item.step, value), xytext=(0, above), textcoords="offset points", zorder=6,
+        _text(text, 40), (item.step, _drawn(value)), xytext=(0, above), textcoords="offset points", zorder=6,
         ha="right" if item.step > 0.9 * chart.last_step else "center", fontsize=8, color=INK,
     )  # fmt: skip
 
