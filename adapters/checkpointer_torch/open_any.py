@@ -65,14 +65,14 @@ class Opener:
         place = os.fspath(path)
         is_folder, parent, name = _split(place)
         if is_folder or (is_folder is None and self._is_folder(place)):
-            return self._open_folder(place)
+            return self._restore(parent, name) if has_record(place) else self._open_folder(place)
         storage = self._storage(parent)
         try:
-            has_record = bool(storage.list(record_path(name)))
+            is_recorded = bool(storage.list(record_path(name)))
         except OSError as error:
             msg = f"{place} cannot be looked at: {error}"
             raise RestoreError(msg) from error
-        return self._restore(parent, name) if has_record else (self._read(storage, name, place), place)
+        return self._restore(parent, name) if is_recorded else (self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
         owner = new_owner()
@@ -190,7 +190,14 @@ def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:
     if not isinstance(directory, (str, os.PathLike)):
         return None
     is_folder, parent, name = _split(os.fspath(place))
-    return name if not is_folder and _absolute(parent) == _absolute(os.fspath(directory)) else None
+    is_checkpoint = not is_folder or has_record(place)
+    return name if is_checkpoint and _absolute(parent) == _absolute(os.fspath(directory)) else None
+
+
+def has_record(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder of this machine is a checkpoint, and not a directory of checkpoints."""
+    _, parent, name = _split(os.fspath(folder))
+    return os.path.isfile(os.path.join(parent, record_path(name)))
 
 
 def _split(place: str) -> tuple[bool | None, str, str]:
