@@ -49,6 +49,10 @@ class Loop:
     it at each save, and ``loop["hidden"]`` returns the value that a resume has put back. The random states of python,
     numpy, torch and CUDA are always saved, and so is the place in the data. The ``repr`` lists all of it.
 
+    With several processes each makes a Loop, with the same arguments. If a tensor of a module is a shard (a DTensor, as
+    FSDP2 and tensor parallelism make them), each process writes its shards into one folder, and any number of processes
+    can go on from it.
+
     Use it as a context manager. A signal is delayed until the next step boundary, where a rescue is saved; the
     ``with`` block ends there, and the signal goes on to its earlier handler: by default it ends the process. An
     exception makes a rescue too, and passes unchanged.

@@ -48,9 +48,9 @@ class TrainingObjects:
 
     @property
     def shapes(self) -> dict[str, str]:
-        """The shape and the dtype of each of these tensors, as text."""
+        """The shape and the dtype of each parameter, as text."""
         lazy = torch.nn.parameter.is_lazy
-        named = self.tensors.items()
+        named = [(name, one) for name, one in self.tensors.items() if isinstance(one, nn.Parameter)]
         return {name: f"{'lazy' if lazy(one) else list(one.shape)} {one.dtype}" for name, one in named}
 
     @property

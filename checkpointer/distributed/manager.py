@@ -414,5 +414,11 @@ def _versions() -> dict[str, str]:
 
 
 def _text_of(policy: Policy | None) -> str | None:
-    """Return a policy as text that is the same in another process; None for a rank that leaves it to rank 0."""
-    return None if policy is None else re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
+    """Return a policy as text; None if it is left to rank 0, or has code whose text may be another in each process."""
+    if policy is None:
+        return None
+    try:
+        policy.to_yaml()
+    except Exception:  # A user's rule.
+        return None
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))

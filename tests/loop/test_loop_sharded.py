@@ -204,6 +204,14 @@ def plain() -> tuple[Net, torch.optim.Optimizer]:
     return net, optimizer
 
 
+def tensors_of(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    """Return the weights and the optimizer's tensors, as `SpreadTraining.whole` does."""
+    found = {name: value.flatten().tolist() for name, value in net.state_dict().items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        found |= {f"{number}.{key}": value.flatten().tolist() for key, value in values.items()}
+    return found
+
+
 def objects_of(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what a Loop of one process is given."""
     return {
@@ -274,22 +282,22 @@ def test_one_process_takes_over_from_two_as_a_plain_model(went: Any) -> None:
     """Its module and optimizer know nothing of shards."""
     folder, _, twos, _ = went
     (whole, _), _ = (left["for one"] for _, left, _ in twos)
-    net, optimizer = plain()
     loader = DataLoader(Numbered(), BATCH, sampler=DistributedSampler(Numbered(), 1, 0, seed=1))
     seen = [number for _, left, _ in twos for number in left["for one"][1]]
-    loop = Loop(folder / "two" / "for one", POLICY, **objects_of(net, optimizer))
-    with pytest.warns(CheckpointerWarning, match="saved by 2 processes, resumed by 1"):
-        loop.resume()
-    found = {name: value.flatten().tolist() for name, value in net.state_dict().items()}
-    for number, values in optimizer.state_dict()["state"].items():
-        found |= {f"{number}.{key}": value.flatten().tolist() for key, value in values.items()}
-    assert whole == found
-    with loop:
-        for _ in loop.epochs(1):
-            for batch in loop.batches(loader):
-                seen += batch[:, 0].int().tolist()
-                loop.step()
+    (path,) = (folder / "two" / "for one").glob("*.dcp")
+    for directory, source in ((path.parent, None), (path.parent, path), (folder / "moved", path)):
+        net, optimizer = plain()
+        with Loop(directory, POLICY, **objects_of(net, optimizer)) as loop:
+            with pytest.warns(CheckpointerWarning, match="saved by 2 processes, resumed by 1"):
+                loop.resume(source)
+            assert whole == tensors_of(net, optimizer)
+            for _ in loop.epochs(1) if directory != path.parent else ():
+                for batch in loop.batches(loader):
+                    seen += batch[:, 0].int().tolist()
+                    loop.step()
     assert list(range(SAMPLES)) == sorted(seen)
+    load_weights(net, path)
+    assert whole["up.weight"] == net.up.weight.flatten().tolist()
 
 
 def test_a_file_of_one_process_is_spread_over_two(went: Any) -> None:
