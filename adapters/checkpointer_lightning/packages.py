@@ -77,10 +77,14 @@ class Package:
             plugin = plugin.checkpoint_io
         return (
             self.saves_plainly(trainer)
-            and _is_plain(trainer.strategy, self.pl.strategies.Strategy)
+            and self.writes_on_rank_zero(trainer)
             and type(plugin) is torch_io
             and _is_plain(plugin, torch_io)
         )
+
+    def writes_on_rank_zero(self, trainer: Any) -> bool:
+        """Return whether the strategy lets rank 0 alone write, with its state, whatever plugin it uses."""
+        return _is_plain(trainer.strategy, self.pl.strategies.Strategy)
 
     def is_async(self, plugin: Any) -> bool:
         """Return whether a plugin writes in the background."""

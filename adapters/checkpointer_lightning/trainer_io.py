@@ -12,6 +12,7 @@ import attrs
 
 from checkpointer import CheckpointerWarning
 from checkpointer.distributed.ranks import Team
+from checkpointer.formats.pickler import refuse_shards_in
 from checkpointer.ports import Ranks
 from checkpointer.save.background import Busy
 from checkpointer_lightning.packages import Package
@@ -71,6 +72,8 @@ class TrainerIO:
             # As `Trainer.save_checkpoint`, with a dump that callbacks share. Its barrier is left out: if the disk of
             # rank 0 is full, the other ranks would wait there.
             state = self.dump()
+            if self.package.writes_on_rank_zero(self.trainer):
+                refuse_shards_in(state, "checkpoint")
             with self.trainer.profiler.profile("save_checkpoint"):
                 self.trainer.strategy.save_checkpoint(state, path)
 

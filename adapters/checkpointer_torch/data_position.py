@@ -13,7 +13,7 @@ from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
-_OF_A_RANK: Final = {"batches", "dataset length"}
+_OF_A_RANK: Final = {"batches", "dataset length", "replicas"}
 """Facts that change with the number of processes."""
 
 
@@ -35,6 +35,7 @@ class DataPosition:
         self._within = self._is_over = False
         self._left_off: dict[str, Any] = {}
         self._origin = ResumedFrom()
+        self._before = _Before()
         self._iterator = _SharedIterator()
 
     # A pass
@@ -56,11 +57,12 @@ class DataPosition:
 
     def _settle(self, view: LoaderView) -> int:
         """Compare the loader with the one that was left, and return how many of its batches were used."""
-        state, origin, used = self._left_off, self._origin, self.used
-        then, now = state.get("data", {}), view.facts()
+        then, now = self._left_off.get("data", {}), view.facts()
         other = {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
-        if origin.is_of_other_ranks:
+        if self._is_of_other_ranks or "replicas" in other:
+            self._move(view, then, now)
             other = {name: values for name, values in other.items() if name not in _OF_A_RANK}
+        state, origin, used = self._left_off, self._origin, self.used
         if not other:
             return used
         text = ", ".join(f"{name} {there!r} then, {here!r} now" for name, (there, here) in other.items())
@@ -78,12 +80,41 @@ class DataPosition:
         self._left_off = {}
         return 0
 
+    @property
+    def _is_of_other_ranks(self) -> bool:
+        here = self._origin.ranks[1]
+        saved, _ = self._left_off.get("at", (here, 0))
+        return bool(saved != here)
+
+    def _move(self, view: LoaderView, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Find the place of this process in the data that another number of processes has begun."""
+        state, origin = self._left_off, self._origin
+        saved, used = state.get("at", (origin.ranks[1], self.used))
+        of_a_sampler = saved if "DistributedSampler" in str(then.get("sampler")) else None
+        replicas = then.get("replicas") or of_a_sampler, now.get("replicas")
+        if replicas[0] == replicas[1] and (replicas[0] or origin.is_alike):
+            self.used = used
+            return
+        self._left_off = {**state, "differs": True}
+        what = f"the place in {view.kind} is that of one of {saved} processes, and {origin.ranks[1]} go on"
+        is_movable = view.distributed_sampler is not None and None not in replicas
+        if not state.get("within"):
+            if not (is_movable or view.is_indexed or view.stateful is None):
+                origin.refuse(f"{what}, so its state cannot be moved", "begins it anew")
+        elif is_movable and now.get("dataset length") == then.get("dataset length"):
+            self._before = self._before.after(used, then["batch size"] * replicas[0], now["batch size"] * replicas[1])
+            self.used = self._before.batches
+            self._left_off["began"] = None
+        else:
+            why = "only with torch's DistributedSampler over the same data is the share of each process known"
+            origin.refuse(f"{what}, so it cannot be moved: {why}", f"goes on after {_batches(self.used)} of each")
+
     def _begun(self, view: LoaderView, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
         used_before = self._iterator.begin(view.loader, self._view, state, origin=self._origin)
         self._left_off = {}
         self._view, self._facts = view, view.facts()
         view.set_epoch(epoch)
-        data_pass = DataPass(view, epoch, self._origin)
+        data_pass = DataPass(view, epoch, self._origin, self._before.samples)
         is_within = bool(state.get("within"))
         self._within, self._is_over = True, is_within and is_over(state)
         if is_within:
@@ -91,6 +122,9 @@ class DataPosition:
         if self._is_over:
             data_pass.put_end(state)
             return iter(())
+        if self._before.samples:
+            self._began = self._began or _beginning(view)
+            return data_pass.go_on_by_index({**state, "began": self._began}, self.used - self._before.batches)
         if not is_within or (view.is_indexed and not self.used):
             return self._begin_anew(data_pass, state, used_before)
         # A stateful loader may come from a checkpoint that has no state of it: then it is skipped like another.
@@ -108,9 +142,7 @@ class DataPosition:
             data_pass.put_end(state)
         began = self._began or state.get("began")
         if not (self._iterator.is_shared and began):
-            warm = view.is_warm or state.get("warm", False)
-            began = {"random": take_random_state(), "loader": view.take_generators(), "warm": warm}
-            began["iters"] = num_iters(view, is_warm=warm)
+            began = _beginning(view, is_warm=state.get("warm", False))
         self._began = began
         if used:
             return data_pass.go_on_by_reading(began, used)
@@ -143,6 +175,7 @@ class DataPosition:
         if not self._iterator.is_one:
             self._began = None
         self.used = self.given = 0
+        self._before = _Before()
 
     # Taking and putting back
 
@@ -152,7 +185,7 @@ class DataPosition:
         if view is None:
             return dict(self._left_off)
         return {
-            "loader": view.take_generators() if view.is_indexed else view.take(),
+            "loader": view.take_generators() if view.is_indexed or self._before.samples else view.take(),
             "generators": view.take_generators(),
             "began": self._began,
             "within": self._within,
@@ -160,14 +193,40 @@ class DataPosition:
             "warm": view.is_warm,
             "data": self._facts,
             "iterator": [self._iterator.is_shared, self._iterator.drawn] if self._iterator.is_one else None,
+            "before": [self._before.samples, self._before.batches],
         }
 
     def put(self, state: Mapping[str, Any], origin: ResumedFrom) -> None:
         """Let the next pass go on from there."""
         self.given = self.used
         self._view = self._began = None
-        self._within, self._left_off, self._origin = False, dict(state), origin
+        # "at" is there already if the checkpoint before was resumed, and its data was not asked for.
+        self._left_off = {"at": [origin.ranks[0], origin.used], **state}
+        self._within, self._origin = False, origin
+        self._before = _Before(*state.get("before", ()))
         self._iterator = _SharedIterator()
+
+
+def _beginning(view: LoaderView, *, is_warm: bool = False) -> dict[str, Any]:
+    """Return what a pass that begins now can be made again from."""
+    warm = view.is_warm or is_warm
+    began = {"random": take_random_state(), "loader": view.take_generators(), "warm": warm}
+    return {**began, "iters": num_iters(view, is_warm=warm)}
+
+
+@attrs.frozen
+class _Before:
+    """What another number of processes has used of an epoch."""
+
+    samples: int = 0
+    """Of all processes together."""
+    batches: int = 0
+    """As how many batches of each process these samples count now."""
+
+    def after(self, used: int, then: int, now: int) -> _Before:
+        """Return the same after a change of processes, from the samples in a batch of all: then, and now."""
+        samples = self.samples + (used - self.batches) * then
+        return _Before(samples, samples // now)
 
 
 @attrs.define

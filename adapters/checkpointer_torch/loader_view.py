@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from checkpointer_torch.parts import Part
 from checkpointer_torch.random_state import accessors
@@ -17,6 +17,7 @@ _WRAPPED: Final = {
     "tqdm": "iterable",
 }
 """Attributes in which the loaders of other packages keep the loader that they wrap, batch for batch."""
+_TORCH: Final = ("torch.", "torchdata.")
 _WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
 """Attributes in which samplers, and the nodes of ``torchdata.nodes``, keep one another."""
 
@@ -106,6 +107,16 @@ class LoaderView(Part):
                     to_visit.append(one)
         return list(found.values())
 
+    @property
+    def distributed_sampler(self) -> Any:
+        """The sampler that gives each process its samples, if its order is known for any number of them; else None."""
+        if self.inner is None or isinstance(self.inner.dataset, IterableDataset) or is_stateful(self.inner.dataset):
+            return None
+        batches = self.inner.batch_sampler
+        sampler = getattr(batches, "sampler", None)
+        is_known = all(str(iterates.__module__).startswith(_TORCH) for iterates in _iterates(batches, sampler))
+        return sampler if isinstance(sampler, DistributedSampler) and is_known else None
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the loader, its samplers and its dataset."""
         if "_num_iter_calls" in getattr(self.loader, "__dict__", {}):
@@ -182,6 +193,7 @@ class LoaderView(Part):
             "drop_last": _first([inner, *within], "drop_last"),
             "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(within)),
             "sampler seed": _first(within, "seed", "initial_seed"),
+            "replicas": _first(within, "num_replicas"),
         }
         if is_iterable or not self.is_indexed:
             facts["num_workers"] = inner.num_workers
@@ -193,9 +205,13 @@ class LoaderView(Part):
     def _order(self) -> str:
         """The class that decides on the order: a user's subclass may have any name."""
         for kind in type(self._root).__mro__:
-            if kind.__module__.startswith(("torch.", "torchdata.")):
+            if kind.__module__.startswith(_TORCH):
                 return kind.__name__
         return "function" if isinstance(self.loader, FunctionLoader) else "iterable"
+
+
+def _iterates(*samplers: Any) -> list[Any]:
+    return [type(sampler).__iter__ for sampler in samplers if sampler is not None]
 
 
 def _length(thing: Any) -> int | None:

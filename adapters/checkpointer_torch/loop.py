@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar
 
 from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Record, Skip
 from checkpointer.distributed.manager import DistributedManager
-from checkpointer.distributed.ranks import OneRank, TorchRanks
+from checkpointer.distributed.ranks import OneRank, TorchRanks, on_every_rank
+from checkpointer.distributed.team import check_alike
 from checkpointer.errors import ObservationError, PolicyError, RanksError
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import MANAGER_OPTIONS, check_options
@@ -24,6 +25,7 @@ from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
 from checkpointer_torch.loader_view import FunctionLoader
 from checkpointer_torch.resume_source import ResumeSource
+from checkpointer_torch.sharded_state import ShardedState
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
 from checkpointer_torch.training_state import LoopProgress, TrainingState
@@ -47,6 +49,10 @@ class Loop:
     it at each save, and ``loop["hidden"]`` returns the value that a resume has put back. The random states of python,
     numpy, torch and CUDA are always saved, and so is the place in the data. The ``repr`` lists all of it.
 
+    With several processes each makes a Loop, with the same arguments. If a tensor of a module is a shard (a DTensor, as
+    FSDP2 and tensor parallelism make them), each process writes its shards into one folder, and any number of processes
+    can go on from it.
+
     Use it as a context manager. A signal is delayed until the next step boundary, where a rescue is saved; the
     ``with`` block ends there, and the signal goes on to its earlier handler: by default it ends the process. An
     exception makes a rescue too, and passes unchanged.
@@ -66,7 +72,8 @@ class Loop:
 
     Raises:
         PolicyError: If nothing of an object can be saved, if it has the name of an option of `CheckpointManager`, for
-            an unknown option, or for a format of sharded state.
+            an unknown option, or for a format that cannot hold the shards of the training.
+        RanksError: On every rank, if one of them has another training, policy or version of this library.
         StorageError: If the directory cannot be used.
 
     Example:
@@ -96,14 +103,15 @@ class Loop:
         grace_s: float = math.inf,
         **objects: Any,
     ) -> None:
-        _check_names(objects, options)
         self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
-        self._training = training = TrainingState(objects, self._ranks, config)
+        self._training = training = _open_training(objects, self._ranks, config=config, options=options)
         self._directory, self._options, self._when = directory, options, policy.when
         stopwatch = Stopwatch(training)
         kept = {**options, "state": training.take, "weights": training.weights}
         kept["listeners"] = (*options.get("listeners", ()), stopwatch)
+        if training.sharded is not None:
+            kept |= {"state": training.sharded, "format": "dcp"}
         self._saver: CheckpointManager | DistributedManager
         self._is_alone = self._ranks.size == 1
         if self._is_alone:
@@ -522,9 +530,36 @@ def _check_names(objects: Mapping[str, Any], options: Mapping[str, Any]) -> None
             how = "the Loop sets it itself" if name in _SET_BY_LOOP else f"pass options={{{name!r}: ...}}"
             msg = f"{name!r} is an option of CheckpointManager: {how}; an object of the training needs another name"
             raise PolicyError(msg)
-    if options.get("format") == "dcp":
-        msg = "a Loop saves state that all ranks have alike; for sharded models call DistributedManager(format='dcp')"
-        raise PolicyError(msg)
+
+
+def _open_training(
+    objects: Mapping[str, Any], ranks: Ranks, *, config: Any, options: Mapping[str, Any]
+) -> TrainingState:
+    """Return the training's state, after a check that it is the same training on every rank."""
+    opened: list[TrainingState] = []
+
+    def open_() -> bool:
+        _check_names(objects, options)
+        training = TrainingState(objects, ranks, config)
+        shards, format = training.objects.shards, options.get("format", "dcp")
+        if shards and ranks.size == 1:
+            msg = f"{shards[0]} is a shard, and other processes hold the others: pass their ranks, not {ranks!r}"
+            raise PolicyError(msg)
+        if shards and format != "dcp":
+            msg = (
+                f"{shards[0]} is a shard, and other processes hold the others: format {format!r} would hold one of "
+                "them alone. Leave format out of options=, or pass 'dcp'"
+            )
+            raise PolicyError(msg)
+        opened.append(training)
+        return bool(shards)
+
+    is_sharded = any(on_every_rank(ranks, open_)) or options.get("format") == "dcp"
+    (training,) = opened
+    check_alike(ranks, {"objects": ", ".join(training.objects.names), **training.objects.shapes})
+    if is_sharded:
+        training.sharded = ShardedState(training, ranks.rank, ranks.size)
+    return training
 
 
 def _why_silent(when: Trigger, decision: Decision) -> str:

@@ -64,15 +64,18 @@ class Opener:
         """
         place = os.fspath(path)
         is_folder, parent, name = _split(place)
-        if is_folder or (is_folder is None and self._is_folder(place)):
-            return self._open_folder(place)
+        is_folder = self._is_folder(place) if is_folder is None else is_folder
         storage = self._storage(parent)
         try:
             has_record = bool(storage.list(record_path(name)))
         except OSError as error:
+            if is_folder:
+                return self._open_folder(place)
             msg = f"{place} cannot be looked at: {error}"
             raise RestoreError(msg) from error
-        return self._restore(parent, name) if has_record else (self._read(storage, name, place), place)
+        if has_record:
+            return self._restore(parent, name)
+        return self._open_folder(place) if is_folder else (self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
         owner = new_owner()
@@ -190,7 +193,8 @@ def own_name(place: str | os.PathLike[str], directory: Any) -> str | None:
     if not isinstance(directory, (str, os.PathLike)):
         return None
     is_folder, parent, name = _split(os.fspath(place))
-    return name if not is_folder and _absolute(parent) == _absolute(os.fspath(directory)) else None
+    is_checkpoint = not is_folder or os.path.isfile(os.path.join(parent, record_path(name)))
+    return name if is_checkpoint and _absolute(parent) == _absolute(os.fspath(directory)) else None
 
 
 def _split(place: str) -> tuple[bool | None, str, str]:

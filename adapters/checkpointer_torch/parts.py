@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import functools
 import inspect
 import sys
 import warnings
@@ -19,6 +20,7 @@ from torch import nn
 
 from checkpointer import CheckpointerWarning
 from checkpointer.errors import PolicyError
+from checkpointer_torch.layouts import fitted
 from checkpointer_torch.state_differences import Differences, compared
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
@@ -55,6 +57,10 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def put(self, state: Any) -> None:
         """Take the state over, as far as it fits."""
+
+    def likes(self) -> Callable[[Keys], Any]:
+        """Return a function of a path in the state, which returns a tensor that lies as the one there should."""
+        return lambda _: None
 
 
 @attrs.frozen
@@ -96,7 +102,10 @@ class ModulePart(Part):
             del wrapped[key]
         versions, paths = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
         wrapped._metadata = {path: versions[name(path)] for path in paths if name(path) in versions}  # type: ignore[attr-defined]
-        self.module.load_state_dict(wrapped, strict=False)
+        self.module.load_state_dict(fitted(own, wrapped), strict=False)
+
+    def likes(self) -> Callable[[Keys], Any]:
+        return functools.partial(_at, self.take())
 
 
 def _namer(module: nn.Module) -> Callable[[str], str]:
@@ -145,9 +154,7 @@ class OptimizerPart(Part):
         differences = Differences()
         if not f"{type(self.optimizer).__module__}.".startswith("torch.optim."):
             return differences
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
+        for number, parameter in self._numbered(state["param_groups"]).items():
             saved = state["state"].get(number, {}).items()
             tensors = {key: value for key, value in saved if key in _LIKE_PARAMETER and torch.is_tensor(value)}
             differences = differences.plus(f"state[{number}]", compared(dict.fromkeys(tensors, parameter), tensors))
@@ -155,7 +162,37 @@ class OptimizerPart(Part):
 
     def put(self, state: Any) -> None:
         if not self.compare(state):
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict({**state, "state": self._fitted(state)})
+
+    def _fitted(self, state: Mapping[str, Any]) -> dict[Any, Any]:
+        """Return the states of the parameters, in the layouts of those."""
+        fitted_states = dict(state["state"])
+        for number, parameter in self._numbered(state["param_groups"]).items():
+            values = fitted_states.get(number, {})
+            arrays = {key: parameter for key, value in values.items() if torch.is_tensor(value) and value.dim()}
+            if arrays:
+                fitted_states[number] = fitted(arrays, values)
+        return fitted_states
+
+    def _numbered(self, groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
+        """Return the parameters by their numbers in the groups of a state."""
+        numbers = [number for group in groups for number in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return dict(zip(numbers, parameters, strict=True))
+
+    def likes(self) -> Callable[[Keys], Any]:
+        # Not from `take`, which may be a collective. The numbers are those that `state_dict` gives.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def like(path: Keys) -> Any:
+            what, *rest = path
+            if what != "state" or not rest or not isinstance(rest[0], int) or rest[0] >= len(parameters):
+                return None
+            parameter = parameters[rest[0]]
+            own = _at(self.optimizer.state.get(parameter, {}), rest[1:])
+            return parameter if own is None else own
+
+        return like
 
 
 @attrs.frozen
@@ -175,7 +212,10 @@ class StatefulPart(Part):
         return compared(tensors, {key: state[key] for key in tensors})
 
     def put(self, state: Any) -> None:
-        self.stateful.load_state_dict(state)
+        self.stateful.load_state_dict(fitted(self.stateful.state_dict(), state))
+
+    def likes(self) -> Callable[[Keys], Any]:
+        return functools.partial(_at, self.stateful.state_dict())
 
 
 @attrs.define
@@ -231,7 +271,10 @@ class TensorPart(HeldPart):
     @torch.no_grad()
     def put(self, state: Any) -> None:
         if not self.compare(state):
-            self._thing.copy_(state)
+            self._thing.copy_(fitted(self._thing, state))
+
+    def likes(self) -> Callable[[Keys], Any]:
+        return functools.partial(_at, self._thing)
 
 
 class MutablePart(HeldPart):
@@ -376,6 +419,16 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, Mapping) and set(value) == {_ARRAY}:
         return value[_ARRAY].numpy()
     return _mapped(value, _decoded)
+
+
+def _at(state: Any, path: Sequence[Any]) -> Any:
+    """Return what is at a path of a state; None if there is nothing."""
+    for key in path:
+        try:
+            state = state[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return state
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import logging
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 import attrs
 import torch
+from torch.utils.data import DistributedSampler
 
 from checkpointer import CheckpointerWarning
 from checkpointer.errors import MismatchError
@@ -34,8 +36,12 @@ class ResumedFrom:
     """The checkpoint's name; empty for a training that was not resumed."""
     is_strict: bool = True
     """Whether a place that cannot be restored is an error."""
-    is_of_other_ranks: bool = False
-    """Whether the checkpoint is from another number of processes."""
+    ranks: tuple[int, int] = (1, 1)
+    """How many processes have saved it, and how many have resumed it."""
+    used: int = 0
+    """Batches of the epoch that each process of the checkpoint had used."""
+    is_alike: bool = False
+    """Whether all of those processes were at the same place of the same data."""
     random: Mapping[str, Any] | None = None
     """The random states at the boundary; None for a process that the checkpoint has none of."""
 
@@ -66,6 +72,8 @@ class DataPass:
     view: LoaderView
     epoch: int
     origin: ResumedFrom
+    before: int = 0
+    """Samples of the epoch that another number of processes has used."""
 
     def begin(self, began: Began) -> Iterator[Any]:
         """Return all batches; the loader's pass before may have been in another process."""
@@ -203,7 +211,11 @@ class DataPass:
         """Return an iterator whose sampler has left out the batches used."""
         view = self.view
         name = "sampler" if view.inner.batch_sampler is None else "batch_sampler"
-        skipping = _Skipping(getattr(view.inner, name), used, began.get("iters", num_iters(view)))
+        sampler = getattr(view.inner, name)
+        if self.before:
+            sampler = copy.copy(sampler)
+            sampler.sampler = _Rest(view.distributed_sampler, self.before)
+        skipping = _Skipping(sampler, used, began.get("iters", num_iters(view)))
         # A new loader would not be of the user's class, so the sampler of this one is replaced.
         with _replaced(view.inner, name, skipping), _as_warm(view, began.get("warm", False)):
             iterator = make()
@@ -273,6 +285,32 @@ def _without_restart(loader: Any) -> contextlib.AbstractContextManager[None]:
     if not getattr(loader, "restart_on_stop_iteration", False):
         return contextlib.nullcontext()
     return _replaced(loader, "restart_on_stop_iteration", False)
+
+
+@attrs.frozen
+class _Rest:
+    """A sampler of what an epoch has left, after another number of processes has used the first samples."""
+
+    sampler: Any
+    """The `DistributedSampler` of the epoch."""
+    used: int
+
+    def __iter__(self) -> Iterator[int]:
+        sampler, whole = self.sampler, copy.copy(self.sampler)
+        whole.num_replicas, whole.rank = 1, 0
+        whole.num_samples = whole.total_size = len(whole.dataset)
+        order = list(DistributedSampler.__iter__(whole))
+        count = self._count(len(order))
+        # As the sampler itself: what is missing is taken from the beginning of the order.
+        shared = itertools.chain(order[self.used :], itertools.cycle(order))
+        return itertools.islice(shared, sampler.rank, count * sampler.num_replicas, sampler.num_replicas)
+
+    def __len__(self) -> int:
+        return self._count(len(self.sampler.dataset))
+
+    def _count(self, samples: int) -> int:
+        left, replicas = max(samples - self.used, 0), self.sampler.num_replicas
+        return int(left // replicas if self.sampler.drop_last else -(-left // replicas))
 
 
 class _Skipping:

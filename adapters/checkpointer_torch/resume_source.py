@@ -62,7 +62,8 @@ class ResumeSource:
     def _restored(self, which: Any, place: str | None, *, weights_only: bool) -> tuple[Any, str] | None:
         """Return the state and name of a checkpoint of the directory; None if the directory has none."""
         try:
-            restored = self._saver.restore(which, weights_only=weights_only)
+            with self._training.reading():
+                restored = self._saver.restore(which, weights_only=weights_only)
         except NotFoundError as error:
             if not isinstance(which, str) or which in ("last", "best"):
                 raise
@@ -86,7 +87,8 @@ class ResumeSource:
         if isinstance(saver, CheckpointManager) and isinstance(self._directory, (str, os.PathLike)):
             record, source = saver.session.locate(contents="any") or (None, None)
         else:
-            restored = saver.restore(contents="any")
+            with training.reading():
+                restored = saver.restore(contents="any")
             record, source = (restored.record, restored.state) if restored else (None, None)
         if record is None or not record.is_adopted:
             return False

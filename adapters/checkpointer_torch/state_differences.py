@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -58,6 +58,24 @@ def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool
         unexpected=tuple(str(key) for key in state if key not in wanted),
         reshaped={key: f"here {here}, there {there}" for key, here, there in both if here != there and here},
     )
+
+
+def are_alike(states: Iterable[Any]) -> bool:
+    """Return whether all these states are the same."""
+    first, *others = states
+    return all(_is_same(first, other) for other in others)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_is_same(item, other[key]) for key, item in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return bool(one == other)
 
 
 def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:

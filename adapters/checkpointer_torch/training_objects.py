@@ -6,16 +6,17 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpointer.errors import MismatchError, PolicyError, SaveError, UnknownValueError
-from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, check_whole
+from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
+from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, is_dtensor, is_shard
 from checkpointer_torch import parts
 from checkpointer_torch.loader_view import LoaderView, is_stateful
 from checkpointer_torch.random_state import accessors
@@ -36,6 +37,41 @@ class TrainingObjects:
         self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
         self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
         self._values = {name: part for name, part in self.shared.items() if isinstance(part, parts.ValuePart)}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the modules, and those that were given, by name."""
+        named = {name: part.likes()(()) for name, part in self.shared.items() if isinstance(part, parts.TensorPart)}
+        for name, module in self.modules.items():
+            named |= {f"{name}.{key}": one for key, one in (*module.named_parameters(), *module.named_buffers())}
+        return named
+
+    @property
+    def shapes(self) -> dict[str, str]:
+        """The shape and the dtype of each parameter, as text."""
+        lazy = torch.nn.parameter.is_lazy
+        named = [(name, one) for name, one in self.tensors.items() if isinstance(one, nn.Parameter)]
+        return {name: f"{'lazy' if lazy(one) else list(one.shape)} {one.dtype}" for name, one in named}
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of tensors that other processes hold parts of."""
+        return [name for name, tensor in self.tensors.items() if is_shard(tensor)]
+
+    @property
+    def meshes(self) -> list[Any]:
+        """The device meshes that tensors are spread over."""
+        meshes: list[Any] = []
+        for tensor in filter(is_dtensor, self.tensors.values()):
+            mesh = tensor.device_mesh  # type: ignore[attr-defined]
+            if mesh not in meshes:
+                meshes.append(mesh)
+        return meshes
+
+    def likes(self) -> Callable[[parts.Keys], Any]:
+        """Return a function of a path in the shared state, which returns a tensor that lies as the one there should."""
+        of_part = functools.cache(lambda name: self.shared[name].likes())
+        return lambda path: of_part(path[0])(path[1:])
 
     def begin(self) -> None:
         """Remember which objects the program has a reference to."""
@@ -129,7 +165,7 @@ class TrainingObjects:
 def _part_of(name: str, thing: Any) -> parts.Part:
     """Return the part that takes and puts the state of ``thing``."""
     if isinstance(thing, nn.Module):
-        _check_whole(name, thing)
+        _refuse_fsdp1(name, thing)
         return parts.ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
         return parts.OptimizerPart(thing)
@@ -166,12 +202,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check_whole(name: str, module: nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        try:
-            check_whole(tensor, f"{name}.{key}")
-        except SaveError as error:
-            raise PolicyError(str(error)) from None
+def _refuse_fsdp1(name: str, module: nn.Module) -> None:
+    """Refuse the older FSDP: its optimizers have shards for states, as plain tensors."""
     count = world_size()
     if count > 1 and any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         msg = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -17,16 +18,16 @@ from checkpointer.policy.swapped_weights import OTHER, modes_of, trains, unranke
 from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
+from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.parts import FunctionPart, StatefulPart
+from checkpointer_torch.parts import FunctionPart, Part, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
-from checkpointer_torch.state_differences import Differences
+from checkpointer_torch.sharded_state import KEY, ShardedState, joined
+from checkpointer_torch.state_differences import Differences, are_alike
 from checkpointer_torch.training_objects import TrainingObjects
 
-KEY: Final = "loop"
-"""The loop's own state is under this key, beside the objects."""
 SCHEMA: Final = 1
 _log: Final = logging.getLogger("checkpointer.torch")
 
@@ -69,6 +70,8 @@ class TrainingState:
         self.unfed_since: int | None = None
         """The step at which the epoch began, if the loop does not see its batches."""
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
+        self.sharded: ShardedState | None = None
+        """What splits the state, if each process writes its shards."""
         self._ranks = ranks
         self._left_over = (0, 0)
 
@@ -131,13 +134,23 @@ class TrainingState:
 
     def take(self) -> dict[str, Any]:
         """Return the whole state; all processes call this together."""
-        self.taken_at = time.monotonic()
-        objects = self.objects
-        own = {
+        own = self._ranks.gather(self.take_own())
+        state: dict[str, Any] = self._whole(self.take_shared())
+        state[KEY]["ranks"] = own
+        return state
+
+    def take_own(self) -> dict[str, Any]:
+        """Return what this process alone has."""
+        return {
             "random": take_random_state(),
             "feed": self.data.take(),
-            "loaders": {name: part.take() for name, part in objects.own.items()},
+            "loaders": {name: part.take() for name, part in self.objects.own.items()},
         }
+
+    def take_shared(self) -> dict[str, Any]:
+        """Return what all processes have alike, or have shards of."""
+        self.taken_at = time.monotonic()
+        objects = self.objects
         state: dict[str, Any] = {} if self.config is None else {CONFIG: copy.deepcopy(self.config)}
         state |= {name: part.take() for name, part in objects.shared.items()}
         self.measured.note(self.step)
@@ -150,7 +163,6 @@ class TrainingState:
             "exact": not self.is_within_step,
             "left_over": self.left_over,
             "unfed": self.unfed_since is not None and self.step > self.unfed_since,
-            "ranks": self._ranks.gather(own),
         }
         return state
 
@@ -160,8 +172,18 @@ class TrainingState:
         self.measured.note(self.step)
         states = {name: self.objects.shared[name].take() for name in self.objects.modules}
         if len(states) == 1:
-            return dict(next(iter(states.values())))
-        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+            return self._whole(dict(next(iter(states.values()))))
+        return self._whole({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
+
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state without the DTensors that this process has all of: any program can read it."""
+        is_spread = self.sharded is not None or not self.objects.meshes
+        whole: dict[str, Any] = state if is_spread else whole_of(state)
+        return whole
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Let a manager read a checkpoint of shards into the layout that this training has."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.reading()
 
     # Putting back
 
@@ -169,10 +191,12 @@ class TrainingState:
         self, state: Any, source: str, *, strict: bool, advice: str = "Give the loop the objects it was saved with"
     ) -> Differences:
         """Take a state over and return how it differs; if ``strict`` a difference is an error that changes nothing."""
+        state = joined(state)
         own = _own_state(state, source)
         ranks = own["ranks"]
         states = {**ranks[self._ranks.rank % len(ranks)]["loaders"], **state}
         states = {name: value for name, value in states.items() if name not in (KEY, CONFIG)}
+        self._check_movable(ranks, source, strict=strict)
         differences = self.objects.compare(states)
         if differences and strict:
             msg = (
@@ -210,11 +234,27 @@ class TrainingState:
             _log.info("%s also holds %s, which map= does not name", source, ", ".join(unused))
         return differences
 
-    def _put_own(self, ranks: list[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
+    def _check_movable(self, ranks: Sequence[Mapping[str, Any]], source: str, *, strict: bool) -> None:
+        """Raise, or warn, if processes had values of their own, and another number of processes is here."""
+        saved, here = len(ranks), self._ranks.size
+        if saved == here:
+            return
+        own = [name for name, part in self.objects.own.items() if not _moves_by_itself(part)]
+        stuck = [name for name in own if not are_alike(one["loaders"].get(name) for one in ranks)]
+        if not stuck:
+            return
+        what = f"{source}: {', '.join(stuck)} differed between the {saved} processes, so {here} cannot share it out"
+        if strict:
+            msg = f"{what}, and nothing was loaded; resume(strict=False) takes what the first processes had"
+            raise MismatchError(msg)
+        warnings.warn(f"{what}; taken is what the first processes had", CheckpointerWarning, stacklevel=5)
+
+    def _put_own(self, ranks: Sequence[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
         saved, here, rank = len(ranks), self._ranks.size, self._ranks.rank
-        own = ranks[rank % saved]
+        own, used = ranks[rank % saved], self.data.used
+        is_alike = saved != here and are_alike(one["feed"] for one in ranks)
         if saved != here:
-            self.data.used = self.data.used * saved // here
+            self.data.used = used if is_alike else used * saved // here
             msg = (
                 f"saved by {saved} processes, resumed by {here}: each goes on after {self.data.used} of its batches, "
                 "and the random numbers are others; not exact"
@@ -224,12 +264,17 @@ class TrainingState:
         if random is not None:
             put_random_state(random)
         for name, part in self.objects.own.items():
-            if name in states:
+            if name in states and (saved == here or not _moves_by_itself(part)):
                 part.put(states[name])
-        self.data.put(
-            own["feed"],
-            ResumedFrom(source=self.source, is_strict=strict, is_of_other_ranks=saved != here, random=random),
+        origin = ResumedFrom(
+            source=self.source, is_strict=strict, ranks=(saved, here), used=used, is_alike=is_alike, random=random
         )
+        self.data.put(own["feed"], origin)
+
+
+def _moves_by_itself(part: Part) -> bool:
+    """Return whether the place in a loader follows from the samples that all processes have used."""
+    return isinstance(part, LoaderView) and part.distributed_sampler is not None
 
 
 def _own_state(state: Any, source: str) -> Mapping[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
+from checkpointer.formats.pickler import check_whole
+
 STATE_FILE: Final = "trainer_state.json"
 """The Trainer's state of the training; it writes this file last."""
 
@@ -53,6 +55,18 @@ def problem_of(folder: Path, *, ranks: int | None = None) -> str | None:
         return f"{STATE_FILE} is of step {state.get('global_step')}"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _missing(folder, ranks) or next(filter(None, map(_torn, files)), None)
+
+
+def refuse_shards(folder: Path, optimizer: Any) -> None:
+    """Raise `SaveError` if other ranks hold parts of an optimizer that the Trainer has written on rank 0 alone.
+
+    So it is with tensor parallelism. Under FSDP and DeepSpeed the Trainer has other files for the optimizer.
+    """
+    if not (folder / "optimizer.pt").exists():
+        return
+    for number, group in enumerate(getattr(optimizer, "param_groups", ())):
+        for place, parameter in enumerate(group["params"]):
+            check_whole(parameter, f"in optimizer.pt: optimizer.param_groups[{number}]['params'][{place}]")
 
 
 def _missing(folder: Path, ranks: int | None) -> str | None:

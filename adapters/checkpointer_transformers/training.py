@@ -20,7 +20,7 @@ from checkpointer.policy.triggers import Horizon
 from checkpointer.ports import Clock, Ranks, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer_transformers.integrity import STATE_FILE, checkpoints_of, problem_of, step_of
+from checkpointer_transformers.integrity import STATE_FILE, checkpoints_of, problem_of, refuse_shards, step_of
 from checkpointer_transformers.lock import Claim
 from checkpointer_transformers.trainer_state import (
     best_of,
@@ -195,6 +195,8 @@ class Leader:
     """The Trainer's state at a commit."""
     _final: Save
     """What is committed."""
+    _optimizer: Any = None
+    """The optimizer at a commit."""
 
     def __init__(self, training: Training) -> None:
         self._training, self._folder = training, training.folder
@@ -330,7 +332,8 @@ class Leader:
 
     def commit(self, decision: Save, now: Observation, *, state: Any, optimizer: Any, is_written: bool) -> Decision:
         """Carry out a decision, with what was measured since."""
-        self._state, self._final = state, marked(self._completed(decision, now), [optimizer])
+        self._state, self._optimizer = state, optimizer
+        self._final = marked(self._completed(decision, now), [optimizer])
         return self._adopt() if is_written else self.manager.session.commit(self._final)
 
     def _completed(self, decision: Save, now: Observation) -> Save:
@@ -345,6 +348,7 @@ class Leader:
     def _adopt(self) -> Decision:
         """Commit what the Trainer has written under its final name."""
         path = self._folder / self._final.name
+        refuse_shards(path, self._optimizer)
         self._write_state(path)
         done = self.manager.session.commit(self._final, path)
         self._claim()
@@ -357,6 +361,7 @@ class Leader:
         parent = staging_parent(path)
         os.rename(os.path.join(parent, self._final.name), path)
         os.rmdir(parent)
+        refuse_shards(Path(path), self._optimizer)
         self._write_state(Path(path))
 
     def _write_state(self, path: Path) -> None:

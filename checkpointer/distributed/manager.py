@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,7 +17,7 @@ from checkpointer._validation import check_function
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.state_io import StateIO
-from checkpointer.distributed.team import BARRIER_S, Agreement, Broadcast, all_come
+from checkpointer.distributed.team import BARRIER_S, Agreement, Broadcast, all_come, check_alike
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointerWarning,
@@ -75,6 +77,7 @@ class DistributedManager:
         ranks: The processes; None takes those of ``torch.distributed``'s default group.
         state: Returns the state to save: a dict, sharded (DTensor) as the training has it, for ``format="dcp"``.
             A restore reads into what it returns.
+        weights: Returns the weights alone, for ``contents="weights"``, on every rank too; None takes ``state``.
         format: ``"dcp"`` for sharded state, or as for `CheckpointManager`.
         storage_options: As for `CheckpointManager`.
         clock: Rank 0's clock.
@@ -82,7 +85,8 @@ class DistributedManager:
 
     Raises:
         PolicyError: For an option that `CheckpointManager` does not have.
-        RanksError: If there is not a process group.
+        RanksError: If there is not a process group; and on every rank, if one of them has another policy, format or
+            version of this library.
 
     Example:
         >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -104,6 +108,7 @@ class DistributedManager:
         *,
         ranks: Ranks | None = None,
         state: Callable[[], Any] | None = None,
+        weights: Callable[[], Any] | None = None,
         format: str | Format | FolderFormat = "torch",
         storage_options: Mapping[str, Any] | None = None,
         clock: Clock | None = None,
@@ -111,18 +116,29 @@ class DistributedManager:
     ) -> None:
         check_options(options, type(self).__name__)
         check_function(state, "state=", PolicyError)
+        check_function(weights, "weights=", PolicyError)
         self._own_ranks = TorchRanks() if ranks is None else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._policy = policy or Policy(AtSteps(), [])
         self._where = directory, storage_options
         self._clock = clock or SystemClock()
+        check_alike(
+            self._ranks,
+            {**_versions(), "format": str(getattr(format, "name", format)), "policy": _text_of(policy)},
+        )
         self._agreement = Agreement(self._ranks)
         self._io = StateIO(
-            self._ranks, state, format, storage_options=storage_options, background=as_busy(options.get("background"))
+            self._ranks,
+            state,
+            format,
+            weights=weights,
+            takes_weights=self._policy.contents == "weights",
+            storage_options=storage_options,
+            background=as_busy(options.get("background")),
         )
         self.manager: CheckpointManager | None = None
         """Rank 0's manager; None on the others."""
-        self._has_state = state is not None
+        self._has_state = state is not None or weights is not None
         self._records: tuple[Record, ...] = ()
         self._last_report: tuple[int, int, bool | None] = (-1, 0, False)
         self._is_closed = False
@@ -389,3 +405,20 @@ class DistributedManager:
 
 RankedManager = DistributedManager
 """The earlier name."""
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the code that communicates, or writes and reads shards."""
+    packages = {name: sys.modules.get(name) for name in ("checkpointer", "torch")}
+    return {f"version of {name}": str(getattr(module, "__version__", "")) for name, module in packages.items()}
+
+
+def _text_of(policy: Policy | None) -> str | None:
+    """Return a policy as text; None if it is left to rank 0, or has code whose text may be another in each process."""
+    if policy is None:
+        return None
+    try:
+        policy.to_yaml()
+    except Exception:  # A user's rule.
+        return None
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))

@@ -22,7 +22,8 @@ class StateIO:
     """Takes, writes and reads a state on all ranks, when rank 0's manager asks for it.
 
     If a checkpoint is a folder, this is the format of rank 0's manager. If it is a file, rank 0 writes it alone.
-    ``state`` returns this rank's state. The other arguments are as for `DistributedManager`.
+    ``state`` returns this rank's state, and ``weights`` its weights alone, which are saved if rank 0 has
+    ``takes_weights``. The other arguments are as for `DistributedManager`.
 
     Raises:
         PolicyError: If these ranks, or this format, cannot write in the background.
@@ -34,10 +35,13 @@ class StateIO:
         state: Callable[[], Any] | None,
         format: str | Format | FolderFormat,
         *,
+        weights: Callable[[], Any] | None,
+        takes_weights: bool,
         storage_options: Mapping[str, Any] | None,
         background: Busy | None,
     ) -> None:
-        self._ranks, self._state = ranks, state
+        self._ranks, self._state, self._weights = ranks, state, weights
+        self._takes_weights = takes_weights and weights is not None
         self.team = Team(ranks, {"take": self._take, "write": self._write, "read": self._read, "copy": self._copy})
         self._num_copies = 0
         self._taken: Any = None
@@ -63,7 +67,7 @@ class StateIO:
 
     def capture(self) -> Any:
         """Let all ranks take their states, and return rank 0's. For rank 0's manager, as are the methods below."""
-        self.team.call("take")
+        self.team.call("take", self._takes_weights)
         return self._taken
 
     def forget(self) -> None:
@@ -90,7 +94,7 @@ class StateIO:
     def read_folder(self, path: str, **options: Any) -> Any:
         """See `FolderFormat.read_folder`."""
         if self._state is not None:
-            self.team.call("take")
+            self.team.call("take", False)
         self.team.call("read", path, options)
         return self.loaded
 
@@ -118,9 +122,10 @@ class StateIO:
 
     # What all ranks are called for
 
-    def _take(self) -> None:
-        assert self._state is not None, "rank 0 has one"
-        self._taken = self._state()
+    def _take(self, takes_weights: bool) -> None:
+        take = self._weights if takes_weights else self._state
+        assert take is not None, "rank 0 has one"
+        self._taken = take()
         if self._ranks.rank and not self.is_folder:
             self._taken = None  # Rank 0 writes its own.
 

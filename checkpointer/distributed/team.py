@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 import time
 from collections import deque
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 BARRIER_S: Final = 1.0
 """Seconds that a rank with an error waits for the other ranks, so that they write a rescue checkpoint together."""
+
+
+_ALIKE: Final = "All ranks run the same program with the same arguments, and rank 0 decides for all of them"
 
 
 @attrs.frozen
@@ -60,6 +64,26 @@ def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> list[T]:
             msg = f"rank {rank} failed: {failure!r}"
             raise RanksError(msg) from failure
     return [result for result, _ in outcomes]
+
+
+def check_alike(ranks: Ranks, facts: Mapping[str, str | None]) -> None:
+    """Raise on every rank if the ranks do not have the same facts; None counts as the same as anything.
+
+    Raises:
+        RanksError: It names the first rank and fact that differ.
+    """
+    if ranks.size == 1:
+        return
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    if len(set(ranks.gather(digest))) == 1:
+        return
+    first, *others = ranks.gather(dict(facts))
+    for rank, theirs in enumerate(others, 1):
+        for name in (*first, *theirs):
+            here, there = first.get(name, "not there"), theirs.get(name, "not there")
+            if None not in (here, there) and here != there:
+                msg = f"rank {rank} differs from rank 0: {name} is {there} there, and {here} on rank 0. {_ALIKE}"
+                raise RanksError(msg)
 
 
 def all_come(ranks: Ranks, place: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -10,22 +11,23 @@ import pickle
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
+from torch.distributed.checkpoint._traverse import traverse_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from checkpointer.errors import (
     CheckpointerError,
@@ -38,11 +40,18 @@ from checkpointer.errors import (
 )
 from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
 from checkpointer.formats.dtypes import holds
-from checkpointer.formats.pickler import by_value, check_whole
+from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
+
+_PRIMITIVES: Final = (str, bytes, int, float, complex, type(None))
+
+_WITHIN_A_VALUE: Final = (
+    "hold parts of, and torch.distributed.checkpoint writes the value around it whole, from one process: it looks for "
+    "tensors in dicts and lists alone, so put the tensor into one"
+)
 
 _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
@@ -75,12 +84,38 @@ _METADATA_GLOBALS: Final = {
 """All that DCP's own metadata names."""
 
 
+@attrs.frozen
+class FolderContents:
+    """What a folder holds, before its tensors are read."""
+
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    """The shape and the dtype of each tensor, by name."""
+    value: Callable[[str], Any]
+    """Reads one value that is not a tensor, by name, without communication."""
+    whole: Callable[[], dict[str, Any]]
+    """Returns a template of whole tensors for all that the folder holds."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A template that depends on what a folder holds. All ranks read, each what its target wants."""
+
+    def wanted(self, folder: FolderContents) -> dict[str, Any]:
+        """Return the tensors to read into, under names of the folder; not all names have to be there."""
+        ...
+
+    def result(self, state: dict[str, Any]) -> Any:
+        """Return what a load returns, from what `wanted` returned, which is filled now."""
+        ...
+
+
 class DcpFormat:
     """Writes and reads DCP folders; ``torch.distributed.checkpoint`` itself reads them without this library.
 
     Args:
         group: The process group whose ranks write and read together; None for this process alone.
-        template: Returns the state to load into, sharded as the training wants it now; None makes whole tensors.
+        template: Returns the state to load into, sharded as the training wants it now, or a `Target`; None makes whole
+            tensors.
         storage_options: What fsspec needs besides a URL.
 
     Example:
@@ -123,9 +158,7 @@ class DcpFormat:
         plain: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
-            for keys, leaf in tree_flatten_with_path(plain)[0] if self._group is None else ():
-                check_whole(leaf, f"state{keystr(keys)}")
+            plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), self._checked(state))
         except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
         with _as_they_are(SaveError):
@@ -135,7 +168,7 @@ class DcpFormat:
 
     def snapshots(self, copies: int) -> Snapshotting:
         """See `SupportsSnapshots.snapshots`: ``state_dict`` of stateful objects is called in the loop."""
-        return _PlainSnapshots(Snapshots(copies, takes_shards=self._group is not None))
+        return _PlainSnapshots(Snapshots(copies, takes_shards=self._group is not None), self._checked)
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         """See `FolderFormat.read_folder`; with a template ``map_location`` is ignored.
@@ -168,13 +201,37 @@ class DcpFormat:
         reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only, reader.check = weights_only, check
         state = _whole(reader.read_metadata()) if self._template is None else self._template()
+        target = state if isinstance(state, Target) else None
+        error: Exception | None = None
+        if target is not None:
+            try:
+                state = target.wanted(reader.contents())
+            except Exception as failure:
+                state, error = {}, failure
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
-        planner = _Planner(weights_only=weights_only)
+        planner = _Planner(weights_only=weights_only, is_exact=target is None, error=error)
         reader.load_into(state, planner, **self._who(RestoreError))
+        if target is not None:
+            return target.result(state)
         if self._template is not None:
             return state
         device = torch.device(map_location or "cpu")
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
+
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """Return the state with what has a ``state_dict`` in its place; raise if a tensor would be stored in part."""
+        plain = _plain(state)
+        check_tensor = check_whole if self._group is None else check_summed
+
+        def check(keys: tuple[object, ...], leaf: Any) -> None:
+            path = f"state{''.join(f'[{key!r}]' for key in keys)}"
+            if isinstance(leaf, torch.Tensor):
+                check_tensor(leaf, path)
+            elif not isinstance(leaf, _PRIMITIVES):
+                refuse_shards_in(leaf, path, _WITHIN_A_VALUE)
+
+        traverse_state_dict(plain, check)
+        return plain
 
     def _who(self, kind: type[CheckpointerError]) -> dict[str, Any]:
         if self._group is None:
@@ -201,9 +258,10 @@ def _plain(state: Any) -> dict[str, Any]:
 @attrs.frozen
 class _PlainSnapshots:
     snapshots: Snapshots
+    checked: Callable[[Any], dict[str, Any]]
 
     def take(self, state: Any) -> Taken:
-        return self.snapshots.take(_plain(state))
+        return self.snapshots.take(self.checked(state))
 
 
 @contextlib.contextmanager
@@ -308,6 +366,27 @@ class _Safe(VerifyingReader):
     load_id: str
     _is_planned = False
 
+    def contents(self) -> FolderContents:
+        """Return what the folder holds."""
+        metadata = self.read_metadata()
+        stored = metadata.state_dict_metadata.items()
+        return FolderContents(
+            {
+                name: (tuple(one.size), one.properties.dtype)
+                for name, one in stored
+                if isinstance(one, TensorStorageMetadata)
+            },
+            functools.partial(self._value, metadata),
+            functools.partial(_whole, metadata),
+        )
+
+    def _value(self, metadata: Metadata, name: str) -> Any:
+        info = metadata.storage_data[MetadataIndex(name)]
+        with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as stream:
+            stream.seek(info.offset)
+            content = io.BytesIO(stream.read(info.length))
+        return TorchFormat().read(content, weights_only=self.weights_only, map_location="cpu")
+
     def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
         """Read the folder into a state."""
         if isinstance(planner, _Planner):
@@ -376,15 +455,20 @@ class _Planner(_Portable, DefaultLoadPlanner):
 
     reader: _Safe | None = None
 
-    def __init__(self, *, weights_only: bool) -> None:
+    def __init__(self, *, weights_only: bool, is_exact: bool = True, error: Exception | None = None) -> None:
         super().__init__()
         self._weights_only = weights_only
+        self._is_exact = is_exact
+        self._error = error
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         if self.reader is not None and self.reader.error is not None:
             raise self.reader.error
         assert metadata is not None, "a load has read it"
-        _check_same(state_dict, metadata)
+        if self._error is not None:
+            raise self._error
+        if self._is_exact:
+            _check_same(state_dict, metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -21,6 +21,7 @@ HOW_TO_SAVE_SHARDS: Final = (
     "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint.state_dict, on "
     "all ranks"
 )
+_ONE_PART: Final = f"hold parts of, and this checkpoint would hold one part alone; {HOW_TO_SAVE_SHARDS}"
 _PROTOCOL: Final = 2
 _ITEMS: Final = (list, tuple, set, frozenset, deque)
 
@@ -48,43 +49,63 @@ def by_value(value: Any, *, takes_shards: bool = False) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, torch.nn.Parameter):
         return value
-    if not takes_shards:
-        check_whole(value)
+    (check_summed if takes_shards else check_whole)(value)
     if not _is_reference(value):
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(torch.Tensor)
 
 
-class _ShardError(SaveError):
+class ShardError(SaveError):
     """A tensor is a shard; the message goes on after the tensor's path and class."""
 
 
 def check_whole(tensor: Any, path: str = "") -> None:
     """Raise if other processes hold parts of a tensor, as of a DTensor or a ShardedTensor."""
-    if not _is_shard(tensor):
-        return
-    msg = f"that other processes hold parts of, and this checkpoint would hold one part alone; {HOW_TO_SAVE_SHARDS}"
+    if is_shard(tensor):
+        _refuse(tensor, path, _ONE_PART)
+
+
+def check_summed(tensor: Any, path: str = "") -> None:
+    """Raise if each process holds a summand of a DTensor: shards can be put together, and summands are not shards."""
+    if is_dtensor(tensor) and any(placed.is_partial() for _, placed in _spread(tensor)):
+        _refuse(tensor, path, "hold summands of (Partial), and a checkpoint would hold one; call redistribute() first")
+
+
+def _refuse(tensor: Any, path: str, why: str) -> None:
+    msg = f"that other processes {why}"
     if not path:
-        raise _ShardError(msg)
+        raise ShardError(msg)
     named = f"{path} is a {class_name(tensor)} {msg}"
     raise SaveError(named)
 
 
 def is_whole_dtensor(tensor: Any) -> bool:
     """Return whether this is a DTensor of which this process holds all."""
-    return _is_dtensor(tensor) and not _is_shard(tensor)
+    return is_dtensor(tensor) and not is_shard(tensor)
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether this is a DTensor. It does not import torch's class."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def _is_shard(tensor: Any) -> bool:
-    if not _is_dtensor(tensor):
+def is_shard(tensor: Any) -> bool:
+    """Return whether other processes hold parts of a tensor that this process does not hold."""
+    if not is_dtensor(tensor):
         return hasattr(tensor, "local_shards")  # A ShardedTensor, as FSDP1 makes them.
+    # A process outside of the mesh holds none of the tensor.
+    return tensor.device_mesh.get_coordinate() is None or bool(_spread(tensor))
+
+
+def _spread(tensor: Any) -> list[tuple[int, Any]]:
+    """Return the dimensions of the mesh along which the processes hold different things, with the placements there."""
     mesh = tensor.device_mesh
-    return any(mesh.size(axis) > 1 and not placed.is_replicate() for axis, placed in enumerate(tensor.placements))
+    return [
+        (axis, placed)
+        for axis, placed in enumerate(tensor.placements)
+        if mesh.size(axis) > 1 and not placed.is_replicate()
+    ]
 
 
 def _is_reference(tensor: Any) -> bool:
@@ -133,13 +154,17 @@ class _DryByValue(_Dry, Pickler):
     """Pickles all but the bytes of tensors, as `Pickler` would."""
 
 
-def pickle_dry(value: Any) -> None:
+def pickle_dry(value: Any, *, takes_shards: bool = False) -> None:
     """Raise what pickling ``value`` by value would raise."""
-    _DryByValue().dump(value)
+    dry = _DryByValue()
+    dry.takes_shards = takes_shards
+    dry.dump(value)
 
 
-def culprit(state: Any, attempt: Callable[[Any], object] = pickle_dry) -> str:
+def culprit(state: Any, attempt: Callable[[Any], object] = pickle_dry, path: str = "state") -> str:
     """Return which part of a state ``attempt`` fails for, why, and what to do; empty if each part alone is fine.
+
+    ``path`` is the name of the state itself.
 
     Example:
         >>> import threading
@@ -147,7 +172,7 @@ def culprit(state: Any, attempt: Callable[[Any], object] = pickle_dry) -> str:
         >>> culprit({"model": {"lock": threading.Lock()}}).partition(";")[0]
         "state['model']['lock'] is a _thread.lock (TypeError: cannot pickle '_thread.lock' object)"
     """
-    path, value, found = "state", state, _error(state, attempt)
+    value, found = state, _error(state, attempt)
     visited: set[int] = set()
     while found is not None and id(value) not in visited:
         visited.add(id(value))
@@ -159,9 +184,28 @@ def culprit(state: Any, attempt: Callable[[Any], object] = pickle_dry) -> str:
     if found is None or value is state:
         return ""
     what = f"{path} is a {class_name(value)}"
-    if isinstance(found, _ShardError):
+    if isinstance(found, ShardError):
         return f"{what} {found}"
     return f"{what} ({type(found).__name__}: {found}); leave it out of the state, or save what it holds"
+
+
+def refuse_shards_in(value: Any, path: str, why: str = _ONE_PART) -> None:
+    """Raise `SaveError` if pickling a value would pickle a shard, however deep in it; ``path`` is its name."""
+
+    def attempt(part: Any) -> None:
+        try:
+            pickle_dry(part)
+        except ShardError:
+            msg = f"that other processes {why}"
+            raise ShardError(msg) from None
+        except Exception:  # It is not about shards. What pickles the value raises it.
+            return
+
+    try:
+        attempt(value)
+    except ShardError as error:
+        msg = culprit(value, attempt, path) or f"{path} is a {class_name(value)} with a tensor {error}"
+        raise SaveError(msg) from None
 
 
 def class_name(value: Any) -> str:

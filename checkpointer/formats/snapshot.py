@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import functools
 import io
 import pickle
 import sys
@@ -19,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import SaveError
-from checkpointer.formats.pickler import Pickler, culprit
+from checkpointer.formats.pickler import Pickler, culprit, pickle_dry
 from checkpointer.formats.tensor_copies import CutStorageError, Memory, Sources, Streams, is_plain
 
 _PROTOCOL: Final = 5
@@ -99,7 +100,7 @@ class Snapshots:
             self._give_back(memory)
             if isinstance(error, (MemoryError, CutStorageError)):
                 raise
-            what = culprit(state)
+            what = culprit(state, functools.partial(pickle_dry, takes_shards=self.takes_shards))
             if not what:
                 uncopied = culprit(state, self._round_trip)
                 what = f"{uncopied or f'{type(error).__name__}: {error}'}, or pass background=None"

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from checkpointer_lightning import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from support.half import half
 from tiny import Model, files, fit, quiet, together
 
 from checkpointer import CheckpointManager
+from checkpointer.errors import SaveError
 
 pytestmark = [pytest.mark.slow, quiet]
 
@@ -47,6 +50,27 @@ def test_50_and_74_folders_of_shards_are_ranked_retired_and_resumed(tmp_path: Pa
     assert {"epoch=1.ckpt", "epoch=2.ckpt"} == shards
     assert ["epoch=1.ckpt", "epoch=2.ckpt"] == [record.name for record in CheckpointManager(directory).records]
     assert "epoch=2.ckpt" == (directory / "last.ckpt").readlink().name
+
+
+class Holding(Model):
+    """Puts half of a tensor into its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"half": half()}
+
+
+class Plugin(TorchCheckpointIO):
+    """Not Lightning's own: it writes by itself, on rank 0 alone."""
+
+
+@pytest.mark.parametrize("plugins", [[], [Plugin()], [AsyncCheckpointIO()]], ids=["plain", "plugin", "background"])
+def test_a_shard_in_a_checkpoint_of_rank_0_is_refused_by_name(tmp_path: Path, plugins: list[Any]) -> None:
+    """Whether the manager writes, or a plugin that would store half of the tensor."""
+    with pytest.raises(
+        SaveError, match=r"\['mine'\]\['half'\] is a torch.distributed.tensor.DTensor that other processes"
+    ):
+        fit(ModelCheckpoint(tmp_path), model=Holding(), plugins=plugins, max_epochs=1)
+    assert [] == [name for name in files(tmp_path) if name.endswith(".ckpt")]
 
 
 def test_lightning_refuses_its_first_fsdp_on_the_cpu(tmp_path: Path) -> None:

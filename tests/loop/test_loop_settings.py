@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop, read_config
-from checkpointer_torch.training_state import KEY, TrainingState
+from checkpointer_torch.sharded_state import KEY
+from checkpointer_torch.training_state import TrainingState
 from support.commands import command
 from torch import nn
 

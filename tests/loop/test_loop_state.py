@@ -302,10 +302,19 @@ def test_the_loops_own_name_is_taken() -> None:
         Loop(None, EVERY, loop=1)
 
 
-def test_sharded_state_is_refused() -> None:
-    """Its names and its reading are another matter: what a loop would make of it could not be resumed."""
-    with pytest.raises(PolicyError, match="for sharded models call DistributedManager"):
-        Loop(None, EVERY, options={"format": "dcp"}, model=nn.Linear(1, 1))
+def test_a_folder_of_shards_can_be_asked_for_in_one_process(tmp_path: Path) -> None:
+    """It has all that a file has, and a resume is as exact."""
+    unbroken = Small().train(None)
+
+    def stop(where: str, step: int) -> None:
+        if (where, step) == ("after", 5):
+            raise KeyboardInterrupt
+
+    options = {"format": "dcp"}
+    with pytest.raises(KeyboardInterrupt):
+        Small().train(tmp_path, tick=stop, options=options)
+    assert "rescue-step=5.dcp" in [record.name for record in CheckpointManager(tmp_path).records]
+    assert unbroken == Small().train(tmp_path, options=options)
 
 
 def test_written_in_the_background_a_rescue_is_there_and_exact(tmp_path: Path) -> None:

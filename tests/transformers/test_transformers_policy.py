@@ -14,6 +14,7 @@ import torch
 from checkpointer_transformers import CheckpointCallback, attach, last_valid_checkpoint
 from checkpointer_transformers.lock import Claim
 from hf_tiny import STEPS, At, Text, folders, make_trainer, quiet, records, same, weights_of
+from support.half import half
 from support.schedule_free import ScheduleFree
 from transformers import TrainerCallback
 
@@ -31,7 +32,7 @@ from checkpointer import (
     Progress,
     When,
 )
-from checkpointer.errors import NoValidCheckpointError, PolicyError
+from checkpointer.errors import NoValidCheckpointError, PolicyError, SaveError
 from checkpointer.storage import open_storage
 from checkpointer.testing import FakeClock
 
@@ -61,6 +62,20 @@ def test_the_constructor_has_types_and_not_their_names() -> None:
     """Tools that build parsers ask the signature."""
     parameters = inspect.signature(CheckpointCallback).parameters.values()
     assert [] == [part.name for part in parameters if isinstance(part.annotation, str)]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_optimizer_of_which_other_ranks_hold_parts_is_refused_by_name(tmp_path: Path, attached: bool) -> None:
+    """With tensor parallelism the Trainer writes the part of rank 0, and this would count as a checkpoint."""
+    trainer: Any = None
+    spread = At(1, lambda: trainer.optimizer.param_groups[0]["params"].append(half()))
+    policy = Policy(EverySteps(2), [KeepLast(2)], rescue=False)
+    trainer = make_trainer(tmp_path, policy, callbacks=[spread], attached=attached)
+    with pytest.raises(
+        SaveError, match=r"optimizer.pt: optimizer.param_groups\[0\]\['params'\]\[\d+\] is a torch.*DTensor"
+    ):
+        trainer.train()
+    assert not records(tmp_path)
 
 
 # When
