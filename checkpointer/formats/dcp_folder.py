@@ -38,6 +38,7 @@ from checkpointer.errors import (
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.pickler import by_value, check_whole
 from checkpointer.formats.snapshot import Snapshots
+from checkpointer.formats.stored import check_stored
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
@@ -108,13 +109,18 @@ class DcpFormat:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard.
+            SaveError: If the state is not a dict, the storage of a tensor was freed or cut, the process group is gone,
+                or without one a tensor is a shard.
         """
         writer: FileSystemWriter = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
         plain: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), _plain(state))
+            plain = _plain(state)
+            for keys, leaf in tree_flatten_with_path(plain)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    check_stored(getattr(leaf, "_local_tensor", leaf), f"state{keystr(keys)}")
+            plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), plain)
             for keys, leaf in tree_flatten_with_path(plain)[0] if self._group is None else ():
                 check_whole(leaf, f"state{keystr(keys)}")
         except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
