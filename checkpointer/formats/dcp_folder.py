@@ -42,6 +42,7 @@ from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingRe
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
+from checkpointer.formats.stored import check_stored
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 from checkpointer.records.names import check_name
@@ -146,8 +147,8 @@ class DcpFormat:
         """See `FolderFormat.write_folder`.
 
         Raises:
-            SaveError: If the state is not a dict, the process group is gone, or without one a tensor is a shard; or if
-                a rank does not see the folder that the first rank has made.
+            SaveError: If the state is not a dict, the storage of a tensor was freed or cut, the process group is gone,
+                or without one a tensor is a shard; or if a rank does not see the folder that the first rank has made.
         """
         self.write_digested(state, path, algorithm=_ALGORITHM)
 
@@ -219,7 +220,7 @@ class DcpFormat:
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     def _checked(self, state: Any) -> dict[str, Any]:
-        """Return the state with what has a ``state_dict`` in its place; raise if a tensor would be stored in part."""
+        """Return the state with what has a ``state_dict`` in its place; raise if a tensor would be stored in part or not at all."""
         plain = _plain(state)
         check_tensor = check_whole if self._group is None else check_summed
 
@@ -227,6 +228,7 @@ class DcpFormat:
             path = f"state{''.join(f'[{key!r}]' for key in keys)}"
             if isinstance(leaf, torch.Tensor):
                 check_tensor(leaf, path)
+                check_stored(getattr(leaf, "_local_tensor", leaf), path)
             elif not isinstance(leaf, _PRIMITIVES):
                 refuse_shards_in(leaf, path, _WITHIN_A_VALUE)
 

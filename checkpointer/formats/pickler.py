@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from checkpointer.errors import SaveError
+from checkpointer.formats.stored import CutStorageError, check_stored
 
 HOW_TO_SAVE_SHARDS: Final = (
     'save with DistributedManager(format="dcp"), or return whole tensors: get_state_dict(model, optimizers, '
@@ -45,11 +46,19 @@ class ByValue:
 
 
 def by_value(value: Any, *, takes_shards: bool = False) -> Any:
-    """Return ``value``, or a plain tensor on the same memory if its class pickles a reference to that memory."""
+    """Return ``value``, or a plain tensor on the same memory if its class pickles a reference to that memory.
+
+    Raises:
+        SaveError: If other processes hold parts of a tensor, or its storage was freed or cut.
+    """
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, torch.nn.Parameter):
+    if torch is None or not isinstance(value, torch.Tensor):
+        return value
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        check_stored(value)
         return value
     (check_summed if takes_shards else check_whole)(value)
+    check_stored(value)
     if not _is_reference(value):
         return value
     with torch._C.DisableTorchFunctionSubclass():
@@ -186,6 +195,8 @@ def culprit(state: Any, attempt: Callable[[Any], object] = pickle_dry, path: str
     what = f"{path} is a {class_name(value)}"
     if isinstance(found, ShardError):
         return f"{what} {found}"
+    if isinstance(found, CutStorageError):
+        return f"{path}: {found}"
     return f"{what} ({type(found).__name__}: {found}); leave it out of the state, or save what it holds"
 
 

@@ -11,6 +11,7 @@ from checkpointer.errors import CorruptError, SaveError
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents, entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.formats.pickler import check_whole, class_name, is_whole_dtensor
+from checkpointer.formats.stored import check_stored
 from checkpointer.ports import Writable
 
 try:
@@ -128,6 +129,7 @@ def _check(key: Any, value: Any) -> None:
     if value.is_meta:
         msg = f"state[{key!r}] is on the meta device and has no values; materialise the model before saving it"
         raise SaveError(msg)
+    check_stored(value, f"state[{key!r}]")
     if value.numel() and not value.data_ptr():
         msg = f"state[{key!r}] is a {class_name(value)}, which has no memory of its own: use format='torch'"
         raise SaveError(msg)

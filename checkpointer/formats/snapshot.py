@@ -21,7 +21,8 @@ import attrs
 
 from checkpointer.errors import SaveError
 from checkpointer.formats.pickler import Pickler, culprit, pickle_dry
-from checkpointer.formats.tensor_copies import CutStorageError, Memory, Sources, Streams, is_plain
+from checkpointer.formats.stored import CutStorageError
+from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
 
 _PROTOCOL: Final = 5
 _QUIET: Final = frozenset({"_codecs", "builtins", "collections", "copyreg", "numpy", "torch"})
@@ -98,9 +99,11 @@ class Snapshots:
                 events = streams.finish()
         except Exception as error:
             self._give_back(memory)
-            if isinstance(error, (MemoryError, CutStorageError)):
+            if isinstance(error, MemoryError):
                 raise
             what = culprit(state, functools.partial(pickle_dry, takes_shards=self.takes_shards))
+            if not what and isinstance(error, CutStorageError):
+                raise
             if not what:
                 uncopied = culprit(state, self._round_trip)
                 what = f"{uncopied or f'{type(error).__name__}: {error}'}, or pass background=None"

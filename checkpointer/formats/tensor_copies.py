@@ -16,7 +16,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
-from checkpointer.errors import SaveError
+from checkpointer.formats.stored import cut, span
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -123,6 +123,8 @@ class Memory:
     def __init__(self) -> None:
         self._buffers: list[tuple[_Key, Any]] = []
         self._layout: _Layout | None = None
+        self._addresses: tuple[list[int], list[int]] | None = None
+        """Those of the storages when they last matched: of `Sources.storages`, and of each tensor's."""
 
     @_without_overrides
     def matches(self, sources: Sources) -> bool:
@@ -131,17 +133,23 @@ class Memory:
         if layout is None or len(layout.on) != len(sources.tensors) or not layout.has_same_metadata(sources.tensors):
             return False
         storages = _storages_of(sources.tensors)
-        return (
-            layout.others == [_key_of(storage) for storage in sources.storages]
-            and layout.sizes == _sizes_of(storages)
-            and layout.offsets == [sources.tensors[place].storage_offset() for place in layout.loose]
-            and layout.on == _numbered(storages, sources)
-        )
+        if (
+            layout.others != [_key_of(storage) for storage in sources.storages]
+            or layout.sizes != _sizes_of(storages)
+            or layout.offsets != [sources.tensors[place].storage_offset() for place in layout.loose]
+        ):
+            return False
+        addresses = [*sources.numbers], [*map(_address, storages)]
+        # At the same addresses, the same tensors share memory.
+        if addresses != self._addresses and layout.on != _numbered(storages, sources):
+            return False
+        self._addresses = addresses
+        return True
 
     @_without_overrides
     def arrange(self, sources: Sources) -> None:
         """Make tensors and buffers for these sources. All tensors must be plain."""
-        self._layout = None  # Before new memory is allocated, free what does not fit.
+        self._layout = self._addresses = None  # Before new memory is allocated, free what does not fit.
         tensors, storages = sources.tensors, _storages_of(sources.tensors)
         on = _numbered(storages, sources)
         parts = [*_whole_storages(sources), *_parts(tensors, storages, on, len(sources.storages))]
@@ -190,13 +198,13 @@ class Memory:
 
     def forget_tensors(self) -> None:
         """Make new tensors for the next copy. The buffers stay."""
-        self._layout = None
+        self._layout = self._addresses = None
 
     def check_sizes(self) -> None:
         """Raise `SaveError` if a tensor has needed more bytes than its storage has: torch enlarges a buffer then."""
         for (size, _), buffer in self._buffers:
             if buffer.nbytes() != size:
-                raise _cut(buffer.nbytes(), size)
+                raise cut(buffer.nbytes(), size)
 
     def buffer(self, number: int) -> Any:
         """Return the copy of a storage."""
@@ -303,6 +311,8 @@ def _whole_storages(sources: Sources) -> Iterator[_Part]:
 
 def _parts(tensors: Sequence[Any], storages: Sequence[Any], on: Sequence[int], first: int) -> Iterator[_Part]:
     """Return the part of each storage, from the number ``first`` on, that the tensors use."""
+    import torch
+
     places = defaultdict(list)
     for place, number in enumerate(on):
         if number >= first:
@@ -316,36 +326,19 @@ def _parts(tensors: Sequence[Any], storages: Sequence[Any], on: Sequence[int], f
             fitting = (other for other in among if _fits(tensors[other], start, size))
             place = next(fitting, place)
             fits = _fits(tensors[place], start, size)
-        yield _Part(number, place, start, size, is_cuda=is_cuda, fits=fits and not is_cuda)
+        # A copy of bool values would change bytes other than 0 and 1.
+        fits = fits and not is_cuda and tensors[place].dtype is not torch.bool
+        yield _Part(number, place, start, size, is_cuda=is_cuda, fits=fits)
 
 
 def _used(tensors: Sequence[Any], size: int) -> tuple[int, int]:
     """Return where the bytes begin that the tensors use, and their number; all if it makes little difference."""
-    spans = [_span(tensor) for tensor in tensors if tensor.numel()]
+    spans = [span(tensor) for tensor in tensors if tensor.numel()]
     start = min((first for first, _ in spans), default=0) // _ALIGNED * _ALIGNED
     end = max((last for _, last in spans), default=0)
     if end > size:
-        raise _cut(end, size)
+        raise cut(end, size)
     return (start, end - start) if size - (end - start) >= UNUSED else (0, size)
-
-
-class CutStorageError(SaveError):
-    """Raised if a tensor needs more bytes than its storage has."""
-
-
-def _cut(needed: int, size: int) -> SaveError:
-    msg = (
-        f"a tensor of the state needs {needed} bytes of a storage that has {size}: the storage was freed or cut "
-        "(resize_), and a load would refuse it; give it its memory back before a save"
-    )
-    return CutStorageError(msg)
-
-
-def _span(tensor: Any) -> tuple[int, int]:
-    """Return the first byte of a tensor with elements in its storage, and the byte after its last one."""
-    last = sum((count - 1) * stride for count, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    first = tensor.storage_offset()
-    return first * tensor.itemsize, (first + last + 1) * tensor.itemsize
 
 
 def _fits(tensor: Any, start: int, size: int) -> bool:

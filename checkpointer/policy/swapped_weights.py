@@ -46,10 +46,11 @@ def states_in(state: Any) -> Iterable[Any]:
     """Yield what may be the state of an optimizer: the state itself, its values, and those in a short list of it."""
     if isinstance(state, dict):
         yield state
-        for value in state.values():
+        # One check for each tensor of many.
+        for value in [value for value in state.values() if isinstance(value, (dict, list, tuple))]:
             if isinstance(value, dict):
                 yield value
-            elif isinstance(value, (list, tuple)) and len(value) <= _MANY:
+            elif len(value) <= _MANY:
                 yield from (item for item in value if isinstance(item, dict))
 
 

@@ -23,7 +23,7 @@ _TIMES: Final = ("LastModified", "last_modified", "mtime", "modified", "updated"
 _MILLISECONDS: Final = ("modificationTime", "modification_time")
 _VERSIONS: Final = ("ETag", "etag", "generation", "md5Hash")
 _LIST_ATTEMPTS: Final = 5
-_SILENCE_S: Final = 60.0
+SILENCE_S: Final = 60.0
 """Seconds that a request may stay unanswered, for drivers without a timeout of their own."""
 
 
@@ -71,10 +71,10 @@ def connect(url: str, options: Mapping[str, Any], deadline_s: float) -> tuple[An
     """
     kind = fsspec.get_filesystem_class(url.partition("://")[0])
     # asyncssh polls the server in this interval, and gives up after the third time.
-    polls = {"keepalive_interval": _SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
+    polls = {"keepalive_interval": SILENCE_S / 4} if kind.__module__.startswith("sshfs") else {}
     fs, root = url_to_fs(url, skip_instance_cache=True, **polls | dict(options))
     # A deadline of 0 allows one attempt, which may take a minute.
-    limit_s = min(_SILENCE_S, deadline_s or _SILENCE_S)
+    limit_s = min(SILENCE_S, deadline_s or SILENCE_S)
     get_channel = getattr(getattr(fs, "ftp", None), "get_channel", None)
     if get_channel is not None:
         get_channel().settimeout(limit_s)

@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import uuid
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -24,7 +24,7 @@ from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records.codec import parse_json
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import is_refusal, modified_s
+from checkpointer.storage.drivers import SILENCE_S, is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
 from checkpointer.storage.publish import Publisher
 from checkpointer.storage.ranges import Target, parts_of, read_parts
@@ -93,19 +93,27 @@ class _S3Connection(Connection):
         return asyncio.run_coroutine_threadsafe(call(), self.fs.loop)
 
     async def _call(self, method: str, arguments: Mapping[str, Any]) -> Any:
+        if isinstance(part := arguments.get("Body"), memoryview):
+            arguments = {**arguments, "Body": Body(part)}
         client = await self.fs.set_session()
         if client is not self._client:
             client.meta.events.register_last("before-call.s3", _without_expect)
             self._client = client
         return await self._limited(self.fs._call_s3(method, Bucket=self._bucket, **arguments), method)
 
+    @property
+    def limit_s(self) -> float:
+        """Seconds after which a request fails: half of the deadline. Without a deadline its one attempt has a minute.
+
+        The driver's own timeouts do not end a body that the server stops reading.
+        """
+        return self.retry.deadline_s / 2 or SILENCE_S
+
     async def _limited(self, request: Awaitable[T], what: str) -> T:
-        # Half of the deadline, because the driver's own timeouts do not end a body that the server stops reading.
-        limit_s = self.retry.deadline_s / 2
         try:
-            return await asyncio.wait_for(request, limit_s)
+            return await asyncio.wait_for(request, self.limit_s)
         except asyncio.TimeoutError as error:
-            msg = f"{what} was not answered within {limit_s:g} s"
+            msg = f"{what} was not answered within {self.limit_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
 
     async def fill(self, path: str, identity: tuple[str, int], target: Target) -> None:
@@ -272,7 +280,7 @@ def _unmarked(connection: _S3Connection, path: str, key: str) -> list[str]:
     if since is None:
         return []
     # A listing may have times in whole seconds. An upload that began after the last retry belongs to another writer.
-    window = math.floor(since), since + 2 * connection.retry.deadline_s + 1
+    window = math.floor(since), since + max(2 * connection.retry.deadline_s, connection.limit_s) + 1
     marked = {_read_marker(connection, other)[1] for other in found if other.endswith(_MARKER)}
     return [
         upload["UploadId"]
@@ -281,6 +289,46 @@ def _unmarked(connection: _S3Connection, path: str, key: str) -> list[str]:
         and upload["UploadId"] not in marked
         and window[0] <= upload["Initiated"].timestamp() <= window[1]
     ]
+
+
+class Body:
+    """A part that is sent, without a copy of it. botocore reads it for its checksum, and aiohttp iterates over it.
+
+    aiohttp would copy bytes into its buffer as a whole, and would read a file in small pieces on another thread.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def tell(self) -> int:
+        """See `io.IOBase`."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `io.IOBase`."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> memoryview:
+        """Return the next bytes, all of them without ``size``. They are not copied."""
+        end = len(self._data) if size < 0 else self._position + size
+        chunk = self._data[self._position : end]
+        self._position += len(chunk)
+        return chunk
+
+    def __aiter__(self) -> Body:
+        self._position = 0
+        return self
+
+    async def __anext__(self) -> memoryview:
+        if chunk := self.read(_CHUNK):
+            return chunk
+        raise StopAsyncIteration
 
 
 async def _copy_body(body: Any, target: Target) -> None:
@@ -308,7 +356,12 @@ class _Multipart:
         self._key = connection.key(path)
         self._token = uuid.uuid4().hex
         self._marker = f"{publisher.staging}/{self._token}{_MARKER}"
-        self._part = io.BytesIO()
+        self._part = memoryview(b"")
+        """The buffer of the next part."""
+        self._filled = 0
+        """Bytes in it."""
+        self._free: list[memoryview] = []
+        """Buffers of parts that are sent."""
         self._sent: list[Future[Any]] = []
         self._slots = threading.BoundedSemaphore(PARTS_AT_ONCE)
         self._id = ""
@@ -337,14 +390,24 @@ class _Multipart:
         self._publisher.put(self._marker, json.dumps({"path": self._path, "upload": self._id}).encode())
 
     def write(self, data: Any) -> int:
-        start = 0
-        while start < len(data):
-            room = self._part_size - self._part.tell()
-            if room == 0:
+        rest = memoryview(data)
+        while rest:
+            if self._filled == len(self._part):
                 self._send_part()
-            else:
-                start += self._part.write(data[start : start + room])
-        return start
+                self._part = self._buffer()
+            taken = rest[: len(self._part) - self._filled]
+            self._part[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            rest = rest[len(taken) :]
+        return len(data)
+
+    def _buffer(self) -> memoryview:
+        size = self._part_size
+        while self._free:
+            buffer = self._free.pop()
+            if len(buffer) == size:
+                return buffer
+        return memoryview(bytearray(size))
 
     @property
     def _part_size(self) -> int:
@@ -354,12 +417,17 @@ class _Multipart:
         return _PART if len(self._sent) < _NUM_SMALL_PARTS else _LARGE_PART
 
     def _send_part(self) -> None:
-        # As bytes, because the buffer returns them and botocore sends them without a copy.
-        full, self._part = self._part, io.BytesIO()
-        self.send("upload_part", Body=full.getvalue())
+        if self._filled:
+            buffer, count, self._filled = self._part, self._filled, 0
+            self.send("upload_part", lambda: self._free.append(buffer), Body=buffer[:count])
 
-    def send(self, method: str, **arguments: Any) -> None:
-        """Send one part. Wait first while `PARTS_AT_ONCE` parts are being sent."""
+    def send(self, method: str, then: Callable[[], None] = lambda: None, **arguments: Any) -> None:
+        """Send one part, and call ``then`` when it is sent. Wait first while `PARTS_AT_ONCE` parts are being sent."""
+
+        def done(_: Future[Any]) -> None:
+            then()
+            self._slots.release()
+
         self._slots.acquire()
         for future in self._sent:
             if future.done() and future.exception() is not None:
@@ -367,12 +435,11 @@ class _Multipart:
                 future.result()
         number = len(self._sent) + 1
         future = self._connection.submit(method, Key=self._key, UploadId=self._id, PartNumber=number, **arguments)
-        future.add_done_callback(lambda _: self._slots.release())
+        future.add_done_callback(done)
         self._sent.append(future)
 
     def finish(self) -> None:
-        if self._part.tell():
-            self._send_part()
+        self._send_part()
         self._wait()
 
     def _wait(self) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from support.described import Described
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import SaveError
+from checkpointer.formats import open_format
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.stored import check_stored
 from checkpointer.save.background import Busy
 
 pytestmark = pytest.mark.filterwarnings(
@@ -354,3 +356,37 @@ except SaveError as error:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert re.search(r"state\['w'\] is a .*TwoTensor, which has no memory of its own", said)
+
+
+# Tensors whose storage is too small
+
+
+def freed(size: int) -> torch.Tensor:
+    """Return a tensor of 400 bytes on a storage that has ``size``."""
+    tensor = torch.ones(100)
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+@pytest.mark.parametrize("background", [None, "wait"])
+@pytest.mark.parametrize("format", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_freed_storage_is_refused_by_name(tmp_path: Path, size: int, format: Any, background: Busy | None) -> None:
+    """Its checkpoint could not be loaded, or would have the bytes of other memory."""
+    state = {"w": torch.ones(2), "x": freed(size)}
+    with CheckpointManager(tmp_path, EACH, state=lambda: state, format=format, background=background) as manager:
+        with pytest.raises(SaveError, match=rf"state\['x'\].* needs 400 bytes of a storage that has {size}: "):
+            manager.observe({}, step=1, epoch=0)
+        assert () == manager.records
+        assert [".checkpointer"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_views_and_tensors_without_bytes_need_no_more_than_their_storage_has() -> None:
+    """A negative answer for one of them would refuse a good state."""
+    base = torch.ones(4, 6)
+    state = [base.t(), base[1:, 2:], base[:0], base.expand(3, 4, 6), torch.empty(0), torch.empty(3, device="meta")]
+    open_format("torch").write([*state, base.to_sparse()], io.BytesIO())
+    for tensor in [*state, torch._efficientzerotensor((2,)), torch.nn.UninitializedParameter()]:
+        check_stored(tensor)
+    with pytest.raises(SaveError, match="needs 400 bytes"):
+        check_stored(freed(8).as_subclass(Subclassed))

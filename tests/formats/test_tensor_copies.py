@@ -161,6 +161,16 @@ def test_the_second_snapshot_of_a_state_is_in_the_tensors_of_the_first() -> None
     assert all(before is now for before, now in zip(copies, second.wait().values(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+def test_each_byte_of_a_tensor_is_copied(dtype: torch.dtype) -> None:
+    """Also bytes that its dtype does not use, such as those of a bool that are neither 0 nor 1."""
+    snapshots, whole = Snapshots(), torch.arange(256, dtype=torch.uint8)
+    for _ in range(2):
+        snapshot = snapshots.take({"w": whole.view(dtype)})
+        assert [*range(256)] == snapshot.wait()["w"].untyped_storage().tolist()
+        snapshot.release()
+
+
 def test_a_snapshot_in_inference_mode_does_not_spoil_the_next_one() -> None:
     """Tensors made in that mode could not be changed outside of it."""
     snapshots, weight = Snapshots(), torch.nn.Parameter(torch.zeros(3))

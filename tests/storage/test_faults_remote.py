@@ -255,6 +255,19 @@ def test_a_session_that_is_cut_between_payloads_is_opened_anew(
         training.check(manager)
 
 
+def test_without_a_deadline_a_request_is_sent_once_and_may_take_its_time(serve: Serve) -> None:
+    """The deadline ends the attempts after the first one, not the first one."""
+    with behind_proxy(serve("s3"), size=LARGE, retry=Retry(deadline_s=0.0)) as training:
+        training.proxy.plan = Delay(0.02)
+        manager = training.open()
+        assert training.save(manager)
+        training.proxy.plan = Answer(PAYLOAD, 503, "ServiceUnavailable", times=1)
+        with pytest.raises(SaveError, match=r"step=2\S*.ckpt was not saved"):
+            training.save(manager)
+        assert 1 == training.proxy.hits
+        training.check(manager)
+
+
 @pytest.mark.parametrize(("name", "options"), [("sftp", {}), ("ssh", {"keepalive_interval": 1})])
 def test_a_server_that_stops_answering_is_an_error_within_the_deadline(
     serve: Serve, name: str, options: dict[str, Any]
