@@ -220,7 +220,7 @@ class DcpFormat:
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     def _checked(self, state: Any) -> dict[str, Any]:
-        """Return the state with what has a ``state_dict`` in its place; raise if a tensor would be stored in part or not at all."""
+        """Return the state with each ``state_dict`` in place; raise if a tensor would be stored in part or not at all."""
         plain = _plain(state)
         check_tensor = check_whole if self._group is None else check_summed
 
