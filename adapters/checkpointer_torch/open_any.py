@@ -12,17 +12,18 @@ import attrs
 
 from checkpointer import CheckpointManager, HMACKey, Policy, Record
 from checkpointer._display import some_of
+from checkpointer._secrets import Secrets, shown_place
 from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError
 from checkpointer.formats import format_of, open_format
-from checkpointer.formats.inspection.payload import open_contents, open_files, open_stream
+from checkpointer.formats.inspection.payload import open_files, open_stream
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
 from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Storage
-from checkpointer.restore.load import verify
+from checkpointer.restore.verified import open_verified
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
 
@@ -58,11 +59,16 @@ class Opener:
     """Makes the result from the contents of a payload; None: the state, as it was saved."""
 
     def open(self, path: str | os.PathLike[str]) -> tuple[Any, str]:
-        """Return the result, and the path or URL of the checkpoint.
+        """Return the result, and the path or URL of the checkpoint as it may be shown.
 
         A checkpoint that has a record is verified. If nothing can be read, the `RestoreError` lists what exists.
         """
         place = os.fspath(path)
+        with Secrets(place, self.storage_options or {}).hidden():
+            result, source = self._open(place)
+        return result, shown_place(source)
+
+    def _open(self, place: str) -> tuple[Any, str]:
         is_folder, parent, name = _split(place)
         is_folder = self._is_folder(place) if is_folder is None else is_folder
         storage = self._storage(parent)
@@ -120,8 +126,7 @@ class Opener:
         storage = self._storage(directory)
         # A folder that a trainer wrote is not read by a format.
         if record is not None and record.format != "dcp" and set(storage.list(record.name)) - {record.name}:
-            verify(storage, record)
-            with open_contents(storage, record.name) as contents:
+            with open_verified(storage, record) as contents:
                 return (self.make or _weights)(contents), f"{directory}/{record.name}"
         restored = manager.restore(which, contents="any", weights_only=self.weights_only)
         if restored is None:

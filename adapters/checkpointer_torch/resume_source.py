@@ -11,6 +11,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer import CheckpointerWarning, CheckpointManager
+from checkpointer._secrets import shown_place
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer_torch.foreign_file import StateMap
@@ -72,7 +73,9 @@ class ResumeSource:
         if restored is None:
             return None
         if place is not None:
-            _log.info("resumed from %s, not from %s: this directory has checkpoints", restored.record.name, place)
+            _log.info(
+                "resumed from %s, not from %s: this directory has checkpoints", restored.record.name, shown_place(place)
+            )
         return restored.state, restored.record.name
 
     def _take_adopted(self, *, strict: bool) -> bool:

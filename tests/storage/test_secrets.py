@@ -14,10 +14,12 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import pytest
+from checkpointer_torch.open_any import Opener
 from support.commands import command
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Mirror, Policy
 from checkpointer._secrets import HIDDEN, Secrets, shown_place, without_secrets
+from checkpointer.errors import RestoreError
 from checkpointer.storage import open_storage
 from checkpointer.storage.retry import Retry
 
@@ -195,3 +197,26 @@ def test_no_repr_and_no_record_has_a_secret(tmp_path: Path) -> None:
         save_one(tmp_path, error=error)
     for path in (tmp_path / ".checkpointer").rglob("*.json"):
         assert_hidden(path.read_text())
+
+
+def test_a_url_with_a_password_is_listed_and_loaded_without_it(tmp_path: Path) -> None:
+    """The runs below it, and the source and the error of weights that are read from it."""
+    url = f"memory://me:{PASSWORD}@{tmp_path.name}/runs"
+    save_one(f"{url}/a")
+    for argv in (
+        ("ls", url),
+        ("ls", url, "--json"),
+        ("last", f"{url}/a", "--json"),
+        ("report", f"{url}/a", tmp_path / "r.html"),
+    ):
+        said = command(*argv)
+        assert 0 == said.code, said
+        assert_hidden(said.out, said.err)
+    assert_hidden((tmp_path / "r.html").read_text())
+    assert f"memory://{tmp_path.name}/runs/a" == command("ls", url, "--json").data[0]["path"]
+    _, source = Opener(weights_only=True).open(f"{url}/a")
+    assert f"memory://{tmp_path.name}/runs/a/epoch=0-step=1.ckpt" == source
+    for place in (f"{url}/none", f"{url}/none.pt"):
+        with pytest.raises(RestoreError) as caught:
+            Opener().open(place)
+        assert_hidden("".join(traceback.format_exception(caught.value)))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text, some_of
+from checkpointer._secrets import shown_place
 from checkpointer.cli import options, output
 from checkpointer.errors import CheckpointerError
 from checkpointer.policy.decide import explain
@@ -107,7 +108,7 @@ def _run(directory: str, name: str, access: options.Access) -> dict[str, Any]:
         error = str(refusal)
     step, when = (records[-1].step, records[-1].time) if records else (None, None)
     size = sum(record.size for record in records)
-    run = {"directory": name, "path": path, "checkpoints": len(records), "step": step, "bytes": size}
+    run = {"directory": name, "path": shown_place(path), "checkpoints": len(records), "step": step, "bytes": size}
     return run | {"time": when, "error": error}
 
 
