@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import math
-import os
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
 import attrs
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
@@ -29,47 +22,21 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from checkpointer.errors import (
     CheckpointerError,
     CorruptError,
-    NamingError,
     RestoreError,
     SaveError,
-    UnsafePayloadError,
-    portable,
+    reading,
 )
 from checkpointer.formats.dtypes import holds
+from checkpointer.formats.inspection.dcp_reader import Portable, Reader, UrlReader, as_they_are, bytes_of
 from checkpointer.formats.pickler import by_value, check_whole
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
-from checkpointer.records.names import check_name
-
-METADATA: Final = ".metadata"
 
 _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
 
-MAX_LIST: Final = 1_000_000
 MAX_PROBLEMS: Final = 10
-_STEPS: Final = {
-    *("set_up_storage_writer", "set_up_planner", "create_local_plan", "prepare_local_plan", "write_data", "finish"),
-    *("read_metadata", "read_data"),
-}
-"""Methods that DCP calls on a rank while the others wait."""
-
-_METADATA_GLOBALS: Final = {
-    ("torch", "Size"): torch.Size,
-    **{
-        (module, name): (lambda *parts: "/".join(parts))
-        for module in ("pathlib", "pathlib._local")  # The latter is Python 3.13's.
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    },
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(dcp_metadata, name)
-        for name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING")
-    },
-}
-"""All that DCP's own metadata names."""
 
 
 class DcpFormat:
@@ -119,7 +86,7 @@ class DcpFormat:
                 check_whole(leaf, f"state{keystr(keys)}")
         except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
-        with _as_they_are(SaveError):
+        with as_they_are(SaveError):
             save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
             self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
 
@@ -133,9 +100,10 @@ class DcpFormat:
         Raises:
             RestoreError: If the template lacks what the folder has, or the other way round.
         """
-        reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
+        reader = UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only = weights_only
-        state = _whole(reader.read_metadata()) if self._template is None else self._template()
+        with reading(path):
+            state = _whole(reader.read_metadata(), reader.held()) if self._template is None else self._template()
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only)
         reader.load_into(state, planner, **self._who(RestoreError))
@@ -174,44 +142,7 @@ class _PlainSnapshots:
         return self.snapshots.take(_plain(state))
 
 
-@contextlib.contextmanager
-def _portably() -> Iterator[None]:
-    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
-    try:
-        yield
-    except Exception as error:
-        raise portable(error) from error
-
-
-@contextlib.contextmanager
-def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
-    """Raise what a rank has raised instead of DCP's bundle; an error of another kind becomes a ``kind``."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
-            raise cause from None
-        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
-        raise kind(msg) from cause
-
-
-class _Portable:
-    """Raises in DCP's steps what the other ranks can be sent."""
-
-    def __init_subclass__(cls) -> None:
-        for step in _STEPS & set(dir(cls)):
-            setattr(cls, step, _portably()(vars(cls).get(step) or _of_parent(cls, step)))
-
-
-def _of_parent(cls: type, step: str) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(super(cls, self), step)(*args, **kwargs)
-
-    return call
-
-
-class _SavePlanner(_Portable, DefaultSavePlanner):
+class _SavePlanner(Portable, DefaultSavePlanner):
     """Raises what went wrong before within DCP's own steps, so that it is an error on all ranks."""
 
     def __init__(self, error: Exception | None) -> None:
@@ -235,11 +166,11 @@ class _Movable:
         return StorageMeta(save_id=self.save_id)
 
 
-class _Writer(_Portable, _Movable, FileSystemWriter):
+class _Writer(Portable, _Movable, FileSystemWriter):
     """Writes to a path."""
 
 
-class _UrlWriter(_Portable, _Movable, FsspecWriter):
+class _UrlWriter(Portable, _Movable, FsspecWriter):
     """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
 
     DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
@@ -249,80 +180,7 @@ class _UrlWriter(_Portable, _Movable, FsspecWriter):
         super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
-class _Safe:
-    """A reader that runs nothing its folder's metadata might hold, and reads nothing outside of the folder."""
-
-    weights_only = True
-    error: RestoreError | None = None
-    """The error of the folder: DCP passes on its text only."""
-    fs: Any
-    path: str
-    load_id: str
-
-    def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
-        """Read the folder into a state."""
-        try:
-            with _as_they_are(RestoreError):
-                load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
-        except RestoreError as error:
-            raise self.error or error from None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
-                metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
-        except FileNotFoundError as error:
-            msg = f"{self.path} has no {METADATA}, so torch.distributed.checkpoint did not write this folder"
-            self.error = CorruptError(msg)
-            raise self.error from error
-        except RestoreError as error:
-            self.error = error
-            raise
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
-class Reader(_Portable, _Safe, FileSystemReader):  # type: ignore[misc]
-    """Reads a path."""
-
-
-class _UrlReader(_Portable, _Safe, FsspecReader):  # type: ignore[misc]
-    """Reads a URL."""
-
-
-def _read_metadata(stream: BinaryIO, folder: str, *, weights_only: bool) -> Metadata:
-    try:
-        metadata = (_MetadataUnpickler if weights_only else pickle.Unpickler)(stream).load()
-        _check_folder(metadata)
-    except (OSError, MemoryError, RestoreError):
-        raise
-    except NamingError as error:
-        msg = f"{folder}: its metadata names a file outside of it: {error}"
-        raise CorruptError(msg) from error
-    except Exception as error:  # Damaged bytes fail anywhere in an unpickler.
-        msg = f"{folder}: its metadata cannot be read: {type(error).__name__}: {error}"
-        raise CorruptError(msg) from error
-    return cast(Metadata, metadata)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata, and no other: nothing in a folder is executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _METADATA_GLOBALS.get((module, name))
-        if known is None and module == "torch":
-            known = getattr(torch, name, None)
-            known = known if isinstance(known, torch.dtype) else None
-        if known is None:
-            msg = (
-                f"the metadata names {module}.{name}, which a safe load refuses to unpickle; "
-                "if you trust its writer, pass weights_only=False"
-            )
-            raise UnsafePayloadError(msg)
-        return known
-
-
-class _Planner(_Portable, DefaultLoadPlanner):
+class _Planner(Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
     def __init__(self, *, weights_only: bool) -> None:
@@ -339,31 +197,20 @@ class _Planner(_Portable, DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
-def _whole(metadata: Metadata) -> dict[str, Any]:
-    """Return a template of whole tensors for all that a folder holds."""
+def _whole(metadata: Metadata, held: int) -> dict[str, Any]:
+    """Return a template of whole tensors for all that a folder holds, which is ``held`` bytes at most."""
+    stored = metadata.state_dict_metadata
+    tensors = {name: one for name, one in stored.items() if isinstance(one, TensorStorageMetadata)}
+    claimed = sum(bytes_of(one) for one in tensors.values())
+    if claimed > held:
+        msg = f"its metadata names tensors of {claimed} bytes, and its files have {held}"
+        raise CorruptError(msg)
     state: dict[str, Any] = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        value = None
-        if isinstance(stored, TensorStorageMetadata):
-            value = torch.empty(stored.size, dtype=stored.properties.dtype)
+    for name in stored:
+        one = tensors.get(name)
+        value = None if one is None else torch.empty(one.size, dtype=one.properties.dtype)
         set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
     return state
-
-
-def _check_folder(metadata: Metadata) -> None:
-    """Raise unless the metadata stays inside its folder and this machine's memory, and names all of each tensor."""
-    for name, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata):
-            here, all_ = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
-            if here < all_:
-                msg = f"it holds {here} of the {all_} elements of {name}: the shards of other processes are missing"
-                raise CorruptError(msg)
-    for info in metadata.storage_data.values():
-        check_name(info.relative_path)
-    for path in (metadata.planner_data or {}).values():
-        if any(isinstance(part, int) and not 0 <= part < MAX_LIST for part in path):
-            msg = f"its metadata has a list index in {path!r}; expected less than {MAX_LIST}"
-            raise CorruptError(msg)
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -69,7 +70,7 @@ def _check_node(node: Any, values: Iterator[int], depth: int = MAX_DEPTH) -> Non
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
         if len(keys) != len(set(keys)):
-            twice = next(key for key in keys if keys.count(key) > 1)
+            ((twice, _),) = Counter(keys).most_common(1)
             msg = f"the policy is not valid YAML: the key {twice!r} stands in one mapping twice"
             raise PolicyError(msg)
         children = [child for pair in children for child in pair]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, cast
 
@@ -17,6 +18,9 @@ from checkpointer.records.names import has_surrogate, name_problem
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
+
+MAX_TIME: Final = 1 << 35
+"""Seconds before and after 1970 of each time: some systems have no date for later ones than this, in the year 3058."""
 
 MAX_DEPTH: Final = 8
 """Objects and lists within one another: a record file has four, more are refused."""
@@ -60,8 +64,8 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        msg = f"the key {brief(next(name for name in data if names.count(name) > 1))} stands there twice"
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        msg = f"the key {brief(name)} stands there twice"
         raise ValueError(msg)
     return data
 
@@ -137,6 +141,13 @@ class Reader:
         if number is not None and math.isfinite(number):
             return number
         raise self.bad(key, "a number")
+
+    def time(self, key: str) -> float:
+        """Return seconds since the Unix epoch."""
+        number = as_number(self._data.get(key))
+        if number is not None and abs(number) < MAX_TIME:
+            return number
+        raise self.bad(key, "seconds since 1970, before the year 3058")
 
     def flag(self, key: str) -> bool:
         """Return true or false."""

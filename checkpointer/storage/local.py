@@ -70,18 +70,18 @@ class LocalStorage:
             return found
         if not stat.S_ISDIR(info.st_mode):
             return {prefix: _stat(info)}
-        self._walk(base, prefix + "/" if prefix else "", found)
+        folders = [(base, prefix + "/" if prefix else "")]
+        while folders:
+            folder, above = folders.pop()
+            with _without_unreachable(), os.scandir(folder) as entries:
+                for entry in entries:
+                    name = above + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders += [] if name == STAGING else [(entry.path, name + "/")]
+                    else:
+                        with _without_unreachable():
+                            found[name] = _stat(entry.stat(follow_symlinks=False))
         return found
-
-    def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if not entry.is_dir(follow_symlinks=False):
-                    with contextlib.suppress(FileNotFoundError):
-                        found[name] = _stat(entry.stat(follow_symlinks=False))
-                elif name != STAGING:
-                    self._walk(entry.path, name + "/", found)
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
@@ -452,6 +452,18 @@ def _open_file(path: Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise FileNotFoundError(errno.ENOENT, "it is a pipe or device, not a file", str(path))
+
+
+@contextlib.contextmanager
+def _without_unreachable() -> Iterator[None]:
+    """Leave out what is gone by now, or lies so deep that its path is longer than the system takes."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
 
 
 def _stat(info: os.stat_result) -> Stat:
