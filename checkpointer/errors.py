@@ -37,6 +37,10 @@ import contextlib
 import pickle
 import warnings
 from collections.abc import Iterator
+from typing import Final
+
+_MAX_REASON: Final = 300
+"""Characters of the reason that another library gives."""
 
 __all__ = [
     "AliasInUseError",
@@ -181,6 +185,32 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return RanksError(f"{type(error).__name__}: {error}")
     return error
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turn every error of reading foreign bytes into a `CorruptError` that begins with the place.
+
+    Other errors of this library, and those of the disk and of memory, pass unchanged.
+
+    Example:
+        >>> with reading("a.ckpt"):
+        ...     raise KeyError("w")
+        Traceback (most recent call last):
+        checkpointer.errors.CorruptError: a.ckpt: it cannot be read (KeyError: 'w')
+    """
+    try:
+        yield
+    except CorruptError as error:
+        if str(error).startswith(place):
+            raise
+        msg = f"{place}: {error}"
+        raise type(error)(msg) from error
+    except (CheckpointerError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        msg = f"{place}: it cannot be read ({type(error).__name__}: {str(error)[:_MAX_REASON]})"
+        raise CorruptError(msg) from error
 
 
 @contextlib.contextmanager

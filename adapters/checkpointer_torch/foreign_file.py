@@ -8,8 +8,10 @@ from typing import Any, Final
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from checkpointer._display import some_of
+from checkpointer._validation import brief
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
+from checkpointer.records.codec import as_number
 
 StateMap = Mapping[str, str | Callable[[Any], Any]]
 """For each object the key of its state in the file, or a function that makes the state from the file's content."""
@@ -69,8 +71,9 @@ def _looked_up(content: Any, key: str, source: str) -> Any:
 
 def _as_count(name: str, value: Any, source: str) -> int:
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-        msg = f"the {name} that map= finds in {source} is {value!r}; expected a whole number of at least 0"
+    number = as_number(value)
+    if number is None or not 0 <= number < 1 << 63 or not number.is_integer():
+        msg = f"the {name} that map= finds in {source} is {brief(value)}; expected a whole number of at least 0"
         raise PolicyError(msg)
     return int(value)
 

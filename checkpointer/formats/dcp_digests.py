@@ -22,13 +22,11 @@ from torch.futures import Future
 from checkpointer._display import shard_text, some_of
 from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats.archive_reader import OtherLayoutError
+from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, METADATA
 from checkpointer.formats.one_pass import TorchLayout
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.records.codec import DIGESTS
 
-METADATA: Final = ".metadata"
-_ITEM_DIGEST: Final = "checkpointer_digest"
-"""Attribute of an item's ``_StorageInfo``: DCP's own reader ignores it."""
 _CHUNK: Final = 1 << 20
 """Bytes that are digested and written at a time: they stay in the processor's cache."""
 _ALIKE: Final = "all ranks have to see the same directory"
@@ -129,7 +127,7 @@ class DigestingWriter:
             info = result.storage_data
             digest = self.fs.items.get((info.relative_path, info.offset, info.offset + info.length))
             if digest is not None:
-                setattr(info, _ITEM_DIGEST, digest)
+                setattr(info, ITEM_DIGEST, digest)
         written: Future[Any] = Future()
         written.set_result((results, self.fs.written))
         return written
@@ -218,12 +216,18 @@ class VerifyingReader:
             msg = f"{os.fspath(self.path)} has no {shard_text(name)}, {what}"
             raise CorruptError(msg) from error
 
+    def bytes_of_item(self, info: Any) -> bytes:
+        """Return the bytes of one value that is not a tensor, unverified."""
+        with self.finding(info.relative_path) as path, self.fs.create_stream(path, "rb") as stream:
+            stream.seek(info.offset)
+            return bytes(stream.read(info.length))
+
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See ``StorageReader.prepare_global_plan``. On the first rank."""
         plans = super().prepare_global_plan(plans)  # type: ignore[misc]
         if self.check is not None:
             infos = self.storage_data.values()
-            for name in sorted({info.relative_path for info in infos if not hasattr(info, _ITEM_DIGEST)}):
+            for name in sorted({info.relative_path for info in infos if not hasattr(info, ITEM_DIGEST)}):
                 self._check_file(name)  # Another version of torch may write in another way.
         return share_out(plans, self.storage_data) if self.check is not None and self.check.everything else plans
 
@@ -260,7 +264,12 @@ class VerifyingReader:
         """Read these items of a file; return what is wrong with them."""
         bad: list[str] = []
         with self.finding(name) as path, self.fs.create_stream(path, "rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
             for index, items in wanted.items():
+                info = self.storage_data[index]
+                if info.offset + info.length > end:  # Nothing is allocated for what is only claimed.
+                    bad.append(index.fqn)
+                    continue
                 try:
                     self._read_item(stream, index, items, planner)
                 except _OtherBytesError:
@@ -311,7 +320,7 @@ class _Part:
         self._stream = stream
         self._offset: int = info.offset
         self._length: int = info.length
-        self._digest = getattr(info, _ITEM_DIGEST, None)
+        self._digest = getattr(info, ITEM_DIGEST, None)
         self._new = DIGESTS[algorithm]
         self._hash = self._new()
 

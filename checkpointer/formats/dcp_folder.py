@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-import math
 import os
-import pickle
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint._traverse import traverse_state_dict
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_map
@@ -32,20 +26,18 @@ from torch.utils._pytree import tree_map
 from checkpointer.errors import (
     CheckpointerError,
     CorruptError,
-    NamingError,
     RestoreError,
     SaveError,
-    UnsafePayloadError,
-    portable,
+    reading,
 )
 from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
 from checkpointer.formats.dtypes import holds
+from checkpointer.formats.inspection.dcp_reader import Portable, Reader, UrlReader, as_they_are, bytes_of
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.stored import check_stored
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
-from checkpointer.records.names import check_name
 
 _PRIMITIVES: Final = (str, bytes, int, float, complex, type(None))
 
@@ -60,29 +52,7 @@ _STORAGE_ONLY: Final = ("retry",)
 _ALGORITHM: Final = "xxh3-128"
 """The digest of shards if no record says which one it needs."""
 
-MAX_LIST: Final = 1_000_000
 MAX_PROBLEMS: Final = 10
-_STEPS: Final = {
-    *("set_up_storage_writer", "set_up_planner", "create_local_plan", "prepare_local_plan", "write_data", "finish"),
-    *("read_metadata", "read_data"),
-}
-"""Methods that DCP calls on a rank while the others wait."""
-
-_METADATA_GLOBALS: Final = {
-    ("torch", "Size"): torch.Size,
-    **{
-        (module, name): (lambda *parts: "/".join(parts))
-        for module in ("pathlib", "pathlib._local")  # The latter is Python 3.13's.
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    },
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(dcp_metadata, name)
-        for name in (*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING")
-    },
-}
-"""All that DCP's own metadata names."""
 
 
 @attrs.frozen
@@ -162,7 +132,7 @@ class DcpFormat:
             plain = tree_map(lambda leaf: by_value(leaf, takes_shards=True), self._checked(state))
         except Exception as failure:  # Within DCP's own steps, which send it to the other ranks.
             error = failure
-        with _as_they_are(SaveError):
+        with as_they_are(SaveError):
             save(plain, storage_writer=writer, planner=_SavePlanner(error), **self._who(SaveError))
             self._who(SaveError)  # It may have been alone: the groups are destroyed in another thread.
         return writer.files
@@ -199,18 +169,20 @@ class DcpFormat:
         return self._read(path, check, weights_only=weights_only, map_location=map_location)
 
     def _read(self, path: str, check: Check | None, *, weights_only: bool, map_location: Any) -> Any:
-        reader = _UrlReader(path, **self._options) if "://" in path else Reader(path)
+        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
         reader.weights_only, reader.check = weights_only, check
-        state = _whole(reader.read_metadata()) if self._template is None else self._template()
+        with reading(path):
+            state = _whole(reader.read_metadata(), reader.held()) if self._template is None else self._template()
         target = state if isinstance(state, Target) else None
         error: Exception | None = None
         if target is not None:
             try:
-                state = target.wanted(reader.contents())
+                state = target.wanted(_contents(reader))
             except Exception as failure:
                 state, error = {}, failure
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
         planner = _Planner(weights_only=weights_only, is_exact=target is None, error=error)
+        planner.reader, reader.is_planned = reader, True
         reader.load_into(state, planner, **self._who(RestoreError))
         if target is not None:
             return target.result(state)
@@ -220,7 +192,7 @@ class DcpFormat:
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     def _checked(self, state: Any) -> dict[str, Any]:
-        """Return the state with each ``state_dict`` in place; raise if a tensor would be stored in part or not at all."""
+        """Return the state with each ``state_dict`` in place. Raise if a tensor would not be stored whole."""
         plain = _plain(state)
         check_tensor = check_whole if self._group is None else check_summed
 
@@ -266,44 +238,7 @@ class _PlainSnapshots:
         return self.snapshots.take(self.checked(state))
 
 
-@contextlib.contextmanager
-def _portably() -> Iterator[None]:
-    """Raise what the other ranks can be sent: an error that cannot be pickled would leave them waiting within DCP."""
-    try:
-        yield
-    except Exception as error:
-        raise portable(error) from error
-
-
-@contextlib.contextmanager
-def _as_they_are(kind: type[CheckpointerError]) -> Iterator[None]:
-    """Raise what a rank has raised instead of DCP's bundle; an error of another kind becomes a ``kind``."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, (CheckpointerError, OSError, MemoryError)):
-            raise cause from None
-        msg = f"rank {rank}: {type(cause).__name__}: {cause}"
-        raise kind(msg) from cause
-
-
-class _Portable:
-    """Raises in DCP's steps what the other ranks can be sent."""
-
-    def __init_subclass__(cls) -> None:
-        for step in _STEPS & set(dir(cls)):
-            setattr(cls, step, _portably()(vars(cls).get(step) or _of_parent(cls, step)))
-
-
-def _of_parent(cls: type, step: str) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(super(cls, self), step)(*args, **kwargs)
-
-    return call
-
-
-class _SavePlanner(_Portable, DefaultSavePlanner):
+class _SavePlanner(Portable, DefaultSavePlanner):
     """Raises what went wrong before within DCP's own steps, so that it is an error on all ranks."""
 
     def __init__(self, error: Exception | None) -> None:
@@ -327,7 +262,7 @@ class _Movable:
         return StorageMeta(save_id=self.save_id)
 
 
-class _Writer(_Portable, _Movable, DigestingWriter, FileSystemWriter):
+class _Writer(Portable, _Movable, DigestingWriter, FileSystemWriter):
     """Writes to a path. The first rank makes the folder, and the others have to see it."""
 
     _makes_folder = True
@@ -349,7 +284,7 @@ class _Writer(_Portable, _Movable, DigestingWriter, FileSystemWriter):
         return super().write_data(plan, planner)
 
 
-class _UrlWriter(_Portable, _Movable, DigestingWriter, FsspecWriter):
+class _UrlWriter(Portable, _Movable, DigestingWriter, FsspecWriter):
     """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
 
     DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
@@ -359,103 +294,21 @@ class _UrlWriter(_Portable, _Movable, DigestingWriter, FsspecWriter):
         super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
-class _Safe(VerifyingReader):
-    """A reader that runs nothing its folder's metadata might hold, and reads nothing outside of the folder."""
-
-    weights_only = True
-    error: Exception | None = None
-    """The error of the metadata, which the planner raises: DCP would pass on its text only."""
-    load_id: str
-    _is_planned = False
-
-    def contents(self) -> FolderContents:
-        """Return what the folder holds."""
-        metadata = self.read_metadata()
-        stored = metadata.state_dict_metadata.items()
-        return FolderContents(
-            {
-                name: (tuple(one.size), one.properties.dtype)
-                for name, one in stored
-                if isinstance(one, TensorStorageMetadata)
-            },
-            functools.partial(self._value, metadata),
-            functools.partial(_whole, metadata),
-        )
-
-    def _value(self, metadata: Metadata, name: str) -> Any:
-        info = metadata.storage_data[MetadataIndex(name)]
-        with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as stream:
-            stream.seek(info.offset)
-            content = io.BytesIO(stream.read(info.length))
-        return TorchFormat().read(content, weights_only=self.weights_only, map_location="cpu")
-
-    def load_into(self, state: dict[str, Any], planner: DefaultLoadPlanner, **group: Any) -> None:
-        """Read the folder into a state."""
-        if isinstance(planner, _Planner):
-            planner.reader, self._is_planned = self, True
-        self.rank = torch.distributed.get_rank(group["process_group"]) if "process_group" in group else 0
-        with _as_they_are(RestoreError):
-            load(state, storage_reader=cast(FileSystemReader, self), planner=planner, **group)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            stream = io.BytesIO(self.metadata_bytes())
-            metadata = _read_metadata(stream, os.fspath(self.path), weights_only=self.weights_only)
-        except (RestoreError, OSError) as error:
-            if not self._is_planned:
-                raise
-            self.error = error
-            metadata = Metadata({})
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+class _Reader(VerifyingReader, Reader):  # type: ignore[misc]
+    """Reads a path, and verifies what it reads."""
 
 
-class Reader(_Portable, _Safe, FileSystemReader):  # type: ignore[misc]
-    """Reads a path."""
-
-
-class _UrlReader(_Portable, _Safe, FsspecReader):  # type: ignore[misc]
-    """Reads a URL."""
+class _UrlReader(VerifyingReader, UrlReader):  # type: ignore[misc]
+    """Reads a URL, and verifies what it reads."""
 
     is_near = False
 
 
-def _read_metadata(stream: BinaryIO, folder: str, *, weights_only: bool) -> Metadata:
-    try:
-        metadata = (_MetadataUnpickler if weights_only else pickle.Unpickler)(stream).load()
-        _check_folder(metadata)
-    except (OSError, MemoryError, RestoreError):
-        raise
-    except NamingError as error:
-        msg = f"{folder}: its metadata names a file outside of it: {error}"
-        raise CorruptError(msg) from error
-    except Exception as error:  # Damaged bytes fail anywhere in an unpickler.
-        msg = f"{folder}: its metadata cannot be read: {type(error).__name__}: {error}"
-        raise CorruptError(msg) from error
-    return cast(Metadata, metadata)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata, and no other: nothing in a folder is executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _METADATA_GLOBALS.get((module, name))
-        if known is None and module == "torch":
-            known = getattr(torch, name, None)
-            known = known if isinstance(known, torch.dtype) else None
-        if known is None:
-            msg = (
-                f"the metadata names {module}.{name}, which a safe load refuses to unpickle; "
-                "if you trust its writer, pass weights_only=False"
-            )
-            raise UnsafePayloadError(msg)
-        return known
-
-
-class _Planner(_Portable, DefaultLoadPlanner):
+class _Planner(Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
-    reader: _Safe | None = None
+    reader: _Reader | _UrlReader | None = None
+    """Its error is raised here, because DCP would pass on its text only."""
 
     def __init__(self, *, weights_only: bool, is_exact: bool = True, error: Exception | None = None) -> None:
         super().__init__()
@@ -478,31 +331,40 @@ class _Planner(_Portable, DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
-def _whole(metadata: Metadata) -> dict[str, Any]:
-    """Return a template of whole tensors for all that a folder holds."""
+def _contents(reader: _Reader | _UrlReader) -> FolderContents:
+    """Return what a folder holds."""
+    metadata = reader.read_metadata()
+    stored = metadata.state_dict_metadata.items()
+    return FolderContents(
+        {
+            name: (tuple(one.size), one.properties.dtype)
+            for name, one in stored
+            if isinstance(one, TensorStorageMetadata)
+        },
+        functools.partial(_value, reader, metadata),
+        lambda: _whole(metadata, reader.held()),
+    )
+
+
+def _value(reader: _Reader | _UrlReader, metadata: Metadata, name: str) -> Any:
+    content = io.BytesIO(reader.bytes_of_item(metadata.storage_data[MetadataIndex(name)]))
+    return TorchFormat().read(content, weights_only=reader.weights_only, map_location="cpu")
+
+
+def _whole(metadata: Metadata, held: int) -> dict[str, Any]:
+    """Return a template of whole tensors for all that a folder holds, which is ``held`` bytes at most."""
+    stored = metadata.state_dict_metadata
+    tensors = {name: one for name, one in stored.items() if isinstance(one, TensorStorageMetadata)}
+    claimed = sum(bytes_of(one) for one in tensors.values())
+    if claimed > held:
+        msg = f"its metadata names tensors of {claimed} bytes, and its files have {held}"
+        raise CorruptError(msg)
     state: dict[str, Any] = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        value = None
-        if isinstance(stored, TensorStorageMetadata):
-            value = torch.empty(stored.size, dtype=stored.properties.dtype)
+    for name in stored:
+        one = tensors.get(name)
+        value = None if one is None else torch.empty(one.size, dtype=one.properties.dtype)
         set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
     return state
-
-
-def _check_folder(metadata: Metadata) -> None:
-    """Raise unless the metadata stays inside its folder and this machine's memory, and names all of each tensor."""
-    for name, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata):
-            here, all_ = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
-            if here < all_:
-                msg = f"it holds {here} of the {all_} elements of {name}: the shards of other processes are missing"
-                raise CorruptError(msg)
-    for info in metadata.storage_data.values():
-        check_name(info.relative_path)
-    for path in (metadata.planner_data or {}).values():
-        if any(isinstance(part, int) and not 0 <= part < MAX_LIST for part in path):
-            msg = f"its metadata has a list index in {path!r}; expected less than {MAX_LIST}"
-            raise CorruptError(msg)
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
+from checkpointer.formats.inspection.torch_file import check_pickle
 from checkpointer.formats.mapping import MappedFile, can_map
 from checkpointer.formats.memory import memory_at, read_exactly
 from checkpointer.formats.refusals import raising_unreadable
@@ -25,6 +26,7 @@ _MAPPED_PIECE: Final = 4 << 20
 _SMALL: Final = 1 << 16
 """Storages of fewer bytes are read together with their neighbours, and copied."""
 _PICKLE: Final = "data.pkl"
+_DATA: Final = "data/"
 _PARAMETERS: Final = ("zip_file", "map_location", "pickle_module")
 
 
@@ -152,6 +154,9 @@ class TorchLayout:
         serialization: Any = torch.serialization
         module = serialization._weights_only_unpickler if weights_only else pickle
         with raising_unreadable(self._pickle, weights_only=weights_only):
+            if weights_only:
+                sizes = {member.name.removeprefix(_DATA): member.size for member in self._archive.members}
+                check_pickle(self._small[_PICKLE], sizes)
             try:
                 state = serialization._load(reader, map_location, module, encoding="utf-8")
                 reader.check_sizes()
@@ -249,7 +254,7 @@ def _new_storage(size: int) -> Any:
 
 
 def _is_storage(member: Member) -> bool:
-    return member.name.startswith("data/")
+    return member.name.startswith(_DATA)
 
 
 def _archive_of(stream: BinaryIO) -> Archive | None:

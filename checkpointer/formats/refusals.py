@@ -32,6 +32,9 @@ def raising_unreadable(file: Callable[[], BinaryIO], start: int = 0, *, weights_
         yield
     except (OSError, MemoryError, OtherLayoutError, torch.cuda.OutOfMemoryError):
         raise
+    except CorruptError as error:
+        msg = f"the payload is not a torch file that can be read: {error}"
+        raise CorruptError(msg) from error
     except pickle.UnpicklingError as error:
         refused = _refusal(file(), start, error) if weights_only else ""
         if not refused:

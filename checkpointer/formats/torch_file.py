@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.errors import SaveError
 from checkpointer.formats import archive
+from checkpointer.formats.inspection.torch_file import check_sound
 from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_name, culprit
 from checkpointer.formats.refusals import raising_unreadable, reason_of, unsafe_globals
 from checkpointer.ports import Writable
@@ -85,6 +86,8 @@ class TorchFormat:
         import torch
 
         with raising_unreadable(lambda: stream, start, weights_only=weights_only):
+            if weights_only and not start:
+                check_sound(stream)
             return torch.load(source, weights_only=weights_only, **options)
 
     def refused(self, state: Any) -> Mapping[str, str]:

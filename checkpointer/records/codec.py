@@ -19,6 +19,9 @@ from checkpointer.records.names import has_surrogate, name_problem
 MAX_RECORD_BYTES: Final = 1 << 20
 """A record larger than this (bytes) is refused unread: no honest one comes near it."""
 
+MAX_TIME: Final = 1 << 35
+"""Seconds before and after 1970 of each time: some systems have no date for later ones than this, in the year 3058."""
+
 MAX_DEPTH: Final = 8
 """Objects and lists within one another: a record file has four, more are refused."""
 
@@ -149,6 +152,13 @@ class Reader:
         if number is not None and math.isfinite(number):
             return number
         raise self.bad(key, "a number")
+
+    def time(self, key: str) -> float:
+        """Return seconds since the Unix epoch."""
+        number = as_number(self._data.get(key))
+        if number is not None and abs(number) < MAX_TIME:
+            return number
+        raise self.bad(key, "seconds since 1970, before the year 3058")
 
     def flag(self, key: str) -> bool:
         """Return true or false."""

@@ -367,7 +367,7 @@ _READERS: Final[dict[str, Any]] = {
     "epoch": Reader.whole,
     "epoch_end": Reader.flag,
     "metrics": Reader.metrics,
-    "time": Reader.number,
+    "time": Reader.time,
     "size": Reader.whole,
     "digest": Reader.digest,
     "format": Reader.text,

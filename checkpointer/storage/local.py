@@ -477,6 +477,18 @@ def _open_file(path: Path) -> BinaryIO:
     raise FileNotFoundError(errno.ENOENT, "it is a pipe or device, not a file", str(path))
 
 
+@contextlib.contextmanager
+def _without_unreachable() -> Iterator[None]:
+    """Leave out what is gone by now, or lies so deep that its path is longer than the system takes."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+
+
 def _stat(info: os.stat_result) -> Stat:
     return Stat(info.st_size, f"{info.st_mtime_ns:x}-{info.st_ino:x}")
 

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -17,9 +17,10 @@ from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
-from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, SaveError, reading
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
-from checkpointer.records.record import ADOPTED, Record
+from checkpointer.records.names import has_surrogate
+from checkpointer.records.record import ADOPTED, Record, check_readable
 from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.foreign import COPIES, Said, Units, find_units, parts_of, read_file, read_folder
 
@@ -69,7 +70,8 @@ def find_foreign(
     refused = dict(units.left)
     for name in (*units.folders, *units.files):
         try:
-            read.append(_read(catalog.storage, name, units))
+            with reading(name):
+                read.append(_read(catalog.storage, name, units))
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
     said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in read]
@@ -80,9 +82,20 @@ def find_foreign(
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
             found.append(Found(**(attrs.asdict(item, recurse=False) | {"epoch": item.epoch or 0})))
+            if problem := _problem(catalog, found[-1]):
+                refused[item.name] = problem
     refused |= _copies(found, catalog.records)
     kept = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
     return Adoption(found=tuple(kept), refused=refused)
+
+
+def _problem(catalog: Catalog, item: Found) -> str:
+    """Return why a record of an item could not be read again; empty if it could."""
+    try:
+        check_readable(_draft(catalog, item, run="", serial=1))
+    except (SaveError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _check_steps(steps: Mapping[str, int], units: Units) -> None:
@@ -102,6 +115,9 @@ def _check_steps(steps: Mapping[str, int], units: Units) -> None:
 
 
 def _read(storage: Storage, name: str, units: Units) -> Said:
+    if has_surrogate(name):
+        msg = "its name is not valid Unicode, so a record could not have it; rename it"
+        raise CorruptError(msg)
     if isinstance(storage, SupportsPaths):
         path = storage.local_path(name)
         if os.path.islink(path):
@@ -187,7 +203,14 @@ def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]
 # Making records
 
 
-def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | None = None) -> Iterator[Record]:
+def adopt(
+    catalog: Catalog,
+    adoption: Adoption,
+    journal: Journal,
+    *,
+    run: str | None = None,
+    on_bad: Callable[[str, Exception], object] | None = None,
+) -> Iterator[Record]:
     """Make a record of each, oldest step first. Its digest is computed; its payload is not changed.
 
     Args:
@@ -195,6 +218,7 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
         adoption: What `find_foreign` found.
         journal: Writes to the same storage.
         run: Id of the run that they become part of; None makes a new one for each folder.
+        on_bad: Called with the name and the error if a payload cannot be read; the others go on. None: it is raised.
 
     Yields:
         Each record, once it is durable.
@@ -221,20 +245,30 @@ def adopt(catalog: Catalog, adoption: Adoption, journal: Journal, *, run: str | 
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
-    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
     for number, item in enumerate(adoption.found):
-        draft = Record(
-            **{field: getattr(item, field) for field in said},
-            time=_time(catalog, item.name),
-            size=0,
-            digest="",
-            reason=f"{ADOPTED}written by {item.writer}",
-            run=runs[item.name.rpartition("/")[0]],
-            line=line,
-            serial=serial + number,
-            token=uuid.uuid4().hex,
-        )
-        yield Transaction(journal).adopt(draft)
+        try:
+            draft = _draft(catalog, item, run=runs[item.name.rpartition("/")[0]], serial=serial + number)
+            record = Transaction(journal).adopt(attrs.evolve(draft, line=line))
+        except OSError as error:
+            if on_bad is None:
+                raise
+            on_bad(item.name, error)
+            continue
+        yield record
+
+
+def _draft(catalog: Catalog, item: Found, *, run: str, serial: int) -> Record:
+    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
+    return Record(
+        **{field: getattr(item, field) for field in said},
+        time=_time(catalog, item.name),
+        size=0,
+        digest="",
+        reason=f"{ADOPTED}written by {item.writer}",
+        run=run,
+        serial=serial,
+        token=uuid.uuid4().hex,
+    )
 
 
 def _time(catalog: Catalog, name: str) -> float:

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from checkpointer.errors import RestoreError
-from checkpointer.formats.inspection.pickled_tensors import MAX_EXPANDED_BYTES
+from checkpointer.errors import RestoreError, reading
+from checkpointer.formats.inspection.pickled_tensors import is_too_large
 from checkpointer.formats.inspection.tensors import OPAQUE, TensorInfo, Tensors
 
 _CHUNK: Final = 1 << 20
@@ -67,7 +67,9 @@ def diff(before: Tensors, after: Tensors, match: str = "") -> Iterator[Change]:
     """
     for name in dict.fromkeys((*before.tensors, *after.tensors)):
         if match in name:
-            yield _change(name, before, after)
+            with reading(name):
+                change = _change(name, before, after)
+            yield change
 
 
 def diff_values(before: Tensors, after: Tensors, match: str = "") -> dict[str, tuple[Any, Any]]:
@@ -108,7 +110,7 @@ def _compared(one: TensorInfo, other: TensorInfo, before: Any, after: Any) -> tu
 def _plain(info: TensorInfo, tensor: Any) -> Any:
     """Return the numbers that a sparse or quantised tensor stands for."""
     if info.layout != "strided":
-        if info.bytes > MAX_EXPANDED_BYTES:
+        if is_too_large(info.bytes, tensor._nnz() * tensor.element_size()):
             msg = f"{info.name} is {info.kind} and would take {info.bytes} bytes when dense; compare it yourself"
             raise RestoreError(msg)
         return tensor.to_dense()

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import operator
 import re
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeGuard
+from itertools import takewhile
+from typing import Any, Final
 
 import attrs
 
+from checkpointer._validation import brief
 from checkpointer.commit.index import HOME, directories_below
 from checkpointer.commit.naming import location
-from checkpointer.errors import CorruptError
+from checkpointer.errors import CorruptError, reading
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
+from checkpointer.records.codec import as_number
 from checkpointer.records.record import Contents
 
 MAX_STATE_BYTES: Final = 1 << 26
+MAX_COUNT: Final = 1 << 63
+"""Steps and epochs are below this, as in records."""
+_MAX_PATH: Final = 4096
+_EXPONENT: Final = 5
+"""Characters of an exponent that count."""
+_MAX_EXPONENT: Final = 308
 _HF_STATE: Final = "trainer_state.json"
 _STEPS: Final = (
     *("global_step", "step", "steps", "num_steps", "iteration", "iterations", "iter", "n_iter", "iter_num"),
@@ -171,16 +179,13 @@ def read_folder(storage: Storage, name: str) -> Said:
 
 
 def _lightning(name: str, place: str, contents: Tensors) -> Said:
-    step, epoch = contents.others.get("global_step"), contents.others.get("epoch")
-    if not isinstance(step, int) or not isinstance(epoch, int):
-        msg = "Lightning wrote it, but it has no global_step or epoch"
-        raise CorruptError(msg)
+    step, epoch = (_counter(contents.others.get(key), key) for key in ("global_step", "epoch"))
     processed = contents.others.get("loops.fit_loop.epoch_progress.current.processed")
     return Said(
         name=name,
         step=step,
         epoch=epoch,
-        epoch_end=processed > epoch if isinstance(processed, int) else True,
+        epoch_end=processed > epoch if type(processed) is int else True,
         metrics=_lightning_scores(name, place, contents),
         contents="full" if any(top.startswith("optim") for top in _tops(contents)) else "weights",
         writer="Lightning",
@@ -222,47 +227,54 @@ def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
         yield path, f"{callback}.best_model_score"
 
 
+def _counter(value: Any, key: str) -> int:
+    """Return a count of steps or epochs; raise if it is not one."""
+    number = as_number(value)
+    if number is None or not 0 <= number < MAX_COUNT or not number.is_integer():
+        msg = f"its {key} is {brief(value)}; expected a whole number of at least 0, and below 2**63"
+        raise CorruptError(msg)
+    return int(value)
+
+
 def _common(one: str, other: str) -> int:
     """Return how many folders two paths have in common from their ends on, the file's own name included."""
-    ends = (reversed(re.split(r"[/\\]+", path)) for path in (one, other))
-    return sum(itertools.takewhile(bool, map(operator.eq, *ends)))
+    ends = (reversed(re.split(r"[/\\]+", path[-_MAX_PATH:])) for path in (one, other))
+    return sum(takewhile(bool, map(operator.eq, *ends)))
 
 
 def _number(contents: Tensors, key: str) -> float | None:
     if key in contents.tensors:
-        return float(contents.read(key)) if contents.tensors[key].numel == 1 else None
-    value = contents.others.get(key)
-    return float(value) if _is_number(value) else None
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_real = contents.tensors[key].numel == 1 and not contents.tensors[key].dtype.startswith("complex")
+        return float(contents.read(key)) if is_real else None
+    return as_number(contents.others.get(key))
 
 
 def _is_rounded(score: float, text: str) -> bool:
     """Return whether ``text`` is the score with fewer digits."""
     mantissa, _, exponent = text.lower().partition("e")
-    decimals = len(mantissa.partition(".")[2]) - int(exponent or 0)
-    return abs(score - float(text)) <= 0.5000001 * 10.0**-decimals
+    # An exponent with more digits is 0 or infinite.
+    decimals = len(mantissa.partition(".")[2]) - int(exponent[:_EXPONENT] or 0)
+    return abs(score - float(text)) <= 0.5000001 * 10.0 ** -max(decimals, -_MAX_EXPONENT)
 
 
 # The Hugging Face Trainer
 
 
 def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
-    try:
+    with reading(f"its {_HF_STATE}"):
         with storage.open(f"{name}/{_HF_STATE}") as stream:
             state = json.loads(stream.read(MAX_STATE_BYTES))
-        step, epoch = int(state["global_step"]), float(state.get("epoch") or 0)
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        msg = f"its {_HF_STATE} cannot be read ({type(error).__name__}: {error})"
-        raise CorruptError(msg) from error
+        step, epoch = _counter(state["global_step"], "global_step"), as_number(state.get("epoch") or 0)
+        if epoch is None or not 0 <= epoch < MAX_COUNT:
+            msg = f"its epoch is {brief(state['epoch'])}; expected a number of at least 0, and below 2**63"
+            raise CorruptError(msg)
+    history = state.get("log_history")
     metrics = {
-        key: float(value)
-        for entry in state.get("log_history") or []
+        key: number
+        for entry in (history if isinstance(history, list) else ())
         if isinstance(entry, dict) and entry.get("step") == step
         for key, value in entry.items()
-        if key not in ("step", "epoch") and _is_number(value)
+        if key not in ("step", "epoch") and (number := as_number(value)) is not None
     }
     ended = epoch.is_integer() and epoch > 0
     return Said(
@@ -329,7 +341,7 @@ def _numbers(contents: Tensors) -> dict[str, float]:
 def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
     """Return the first counter of these names: a whole number, at the top or under `_HOLDERS`."""
     values = (numbers.get(f"{holder}{name}", math.nan) for holder in ("", *_HOLDERS) for name in names)
-    return next((int(value) for value in values if value >= 0 and float(value).is_integer()), None)
+    return next((int(value) for value in values if 0 <= value < MAX_COUNT and float(value).is_integer()), None)
 
 
 def _texts_in_name(name: str) -> dict[str, str]:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer._validation import brief
 from checkpointer.errors import ObservationError
 from checkpointer.policy.yaml_codec import suggest
+from checkpointer.records.codec import MAX_TIME
 from checkpointer.records.record import Observation, Record
 
 MAX_BYTES: Final = 1 << 28
 """A file of metrics larger than this (bytes) is refused."""
 
+_MAX_NAMED: Final = 50
+"""Columns that a message names."""
 _STEPS: Final = ("step", "global_step", "train/global_step", "_step", "iteration")
 _EPOCHS: Final = ("epoch", "train/epoch")
 _TIMES: Final = ("time", "timestamp", "_timestamp")
@@ -93,7 +97,7 @@ def _csv_rows(text: str, where: str) -> tuple[list[str], list[_Row]]:
     rows: list[_Row] = []
     try:
         head = [name.strip() for name in next(reader, [])]
-        twice = [name for name in head if head.count(name) > 1]
+        twice = [name for name, count in Counter(head).items() if count > 1]
         if twice:
             msg = f"{where}, line 1: two columns have the name {twice[0]!r}"
             raise ObservationError(msg)
@@ -130,8 +134,9 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
     names = (_STEPS, _EPOCHS, _TIMES, _ENDS)
     step, epoch, time, ends = (next((name for name in some if name in columns), "") for some in names)
     if not step:
-        have = ", ".join(columns)
-        msg = f"{where} has no column 'step'{suggest('step', columns) if columns else ''} (columns: {have})"
+        some = [*columns][:_MAX_NAMED]
+        hint = suggest("step", dict.fromkeys(some)) if some else ""
+        msg = f"{where} has no column 'step'{hint} (columns: {some_of([*columns], _MAX_NAMED)})"
         raise ObservationError(msg)
     merged = _merge(
         [(line, _typed(f"{where}, line {line}", row, (step, epoch, ends))) for line, row in rows], step, where
@@ -142,8 +147,8 @@ def _history(columns: Mapping[str, None], rows: Sequence[_Row], where: str) -> H
         ended = bool(row[ends]) if ends in row else bool(epoch) and following.get(epoch) != at_epoch
         metrics = {name: value for name, value in row.items() if name not in (step, epoch, time, ends)}
         when = row.get(time, 0.0)
-        if not math.isfinite(when):
-            msg = f"{where}, line {line}: the time is {when!r}; expected seconds"
+        if not abs(when) < MAX_TIME:
+            msg = f"{where}, line {line}: the time is {when!r}; expected seconds since 1970, before the year 3058"
             raise ObservationError(msg)
         observations.append(Observation(metrics=metrics, step=row[step], epoch=at_epoch, epoch_end=ended, time=when))
     return History(observations=tuple(observations), has_epochs=bool(epoch), has_times=bool(time))
@@ -161,8 +166,8 @@ def _typed(place: str, row: Mapping[str, Any], whole: Sequence[str]) -> dict[str
             )
             raise ObservationError(msg) from None
         # Hugging Face counts parts of epochs.
-        if name in whole and not (0 <= number < math.inf and (number.is_integer() or name in _EPOCHS)):
-            msg = f"{place}, column {name!r}: {brief(value)}; expected a whole number of at least 0"
+        if name in whole and not (0 <= number < 1 << 63 and (number.is_integer() or name in _EPOCHS)):
+            msg = f"{place}, column {name!r}: {brief(value)}; expected a whole number of at least 0, and below 2**63"
             raise ObservationError(msg)
         typed[name] = int(number) if name in whole else number
     return typed
@@ -183,7 +188,8 @@ def _merge(rows: Sequence[_Row], step: str, where: str) -> list[_Row]:
             )
             raise ObservationError(msg)
         if before and row[step] == before[step]:
-            merged[-1] = (line, before | row)
+            before.update(row)  # A copy for each line would take time by the square of their number.
+            merged[-1] = (line, before)
             continue
         carried = {name: before[name] for name in _EPOCHS if name in before}
         merged.append((line, carried | row))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal
 
 import attrs
 
-from checkpointer.errors import CorruptError, RestoreError
+from checkpointer.errors import CorruptError, RestoreError, reading
 from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.formats.inspection.torch_file import bad_member
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
 from checkpointer.restore.load import check_size, verify
@@ -48,9 +48,10 @@ def verify_one(storage: Storage, record: Record, depth: Depth = "digests") -> Fi
             check_size(storage, record)
         else:
             verify(storage, record)
-        calls = _look_into(storage, record) if depth == "contents" else ()
+        with reading(record.name):
+            calls = _look_into(storage, record) if depth == "contents" else ()
     except (RestoreError, OSError) as error:
-        return Finding(name=record.name, problem=str(error).removeprefix(f"{record.name} "))
+        return Finding(name=record.name, problem=str(error).removeprefix(record.name).removeprefix(":").lstrip())
     return Finding(name=record.name, calls=calls)
 
 
@@ -133,12 +134,8 @@ def check_sums(storage: Storage, name: str) -> bool:
         if stream.read(2) != b"PK":
             return False
         stream.seek(0)
-        try:
-            bad = zipfile.ZipFile(stream).testzip()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            msg = f"its parts cannot be read: {error}"
-            raise CorruptError(msg) from error
-    if bad is not None:
+        bad = bad_member(stream)
+    if bad:
         msg = f"its part {bad} has other bytes than its checksum says"
         raise CorruptError(msg)
     return True

@@ -253,16 +253,17 @@ def test_what_refers_to_itself_ends() -> None:
     """Neither a cycle nor lists of lists of one list hang or fill the memory."""
     with open_contents(stored(hostile_zip(endless())), "a.ckpt") as contents:
         assert 2 == len(contents.others)
-    with pytest.raises(CorruptError, match="holds more than"), open_contents(stored(hostile_zip(laughs())), "a.ckpt"):
+    with pytest.raises(CorruptError, match="far more entries"), open_contents(stored(hostile_zip(laughs())), "a.ckpt"):
         pass
 
 
 @pytest.mark.parametrize(
     "key", [b")" + b"\x85" * 400_000, b")" + b"q\x00h\x00\x86" * 100], ids=["deep", "itself twice, a hundred times"]
 )
-def test_a_key_that_cannot_be_hashed_is_replaced_by_its_class(key: bytes) -> None:
+def test_a_key_that_would_take_forever_to_hash_is_refused(key: bytes) -> None:
     """Hashing such a tuple ends the process, or takes longer than anyone waits."""
-    assert {"tuple": 1} == read_pickle(io.BytesIO(b"\x80\x02}" + key + b"K\x01s."))
+    with pytest.raises(CorruptError, match="a tuple of more than 1000 items"):
+        read_pickle(io.BytesIO(b"\x80\x02}" + key + b"K\x01s."))
 
 
 def test_extra_state_that_repeats_itself_is_not_taken_for_data() -> None:
@@ -270,7 +271,7 @@ def test_extra_state_that_repeats_itself_is_not_taken_for_data() -> None:
     level: list[Any] = ["ha"]
     for _ in range(15):
         level = [level] * 10
-    with pytest.raises(CorruptError, match="holds more than"):
+    with pytest.raises(CorruptError, match="far more entries"):
         open_stream(io.BytesIO(pickle.dumps({"_extra_state": level})), "a")
 
 

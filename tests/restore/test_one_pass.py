@@ -271,5 +271,5 @@ def test_a_tensor_that_is_larger_than_its_storage_is_refused(tmp_path: Path) -> 
     tensor.untyped_storage().resize_(8)
     with CheckpointManager(tmp_path, Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"w": tensor}) as manager:
         manager.observe({}, step=1, epoch=0)
-        with pytest.raises(NoValidCheckpointError, match="needs 400 bytes of data/0, which has 8"):
+        with pytest.raises(NoValidCheckpointError, match="needs 400 bytes of storage '0', which has 8"):
             manager.restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.commands import command, snapshot, train
+from support.odd_files import tensor, torch_file
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Policy
 from checkpointer.commit.journal import Journal
@@ -292,3 +294,46 @@ def test_a_signed_directory_is_not_adopted_into_without_its_key(tmp_path: Path) 
         list(adopt(catalog, find_foreign(catalog), Journal(storage, "me")))
     assert before == snapshot(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+COUNTERS: list[Any] = [-1, 2**63, 10**400, 1.5, float("nan"), float("inf"), float("-inf"), "5", None, True, [5]]
+
+
+@pytest.mark.parametrize("value", COUNTERS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("where", ["global_step", "epoch"])
+def test_counters_that_no_record_has_are_named_and_left(tmp_path: Path, value: Any, where: str) -> None:
+    """In what Lightning and the HF Trainer wrote; the file beside them is adopted."""
+    state = {"global_step": 5, "epoch": 1, "pytorch-lightning_version": "2.6", "state_dict": {"w": tensor()}}
+    (tmp_path / "odd.ckpt").write_bytes(torch_file(state | {where: value}))
+    trainer = {"global_step": 5, "epoch": 1.0, "log_history": [{"step": 5, "loss": 10**400}]}
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text(json.dumps(trainer | {where: value}))
+    save(tmp_path / "good.pt", WEIGHTS | {"step": 400})
+    adoption = found_in(tmp_path)
+    is_fraction = where == "epoch" and value in (1.5, None)  # The Trainer counts parts of epochs.
+    assert {"good.pt"} | ({"checkpoint-5"} if is_fraction else set()) == {item.name for item in adoption.found}
+    assert f"its {where} is " in adoption.refused["odd.ckpt"]
+    assert is_fraction or f"its {where} is " in adoption.refused["checkpoint-5"]
+
+
+def test_a_step_that_no_record_has_is_refused_by_name(tmp_path: Path) -> None:
+    """A record with it could not be read again."""
+    save(tmp_path / "a.pt")
+    save(tmp_path / "step=99999999999999999999.pt")
+    adoption = find_foreign(look_at(open_storage(tmp_path, "")), {"a.pt": 1 << 63})
+    assert () == adoption.found
+    assert "could not be read again" in adoption.refused["a.pt"]
+    assert "neither the file nor its name has a step" in adoption.refused["step=99999999999999999999.pt"]
+
+
+def test_a_payload_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
+    """It was there when the directory was looked at, and is gone now."""
+    for step in (1, 2, 3):
+        save(tmp_path / f"step={step}.pt")
+    catalog = look_at(open_storage(tmp_path, ""))
+    adoption = find_foreign(catalog)
+    (tmp_path / "step=2.pt").unlink()
+    bad: dict[str, Exception] = {}
+    made = adopt(catalog, adoption, Journal(open_storage(tmp_path, ""), "me"), on_bad=bad.__setitem__)
+    assert [1, 3] == [record.step for record in made]
+    assert ["step=2.pt"] == [*bad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,29 @@ def test_the_policy_files_of_the_examples_can_be_read() -> None:
     """And are what the example trains with."""
     for path in sorted((ROOT / "examples").glob("*.yaml")):
         assert Policy.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",".join(map(str, range(30_000))) + ",29999\n1\n",
+        ",".join(map(str, range(30_000))) + "\n1\n",
+        "\n".join(f'{{"step": 1, "m{number}": 1}}' for number in range(20_000)),
+    ],
+    ids=["a name twice", "no step", "lines of one step"],
+)
+def test_very_many_columns_take_time_by_their_number_not_its_square(text: str) -> None:
+    """The limit of time is that of the corpus: see `test_limits.py`."""
+    begin = time.perf_counter()
+    with contextlib.suppress(ObservationError):
+        (now,) = read_history(text.encode(), "f").observations
+        assert 20_000 == len(now.metrics)
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize(("column", "value"), [("step", "1e300"), ("epoch", str(2**63)), ("time", "1e300")])
+def test_counts_and_times_that_no_record_has_are_refused(column: str, value: str) -> None:
+    """The message has the line."""
+    row = {"step": "1", "epoch": "0", "time": "0"} | {column: value}
+    with pytest.raises(ObservationError, match="f, line 2"):
+        read_history(f"{','.join(row)}\n{','.join(row.values())}\n".encode(), "f")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import attrs
 import typer
 
 from checkpointer._display import count_text, number_text, some_of
@@ -54,7 +55,11 @@ def adopt_command(
             )
             raise NotFoundError(msg)
         if not dry_run:
-            made.extend(adopt(catalog, adoption, Journal(storage, owner, key), run=run))
+            bad: dict[str, str] = {}
+            journal = Journal(storage, owner, key)
+            made.extend(adopt(catalog, adoption, journal, run=run, on_bad=lambda name, e: bad.update({name: str(e)})))
+            found = tuple(item for item in adoption.found if item.name not in bad)
+            adoption = attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
     if as_json:
         output.print_json({"adopted": _as_data(adoption, made), "refused": dict(adoption.refused)})
     else:

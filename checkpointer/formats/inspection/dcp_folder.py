@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpointer.formats.dcp_folder import Reader
+from checkpointer.errors import CorruptError
+from checkpointer.formats.inspection.dcp_reader import Reader, bytes_of
 from checkpointer.formats.inspection.tensors import Branch, Leaf, Part, TensorInfo, Tensors, parts_in
 
 
@@ -20,7 +22,8 @@ class DcpContents(Tensors):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path = path
-        self.metadata = metadata = Reader(path).read_metadata()
+        self._reader = Reader(path)
+        self.metadata = metadata = self._reader.read_metadata()
         for name, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 dtype = str(stored.properties.dtype).removeprefix("torch.")
@@ -52,13 +55,23 @@ class DcpContents(Tensors):
             size = os.path.getsize(path) if os.path.exists(path) else 0
             if info.offset + info.length > size:
                 yield f"{where.fqn} ends at byte {info.offset + info.length} of {info.relative_path}, which has {size}"
+        claimed = sum(info.bytes for info in self.tensors.values())
+        if claimed > self._held:
+            yield f"its tensors have {claimed} bytes by the metadata, and its files have {self._held}"
 
-    def read(self, name: str) -> Any:
-        """See `Tensors.read`: puts the shards together."""
-        info = self.tensors[name]
-        state = {name: torch.empty(info.shape, dtype=getattr(torch, info.dtype))}
-        Reader(self._path).load_into(state, DefaultLoadPlanner(), no_dist=True)
+    def _read(self, name: str) -> Any:
+        stored = self.metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        if bytes_of(stored) > self._held:
+            msg = f"{name} has {bytes_of(stored)} bytes by the metadata, and the files have {self._held}"
+            raise CorruptError(msg)
+        state = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
+        self._reader.load_into(state, DefaultLoadPlanner(), no_dist=True)
         return state[name]
+
+    @cached_property
+    def _held(self) -> int:
+        return self._reader.held()
 
     def value(self, name: str) -> Any:
         """See `Tensors.value`: what is pickled stays so."""

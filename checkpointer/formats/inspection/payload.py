@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, Literal
 
 import attrs
 
-from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, RestoreError
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, RestoreError, reading
 from checkpointer.formats.inspection.safetensors_file import MAX_HEADER_BYTES, SafetensorsContents
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
@@ -81,7 +81,8 @@ def _open(storage: Storage, name: str) -> Tensors:
         raise RestoreError(msg)
     from checkpointer.formats.inspection.dcp_folder import DcpContents
 
-    return DcpContents(storage.local_path(name))
+    with reading(name):
+        return DcpContents(storage.local_path(name))
 
 
 def _open_file(storage: Storage, name: str) -> Tensors:
@@ -96,18 +97,18 @@ def _open_file(storage: Storage, name: str) -> Tensors:
 def open_stream(stream: BinaryIO, name: str) -> Tensors:
     """Open a seekable stream at its start; it is closed with the contents, or with the error that names the file."""
     try:
-        if sniff(stream) != "torch":
-            return SafetensorsContents(stream)
-        is_zip = stream.read(len(_ZIP)) == _ZIP
-        stream.seek(0)
-        return open_zip(stream) if is_zip else open_legacy(stream)
-    except CorruptError as error:
-        stream.close()
-        msg = f"{name}: {error}"
-        raise CorruptError(msg) from error
+        with reading(name):
+            if sniff(stream) != "torch":
+                contents: Tensors = SafetensorsContents(stream)
+            else:
+                is_zip = stream.read(len(_ZIP)) == _ZIP
+                stream.seek(0)
+                contents = open_zip(stream) if is_zip else open_legacy(stream)
     except BaseException:
         stream.close()
         raise
+    contents.place = name
+    return contents
 
 
 def sniff(stream: BinaryIO) -> Literal["torch", "safetensors"] | None:
@@ -229,7 +230,7 @@ class _FolderContents(Tensors):
             yield from (f"{inside}: {problem}" for problem in part.problems())
 
     def read(self, name: str) -> Any:
-        """See `Tensors.read`."""
+        """See `Tensors.read`: the error names the file."""
         opened, inner = self._inner[name]
         return opened.read(inner)
 

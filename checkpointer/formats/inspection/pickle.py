@@ -16,11 +16,20 @@ from typing import Any, BinaryIO, Final
 import attrs
 
 from checkpointer.errors import CorruptError
+from checkpointer.formats.inspection.work import COPY, Work
 
 MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""
-_MAX_KEY_ITEMS: Final = 1000
-"""A tuple with more items, those of tuples in it included, is not a key: its class stands for it."""
+MAX_KEY_ITEMS: Final = 1000
+"""A tuple with more items, those of tuples in it included, is refused as a key."""
+MAX_SAME_HASHES: Final = 64
+"""If more tuples than these have one hash in a container, they were made for it: each costs a comparison with all."""
+MAX_NAME: Final = 1024
+"""Characters of the name of a module or class at most."""
+MAX_BITS: Final = 2040
+"""A larger whole number is not read. A safe load by torch refuses it too."""
+_KEY_BITS: Final = 64
+"""A larger whole number is not a key: many of them can have one hash."""
 _PYTHON_2: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules that Python 3 has under another name."""
 
@@ -59,7 +68,9 @@ class Size(tuple[Any, ...]):
     """A ``torch.Size``."""
 
 
+_Actions = dict[str, Callable[..., Any]]
 _MARK: Final = object()
+_HUGE: Final = "a number of very many digits"
 
 
 def read_pickle(stream: BinaryIO) -> Any:
@@ -70,25 +81,31 @@ def read_pickle(stream: BinaryIO) -> Any:
         >>> read_pickle(io.BytesIO(pickle.dumps({"step": 400, "losses": [0.5]})))
         {'step': 400, 'losses': [0.5]}
     """
-    return read_names(stream)[0]
+    return read_made(stream, Work.for_bytes(0))[0]
 
 
-def read_names(stream: BinaryIO) -> tuple[Any, list[Global | Persistent]]:
-    """Return what `read_pickle` does; and every class, function and reference to the outside, each once."""
+def names_in(made: Iterable[Any]) -> list[Global | Persistent]:
+    """Return every class, function and reference to the outside of what `read_made` returns, each once."""
+    found = (one.what if isinstance(one, Call) else one for one in made)
+    return [*dict.fromkeys(name for name in found if isinstance(name, (Global, Persistent)))]
+
+
+def read_made(stream: BinaryIO, work: Work) -> tuple[Any, list[Any]]:
+    """Return what `read_pickle` does; and every `Global`, `Call` and `Persistent`, in the order of the pickle."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    names: dict[Global | Persistent, None] = {}
+    noted: list[Any] = []
+    actions = _actions(_Containers(work))
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > MAX_OPERATIONS:
                 msg = f"the pickle has more than {MAX_OPERATIONS} instructions; no checkpoint's has"
                 raise CorruptError(msg)
-            made = _step(opcode, argument, stack, memo)
-            name = made.what if isinstance(made, Call) else made
-            if isinstance(name, (Global, Persistent)):
-                names[name] = None
+            made = _step(opcode.name, argument, (stack, memo, actions))
+            if type(made) in _NOTED:
+                noted.append(made)
         (value,) = stack
-        return value, [*names]
+        return value, noted
     except (CorruptError, OSError, MemoryError):
         raise
     except Exception as error:  # Damaged bytes fail anywhere: IndexError, KeyError, ValueError, TypeError...
@@ -96,70 +113,61 @@ def read_names(stream: BinaryIO) -> tuple[Any, list[Global | Persistent]]:
         raise CorruptError(msg) from error
 
 
-def _step(opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], memo: dict[int, Any]) -> Any:
-    """Carry out one instruction and return what it made. `pickletools` says what each takes from the stack."""
-    name, takes = opcode.name, opcode.stack_before
-    if name in _IGNORED:
+def _step(name: str, argument: Any, state: tuple[list[Any], dict[int, Any], _Actions]) -> Any:
+    """Carry out one instruction and return what it made."""
+    stack, memo, actions = state
+    if name in _GETS:
+        stack.append(memo[argument])
         return None
     if name in _PUTS:
         memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
         return None
-    if name in _GETS:
-        stack.append(memo[argument])
+    if name in _IGNORED:
         return None
-    if name == "DUP":
-        stack.append(stack[-1])
-        return None
+    takes, has_mark, pushes = _TAKES[name]
+    if not takes and not has_mark:
+        made = stack[-1] if name == "DUP" else actions[name](argument)
+        stack.append(made)
+        return made
     taken: list[Any] = []
-    if pickletools.markobject in takes:
+    if has_mark:
         items: list[Any] = []
         while (value := stack.pop()) is not _MARK:
             items.append(value)
-        taken, takes = [items[::-1]], takes[: takes.index(pickletools.markobject)]
-    for _ in takes:
+        taken = [items[::-1]]
+    for _ in range(takes):
         taken.insert(0, stack.pop())
-    made = _ACTIONS[name](argument, *taken)
-    if opcode.stack_after:
+    made = actions[name](argument, *taken)
+    if pushes:
         stack.append(made)
     return made
 
 
+def _pushed(argument: Any) -> Any:
+    return Call(_HUGE, ()) if isinstance(argument, int) and argument.bit_length() > MAX_BITS else argument
+
+
 def _global(argument: str) -> Global:
     module, _, name = argument.partition(" ")
+    return _named(module, name)
+
+
+def _named(module: Any, name: Any) -> Global:
+    if not (isinstance(module, str) and isinstance(name, str) and len(module) + len(name) <= MAX_NAME):
+        msg = f"the name of a class is a {type(name).__name__}, or longer than {MAX_NAME} characters"
+        raise CorruptError(msg)
     return Global(_PYTHON_2.get(module, module), name)
-
-
-def _call(what: Any, args: Any) -> Any:
-    """Return the container or number that a call makes, or a note of the call."""
-    args = args if isinstance(args, tuple) else (args,)
-    if isinstance(what, Global):
-        name = what.module, what.name
-        if name in _MAPPINGS:
-            made = _MAPPINGS[name]()
-            for arg in args:
-                # Python 2 gives the items of an OrderedDict to its constructor.
-                pairs = arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
-                _set(made, (pair for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2))
-            return made
-        if name in _SEQUENCES:
-            return _SEQUENCES[name]([item for arg in args if isinstance(arg, (list, tuple, set)) for item in arg])
-        value = _plain(name, args)
-        if value is not None:
-            return value
-    return Call(what, args)
 
 
 def _plain(name: tuple[str, str], args: tuple[Any, ...]) -> Any:
     match name, args:
         case ("builtins", "complex"), (float() | int() as real, float() | int() as imaginary):
             return complex(real, imaginary)
-        case ("_codecs", "encode"), (str(text), "latin1"):
-            return text.encode("latin1")
         case (
             ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar"),
-            (Call(what=Global(name="dtype"), args=(dtype, *_), state=state), bytes(data)),
+            (Call(what=Global(name="dtype"), args=(str(dtype), *_), state=state), bytes(data)),
         ):
-            code = _CODES.get(str(dtype))
+            code = _CODES.get(dtype)
             # The state of a dtype is (version, byte order, ...).
             order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
             if code is not None and struct.calcsize(code) == len(data):
@@ -175,40 +183,96 @@ def _build(_: Any, target: Any, state: Any) -> Any:
     return target
 
 
-def _extend(target: Any, values: list[Any]) -> Any:
-    if isinstance(target, set):
-        target.update(map(_as_key, values))
-    else:
-        (target.items if isinstance(target, Call) else target).extend(values)
-    return target
+@attrs.define
+class _Containers:
+    """Makes and fills containers. What is copied, hashed and compared for it is counted."""
 
+    work: Work
+    _hashes: Counter[tuple[int, int]] = attrs.field(factory=Counter, init=False)
+    """How many tuples of each hash a container got as keys, by the container's id."""
 
-def _update(target: Any, flat: Sequence[Any]) -> Any:
-    pairs = zip(flat[::2], flat[1::2], strict=True)
-    if isinstance(target, Call):
-        target.items.extend(pairs)
-    else:
-        _set(target, pairs)
-    return target
+    def call(self, what: Any, args: Any) -> Any:
+        """Return the container or number that a call makes, or a note of the call."""
+        args = args if isinstance(args, tuple) else (args,)
+        if not isinstance(what, Global):
+            return Call(what, args)
+        name = what.module, what.name
+        if name in _MAPPINGS:
+            made = _MAPPINGS[name]()
+            for arg in args:
+                # Python 2 gives the items of an OrderedDict to its constructor.
+                pairs = arg.items() if isinstance(arg, dict) else arg if isinstance(arg, list) else ()
+                self.work.spend(COPY * len(pairs))
+                self.put(made, (pair for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2))
+            return made
+        if name in _SEQUENCES:
+            copied = [arg for arg in args if isinstance(arg, (list, tuple, set, frozenset))]
+            self.work.spend(COPY * sum(map(len, copied)))
+            items = (item for arg in copied for item in arg)
+            return self.make_set(_SEQUENCES[name], items) if "set" in what.name else _SEQUENCES[name](items)
+        if name == ("_codecs", "encode") and len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
+            self.work.spend(len(args[0]))
+            return args[0].encode("latin1")
+        value = _plain(name, args)
+        return Call(what, args) if value is None else value
 
+    def make_set(self, kind: Callable[[Any], Any], items: Iterable[Any]) -> Any:
+        """Return a set or frozenset."""
+        found: set[Any] = set()
+        self.extend(found, items)
+        return kind(found)
 
-def _set(target: dict[Any, Any], pairs: Iterable[Sequence[Any]]) -> None:
-    for key, value in pairs:
-        target[_as_key(key)] = value
+    def extend(self, target: Any, values: Iterable[Any]) -> Any:
+        """Add items to a list or set, or to what a call makes."""
+        if isinstance(target, set):
+            target.update(self.key(target, value) for value in values)
+        else:
+            (target.items if isinstance(target, Call) else target).extend(values)
+        return target
 
+    def update(self, target: Any, flat: Sequence[Any]) -> Any:
+        """Add keys and values, which come in turns."""
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        if isinstance(target, Call):
+            target.items.extend(pairs)
+        else:
+            self.put(target, pairs)
+        return target
 
-def _as_key(key: Any) -> Any:
-    """Return a key of a mapping; hashing a tuple that is deep, or repeats one tuple often, could end the process."""
-    todo, left = [key], _MAX_KEY_ITEMS
-    while todo and left:
-        left -= 1
-        value = todo.pop()
-        todo.extend(value if isinstance(value, tuple) else ())
-    try:
-        hash(None if todo else key)
-    except TypeError:
-        todo = [key]
-    return type(key).__name__ if todo else key
+    def put(self, target: dict[Any, Any], pairs: Iterable[Sequence[Any]]) -> None:
+        """Add keys with their values."""
+        for key, value in pairs:
+            target[self.key(target, key)] = value
+
+    def key(self, target: Any, key: Any) -> Any:
+        """Return a key for a container: the key itself, or the name of its class if Python cannot hash it."""
+        kind = type(key)
+        if kind is str or kind in _SAFE_KEYS or (kind is int and key.bit_length() <= _KEY_BITS):
+            return key
+        if kind not in (tuple, Size, frozenset, complex) or not self._is_hashed(key):
+            return kind.__name__
+        value = hash(key)
+        self._hashes[id(target), value] += 1
+        if self._hashes[id(target), value] > MAX_SAME_HASHES:
+            msg = f"more than {MAX_SAME_HASHES} keys of a mapping have one hash; no checkpoint's have"
+            raise CorruptError(msg)
+        return key
+
+    def _is_hashed(self, key: Any) -> bool:
+        """Return whether a key can be hashed; raise if it is a tuple that is deep, or repeats one tuple often."""
+        todo, left = [key], MAX_KEY_ITEMS
+        while todo:
+            left -= 1
+            value = todo.pop()
+            if left < 0 or (isinstance(value, tuple) and len(value) > left):
+                msg = f"a key of a mapping is a tuple of more than {MAX_KEY_ITEMS} items; no checkpoint has one"
+                raise CorruptError(msg)
+            if isinstance(value, tuple):
+                todo.extend(value)
+            elif not isinstance(value, _IN_KEYS):
+                return False
+        self.work.spend(COPY * (MAX_KEY_ITEMS - left))
+        return True
 
 
 _MAPPINGS: Final[dict[tuple[str, str], Callable[[], dict[Any, Any]]]] = {
@@ -216,9 +280,9 @@ _MAPPINGS: Final[dict[tuple[str, str], Callable[[], dict[Any, Any]]]] = {
     ("collections", "Counter"): Counter,
     ("collections", "defaultdict"): dict,  # Its function may be of any kind.
 }
-_SEQUENCES: Final[dict[tuple[str, str], Callable[[list[Any]], Any]]] = {
-    ("builtins", "set"): lambda items: set(map(_as_key, items)),
-    ("builtins", "frozenset"): lambda items: frozenset(map(_as_key, items)),
+_SEQUENCES: Final[dict[tuple[str, str], Callable[[Any], Any]]] = {
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
     ("builtins", "list"): list,
     ("torch", "Size"): Size,
 }
@@ -227,17 +291,35 @@ CONTAINERS: Final = {*_MAPPINGS, *_SEQUENCES, ("builtins", "complex"), ("torch",
 _TYPES: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _CODES: Final = dict(zip(_TYPES, "?bhiqBHIQefd", strict=True))
 """The code in `struct` of each numpy dtype."""
+_IN_KEYS: Final = (str, bytes, int, float, complex, frozenset, type(None), Global)
+"""What a tuple holds that is a key."""
+_SAFE_KEYS: Final = frozenset({bytes, float, bool, type(None), Global, Call, Persistent})
+"""Classes whose hashes a file cannot choose, or hardly."""
 _IGNORED: Final = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER", "NEXT_BUFFER"})
 _PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_PUSHES: Final = (
+_NOTED: Final = frozenset({Global, Call, Persistent})
+
+
+def _taken_by(code: pickletools.OpcodeInfo) -> tuple[int, bool, bool]:
+    """Return how many values an instruction takes, whether it takes those above a mark too, and whether it pushes."""
+    takes = code.stack_before
+    has_mark = pickletools.markobject in takes
+    count = takes.index(pickletools.markobject) if has_mark else len(takes)
+    return 0 if code.name == "DUP" else count, has_mark, bool(code.stack_after)
+
+
+_TAKES: Final = {code.name: _taken_by(code) for code in pickletools.opcodes}
+"""What each instruction takes from the stack, as `pickletools` says it."""
+_PUSHES: Final = tuple(
     code.name
     for code in pickletools.opcodes
     if code.arg and not code.stack_before and code.stack_after and code.stack_after != [pickletools.anyobject]
 )
 """Instructions that push the number, text or bytes that is their argument."""
-_ACTIONS: Final[dict[str, Callable[..., Any]]] = {
+_PLAIN: Final[_Actions] = {
     **dict.fromkeys(_PUSHES, lambda argument: argument),
+    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4"), _pushed),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
@@ -247,24 +329,31 @@ _ACTIONS: Final[dict[str, Callable[..., Any]]] = {
     "EMPTY_LIST": lambda _: [],
     "EMPTY_TUPLE": lambda _: (),
     "EMPTY_SET": lambda _: set(),
-    "DICT": lambda _, flat: _update({}, flat),
     "LIST": lambda _, items: items,
     "TUPLE": lambda _, items: tuple(items),
     **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *items: items),
-    "FROZENSET": lambda _, items: frozenset(map(_as_key, items)),
-    "APPEND": lambda _, target, item: _extend(target, [item]),
-    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, target, items: _extend(target, items)),
-    "SETITEM": lambda _, target, *pair: _update(target, pair),
-    "SETITEMS": lambda _, target, flat: _update(target, flat),
     "GLOBAL": _global,
-    "STACK_GLOBAL": lambda _, module, name: Global(str(module), str(name)),
+    "STACK_GLOBAL": lambda _, module, name: _named(module, name),
     **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda code: Global("copyreg", f"extension {code}")),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _, what, args: _call(what, args)),
     "NEWOBJ_EX": lambda _, what, args, keywords: Call(what, (args, keywords)),
-    "OBJ": lambda _, items: _call(items[0], tuple(items[1:])),
-    "INST": lambda argument, items: _call(_global(argument), tuple(items)),
     "BUILD": _build,
     "PERSID": Persistent,
     "BINPERSID": lambda _, identity: Persistent(identity),
 }
-"""What each other instruction makes of its argument and of what it takes from the stack."""
+"""What each other instruction makes of its argument and of what it takes from the stack, except those of `_actions`."""
+
+
+def _actions(to: _Containers) -> _Actions:
+    """Return what each instruction makes, also those that fill containers or call something."""
+    return {
+        **_PLAIN,
+        "DICT": lambda _, flat: to.update({}, flat),
+        "FROZENSET": lambda _, items: to.make_set(frozenset, items),
+        "APPEND": lambda _, target, item: to.extend(target, [item]),
+        **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, target, items: to.extend(target, items)),
+        "SETITEM": lambda _, target, *pair: to.update(target, pair),
+        "SETITEMS": lambda _, target, flat: to.update(target, flat),
+        **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _, what, args: to.call(what, args)),
+        "OBJ": lambda _, items: to.call(items[0], tuple(items[1:])),
+        "INST": lambda argument, items: to.call(_global(argument), tuple(items)),
+    }

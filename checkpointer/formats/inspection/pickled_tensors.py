@@ -11,10 +11,20 @@ import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.pickle import CONTAINERS, Call, Global, Persistent
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, PACKED, TensorInfo
+from checkpointer.formats.inspection.tensors import (
+    ITEM_SIZES,
+    MAX_ELEMENTS,
+    PACKED,
+    TensorInfo,
+    as_shape,
+    as_sizes,
+    dtype_named,
+)
 
-MAX_EXPANDED_BYTES: Final = 1 << 30
-"""A tensor that repeats its memory, or is sparse, is not read if its elements would take more than this."""
+MAX_REPEATED_BYTES: Final = 1 << 26
+MAX_REPEATED: Final = 64
+"""A tensor that repeats its memory, or is sparse, is read if its elements take `MAX_REPEATED_BYTES`, or so many times
+the bytes that are stored for it."""
 STORAGES: Final = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -44,7 +54,7 @@ _UNWRAPPED: Final = {
 _STRIDED: Final = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 """Functions that make a strided tensor. The second has flags as its last argument, and the third a dtype before."""
 
-Read = Callable[["StorageRef", int, int], bytearray]
+Read = Callable[["StorageRef", int, int], "bytearray | memoryview"]
 """Returns bytes of a storage: from where, and how many."""
 
 
@@ -70,15 +80,17 @@ class StorageRef:
     dtype: str
     offset: int
     """Of its first element, in elements: storages of old files may be parts of others."""
+    count: int = 0
+    """Elements of all of it."""
 
     @classmethod
     def of(cls, identity: Any) -> StorageRef | None:
         """Return what a persistent id refers to, if it is a storage."""
         match identity:
-            case (_, Global(name=name), key, _, _, *rest):
+            case (_, Global(name=name), str() | int() as key, _, int(count), *rest):
                 offset = rest[0][1] if rest and isinstance(rest[0], tuple) and len(rest[0]) == 3 else 0
-                if isinstance(offset, int) and 0 <= offset < 1 << 62:
-                    return cls(str(key), STORAGES.get(name, "uint8"), offset)
+                if isinstance(offset, int) and 0 <= offset <= MAX_ELEMENTS and 0 <= count <= MAX_ELEMENTS:
+                    return cls(str(key), STORAGES.get(name, "uint8"), offset, count)
         return None
 
 
@@ -134,7 +146,8 @@ class Strided(Stored):
 
     def needs(self) -> Iterator[tuple[StorageRef, int]]:
         """See `Stored.needs`."""
-        yield self.storage, sum(self._place())
+        whole = self.storage.count * ITEM_SIZES.get(self.storage.dtype, 1)
+        yield self.storage, max(sum(self._place()), whole)
         yield from super().needs()
 
     def data(self, name: str, read: Read) -> Any:
@@ -143,7 +156,7 @@ class Strided(Stored):
 
         start, length = self._place()
         size = self.info(name).bytes
-        if size > length and size > MAX_EXPANDED_BYTES:
+        if is_too_large(size, length):
             msg = f"{name} repeats {length} bytes to {size}; load the checkpoint itself"
             raise CorruptError(msg)
         if not length:
@@ -152,9 +165,7 @@ class Strided(Stored):
 
     def make(self, name: str, read: Read) -> Any:
         """See `Stored.make`."""
-        import torch
-
-        dtype = getattr(torch, self.dtype, None) if self.dtype in ITEM_SIZES else None
+        dtype = dtype_named(self.dtype)
         if dtype is None:
             msg = f"{name} is of dtype {self.dtype}, which cannot be read with this version of torch"
             raise CorruptError(msg)
@@ -208,6 +219,16 @@ class Sparse(Stored):
             )
 
 
+def is_too_large(size: int, stored: int) -> bool:
+    """Return whether elements of ``size`` bytes are too many for what is ``stored`` (bytes): it repeats, or is sparse.
+
+    Example:
+        >>> is_too_large(100, 100), is_too_large(1 << 40, 1 << 20)
+        (False, True)
+    """
+    return size > stored and size > max(MAX_REPEATED_BYTES, MAX_REPEATED * stored)
+
+
 _COMPRESSED: Final = ("sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 
 
@@ -216,9 +237,9 @@ def _corrupt(name: str) -> Iterator[None]:
     """Turn the errors of torch into one that says that the tensor cannot be made."""
     try:
         yield
-    except CorruptError:
+    except (CorruptError, OSError, MemoryError):
         raise
-    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
+    except Exception as error:
         msg = f"{name} cannot be made of what is there: {error}"
         raise CorruptError(msg) from error
 
@@ -240,12 +261,14 @@ def _rebuild_call(value: Any) -> tuple[str, tuple[Any, ...]]:
 
 def _strided(name: str, args: tuple[Any, ...]) -> Strided | None:
     match args:
-        case (Persistent(id=identity), int(offset), sizes, steps, *_) if offset >= 0 and name in _STRIDED:
-            storage, shape, stride = StorageRef.of(identity), _ints(sizes), _ints(steps)
+        case (Persistent(id=identity), int(offset), sizes, steps, *_) if (
+            0 <= offset <= MAX_ELEMENTS and name in _STRIDED
+        ):
+            storage, shape, stride = StorageRef.of(identity), as_shape(sizes), as_sizes(steps)
             if storage is None or shape is None or stride is None or len(shape) != len(stride):
                 return None
             found: dict[str, Any] = {"dtype": storage.dtype}
-            for extra in args[6:]:
+            for extra in args[6:8]:
                 if isinstance(extra, Global):
                     found["dtype"] = extra.name
                 elif isinstance(extra, dict):
@@ -255,9 +278,11 @@ def _strided(name: str, args: tuple[Any, ...]) -> Strided | None:
 
 
 def _quantised(args: tuple[Any, ...]) -> Quantised | None:
-    found = _strided(_STRIDED[0], args[:4])
-    match args[4:5]:
-        case ((Global(name=scheme), *parameters),) if scheme in _SCHEMES and found is not None:
+    found, quantizer = _strided(_STRIDED[0], args[:4]), args[4] if len(args) > 4 else None
+    if found is None or not isinstance(quantizer, tuple) or not 3 <= len(quantizer) <= 4:
+        return None
+    match quantizer:
+        case (Global(name=scheme), *parameters) if scheme in _SCHEMES:
             parts = tuple(_strided(*_rebuild_call(part)) or part for part in parameters)
             kinds: Any = ((int, float), int) if scheme == "per_tensor_affine" else (Strided, Strided, int)
             if len(parts) == len(kinds) and all(map(isinstance, parts, kinds)):
@@ -271,13 +296,7 @@ def _sparse(args: tuple[Any, ...]) -> Sparse | None:
             layout = layout.removeprefix("torch.")
             count = 2 if layout == "sparse_coo" else 3 if layout in _COMPRESSED else 0
             parts = tuple(part for item in data[:count] if (part := _strided(*_rebuild_call(item))) is not None)
-            shape = _ints(data[count]) if len(data) > count else None
+            shape = as_shape(data[count]) if len(data) > count else None
             if count and len(parts) == count and shape is not None:
                 return Sparse(dtype=parts[-1].dtype, shape=shape, layout=layout, parts=parts)
-    return None
-
-
-def _ints(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, (tuple, list)) and all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
-        return tuple(value)
     return None

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
+from checkpointer._validation import brief
 from checkpointer.formats.inspection.pickle import Call, Global, Persistent, Size
 from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
-from checkpointer.formats.inspection.tensors import ITEM_SIZES
+from checkpointer.formats.inspection.tensors import dtype_named
+from checkpointer.formats.inspection.work import ENTRY, Work
+
+_SHOWN: Final = 200
+"""Characters of a key that a message shows."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -43,7 +48,8 @@ def unread_in(value: Any) -> Iterator[tuple[str, Unread]]:
             seen.add(id(found))
             pairs = [*(found.items() if isinstance(found, Mapping) else enumerate(found))]
             keys = [("(a key)", key) for key, _ in pairs if isinstance(key, (Unread, tuple))]
-            todo += [(f"{path}.{key}" if path else str(key), item) for key, item in (*pairs, *keys)]
+            named = ((key[:_SHOWN] if isinstance(key, str) else brief(key), item) for key, item in (*pairs, *keys))
+            todo += [(f"{path}.{key}" if path else key, item) for key, item in named]
 
 
 @attrs.frozen
@@ -55,13 +61,14 @@ class Rebuilding:
 
     tensor: Callable[[Stored], Any]
     """Makes a tensor."""
+    work: Work
+    """Bounds what is made."""
     _made: dict[int, Any] = attrs.field(factory=dict, init=False)
 
     def make(self, value: Any) -> Any:
         """Return what a value of the pickle stands for."""
         if isinstance(value, Global):
-            dtype = _torch(value.name) if value.module == "torch" and value.name in ITEM_SIZES else None
-            return dtype or Unread(str(value))
+            return (dtype_named(value.name) if value.module == "torch" else None) or Unread(str(value))
         if isinstance(value, Persistent):
             return Unread("a storage")
         if not isinstance(value, (dict, list, tuple, set, frozenset, Call)):
@@ -75,7 +82,7 @@ class Rebuilding:
         if isinstance(value, Call):
             return self._call(value)
         if isinstance(value, Size):
-            return _torch("Size")(value)
+            return _torch("Size")(map(self.make, value))
         if not isinstance(value, (dict, list)):
             return type(value)(map(self.make, value))
         made: Any = type(value)()
@@ -85,7 +92,7 @@ class Rebuilding:
             return made
         for key, child in value.items():
             made[self.make(key)] = self.make(child)
-        if versions := versions_of(value):
+        if versions := versions_of(value, self.work):
             made._metadata = versions
         return made
 
@@ -100,6 +107,7 @@ class Rebuilding:
 
     def _state_of(self, module: Call, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, child, is_weight in module_entries(module):
+            self.work.spend(ENTRY + len(prefix) + len(key))
             if is_weight and is_module(child):
                 yield from self._state_of(child, f"{prefix}{key}.")
             elif is_weight:

@@ -7,11 +7,19 @@ header as JSON, then the bytes of each tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, Final
 
+from checkpointer._validation import brief
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.tensors import ITEM_SIZES, Part, TensorInfo, Tensors
+from checkpointer.formats.inspection.tensors import (
+    ITEM_SIZES,
+    Part,
+    TensorInfo,
+    Tensors,
+    as_shape,
+    dtype_named,
+)
 from checkpointer.formats.memory import memory_of, read_exactly
 from checkpointer.ports import Writable
 from checkpointer.records.codec import object_once
@@ -80,17 +88,18 @@ class SafetensorsContents(Tensors):
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__()
         self._stream = stream
-        header, self._start = _header(stream)
+        self._size = stream.seek(0, 2)
+        header, self._start = _header(stream, self._size)
         metadata = header.pop("__metadata__", {})
         self.others = dict(metadata) if isinstance(metadata, dict) else {}
         self._offsets: dict[str, tuple[int, int]] = {}
         for name, entry in header.items():
             self.tensors[name], self._offsets[name] = _tensor(name, entry)
+        _check_apart(self._offsets)
         # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
         tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
         if self.tensors:
             self.parts = {"": Part(names={name: name for name in self.tensors} | tied)}
-        self._size = stream.seek(0, 2)
 
     def problems(self) -> list[str]:
         """See `Tensors.problems`."""
@@ -99,12 +108,11 @@ class SafetensorsContents(Tensors):
             f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self._offsets.items() if end > size
         ]
 
-    def read(self, name: str) -> Any:
-        """See `Tensors.read`."""
+    def _read(self, name: str) -> Any:
         import torch
 
         info, (start, end) = self.tensors[name], self._offsets[name]
-        dtype = getattr(torch, info.dtype, None)
+        dtype = dtype_named(info.dtype)
         if dtype is None or self._start + end > self._size:
             msg = f"{name} ({info.dtype}) cannot be read: the file ends before byte {end}, or the dtype is new to torch"
             raise CorruptError(msg)
@@ -119,11 +127,14 @@ class SafetensorsContents(Tensors):
         self._stream.close()
 
 
-def _header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         msg = f"it is neither a torch file nor safetensors: as the latter its header would have {length} bytes"
+        raise CorruptError(msg)
+    if length > size - 8:
+        msg = f"its safetensors header would have {length} bytes, and the file has {size}"
         raise CorruptError(msg)
     try:
         header = json.loads(stream.read(length), object_pairs_hook=object_once)
@@ -142,9 +153,20 @@ def _tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
             dtype = _TORCH_NAMES.get(dtype, dtype)
             if dtype == _PAIRS and shape and isinstance(shape[-1], int) and shape[-1] % 2 == 0:
                 shape = [*shape[:-1], shape[-1] // 2]
-            if all(isinstance(n, int) and n >= 0 for n in shape) and 0 <= start <= end:
-                info = TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
+            sizes = as_shape(shape)
+            if sizes is not None and 0 <= start <= end:
+                info = TensorInfo(name=name, dtype=dtype, shape=sizes)
                 if dtype not in ITEM_SIZES or info.numel * ITEM_SIZES[dtype] == end - start:
                     return info, (start, end)
-    msg = f"its safetensors header says {entry!r:.80} of {name!r}; expected dtype, shape and offsets that agree"
+    msg = f"its safetensors header says {brief(entry)} of {brief(name)}; expected dtype, shape and offsets that agree"
     raise CorruptError(msg)
+
+
+def _check_apart(offsets: Mapping[str, tuple[int, int]]) -> None:
+    """Raise if two tensors have the same bytes: a small file would stand for a huge one."""
+    before, last = 0, ""
+    for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if start < before and end > start:
+            msg = f"its safetensors header says that {brief(last)} and {brief(name)} overlap; no file has such tensors"
+            raise CorruptError(msg)
+        before, last = max(before, end), name

@@ -31,10 +31,11 @@ class StateContents(Tensors):
     def __init__(self, state: Any) -> None:
         super().__init__()
         self._found: dict[str, torch.Tensor] = {}
+        self._following: dict[tuple[int, str], int] = {}
         self.parts = parts_in(tree_of(state, _children, self._add), lambda name: self.tensors[name].numel > 1)
 
     def _add(self, name: str, value: Any) -> Leaf:
-        name = free_key(name, self._found, self.others)
+        name = free_key(name, self._following, self._found, self.others)
         if not isinstance(value, torch.Tensor):
             self.others[name] = value
             return Leaf(name, is_tensor=False)
@@ -44,8 +45,7 @@ class StateContents(Tensors):
         self._found[name] = value
         return Leaf(name)
 
-    def read(self, name: str) -> Any:
-        """See `Tensors.read`: the tensor itself."""
+    def _read(self, name: str) -> Any:
         return self._found[name]
 
 

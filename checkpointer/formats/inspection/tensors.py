@@ -9,8 +9,13 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from checkpointer.errors import CorruptError
+from checkpointer.errors import reading
+from checkpointer.formats.inspection.work import ENTRY, Work
 
+MAX_DIMENSIONS: Final = 64
+"""As many as torch computes with."""
+MAX_ELEMENTS: Final = 1 << 60
+"""Elements of a tensor, and each of its sizes, strides and offsets, at most."""
 PACKED: Final = {"quint4x2": 2, "quint2x4": 4}
 """Elements in one byte, for dtypes that torch packs along the last dimension."""
 _QUANTISED: Final = ("qint8", "quint8", "qint32", *PACKED)
@@ -29,6 +34,27 @@ _BY_SIZE: Final[dict[int, tuple[str, ...]]] = {
 }
 ITEM_SIZES: Final = {dtype: size for size, dtypes in _BY_SIZE.items() for dtype in dtypes}
 """Bytes of one element, by the name torch gives the dtype."""
+
+
+def as_sizes(value: Any) -> tuple[int, ...] | None:
+    """Return numbers such as the shape, the strides or the offsets of a tensor; None if no tensor has them."""
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in value) else None
+
+
+def as_shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor; None if no tensor has it."""
+    shape = as_sizes(value)
+    return shape if shape is not None and math.prod(size or 1 for size in shape) <= MAX_ELEMENTS else None
+
+
+def dtype_named(name: str) -> Any:
+    """Return torch's dtype of a name; None if it is not one whose elements are read here."""
+    import torch
+
+    found = getattr(torch, name, None) if name in ITEM_SIZES else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 @attrs.frozen(kw_only=True)
@@ -75,6 +101,8 @@ class TensorInfo:
 class Tensors:
     """An opened payload. Nothing in it runs, neither when it is opened nor when it is read."""
 
+    place: str = ""
+    """The name of the file, for messages."""
     calls: tuple[str, ...] = ()
     """Functions that an ordinary unpickler would call, besides those that make tensors and plain containers."""
 
@@ -101,6 +129,10 @@ class Tensors:
         Raises:
             CorruptError: If its bytes are not there.
         """
+        with reading(self.place or name):
+            return self._read(name)
+
+    def _read(self, name: str) -> Any:
         raise NotImplementedError
 
     def value(self, name: str) -> Any:
@@ -152,19 +184,20 @@ def tree_of(
     root: Any,
     children: Callable[[str, Any], tuple[Branch, Entries] | None],
     add: Callable[[str, Any], Leaf],
-    steps: float = math.inf,
+    work: Work | None = None,
 ) -> Branch:
     """Return the tree of what is in ``root``; what contains itself is entered once on each way to it.
 
     ``children`` returns what a value under a key holds, if it is entered; ``add`` takes any other under its full name.
-    Each entry takes a step for each level of nesting above it.
+    ``work`` bounds the entries and their names; None: there is no bound.
     """
     found = children("", root)
     if found is None:
         return Branch("mapping", {"": add("(the whole)", root)})
     top = found[0]
     frames = [(top, iter(found[1]), "", id(root))]
-    within, left = {id(root)}, steps
+    following: dict[tuple[int, str], int] = {}
+    within = {id(root)}
     while frames:
         branch, entries, path, identity = frames[-1]
         entry = next(entries, None)
@@ -172,27 +205,32 @@ def tree_of(
             frames.pop()
             within.discard(identity)
             continue
-        left -= len(frames)
-        if left < 0:
-            msg = f"it holds more than {steps} entries, far more than its size allows: no checkpoint does"
-            raise CorruptError(msg)
         key, value, is_weight = entry
+        if work is not None:
+            work.spend(ENTRY + len(path) + len(key))
         found = None if id(value) in within else children(key, value)
         node = add(f"{path}{key}" or "(the whole)", value) if found is None else found[0]
         if is_weight:
-            branch.children[free_key(key, branch.children)] = node
+            branch.children[free_key(key, following, branch.children)] = node
         if found is not None:
             within.add(id(value))
             frames.append((found[0], iter(found[1]), f"{path}{key}.", id(value)))
     return top
 
 
-def free_key(key: str, *taken: Container[str]) -> str:
-    """Return the key, with the first number behind it that makes it differ from those that are taken."""
-    free, count = key, 2
-    while any(free in keys for keys in taken):
-        free, count = f"{key}#{count}", count + 1
-    return free
+def free_key(key: str, following: dict[tuple[int, str], int], *taken: Container[str]) -> str:
+    """Return the key, with the first number behind it that makes it differ from those that are taken.
+
+    ``following`` has the next number of each key that came twice.
+    """
+    if not any(key in keys for keys in taken):
+        return key
+    place = id(taken[0]), key
+    count = following.get(place, 2)
+    while any(f"{key}#{count}" in keys for keys in taken):
+        count += 1
+    following[place] = count + 1
+    return f"{key}#{count}"
 
 
 def parts_in(tree: Branch, counts: Callable[[str], bool] = lambda name: True) -> dict[str, Part]:
