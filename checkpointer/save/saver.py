@@ -16,7 +16,7 @@ from checkpointer._display import size_text, some_of
 from checkpointer._secrets import Secrets
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
-from checkpointer.commit.transaction import WritePath
+from checkpointer.commit.transaction import Files, WritePath
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, NameTakenError, NotEnoughSpaceError, SaveError
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import (
@@ -190,9 +190,9 @@ class Saver:
             raise SaveError(msg)
         name = self.directory.names.free(draft)
 
-        def write_there() -> None:
+        def write_there() -> Files | None:
             with Secrets(storage.url(""), {}).hidden():  # The trainer's own errors may repeat the URL.
-                write(storage.url(name))
+                return write(storage.url(name))
 
         return self.directory.transaction.commit_named(attrs.evolve(draft, name=name), write_there)
 
