@@ -1,4 +1,4 @@
-"""A file that is mapped into memory, and whose pages are brought there by the system, with errors as errors."""
+"""Pages of memory: those of a file, which the system reads with errors as errors, and huge ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, Final
 
 from checkpointer.formats.memory import memory_at
 
+HUGE_PAGE: Final = 2 << 20
+"""Bytes of a huge page of most processors. On others nothing depends on it."""
 _POPULATE_READ: Final = 22
 """``MADV_POPULATE_READ`` of Linux 5.14: what would be a SIGBUS at an access is an error of this call instead."""
 
@@ -50,14 +52,33 @@ def can_map() -> bool:
     return _populate() is not None
 
 
+def use_huge_pages(address: int, size: int) -> None:
+    """Ask the system for huge pages in memory that was not written yet, because each first write to a page costs time.
+
+    It is a hint: systems without them, or without enough free memory, ignore it.
+    """
+    begin, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
+    advise, hint = _madvise(), getattr(mmap, "MADV_HUGEPAGE", None)
+    if advise is not None and hint is not None and begin < end:
+        advise(begin, end - begin, hint)
+
+
 @functools.cache
 def _populate() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux") or not os.path.exists("/proc/self/fd"):
+    advise = _madvise()
+    if advise is None or not os.path.exists("/proc/self/fd"):
         return None
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     with mmap.mmap(-1, mmap.PAGESIZE) as probe:
         page = ctypes.c_char.from_buffer(probe)
-        is_known = madvise(ctypes.addressof(page), mmap.PAGESIZE, _POPULATE_READ) == 0
+        is_known = advise(ctypes.addressof(page), mmap.PAGESIZE, _POPULATE_READ) == 0
         del page
-    return madvise if is_known else None
+    return advise if is_known else None
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return advise

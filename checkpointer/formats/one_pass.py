@@ -16,13 +16,14 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
-from checkpointer.formats.mapping import MappedFile, can_map
+from checkpointer.formats.mapping import HUGE_PAGE, MappedFile, can_map, use_huge_pages
 from checkpointer.formats.memory import memory_at, read_exactly
 from checkpointer.formats.refusals import raising_unreadable
 
-_PIECE: Final = 1 << 20
+_PIECE: Final = 4 << 20
 """Bytes of a piece at most. It is still in the processor's cache when it is digested."""
-_MAPPED_PIECE: Final = 4 << 20
+_MAPPED_PIECE: Final = 32 << 20
+"""Nothing is copied, so the cache does not matter. With many pieces the threads wait for each other many times."""
 _SMALL: Final = 1 << 16
 """Storages of fewer bytes are read together with their neighbours, and copied."""
 _PICKLE: Final = "data.pkl"
@@ -84,7 +85,12 @@ class TorchLayout:
                 self._add_private(start, member.start, members, member)
                 storage = _new_storage(member.size)
                 self._storages[member.name] = storage
-                self._add(member.start, memory_at(storage.data_ptr(), member.size, storage))
+                address = storage.data_ptr()
+                # The pieces end at multiples of a page, so that two threads do not make the same page.
+                first = -address % HUGE_PAGE
+                memory = memory_at(address, member.size, storage)
+                self._add(member.start, memory[:first])
+                self._add(member.start + first, memory[first:])
                 start, members = member.end, []
                 continue
             if members and member.end - start > _PIECE:
@@ -250,7 +256,10 @@ def _new_storage(size: int) -> Any:
     import torch
 
     kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
-    return kind(size, device="cpu")
+    storage = kind(size, device="cpu")
+    if size >= HUGE_PAGE:
+        use_huge_pages(storage.data_ptr(), size)
+    return storage
 
 
 def _is_storage(member: Member) -> bool:

@@ -16,8 +16,9 @@ import torch
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepLast, Policy, Save
 from checkpointer.errors import CorruptError, NoValidCheckpointError, UnsafePayloadError
 from checkpointer.formats.archive_reader import Archive, start_of
-from checkpointer.formats.mapping import can_map
+from checkpointer.formats.mapping import HUGE_PAGE, can_map
 from checkpointer.formats.one_pass import TorchLayout, can_unpickle
+from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.restore.damage import damage_in
 from checkpointer.storage.pieces import ahead, fill
 from checkpointer.testing import MemoryStorage
@@ -30,6 +31,13 @@ def bytes_of(state: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(state, stream)
     return stream.getvalue()
+
+
+class ByTorch(TorchFormat):
+    """Writes what torch itself writes, and our own writer may refuse."""
+
+    def write(self, state: Any, stream: Any) -> None:
+        torch.save(state, stream)
 
 
 def archive_of(data: bytes) -> Archive | None:
@@ -265,11 +273,21 @@ def test_many_small_tensors_are_loaded() -> None:
     assert 80 == found["7"].untyped_storage().nbytes()
 
 
+def test_two_threads_never_make_the_same_huge_page() -> None:
+    """Both would fill it with zeros, and one of the two would be thrown away."""
+    layout = TorchLayout.of(io.BytesIO(bytes_of({"w": torch.zeros(5_000_000)})), is_mapped=False)
+    assert layout is not None
+    large = [view for _, view in layout.pieces if len(view) > HUGE_PAGE]
+    ends = [torch.frombuffer(view, dtype=torch.uint8).data_ptr() + len(view) for view in large]
+    assert len(ends) > 3
+    assert {0} == {end % HUGE_PAGE for end in ends[:-1]}
+
+
 def test_a_tensor_that_is_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     """torch would make the storage larger, with whatever the memory holds; plain torch.load refuses it too."""
     tensor = torch.full((100,), 7.0)
     tensor.untyped_storage().resize_(8)
-    with CheckpointManager(tmp_path, Policy(EverySteps(1), [KeepLast(1)]), state=lambda: {"w": tensor}) as manager:
+    with CheckpointManager(tmp_path, EACH, state=lambda: {"w": tensor}, format=ByTorch()) as manager:
         manager.observe({}, step=1, epoch=0)
-        with pytest.raises(NoValidCheckpointError, match="needs 400 bytes of storage '0', which has 8"):
-            manager.restore()
+    with pytest.raises(NoValidCheckpointError, match="needs 400 bytes of storage '0', which has 8"):
+        CheckpointManager(tmp_path).restore()
