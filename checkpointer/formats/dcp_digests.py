@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.futures import Future
 
 from checkpointer._display import shard_text, some_of
+from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, METADATA
@@ -41,8 +42,10 @@ class _DigestingStream:
     DCP asks for the position before and after each item, and at no other time.
     """
 
-    def __init__(self, stream: Any, algorithm: str) -> None:
+    def __init__(self, stream: Any, algorithm: str, *, is_file: bool) -> None:
         self._stream = stream
+        self._is_file = is_file
+        self._written_back = 0
         self._new = DIGESTS[algorithm]
         self.file, self._item = self._new(), self._new()
         self.size = self._begun = 0
@@ -56,6 +59,9 @@ class _DigestingStream:
             self._item.update(chunk)
             self._stream.write(chunk)
         self.size += len(view)
+        if self._is_file and self.size - self._written_back >= WRITE_BACK:
+            begin_write_back(self._stream.fileno(), self._written_back, self.size - self._written_back)
+            self._written_back = self.size
         return len(view)
 
     def tell(self) -> int:
@@ -71,8 +77,9 @@ class _DigestingStream:
 class DigestingFiles:
     """A filesystem of DCP, whose new files are digested while they are written."""
 
-    def __init__(self, files: Any, algorithm: str) -> None:
+    def __init__(self, files: Any, algorithm: str, *, are_local: bool) -> None:
         self._files = files
+        self._are_local = are_local
         self._algorithm = algorithm
         self.written: dict[str, tuple[int, str]] = {}
         """Size (bytes) and digest (hex digits) of each file that this process has written."""
@@ -85,7 +92,7 @@ class DigestingFiles:
             if mode != "wb":
                 yield stream
                 return
-            digesting = _DigestingStream(stream, self._algorithm)
+            digesting = _DigestingStream(stream, self._algorithm, is_file=self._are_local)
             yield digesting
         name = _name(path)
         self.written[name] = digesting.size, digesting.file.hexdigest()
@@ -112,12 +119,13 @@ class DigestingWriter:
 
     fs: Any
     path: Any
+    sync_files: bool
     files: Mapping[str, tuple[int, str]]
     """After the save, on the first rank: size (bytes) and digest (hex digits) of each file of all ranks."""
 
     def digest_by(self, algorithm: str) -> None:
         """Digest what is written from now on."""
-        self.fs = DigestingFiles(self.fs, algorithm)
+        self.fs = DigestingFiles(self.fs, algorithm, are_local=self.sync_files)
         self.files = {}
 
     def write_data(self, plan: Any, planner: Any) -> Future[Any]:

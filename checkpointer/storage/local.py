@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import functools
 import hashlib
 import os
 import shutil
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final
 
+from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.owner import STAGING, is_abandoned
@@ -24,9 +22,6 @@ from checkpointer.storage.unreadable import UNREADABLE, is_needed
 
 _BUFFER: Final = 1 << 16
 """Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
-_WRITE_BACK: Final = 8 << 20
-"""After so many bytes the kernel is asked to begin writing them to the disk."""
-_SYNC_FILE_RANGE_WRITE: Final = 2
 _CLAIMS: Final = ".checkpointer/terms/"
 """An empty folder below it is listed: if it has the name of a claim, no process can create that claim."""
 _CLAIM: Final = "claim-"
@@ -339,8 +334,8 @@ class _LocalUpload:
         assert self._stream is not None, "a staged path is written by its owner"
         count = self._stream.write(data)
         self._written += count
-        if self._written - self._begun >= _WRITE_BACK:
-            _begin_write_back(self._stream.fileno(), self._begun, self._written - self._begun)
+        if self._written - self._begun >= WRITE_BACK:
+            begin_write_back(self._stream.fileno(), self._begun, self._written - self._begun)
             self._begun = self._written
         return count
 
@@ -491,28 +486,6 @@ def _without_unreachable() -> Iterator[None]:
 
 def _stat(info: os.stat_result) -> Stat:
     return Stat(info.st_size, f"{info.st_mtime_ns:x}-{info.st_ino:x}")
-
-
-def _begin_write_back(descriptor: int, offset: int, size: int) -> None:
-    """Ask the kernel to begin writing a range of a file to the disk, so that less is left for `os.fsync`.
-
-    It is a hint: it waits for nothing and promises nothing. If the disk fails, `os.fsync` raises the error.
-    """
-    if (call := _sync_file_range()) is not None:
-        call(descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Return Linux's system call of this name; None on other systems."""
-    if sys.platform != "linux":
-        return None
-    try:
-        call: Any = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):  # A C library without it.
-        return None
-    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return cast("Callable[[int, int, int, int], int]", call)
 
 
 def _sync(stream: BinaryIO) -> None:

@@ -9,7 +9,10 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import pytest
+from fsspec.core import url_to_fs
+from support.s3_tools import objects, unfinished
 from support.sampling import instants
+from support.servers.fixtures import Serve
 from xxhash import xxh3_128
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
@@ -241,3 +244,54 @@ def test_a_writer_that_is_replaced_at_any_operation_loses_nothing_that_it_has_ac
             unfinished = {entry.record.name for entry in look_at(inner).unfinished}
             assert not unfinished & files_of(inner), clue
     assert {"done", "fenced"} == ends
+
+
+class Killed(BaseException):
+    """Ends a save as a kill does: nothing catches it to clear up."""
+
+
+@pytest.mark.slow
+def test_the_parts_of_an_upload_to_s3_that_was_not_finished_are_dropped_with_the_files(serve: Serve) -> None:
+    """No listing shows them, and they cost money. DCP's writer begins such uploads under the final name."""
+    server = serve("s3")
+    url, options = server.fresh(), dict(server.storage_options)
+
+    def write(target: str) -> None:
+        files, path = url_to_fs(target, **options)
+        files.pipe_file(f"{path}/__0_0.distcp", b"whole")
+        if "step=2" in target:
+            bucket, key, _ = files.split_path(f"{path}/__1_0.distcp")
+            files.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+            raise Killed
+
+    killed = CheckpointManager(url, ALL, save=write, storage_options=options)
+    killed.observe({}, step=1, epoch=0, epoch_end=False)
+    with pytest.raises(Killed):
+        killed.observe({}, step=2, epoch=0, epoch_end=False)
+    die(killed._owner)
+    assert 1 == len(unfinished(server, url))
+    with CheckpointManager(url, ALL, save=write, storage_options=options, run=killed.records[0].run) as manager:
+        assert [1] == [record.step for record in manager.records]
+    assert [] == unfinished(server, url)
+    assert not [path for path in objects(server, url) if "step=2" in path]
+
+
+def test_a_save_that_fails_removes_its_files_at_once_and_its_record_at_the_next_save() -> None:
+    """Another rank may still write when rank 0 gets the error, so the name stays reserved, and the files go again."""
+    inner = open_storage(f"memory://{uuid4().hex}", new_owner())
+
+    def write(target: str) -> None:
+        name = target.rpartition("/")[2]
+        inner.write(f"{name}/__0_0.distcp", b"one")
+        if "step=1" in name:
+            raise OSError("the bucket refuses")
+
+    with CheckpointManager(inner, ALL, save=write) as manager:
+        with pytest.raises(SaveError, match="the bucket refuses"):
+            manager.observe({}, step=1, epoch=0, epoch_end=False)
+        assert set() == files_of(inner)
+        assert ["epoch=0-step=1.ckpt"] == [entry.record.name for entry in look_at(inner).unfinished]
+        inner.write("epoch=0-step=1.ckpt/__1_0.distcp", b"late")
+        manager.observe({}, step=2, epoch=0, epoch_end=False)
+        assert {"epoch=0-step=2.ckpt"} == files_of(inner)
+        assert [] == [*look_at(inner).unfinished]
