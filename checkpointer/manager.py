@@ -410,11 +410,18 @@ class CheckpointManager:
         return location(self._directory.storage, name)
 
     def pin(self, name: str) -> None:
-        """Never retire this checkpoint, also after a restart. Raises `NotFoundError` if the run does not have it."""
+        """Never retire this checkpoint, also after a restart.
+
+        A manager that does not train the run holds it meanwhile.
+
+        Raises:
+            NotFoundError: If the run does not have the checkpoint.
+            RunInUseError: If another process trains the run: it would remove the checkpoint nevertheless.
+        """
         self._set_pinned(name, pinned=True)
 
     def unpin(self, name: str) -> None:
-        """Let the rules decide about this checkpoint again, from the next save on."""
+        """Let the rules decide about this checkpoint again, from the next save on. Raises the same errors as `pin`."""
         self._set_pinned(name, pinned=False)
 
     def _set_pinned(self, name: str, *, pinned: bool) -> None:
@@ -425,14 +432,18 @@ class CheckpointManager:
         if record is None:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(r.name for r in own) or 'none'})"
             raise NotFoundError(msg)
-        if pinned and name in self.policy.aliases:
-            # The next save overwrites the alias, so a pinned checkpoint needs a name of its own.
-            self._directory.contents.prepare()
-            record = self._directory.names.move_slot(record)
+        directory = self._directory
+        with directory.held(record.run):
+            # If the run was taken over for this, the checkpoint may have another name now.
+            record = next((one for one in directory.manifest.records if one.token == record.token), None)
+            if record is not None and pinned and record.name in self.policy.aliases:
+                # The next save overwrites the alias, so a pinned checkpoint needs a name of its own.
+                directory.contents.prepare()
+                record = directory.names.move_slot(record)
             if record is None:
                 msg = f"{name} is gone, and cannot be pinned"
                 raise NotFoundError(msg)
-        self._directory.rewrite(attrs.evolve(record, pinned=pinned))
+            directory.rewrite(attrs.evolve(record, pinned=pinned))
         self._saver.changed()
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> dict[str, float]:
@@ -447,6 +458,7 @@ class CheckpointManager:
         text = yaml.safe_dump(scores, sort_keys=False, allow_unicode=True)
         if path is None:
             self._directory.contents.check_key()
+            self._directory.journal.check_term()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
             with open(path, "w", encoding="utf-8") as stream:

@@ -213,6 +213,23 @@ class Session:
         self.go_on_from(found)
         return (found.record, address(self._directory.storage, found.record.name)) if found else None
 
+    def hold(self) -> int:
+        """Claim the run for this process, if that is not done, and return the number of the term.
+
+        A host that writes files itself first announces them in a file of its own, then calls this, then writes them.
+
+        Raises:
+            FencedError: If another process has taken over the run.
+            RunInUseError: If another process trains the run.
+        """
+        self.check_open()
+        self._executor.settle()
+        directory = self._directory
+        directory.contents.prepare()
+        directory.hold(directory.manifest.run)
+        assert directory.journal.term is not None, "claimed above"
+        return directory.journal.term.number
+
     def make_way(self, name: str, stem: str | None = None) -> str | None:
         """Rename the file or folder ``name``, with its record, for a trainer that is about to write there itself.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from checkpointer import CheckpointerWarning, HMACKey, Record
 from checkpointer.commit.index import HOME, record_path
-from checkpointer.errors import CorruptError, NoValidCheckpointError
+from checkpointer.commit.journal import Journal, holding
+from checkpointer.commit.terms import LEASE_S, Lease, as_lease
+from checkpointer.errors import CorruptError, NoValidCheckpointError, RunInUseError
 from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
@@ -48,7 +50,7 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
         return None
     problems = []
     with _opened(folder) as (storage, _):
-        for name, record, problem in _look(storage, folder, Claim.of(storage), trust):
+        for name, record, problem in _look(storage, folder, Claim.all_of(storage), trust):
             if record is not None and record.contents == "weights":
                 continue
             if problem is None:
@@ -61,19 +63,37 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
 
 
 def clear(folder: Path, options: Mapping[str, Any]) -> None:
-    """Rename what is not whole, with a warning. If a live process trains here, nothing changes."""
+    """Rename what is not whole, with a warning. If a live process trains here, nothing changes.
+
+    It holds the run of what it renames: the process that writes it may be alive on another host. If that one sends no
+    heartbeat for ``lease_s``, it is replaced.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    trust = options.get("trust")
+    trust, lease = options.get("trust"), as_lease(options.get("lease_s", LEASE_S), options.get("takeover"))
     with _opened(folder) as (storage, owner):
-        claim = Claim.of(storage)
-        if is_live(claim.owner):
+        claims = Claim.all_of(storage)
+        if not lease.takeover and any(is_live(claim.owner) for claim in claims):
             return
         if storage.list(HOME):
             sweep(storage, owner, trust)  # A dead process's unfinished changes are finished or undone first.
-        for name, record, problem in list(_look(storage, folder, claim, trust)):
-            if problem is not None:
-                _rename(folder, name, record, problem)
+        journal, runs = Journal(storage, owner, trust), {claim.writing: claim.run for claim in reversed(claims)}
+        found = [
+            (record.run if record is not None else runs.get(name, ""))
+            for name, record, problem in _look(storage, folder, claims, trust)
+            if problem is not None
+        ]
+        for run in dict.fromkeys(found):
+            with contextlib.suppress(RunInUseError), _holding(journal, run, lease):
+                for name, record, problem in list(_look(storage, folder, claims, trust)):
+                    if problem is not None and run == (record.run if record is not None else runs.get(name, "")):
+                        with journal.changing(aliases=[name]):
+                            _rename(folder, name, record, problem)
+
+
+def _holding(journal: Journal, run: str, lease: Lease) -> contextlib.AbstractContextManager[None]:
+    """Hold a run; without a run there is nothing to hold, because no `CheckpointCallback` wrote the checkpoint."""
+    return holding(journal, run, "", lease) if run else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -86,7 +106,7 @@ def _opened(folder: Path) -> Iterator[tuple[Storage, str]]:
 
 
 def _look(
-    storage: Storage, folder: Path, claim: Claim, trust: HMACKey | None
+    storage: Storage, folder: Path, claims: Sequence[Claim], trust: HMACKey | None
 ) -> Iterator[tuple[str, Record | None, str | None]]:
     """Yield each checkpoint, newest first: its name, its record if it is committed, and why it is not whole.
 
@@ -94,14 +114,17 @@ def _look(
     """
     catalog = look_at(storage, trust) if storage.list(HOME) else None
     records = {record.name: record for record in catalog.with_missing.records} if catalog is not None else {}
+    limits = catalog.limits if catalog is not None else {}
+    writing = {claim.writing: claim for claim in reversed(claims)}
     names = {*checkpoints_of(folder), *(name for name in records if step_of(name) is not None)}
     is_newest = True
     for name in sorted(names, key=lambda name: step_of(name) or 0, reverse=True):
-        record = records.get(name)
+        record, claim = records.get(name), writing.get(name)
         if record is not None:
             problem = _differs(storage, record, thoroughly=is_newest)
         else:
-            problem = problem_of(folder / name, ranks=claim.ranks if name == claim.writing else None)
+            problem = claim.why_doubtful(limits) if claim is not None else ""
+            problem = problem or problem_of(folder / name, ranks=claim.ranks if claim is not None else None)
         is_newest = is_newest and problem is not None
         yield name, record, problem
 

@@ -189,7 +189,7 @@ class Training:
 
 
 class Leader:
-    """Rank 0's manager, and the claim in its folder."""
+    """Rank 0's manager, and its claim in the folder."""
 
     _state: Any
     """The Trainer's state at a commit."""
@@ -201,6 +201,10 @@ class Leader:
     def __init__(self, training: Training) -> None:
         self._training, self._folder = training, training.folder
         self._owner = new_owner()
+        self._term = 0
+        self._is_writing = False
+        self._doubtful: dict[str, str] = {}
+        """Why each of these checkpoints may still be changed: a process that was replaced was writing it."""
         self._storage = open_storage(self._folder, self._owner)
         try:
             self.manager = CheckpointManager(
@@ -215,6 +219,8 @@ class Leader:
         try:
             self.manager.close(timeout=timeout)
         finally:
+            if not self._is_writing:
+                Claim(owner=self._owner).remove(self._storage)
             self._release()
 
     def __del__(self) -> None:
@@ -230,19 +236,31 @@ class Leader:
 
     def resume(self, state: Any, again: Mapping[str, Any]) -> Skip:
         """Go on with the run that the Trainer resumed, or with one that begins ``again``."""
-        step, claim = state.global_step, Claim.of(self._storage)
-        is_claimed = claim.writing == f"checkpoint-{step}"
+        step, claims = state.global_step, Claim.all_of(self._storage)
+        claim = next((one for one in claims if one.writing == f"checkpoint-{step}"), Claim())
         if step:
-            saved = saved_state(state) or (claim.state if is_claimed else {})
+            saved = saved_state(state) or claim.state
         else:
             since = Progress(time=self._training.clock.time()).to_dict()
             saved = {**again, "step": 0, "since": since, "owed": ""} if again else {}
         if saved:
-            self.manager.session.load_state_dict(saved, source=self._chosen(step, saved))
-            if is_claimed and claim.state.get("run") == saved.get("run"):
+            session = self.manager.session
+            session.load_state_dict(saved, source=self._chosen(step, saved))
+            self._term = session.hold()
+            limits = session.manifest.limits
+            same = [one for one in claims if one.run == saved.get("run") and one.writing]
+            self._doubtful = {one.writing: one.why_doubtful(limits, self._term) for one in same if not one.has_ended}
+            if claim in same and not claim.why_doubtful(limits, self._term):
                 self._acknowledge(state, claim)
         self._claim()
+        for one in claims:
+            if one.has_ended and one.run in ("", saved.get("run")) and self._is_settled(one.writing):
+                one.remove(self._storage)
         return Skip(reason="the training begins")
+
+    def _is_settled(self, name: str) -> bool:
+        """Return whether a checkpoint that was being written has a record, or is gone."""
+        return not name or name in self.manager.session.manifest.by_name or not (self._folder / name).is_dir()
 
     def _chosen(self, step: int, saved: Mapping[str, Any]) -> str:
         """Return the name of the checkpoint that was resumed from, if a person chose it: if its run has a newer one."""
@@ -268,8 +286,9 @@ class Leader:
             self._adopt()
 
     def _claim(self, writing: str = "", state: Mapping[str, Any] = MappingProxyType({})) -> None:
-        ranks = self._training.ranks.size
-        Claim(owner=self._owner, writing=writing, ranks=ranks, state=dict(state)).put(self._storage)
+        ranks, self._is_writing = self._training.ranks.size, bool(writing)
+        claim = Claim(owner=self._owner, term=self._term, writing=writing, ranks=ranks, state=dict(state))
+        claim.put(self._storage)
 
     # Deciding
 
@@ -282,7 +301,12 @@ class Leader:
         if not isinstance(decision, Save):
             return decision
         promoted = self._promote(decision)
-        return self._prepare(decision) if promoted is None else promoted
+        if promoted is not None:
+            return promoted
+        why = self._doubtful.get(f"checkpoint-{now.step}", "")
+        if why and not self._training.due:
+            return Skip(reason=f"checkpoint-{now.step}: {why}, so the next step is saved", due=True)
+        return self._prepare(decision)
 
     def report_written(self, now: Observation) -> Decision:
         """Decide on a checkpoint that the Trainer has written, although the policy did not ask for it."""
@@ -306,10 +330,12 @@ class Leader:
         A checkpoint beyond this step is another run's, or abandoned, and the Trainer would resume from it.
         """
         step, session = decision.observation.step, self.manager.session
+        self._term = session.hold()
         for other in checkpoints_of(self._folder):
             if (step_of(other) or 0) >= step:
                 session.make_way(other)
         self._claim(f"checkpoint-{step}", session.state_dict(decision))
+        session.hold()  # A process that takes over after this look reads the claim.
         return _named(decision, f"checkpoint-{step}")
 
     def _promote(self, decision: Save) -> Skip | None:
@@ -347,10 +373,15 @@ class Leader:
 
     def _adopt(self) -> Decision:
         """Commit what the Trainer has written under its final name."""
-        path = self._folder / self._final.name
+        path, session = self._folder / self._final.name, self.manager.session
         refuse_shards(path, self._optimizer)
-        self._write_state(path)
-        done = self.manager.session.commit(self._final, path)
+        session.hold()
+        try:
+            self._write_state(path)
+        except OSError:
+            session.hold()  # A process that took over has renamed it.
+            raise
+        done = session.commit(self._final, path)
         self._claim()
         return done
 

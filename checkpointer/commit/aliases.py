@@ -57,7 +57,8 @@ class Aliases:
             stem = getattr(self.asked.name, field)
             name = naming.free_name(stem, _Blocked(self, manifest, slots))
             naming = attrs.evolve(naming, **{field: name.removesuffix(naming.suffix)})  # type: ignore[arg-type]
-            if claims and claim(self.journal, name, manifest.label):
+            # A marker is written at the first save only, when the alias is announced.
+            if claims and claim(self.journal, name, manifest.label, marks=slots):
                 self._claimed.add(name)
             if claims and name != stem + naming.suffix:
                 warn_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
@@ -262,8 +263,10 @@ def marker_path(alias: str) -> str:
     return f"{HOME}/aliases/{json_name(alias)}"
 
 
-def claim(journal: Journal, alias: str, label: str) -> bool:
-    """Mark ``alias`` as owned by this manager, if it holds its run; return whether it is marked.
+def claim(journal: Journal, alias: str, label: str, *, marks: bool) -> bool:
+    """Check that ``alias`` is free; with ``marks`` mark it as owned by this manager, if it holds its run.
+
+    Returns whether it is marked now.
 
     Raises:
         AliasInUseError: If another live manager owns it.
@@ -281,9 +284,10 @@ def claim(journal: Journal, alias: str, label: str) -> bool:
             "label='b', Naming(last='last-b')"
         )
         raise AliasInUseError(msg)
-    if term is not None:
-        mark(journal, alias, label, journal.owner)
-    return term is not None
+    if term is None or not marks:
+        return False
+    mark(journal, alias, label, journal.owner)
+    return True
 
 
 def release(journal: Journal, aliases: Iterable[str]) -> None:

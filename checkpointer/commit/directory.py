@@ -6,7 +6,7 @@ import contextlib
 import math
 import uuid
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 
 import attrs
 
@@ -25,7 +25,7 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import CheckpointerWarning, ConflictError, RecordError, StorageError
+from checkpointer.errors import CheckpointerWarning, ConflictError, FencedError, RecordError, StorageError
 from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
@@ -159,6 +159,25 @@ class Directory:
             return False
         self._read_again()
         return True
+
+    @contextlib.contextmanager
+    def held(self, run: str) -> Iterator[None]:
+        """Hold a run while its records are changed, and no longer than that if this manager does not train it.
+
+        Raises:
+            RunInUseError: If another process trains the run.
+        """
+        term = self.journal.term
+        if term is not None and term.run == run:
+            yield
+            return
+        self.contents.prepare()
+        self.hold(run)
+        try:
+            yield
+        finally:
+            self.let_go()
+            self.journal.term = None
 
     def look_again(self) -> bool:
         """Read the directory once more, because a live run may change it; return False if that was done before."""
@@ -363,10 +382,12 @@ class Directory:
         """Write the index, release the aliases, remove this writer's mark and its staging folder."""
         if not self.contents.is_prepared:
             return
-        if self.journal.term is None or not self.journal.term.is_fenced:
-            with contextlib.suppress(OSError):
+        term = self.journal.term
+        if term is None or not term.is_fenced:
+            with contextlib.suppress(OSError, FencedError):
                 self._write_index()
-                release(self.journal, self.policy.aliases)
+                with self.journal.changing(aliases=self.policy.aliases if term is not None else ()):
+                    release(self.journal, self.policy.aliases)
         self.let_go()
         unmark(self.storage, self.journal.owner)
         with contextlib.suppress(OSError):

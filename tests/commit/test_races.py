@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import pytest
 from support.plain_format import PlainFormat
 from support.servers.fixtures import Serve
 
+from checkpointer import CheckpointManager, EverySteps, KeepAll, Policy
 from checkpointer.commit import index
+from checkpointer.commit.terms import Lease, Term, claim_term, read_claim
+from checkpointer.errors import FencedError
 from checkpointer.ports import SupportsSweep
 from checkpointer.restore import load as restoring
 from checkpointer.storage import open_storage
@@ -100,3 +105,58 @@ def test_the_probe_finds_out_whether_the_server_refuses(serve: Serve, server: st
 
     assert isinstance(storage, FsspecStorage)
     assert storage.capabilities()["create"].startswith(how)
+
+
+@pytest.mark.parametrize("server", ["s3", "rclone"])
+def test_processes_that_claim_a_term_at_the_same_moment_get_different_ones(serve: Serve, server: str) -> None:
+    """With conditional PUT the server decides, without it the claims do; each file of a term names its holder."""
+    running, writers = serve(server), 4
+    url, barrier = running.fresh(), threading.Barrier(writers)
+
+    def claim(number: int) -> list[Term]:
+        owner = f"host{number}_0000_1~{number}~1~{number:012x}"
+        storage = open_storage(url, owner, dict(running.storage_options))
+        assert isinstance(storage, FsspecStorage)
+        storage.capabilities()
+        barrier.wait()
+        return [claim_term(storage, "r", "", owner, Lease(takeover=True), is_new=False) for _ in range(2)]
+
+    with ThreadPoolExecutor(writers) as threads:
+        held = [term for terms in threads.map(claim, range(writers)) for term in terms]
+    assert [*range(1, 2 * writers + 1)] == sorted(term.number for term in held)
+    for term in held:
+        assert term.owner == read_claim(term.storage, term.folder, term.number, None).owner
+
+
+def test_two_holders_of_one_term_mix_no_bytes_and_are_both_fenced(serve: Serve) -> None:
+    """Without conditional PUT a claim that was under way for 15 minutes replaces that of the next process."""
+    running = serve("rclone")
+    url, policy = running.fresh(), Policy(EverySteps(1), [KeepAll()])
+
+    def opened(name: str) -> CheckpointManager:
+        options: dict[str, Any] = {"storage_options": dict(running.storage_options), "takeover": True, "run": "r"}
+        return CheckpointManager(url, policy, state=lambda: {"by": name}, format=PlainFormat(), **options)
+
+    late = opened("late")
+    term = late.session._directory.journal.term
+    assert term is not None
+    path = f"{term.folder}/1.json"
+    with term.storage.open(path) as stream:
+        claim = stream.read()
+    term.storage.delete(path)
+    other = opened("other")
+    term.storage.write(path, claim)
+    for step in (1, 2):
+        late.observe({}, step=step, epoch=0, epoch_end=False)
+        other.observe({}, step=step, epoch=0, epoch_end=False)
+    third = opened("third")
+    assert 4 == len(third.records)
+    for record in third.records:
+        restored = third.restore(record.name)
+        assert restored is not None
+        assert restored.state["by"] in ("late", "other")
+    for fenced in (late, other):
+        with pytest.raises(FencedError):
+            fenced.observe({}, step=3, epoch=0, epoch_end=False)
+    for manager in (late, other, third):
+        manager.close()

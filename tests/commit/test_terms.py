@@ -27,17 +27,19 @@ from checkpointer import (
 )
 from checkpointer.commit import terms
 from checkpointer.commit.changes import Changes, write_changes
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.writer_marks import writers_in
-from checkpointer.errors import CheckpointerWarning, FencedError, PolicyError, RunInUseError
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, FencedError, PolicyError, RunInUseError
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
 from checkpointer.storage import owner as owners
 from checkpointer.storage.digests import digest_of
 from checkpointer.storage.local import LocalStorage
-from checkpointer.storage.owner import machine, release
+from checkpointer.storage.owner import machine, new_owner, release
 from checkpointer.testing import MemoryStorage
 from checkpointer.tools.catalog import look_at
+from checkpointer.tools.prune import plan_pruning, prune
 
 pytestmark = pytest.mark.filterwarnings("ignore::checkpointer.errors.CheckpointerWarning")
 
@@ -279,6 +281,116 @@ def test_a_replaced_process_renames_and_pins_nothing(tmp_path: Path) -> None:
         old.session.commit(decision, tmp_path / "own.ckpt")
     assert (tmp_path / name).exists()
     new.close()
+
+
+def test_a_process_that_does_not_train_pins_nothing_of_a_live_run(tmp_path: Path) -> None:
+    """The training would remove the checkpoint nevertheless. Once it has ended, the pin counts, and holds no run."""
+    first = started(tmp_path, LAST, "first")
+    for step in (1, 2):
+        save(first, step)
+    (name, _) = (record.name for record in first.records)
+    evaluation = CheckpointManager(tmp_path, format=PlainFormat())
+    with pytest.raises(RunInUseError, match=r"trains run .* another manager of this process"):
+        evaluation.pin(name)
+    first.close()
+    evaluation.pin(name)
+    with started(tmp_path, LAST, "second") as second:
+        assert second.restore() is not None
+        for step in (3, 4):
+            save(second, step)
+        assert [1, 3, 4] == [record.step for record in second.records]
+        with pytest.raises(RunInUseError):
+            evaluation.unpin(name)
+    evaluation.unpin(name)
+    evaluation.close()
+    with started(tmp_path, LAST, "third") as third:
+        assert third.restore() is not None
+        save(third, 5)
+        assert [4, 5] == [record.step for record in third.records]
+
+
+@pytest.mark.parametrize("policy", [LAST, SLOT], ids=["last", "slot"])
+def test_a_pin_counts_whatever_a_paused_writer_was_about_to_do(policy: Policy) -> None:
+    """The writer removes or replaces this checkpoint; it is paused before each of its operations, and goes on."""
+    at = 0
+    while True:
+        at += 1
+        inner = MemoryStorage()
+        pinned: list[str] = []
+
+        def pin(inner: MemoryStorage = inner, pinned: list[str] = pinned) -> None:
+            with CheckpointManager(inner, policy, format=PlainFormat(), takeover=True) as evaluation:
+                record = evaluation.records[0]
+                evaluation.pin(record.name)
+                pinned.append(record.token)
+
+        storage = Pausing(inner, at, pin)
+        old = started(storage, policy, "old", host="node1")
+        save(old, 1, 0.3)
+        save(old, 2, 0.6)
+        storage.is_armed = True
+        with contextlib.suppress(FencedError):
+            save(old, 3, 0.2)
+        storage.is_armed = False
+        if not pinned:
+            break
+        with started(inner, policy, "new", takeover=True) as new:
+            assert new.restore() is not None, at
+            save(new, 9, 0.1)
+            (kept,) = (record for record in new.records if record.token == pinned[0])
+            assert kept.pinned, at
+            verify(inner, kept)
+    assert at > 5
+
+
+def test_prune_removes_nothing_of_a_training_that_takes_over_meanwhile() -> None:
+    """It sends no heartbeat. A training takes over before each of its operations and saves; then it goes on."""
+    at, ends = 0, set()
+    while True:
+        at += 1
+        inner = MemoryStorage()
+        with started(inner, ALL, "first", host="node1") as first:
+            for step in (1, 2, 3):
+                save(first, step)
+        made: list[CheckpointManager] = []
+
+        def train(inner: MemoryStorage = inner, made: list[CheckpointManager] = made) -> None:
+            made.append(started(inner, ALL, "new", takeover=True))
+            restored = made[0].restore()
+            assert restored is not None
+            save(made[0], restored.record.step + 1)
+
+        storage = Pausing(inner, at, train)
+        storage.is_armed = True
+        ends.add(pruned(storage))
+        storage.is_armed = False
+        if not made:
+            break
+        save(made[0], made[0].records[-1].step + 1)
+        for record in made[0].records:
+            verify(inner, record)
+        there = {record.name for record in look_at(inner).records}
+        assert {record.name for record in made[0].records} <= there, at
+        assert [4, 5] == [record.step for record in made[0].records][-2:], at
+        made[0].close()
+    assert at > 10
+    assert {"done", "RunInUseError", "AliasInUseError", "FencedError"} == ends
+
+
+def pruned(storage: Storage) -> str:
+    """Remove all checkpoints but the newest one, from a host of its own; return how that ended."""
+    before, owners._host = owners._host, lambda: "node3_0000_1"  # type: ignore[assignment]
+    owner = new_owner()
+    owners._host = before
+    try:
+        catalog = look_at(storage)
+        pruning = plan_pruning(Policy(EverySteps(1), [KeepLast(1)]), catalog.manifest(None))
+        prune(catalog, pruning, Journal(storage, owner))
+    except CheckpointerError as error:
+        return type(error).__name__
+    finally:
+        release(owner)
+    return "done"
 
 
 def test_a_run_of_which_only_abandoned_checkpoints_are_left_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,6 +648,34 @@ def test_the_changes_of_the_holder_are_read_although_no_listing_shows_them() -> 
         verify(inner, record)
         made[0].close()
     assert at > 5
+
+
+class Stale(MemoryStorage):
+    """Lists the whole directory as it was at one moment, as long as ``seen`` is set."""
+
+    seen: dict[str, Stat] | None = None
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """See `Storage.list`."""
+        return super().list(prefix) if prefix or self.seen is None else self.seen
+
+
+def test_a_listing_that_lags_loses_a_checkpoint() -> None:
+    """Such a storage is not supported: the next process goes on from an older checkpoint, and abandons the newest."""
+    storage = Stale()
+    old = started(storage, ALL, "old", host="node1", run="r")
+    save(old, 1)
+    seen = storage.list()
+    save(old, 2)
+    storage.seen = seen
+    new = started(storage, ALL, "new", run="r", takeover=True)
+    restored = new.restore()
+    assert restored is not None
+    assert 1 == restored.step
+    storage.seen = None
+    save(new, 2)
+    assert [("old", 1), ("new", 2)] == [(found["writer"], found["step"]) for found in states(storage)]
+    new.close()
 
 
 def test_a_listing_of_a_live_run_is_not_taken_for_an_empty_directory() -> None:

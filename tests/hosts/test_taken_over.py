@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpointer_transformers import last_valid_checkpoint
 from support.hosts import Training, Trainings, two_hosts
 
 from checkpointer import CheckpointManager
+from checkpointer.restore.load import verify
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +66,43 @@ def test_a_training_that_was_taken_over_ends_with_an_error_that_names_the_other(
     assert manager.last is not None
     assert STEPS == manager.last.step
     assert ["regular"] * len(manager.records) == [record.kind for record in manager.records]
+
+
+OPERATIONS = {
+    "before it announces the checkpoint": ".checkpointer/transformers/*.json",
+    "before the Trainer writes it": "checkpoint-8",
+    "before its record": "checkpoint-8/trainer_state.json.new",
+}
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+def test_a_trainer_that_is_stopped_in_its_own_save_harms_nothing(
+    hosts: tuple[Trainings, Trainings], tmp_path: Path, at: str
+) -> None:
+    """The Trainer writes checkpoint-8 in place, and ends that late. No other training relies on it."""
+    alpha, beta = hosts
+    directory = tmp_path / "run"
+    training: dict[str, Any] = {"way": "transformers, not attached", "directory": str(directory)}
+    alone = beta.start(tmp_path / "alone.log", **{**training, "directory": str(tmp_path / "alone")})
+    assert 0 == alone.wait(), alone.errors
+    first = alpha.start(tmp_path / "first.log", stop_at=OPERATIONS[at], **training)
+    assert first.await_stop(), first.errors
+    second = beta.start(tmp_path / "second.log", gate=8, **training)
+    assert ["waits"] == second.read_until("waits"), second.errors
+    first.go_on()
+    assert 1 == first.wait(), first.errors
+    assert "FencedError" in first.errors
+    second.kill()
+    third = beta.start(tmp_path / "third.log", gate=11, **training)
+    assert ["waits"] == third.read_until("waits"), third.errors
+    third.open_gate()
+    assert 0 == third.wait(), third.errors
+    assert [[6], [6]] == [second.steps("begins"), third.steps("begins")]
+    assert result(alone) == result(third)
+    assert str(directory / "checkpoint-12") == last_valid_checkpoint(directory)
+    for record in (manager := CheckpointManager(directory)).records:
+        verify(manager.session._directory.storage, record)
+    assert [10, 12] == [record.step for record in manager.records]
 
 
 def result(training: Training) -> list[str]:

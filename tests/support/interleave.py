@@ -37,6 +37,7 @@ from support.local_state import digest_of_frames
 
 __all__ = [
     "Disk", "Env", "Model", "Notes", "Operation", "Report", "Scenario", "State", "Violation", "deterministic", "listed",
+    "on_host",
 ]  # fmt: skip
 
 Result = Any
@@ -443,6 +444,32 @@ def deterministic() -> Iterator[None]:
     finally:
         for (module, name, _), value in zip(places, before, strict=True):
             setattr(module, name, value)
+
+
+class _Outside:
+    """Stands for a process that comes when the others have stopped, on the host of one of them."""
+
+    writer = "Z"
+
+    def __init__(self, model: Model, state: State, host: str) -> None:
+        self.host, self.time, self.numbers = host, 1000.0, itertools.count(1)
+        self.is_over, self.owner = False, None
+        self._model, self._state = model, state
+
+    def perform(self, operation: Operation) -> Result:
+        """Return whether another process is alive; nothing else is asked."""
+        return self._model.is_live(self._state, operation.path) if operation.what == "is live" else None
+
+
+@contextlib.contextmanager
+def on_host(model: Model, state: State) -> Iterator[None]:
+    """Act as one more process on the host of the scenario, if it has one host for all."""
+    hosts = {*model.scenario.hosts.values()}
+    _here.run = _Outside(model, state, *hosts) if len(hosts) == 1 else None
+    try:
+        yield
+    finally:
+        _here.run = None
 
 
 def _id_of(writer: str) -> str:

@@ -5,10 +5,13 @@ Rank 0 reports its steps and its weights. Each rank is a fork of this process, w
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,8 +85,25 @@ def by_loop(directory: str, gate: Gate) -> None:
         say(loop.progress.step, model.parameters())
 
 
-def by_trainer(directory: str, gate: Gate) -> None:
-    """Train 12 steps by the HF Trainer."""
+class StopsAt:
+    """Stops this process before the first operation on a path that ends with ``end``, once it is armed."""
+
+    def __init__(self, end: str) -> None:
+        self.is_armed = False
+        self._end = end
+        sys.addaudithook(self._look)
+
+    def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.is_armed and event in ("open", "os.mkdir", "os.rename"):
+            paths = [str(one) for one in arguments[:2] if isinstance(one, (str, Path))]
+            if any(fnmatch(path, f"*/{self._end}") for path in paths):
+                self.is_armed = False
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def by_trainer(directory: str, gate: Gate, *, attached: bool = True, stop_at: str = "") -> None:
+    """Train 12 steps by the HF Trainer; in the save of step 8 stop before an operation on a path like ``stop_at``."""
+    stops = StopsAt(stop_at) if stop_at else None
 
     class Gates(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,12 +111,14 @@ def by_trainer(directory: str, gate: Gate) -> None:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             gate(state.global_step + 1)
+            if stops is not None and state.global_step == 7:
+                stops.is_armed = True
 
     policy = Policy(EverySteps(2), [KeepLast(2)], last="link")
     changes: dict[str, Any] = {"max_steps": 12, "eval_strategy": "no", "logging_strategy": "no"}
     changes |= {"ddp_backend": "gloo", "per_device_train_batch_size": 2} if "RANK" in os.environ else {}
     options = {"lease_s": LEASE_S}
-    trainer = make_trainer(directory, policy, attached=True, options=options, callbacks=[Gates()], **changes)
+    trainer = make_trainer(directory, policy, attached=attached, options=options, callbacks=[Gates()], **changes)
     trainer.train(resume_from_checkpoint=any(Path(directory).glob("checkpoint-*")))
     say(trainer.state.global_step, weights_of(trainer).values())
 
@@ -120,12 +142,19 @@ def by_lightning(directory: str, gate: Gate) -> None:
     say(trained.global_step, trained.lightning_module.parameters())
 
 
-WAYS: Final = {"loop": by_loop, "transformers": by_trainer, "lightning": by_lightning}
+WAYS: Final[dict[str, Callable[..., None]]] = {
+    "loop": by_loop,
+    "transformers": by_trainer,
+    "transformers, not attached": functools.partial(by_trainer, attached=False),
+    "lightning": by_lightning,
+}
 
 
-def train(directory: str, *, way: str, ranks: int, gate: int = 0, takeover: bool = False) -> None:
-    """Train by one of `WAYS`; before step ``gate`` rank 0 waits for a line on stdin."""
-    work = WAYS[way]
+def train(
+    directory: str, *, way: str, ranks: int = 1, gate: int = 0, takeover: bool = False, stop_at: str = ""
+) -> None:
+    """Train by one of `WAYS`; before step ``gate`` rank 0 waits for a line on stdin. `by_trainer` has ``stop_at``."""
+    work = functools.partial(WAYS[way], **({"stop_at": stop_at} if stop_at else {}))
     os.environ |= {"CHECKPOINTER_TAKEOVER": "1"} if takeover else {}
     if ranks == 1:
         work(directory, gate_of(gate))

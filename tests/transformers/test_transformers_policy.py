@@ -34,6 +34,7 @@ from checkpointer import (
 )
 from checkpointer.errors import NoValidCheckpointError, PolicyError, SaveError
 from checkpointer.storage import open_storage
+from checkpointer.storage.owner import new_owner, release
 from checkpointer.testing import FakeClock
 
 pytestmark = quiet
@@ -429,7 +430,8 @@ def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_not_whole(tmp_path: Path
     shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
     os.rename(folder / "rng_state.pth", folder / "rng_state_1.pth")
     assert str(folder) == last_valid_checkpoint(tmp_path)
-    Claim(writing=folder.name, ranks=3).put(open_storage(tmp_path, ""))
+    release(owner := new_owner())
+    Claim(owner=owner, writing=folder.name, ranks=3).put(open_storage(tmp_path, ""))
     assert last_valid_checkpoint(tmp_path) is None
 
 
