@@ -205,7 +205,7 @@ def read_marker(rng: random.Random) -> None:
     journal = Journal(storage, new_owner())
     aliases.is_marked(journal, "last.ckpt")
     try:
-        aliases.claim(journal, "last.ckpt", "")
+        aliases.claim(journal, "last.ckpt", "", marks=True)
     except AliasInUseError:
         assert OWNER == aliases.read_marker(journal, "last.ckpt")["owner"]
     aliases.release(Journal(storage, OWNER), ["last.ckpt"])
