@@ -35,7 +35,8 @@ def check_stored(tensor: Any, path: str = "a tensor") -> None:
 def _check(tensor: Any, path: str) -> None:
     import torch
 
-    if tensor.is_nested or tensor.layout is not torch.strided or not (tensor.is_cpu or tensor.is_cuda):
+    is_packed = tensor.is_quantized  # Two numbers may lie in one byte.
+    if is_packed or tensor.is_nested or tensor.layout is not torch.strided or not (tensor.is_cpu or tensor.is_cuda):
         return
     has, count = tensor.untyped_storage().nbytes(), tensor.numel()
     if (tensor.storage_offset() + count) * tensor.itemsize <= has and tensor.is_contiguous():

@@ -10,7 +10,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -70,33 +70,38 @@ class LocalStorage:
             info = os.lstat(base)
             if not stat.S_ISDIR(info.st_mode):
                 return {prefix: _stat(info)}
-            self._walk(base, prefix + "/" if prefix else "", found)
         except (FileNotFoundError, NotADirectoryError):
             return found
         except PermissionError:
             if is_needed(prefix, is_asked_for=True):
                 raise
             return {prefix: UNREADABLE}
+        folders = [prefix]
+        while folders:
+            name = folders.pop()
+            try:
+                folders += self._look_into(name, found)
+            except PermissionError:
+                if is_needed(name, is_asked_for=name == prefix):
+                    raise
+                found[name] = UNREADABLE
         return found
 
-    def _walk(self, folder: str, prefix: str, found: dict[str, Stat]) -> None:
-        count = len(found)
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    def _look_into(self, name: str, found: dict[str, Stat]) -> Sequence[str]:
+        """Add the files of a folder to ``found``, and return the folders in it."""
+        above, folders, is_empty = name + "/" if name else "", [], False
+        with _without_unreachable(), os.scandir(os.path.join(self._root, name)) as entries:
+            is_empty = True
             for entry in entries:
-                name = prefix + entry.name
-                try:
-                    if not entry.is_dir(follow_symlinks=False):
-                        found[name] = _stat(entry.stat(follow_symlinks=False))
-                    elif name != STAGING:
-                        self._walk(entry.path, name + "/", found)
-                except FileNotFoundError:
+                path, is_empty = above + entry.name, False
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [] if path == STAGING else [path]
                     continue
-                except PermissionError:
-                    if is_needed(name):
-                        raise
-                    found[name] = UNREADABLE
-        if len(found) == count and prefix.startswith(_CLAIMS):
-            found[prefix.rstrip("/")] = UNREADABLE
+                with _without_unreachable():
+                    found[path] = _stat(entry.stat(follow_symlinks=False))
+        if is_empty and above.startswith(_CLAIMS):
+            found[name] = UNREADABLE
+        return folders
 
     def open(self, path: str) -> BinaryIO:
         """See `Storage.open`."""
