@@ -246,7 +246,7 @@ def save_apart(rank: int, directory: Path) -> Any:
     return errors, [path.name for path in directory.rglob("*.distcp")] if rank else []
 
 
-def test_ranks_that_see_different_directories_are_told_so(tmp_path: Path) -> None:
+def test_ranks_that_see_different_directories_get_an_error(tmp_path: Path) -> None:
     """Nothing is written where rank 0 does not see it, and the older checkpoint is whole."""
     if os.geteuid() != 0:
         lacks("namespaces", "needs root")
@@ -273,7 +273,7 @@ def save_in_own_memory(rank: int) -> Any:
     return error
 
 
-def test_storages_of_each_rank_alone_are_told_apart(tmp_path: Path) -> None:
+def test_ranks_whose_storages_differ_get_an_error(tmp_path: Path) -> None:
     """As a path of each node's own disk, or memory."""
     for kind, text, quick in together(2, save_in_own_memory):
         assert ("SaveError", True) == (kind, quick)
