@@ -273,7 +273,7 @@ def save_in_own_memory(rank: int) -> Any:
     return error
 
 
-def test_storages_of_each_rank_alone_are_distinguished(tmp_path: Path) -> None:
+def test_ranks_whose_storages_differ_get_an_error(tmp_path: Path) -> None:
     """As a path of each node's own disk, or memory."""
     for kind, text, quick in together(2, save_in_own_memory):
         assert ("SaveError", True) == (kind, quick)
