@@ -87,9 +87,9 @@ check: venv
 	"$(BIN)/python" -m pytest README.md docs
 	@# In an empty folder, and then in the one that this left: people start their programs more than once.
 	@set -e; for example in $(EXAMPLES); do \
-		case $$example in *lightning*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
+		case $$example in *lightning*|*fabric*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
 			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; \
-		*transformers*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
+		*transformers*|*accelerate*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
 			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \

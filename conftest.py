@@ -16,7 +16,8 @@ from sybil.sybil import SybilCollection
 
 
 def _begin(namespace: dict[str, Any]) -> None:
-    namespace["has_lightning"] = find_spec("lightning") is not None
+    for package in ("accelerate", "ignite", "lightning"):
+        namespace[f"has_{package}"] = find_spec(package) is not None
 
 
 def _begin_in_an_empty_folder(namespace: dict[str, Any]) -> None:

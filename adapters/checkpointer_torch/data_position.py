@@ -131,7 +131,7 @@ class DataPosition:
         if view.is_indexed and state["began"]:
             return data_pass.go_on_by_index(state, used_before + self.used)
         if view.stateful is not None:
-            return data_pass.go_on_by_state(state)
+            return data_pass.go_on_by_state(state, used_before + self.used)
         return data_pass.go_on_by_reading(state["began"] or {}, used_before + self.used)
 
     def _begin_anew(self, data_pass: DataPass, state: Mapping[str, Any], used: int) -> Iterator[Any]:
@@ -188,6 +188,7 @@ class DataPosition:
             "loader": view.take_generators() if view.is_indexed or self._before.samples else view.take(),
             "generators": view.take_generators(),
             "began": self._began,
+            "ahead": view.take_ahead(self.used) if self._within else [],
             "within": self._within,
             "over": self._is_over,
             "warm": view.is_warm,

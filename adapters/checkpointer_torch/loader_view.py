@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from checkpointer_torch.parts import Part
 from checkpointer_torch.random_state import accessors
+from checkpointer_torch.read_ahead import ReadAhead
 
 _WRAPPED: Final = {
     "lightning": "_dataloader",
@@ -63,6 +64,8 @@ class LoaderView(Part):
         self.inner: Any = torch_loader(loader)
         """The ``DataLoader`` that loads the data; None for any other iterable."""
         self._root = loader if self.inner is None else self.inner
+        self._is_read_again = False
+        """Whether the place is found by reading the data again, although it has an index or a state."""
         self.stateful: Any = None
         """The object whose ``state_dict`` has the place of the loader; None without one."""
         if self.inner is None or is_stateful(self.inner):  # The wrapper of accelerate has the methods, and they fail.
@@ -70,6 +73,13 @@ class LoaderView(Part):
         module = str(getattr(getattr(type(self.inner), "state_dict", None), "__module__", ""))
         self.is_torchdata = module.startswith("torchdata.stateful_dataloader.")
         """Whether the ``state_dict`` is the one of ``torchdata.StatefulDataLoader``."""
+        if type(loader).__name__ == "DataLoaderDispatcher" and self.inner is not None:
+            # Rank 0 of accelerate reads for all, ahead of its own state. It fills the last batch from the first one,
+            # and fails if the rest is empty.
+            is_stream = isinstance(self.inner.dataset, IterableDataset)
+            self._is_read_again = loader.state.num_processes > 1 or not is_stream
+            self.stateful = None if self._is_read_again else self.stateful
+        self._ahead: ReadAhead | None = None
 
     @property
     def is_indexed(self) -> bool:
@@ -77,7 +87,7 @@ class LoaderView(Part):
 
         A ``StatefulDataLoader`` needs its own state only if its dataset or sampler has a state.
         """
-        if self.inner is None or isinstance(self.inner.dataset, IterableDataset):
+        if self.inner is None or self._is_read_again or isinstance(self.inner.dataset, IterableDataset):
             return False
         if not is_stateful(self.inner):
             return True
@@ -100,8 +110,10 @@ class LoaderView(Part):
             found = {id(one): one for one in held if torch_loader(one) is not None}
         to_visit = [self._root, *found.values()]
         for holder in to_visit:  # It grows meanwhile.
-            for name in _WITHIN:
-                one = getattr(holder, name, None)
+            held_by = [getattr(holder, name, None) for name in _WITHIN]
+            if type(holder).__name__ == "DistributedSamplerWrapper":  # Lightning's, around a sampler of the user.
+                held_by.append(getattr(holder.dataset, "_sampler", None))
+            for one in held_by:
                 if one is not None and id(one) not in found:
                     found[id(one)] = one
                     to_visit.append(one)
@@ -132,6 +144,17 @@ class LoaderView(Part):
         for sampler in self.samplers:
             if hasattr(sampler, "set_epoch") and getattr(sampler, "epoch", epoch) != epoch:
                 sampler.set_epoch(epoch)
+
+    def watch(self, iterator: Any, used: int, replayed: Iterable[Any]) -> None:
+        """Remember the random states of the reads, if this loader may read more batches than it has given."""
+        modules = [type(one).__iter__.__module__ for one in (self.loader, self.inner)]
+        is_plain = all(module.startswith(("torch.", "torchdata.", "lightning", "tqdm.")) for module in modules)
+        if not is_plain and not self.inner.num_workers:
+            self._ahead = ReadAhead(iterator, used, replayed)
+
+    def take_ahead(self, used: int) -> list[Any]:
+        """Return the random states before each read of a batch that is not among the used ones."""
+        return [] if self._ahead is None else self._ahead.take(used)
 
     def forget(self) -> None:
         """Let a ``DataLoader`` begin its next pass at the beginning."""

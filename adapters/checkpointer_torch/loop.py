@@ -33,6 +33,7 @@ from checkpointer_torch.training_state import LoopProgress, TrainingState
 _log: Final = logging.getLogger("checkpointer.torch")
 _NOTHING: Final[Mapping[str, Any]] = {}
 _NO_NAMES: Final[frozenset[str]] = frozenset()
+_ACCUMULATING: Final = Skip(reason="gradients are accumulated: the optimizer has not stepped")
 _SET_BY_LOOP: Final = ("state", "weights", "save")
 """Arguments of `CheckpointManager` that the loop sets itself."""
 _SILENT_STEPS: Final = 1000
@@ -327,6 +328,7 @@ class Loop:
         """Report that a step is done: the boundary where saves, rescues and stops happen.
 
         Call it last in the loop's body, after optimizer and scheduler; with accumulated gradients after each update.
+        While an optimizer of accelerate accumulates gradients, this does nothing: no step is done.
 
         Args:
             metrics: The metrics of this step.
@@ -339,6 +341,8 @@ class Loop:
             SaveError: If a checkpoint could not be written.
         """
         training, requests = self._training, self._requests
+        if training.accumulates is not None and training.accumulates():
+            return _ACCUMULATING
         training.end_step()
         self._metrics, self._reported = metrics, _NO_NAMES
         if requests.since is None:  # As `_observe`, without a call.

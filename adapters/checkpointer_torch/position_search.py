@@ -8,7 +8,7 @@ import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -78,7 +78,8 @@ class DataPass:
     def begin(self, began: Began) -> Iterator[Any]:
         """Return all batches; the loader's pass before may have been in another process."""
         view, inner = self.view, self.view.inner
-        if view.is_indexed and view.is_torchdata and (inner._initial_iter_for_state_dict or inner.next_iter_state):
+        no_state = view.is_indexed or view.stateful is None
+        if no_state and view.is_torchdata and (inner._initial_iter_for_state_dict or inner.next_iter_state):
             view.forget()  # A pass that was begun for a state_dict() has drawn its random numbers already.
 
         def start(make: Make) -> Any:
@@ -106,14 +107,14 @@ class DataPass:
             return iterator
 
         put_start(view, began)
-        batches, was_called = self._iterate(start)
+        batches, was_called = self._iterate(start, used, state.get("ahead", ()))
         if not was_called:
             self._refuse_unknown("reads it again up to the place")
             _read(batches, used)
             put_random_state(now)
         return batches
 
-    def go_on_by_state(self, state: Mapping[str, Any]) -> Iterator[Any]:
+    def go_on_by_state(self, state: Mapping[str, Any], used: int) -> Iterator[Any]:
         """Return the batches that the loader's own state leaves."""
         now = take_random_state()
 
@@ -133,7 +134,7 @@ class DataPass:
             put_start(self.view, state["began"])
         self.view.stateful.load_state_dict(state["loader"])
         with _without_restart(self.view.loader):
-            batches, was_called = self._iterate(start)
+            batches, was_called = self._iterate(start, used, state.get("ahead", ()))
         if not was_called:
             restore()
         return batches
@@ -143,6 +144,8 @@ class DataPass:
         now = take_random_state()
         if used:
             _log.info("%d batches are read again, to find the place: the data has no index", used)
+        if self.view.is_torchdata and self.view.stateful is None:
+            self.view.forget()
         if began:
             put_start(self.view, began)
         with _as_warm(self.view, began.get("warm", False)):
@@ -180,7 +183,9 @@ class DataPass:
                 self.origin.refuse(what, "goes on in that pass")
         view.put_generators(state.get("generators", ()))
 
-    def _iterate(self, start: Callable[[Make], Any]) -> tuple[Iterator[Any], bool]:
+    def _iterate(
+        self, start: Callable[[Make], Any], used: int = 0, ahead: Iterable[Any] = ()
+    ) -> tuple[Iterator[Any], bool]:
         """Return the batches, and whether ``start`` has made the iterator of the ``DataLoader`` for them.
 
         A loader may have an ``__iter__`` of its own, before or around the one of ``DataLoader``. So it is replaced
@@ -196,7 +201,9 @@ class DataPass:
             was_called = True
             inner.__dict__.pop("_get_iterator", None)
             self.view.keep_epoch(self.epoch)
-            return start(make)
+            iterator = start(make)
+            self.view.watch(iterator, used, ahead)
+            return iterator
 
         object.__setattr__(inner, "_get_iterator", get_iterator)
         try:

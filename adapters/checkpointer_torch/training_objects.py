@@ -19,6 +19,7 @@ from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, is_dtensor, is_shard
 from checkpointer_torch import parts
 from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.prepared import check_scalers, unwrapped
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
 
@@ -27,6 +28,7 @@ class TrainingObjects:
     """The objects that a `Loop` was given, by name; ``objects[name]`` is a plain value or a function's value."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
+        check_scalers(objects)
         all_parts = {name: _part_of(name, thing) for name, thing in objects.items()}
         own = (LoaderView, parts.FunctionPart)
         self.own = {name: part for name, part in all_parts.items() if isinstance(part, own)}
@@ -168,7 +170,7 @@ def _part_of(name: str, thing: Any) -> parts.Part:
         _refuse_fsdp1(name, thing)
         return parts.ModulePart(thing)
     if isinstance(thing, torch.optim.Optimizer):
-        return parts.OptimizerPart(thing)
+        return parts.OptimizerPart(unwrapped(thing))
     if isinstance(thing, type):
         msg = f"{name} is the class {thing.__name__}; pass the object that the training uses"
         raise PolicyError(msg)

@@ -22,6 +22,7 @@ from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.parts import FunctionPart, Part, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
+from checkpointer_torch.prepared import accumulation_of, unwrapped
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.sharded_state import KEY, ShardedState, joined
@@ -60,7 +61,9 @@ class TrainingState:
         self.objects = TrainingObjects(objects)
         self.summary = ", ".join([*self.objects.summaries, *[CONFIG] * (config is not None), "random states"])
         """A summary of the saved objects. The loop logs it."""
-        self.measured = MeasuredWeights(objects.values())
+        self.measured = MeasuredWeights(map(unwrapped, objects.values()))
+        self.accumulates = accumulation_of(objects)
+        """Says whether accelerate's optimizers accumulate gradients; None without any of them."""
         self.data = DataPosition()
         self.epoch = self.step = 0
         self.is_within_step = False

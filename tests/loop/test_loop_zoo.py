@@ -309,7 +309,7 @@ EXACT: dict[str, Make] = {
     ),
     "stateful, stateful sampler": lambda: stateful()(Numbers(), SIZE, sampler=stateful_sampler()),
     "streaming": lambda: Streaming(StatefulStream(), SIZE),
-    "ahead": lambda: Ahead(Quiet(), SIZE, shuffle=True),
+    "ahead": lambda: Ahead(Numbers(), SIZE, shuffle=True),
     "one by one": lambda: DataLoader(Numbers(), batch_size=None, sampler=RandomSampler(range(ITEMS))),
     "wrapped": lambda: Wrapper(DataLoader(Quiet(), SIZE, shuffle=True, generator=generator())),
     "wrapped, distributed": lambda: Wrapper(DataLoader(Quiet(), SIZE, sampler=SAMPLERS["distributed"]())),
@@ -327,7 +327,9 @@ EXACT: dict[str, Make] = {
     "fabric, distributed": lambda: fabric(DataLoader(Numbers(), SIZE, sampler=SAMPLERS["distributed"]())),
     "fabric, stateful": lambda: fabric(stateful()(Numbers(), SIZE, shuffle=True)),
     "fabric, stateful stream": lambda: fabric(stateful()(StatefulStream(), SIZE)),
+    "fabric, ahead": lambda: fabric(Ahead(Numbers(), SIZE, shuffle=True)),
     "accelerate": lambda: accelerated(DataLoader(Quiet(), SIZE, shuffle=True)),
+    "accelerate, drawing": lambda: accelerated(DataLoader(Numbers(), SIZE, shuffle=True)),
     "accelerate, seeded": lambda: accelerated(DataLoader(Quiet(), SIZE, shuffle=True, generator=generator())),
     "accelerate, distributed": lambda: accelerated(DataLoader(Quiet(), SIZE, sampler=SAMPLERS["distributed"]())),
     "accelerate, seedable": lambda: accelerated(
@@ -335,6 +337,9 @@ EXACT: dict[str, Make] = {
     ),
     "accelerate, stream": lambda: accelerated(DataLoader(Stream(), SIZE)),
     "accelerate, stateful": lambda: accelerated(DataLoader(Quiet(), SIZE, shuffle=True), use_stateful_dataloader=True),
+    "accelerate, stateful, drawing": lambda: accelerated(
+        DataLoader(Numbers(), SIZE, shuffle=True), use_stateful_dataloader=True
+    ),
     "accelerate, stateful stream": lambda: accelerated(
         DataLoader(StatefulStream(), SIZE), use_stateful_dataloader=True
     ),
