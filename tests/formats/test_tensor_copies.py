@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from support.described import Described
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+from checkpointer.errors import SaveError
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.tensor_copies import UNUSED, compared_by_torch, compared_in_python
+from checkpointer.formats.torch_file import TorchFormat
 
 MB = 1 << 20
 State = dict[str, Any]
