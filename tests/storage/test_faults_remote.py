@@ -257,7 +257,7 @@ def test_a_session_that_is_cut_between_payloads_is_opened_anew(
 
 def test_without_a_deadline_a_request_is_sent_once_and_may_take_its_time(serve: Serve) -> None:
     """The deadline ends the attempts after the first one, not the first one."""
-    with behind_proxy(serve("s3"), size=LARGE, retry=Retry(deadline_s=0.0)) as training:
+    with behind_proxy(serve("s3"), retry=Retry(deadline_s=0.0)) as training:
         training.proxy.plan = Delay(0.02)
         manager = training.open()
         assert training.save(manager)
