@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-OTHER_USER = 65534
+ORDINARY = 65534
 
 
 @contextlib.contextmanager
@@ -19,8 +19,8 @@ def ordinary_user() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())
     is_root = os.geteuid() == 0
     if is_root:
-        os.chown(folder, OTHER_USER, -1)
-        os.seteuid(OTHER_USER)
+        os.chown(folder, ORDINARY, -1)
+        os.seteuid(ORDINARY)
     try:
         yield folder
     finally:
@@ -33,12 +33,12 @@ def ordinary_user() -> Iterator[Path]:
 
 def forbid(path: Path) -> None:
     """Make a file or folder as one of another user: this user may neither read nor change it."""
-    if os.geteuid() == OTHER_USER:
+    if os.geteuid() == ORDINARY:
         os.seteuid(0)
         try:
             os.chown(path, 0, 0)
             path.chmod(0o700)
         finally:
-            os.seteuid(OTHER_USER)
+            os.seteuid(ORDINARY)
     else:
         path.chmod(0)
