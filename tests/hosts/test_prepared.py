@@ -23,6 +23,8 @@ from checkpointer.errors import PolicyError
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")]
 
 PATIENCE_S = 120.0
+ON_RANKS = ("accelerate", "accelerate, scaled", "fabric", "fabric, scaled")
+"""The other trainings differ by their loader only, and two ranks try each loader alone."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,8 @@ def train_on_rank(rank: int, directory: Path, host: str) -> dict[str, Any]:
     train, options = HOSTS[host]
     folder = directory / host
     unbroken = train(folder, lambda *_: None, policy=EVERY_STEP, **options)
-    saved = sorted(folder.glob("*step=*.ckpt"))
+    # Not from the last one: rank 0's BatchNorm buffers are saved, and DDP sends them with the next batch.
+    saved = sorted(folder.glob("*step=*.ckpt"))[:-1]
     again = [train(None, lambda *_: None, policy=RARELY, source=path, **options) for path in saved]
     signal.signal(signal.SIGTERM, lambda *_: None)
     stopped = train(directory / f"{host} stopped", strike, policy=RARELY, **options)
@@ -147,7 +150,7 @@ def on_rank(rank: int, directory: Path) -> Any:
     """Do all of it in one process group."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     differs = [text for kind in LOADERS for text in walk_on_rank(directory, kind)]
-    return differs, {host: train_on_rank(rank, directory, host) for host in HOSTS}
+    return differs, {host: train_on_rank(rank, directory, host) for host in ON_RANKS}
 
 
 def test_on_two_ranks_prepared_trainings_are_resumed_and_stopped_to_the_bit(tmp_path: Path) -> None:
