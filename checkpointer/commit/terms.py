@@ -32,6 +32,9 @@ no name is used twice. If such a record is committed after step 5, its serial is
 step 5 and a record of a higher term has its token. It is listed, but is never ``last``, never ranked, and no run goes
 on from it by itself.
 
+The index is written without these steps, too. It is a cache: an entry counts only if the listing shows the version of
+the record that the entry was read from. An old writer's index is never believed over a record.
+
 A storage must show a file to every reader once its write has returned, if it is asked for that file and in a listing.
 The claim and the changes of the writer before are asked for by name; the records are found by a listing, which is
 repeated until the same changes are announced before it and after it. If a listing lags behind a write, step 5 may miss

@@ -457,7 +457,7 @@ class _Outside:
         self._model, self._state = model, state
 
     def perform(self, operation: Operation) -> Result:
-        """Return whether another process is alive; nothing else is asked."""
+        """Return whether another process runs; nothing else is asked."""
         return self._model.is_live(self._state, operation.path) if operation.what == "is live" else None
 
 
