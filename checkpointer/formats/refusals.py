@@ -7,10 +7,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from checkpointer.errors import CorruptError, UnsafePayloadError
 from checkpointer.formats.archive_reader import OtherLayoutError
+
+_MAX_REASON: Final = 1000
+"""Characters of the reason that torch gives: it may repeat what is in the file."""
 
 
 @contextlib.contextmanager
@@ -46,7 +49,7 @@ def raising_unreadable(file: Callable[[], BinaryIO], start: int = 0, *, weights_
         )
         raise UnsafePayloadError(msg) from error
     except Exception as error:  # Damaged bytes fail anywhere in torch: IndexError, AssertionError, struct.error...
-        msg = f"the payload cannot be read as a torch file: {type(error).__name__}: {error}"
+        msg = f"the payload cannot be read as a torch file: {type(error).__name__}: {str(error)[:_MAX_REASON]}"
         raise CorruptError(msg) from error
 
 
@@ -84,4 +87,4 @@ def _is_pickle_whole(stream: BinaryIO) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Return what the unpickler said, without the page of advice that torch puts around it."""
-    return str(error.__context__ or error)
+    return str(error.__context__ or error)[:_MAX_REASON]

@@ -146,19 +146,12 @@ class Reader:
             return cast(int, value)
         raise self.bad(key, "a whole number of at least 0, and below 2**63")
 
-    def number(self, key: str) -> float:
-        """Return a finite number."""
-        number = as_number(self._data.get(key))
-        if number is not None and math.isfinite(number):
-            return number
-        raise self.bad(key, "a number")
-
     def time(self, key: str) -> float:
         """Return seconds since the Unix epoch."""
         number = as_number(self._data.get(key))
         if number is not None and abs(number) < MAX_TIME:
             return number
-        raise self.bad(key, "seconds since 1970, before the year 3058")
+        raise self.bad(key, "a number of seconds since 1970, before the year 3058")
 
     def flag(self, key: str) -> bool:
         """Return true or false."""

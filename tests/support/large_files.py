@@ -99,8 +99,7 @@ def _tables() -> dict[str, Callable[[], bytes]]:
         "a tensor": lambda: dcp_file(dcp_metadata(size=(1 << 40,), chunk=(1 << 40,))),
         "lists": lambda: dcp_file({**table, "state_dict_metadata": names, "planner_data": paths}),
         "names": lambda: dcp_file({**table, "state_dict_metadata": names, "planner_data": None}),
-        "sets": lambda: _many(b"\x8f", MEGABYTE),
-        "levels": lambda: b"\x80\x04" + b"]" * (MEGABYTE // 2) + b"a" * (MEGABYTE // 2 - 1) + b".",
+        "levels": lambda: b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
     }
 
 

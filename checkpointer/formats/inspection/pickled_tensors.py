@@ -259,6 +259,11 @@ def _rebuild_call(value: Any) -> tuple[str, tuple[Any, ...]]:
     return "", ()
 
 
+def makes_numbers(value: Any) -> bool:
+    """Return whether torch would make a tensor of storages of a value."""
+    return _rebuild_call(value)[0] in (*_STRIDED, "_rebuild_qtensor", "_rebuild_sparse_tensor")
+
+
 def _strided(name: str, args: tuple[Any, ...]) -> Strided | None:
     match args:
         case (Persistent(id=identity), int(offset), sizes, steps, *_) if (

@@ -20,6 +20,7 @@ from checkpointer.formats.inspection.pickled_tensors import (
     StorageRef,
     Stored,
     is_known,
+    makes_numbers,
 )
 from checkpointer.formats.inspection.pickled_values import as_data, children_of, shown
 from checkpointer.formats.inspection.rebuild import Rebuilding
@@ -245,7 +246,10 @@ def check_pickle(data: bytes | memoryview, sizes: Mapping[str, int]) -> None:
 def _check_claims(made: Iterable[Any], sizes: Mapping[str, int]) -> None:
     for one in made:
         stored = Stored.of(one) if isinstance(one, Call) else None
-        if stored is not None and (problem := next(claims("a tensor", stored, sizes), "")):
+        problem = "" if stored is None else next(claims("a tensor", stored, sizes), "")
+        if stored is None and (makes_numbers(one) or (isinstance(one, Persistent) and StorageRef.of(one.id) is None)):
+            problem = "a storage or tensor in it has a shape, number or name that none has"
+        if problem:
             raise CorruptError(problem)
 
 
