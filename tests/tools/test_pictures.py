@@ -166,7 +166,7 @@ def test_plot_and_report_say_what_is_wrong_and_write_nothing(tmp_path: Path) -> 
     for name, out in (("plot", tmp_path / "out.png"), ("report", tmp_path / "out.html")):
         for source, more, expected in (
             (tmp_path / "m.csv", (), "pass --policy FILE"),
-            (tmp_path / "nothing", (), "there is no directory"),
+            (tmp_path / "nothing", (), "there is no file or directory"),
             (folder, ("--by", "los", "--mode", "min"), "did you mean 'loss'?"),
             (folder, ("--by", "loss"), "belong together"),
         ):

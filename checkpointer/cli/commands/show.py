@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Annotated, Any
 
@@ -24,12 +25,16 @@ from checkpointer.tools.terms import terms_of
 
 def show_command(
     place: Annotated[
-        str, typer.Argument(help="A file or folder with tensors, or a directory of checkpoints.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PLACE", help="A file or folder with tensors, or a directory of checkpoints.", show_default=False
+        ),
     ],
     access: options.Access,
     name: Annotated[
         str,
         typer.Argument(
+            metavar="[NAME]",
             help="In a directory of checkpoints: a name, a step, last or best.",
             show_default=False,
             autocompletion=options.complete_name,
@@ -52,8 +57,11 @@ def show_command(
         _show_terms(options.look(place, access), run, access, as_json=as_json)
         return
     if not name:
-        _show_payload(options.payload(place, access, "show DIRECTORY NAME"), match, as_json=as_json)
+        _show_payload(options.payload(place, access, f"show {place} NAME"), match, as_json=as_json)
         return
+    if os.path.isfile(place):
+        msg = f"{place} is a file, and {name!r} was given too; show takes one file, or a directory and a name"
+        raise PolicyError(msg)
     catalog = options.look(place, access)
     record = catalog.find(name)
     reason = why(catalog, options.policies(catalog, policy, access))[record.name]
