@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -18,4 +19,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = "checkpointer: the command line needs more packages: pip install 'torch-checkpointer[cli]'\n"
         sys.stderr.write(text)
         sys.exit(2)
+    # The garbage collector would visit the records of ten thousand checkpoints often, and a command ends soon.
+    gc.set_threshold(200_000)
     sys.exit(run(argv))

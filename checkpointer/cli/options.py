@@ -64,7 +64,7 @@ def _for_completion(ctx: typer.Context) -> Catalog | None:
     return None
 
 
-Directory = Annotated[str, typer.Argument(help="A path or an fsspec URL.", show_default=False)]
+Directory = Annotated[str, typer.Argument(metavar="DIRECTORY", help="A path or an fsspec URL.", show_default=False)]
 StorageOptions = Annotated[
     str | None,
     typer.Option(

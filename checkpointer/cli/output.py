@@ -130,25 +130,44 @@ def print_table(
         right: Names of the columns that are aligned to the right.
         folded: Number of the column that is folded if there is no room.
     """
-    table = [[_lines(cell) for cell in row] for row in ([[(name, "bold")] for name in head], *rows)]
-    widths = [max(_len(text) for cell in column for text, _ in cell) for column in zip(*table, strict=True)]
+    table = zip([[(name, "bold")] for name in head], *rows, strict=True)
+    shown = [_lines_of(column) for column in table]
+    widths = [max(_len(text) for cell in column for text, _ in cell) for column in shown]
     others = sum(widths) - widths[folded] + len(_GAP) * (len(widths) - 1)
-    widths[folded] = min(widths[folded], max(width() - others, _LEAST))
+    widths[folded] = size = min(widths[folded], max(width() - others, _LEAST))
+    shown[folded] = [[(part, style) for text, style in cell for part in _fold(text, size)] for cell in shown[folded]]
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for row in table if any(head) else table[1:]:
-        row[folded] = [(part, style) for text, style in row[folded] for part in _fold(text, widths[folded])]
-        for line in itertools.zip_longest(*row, fillvalue=("", "")):
-            cells = []
-            for name, size, (text, style) in zip(head, widths, line, strict=True):
-                room = " " * (size - _len(text))
-                shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_coloured and style and text else text
-                cells.append(room + shown if name in right else shown + room)
-            write(_GAP.join(cells).rstrip() + "\n")
+    columns = [
+        [
+            [_padded(text, size, style if is_coloured else "", right=name in right) for text, style in cell]
+            for cell in column
+        ]
+        for name, size, column in zip(head, widths, shown, strict=True)
+    ]
+    empty = [" " * size for size in widths]
+    lines = []
+    for cells in itertools.islice(zip(*columns, strict=True), 0 if any(head) else 1, None):
+        for number in range(max(map(len, cells))):
+            line = [cell[number] if number < len(cell) else blank for cell, blank in zip(cells, empty, strict=True)]
+            lines.append(_GAP.join(line).rstrip() + "\n")
+    write("".join(lines))
 
 
-def _lines(cell: Cell) -> list[tuple[str, str]]:
-    lines = [(cell, "")] if isinstance(cell, str) else cell
-    return [(one_line(text), style) for text, style in lines]
+def _lines_of(cells: Sequence[Cell]) -> list[list[tuple[str, str]]]:
+    """Return the lines of each cell of a column, each with its style, without control characters."""
+    split = [[(cell, "")] if isinstance(cell, str) else [*cell] for cell in cells]
+    texts = [text for cell in split for text, _ in cell]
+    # One look at all of them, because there may be ten thousand.
+    whole = "\n".join(texts)
+    if whole.isascii() and whole.count("\n") == len(texts) - 1 and whole.replace("\n", "").isprintable():
+        return split
+    return [[(one_line(text), style) for text, style in cell] for cell in split]
+
+
+def _padded(text: str, size: int, style: str, *, right: bool) -> str:
+    room = " " * (size - _len(text))
+    shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and text else text
+    return room + shown if right else shown + room
 
 
 def _len(text: str) -> int:

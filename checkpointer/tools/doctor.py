@@ -122,7 +122,9 @@ def _try(storage: Storage, folder: str, size: int | None) -> Iterator[Found]:
     if isinstance(storage, SupportsCapabilities):
         for what, how in storage.capabilities().items():
             then = _CAPABILITIES.get((what, how), "")
-            yield Found("note" if then else "ok", what, f"{how}{f': {then}' if then else ''}")
+            # "refused" alone would read like an error.
+            said = how.replace("link, refused by the filesystem", "by a link; the second of two writers is refused")
+            yield Found("note" if then else "ok", what, f"{said}{f': {then}' if then else ''}")
     latency_s = yield from _small_files(storage, folder)
     rate = yield from _throughput(storage, folder)
     if isinstance(storage, SupportsServerTime):

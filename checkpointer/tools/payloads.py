@@ -69,12 +69,13 @@ def payload_at(place: str, open: Callable[[str], Storage], trust: HMACKey | None
         NotFoundError: If there is nothing.
 
     Example:
-        >>> import os, tempfile
+        >>> import tempfile
+        >>> from pathlib import Path
         >>> from checkpointer.storage import open_storage
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = os.path.join(folder, "model.pt")
-        ...     size = open(path, "wb").write(b"data")
-        ...     payload_at(path, lambda place: open_storage(place, "")).name
+        ...     path = Path(folder, "model.pt")
+        ...     size = path.write_bytes(b"data")
+        ...     payload_at(str(path), lambda place: open_storage(place, "")).name
         'model.pt'
     """
     protocol, separator, rest = place.partition("://")

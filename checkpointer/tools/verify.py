@@ -82,7 +82,7 @@ def verify_all(
         ...     decision = manager.observe({}, step=1, epoch=0)
         >>> catalog = look_at(storage)
         >>> list(verify_all(catalog, catalog.records, "contents"))
-        [Finding(name='epoch=0-step=1.ckpt', problem='', calls=(), is_retired=False)]
+        [Finding(name='epoch=0-step=1.ckpt', problem='', calls=(), by='', is_retired=False)]
     """
     storage = CountingStorage(catalog.storage, on_bytes)
     listed = {name: stat.size for name, stat in catalog.files.items()}

@@ -7,11 +7,11 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
-from checkpointer._display import age_text, count_text, size_text
+from checkpointer._display import age_text, count_text, size_text, some_of
 from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import BEATS, TERMS, Claim, TermFiles, key_of, read_claim, read_status
@@ -26,6 +26,8 @@ from checkpointer.storage.owner import is_dead, is_live
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.policies import Policies
 
+_FAR_S: Final = 365 * 86400.0
+"""A disk that is full later than that is not worth a text."""
 State = Literal["alive", "silent", "closed", "killed"]
 """``"silent"``: its process is on another machine, and sends no heartbeat. ``"killed"``: it ended without closing."""
 
@@ -96,7 +98,10 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         wanted = [_Held(Claim(owner=owner), 0) for owner in writers_in(storage, catalog.files)]
     if not wanted:
         there = ", ".join(dict.fromkeys(name for name, _ in catalog.runs)) or "none"
-        what = f"no run {run!r}; there are: {there}" if run is not None else "no run"
+        below = (
+            f" of its own; these directories below have checkpoints: {some_of(catalog.below)}" if catalog.below else ""
+        )
+        what = f"no run {run!r}; there are: {there}" if run is not None else f"no run{below}"
         msg = f"{catalog.place} has {what}"
         raise NotFoundError(msg)
     policies = Policies(catalog, trust=trust)
@@ -250,8 +255,10 @@ def _writing(status: TrainingStatus) -> str:
 
 
 def _next(seen: Watched) -> str:
+    interval = "when the interval ends"
+    due = seen.due.replace(" or the next interval ends", f", or {interval}").replace("the next interval ends", interval)
     soon = f"in about {age_text(seen.due_in_s)}" if seen.due_in_s is not None else ""
-    at = f"at {seen.due}" if seen.due else ""
+    at = "" if not due else due if due == interval else f"at {due}"
     return f"{at} ({soon})" if at and soon else at or soon
 
 
@@ -269,5 +276,9 @@ def _disk(seen: Watched) -> str:
         return own
     more = int(seen.free // seen.newest.size) if seen.newest is not None and seen.newest.size else None
     room = f", room for {count_text(more, 'more')}".replace("mores", "more") if more is not None else ""
-    full = f", full in {age_text(seen.full_in_s)} at the rate so far" if seen.full_in_s is not None else ""
+    full = (
+        f", full in {age_text(seen.full_in_s)} at the rate so far"
+        if seen.full_in_s is not None and seen.full_in_s < _FAR_S
+        else ""
+    )
     return f"{own}; {size_text(seen.free)} free{room}{full}"

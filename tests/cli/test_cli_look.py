@@ -269,7 +269,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "empty": (tmp_path / "empty", "holds no checkpoint"),
         "foreign": (tmp_path / "foreign", "has no record, but files such as model.pt; 'checkpointer adopt'"),
         "future": (tmp_path / "future", "has schema 99; this version of torch-checkpointer reads up to 1"),
-        "file": (tmp_path / "file", "is a file; the manager needs a folder"),
+        "file": (tmp_path / "file", "is a file"),
     }
 
 

@@ -51,6 +51,15 @@ def test_every_command_takes_a_url(kind: str, serve: Serve, tmp_path: Path) -> N
     assert 10 not in left
     assert 20 in left
     there("sweep")
+    assert (1, "closed") == (
+        (seen := command("watch", url, "--once", "--json", "--storage-options", options)).code,
+        seen.data[0]["state"],
+    )
+    before = there("ls", "--json").data
+    assert "durable in" in there("doctor", "--size", "1GB").out
+    assert before == there("ls", "--json").data
+    one = command("show", f"{url}/{before[0]['name']}", "--storage-options", options)
+    assert (0, True) == (one.code, "2 x 3" in one.out), one
 
     said = command("copy", url, tmp_path / "back", "--storage-options", options)
     assert (0, kind == "sftp") == (said.code, "best.ckpt was not copied" in said.err), said

@@ -13,7 +13,9 @@ from checkpointer.tools.prune import set_pinned
 
 Names = Annotated[
     list[str],
-    typer.Argument(help="Names, steps or aliases.", show_default=False, autocompletion=options.complete_name),
+    typer.Argument(
+        metavar="NAME...", help="Names, steps or aliases.", show_default=False, autocompletion=options.complete_name
+    ),
 ]
 
 

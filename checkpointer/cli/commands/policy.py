@@ -28,7 +28,7 @@ def policy() -> None:
 
 
 def check(
-    file: Annotated[str, typer.Argument(help="The file; - reads stdin.", show_default=False)],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file; - reads stdin.", show_default=False)],
     as_json: options.Json = False,
 ) -> None:
     """Check a policy file, and print what it means. Exits with 1 if something in it is wrong; each error has its line.
@@ -50,9 +50,13 @@ def check(
 
 
 def init(
-    file: Annotated[str, typer.Argument(help="The new file; without it, it is printed.", show_default=False)] = "",
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="The new file; without it, it is printed.", show_default=False)
+    ] = "",
 ) -> None:
-    """Write a policy file to begin with: every epoch, the best 3 and the last 2, and more as comments.
+    """Write a policy file to begin with.
+
+    It saves every epoch, keeps the best 3 and the last 2, and has more as comments.
 
     Example: checkpointer policy init policy.yaml
     """

@@ -18,7 +18,9 @@ def rm_command(
     directory: options.Directory,
     names: Annotated[
         list[str],
-        typer.Argument(help="Names or steps.", show_default=False, autocompletion=options.complete_name),
+        typer.Argument(
+            metavar="NAME...", help="Names or steps.", show_default=False, autocompletion=options.complete_name
+        ),
     ],
     access: options.Access,
     apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,

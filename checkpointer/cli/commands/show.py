@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -26,12 +27,16 @@ from checkpointer.tools.terms import terms_of
 
 def show_command(
     place: Annotated[
-        str, typer.Argument(help="A file or folder with tensors, or a directory of checkpoints.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PLACE", help="A file or folder with tensors, or a directory of checkpoints.", show_default=False
+        ),
     ],
     access: options.Access,
     name: Annotated[
         str,
         typer.Argument(
+            metavar="[NAME]",
             help="In a directory of checkpoints: a name, a step, last or best.",
             show_default=False,
             autocompletion=options.complete_name,
@@ -54,8 +59,11 @@ def show_command(
         _show_terms(options.look(place, access), run, as_json=as_json)
         return
     if not name:
-        _show_payload(options.payload(place, access, "show DIRECTORY NAME"), match, as_json=as_json)
+        _show_payload(options.payload(place, access, f"show {place} NAME"), match, as_json=as_json)
         return
+    if os.path.isfile(place):
+        msg = f"{place} is a file, and {name!r} was given too; show takes one file, or a directory and a name"
+        raise PolicyError(msg)
     catalog = options.look(place, access)
     record = catalog.find(name)
     reason = why(catalog, options.policies(catalog, policy, access))[record.name]

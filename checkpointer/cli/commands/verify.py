@@ -18,13 +18,17 @@ from checkpointer.tools.verify import Depth, Finding, verify_all
 
 def verify_command(
     place: Annotated[
-        str, typer.Argument(help="A directory of checkpoints, or any file or folder.", show_default=False)
+        str,
+        typer.Argument(metavar="PLACE", help="A directory of checkpoints, or any file or folder.", show_default=False),
     ],
     access: options.Access,
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Names, steps or aliases; none: all.", show_default=False, autocompletion=options.complete_name
+            metavar="[NAME]...",
+            help="Names, steps or aliases; none: all.",
+            show_default=False,
+            autocompletion=options.complete_name,
         ),
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
@@ -65,8 +69,9 @@ def _verify_files(payload: Payload, *, as_json: bool) -> None:
             "(such as SHA256SUMS), and it is neither a torch file nor safetensors"
         )
         raise NotFoundError(msg)
-    without = count_text(len(found) - len(compared), "other file")
-    _end(compared, f"no record; {without} without a checksum", as_json=as_json)
+    others = len(found) - len(compared)
+    left = f"; {count_text(others, 'other file')} could not be compared" if others else ""
+    _end(compared, f"no record{left}", as_json=as_json)
 
 
 def _printed(findings: Iterable[Finding], *, silent: bool, with_record: bool = True) -> list[Finding]:

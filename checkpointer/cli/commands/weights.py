@@ -79,7 +79,10 @@ def average_command(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Names, steps or aliases; or else --best.", show_default=False, autocompletion=options.complete_name
+            metavar="[NAME]...",
+            help="Names, steps or aliases; or else --best.",
+            show_default=False,
+            autocompletion=options.complete_name,
         ),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
