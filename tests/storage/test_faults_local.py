@@ -268,7 +268,7 @@ def test_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, kind: str,
             run.manager.close()
             check_survivor(folder, [*saved, *more, 6], policy_of(last), clue)
             shutil.rmtree(folder)
-    assert failures > 3
+    assert failures, "the disk was never full"
 
 
 def whole_steps(folder: Path, steps: list[int]) -> set[int]:
