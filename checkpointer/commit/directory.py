@@ -273,7 +273,8 @@ class Directory:
             contents.warn_once("not empty", msg)
         contents.is_claimed = contents.is_on_line = True
         if self.writes:
-            for run in self._ended:
+            own = (self.manifest.run, self.manifest.label)  # What is left of it, another process has announced.
+            for run in [one for one in self._ended if one != own]:
                 with contextlib.suppress(ConflictError):
                     finish_run(self.storage, self.journal.trust, run)
         self._left = tuple(entry for listed in self._left for entry in self._look_again(listed))

@@ -449,7 +449,7 @@ def record_goes_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def claim_over(patch: pytest.MonkeyPatch) -> None:
-    def create(term: Term) -> bool:
+    def create(term: Term, policy: str) -> bool:
         claim = {"owner": term.owner, "term": term.number, "run": term.run, "label": term.label}
         term.storage.write(f"{term.folder}/{term.number}.json", json.dumps(claim).encode())
         return True

@@ -28,7 +28,7 @@ import attrs
 import xxhash
 
 from checkpointer.commit.index import HOME, RECORDS, Listing
-from checkpointer.commit.terms import LEASE_S, TERMS, Lease
+from checkpointer.commit.terms import TERMS, Lease
 from checkpointer.errors import NameTakenError
 from checkpointer.ports import Stat
 from checkpointer.storage import owner as owners
@@ -425,6 +425,7 @@ def deterministic() -> Iterator[None]:
         return uuid.UUID(int=(ord(run.writer[0]) << 120) | (next(run.numbers) << 80))
 
     waiting, clock = for_scripts(time.sleep, sleep), for_scripts(time.monotonic, lambda run: run.time)
+    own = {"sleep": waiting, "now": clock}
     places: list[tuple[Any, str, Any]] = [
         (uuid, "uuid4", for_scripts(uuid.uuid4, number)),
         (time, "time", for_scripts(time.time, lambda run: run.time)),
@@ -432,7 +433,7 @@ def deterministic() -> Iterator[None]:
         (time, "gmtime", for_scripts(time.gmtime, lambda run, *_: time.struct_time([1970, 1, 1] + [0] * 6))),
         (time, "sleep", waiting),
         (threading.Thread, "start", for_scripts(threading.Thread.start, lambda run, thread: None)),
-        (Lease.__init__, "__defaults__", (LEASE_S, False, waiting, clock)),
+        (Lease.__init__, "__defaults__", tuple(own.get(f.name, f.default) for f in attrs.fields(Lease))),
         (owners, "_host", for_scripts(owners._host, lambda run: run.host)),
         (owners, "_live_here", _Live()),
     ]
