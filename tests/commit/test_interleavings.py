@@ -13,6 +13,7 @@ import attrs
 import pytest
 from support.interleave import Disk, Env, Model, Notes, Operation, Report, Scenario, State, deterministic, on_host
 from support.plain_format import PlainFormat
+from support.sampling import half
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
 from checkpointer.commit import directory, index, recovery, terms, transaction
@@ -543,7 +544,7 @@ def test_no_order_of_operations_breaks_the_promise(name: str, record_property: C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", half(MUTATIONS))
 def test_a_defect_of_the_protocol_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With each of these defects there is an order that breaks the promise, and the search finds it."""
     mutation = MUTATIONS[name]

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from support.plain_format import PlainFormat
+from support.sampling import EVERY
 
 from checkpointer import (
     AnyOf,
@@ -180,7 +181,9 @@ def test_a_record_holds_the_state_of_its_step() -> None:
     with warnings.catch_warnings():
         # Failed saves and metrics that were not reported are part of the law.
         warnings.simplefilter("ignore", CheckpointerWarning)
-        run_state_machine_as_test(Reports, settings=settings(max_examples=400, stateful_step_count=30, deadline=None))
+        run_state_machine_as_test(
+            Reports, settings=settings(max_examples=200 if EVERY > 1 else 400, stateful_step_count=30, deadline=None)
+        )
 
 
 def train_from(step: int, storage: MemoryStorage) -> None:
