@@ -217,7 +217,8 @@ class KeepFor:
         seconds: More than 0, or a `datetime.timedelta`.
 
     Example:
-        >>>         >>> from checkpointer import KeepFor
+        >>> from datetime import timedelta
+        >>> from checkpointer import KeepFor
         >>> print(KeepFor(timedelta(hours=6)))
         those of the last 21600 s
     """

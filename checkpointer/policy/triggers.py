@@ -197,7 +197,8 @@ class EverySeconds:
         seconds: Seconds of at least 0, or a `datetime.timedelta`.
 
     Example:
-        >>>         >>> from checkpointer import EverySeconds
+        >>> from datetime import timedelta
+        >>> from checkpointer import EverySeconds
         >>> EverySeconds(timedelta(minutes=30)).seconds
         1800.0
     """

@@ -43,7 +43,7 @@ def verify_files(storage: Storage, name: str) -> Iterator[Finding]:
         >>> storage.write("a.bin", b"data")
         >>> storage.write("a.bin.md5", b"8d777f385d3dfec8815d20f7496026dc  a.bin")
         >>> next(verify_files(storage, "a.bin"))
-        Finding(name='a.bin', problem='', calls=(), by='the md5 in a.bin.md5')
+        Finding(name='a.bin', problem='', calls=(), by='the md5 in a.bin.md5', is_retired=False)
     """
     files = storage.list(name)
     is_file = name in files
