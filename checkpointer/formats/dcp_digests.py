@@ -225,10 +225,16 @@ class VerifyingReader:
             raise CorruptError(msg) from error
 
     def bytes_of_item(self, info: Any) -> bytes:
-        """Return the bytes of one value that is not a tensor, unverified."""
+        """Return the bytes of one value that is not a tensor, compared with its digest if the reader verifies."""
         with self.finding(info.relative_path) as path, self.fs.create_stream(path, "rb") as stream:
-            stream.seek(info.offset)
-            return bytes(stream.read(info.length))
+            if self.check is None or info.offset + info.length > stream.seek(0, os.SEEK_END):
+                stream.seek(info.offset)
+                return bytes(stream.read(info.length))
+            try:
+                return bytes(_Part(stream, info, self._algorithm).whole())
+            except _OtherBytesError:
+                msg = f"a value in its file {shard_text(info.relative_path)} has other bytes than were written"
+                raise CorruptError(msg) from None
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See ``StorageReader.prepare_global_plan``. On the first rank."""
