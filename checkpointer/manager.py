@@ -526,7 +526,7 @@ class CheckpointManager:
 
 
 def _status_of(reference: weakref.ref[CheckpointManager]) -> str:
-    """Return how far the training is, for the heartbeat; empty if the manager is garbage-collected."""
+    """Return what the heartbeat says of the training. A manager that does not exist any more says nothing."""
     manager = reference()
     return "" if manager is None else manager.session.status.to_json()
 
