@@ -19,6 +19,7 @@ from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, is_dtensor, is_shard
 from checkpointer_torch import parts
 from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.outside_state import OutsideState
 from checkpointer_torch.prepared import check_scalers, unwrapped
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
@@ -39,6 +40,9 @@ class TrainingObjects:
         self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
         self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
         self._values = {name: part for name, part in self.shared.items() if isinstance(part, parts.ValuePart)}
+        stateful = (parts.ModulePart, parts.OptimizerPart, parts.StatefulPart)
+        watched = {name: unwrapped(objects[name]) for name, part in self.shared.items() if isinstance(part, stateful)}
+        self.outside = OutsideState(watched, self.names)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -76,7 +80,8 @@ class TrainingObjects:
         return lambda path: of_part(path[0])(path[1:])
 
     def begin(self) -> None:
-        """Remember which objects the program has a reference to."""
+        """Remember which objects the program has a reference to, and the values that no state holds."""
+        self.outside.begin()
         for part in self.shared.values():
             if isinstance(part, parts.HeldPart):
                 part.begin()
@@ -162,6 +167,7 @@ class TrainingObjects:
                         earlier.put(before)
                 msg = f"{name} refuses its state ({type(error).__name__}: {error}); nothing was loaded"
                 raise MismatchError(msg) from error
+        self.outside.begin()
 
 
 def _part_of(name: str, thing: Any) -> parts.Part:

@@ -156,6 +156,8 @@ class TrainingState:
         objects = self.objects
         state: dict[str, Any] = {} if self.config is None else {CONFIG: copy.deepcopy(self.config)}
         state |= {name: part.take() for name, part in objects.shared.items()}
+        if self._ranks.rank == 0:
+            objects.outside.check(state)
         self.measured.note(self.step)
         state[KEY] = {
             "schema": SCHEMA,

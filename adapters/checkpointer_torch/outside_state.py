@@ -1,0 +1,144 @@
+"""Values of an object that its ``state_dict()`` leaves out: a resume begins with their first values again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import nn
+
+from checkpointer import CheckpointerWarning
+
+_SAVES: Final = 8
+"""Saves of a process at which the values are compared: what a training changes has changed by then."""
+_MOST_NAMED: Final = 5
+_FLAGS: Final = ("training", "initialized")
+"""Modes that a program or the first step sets again."""
+
+
+@attrs.frozen
+class _Value:
+    """An attribute of an object, and what it was when the training began."""
+
+    name: str
+    holder: Any
+    attribute: str
+    first: Any
+    version: int = -1
+    """How often a tensor had been written in place."""
+
+    @property
+    def now(self) -> Any:
+        return vars(self.holder).get(self.attribute)
+
+    @property
+    def has_changed(self) -> bool:
+        now = self.now
+        if type(now) is not type(self.first):  # A cache that was made anew, or is gone.
+            return False
+        if isinstance(now, torch.Tensor):
+            is_alike = now.shape == self.first.shape and not now.requires_grad
+            return is_alike and (now is not self.first or now._version > self.version)
+        return bool(now != self.first)
+
+    def __str__(self) -> str:
+        if isinstance(self.first, torch.Tensor):
+            return f"{self.name} (a tensor, not a buffer)"
+        return f"{self.name} ({self.first!r} -> {self.now!r})"
+
+
+class OutsideState:
+    """Watches the numbers, texts and tensors that objects have as attributes, at the first saves of a process.
+
+    Attributes of torch's own classes and those with a leading underscore are left out, and so is what was not there
+    when the training began, such as the activations of the last batch.
+    """
+
+    def __init__(self, objects: Mapping[str, Any], saved: Collection[str]) -> None:
+        self._objects = objects
+        self._saved = saved
+        """Names of all that is saved; a value of that name was given to the loop by itself."""
+        self._values: dict[str, list[_Value]] = {}
+        self._saves = 0
+
+    def begin(self) -> None:
+        """Remember the values as the first ones."""
+        self._values = {
+            name: found for name, thing in self._objects.items() if (found := list(_values_of(name, thing)))
+        }
+
+    def check(self, states: Mapping[str, Any]) -> None:
+        """Warn once of each value that has changed and is not in the state of its object."""
+        if self._saves >= _SAVES:
+            return
+        self._saves += 1
+        lost = [
+            value
+            for name, values in self._values.items()
+            for value in _lost(values, states.get(name))
+            if value.attribute not in self._saved
+        ]
+        if not lost:
+            return
+        gone = set(map(id, lost))
+        self._values = {name: [one for one in all_ if id(one) not in gone] for name, all_ in self._values.items()}
+        named = ", ".join(map(str, lost[:_MOST_NAMED]))
+        more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
+        example = lost[0]
+        msg = (
+            f"the training has changed {named}{more}, and no state_dict() holds it: a resume begins with the first "
+            "value again. If the training needs it, make it a buffer (register_buffer; persistent(True) for a metric "
+            f"of torchmetrics), put it into the state_dict(), or pass {example.attribute}=lambda: {example.name} to "
+            f"the Loop and set {example.name} = loop[{example.attribute!r}] after resume()"
+        )
+        warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+
+
+def _values_of(name: str, thing: Any) -> Iterator[_Value]:
+    holders = thing.named_modules() if isinstance(thing, nn.Module) else [("", thing)]
+    for path, holder in holders:
+        if type(holder).__module__.partition(".")[0] == "torch" or not hasattr(holder, "__dict__"):
+            continue
+        for attribute, value in vars(holder).items():
+            if attribute.startswith("_") or attribute in _FLAGS:
+                continue
+            full = ".".join(filter(None, (name, path, attribute)))
+            if isinstance(value, (bool, int, float, str)):
+                yield _Value(full, holder, attribute, value)
+            elif type(value) is torch.Tensor and not value.requires_grad:
+                yield _Value(full, holder, attribute, value, value._version)
+
+
+def _lost(values: list[_Value], state: Any) -> list[_Value]:
+    changed = [value for value in values if value.has_changed]
+    if not changed:
+        return []
+    keys: set[str] = set()
+    leaves: set[Any] = set()
+    _collect(state, keys, leaves.add)
+    # A number may be saved under another name: one that is equal counts.
+    return [
+        value for value in changed if not (value.attribute in keys or (_is_number(value.now) and value.now in leaves))
+    ]
+
+
+def _collect(state: Any, keys: set[str], add: Callable[[Any], None]) -> None:
+    """Collect the last parts of all keys, and all plain values."""
+    if isinstance(state, Mapping):
+        keys.update(str(key).rpartition(".")[2] for key in state)
+        for value in state.values():
+            _collect(value, keys, add)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            _collect(value, keys, add)
+    elif _is_number(state):
+        add(state)
+    elif isinstance(state, torch.Tensor) and not state.dim() and state.device.type == "cpu":
+        add(state.item())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)

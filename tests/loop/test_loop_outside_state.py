@@ -1,0 +1,152 @@
+"""A value that the training changes and that no state_dict holds is named at a save."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpointer_torch import Loop
+from torch import nn
+
+from checkpointer import CheckpointerWarning, EverySteps, KeepLast, Policy
+
+POLICY = Policy(EverySteps(1), [KeepLast(1)])
+
+
+class Annealed(nn.Module):
+    """A part of a model with what is often forgotten: a number, a text and a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.tau = 1.0
+        self.phase = "warm"
+        self.mean = torch.zeros(2)
+        self.width = 2
+        self.last: torch.Tensor | None = None
+        self.seen: torch.Tensor
+        self.register_buffer("seen", torch.tensor(0))
+        self._private = 0
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        self.last = inputs
+        return self.layer(inputs) / self.tau
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Annealed()
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.body(inputs)
+
+
+class Counter:
+    """An object that saves its count under another name, and forgets its mode."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mode = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["n"]
+
+
+def said(directory: Path, steps: int = 1, *, change: Any, **objects: Any) -> list[str]:
+    """Return the warnings of a training in which ``change`` is called at each step."""
+    with warnings.catch_warnings(record=True) as caught, Loop(directory, POLICY, **objects) as loop:
+        warnings.simplefilter("always")
+        loop.resume()
+        for step in loop.steps(steps):
+            change(step)
+            loop.step()
+    return [str(one.message) for one in caught if issubclass(one.category, CheckpointerWarning)]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "text"),
+    [
+        ("tau", 0.5, "model.body.tau (1.0 -> 0.5)"),
+        ("phase", "cool", "model.body.phase ('warm' -> 'cool')"),
+        ("mean", torch.ones(2), "model.body.mean (a tensor, not a buffer)"),
+    ],
+)
+def test_an_attribute_of_a_module_that_changes_and_is_not_saved_is_named_once(
+    tmp_path: Path, attribute: str, value: Any, text: str
+) -> None:
+    """The message says which, from what to what, and three ways to save it."""
+    model = Model()
+    (message,) = said(tmp_path, 3, change=lambda step: setattr(model.body, attribute, value), model=model)
+    assert text in message
+    assert f"pass {attribute}=lambda: model.body.{attribute} to the Loop" in message
+
+
+def test_a_tensor_that_is_written_in_place_is_named(tmp_path: Path) -> None:
+    """It is the same object as before."""
+    model = Model()
+    (message,) = said(tmp_path, change=lambda step: model.body.mean.add_(1), model=model)
+    assert "model.body.mean" in message
+
+
+def test_what_is_constant_saved_private_or_made_by_the_forward_pass_is_not_named(tmp_path: Path) -> None:
+    """A buffer, the training mode, the activations of the last batch, and the settings of torch's own layers."""
+    model = Model()
+
+    def change(step: int) -> None:
+        model.eval()
+        model(torch.ones(1, 2))
+        model.body.seen += 1
+        model.body._private = step
+
+    assert said(tmp_path, 2, change=change, model=model) == []
+
+
+def test_a_number_that_is_saved_under_another_name_is_not_named(tmp_path: Path) -> None:
+    """The mode is, because nothing in the state has that name."""
+    counter = Counter()
+    counter.count = 6
+
+    def change(step: int) -> None:
+        counter.count += 1
+
+    assert said(tmp_path, change=change, counter=counter) == []
+    (message,) = said(tmp_path, 3, change=lambda step: setattr(counter, "mode", True), counter=counter)
+    assert "counter.mode (False -> True)" in message
+
+
+def test_what_a_resume_puts_back_is_no_change(tmp_path: Path) -> None:
+    """An object may set an attribute when it loads its state."""
+    counter = Counter()
+
+    def count(step: int) -> None:
+        counter.count += 1
+
+    said(tmp_path, 2, change=count, counter=counter)
+    counter = Counter()
+    assert said(tmp_path, 4, change=count, counter=counter) == []
+    assert counter.count == 4
+
+
+def test_the_advice_gives_an_exact_resume(tmp_path: Path) -> None:
+    """A function reads the value at each save, and the program sets it after resume()."""
+
+    def taus(steps: int) -> Iterator[float]:
+        model = Model()
+        with Loop(tmp_path, POLICY, model=model, tau=lambda: model.body.tau) as loop:
+            loop.resume()
+            model.body.tau = loop["tau"]
+            for _ in loop.steps(steps):
+                model.body.tau *= 0.5
+                yield model.body.tau
+                loop.step()
+
+    assert [0.5, 0.25] == list(taus(2))
+    assert [0.125] == list(taus(3))
