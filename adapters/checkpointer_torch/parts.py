@@ -142,6 +142,9 @@ class OptimizerPart(Part):
         return self.optimizer.state_dict() if dist.get_rank(self.optimizer.process_group) == 0 else {}  # type: ignore[attr-defined]
 
     def compare(self, state: Any) -> Differences:
+        if not _has_groups(state):  # An optimizer around another one may have a form of its own.
+            has_own_form = type(self.optimizer).state_dict is not torch.optim.Optimizer.state_dict
+            return Differences() if has_own_form else Differences(missing=("param_groups",))
         here, there = (
             {f"param_groups[{number}].params": len(group["params"]) for number, group in enumerate(groups)}
             for groups in (self.optimizer.param_groups, state["param_groups"])
@@ -162,7 +165,7 @@ class OptimizerPart(Part):
 
     def put(self, state: Any) -> None:
         if not self.compare(state):
-            self.optimizer.load_state_dict({**state, "state": self._fitted(state)})
+            self.optimizer.load_state_dict({**state, "state": self._fitted(state)} if _has_groups(state) else state)
 
     def _fitted(self, state: Mapping[str, Any]) -> dict[Any, Any]:
         """Return the states of the parameters, in the layouts of those."""
@@ -193,6 +196,10 @@ class OptimizerPart(Part):
             return parameter if own is None else own
 
         return like
+
+
+def _has_groups(state: Any) -> bool:
+    return isinstance(state, Mapping) and "param_groups" in state and "state" in state
 
 
 @attrs.frozen

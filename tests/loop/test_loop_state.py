@@ -249,6 +249,51 @@ def test_an_optimizer_that_keeps_its_state_in_another_shape_goes_on(tmp_path: Pa
         resumed(tmp_path, optimizer=make(2))
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, whose state has two parts and none of the usual keys."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups = inner.param_groups
+        self.slow = torch.zeros(1)
+
+    def step(self) -> None:  # type: ignore[override]
+        self.inner.step()
+        self.slow += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "slow": self.slow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        self.slow = state["slow"].clone()
+
+
+def test_an_optimizer_whose_state_has_a_form_of_its_own_goes_on(tmp_path: Path) -> None:
+    """Lookahead of pytorch_optimizer is one; an optimizer with torch's own form refuses it before anything is loaded."""
+
+    def make() -> tuple[nn.Module, Around]:
+        model = nn.Linear(3, 1)
+        return model, Around(torch.optim.Adam(model.parameters()))
+
+    model, optimizer = make()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    one_step(tmp_path, model=model, optimizer=optimizer)
+
+    model, optimizer = make()
+    resumed(tmp_path, model=model, optimizer=optimizer)
+    assert 1.0 == optimizer.slow.item()
+    assert 2 == len(optimizer.inner.state_dict()["state"])
+
+    model = nn.Linear(3, 1)
+    before = model.weight.detach().clone()
+    with pytest.raises(MismatchError, match=r"optimizer\.param_groups"):
+        resumed(tmp_path, model=model, optimizer=torch.optim.Adam(model.parameters()))
+    assert torch.equal(before, model.weight)
+
+
 def test_a_model_of_a_narrower_type_is_refused(tmp_path: Path) -> None:
     """torch itself would round the weights silently; a wider type holds them all."""
     one_step(tmp_path, model=nn.Linear(2, 1))
