@@ -270,7 +270,7 @@ class Around(torch.optim.Optimizer):
 
 
 def test_an_optimizer_whose_state_has_a_form_of_its_own_goes_on(tmp_path: Path) -> None:
-    """Lookahead of pytorch_optimizer is one; an optimizer with torch's own form refuses it before anything is loaded."""
+    """Lookahead of pytorch_optimizer is one. An optimizer of torch's form refuses it before anything is loaded."""
 
     def make() -> tuple[nn.Module, Around]:
         model = nn.Linear(3, 1)
