@@ -116,11 +116,15 @@ class DataPosition:
         view.set_epoch(epoch)
         data_pass = DataPass(view, epoch, self._origin, self._before.samples)
         is_within = bool(state.get("within"))
+        used_up = is_within and view.is_used_up(self.used)
+        if used_up:  # Its own state may be the beginning of the next pass already.
+            state = {**state, "over": True}
         self._within, self._is_over = True, is_within and is_over(state)
         if is_within:
             self._began = state["began"]
         if self._is_over:
             data_pass.put_end(state)
+            self._left_off = {**state, "within": False} if used_up else {}
             return iter(())
         if self._before.samples:
             self._began = self._began or _beginning(view)

@@ -93,6 +93,14 @@ class LoaderView(Part):
             return True
         return self.is_torchdata and not any(map(is_stateful, (self.inner.dataset, *self.samplers)))
 
+    def is_used_up(self, used: int) -> bool:
+        """Return whether a pass of a loader with a state of its own, which has a length, has no more batches.
+
+        Torchdata's loaders know it themselves, and their length need not be that of a stream.
+        """
+        own = self.stateful is not None and not self.is_torchdata and not self.is_indexed
+        return own and bool(used) and used == _length(self.loader)
+
     @property
     def is_warm(self) -> bool:
         """Whether workers that outlive a pass are running: then a pass draws no new seed for them."""

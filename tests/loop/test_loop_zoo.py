@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,28 @@ class Streaming(DataLoader[Any]):
         self.start = state["given"]
 
 
+class Passing(DataLoader[Any]):
+    """As litdata's: it has a length, and after the last batch its state is the beginning of the next pass."""
+
+    given = passes = 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Any:
+        if self.given == BATCHES:
+            self.given, self.passes = 0, self.passes + 1
+        for _ in itertools.islice(super().__iter__(), self.given, None):
+            self.given += 1
+            yield torch.tensor([self.passes, self.given])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given, "passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given, self.passes = state["given"], state["passes"]
+
+
 class Source:
     """A stream that says where it is, and never ends."""
 
@@ -309,6 +332,7 @@ EXACT: dict[str, Make] = {
     ),
     "stateful, stateful sampler": lambda: stateful()(Numbers(), SIZE, sampler=stateful_sampler()),
     "streaming": lambda: Streaming(StatefulStream(), SIZE),
+    "passing": lambda: Passing(Stream(), SIZE),
     "ahead": lambda: Ahead(Numbers(), SIZE, shuffle=True),
     "one by one": lambda: DataLoader(Numbers(), batch_size=None, sampler=RandomSampler(range(ITEMS))),
     "wrapped": lambda: Wrapper(DataLoader(Quiet(), SIZE, shuffle=True, generator=generator())),
