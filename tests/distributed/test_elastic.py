@@ -92,14 +92,14 @@ def check_lines(cluster: Cluster) -> None:
     resumed: dict[str, int] = {}
     for line in cluster.lines:
         if "digest" in line:
-            assert digests[line["step"]] == line["digest"], f"{line}\n{cluster.story()}"
+            assert digests[line["step"]] == line["digest"], f"{line}\n{cluster.trace()}"
         if line["what"] == "saved":
             acknowledged = max(acknowledged, line["step"])
         elif line["what"] == "resumes" and line["group"] not in resumed:
-            assert line["step"] in (acknowledged, acknowledged + 1), f"{line}\n{cluster.story()}"
+            assert line["step"] in (acknowledged, acknowledged + 1), f"{line}\n{cluster.trace()}"
             acknowledged = resumed[line["group"]] = line["step"]
         elif line["what"] == "resumes":
-            assert resumed[line["group"]] == line["step"], cluster.story()
+            assert resumed[line["group"]] == line["step"], cluster.trace()
 
 
 def check_directory(cluster: Cluster, place: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ class Cluster:
         """
         survivor = other(victim)
         if victim == self._place:
-            assert 0 != self.ended(survivor), self.story()
+            assert 0 != self.ended(survivor), self.trace()
             self.start(*(BOTH if hosts == 2 else [survivor]), place=place if hosts == 2 else survivor)
         elif hosts == 2:
             self.start(victim, place=self._place)
@@ -191,7 +191,7 @@ class Cluster:
         try:
             code = agent.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(self.story()) from None
+            raise AssertionError(self.trace()) from None
         self._booted[name].agent = None
         return code
 
@@ -221,9 +221,9 @@ class Cluster:
         """Return what ``found`` returns, once that is true."""
         deadline = time.monotonic() + PATIENCE_S
         while not (what := found()):
-            assert time.monotonic() < deadline, self.story()
+            assert time.monotonic() < deadline, self.trace()
             for name, booted in self._booted.items():
-                assert booted.agent is None or booted.agent.poll() in (None, 0), f"{name} ended\n{self.story()}"
+                assert booted.agent is None or booted.agent.poll() in (None, 0), f"{name} ended\n{self.trace()}"
             time.sleep(0.01)
         return what
 
@@ -286,10 +286,10 @@ class Cluster:
         for line in questions:
             _answer(line, END)
         for name in [*self._booted]:
-            assert 0 == self.ended(name), self.story()
+            assert 0 == self.ended(name), self.trace()
         self.read()
 
-    def story(self) -> str:
+    def trace(self) -> str:
         """Return what a failed test shows."""
         said = [" ".join(f"{line[key]}" for key in line if key not in ("digest", "path")) for line in self.lines]
         logs = [f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(self._folder.glob("*.log"))]
