@@ -137,7 +137,7 @@ class Cluster:
             booted.agent.wait()
 
     def start(self, *names: Name, place: Name) -> None:
-        """Start the agents of these hosts, which meet at ``place``; boot a host that does not run."""
+        """Start the agents of these hosts, with the rendezvous at ``place``; boot a host that does not run."""
         self._place = place
         for name in names:
             if name not in self._booted:
