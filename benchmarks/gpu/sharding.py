@@ -1,7 +1,14 @@
-"""FSDP2 on one rank: its shards are saved in the background, and put back bit by bit."""
+"""FSDP2 on one rank: its shards are saved in the background, and put back bit by bit.
+
+On several GPUs, also of several hosts, the same is checked with all ranks, over NCCL, in a directory that all of them
+see: ``PYTHONPATH=.:benchmarks torchrun --nproc-per-node=2 -m gpu.sharding DIRECTORY``. Without GPUs it uses gloo.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +38,22 @@ def checked(run: Run) -> list[tuple[str, ...]]:
     return [(f"FSDP2 on one rank, {backend}", "torch-checkpointer", "each bit is equal", "")]
 
 
+def on_all_ranks(folder: str) -> None:
+    """Do the same on the ranks that torchrun has started, each with a GPU of its own."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.manual_seed(0)
+    _saved_and_restored(Run(device=device, megabytes=0, repeats=0, folder=folder, until=math.inf))
+    if dist.get_rank() == 0:
+        print(f"FSDP2 on {dist.get_world_size()} ranks, {dist.get_backend()}: each bit is equal")
+    dist.destroy_process_group()
+
+
 def _saved_and_restored(run: Run) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)]).to(run.device)
-    mesh = init_device_mesh(run.device, (1,))
+    mesh = init_device_mesh(run.device, (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -77,3 +97,7 @@ def _each(part: Any, path: str, call: Callable[[str, torch.Tensor], None]) -> No
             _each(value, f"{path}/{name}", call)
     elif isinstance(part, torch.Tensor):
         call(path, part.full_tensor() if isinstance(part, dist.tensor.DTensor) else part)
+
+
+if __name__ == "__main__":
+    on_all_ranks(sys.argv[1])

@@ -15,6 +15,7 @@ import attrs
 
 from checkpointer._validation import check_function
 from checkpointer.clock import SystemClock
+from checkpointer.commit.index import RECORDS
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.state_io import StateIO
 from checkpointer.distributed.team import BARRIER_S, Agreement, Broadcast, all_come, check_alike
@@ -24,6 +25,7 @@ from checkpointer.errors import (
     ClosedError,
     ConflictError,
     PolicyError,
+    RestoreError,
     SaveError,
     failures_as_warnings,
 )
@@ -283,6 +285,7 @@ class DistributedManager:
         loaded = self._io.loaded
         record = self._receive(received)
         if record is None:
+            self._check_none_sees_more()
             return None
         self._last_report = record.step if record.step else -1, record.epoch, record.epoch_end
         if self._io.is_folder and record.format == self._io.name:
@@ -291,15 +294,34 @@ class DistributedManager:
 
     def _load(self, record: Record, options: Mapping[str, Any]) -> Restored | None:
         """Return the checkpoint if this rank can read the file that rank 0 has read."""
+        storage_options = self._where[1]
+        return self._look(
+            lambda storage: load(storage, lambda record: open_format(record.format, storage_options), record, **options)
+        )
+
+    def _look(self, act: Callable[[Storage], T]) -> T | None:
+        """Return what ``act`` returns for the directory as this rank sees it; None if this rank cannot read it."""
         directory, storage_options = self._where
         owner = new_owner()
         try:
-            storage = open_storage(directory, owner, storage_options)
-            return load(storage, lambda record: open_format(record.format, storage_options), record, **options)
+            return act(open_storage(directory, owner, storage_options))
         except (CheckpointerError, OSError):
             return None
         finally:
             release(owner)
+
+    def _check_none_sees_more(self) -> None:
+        """Raise on every rank if rank 0 sees no record, and another rank does: the training would begin anew."""
+        if self._ranks.size == 1 or self._where[0] is None:
+            return
+        sees = self._ranks.gather(bool(self._look(lambda storage: storage.list(RECORDS))))
+        if any(sees) and not sees[0]:
+            place = self._view.base.rstrip("/")
+            msg = (
+                f"rank 0 finds no checkpoint in {place}, and rank {sees.index(True)} finds some there; all ranks have "
+                "to use one directory, on a disk that they share"
+            )
+            raise RestoreError(msg)
 
     def _share(self, record: Record, here: Restored | None) -> Restored:
         """Return the checkpoint on each rank: rank 0 sends the state if a rank could not read it."""

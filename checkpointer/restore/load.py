@@ -115,7 +115,7 @@ def compare(
     """Raise `CorruptError` unless a payload has this size (bytes) and digest; by ``files`` it names what differs."""
     if found != (record.size, record.digest):
         msg = f"{record.name} has other bytes than were written: its digest differs from its record's"
-        damage = other_files(record, files) or _damage(storage, record.name)
+        damage = other_files(storage, record, files) or _damage(storage, record.name)
         raise CorruptError(f"{msg}; {damage}" if damage else msg)
 
 

@@ -109,11 +109,13 @@ def on_host(name: str) -> Any:
         owners._host = before
 
 
-def train(storage: CrashingStorage, policy: Policy, steps: int, *, digests: bool) -> tuple[int, Run | None]:
+def train(
+    storage: CrashingStorage, policy: Policy, steps: int, *, digests: bool, **options: Any
+) -> tuple[int, Run | None]:
     """Save until the storage dies; return the last step that was acknowledged."""
     run, acknowledged = None, 0
     with contextlib.suppress(Crash, SaveError):
-        run = Run(storage, policy, digests=digests)
+        run = Run(storage, policy, digests=digests, **options)
         for _ in range(steps):
             if run.save():
                 acknowledged = run.step
@@ -162,24 +164,25 @@ def test_dying_at_any_operation_leaves_what_was_acknowledged_and_no_other_file(w
     assert count > 1
 
 
+@pytest.mark.parametrize("run", [None, "job"], ids=["a new run", "a run by name"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_a_writer_of_another_host_left_is_removed_by_the_term(when: When) -> None:
+def test_what_a_writer_of_another_host_left_is_removed_by_the_term(when: When, run: str | None) -> None:
     """Nothing shows whether its process has ended. Its record stays, so that no other save takes the name."""
     removed = 0
     for n in instants(1000):
         url, clue = f"memory://{uuid4().hex}", f"died {when} operation {n}"
         with on_host("node1"):
             storage = CrashingStorage(open_storage(url, new_owner()), at=n, when=when)
-            acknowledged, _ = train(storage, ALL, 2, digests=True)
+            acknowledged, _ = train(storage, ALL, 2, digests=True, run=run)
         if not storage.is_dead:
             break
         inner = open_storage(url, new_owner())
         left = files_of(inner)
-        after = check_acknowledged(inner, ALL, acknowledged, clue, takeover=True)
+        after = check_acknowledged(inner, ALL, acknowledged, clue, takeover=True, run=run)
         unfinished = {entry.record.name for entry in look_at(inner).unfinished}
         assert {record.name for record in after.manager.records} | unfinished >= files_of(inner), clue
-        # If nothing was ever acknowledged, no process goes on with the run.
-        assert not acknowledged or not unfinished & files_of(inner), clue
+        # If nothing was ever acknowledged, a process goes on with the run only if it is given its name.
+        assert not (acknowledged or run) or not unfinished & files_of(inner), clue
         removed += bool(left - files_of(inner))
         assert after.save(), clue
         after.manager.close()

@@ -31,6 +31,8 @@ from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.restore.load import Verify
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import ALGORITHM, digest_of
+from checkpointer.tools.catalog import look_at
+from checkpointer.tools.verify import verify_all
 
 pytestmark = pytest.mark.slow
 
@@ -172,6 +174,9 @@ def damage(rank: int, directory: Path) -> Any:
             warnings.simplefilter("ignore", CheckpointerWarning)
             restored = manager.restore()
         found[f"{what}, newest"] = restored.step if restored else None
+        catalog = look_at(LocalStorage(directory, ""))
+        looked_at = [record for record in catalog.records if record.step == 2]
+        found[f"{what}, verify"] = [finding.problem for finding in verify_all(catalog, looked_at)]
         torch.distributed.barrier()
         if heal is not None:
             heal()
@@ -219,6 +224,11 @@ def test_damage_of_one_rank_s_shards_is_an_error_on_all_ranks_that_names_it(tmp_
     for what, text in texts.items():
         assert [("CorruptError", text, True)] * 2 == found[what], what
         assert 1 == found[f"{what}, newest"], what
+    third = "__3_0.distcp (the shards of rank 3)"
+    differs = "has other bytes than were written: its digest differs from its record's; other bytes are in"
+    assert [f"{differs} w of {third}"] == found["flipped, verify"]
+    assert [f"{differs} w, b of {third}"] == found["another step's, verify"]
+    assert [f"{differs} .metadata"] == found["metadata, verify"]
     assert 2 == found["healed"]
 
 
@@ -263,6 +273,28 @@ def test_ranks_that_see_different_directories_get_an_error(tmp_path: Path) -> No
         restored = manager.restore()
         assert restored is not None
         assert 1 == restored.step
+
+
+def begin_apart(rank: int, directory: Path, format: str) -> Any:
+    if rank == 0:
+        hide(directory)
+    manager = DistributedManager(directory, POLICY, state=lambda: sharded(0), format=format)
+    error = at_once(manager.restore)
+    manager.close()
+    return error
+
+
+@pytest.mark.parametrize("format", ["torch", "dcp"])
+def test_a_training_does_not_begin_anew_if_another_rank_sees_its_checkpoints(tmp_path: Path, format: str) -> None:
+    """Rank 0 was started on another host, and each host has a disk of its own."""
+    if os.geteuid() != 0:
+        lacks("namespaces", "needs root")
+    with CheckpointManager(tmp_path, POLICY, state=lambda: {"w": torch.ones(9)}) as manager:
+        manager.observe({}, 1, 0, epoch_end=False)
+    for kind, text, quick in together(2, begin_apart, tmp_path, format):
+        assert ("RestoreError", True) == (kind, quick)
+        assert f"rank 0 finds no checkpoint in {tmp_path}" in text
+        assert "rank 1 finds some there" in text
 
 
 def save_in_own_memory(rank: int) -> Any:

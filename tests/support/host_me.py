@@ -92,8 +92,11 @@ class Stops:
             return
         self.count += 1
         if self.count == self._at:
-            report("stops", self.count, event, *map(str, arguments[:2]))
-            os.kill(os.getpid(), signal.SIGSTOP)
+            self._stop(event, arguments)
+
+    def _stop(self, event: str, arguments: tuple[Any, ...]) -> None:
+        report("stops", self.count, event, *map(str, arguments[:2]))
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def _is_inside(self, argument: Any) -> bool:
         return isinstance(argument, (str, os.PathLike)) and os.fspath(argument).startswith(self._folder)

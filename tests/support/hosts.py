@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from support.mounts import give_up, need
+from support.mounts import give_up, need, sh
 from support.servers.chaosproxy import ChaosProxy, bound
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Host:
         if "ready\n" != self._unshare.stdout.readline():
             self.__exit__()
             give_up(["the right to make namespaces"], "namespaces")
-        [self._first] = _children(self._unshare.pid)
+        [self.first] = _children(self._unshare.pid)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -66,9 +66,18 @@ class Host:
         self._unshare.stdout.close()
         self._unshare.wait()
 
+    def kill(self) -> None:
+        """End it as a loss of power does: the kernel kills all its processes at once."""
+        os.kill(self.first, signal.SIGKILL)
+        self.__exit__()
+
+    def network(self, *command: str) -> None:
+        """Run ``ip`` in the host's network."""
+        sh("nsenter", "--target", self.first, "--net", "ip", *command)
+
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the host. The process that is returned has its exit code, and its child is the program."""
-        enter = ["nsenter", "--target", str(self._first), "--pid", "--uts", "--net", "--mount", f"--wd={os.getcwd()}"]
+        enter = ["nsenter", "--target", str(self.first), "--pid", "--uts", "--net", "--mount", f"--wd={os.getcwd()}"]
         return subprocess.Popen([*enter, *command], **options)
 
     def proxy(self, port: int) -> ChaosProxy:
@@ -80,7 +89,7 @@ class Host:
         made: list[T] = []
 
         def work() -> None:
-            with open(f"/proc/{self._first}/ns/net") as network:
+            with open(f"/proc/{self.first}/ns/net") as network:
                 libc = ctypes.CDLL(None, use_errno=True)
                 # It moves only this thread, which ends here.
                 if libc.setns(network.fileno(), _CLONE_NEWNET):
