@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
-	@touch $@
+	@touch $@ $(VENV)/.demo
 
 servers: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers]'
@@ -59,8 +59,16 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	"$(PEERS)/bin/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[peers]'
 	@touch $@
 
-demo: venv
+# Without the packages of the tests. If they are installed, so is this.
+demo: $(VENV)/.demo
 	"$(BIN)/python" examples/digits_loop.py
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what the demo needs: this package, torch, scikit-learn, rich, typer"
+	$(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools
+	"$(BIN)/python" -m pip install -c constraints.txt --no-build-isolation -e '.[demo]'
+	@touch $@
 
 test: venv
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)

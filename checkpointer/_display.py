@@ -13,6 +13,7 @@ _UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 _SHARDS: Final = re.compile(r"__(\d+)_\d+\.distcp")
 _CELL: Final = 'style="text-align: left; vertical-align: top; padding: 2px 10px 2px 0"'
+_ERRNO: Final = re.compile(r"\[Errno -?\d+\] ")
 
 
 def size_text(size: float) -> str:
@@ -88,6 +89,16 @@ def one_line(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join("?" if _drives(char) else char for char in text)
+
+
+def without_errno(text: str) -> str:
+    """Return the text of an error without the system's number of it.
+
+    Example:
+        >>> without_errno("[Errno 28] No space left on device")
+        'No space left on device'
+    """
+    return _ERRNO.sub("", text)
 
 
 def escaped_json(text: str) -> str:

@@ -35,12 +35,20 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator
+from types import FrameType
 from typing import Final
 
 _MAX_REASON: Final = 300
 """Characters of the reason that another library gives."""
+_BETWEEN: Final = frozenset({
+    *("checkpointer", "checkpointer_lightning", "checkpointer_torch", "checkpointer_transformers"),
+    *("accelerate", "attr", "contextlib", "ignite", "keras", "lightning", "pytorch_lightning"),
+    *("rich", "torch", "tqdm", "transformers"),
+})  # fmt: skip
+"""Packages whose lines a warning does not show, because the user wrote none of them."""
 
 __all__ = [
     "AliasInUseError",
@@ -219,4 +227,28 @@ def failures_as_warnings(what: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        warnings.warn(f"{what}: {failure!r}" if what else str(failure), CheckpointerWarning, stacklevel=4)
+        warn(f"{what}: {failure!r}" if what else str(failure))
+
+
+def warn(message: str, category: type[Warning] = CheckpointerWarning) -> None:
+    """Warn. The warning shows the line of the user's program that called this library, or called the framework.
+
+    On a thread of this library there is no such line. Then the warning shows the line of this library.
+    """
+    first = sys._getframe(1)
+    frame: FrameType | None = first
+    while frame is not None and _package_of(frame) in _BETWEEN:
+        frame = frame.f_back
+    if frame is None or _package_of(frame) == "threading":
+        frame = first
+    place = frame.f_globals
+    registry = place.setdefault("__warningregistry__", {})
+    name = place.get("__name__", "<unknown>")
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, name, registry)
+
+
+def _package_of(frame: FrameType) -> str:
+    """Return the name of the package that a line belongs to; attrs' generated functions have none and belong to it."""
+    if frame.f_code.co_filename.startswith("<attrs generated"):
+        return "attr"
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -25,12 +24,12 @@ from checkpointer.commit.naming import location
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.errors import (
-    CheckpointerWarning,
     ConflictError,
     NotFoundError,
     PolicyError,
     SaveError,
     failures_as_warnings,
+    warn,
 )
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
@@ -203,7 +202,7 @@ class CheckpointManager:
         if writes and verbose and isinstance(storage, SupportsCapabilities):
             _log.info("%s: %s", storage, "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items()))
         if missing := opened.lines.missing_text:
-            warnings.warn(f"{storage}: {missing}", CheckpointerWarning, stacklevel=2)
+            warn(f"{storage}: {missing}")
         self._schedule.go_on(self._first_progress(), self._clock.time())
         self._saver.notify("on_opened", self)
 
@@ -216,7 +215,7 @@ class CheckpointManager:
             _log.info(msg)
         else:
             hint = "This one has none yet; if you meant one of them, name it"
-            warnings.warn(f"{msg}. {hint}", CheckpointerWarning, stacklevel=3)
+            warn(f"{msg}. {hint}")
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -504,7 +503,7 @@ class CheckpointManager:
                 f"after {timeout:.1f} s {self._executor.unfinished} is still being written, and close() waits no "
                 "longer. If the process ends before that, the run goes on from the checkpoint before it"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
         self.session.is_closed = True
         self._schedule.wake()  # The next report raises that the manager is closed.
         if self._mirror is not None:

@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "adapters")]
+sys.path[:0] = [str(ROOT), str(ROOT / "adapters"), str(ROOT / "docs")]
 
 project = "torch-checkpointer"
 author = "the torch-checkpointer authors"
 copyright = author
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "argument_tables"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "torch-checkpointer"
+html_static_path = ["_static"]
+html_css_files = ["arguments.css"]
 # Links to headings work as on the repository's pages.
 myst_heading_anchors = 3
 # If an object has the name in single backticks, they link to it; else they show code.

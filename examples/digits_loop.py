@@ -6,6 +6,7 @@ It continues from the newest checkpoint. It ends with the same weights as a run 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import xxhash
 from checkpointer_torch import Loop, load_weights
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 def table_of(manager: CheckpointManager, directory: Path) -> Table:
     """Return a table of the checkpoints and the reasons why they are kept."""
     table = Table("name", "step", "val_loss", "why", "alias", title=f"Kept in {directory}")
-    table.columns[0].overflow = "fold"
+    table.columns[0].no_wrap = True
     reasons = explain(manager.policy, manager.session.manifest)
     for record in manager.records:
         loss = f"{record.metrics['val_loss']:.4f}" if "val_loss" in record.metrics else ""
@@ -79,30 +80,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
     loader = DataLoader(TensorDataset(*splits["train"]), BATCH, shuffle=True)
 
-    with Loop(args.directory, POLICY, model=model, optimizer=optimizer, scheduler=scheduler) as loop:
+    bar = Progress(console=console, disable=args.quiet)
+    with Loop(args.directory, POLICY, model=model, optimizer=optimizer, scheduler=scheduler) as loop, bar:
         start = loop.resume()
         if start.source:
             console.print(f"resumed from {start.source} at step {start.step} of {args.epochs * len(loader)}")
         for epoch in loop.epochs(args.epochs):
-            bar = {"total": len(loader), "completed": loop.progress.batch, "disable": args.quiet, "console": console}
-            for images, labels in track(loop.batches(loader), f"epoch {epoch + 1}", **bar):
+            # After a resume within an epoch the bar begins where the training does.
+            task = bar.add_task(f"epoch {epoch + 1}", total=len(loader), completed=loop.progress.batch)
+            for images, labels in loop.batches(loader):
                 loss = nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+                bar.advance(task)
                 loop.step({"train_loss": loss.detach()})
             scheduler.step()
             val_loss, val_accuracy = measure(model, *splits["val"])
             loop.report({"val_loss": val_loss, "val_accuracy": val_accuracy})
+        bar.stop()
         console.print(table_of(loop.manager, args.directory))
         if loop.best is not None:
             best = make_net()
             load_weights(best, args.directory / loop.best.name)
             accuracy = measure(best, *splits["test"])[1].item()
             console.print(f"best: {loop.best.name} has {accuracy:.1%} of the test digits right")
+    console.print(f"to train again from the beginning, remove its checkpoints: rm -r {args.directory}")
     weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-    console.print(f"weights xxh3-128 {xxhash.xxh3_128_hexdigest(weights)}")
+    digest = xxhash.xxh3_128_hexdigest(weights)
+    console.print(f"weights xxh3-128 {digest} (the same after any kill; another processor may round differently)")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + 2)  # As of SIGINT. The loop has logged at which step it stopped, and what it saved.

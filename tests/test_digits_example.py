@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.commands import command
 from support.sampling import some
 
 pytestmark = pytest.mark.slow
@@ -119,3 +123,79 @@ def test_a_finished_run_only_shows_its_table_again(unbroken: tuple[Path, list[st
     assert again[0].startswith("resumed from ")
     assert lines == again[1:]
     assert before.items() >= {path: path.lstat().st_mtime_ns for path in directory.glob("epoch*.ckpt")}.items()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def same_but_numbers(shown: str, printed: str) -> bool:
+    """Return whether two texts are equal but for their numbers, which depend on the processor and the time."""
+    left, right = (re.sub(r"[0-9a-f]{32}|[\d.]+( ?(s|min|kB|MB)\b)?", "#", text) for text in (shown, printed))
+    return [re.sub(r"\s+", " ", line).strip() for line in left.splitlines()] == [
+        re.sub(r"\s+", " ", line).strip() for line in right.splitlines()
+    ]
+
+
+def test_the_pages_show_what_the_run_prints_and_what_ls_says_of_it(
+    unbroken: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README shows ``ls``, and the page on the first run shows the end of the run."""
+    directory, lines = unbroken
+    page = re.search(r"^```console\n(Kept in.*?)```", (ROOT / "docs/first-run.md").read_text("utf-8"), re.M | re.S)
+    assert page is not None
+    begin = next(number for number, line in enumerate(lines) if "Kept in" in line)
+    printed = "\n".join(lines[begin:]).replace(str(directory), "runs/digits")
+    assert same_but_numbers(re.sub("[━─]+", "-", page[1]), re.sub("[━─]+", "-", printed)), printed
+
+    readme = re.search(r"^\$ checkpointer (ls .*)\n([^`]*)```", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert readme is not None
+    (directory.parent / "runs").mkdir()
+    (directory.parent / "runs/digits").symlink_to(directory)
+    (directory.parent / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(directory.parent)
+    assert same_but_numbers(readme[2], command(*readme[1].split(), columns=80).out)
+
+
+def on_terminal(directory: Path, *, interrupt: bool) -> tuple[int, str]:
+    """Run two epochs on a terminal; return the status and what is shown. Ctrl-C comes after the first checkpoint."""
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, str(EXAMPLE), "--directory", str(directory), "--epochs", "2"]
+    environment = os.environ | {"COLUMNS": "80", "TERM": "xterm"}
+    process = subprocess.Popen(argv, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while chunk := os.read(ours, 1 << 16):
+                shown.append(chunk)
+        except OSError:
+            pass  # Linux's answer once the process has ended.
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while interrupt and not (directory / "last.ckpt").is_symlink():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    if interrupt:
+        process.send_signal(signal.SIGINT)
+    code = process.wait(PATIENCE_S)
+    reader.join()
+    os.close(ours)
+    return code, b"".join(shown).decode()
+
+
+def test_ctrl_c_ends_the_demo_with_one_line_and_the_bars_of_a_resumed_run_end_at_100_percent(tmp_path: Path) -> None:
+    """On a real terminal: status 130, no traceback; and the finished demo says how to begin anew."""
+    code, shown = on_terminal(tmp_path / "run", interrupt=True)
+    assert (130, False, 1) == (code, "Traceback" in shown, shown.count("stopped by SIGINT at step")), shown
+    code, shown = on_terminal(tmp_path / "run", interrupt=False)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert (0, True) == (code, "resumed from" in plain), shown
+    assert f"rm -r {tmp_path / 'run'}" in plain.replace("\r\n", "")
+    for epoch in re.findall(r"epoch (\d) ", plain):
+        assert "100" == re.findall(rf"epoch {epoch} \D*?(\d+)%", plain)[-1]
+    assert "epoch 2" in plain
+    assert re.search(r"│ epoch=1-step=\d+-val_loss=[\d.]+\.ckpt +│", plain)  # A name is not broken at 80 columns.

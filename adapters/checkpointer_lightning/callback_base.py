@@ -6,16 +6,15 @@ import contextlib
 import math
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer import Decision, Policy
 from checkpointer._secrets import shown_place
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import Agreement, on_rank_zero
-from checkpointer.errors import failures_as_warnings
+from checkpointer.errors import failures_as_warnings, warn
 from checkpointer.policy.swapped_weights import marked
 from checkpointer.ports import Clock
 from checkpointer.save.background import Busy
@@ -228,7 +227,7 @@ class CallbackBase(Base):
                 rescue(session, exception)
             if signals.requeue:
                 signals.requeue = False
-                warnings.warn(_NO_REQUEUE, CheckpointerWarning, stacklevel=2)
+                warn(_NO_REQUEUE)
             with failures_as_warnings():
                 session.collect(waits=True, is_alone=True)
         finally:

@@ -1,7 +1,6 @@
 """Lightning's ``ModelCheckpoint`` with the same arguments; a policy makes the decisions."""
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from datetime import timedelta
@@ -11,7 +10,6 @@ from typing import Any, Final, Literal, Optional, Union
 import attrs
 
 from checkpointer import (
-    CheckpointerWarning,
     Decision,
     DuringEpochs,
     EveryEpochs,
@@ -22,6 +20,7 @@ from checkpointer import (
     Skip,
 )
 from checkpointer._secrets import shown_place
+from checkpointer.errors import warn
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.policy.retention import Rule
 from checkpointer_lightning.attributes import ONLY_LAST, Attributes, competing
@@ -182,7 +181,7 @@ class DropIn(CallbackBase):
         if isinstance(saved_models, dict) and saved_models:
             return _before_step(saved_models[max(saved_models)], dump)
         if self._every_n_train_steps and trainer.is_global_zero:
-            warnings.warn(_AFTER, UserWarning, stacklevel=2)
+            warn(_AFTER, UserWarning)
         return dump
 
     # Messages
@@ -204,7 +203,7 @@ class DropIn(CallbackBase):
         for key in (key for key in naming.keys if key not in known):
             self._unknown |= {key}
             msg = f"the template {self.filename!r} asks for {key!r}, which was not reported (have: {have}): it reads 0"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+            warn(msg)
 
     def _message(self, trainer: Any, decision: Decision, attributes: Attributes) -> str:
         now = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}: {self.monitor!r}"
@@ -278,7 +277,7 @@ def _before_step(captured: Any, dump: dict[str, Any]) -> dict[str, Any]:
         f"module.saved_models has {', '.join(map(repr, unknown[:3]))}, which neither the module nor its layer has; "
         "what is saved is the state after the optimizer stepped"
     )
-    warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+    warn(msg)
     return dump
 
 

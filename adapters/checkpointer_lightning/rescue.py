@@ -8,12 +8,11 @@ second; if one is missing, no rank saves.
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
-from checkpointer import CheckpointerWarning, Decision, Save
+from checkpointer import Decision, Save
 from checkpointer.distributed.team import all_come
-from checkpointer.errors import ConflictError
+from checkpointer.errors import ConflictError, warn
 from checkpointer_lightning.session import TrainingSession
 from checkpointer_lightning.siblings import ours
 
@@ -84,4 +83,4 @@ def _has_hook(thing: Any) -> bool:
 
 
 def _warn(msg: str) -> None:
-    warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+    warn(msg)

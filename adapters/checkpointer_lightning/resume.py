@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -14,9 +13,9 @@ import attrs
 import torch
 from fsspec.core import url_to_fs
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Policy, Save
+from checkpointer import CheckpointManager, Policy, Save
 from checkpointer._secrets import shown_place
-from checkpointer.errors import NotFoundError
+from checkpointer.errors import NotFoundError, warn
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -122,7 +121,7 @@ def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any]
     for step, epoch, path in found:
         if step < 0:
             msg = f"{shown_place(path)} is not adopted: its step cannot be read; it is neither ranked nor removed"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warn(msg)
             continue
         metrics = {} if monitor is None else {monitor: scores[path]}
         decision = manager.session.decide(metrics, step, epoch, due="Lightning had saved it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -10,8 +9,8 @@ from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointerWarning
 from checkpointer.distributed.ranks import Team
+from checkpointer.errors import warn
 from checkpointer.formats.pickler import refuse_shards_in
 from checkpointer.ports import Ranks
 from checkpointer.save.background import Busy
@@ -48,7 +47,7 @@ class TrainerIO:
                 background = background or "wait"
             return {"state": self.capture, "background": background}
         if background and self.ranks.rank == 0:
-            warnings.warn(_NO_BACKGROUND, CheckpointerWarning, stacklevel=2)
+            warn(_NO_BACKGROUND)
         return {"save": lambda path: self.team.call("write", path)}
 
     def capture(self) -> dict[str, Any]:

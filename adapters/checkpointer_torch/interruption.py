@@ -6,15 +6,15 @@ import itertools
 import logging
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import attrs
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Listener, Skip
+from checkpointer import CheckpointManager, Decision, Listener, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import Agreement
+from checkpointer.errors import warn
 from checkpointer.hosts.grace import Grace
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer.ports import Ranks
@@ -154,7 +154,7 @@ class Interruption:
                 f"{left:.1f} s are left of the grace of {self._grace.seconds:g} s, and the last save took "
                 f"{took:.1f} s: the rescue may be cut off, and then the run goes on from the checkpoint before it"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
         name = signal.Signals(number).name
         saved = self._rescue(name)
         self._answered = number
@@ -167,7 +167,7 @@ class Interruption:
             decision: Decision = self._saver.rescue(reason, timeout=self._grace.left)
         except Exception as error:  # Older checkpoints are untouched, and the signal still has to be answered.
             msg = f"the save asked for by {reason} failed ({error!r}); older checkpoints are untouched"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+            warn(msg)
             return msg
         what = decision.reason if isinstance(decision, Skip) else f"saved as {decision.name}"
         _log.info("%s: %s", reason, what)
@@ -205,7 +205,11 @@ class Interruption:
                 # By default the process ends in `deliver`, and the error would not be shown.
                 name = signal.Signals(number).name
                 _log.error("%s had come, and then the training failed", name, exc_info=error)
-            deliver(number)
+            try:
+                deliver(number)
+            except KeyboardInterrupt as interrupt:
+                # The log says at which step the training stopped. Where in the loop is not of interest.
+                raise interrupt from None
         return is_stop
 
     def _is_immediate(self, error: BaseException | None) -> bool:

@@ -7,16 +7,15 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from checkpointer import CheckpointerWarning, CheckpointManager, Decision, Policy, Progress, Record, Skip
+from checkpointer import CheckpointManager, Decision, Policy, Progress, Record, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import OneRank, TorchRanks, on_every_rank
 from checkpointer.distributed.team import check_alike
-from checkpointer.errors import ObservationError, PolicyError, RanksError
+from checkpointer.errors import ObservationError, PolicyError, RanksError, warn
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import MANAGER_OPTIONS, check_options
 from checkpointer.policy.triggers import Trigger, horizon_of
@@ -438,7 +437,7 @@ class Loop:
 
     def _warn(self, msg: str) -> None:
         if self._ranks.rank == 0:
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
 
     # Going on
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -18,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpointer import CheckpointerWarning
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, warn
 from checkpointer_torch.layouts import fitted
 from checkpointer_torch.state_differences import Differences, compared
 
@@ -262,7 +260,7 @@ class HeldPart(Part):
                 f"object any more: if it has bound the name to another one, that one is not saved. Pass "
                 f"{name}=lambda: {name}, and read loop[{name!r}] after resume()"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+            warn(msg)
 
 
 class TensorPart(HeldPart):
@@ -404,7 +402,7 @@ class FunctionPart(Part):
                 f"{self._name!r} was put back by resume(), and the program has not read it: it went on with another "
                 f"value, which is not exact. Read loop[{self._name!r}] after resume()"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+            warn(msg)
         self._restored, self._is_read = [], True
         return _encoded(self._function())
 

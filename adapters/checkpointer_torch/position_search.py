@@ -7,7 +7,6 @@ import copy
 import inspect
 import itertools
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -15,8 +14,7 @@ import attrs
 import torch
 from torch.utils.data import DistributedSampler
 
-from checkpointer import CheckpointerWarning
-from checkpointer.errors import MismatchError
+from checkpointer.errors import MismatchError, warn
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
@@ -56,7 +54,7 @@ class ResumedFrom:
 
     def warn(self, what: str) -> None:
         """Warn that something is not exact."""
-        warnings.warn(f"{self.source}: {what}", CheckpointerWarning, stacklevel=2)
+        warn(f"{self.source}: {what}")
 
 
 def put_start(view: LoaderView, began: Began) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from checkpointer import CheckpointerWarning
+from checkpointer.errors import warn
 
 
 def take_random_state() -> dict[str, Any]:
@@ -53,7 +52,7 @@ def put_random_state(state: Mapping[str, Any]) -> None:
     here = torch.cuda.device_count() if devices else 0
     if len(devices) > here:
         msg = f"not exact: the checkpoint has random states of {len(devices)} CUDA devices, and {here} are here"
-        warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        warn(msg)
     for device, of_device in enumerate(devices[:here]):
         torch.cuda.set_rng_state(of_device, device)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointerWarning, CheckpointManager
+from checkpointer import CheckpointManager
 from checkpointer._secrets import shown_place
 from checkpointer.distributed.manager import DistributedManager
-from checkpointer.errors import NotFoundError, PolicyError
+from checkpointer.errors import NotFoundError, PolicyError, warn
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.open_any import Opener, is_place, open_foreign, own_name
 from checkpointer_torch.training_state import TrainingState
@@ -57,7 +56,7 @@ class ResumeSource:
         if differences:
             untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
             msg = f"{source} does not fit, and what did was loaded: {differences}{untaken}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warn(msg)
         return True
 
     def _restored(self, which: Any, place: str | None, *, weights_only: bool) -> tuple[Any, str] | None:
@@ -106,5 +105,5 @@ class ResumeSource:
             f"{record.name} was adopted, so another program wrote it. Loaded were the weights of {', '.join(modules)}, "
             f"and step {record.step} of its record. The training begins with epoch {training.epoch}{anew}"
         )
-        warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+        warn(msg)
         return True

@@ -6,14 +6,13 @@ import contextlib
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
-from checkpointer import CheckpointerWarning, Record
-from checkpointer.errors import MismatchError, ObservationError, PolicyError
+from checkpointer import Record
+from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
 from checkpointer.policy.swapped_weights import OTHER, modes_of, trains, unranked
 from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
@@ -223,7 +222,7 @@ class TrainingState:
         self._put_own(ranks, states, strict=strict)
         self.measured.note(self.step)
         for warning in _doubts(own, source):
-            warnings.warn(warning, CheckpointerWarning, stacklevel=4)
+            warn(warning)
         return differences
 
     def put_foreign(self, content: Any, names: StateMap, source: str, *, strict: bool) -> Differences:
@@ -252,7 +251,7 @@ class TrainingState:
         if strict:
             msg = f"{what}, and nothing was loaded; resume(strict=False) takes what the first processes had"
             raise MismatchError(msg)
-        warnings.warn(f"{what}; taken is what the first processes had", CheckpointerWarning, stacklevel=5)
+        warn(f"{what}; taken is what the first processes had")
 
     def _put_own(self, ranks: Sequence[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
         saved, here, rank = len(ranks), self._ranks.size, self._ranks.rank
@@ -264,7 +263,7 @@ class TrainingState:
                 f"saved by {saved} processes, resumed by {here}: each goes on after {self.data.used} of its batches, "
                 "and the random numbers are others; not exact"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+            warn(msg)
         random = own["random"] if rank < saved else None
         if random is not None:
             put_random_state(random)
@@ -343,5 +342,5 @@ class MeasuredWeights:
             return metrics
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(unranked(reported, step), CheckpointerWarning, stacklevel=4)
+            warn(unranked(reported, step))
         return {f"{name}{OTHER}" if name in reported else name: value for name, value in metrics.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +12,9 @@ import attrs
 import torch
 from torch import nn
 
-from checkpointer import CheckpointerWarning, HMACKey, Policy
+from checkpointer import HMACKey, Policy
 from checkpointer._display import some_of
-from checkpointer.errors import MismatchError, RestoreError
+from checkpointer.errors import MismatchError, RestoreError, warn
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.weights import Weights, weights_for
@@ -97,7 +96,7 @@ def load_weights(
     target.put(state)
     if differences:
         msg = f"{where} does not fit, and {len(state)} of {len(own)} names were loaded: {differences}"
-        warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        warn(msg)
     return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
 
 

@@ -8,12 +8,10 @@ import math
 import signal
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from checkpointer import CheckpointerWarning
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, warn
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
@@ -179,7 +177,7 @@ class _Attachment:
     def _take_signals(self, ends: contextlib.ExitStack) -> None:
         if threading.current_thread() is not threading.main_thread():
             msg = "train() does not run in the main thread, so signals cannot be caught"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warn(msg)
             return
         for number in self._signals:
             self._before[number] = signal.signal(number, self._note)
@@ -215,14 +213,14 @@ class _Attachment:
         if not training.policy.rescue or not state.global_step:
             return
         if obstacle := _obstacle(training):
-            warnings.warn(f"no rescue checkpoint: {obstacle}", CheckpointerWarning, stacklevel=4)
+            warn(f"no rescue checkpoint: {obstacle}")
             return
         try:
             if training.rescue(state, f"{type(error).__name__}: {error}"):
                 self.save_now()
         except Exception as failure:  # The error that ended the training must be the one that is raised.
             msg = f"no rescue checkpoint could be written: {failure!r}"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
 
 
 def _covered(workers: Workers, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

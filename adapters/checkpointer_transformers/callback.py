@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Final
 import attrs
 from transformers import TrainerCallback
 
-from checkpointer import CheckpointerWarning, Decision, Policy
+from checkpointer import Decision, Policy
 from checkpointer.clock import SystemClock
 from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.team import on_rank_zero
-from checkpointer.errors import PolicyError
+from checkpointer.errors import PolicyError, warn
 from checkpointer.hosts.grace import Grace
 from checkpointer.manager import check_options
 from checkpointer.ports import Clock, Ranks
@@ -287,7 +286,7 @@ class CheckpointCallback(TrainerCallback):
                 "and the policy did not ask for it: it is neither ranked nor removed, and if it was there before, its "
                 "record no longer fits it. Put CheckpointCallback behind that callback, or attach(trainer)"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+            warn(msg)
 
 
 def _with_trainer_names(policy: Policy) -> Policy:

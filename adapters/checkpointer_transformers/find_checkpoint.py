@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from checkpointer import CheckpointerWarning, HMACKey, Record
+from checkpointer import HMACKey, Record
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.terms import LEASE_S, Lease, as_lease
-from checkpointer.errors import CorruptError, NoValidCheckpointError, RunInUseError
+from checkpointer.errors import CorruptError, NoValidCheckpointError, RunInUseError, warn
 from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
@@ -151,7 +150,7 @@ def _rename(folder: Path, name: str, record: Record | None, problem: str) -> Non
         aside = _free(folder / _ASIDE, path.name)
         os.replace(path, folder / _ASIDE / aside)
         msg += f". Its record is {_ASIDE}/{aside} now"
-    warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+    warn(msg)
 
 
 def _free(folder: Path, stem: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
+from checkpointer._display import without_errno
 from checkpointer.cli.messages import flush, say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 
@@ -52,7 +52,6 @@ CANNOT: Final = 2
 
 _PLACES: Final = {name: place for group in COMMANDS.values() for name, (place, _) in group.items()}
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
-_ERRNO: Final = re.compile(r"\[Errno -?\d+\] ")
 
 
 class _Commands(TyperGroup):
@@ -146,7 +145,7 @@ def _text_of(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename and not isinstance(error, CheckpointerError):
         text = f"{error.filename}: {error.strerror}"
-    return _ERRNO.sub("", text)
+    return without_errno(text)
 
 
 @contextlib.contextmanager

@@ -109,6 +109,20 @@ def progress(what: str, total: int) -> Iterator[Callable[..., object]]:
         yield lambda count=0, *, total=None: bar.update(task, advance=count, total=total)
 
 
+def print_marked(mark: str, style: str, rest: str) -> None:
+    """Print one line of a result that begins with a mark such as "BAD", in colour on a terminal."""
+    write(_styled(mark, style if is_coloured() else "") + one_line(rest) + "\n")
+
+
+def is_coloured() -> bool:
+    """Return whether stdout is a terminal, and ``NO_COLOR`` does not forbid colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _styled(text: str, style: str) -> str:
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and text else text
+
+
 # Tables of plain columns, quick for ten thousand rows: rich takes seconds for them
 
 
@@ -136,10 +150,10 @@ def print_table(
     others = sum(widths) - widths[folded] + len(_GAP) * (len(widths) - 1)
     widths[folded] = size = min(widths[folded], max(width() - others, _LEAST))
     shown[folded] = [[(part, style) for text, style in cell for part in _fold(text, size)] for cell in shown[folded]]
-    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = is_coloured()
     columns = [
         [
-            [_padded(text, size, style if is_coloured else "", right=name in right) for text, style in cell]
+            [_padded(text, size, style if coloured else "", right=name in right) for text, style in cell]
             for cell in column
         ]
         for name, size, column in zip(head, widths, shown, strict=True)
@@ -166,7 +180,7 @@ def _lines_of(cells: Sequence[Cell]) -> list[list[tuple[str, str]]]:
 
 def _padded(text: str, size: int, style: str, *, right: bool) -> str:
     room = " " * (size - _len(text))
-    shown = f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and text else text
+    shown = _styled(text, style)
     return room + shown if right else shown + room
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Literal
@@ -16,7 +15,7 @@ from checkpointer.commit.index import HOME, Listing, json_name, read_bounded, re
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import check_signature, signed
 from checkpointer.commit.transaction import duplicate
-from checkpointer.errors import AliasInUseError, CheckpointerWarning, RecordError
+from checkpointer.errors import AliasInUseError, RecordError, warn
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Stat, SupportsLinks, SupportsPaths
 from checkpointer.records.codec import parse_json
@@ -85,7 +84,7 @@ class Aliases:
                 make_alias(self.journal, one.alias, one.target, one.how, slot=one.slot)
             except OSError as error:
                 msg = f"the alias {one.alias} could not be made ({error}); {one.target.name} itself is saved"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=6)
+                warn(msg)
                 continue
             self._pointed[one.alias] = one.target.token
             self._remember(one.alias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import attrs
@@ -11,7 +10,7 @@ from checkpointer.commit.aliases import Aliases
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.writer_marks import clear_ended, mark
-from checkpointer.errors import CheckpointerWarning
+from checkpointer.errors import warn
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage, SupportsLinks, SupportsSweep
 from checkpointer.records.manifest import Manifest
@@ -101,4 +100,4 @@ class Contents:
         """Warn, unless there was a warning with this key before."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)

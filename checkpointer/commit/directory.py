@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 
 import attrs
@@ -25,7 +24,7 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import CheckpointerWarning, ConflictError, FencedError, RecordError, StorageError
+from checkpointer.errors import ConflictError, FencedError, RecordError, StorageError, warn
 from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
@@ -363,7 +362,7 @@ class Directory:
                 f"{what} stay as they are, because the change could not be announced ({error}); "
                 "the next save tries again"
             )
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
             return []
         retired = [record for record in going.values() if record.name in self.manifest.by_name]
         contents.manifest = self.manifest.without(*replaced, *going)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Container, Iterable
 
 from checkpointer.commit.aliases import marker_path
@@ -12,7 +11,7 @@ from checkpointer.commit.contents import Contents
 from checkpointer.commit.index import Listing, record_path
 from checkpointer.commit.missing import missing_text
 from checkpointer.commit.writer_marks import is_marked, mark
-from checkpointer.errors import CheckpointerWarning, StorageError
+from checkpointer.errors import StorageError, warn
 from checkpointer.policy.decide import Reasons
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation, Record
@@ -95,7 +94,7 @@ class Looks:
             unrecorded = [record for record in gone if contents.journal.has_payload(record)]
             missing = [record for record in gone if record not in unrecorded]
             text = missing_text(contents.policy, before, contents.manifest, missing, unrecorded)
-            warnings.warn(text, CheckpointerWarning, stacklevel=5)
+            warn(text)
         self._claim_again()
         return bool(gone)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,7 +13,7 @@ from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.named_writes import announced_by_others, has_named_files, is_replaced, remove_files
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import CheckpointerWarning, RecordError
+from checkpointer.errors import RecordError, warn
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
@@ -231,7 +230,7 @@ def retire(journal: Journal, records: Iterable[Record], failed: set[str]) -> Non
         except OSError as error:
             failed.add(record.name)
             msg = f"{record.name} could not be deleted ({error}); the next save tries again"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+            warn(msg)
 
 
 def remove(journal: Journal, record: Record) -> None:

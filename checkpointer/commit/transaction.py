@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal
 
@@ -44,7 +43,7 @@ from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.named_writes import is_begun, no_digest, remove_files
 from checkpointer.commit.recovery import remove, settle
-from checkpointer.errors import CheckpointerWarning, CorruptError, NameTakenError, SaveError
+from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
 from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
 from checkpointer.records.names import check_name
 from checkpointer.records.record import Entry, Record
@@ -297,7 +296,7 @@ class Transaction:
                 # The old payload is gone, and the announced change proves the new one.
                 failed.add(record.name)
                 msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+                warn(msg)
         return record
 
     def _pending(self, record: Record, previous: Record | None = None) -> Entry:

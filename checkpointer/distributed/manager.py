@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -21,13 +20,13 @@ from checkpointer.distributed.state_io import StateIO
 from checkpointer.distributed.team import BARRIER_S, Agreement, Broadcast, all_come, check_alike
 from checkpointer.errors import (
     CheckpointerError,
-    CheckpointerWarning,
     ClosedError,
     ConflictError,
     PolicyError,
     RestoreError,
     SaveError,
     failures_as_warnings,
+    warn,
 )
 from checkpointer.formats import open_format
 from checkpointer.manager import CheckpointManager, check_options
@@ -397,7 +396,7 @@ class DistributedManager:
             if error is None:
                 raise
             # The error that ended the training must be the one that is raised.
-            warnings.warn(str(failure), CheckpointerWarning, stacklevel=3)
+            warn(str(failure))
 
     def _rescue_together(self, error: BaseException, timeout: float | None) -> None:
         """Rescue if all ranks come here at the same step."""
@@ -405,7 +404,7 @@ class DistributedManager:
         with failures_as_warnings("no rescue checkpoint could be written"):
             if not all_come(self._ranks, self._last_report):
                 msg = f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+                warn(msg)
                 return
             self.rescue(f"{type(error).__name__}: {error}", timeout=timeout)
 

@@ -13,7 +13,6 @@ import os
 import random
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -28,12 +27,12 @@ from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import Lease, Status
 from checkpointer.errors import (
-    CheckpointerWarning,
     ConflictError,
     CorruptError,
     FencedError,
     RunInUseError,
     StorageError,
+    warn,
 )
 from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
 from checkpointer.policy.policy import Policy
@@ -153,7 +152,7 @@ class MirrorThread:
             names = ", ".join(self.status.behind) or "nothing but records or aliases"
             why = f" ({self._error})" if self._error else ""
             msg = f"the mirror {self} is behind{why}; not mirrored: {names}. The run's next process goes on with it"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+            warn(msg)
 
     def stop(self) -> None:
         """Let the thread end after its current action, even if something is missing."""

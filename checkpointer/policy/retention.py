@@ -128,6 +128,9 @@ class KeepBest:
 class KeepLast:
     """Keep the newest ``n``, in the order they were committed.
 
+    Args:
+        n: How many, at least 1.
+
     Example:
         >>> from checkpointer import KeepLast
         >>> print(KeepLast(2))

@@ -237,6 +237,9 @@ def _as_steps(steps: Any) -> tuple[int, ...]:
 class AtSteps:
     """Due when one of the listed steps was reached or crossed; without steps never.
 
+    Args:
+        *steps: The steps, each at least 1.
+
     Example:
         >>> from checkpointer import AtSteps, Progress
         >>> AtSteps(100, 1000).due(Progress(step=103), since=Progress(step=50))
@@ -454,6 +457,9 @@ class Continuous:
 @attrs.frozen(init=False)
 class AnyOf:
     """Due when any of its triggers is. All of them count from the same last due observation.
+
+    Args:
+        *triggers: The triggers. A trigger of your own has the method ``due``.
 
     Example:
         >>> from checkpointer import AnyOf, EverySeconds, EverySteps

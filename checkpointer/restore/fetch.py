@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 
 import attrs
 
 from checkpointer._display import size_text
 from checkpointer.commit.directory import Directory
-from checkpointer.errors import CheckpointerWarning, CorruptError, RestoreError, StorageError
+from checkpointer.errors import CorruptError, RestoreError, StorageError, warn
 from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, raising_unreachable, verify
@@ -48,7 +47,7 @@ class MirrorSnapshot:
                     raise
                 fetched = self._fetch_again(record, copy, directory, error)
                 msg = f"{error}; it was fetched from the mirror as {fetched.name}"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=3)
+                warn(msg)
             return load(fetched)
 
     def _fetch(self, copy: Record, directory: Directory, *, replaces: Record | None = None) -> Record:

@@ -8,7 +8,6 @@ import functools
 import io
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
@@ -18,7 +17,7 @@ import attrs
 from checkpointer._secrets import Secrets
 from checkpointer.commit.index import RECORDS
 from checkpointer.commit.naming import address, location
-from checkpointer.errors import CheckpointerWarning, CorruptError, NoValidCheckpointError, RestoreError
+from checkpointer.errors import CorruptError, NoValidCheckpointError, RestoreError, warn
 from checkpointer.formats import format_of, layout_of
 from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.ports import (
@@ -301,7 +300,7 @@ def load_first_valid(
             continue
         if problems:
             instead = f"restored {record.name} (step {record.step}) instead of what is newer or better"
-            warnings.warn(f"{instead}: {_few(problems)}", CheckpointerWarning, stacklevel=3)
+            warn(f"{instead}: {_few(problems)}")
         return restored
     if problems:
         way_out = "restore one by name, or use an empty directory"

@@ -6,13 +6,12 @@ import contextlib
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import attrs
 
-from checkpointer.errors import CheckpointerWarning, ConflictError, SaveError
+from checkpointer.errors import ConflictError, SaveError, warn
 from checkpointer.policy.decide import Attach, Decision, Save, Skip
 from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.swapped_weights import marked, ranking_doubt, states_in
@@ -192,7 +191,7 @@ class SaveExecutor:
         if self._failures > self.tolerated or not isinstance(error, Exception):
             raise error if isinstance(error, SaveError) else SaveError(msg) from error
         tolerated = f"{msg}; failure {self._failures} of {self.tolerated} tolerated"
-        warnings.warn(tolerated, CheckpointerWarning, stacklevel=6)
+        warn(tolerated)
         return Skip(reason=msg, due=is_save)
 
     def settle(self, timeout: float | None = None) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,13 @@ from checkpointer._secrets import Secrets
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import HOME
 from checkpointer.commit.transaction import Files, WritePath
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, NameTakenError, NotEnoughSpaceError, SaveError
+from checkpointer.errors import (
+    CheckpointerError,
+    NameTakenError,
+    NotEnoughSpaceError,
+    SaveError,
+    warn,
+)
 from checkpointer.policy.decide import Attach, Decision, Save, decide, decide_rescue
 from checkpointer.ports import (
     FolderFormat,
@@ -244,7 +249,7 @@ class Saver:
                 directory.names.move_slot(slot)
         except (OSError, CheckpointerError) as error:
             msg = f"{slot} keeps the alias {directory.policy.name.last_file} ({error}); {rescue.name} itself is saved"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
             return False
         return True
 
@@ -272,7 +277,7 @@ class Saver:
             self.directory.looks.before_retiring(sure=sure)
         except OSError as error:
             msg = f"no checkpoint is retired, because the look at the kept ones failed ({error}); the next save retries"
-            warnings.warn(msg, CheckpointerWarning, stacklevel=4)
+            warn(msg)
             return False
         return True
 
@@ -295,7 +300,7 @@ class Saver:
             except Exception as error:
                 on = f" on {what.name}" if isinstance(what, Record) else ""
                 msg = f"{type(listener).__name__}.{event} failed{on}: {error!r}; the checkpoint is fine"
-                warnings.warn(msg, CheckpointerWarning, stacklevel=5)
+                warn(msg)
 
 
 def _short(reason: str) -> str:

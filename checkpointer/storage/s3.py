@@ -215,9 +215,12 @@ class _S3Publisher(Publisher):
 
 
 class S3Storage(FsspecStorage):
-    """An ``s3://bucket/prefix``, through s3fs. For the other arguments see `FsspecStorage`.
+    """An ``s3://bucket/prefix``, through s3fs.
 
     Args:
+        url: The bucket and the prefix. A password in it is never shown.
+        owner: Id of the writer, from `checkpointer.storage.owner.new_owner`.
+        retry: How long to repeat a request when the server or the network fails.
         **options: Options of ``s3fs.S3FileSystem``: ``key``, ``secret``, ``endpoint_url``, ``client_kwargs`` and so on.
             Without them, credentials are found as by every AWS tool.
     """

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import attrs
 
-from checkpointer._display import age_text, count_text, size_text
+from checkpointer._display import age_text, count_text, size_text, without_errno
 from checkpointer.commit.index import HOME
 from checkpointer.errors import StorageError
 from checkpointer.ports import (
@@ -95,7 +95,7 @@ def diagnose(storage: Storage, size: int | None = None) -> Iterator[Found]:
     try:
         yield from _try(storage, folder, size)
     except OSError as error:
-        yield Found("BAD", "write", f"a trial file could not be written and read: {error}")
+        yield Found("BAD", "write", f"a trial file could not be written and read: {without_errno(str(error))}")
     finally:
         with contextlib.suppress(OSError):
             storage.delete(folder)
@@ -116,7 +116,7 @@ def leaving_no_folder(root: str) -> Iterator[None]:
 
 
 def _try(storage: Storage, folder: str, size: int | None) -> Iterator[Found]:
-    yield Found("ok", "write", f"files can be written, replaced, read and deleted in {storage}")
+    yield Found("ok", "write", f"small files can be written, replaced, read and deleted in {storage}")
     if isinstance(storage, SupportsPaths):
         yield from _filesystem(storage.local_path(""))
     if isinstance(storage, SupportsCapabilities):

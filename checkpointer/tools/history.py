@@ -40,6 +40,8 @@ class History:
     """Whether epochs are known; else all are 0."""
     has_times: bool = True
     """Whether times are known; else all are equal."""
+    has_survivors_only: bool = False
+    """Whether these are the reports of the checkpoints that are left of a run, and not all of its reports."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -54,7 +56,8 @@ def history_of(records: Sequence[Record]) -> History:
         for r in records
         if r.kind == "regular"
     ]
-    return History(observations=tuple(observations), sizes={r.step: r.size for r in records})
+    sizes = {record.step: record.size for record in records}
+    return History(observations=tuple(observations), sizes=sizes, has_survivors_only=True)
 
 
 def read_history(data: bytes, where: str) -> History:

@@ -63,6 +63,11 @@ class Timeline:
     """The records at the end."""
 
     @property
+    def has_sizes(self) -> bool:
+        """Whether the size of each checkpoint is known; else the bytes on disk are not."""
+        return all(one.record.size for one in self.checkpoints)
+
+    @property
     def peak_bytes(self) -> int:
         """The largest number of bytes on disk."""
         return max((moment.peak_bytes for moment in self.moments), default=0)

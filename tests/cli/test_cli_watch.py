@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import mounts
 from support.commands import POLICY, command, snapshot, train
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
@@ -228,3 +229,32 @@ def test_doctor_finds_the_unrelated_package_of_the_same_import_name(tmp_path: Pa
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
     assert 1 == done.returncode, done.stderr
     assert "unrelated package 'checkpointer' 2.0" in json.loads(done.stdout)["problems"][0]
+
+
+@pytest.mark.parametrize("left", [0, 4 * mounts.MIB])
+def test_on_a_full_disk_doctor_says_so_and_watch_sees_the_run(tmp_path: Path, left: int) -> None:
+    """Nothing of the trial stays there, and the run is as it was."""
+    with mounts.tmpfs(tmp_path, 24 * mounts.MIB) as disk:
+        with CheckpointManager(disk / "run", POLICY, state=dict) as manager:
+            manager.observe({"loss": 0.5}, step=10, epoch=0)
+            with mounts.filled(disk, left):
+                before = snapshot(disk / "run")
+                said = command("doctor", disk / "run", "--size", "1GB")
+                assert (1, "") == (said.code, said.err)
+                assert any(line.startswith("BAD") and "No space left" in line for line in said.out.splitlines()), said
+                assert "Errno" not in said.out
+                seen = command("watch", disk / "run", "--once")
+                assert (0, "", True) == (seen.code, seen.err, "step 10" in seen.out), seen
+                assert before == snapshot(disk / "run")
+        assert (1, True) == ((seen := command("watch", disk / "run")).code, "its manager was closed" in seen.out)
+
+
+def test_in_a_read_only_place_doctor_says_so_and_watch_sees_the_run(tmp_path: Path) -> None:
+    """As a training that was started there would."""
+    train(tmp_path / "run", 0.5)
+    with mounts.read_only(tmp_path / "run", tmp_path) as folder:
+        said = command("doctor", folder)
+        assert (1, "", True) == (said.code, said.err, said.out.startswith("BAD")), said
+        assert ("Read-only file system" in said.out, "Errno" in said.out) == (True, False)
+        seen = command("watch", folder, "--once")
+        assert (1, "", True) == (seen.code, seen.err, "step 10" in seen.out), seen

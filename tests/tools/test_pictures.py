@@ -18,9 +18,10 @@ from support.factories import manifest, record
 from support.servers.fixtures import lacks
 
 from checkpointer import EverySteps, KeepBest, KeepLast, Metric, Policy
+from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, ChartItem, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
-from checkpointer.tools.chart.png import BEST, KEPT, RETIRED, plot
+from checkpointer.tools.chart.picture import BEST, DISK, FORMATS, KEPT, RETIRED, labelled, plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.simulate import simulate
 
@@ -63,7 +64,7 @@ def test_the_chart_of_a_directory_has_what_is_there() -> None:
     chart = chart_of_records("run", manifest(found), metric=Metric("loss", mode="min"))
     assert [False, True, False] == [item.is_best for item in chart.items]
     assert ((1, 0.5), (2, 0.3)) == chart.line
-    assert "6 more were retired" in chart.subtitle
+    assert "3 survivors of 9 checkpoints; 6 more were retired" in chart.subtitle
     assert "nan" == chart.to_dict()["items"][2]["metrics"]["loss"]
 
 
@@ -84,6 +85,45 @@ def test_no_name_breaks_the_picture(name: str) -> None:
     """Neither formulas, nor long ones, nor control characters."""
     chart = chart_of_records(name, manifest([record(name, metrics={name: 1.0, "y": float("inf")})]))
     assert b"\x89PNG" == plot(chart)[:4]
+
+
+def test_a_size_that_is_not_known_is_left_out_and_is_not_zero() -> None:
+    """Of the picture, of the page and of the table of ``simulate``."""
+    history = read_history(CSV, "metrics.csv")
+    chart = chart_of_timeline("tried", simulate(TRIED, history), history)
+    assert ((), {None}) == (chart.disk, {item.size for item in chart.items})
+    assert 0 < pixels(plot(tried()), DISK)
+    assert 0 == pixels(plot(chart), DISK)
+    known, unknown = record("a", size=10), record("b", step=2, size=0)
+    assert () == chart_of_records("run", manifest([known, unknown])).disk
+
+
+@pytest.mark.parametrize(("count", "room"), [(3, 40.0), (19, 9.1), (40, 4.3), (400, 0.4)])
+def test_bars_have_labels_where_they_fit(count: int, room: float) -> None:
+    """All of few; of many the best, and others that do not cover its label."""
+    items = [
+        ChartItem(name=f"{n}", step=n, epoch=0, size=1, metrics={}, fate="kept", end=count, why="", is_best=n == 2)
+        for n in range(count)
+    ]
+    chosen = sorted(labelled(items, room))
+    assert 2 in chosen
+    assert (count <= 19) == (count == len(chosen))
+    assert all(9 <= (after - before) * room for before, after in itertools.pairwise(chosen))
+    assert len(chosen) <= 19
+
+
+def test_the_extension_is_the_format_of_a_picture(tmp_path: Path) -> None:
+    """Another extension is refused by name, and nothing is written."""
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "jpg": b"\xff\xd8", "webp": b"RIFF"}
+    for form in FORMATS:
+        plot(tried(), tmp_path / f"a.{form}")
+        assert (tmp_path / f"a.{form}").read_bytes().startswith(begins[form])
+    with pytest.raises(PolicyError, match=r"a\.gif has no extension of a picture; use one of \.png, \.svg"):
+        plot(tried(), tmp_path / "a.gif")
+    folder = train(tmp_path / "run", 0.9)
+    said = command("plot", folder, tmp_path / "b.gif")
+    assert (2, True) == (said.code, "'" in said.err and ".svg" in said.err), said
+    assert 0 == command("plot", folder, tmp_path / "b.svg").code
 
 
 # The page
@@ -132,6 +172,22 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
         dark = page.screenshot()
         assert pixels(light, "#ffffff") > 500_000 > pixels(dark, "#ffffff")
         assert min(pixels(light, KEPT), pixels(dark, "#6ea0ff")) > 1000
+
+        page.open(path, width=500)
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        sizes = "[...document.querySelectorAll('svg text')].map((node) => node.getBoundingClientRect().height)"
+        assert min(page.run(sizes)) >= 10  # Text in a drawing does not shrink with the page.
+        cells = "[...document.querySelectorAll('#rows td')].map((node) => node.getBoundingClientRect().right)"
+        assert max(page.run(cells)) <= 500  # The table needs no scrolling to the side.
+
+        unknown = chart_of_timeline("x", simulate(TRIED, read_history(CSV, "m.csv")), read_history(CSV, "m.csv"))
+        report(unknown, tmp_path / "unknown.html")
+        page.open(tmp_path / "unknown.html")
+        assert "on disk" not in page.run("document.body.innerText")
+        report(chart_of_records("x", manifest([record("a", serial=9)])), tmp_path / "survivors.html")
+        page.open(tmp_path / "survivors.html")
+        assert "survivors" in page.run("tiles.textContent")
+        assert "8retired, or not copied" in page.run("tiles.textContent")
 
         page.open(path, look="dark", width=420)
         assert "dark" == page.run("getComputedStyle(document.documentElement).colorScheme")

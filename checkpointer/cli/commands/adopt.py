@@ -40,6 +40,8 @@ def adopt_command(
 
     Step, epoch and scores are read from the files, without unpickling them. The files stay as they are.
     Exits with 1 if some files are left.
+
+    Example: checkpointer adopt lightning_logs/version_0/checkpoints --dry-run
     """
     steps, key = dict(map(_step, step or ())), access.key
     made: list[Record] = []

@@ -14,7 +14,7 @@ from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
-from checkpointer.tools.chart.png import plot
+from checkpointer.tools.chart.picture import FORMATS, plot
 from checkpointer.tools.history import read_history
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import simulate
@@ -41,7 +41,14 @@ class Drawing:
 
 def plot_command(
     source: Source,
-    out: Annotated[str, typer.Argument(metavar="OUT.png", help="The picture; replaced if there.", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="The picture; its extension is the format: .png, .svg, .pdf, .jpg or .webp. Replaced if there.",
+            show_default=False,
+        ),
+    ],
     ranking: options.Ranking,
     drawing: Drawing,
     access: options.Access,
@@ -49,8 +56,10 @@ def plot_command(
     """Draw a run: the metric and what was kept of it, each checkpoint from save to end, bytes on disk.
 
     If SOURCE is a directory, it shows what is there; if it is a file of metrics, what --policy would have saved.
+
+    Example: checkpointer plot runs/digits digits.png
     """
-    options.check_out(out, access, ".png")
+    options.check_out(out, access, *(f".{name}" for name in FORMATS))
     plot(_chart(source, ranking, drawing, access), out)
     output.print_line(out)
 
@@ -62,7 +71,10 @@ def report_command(
     drawing: Drawing,
     access: options.Access,
 ) -> None:
-    """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark."""
+    """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark.
+
+    Example: checkpointer report runs/digits digits.html
+    """
     options.check_out(out, access, ".html", ".htm")
     report(_chart(source, ranking, drawing, access), out)
     output.print_line(out)

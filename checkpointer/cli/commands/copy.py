@@ -26,6 +26,8 @@ def copy_command(
     """Copy checkpoints with their records and aliases, each verified on the way. Run it again to go on.
 
     Checkpoints that the target has are left alone; damaged ones are not copied, and nothing is ever replaced.
+
+    Example: checkpointer copy runs/digits s3://bucket/digits
     """
     catalog = options.look(source, access)
     records = None if only is None else [catalog.find(name) for name in only]

@@ -36,6 +36,8 @@ def diff_command(
     """Compare two checkpoints tensor by tensor: norm and largest element of the difference, cosine, added, removed.
 
     Exits with 1 if they differ, as diff does.
+
+    Example: checkpointer diff runs/digits 190 last
     """
     one, two = _sides(items, other, access)
     with (

@@ -42,5 +42,6 @@ def doctor_command(
 
 
 def _print(found: Found) -> None:
-    output.print_line(f"{found.level:4}  {found.topic}: {found.text}")
+    style = {"BAD": "red", "note": "bold"}.get(found.level, "")
+    output.print_marked(f"{found.level:4}", style, f"  {found.topic}: {found.text}")
     output.flush()

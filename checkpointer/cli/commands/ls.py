@@ -67,6 +67,8 @@ def ls_command(
     "Why" is what keeps each one now, by --policy or by the policy that the run noted in the directory. If there is
     neither, it is why each one was saved. If a process may be training a run, it is named. If only the directories
     below have checkpoints, it lists those directories.
+
+    Example: checkpointer ls runs/digits -n 5 --where 'val_loss<0.1'
     """
     catalog = options.look(directory, access, below=True)
     below = catalog.below
@@ -88,7 +90,8 @@ def ls_command(
         reasons = why(catalog, chosen)
         output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
-        _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen))
+        best = _best(catalog, chosen) if output.is_coloured() else frozenset()
+        _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen), best=best)
         for one in holders(catalog, catalog.trust):
             label = f" ({one.label})" if one.label else ""
             output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
@@ -144,6 +147,13 @@ def why(catalog: Catalog, policies: Policies) -> dict[str, str]:
     return reasons
 
 
+def _best(catalog: Catalog, policies: Policies) -> frozenset[str]:
+    """Return the name of the best checkpoint of each run, as far as the policy says which it is."""
+    ranked = ((policies.of(run, label), catalog.manifest(run, label)) for run, label in catalog.runs)
+    best = (policy.best_of(manifest.history) for policy, manifest in ranked if policy is not None)
+    return frozenset(record.name for record in best if record is not None)
+
+
 def as_data(catalog: Catalog, record: Record, reason: str) -> dict[str, Any]:
     """Return a record as JSON shows it."""
     more = {"path": catalog.location(record.name), "aliases": catalog.aliases_of(record), "why": reason}
@@ -157,7 +167,9 @@ def _metrics(records: list[Record], policies: Policies) -> list[str]:
     return [name for name in ranked if name in names] + [name for name in names if name not in ranked]
 
 
-def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], metrics: list[str]) -> None:
+def _print(
+    catalog: Catalog, records: list[Record], reasons: dict[str, str], metrics: list[str], *, best: frozenset[str]
+) -> None:
     some = "" if len(records) == len(catalog.records) else f"{len(records)} of "
     total = size_text(sum(record.size for record in records))
     output.print_line(f"{catalog.place}: {some}{count_text(len(catalog.records), 'checkpoint')}, {total}")
@@ -180,7 +192,7 @@ def _print(catalog: Catalog, records: list[Record], reasons: dict[str, str], met
             del columns[name]
     names = [
         [
-            (record.name, "bold" if record.kind == "regular" else "red"),
+            (record.name, "green" if record.name in best else "bold" if record.kind == "regular" else "red"),
             *((f"<- {alias}", "green") for alias in catalog.aliases_of(record)),
             (reasons[record.name], "dim"),
         ]

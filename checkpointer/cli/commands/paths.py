@@ -13,7 +13,10 @@ from checkpointer.tools.query import metric_names
 def last_command(
     directory: options.Directory, access: options.Access, run: options.Run = None, as_json: options.Json = False
 ) -> None:
-    """Print the path of the newest checkpoint that counts, rescues included, and nothing else."""
+    """Print the path of the newest checkpoint that counts, rescues included, and nothing else.
+
+    Example: checkpointer last runs/digits
+    """
     catalog = options.look(directory, access)
     newest = catalog.manifest(run).newest
     if newest is None:
@@ -32,6 +35,8 @@ def best_command(
 
     A metric (--by and --mode) or the first KeepBest of a policy ranks them. Without both, the policy counts that the
     run noted in the directory; if it noted none, the `best` alias is followed.
+
+    Example: checkpointer best runs/digits --by val_loss --mode min
     """
     catalog = options.look(directory, access)
     ranked = best_first(catalog, catalog.manifest(run), ranking, access)

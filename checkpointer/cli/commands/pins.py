@@ -25,6 +25,8 @@ def pin_command(
     """Pin checkpoints: no rule, no limit and no command removes them until they are unpinned.
 
     While a training runs, its own manager pins: manager.pin(name).
+
+    Example: checkpointer pin runs/digits 190
     """
     _set_pinned(directory, names, access, pinned=True, as_json=as_json)
 
@@ -32,7 +34,10 @@ def pin_command(
 def unpin_command(
     directory: options.Directory, names: Names, access: options.Access, as_json: options.Json = False
 ) -> None:
-    """Let the rules decide about checkpoints again. The next save, or prune, removes what no rule keeps."""
+    """Let the rules decide about checkpoints again. The next save, or prune, removes what no rule keeps.
+
+    Example: checkpointer unpin runs/digits 190
+    """
     _set_pinned(directory, names, access, pinned=False, as_json=as_json)
 
 

@@ -30,6 +30,8 @@ def prune_command(
 
     Without --policy it is the policy that the run noted in the directory.
     Other runs, files that no record names, what is pinned and what an alias names are never removed.
+
+    Example: checkpointer prune runs/digits --policy policy.yaml
     """
     key = access.key
     chosen = _policy(options.look(directory, access), policy, run, access)

@@ -29,6 +29,8 @@ def rm_command(
     """Show the checkpoints of these names; with --apply remove them, payload and record.
 
     What is pinned and what an alias points to stays, and then nothing is removed.
+
+    Example: checkpointer rm runs/digits 190
     """
     key = access.key
     options.look(directory, access)

@@ -51,6 +51,8 @@ def show_command(
 
     It takes any file or folder that torch, safetensors or a trainer wrote, also at a URL. With --run it shows which
     processes have held a run: its terms.
+
+    Example: checkpointer show runs/digits last
     """
     if name and run:
         msg = "both the name of a checkpoint and --run are given; pass one"

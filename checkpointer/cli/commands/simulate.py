@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,12 +44,15 @@ def simulate_command(
 
     It calls the same decision that a manager calls. "at risk" is the number of steps that a crash just before the
     checkpoint of that step would lose.
+
+    Example: checkpointer simulate metrics.csv --policy policy.yaml --size 2.4GB
     """
-    timeline = simulate(options.read_policy(policy), _read_source(metrics, run, access), size=as_bytes(size))
+    history = _read_source(metrics, run, access)
+    timeline = simulate(options.read_policy(policy), history, size=as_bytes(size))
     if as_json:
-        output.print_json(_as_data(timeline))
+        output.print_json(_as_data(timeline, has_all=not history.has_survivors_only))
     else:
-        _print(timeline, everything=everything)
+        _print(timeline, everything=everything, has_all=not history.has_survivors_only)
 
 
 def _read_source(source: str, run: str | None, access: options.Access) -> History:
@@ -71,8 +75,9 @@ def as_bytes(text: str) -> int:
         raise ObservationError(msg) from None
 
 
-def _as_data(timeline: Timeline) -> dict[str, Any]:
-    worst = timeline.most_lost
+def _as_data(timeline: Timeline, *, has_all: bool) -> dict[str, Any]:
+    """Return what JSON shows; what is not known is null. ``has_all``: every report of the training is known."""
+    worst, has_sizes = timeline.most_lost if has_all else None, timeline.has_sizes
     return {
         "policy": str(timeline.policy),
         "moments": [
@@ -85,33 +90,34 @@ def _as_data(timeline: Timeline) -> dict[str, Any]:
                 "reason": moment.decision.reason,
                 "retired": moment.retired,
                 "kept": moment.num_kept,
-                "bytes": moment.bytes,
-                "peak_bytes": moment.peak_bytes,
-                "lost_steps": moment.lost_steps,
-                "lost_s": moment.lost_s,
+                "bytes": moment.bytes if has_sizes else None,
+                "peak_bytes": moment.peak_bytes if has_sizes else None,
+                "lost_steps": moment.lost_steps if has_all else None,
+                "lost_s": moment.lost_s if has_all else None,
             }
             for moment in timeline.moments
         ],
         "kept": [record.to_dict() for record in timeline.manifest.records],
         "saved": len(timeline.checkpoints),
-        "peak_bytes": timeline.peak_bytes,
+        "peak_bytes": timeline.peak_bytes if has_sizes else None,
         "most_lost": None if worst is None else {"step": worst.observation.step, "lost_steps": worst.lost_steps},
     }
 
 
-def _print(timeline: Timeline, *, everything: bool) -> None:
+def _print(timeline: Timeline, *, everything: bool, has_all: bool) -> None:
     output.print_table([""], [[str(timeline.policy)]])
     shown = [m for m in timeline.moments if everything or not isinstance(m.decision, Skip) or m.decision.due]
     ranked = timeline.policy.ranking.name if timeline.policy.ranking else ""
-    columns = ("step", *([ranked] if ranked else []), "kept", "on disk", "at risk")
+    known = [True, bool(ranked), True, timeline.has_sizes, has_all]
+    columns = [*compress(("step", ranked, "kept", "on disk", "at risk"), known)]
     rows: list[list[output.Cell]] = []
     for moment in shown:
         value = moment.observation.metrics.get(ranked)
-        cells = [number_text(value) if value is not None else ""] if ranked else []
-        numbers = [str(moment.num_kept), size_text(moment.bytes), f"{moment.lost_steps}"]
-        rows.append([str(moment.observation.step), *cells, *numbers, [(line, "") for line in _what(moment)]])
+        cells = (str(moment.observation.step), number_text(value) if value is not None else "", str(moment.num_kept))
+        numbers = (*cells, size_text(moment.bytes), f"{moment.lost_steps}")
+        rows.append([*compress(numbers, known), [(line, "") for line in _what(moment)]])
     output.print_table([*columns, "what"], rows, right=columns)
-    for line in _summary(timeline):
+    for line in _summary(timeline, has_all=has_all):
         output.print_line(line)
 
 
@@ -127,15 +133,20 @@ def _what(moment: Moment) -> list[str]:
     return [first, *(f"- {name}" for name in moment.retired)]
 
 
-def _summary(timeline: Timeline) -> list[str]:
+def _summary(timeline: Timeline, *, has_all: bool) -> list[str]:
     observations, saves = count_text(len(timeline.moments), "observation"), len(timeline.checkpoints)
     retired = sum(one.retired_at is not None for one in timeline.checkpoints)
-    lines = [
-        f"{observations}: {saves} saved, {retired} retired, {saves - retired} kept; "
-        f"at most {size_text(timeline.peak_bytes)} on disk"
-    ]
+    peak = f"at most {size_text(timeline.peak_bytes)} on disk"
+    on_disk = peak if timeline.has_sizes else "the size on disk is not known; --size 2GB gives that of a checkpoint"
+    lines = [f"{observations}: {saves} saved, {retired} retired, {saves - retired} kept; {on_disk}"]
     worst = timeline.most_lost
-    if worst is not None:
+    if not has_all:
+        known = count_text(len(timeline.moments), "survivor")
+        lines.append(
+            f"only the {known} of the run {'is' if len(timeline.moments) == 1 else 'are'} known, not what it reported "
+            "between them, so the steps at risk are not known; pass a file of all its metrics to see them"
+        )
+    elif worst is not None:
         seconds = f" ({age_text(worst.lost_s)})" if worst.lost_s else ""
         lost = f"{count_text(worst.lost_steps, 'step')}{seconds}"
         lines.append(f"worst case: a crash at step {worst.observation.step} loses {lost}")

@@ -22,6 +22,8 @@ def sweep_command(
 
     The files of a running process, or of one on another machine less than a day ago, are not touched. With --force
     processes on other machines count as ended, and their marks, which block prune and copy, are removed.
+
+    Example: checkpointer sweep runs/digits
     """
     key = access.key
     options.look(directory, access)

@@ -39,6 +39,8 @@ def verify_command(
 
     Files without a record are compared with a checksum file beside them (model.pt.sha256, SHA256SUMS), else with the
     checksums in a torch file. Exits with 1 if a payload differs or is gone, or a record cannot be read.
+
+    Example: checkpointer verify runs/digits --deep
     """
     if deep and quick:
         msg = "both --deep and --quick are given; pass one"
@@ -104,7 +106,7 @@ def _end(found: list[Finding], how: str, *, as_json: bool) -> None:
 
 def _print(finding: Finding) -> None:
     if not finding:
-        output.print_line(f"BAD   {finding.name}: {finding.problem}")
+        output.print_marked("BAD", "red", f"   {finding.name}: {finding.problem}")
         return
     if finding.is_retired:
         output.print_line(f"gone  {finding.name}: retired meanwhile")

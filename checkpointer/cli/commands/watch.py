@@ -25,6 +25,8 @@ def watch_command(
 
     It reads only. The training writes its state every 15 seconds, so that is how old it may be. It goes on until the
     training ends. Exits with 0 if the training is alive, with 1 if it has ended or its machine is silent.
+
+    Example: checkpointer watch runs/digits --once
     """
     storage, key = options.open_place(directory, access), access.key
     while True:

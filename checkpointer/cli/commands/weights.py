@@ -55,7 +55,10 @@ def export_command(
     file: File,
     access: options.Access,
 ) -> None:
-    """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first."""
+    """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first.
+
+    Example: checkpointer export runs/digits best model.safetensors
+    """
     if len(items) not in (2, 3):
         msg = f"export takes FILE OUT, or DIRECTORY NAME OUT; {len(items)} were given: {' '.join(items)}"
         raise PolicyError(msg)
@@ -92,6 +95,8 @@ def average_command(
     """Average the weights of the named checkpoints, or of the best K by a metric. Each is verified first.
 
     The mean is computed tensor by tensor in double precision; counters are those of the first checkpoint.
+
+    Example: checkpointer average runs/digits --best 3 --by val_loss --mode min -o mean.safetensors
     """
     if not out:
         msg = "--out is missing; name the new file, such as --out averaged.safetensors"

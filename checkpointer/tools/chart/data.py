@@ -30,8 +30,8 @@ class ChartItem:
     name: str
     step: int
     epoch: int
-    size: int
-    """Bytes."""
+    size: int | None
+    """Bytes; None if not known."""
     metrics: Mapping[str, float]
     fate: Fate
     end: int
@@ -64,7 +64,9 @@ class Chart:
     items: tuple[ChartItem, ...]
     """Every checkpoint, in the order of their saves."""
     disk: tuple[tuple[int, int], ...]
-    """Bytes on disk from each step on."""
+    """Bytes on disk from each step on; empty if the size of a checkpoint is not known."""
+    gone: int = 0
+    """So many more checkpoints were retired, or were not copied: only the survivors are known."""
     risk: tuple[tuple[int, int], ...] = ()
     """Steps that a crash at each step would have lost; known only if it was simulated."""
     first_step: int = 0
@@ -114,11 +116,11 @@ def chart_of_records(
         )
         for record in manifest.own
     )
-    subtitle = str(policy) if policy else count_text(len(items), "checkpoint")
-    gone = max((record.serial for record in manifest.records), default=0) - len(manifest.records)
-    if gone > 0:
-        subtitle += f"; {gone} more were retired, or were not copied"
-    on_disk = accumulate(item.size for item in items)
+    gone = max(max((record.serial for record in manifest.records), default=0) - len(manifest.records), 0)
+    there = f"{count_text(len(items), 'survivor')} of {len(items) + gone} checkpoints"
+    subtitle = str(policy) if policy else there if gone else count_text(len(items), "checkpoint")
+    if gone:
+        subtitle += f"; {gone} more were retired, or were not copied, and are not known"
     return Chart(
         title=title,
         subtitle=subtitle,
@@ -126,7 +128,8 @@ def chart_of_records(
         mode=metric.mode if metric else "",
         line=line,
         items=items,
-        disk=tuple(sorted(zip((item.step for item in items), on_disk, strict=True))),
+        disk=_grown(items),
+        gone=gone,
         first_step=min(steps, default=0),
         last_step=last,
     )
@@ -156,7 +159,7 @@ def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart
         mode=policy.ranking.mode if policy.ranking else "",
         line=_line(history.observations, name),
         items=tuple(_simulated(timeline, explain(policy, manifest), policy.best_of(manifest.history))),
-        disk=tuple((moment.observation.step, moment.bytes) for moment in moments),
+        disk=tuple((moment.observation.step, moment.bytes) for moment in moments) if timeline.has_sizes else (),
         risk=tuple((moment.observation.step, moment.lost_steps) for moment in moments),
         first_step=min(steps, default=0),
         last_step=max(steps, default=1),
@@ -179,8 +182,16 @@ def _simulated(timeline: Timeline, reasons: Mapping[str, Sequence[str]], best: R
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    fields = ("name", "step", "epoch", "size", "kind", "metrics")
-    return {field: getattr(record, field) for field in fields}
+    fields = ("name", "step", "epoch", "kind", "metrics")
+    return {field: getattr(record, field) for field in fields} | {"size": record.size or None}
+
+
+def _grown(items: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
+    """Return the bytes on disk after each save, if nothing was removed; empty if a size is not known."""
+    sizes = [item.size for item in items if item.size is not None]
+    if len(sizes) < len(items):
+        return ()
+    return tuple(sorted(zip((item.step for item in items), accumulate(sizes), strict=True)))
 
 
 def _line(reports: Sequence[Record | Observation], name: str) -> tuple[tuple[int, float], ...]:

@@ -1,4 +1,4 @@
-"""Draws a chart as a PNG: the metric, each checkpoint from save to end, the bytes on disk."""
+"""Draws a chart as a picture: the metric, each checkpoint from save to end, the bytes on disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import io
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from checkpointer._display import number_text, one_line, size_text
+from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, ChartItem
 
 INK: Final = "#1f2933"
@@ -29,10 +31,12 @@ _MARKS: Final = {
     "best": ("*", BEST, INK),
 }
 """Marker, fill and outline of each kind of point."""
-_LEAST: Final = 8
+FORMATS: Final = ("png", "svg", "pdf", "jpg", "webp")
+"""Formats of a picture: the extensions of its file."""
+_LEAST: Final = 3
 """There is room for at least so many bars."""
-_NAMED: Final = 16
-"""If there are more checkpoints than this, only those that are kept have a label."""
+_LABEL: Final = 9.0
+"""Height of a label of a bar in points. Two labels are at least so far apart."""
 
 
 _LARGEST: Final = 1e300
@@ -41,16 +45,17 @@ _NEAREST: Final = 1e-9
 
 
 def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
-    r"""Draw a chart as a PNG of 1440 x 1080 pixels, and write it to ``path`` if given.
+    r"""Draw a chart as a picture, by default a PNG of 1440 x 1080 pixels, and write it to ``path`` if given.
 
     Above: the metric at each step; filled points are kept, hollow ones were retired, the star is the best. Middle: a
-    bar from each checkpoint's save to its end. Below: bytes on disk.
+    bar from each checkpoint's save to its end. Below: bytes on disk. What is not known is left out.
 
     Args:
         chart: From `checkpointer.tools.chart.data.chart_of_records` or ``chart_of_timeline``.
-        path: The file, replaced if it is there.
+        path: The file, replaced if it is there. Its extension is the format: png, svg, pdf, jpg or webp.
 
     Raises:
+        PolicyError: If the extension is another one.
         ImportError: If matplotlib is not installed; the message names the extra.
 
     Example:
@@ -59,6 +64,20 @@ def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
         >>> plot(chart_of_records("empty", Manifest()))[:4]
         b'\x89PNG'
     """
+    form = "png" if path is None else Path(path).suffix.lower().lstrip(".")
+    if form not in FORMATS:
+        msg = f"{path} has no extension of a picture; use one of .{', .'.join(FORMATS)}"
+        raise PolicyError(msg)
+    figure = _figure(chart)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form)
+    data = buffer.getvalue()
+    if path is not None:
+        Path(path).write_bytes(data)
+    return data
+
+
+def _figure(chart: Chart) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -67,20 +86,26 @@ def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
         raise ImportError(msg) from error
     figure = Figure(figsize=(10, 7.5), dpi=144, facecolor="white")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.3], "hspace": 0.12})
-    figure.subplots_adjust(left=0.09, right=0.97, top=0.88, bottom=0.07)
+    bars = min(max(0.35 * len(chart.items), 1.0), 3.0)
+    parts = [(_metric, 3.0, _is_measured(chart)), (_bars, bars, True), (_disk, 1.3, bool(chart.disk))]
+    known = [(draw, height) for draw, height, is_known in parts if is_known]
+    heights = {"height_ratios": [height for _, height in known], "hspace": 0.14}
+    rows = figure.subplots(len(known), 1, sharex=True, squeeze=False, gridspec_kw=heights)[:, 0]
+    figure.subplots_adjust(left=0.115, right=0.97, top=0.87, bottom=0.07)
     _title(figure, chart)
-    for axes, draw in zip(rows, (_metric, _bars, _disk), strict=True):
+    rows[0].set_xlim(*_limits(chart))
+    for axes, (draw, _) in zip(rows, known, strict=True):
         _quiet(axes)
         draw(axes, chart)
-    rows[0].set_xlim(*_limits(chart))
-    rows[2].set_xlabel("step", color=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    data = buffer.getvalue()
-    if path is not None:
-        Path(path).write_bytes(data)
-    return data
+    _legend(rows[0], chart)
+    rows[-1].set_xlabel("step (finished optimizer steps)", color=INK)
+    figure.align_ylabels(list(rows))
+    return figure
+
+
+def _is_measured(chart: Chart) -> bool:
+    """Return whether there is a value of the metric to draw."""
+    return bool(chart.line) or any(math.isfinite(item.metrics.get(chart.metric, math.nan)) for item in chart.items)
 
 
 def _limits(chart: Chart) -> tuple[float, float]:
@@ -95,9 +120,9 @@ def _text(text: str, length: int) -> str:
 
 
 def _title(figure: Any, chart: Chart) -> None:
-    figure.text(0.09, 0.96, _text(chart.title, 90), fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.115, 0.96, _text(chart.title, 90), fontsize=13, fontweight="bold", color=INK)
     lines = textwrap.wrap(_text(chart.subtitle, 300), 130)[:2]
-    figure.text(0.09, 0.95, "\n".join(lines), va="top", fontsize=8, color="#52606d", linespacing=1.4)
+    figure.text(0.115, 0.95, "\n".join(lines), va="top", fontsize=8, color="#52606d", linespacing=1.4)
 
 
 def _quiet(axes: Any) -> None:
@@ -121,28 +146,29 @@ def _drawn(value: float) -> float:
 
 
 def _metric(axes: Any, chart: Chart) -> None:
-    mode = f" ({chart.mode})" if chart.mode else ""
-    axes.set_ylabel(_text(f"{chart.metric or 'no metric'}{mode}", 40), color=INK)
+    better = {"min": " (lower is better)", "max": " (higher is better)"}.get(chart.mode, "")
+    axes.set_ylabel(f"{_text(chart.metric, 30)}{better}", color=INK, fontsize=9)
     if chart.line:
         line = [(step, _drawn(value)) for step, value in chart.line]
         axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1.1, zorder=1)
     values = [(item, item.metrics.get(chart.metric, math.nan)) for item in chart.items]
     points = [(item, value) for item, value in values if math.isfinite(value)]
     points.sort(key=lambda point: ("retired", "abandoned", "kept").index(point[0].fate))
+    # The points of many checkpoints are small, so that they do not cover each other.
+    size = 26 * min(1.0, max(0.2, 60 / max(len(points), 1)))
     axes.scatter(
         [item.step for item, _ in points],
         [_drawn(value) for _, value in points],
-        s=[26 if item.fate == "kept" else 20 for item, _ in points],
+        s=[size if item.fate == "kept" else 0.8 * size for item, _ in points],
         facecolors=[_color(item) if item.fate == "kept" else "white" for item, _ in points],
         edgecolors=[_color(item) if item.fate != "retired" else FAINT for item, _ in points],
-        linewidths=1.2,
+        linewidths=1.2 if len(points) <= 100 else 0.8,
         zorder=2,
     )
     for item, value in points:
         if item.is_best or item.aliases:
             _label(axes, item, value, chart)
     axes.margins(y=0.18)
-    _legend(axes, chart)
 
 
 def _star(axes: Any, step: int, y: float, size: int) -> None:
@@ -154,10 +180,13 @@ def _label(axes: Any, item: ChartItem, value: float, chart: Chart) -> None:
         _star(axes, item.step, _drawn(value), 190)
     labels = [*(["best"] if item.is_best else []), *(alias.rpartition(".")[0] or alias for alias in item.aliases)]
     text = f"{', '.join(dict.fromkeys(labels))}: {number_text(value, 4)}"
-    above = 11 if chart.mode == "max" or not item.is_best else -16
+    # Above the largest value the label of the best covers no point. The other labels are on the other side.
+    above = 11 if item.is_best == (chart.mode == "max") else -16
+    left, right = _limits(chart)
+    place = (item.step - left) / (right - left)
     axes.annotate(
         _text(text, 40), (item.step, _drawn(value)), xytext=(0, above), textcoords="offset points", zorder=6,
-        ha="right" if item.step > 0.9 * chart.last_step else "center", fontsize=8, color=INK,
+        ha="right" if place > 0.9 else "left" if place < 0.1 else "center", fontsize=8, color=INK,
     )  # fmt: skip
 
 
@@ -166,7 +195,8 @@ def _legend(axes: Any, chart: Chart) -> None:
     for name, (marker, face, edge) in _MARKS.items():
         if name in there:
             size = 90 if marker == "*" else 26
-            axes.scatter([], [], marker=marker, s=size, facecolors=face, edgecolors=edge, linewidths=1, label=name)
+            label = "survivor" if name == "kept" and chart.gone else name
+            axes.scatter([], [], marker=marker, s=size, facecolors=face, edgecolors=edge, linewidths=1, label=label)
     if there:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, fontsize=8, frameon=False)
 
@@ -174,7 +204,7 @@ def _legend(axes: Any, chart: Chart) -> None:
 def _bars(axes: Any, chart: Chart) -> None:
     from matplotlib.collections import PolyCollection
 
-    axes.set_ylabel("checkpoints from save to end", color=INK)
+    axes.set_ylabel(f"{'survivors' if chart.gone else 'checkpoints'},\nfrom save to removal", color=INK, fontsize=9)
     axes.set_yticks([])
     axes.grid(visible=False)
     count = len(chart.items)
@@ -189,33 +219,54 @@ def _bars(axes: Any, chart: Chart) -> None:
         bars.append([(item.step, low), (end, low), (end, high), (item.step, high)])
         if item.is_best:
             _star(axes, item.step, -number, 110)
-        if count <= _NAMED or (item.fate == "kept" and count <= 4 * _NAMED):
-            _name(axes, item, -number, (left, right))
+    rows = max(count, _LEAST)
     axes.add_collection(PolyCollection(bars, facecolors=[_color(item) for item in chart.items], linewidths=0))
-    axes.set_ylim(-max(count, _LEAST) + 0.3, 0.7)
+    axes.set_ylim(-rows + 0.3, 0.7)
+    room = axes.get_window_extent().height / axes.figure.dpi * 72 / rows
+    for number in labelled(chart.items, room):
+        _name(axes, chart.items[number], -number, (left, right), inside=room >= _LABEL)
 
 
-def _name(axes: Any, item: ChartItem, y: float, limits: tuple[float, float]) -> None:
+def labelled(items: Sequence[ChartItem], room: float) -> list[int]:
+    """Return which bars have a label: all if there is room, else the best, aliases, and what is kept, where it fits.
+
+    Args:
+        items: The checkpoints, from top to bottom.
+        room: Height of each row in points.
+    """
+    if room >= _LABEL:
+        return [*range(len(items))]
+    order = sorted(range(len(items)), key=lambda n: (not items[n].is_best, not items[n].aliases, -items[n].step))
+    chosen: list[int] = []
+    for number in order:
+        if items[number].fate == "kept" and all(abs(number - other) * room >= 1.2 * _LABEL for other in chosen):
+            chosen.append(number)
+    return chosen
+
+
+def _name(axes: Any, item: ChartItem, y: float, limits: tuple[float, float], *, inside: bool) -> None:
     left, right = limits
     text = _text(f"{item.name}{f' <- {chr(44).join(item.aliases)}' if item.aliases else ''}", 60)
     is_late = item.step > (left + right) / 2
-    offset = (-6, 0) if is_late else (8, 0)
-    inside = not is_late and item.fate == "kept"
+    offset = (-8, 0) if is_late else (8, 0)
+    on_bar = not is_late and item.fate == "kept"
+    # If bars are lower than the label, it covers some of them.
+    box = None if inside else {"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.9, "linewidth": 0}
     axes.annotate(
-        text, (item.step if is_late or inside else item.end, y), xytext=offset, textcoords="offset points",
-        va="center", ha="right" if is_late else "left", fontsize=7, color="white" if inside else INK,
+        text, (item.step if is_late or on_bar else item.end, y), xytext=offset, textcoords="offset points",
+        va="center", ha="right" if is_late else "left", fontsize=7, color="white" if on_bar and inside else INK,
+        bbox=box, zorder=6, annotation_clip=True,
     )  # fmt: skip
 
 
 def _disk(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axes.set_ylabel("on disk", color=INK)
+    axes.set_ylabel("bytes of the\nsurvivors" if chart.gone else "bytes on disk", color=INK, fontsize=9)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.locator_params(axis="y", nbins=4)
-    if chart.disk:
-        steps, sizes = zip(*chart.disk, strict=True)
-        steps, sizes = (*steps, _limits(chart)[1]), (*sizes, sizes[-1])
-        axes.fill_between(steps, sizes, step="post", color=DISK, alpha=0.16, linewidth=0)
-        axes.step(steps, sizes, where="post", color=DISK, linewidth=1.3)
-        axes.set_ylim(0, max(max(sizes), 1) * 1.15)
+    steps, sizes = zip(*chart.disk, strict=True)
+    steps, sizes = (*steps, _limits(chart)[1]), (*sizes, sizes[-1])
+    axes.fill_between(steps, sizes, step="post", color=DISK, alpha=0.16, linewidth=0)
+    axes.step(steps, sizes, where="post", color=DISK, linewidth=1.3)
+    axes.set_ylim(0, max(sizes) * 1.15)
