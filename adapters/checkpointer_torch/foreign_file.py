@@ -87,7 +87,7 @@ def _without_wrappers(state: Any) -> Any:
     if any(unwrapped(key) != key for key in state):
         versions = {unwrapped(path): version for path, version in getattr(state, "_metadata", {}).items()}
         state = OrderedDict((unwrapped(key), value) for key, value in state.items())
-        state._metadata = versions  # type: ignore[attr-defined]
+        state._metadata = versions
     if all(key.startswith(_DDP) for key in state):
         consume_prefix_in_state_dict_if_present(state, _DDP)
         return _without_wrappers(state)

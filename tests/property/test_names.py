@@ -38,7 +38,8 @@ def made(seed: int, depth: int = 3) -> nn.Module:
             continue
         if depth and draw.random() < 0.6:
             child: Any = made(draw.randrange(1 << 30), depth - 1)
-            module.add_module(name, torch.compile(child) if draw.random() < 0.2 else child)
+            wrapped: Any = torch.compile(child) if draw.random() < 0.2 else child
+            module.add_module(name, wrapped)
         else:
             module.register_parameter(name, nn.Parameter(torch.rand(draw.choice(SHAPES))))
     if not module.state_dict():
@@ -54,7 +55,7 @@ def saved(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path]]:
         torch.save(content, folder / f"{way}.pt")
         yield way, folder / f"{way}.pt"
     for format in ("torch", "safetensors", "dcp"):
-        with CheckpointManager(folder / format, WEIGHTS, weights=model.state_dict, format=format) as manager:  # type: ignore[arg-type]
+        with CheckpointManager(folder / format, WEIGHTS, weights=model.state_dict, format=format) as manager:
             manager.observe({}, 1)
         yield format, folder / format
     with Loop(folder / "loop", TRAINING, model=model) as loop:
