@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -248,6 +248,13 @@ class Session:
         self._directory.hold(self._directory.manifest.run)
         stem = stem or f"earlier-{name.removesuffix(self._directory.policy.name.suffix)}"
         return self._directory.names.make_way(name, stem)
+
+    def let_replace(self, names: Iterable[str]) -> None:
+        """Let the next regular checkpoints of these names replace files of another program, each in one step.
+
+        Such a file has no record, so without this call a checkpoint of its name gets a version.
+        """
+        self._directory.names.let_replace(names)
 
     def state_dict(self, saving: Save | None = None) -> dict[str, Any]:
         """Return the state that a host keeps in its own checkpoint, primitives only: its resume is then a restore.

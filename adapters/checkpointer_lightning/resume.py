@@ -15,7 +15,8 @@ from fsspec.core import url_to_fs
 
 from checkpointer import CheckpointManager, Policy, Save
 from checkpointer._secrets import shown_place
-from checkpointer.errors import NotFoundError, warn
+from checkpointer.errors import CheckpointerError, NotFoundError, warn
+from checkpointer.formats.inspection.payload import open_stream
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -24,6 +25,8 @@ from checkpointer_lightning.siblings import is_local, name_in, policy_and_label
 _OPTIONS: Final = ("storage_options", "trust", "mirror")
 """Options of a manager that matter when it only looks."""
 _COPIES: Final = "checkpointer-resume-"
+_LIGHTNINGS: Final = "pytorch-lightning_version"
+"""A key of each checkpoint of Lightning."""
 
 
 @attrs.define
@@ -52,6 +55,9 @@ class Resume:
             name = self._chosen_name(policy, callback._folder, trainer)
             is_own = name in manager.session.manifest.by_name and name not in policy.aliases
             manager.session.load_state_dict(state, source=name if is_own else "")
+
+        if not policy.name.version_counter:
+            manager.session.let_replace(_overwritten(manager, policy, callback._folder, trainer))
 
     def _chosen_name(self, policy: Policy, folder: str, trainer: Any) -> str:
         """Return the name of the checkpoint whose path the user gave to resume from; empty if there is none."""
@@ -127,6 +133,25 @@ def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any]
         decision = manager.session.decide(metrics, step, epoch, due="Lightning had saved it")
         if isinstance(decision, Save):
             manager.session.commit(decision, path)
+
+
+def _overwritten(manager: CheckpointManager, policy: Policy, folder: str, trainer: Any) -> list[str]:
+    """Return the checkpoints of Lightning's own class, which have no record, and which new ones may replace.
+
+    The file that the training resumes from is not one of them.
+    """
+    source = name_in(folder, trainer.ckpt_path) if trainer.ckpt_path else ""
+    foreign = manager.session.manifest.foreign - {source, *policy.aliases}
+    return [name for name in foreign if name.endswith(policy.name.suffix) and _is_lightnings(folder, name)]
+
+
+def _is_lightnings(folder: str, name: str) -> bool:
+    with contextlib.suppress(OSError, CheckpointerError):
+        filesystem, path = url_to_fs(f"{folder}/{name}")
+        if filesystem.isfile(path):
+            with contextlib.closing(open_stream(filesystem.open(path, "rb"), name)) as contents:
+                return _LIGHTNINGS in contents.others
+    return False
 
 
 def _is_in(directory: str, path: str) -> bool:

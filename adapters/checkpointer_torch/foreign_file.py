@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,14 +12,15 @@ from checkpointer._display import some_of
 from checkpointer._validation import brief
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
+from checkpointer.formats.inspection.weights import unwrapped
 from checkpointer.records.codec import as_number
 
 StateMap = Mapping[str, str | Callable[[Any], Any]]
 """For each object the key of its state in the file, or a function that makes the state from the file's content."""
 _COUNTS: Final = ("epoch", "step")
 """Names in a map for the loop itself: the next epoch (0-based), and how many steps are finished."""
-_WRAPPERS: Final = ("module.", "_orig_mod.")
-"""Prefixes that DDP and ``torch.compile`` put before every name of a module."""
+_DDP: Final = "module."
+"""What DDP puts before every name of a module."""
 
 
 def picked(content: Any, names: StateMap, source: str) -> tuple[dict[str, Any], dict[str, int], list[str]]:
@@ -79,9 +81,14 @@ def _as_count(name: str, value: Any, source: str) -> int:
 
 
 def _without_wrappers(state: Any) -> Any:
-    """Take off the prefix of a wrapper that all names have."""
-    for prefix in _WRAPPERS:
-        if isinstance(state, dict) and state and all(str(key).startswith(prefix) for key in state):
-            consume_prefix_in_state_dict_if_present(state, prefix)
-            return _without_wrappers(state)
+    """Leave out the names of wrappers, and the prefix of DDP if all names have it."""
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
+        return state
+    if any(unwrapped(key) != key for key in state):
+        versions = {unwrapped(path): version for path, version in getattr(state, "_metadata", {}).items()}
+        state = OrderedDict((unwrapped(key), value) for key, value in state.items())
+        state._metadata = versions
+    if all(key.startswith(_DDP) for key in state):
+        consume_prefix_in_state_dict_if_present(state, _DDP)
+        return _without_wrappers(state)
     return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
@@ -10,7 +9,7 @@ import attrs
 import torch
 from torch import nn
 
-from checkpointer import CheckpointerWarning
+from checkpointer.errors import warn
 
 _SAVES: Final = 8
 """Saves of a process at which the values are compared: what a training changes has changed by then."""
@@ -94,7 +93,7 @@ class OutsideState:
             f"of torchmetrics), put it into the state_dict(), or pass {example.attribute}=lambda: {example.name} to "
             f"the Loop and set {example.name} = loop[{example.attribute!r}] after resume()"
         )
-        warnings.warn(msg, CheckpointerWarning, stacklevel=2)
+        warn(msg)
 
 
 def _values_of(name: str, thing: Any) -> Iterator[_Value]:

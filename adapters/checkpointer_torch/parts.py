@@ -18,13 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpointer.errors import PolicyError, warn
+from checkpointer.formats.inspection.weights import WRAPPERS
 from checkpointer_torch.layouts import fitted
 from checkpointer_torch.state_differences import Differences, compared
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 """Types of plain values."""
-_WRAPPERS: Final = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-"""Names that only wrappers give to the module within them."""
 _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")
 )
@@ -116,7 +115,7 @@ def _namer(module: nn.Module) -> Callable[[str], str]:
         parts = key.split(".")
         paths = (".".join(parts[: number + 1]) for number in range(len(parts)))
         return ".".join(
-            part for part, path in zip(parts, paths, strict=True) if part not in _WRAPPERS and path not in wrapped
+            part for part, path in zip(parts, paths, strict=True) if part not in WRAPPERS and path not in wrapped
         )
 
     return plain

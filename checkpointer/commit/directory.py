@@ -130,7 +130,7 @@ class Directory:
             manifest,
             records=found.records,
             aside=(),
-            foreign=listing.foreign | unfinished | poisoned,
+            foreign=(listing.foreign - contents.yielding) | unfinished | poisoned,
             seen=manifest.seen.union(*(record.metrics for record in known)),
             term=term.number if term is not None else 0,
             limits=listing.limits,

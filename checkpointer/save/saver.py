@@ -75,12 +75,14 @@ class Saver:
         self._check_space(last_size)
         there = directory.manifest.by_name.get if decision.replaces else directory.names.lost
         replaces = there(decision.name)
-        over_alias = decision.name in directory.policy.aliases
+        over_file = self._yields(decision)
+        over_alias = decision.name in directory.policy.aliases or over_file
         write = self._write_path(state)
         if write is not None:
             if not isinstance(directory.storage, SupportsPaths):
                 return self._write_by_url(draft, write)
-            own_name = partial(directory.names.own, draft)
+            taken = {*directory.manifest.taken, *directory.policy.aliases, decision.name} if over_file else None
+            own_name = partial(directory.names.own, draft, taken)
             return transaction.commit_path(draft, write, replaces=replaces, over_alias=over_alias, own_name=own_name)
         payload = self.format
         assert not isinstance(payload, FolderFormat), "_write_path handles it"
@@ -111,9 +113,15 @@ class Saver:
             decision, aliases = self._decide_again(decision), directory.policy.aliases
         if decision.replaces and decision.name not in aliases and self._is_lost(decision.name):
             decision = self._decide_again(decision)
-        while not (decision.replaces or decision.name in aliases or directory.names.is_free(decision.name)):
+        while not (decision.replaces or decision.name in aliases or self._yields(decision)):
+            if directory.names.is_free(decision.name):
+                break
             decision = self._decide_again(decision)
         return decision
+
+    def _yields(self, decision: Save) -> bool:
+        """Return whether a file without a record has the decided name, and may be replaced; a rescue replaces none."""
+        return decision.kind == "regular" and self.directory.names.yields(decision.name)
 
     def _is_lost(self, name: str) -> bool:
         """Return whether the checkpoint that is to be replaced is gone."""

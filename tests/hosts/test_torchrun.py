@@ -65,17 +65,22 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("host", ["loop", "trainer"])
-def test_a_sigterm_to_torchrun_and_its_workers_saves_once_and_ends_them(tmp_path: Path, host: str) -> None:
-    """Each worker gets it twice: as any process of the job, and from torchrun. A resume goes on from that step."""
+@pytest.mark.parametrize(
+    ("host", "gets"), [("loop", "job"), ("trainer", "job"), ("loop", "torchrun"), ("loop", "group")]
+)
+def test_a_sigterm_to_torchrun_and_its_workers_saves_once_and_ends_them(tmp_path: Path, host: str, gets: str) -> None:
+    """If the job gets it, each worker gets it twice, once from torchrun. A resume goes on from that step.
+
+    The workers have groups of their own, so the group of torchrun is torchrun alone.
+    """
     hugging_face = installed("transformers")
     if host == "trainer" and not hugging_face:
         pytest.skip("transformers is not installed")
     torchrun = launch(host, tmp_path, 1_000_000)
     pids = noted(torchrun, tmp_path, "ready")
-    for pid in pids:
+    for pid in pids if gets == "job" else []:
         os.kill(pid, signal.SIGTERM)
-    os.killpg(torchrun.pid, signal.SIGTERM)
+    (os.kill if gets == "torchrun" else os.killpg)(torchrun.pid, signal.SIGTERM)
     assert 0 != torchrun.wait(PATIENCE_S)
     assert not any(map(is_alive, pids))
     (saved,) = CheckpointManager(tmp_path / "run").records

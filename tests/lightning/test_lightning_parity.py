@@ -26,6 +26,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_lightning_matrix import ARGUMENTS
 from tiny import Model, files, fit, held, is_at_least, loader, quiet, seen, step_of, trainer
 
+from checkpointer import CheckpointManager
+
 pytestmark = quiet
 
 TRAINERS: dict[str, dict[str, Any]] = {
@@ -488,6 +490,23 @@ def test_43_without_a_version_counter_an_earlier_run_s_files_are_overwritten(tmp
     names = ["model-epoch=0.ckpt", "model-epoch=1.ckpt", "model-epoch=2-v1.ckpt", "model-epoch=2.ckpt"]
     assert names == files(tmp_path)
     assert b"mine" == (tmp_path / "model-epoch=2.ckpt").read_bytes()
+
+
+def test_without_a_version_counter_the_files_of_lightning_s_own_class_are_overwritten(tmp_path: Path) -> None:
+    """They have no record. A file that is not a checkpoint keeps its name."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "filename": "model-{epoch}", "save_top_k": -1}
+    arguments |= {"enable_version_counter": False}
+    fit(Theirs(**arguments), max_epochs=3)
+    (tmp_path / "model-epoch=2.ckpt").write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is said that the directory is not empty.
+        fit(Ours(**arguments), max_epochs=3)
+    names = ["model-epoch=0.ckpt", "model-epoch=1.ckpt", "model-epoch=2-v1.ckpt", "model-epoch=2.ckpt"]
+    assert names == files(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
+    assert ["model-epoch=2.ckpt"] == [name for name in before if before[name] == after[name]]
+    assert [names[0], names[1], names[2]] == sorted(record.name for record in CheckpointManager(tmp_path).records)
 
 
 # What a new callback knows of a directory that was used

@@ -122,6 +122,16 @@ def test_a_whole_module_beside_objects_gives_its_state(tmp_path: Path) -> None:
     assert torch.equal(old.weight, model.state_dict()["0.weight"])
 
 
+def test_a_compiled_part_of_a_model_has_the_names_of_the_model(tmp_path: Path) -> None:
+    """The file has `_orig_mod` in the middle of its names, and the model of today is not compiled."""
+    old, new = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    parts: Any = [torch.compile(old[0]), old[1]]
+    torch.save({"net": nn.Sequential(*parts).state_dict()}, tmp_path / "old.pt")
+    with Loop(tmp_path / "run", EVERY, model=new) as loop:
+        loop.resume(tmp_path / "old.pt", map={"model": "net"})
+    assert all(map(torch.equal, old.state_dict().values(), new.state_dict().values()))
+
+
 def test_a_managed_directory_of_another_program_is_read_too(tmp_path: Path) -> None:
     """Its newest checkpoint is verified, and its objects stay unread."""
     old, _ = make()

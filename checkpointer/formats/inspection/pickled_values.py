@@ -11,6 +11,8 @@ from checkpointer.formats.inspection.tensors import Branch, Entries
 from checkpointer.formats.inspection.work import Work
 
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
+_COMPILED: Final = Global("torch._dynamo.eval_frame", "OptimizedModule")
+"""What ``torch.compile`` makes: a call with the module within, and no state."""
 _MAX_LEVELS: Final = 20
 """A value that is nested more deeply is not plain data."""
 _DATA: Final = 8
@@ -66,11 +68,22 @@ def _is_plain(value: Any) -> bool:
 
 def is_module(value: Any) -> bool:
     """Return whether it makes a `torch.nn.Module`."""
-    return isinstance(value, Call) and isinstance(value.state, dict) and all(key in value.state for key in _MODULE)
+    return isinstance(value, Call) and (_is_compiled(value) or _has_state(value))
+
+
+def _is_compiled(call: Call) -> bool:
+    return call.what == _COMPILED and bool(call.args) and isinstance(call.args[0], Call) and _has_state(call.args[0])
+
+
+def _has_state(call: Call) -> bool:
+    return isinstance(call.state, dict) and all(key in call.state for key in _MODULE)
 
 
 def module_entries(call: Call) -> Entries:
     """Yield what a module holds: first what its ``state_dict`` has, then what else may have a tensor in it."""
+    if _is_compiled(call):
+        yield "_orig_mod", call.args[0], True
+        return
     found = call.state.get("_non_persistent_buffers_set")
     not_saved = found if isinstance(found, (set, frozenset)) else ()
     for kind in _MODULE:

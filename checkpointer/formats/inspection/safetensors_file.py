@@ -97,7 +97,8 @@ class SafetensorsContents(Tensors):
             self.tensors[name], self._offsets[name] = _tensor(name, entry)
         _check_apart(self._offsets)
         # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
-        tied = {name: kept for name, kept in self.others.items() if kept in self.tensors and name not in self.tensors}
+        names = {name: kept for name, kept in self.others.items() if isinstance(kept, str)}
+        tied = {name: kept for name, kept in names.items() if kept in self.tensors and name not in self.tensors}
         if self.tensors:
             self.parts = {"": Part(names={name: name for name in self.tensors} | tied)}
 

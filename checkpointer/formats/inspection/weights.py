@@ -24,6 +24,8 @@ _BESIDE: Final = (
 """Keys that begin so hold something else than weights."""
 _OPTIONAL: Final = "num_batches_tracked"
 """Batch normalisation had no such counter before torch 0.4.1; torch itself loads weights without it."""
+WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Names that only wrappers, such as ``torch.compile``, give to the module within them."""
 _SHOWN: Final = 6
 _NOTHING: Final = "it holds no weights: there is no mapping of names to tensors in it, and no module"
 
@@ -189,11 +191,12 @@ def weights_for(
 ) -> Weights:
     """Return the weights that fit a module, by names and shapes, under the module's names.
 
-    A prefix that all of them have in common is taken off. If nothing fits as a whole, what fits best is returned.
+    A prefix that all of them have in common is taken off, and so are the names of `WRAPPERS`. If nothing fits as a
+    whole, what fits best is returned.
 
     Args:
         contents: The payload.
-        wanted: What the module has.
+        wanted: What the module has, without the names of `WRAPPERS`.
         part: As for `weights_of`; the whole of the module's weights is looked for in it.
         rename: Turns a name in the payload into one of the module; None leaves it out.
 
@@ -234,14 +237,22 @@ def _path(path: str, prefix: str) -> str:
 
 def _renamed(part: Part, rename: Callable[[str], str | None]) -> Part:
     names: dict[str, str] = {}
-    for key, full in part.names.items():
-        name = rename(key)
+    renamed = {key: rename(key) for key in part.names}
+    for key, to in renamed.items():
+        name = None if to is None else unwrapped(to)
         if name in names:
-            msg = f"key_map makes {name!r} of {key!r} and of another name"
+            msg = f"{key!r} and another name become {name!r}, by key_map= or without the name of a wrapper"
             raise MismatchError(msg)
         if name is not None:
-            names[name] = full
-    return attrs.evolve(part, names=names, versions=part.versions if names == part.names else {})
+            names[name] = part.names[key]
+    is_same = all(key == to for key, to in renamed.items())
+    versions = {unwrapped(path): version for path, version in part.versions.items()} if is_same else {}
+    return attrs.evolve(part, names=names, versions=versions)
+
+
+def unwrapped(name: str) -> str:
+    """Return a name in a ``state_dict``, or the path of a module, without the names of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _stripped(part: Part, prefix: str) -> Part:
