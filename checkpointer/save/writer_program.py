@@ -140,7 +140,7 @@ class DirectFile:
             try:
                 count = os.pwrite(self._descriptor, view, self._written)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._is_direct:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not self._is_direct:
                     raise
                 if not (is_aligned or is_begun):
                     return False
