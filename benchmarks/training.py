@@ -6,6 +6,10 @@ then with one save, then undisturbed again. *Lost* is the time from the call tha
 durable and `TAIL_S` have passed, minus the time that as many undisturbed steps take. Each side keeps one checkpoint:
 to delete the one before is part of the save. Files that a side does not sync are synced as soon as it says that it is
 done. Medians are printed. Timings on a busy machine are noisy; nothing here is a test.
+
+*At least* is what a side would lose if nothing but arithmetic mattered. While the state is copied, the training stands
+still. All other processor seconds of the save (of the whole machine, measured in one save without training) are taken
+from the training if it has as many threads as there are cores; if a core is free, they need not cost anything.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Any
 
 from table import show
 
-HEAD = ("training while a save is written", "who", "lost", "beside ours", "speed during the save", "save takes")
+HEAD = ("training while a save is written", "who", "lost", "at least", "beside ours", "speed during it", "save takes")
 UNDISTURBED_S = 0.7
 """Seconds of undisturbed training before and after each save."""
 TAIL_S = 0.3
@@ -86,6 +90,26 @@ def lost(step: Callable[[], object], begin: Callable[[], Callable[[], bool]]) ->
     end = time.perf_counter()
     each = (before + seconds_each(UNDISTURBED_S)) / 2
     return {"lost": end - start - count * each, "share": steps * each / (during - begun), "took": during - start}
+
+
+def alone(begin: Callable[[], Callable[[], bool]]) -> dict[str, float]:
+    """Return what one save costs without training: processor seconds of the machine, and seconds that it blocks."""
+    from perf.sides import machine_cpu_s
+
+    before, start = machine_cpu_s(), time.perf_counter()
+    is_durable = begin()
+    blocked = time.perf_counter() - start
+    while not is_durable():
+        time.sleep(0.005)
+    os.sync()
+    return {"cpu": machine_cpu_s() - before, "blocked": blocked}
+
+
+def at_least(cost: dict[str, float], threads: int) -> float:
+    """Return the seconds that a save costs a training with so many threads by arithmetic."""
+    cores = os.cpu_count() or 1
+    rest = max(0.0, cost["cpu"] - cost["blocked"])
+    return cost["blocked"] + (rest / cores if threads >= cores else 0.0)
 
 
 # The sides
@@ -239,7 +263,7 @@ def serve(name: str, megabytes: int, where: str) -> None:
         kind, threads = json.loads(line)
         torch.set_num_threads(threads)
         try:
-            answer = lost(step_of(kind), side[0])
+            answer = lost(step_of(kind), side[0]) if kind else alone(side[0])
             side[1]()
         except Exception as error:
             answer = {"why": f"{type(error).__name__}: {error}"}
@@ -261,6 +285,8 @@ class Side:
         )
         self.why = ""
         """Why it cannot be measured."""
+        self.costs: list[dict[str, float]] = []
+        """What saves without training cost."""
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -279,6 +305,10 @@ class Side:
         print(json.dumps([kind, threads]), file=self._process.stdin, flush=True)
         answer = self._answer()
         return None if self.why else answer
+
+    def at_least(self, threads: int) -> float:
+        """Return the median of what a save costs by arithmetic (s)."""
+        return statistics.median(at_least(cost, threads) for cost in self.costs) if self.costs else float("nan")
 
     def end(self) -> None:
         """End the process."""
@@ -311,6 +341,9 @@ def measured(
     """Return the results of all rounds but the first, which warms up, by setting and side."""
     found: Any = {setting: {side.name: [] for side in sides} for setting in settings}
     for number in range(rounds + 1):
+        for side in sides:
+            if number and (cost := side.lost("", 1)) is not None:
+                side.costs.append(cost)
         for setting in settings if number else settings[:1]:
             for side in list(sides)[:: 1 if number % 2 else -1]:
                 if (answer := side.lost(*setting)) is not None and number:
@@ -319,9 +352,13 @@ def measured(
     return found  # type: ignore[no-any-return]
 
 
-def rows_of(found: dict[tuple[str, int], dict[str, list[dict[str, float]]]], megabytes: int) -> list[tuple[str, ...]]:
+def rows_of(
+    found: dict[tuple[str, int], dict[str, list[dict[str, float]]]], megabytes: int, sides: Sequence[Side]
+) -> list[tuple[str, ...]]:
     """Return the rows of the table: for each setting the median of each side, and its ratio to the first side."""
     rows: list[tuple[str, ...]] = []
+    floors = {side.name: side.at_least for side in sides}
+    per_gb = 1000 / (megabytes * 1.048576)
     for (kind, threads), by_side in found.items():
         what = f"{kind} steps, {threads} thread{'s' * (threads > 1)}"
         base: float | None = None
@@ -331,9 +368,11 @@ def rows_of(found: dict[tuple[str, int], dict[str, list[dict[str, float]]]], meg
             lost_s, share, took = (
                 statistics.median(answer[key] for answer in answers) for key in ("lost", "share", "took")
             )
-            lost_s *= 1000 / (megabytes * 1.048576)
+            lost_s *= per_gb
             base = lost_s if base is None else base
-            rows.append((what, name, f"{lost_s:.3f} s/GB", f"{lost_s / base:.2f} x", f"{share:.0%}", f"{took:.2f} s"))
+            least = f"{floors[name](threads) * per_gb:.3f} s/GB"
+            measured = (f"{lost_s:.3f} s/GB", least, f"{lost_s / base:.2f} x", f"{share:.0%}", f"{took:.2f} s")
+            rows.append((what, name, *measured))
             what = ""
     return rows
 
@@ -355,7 +394,7 @@ def main() -> None:
     settings = [s for s in SETTINGS if not arguments.settings or f"{s[0]}-{s[1]}" in arguments.settings]
     names = arguments.only or ["torch-checkpointer", *["the build before"] * bool(arguments.before), *PEERS]
     with sides_of(names, arguments.megabytes, arguments.before) as sides:
-        show(rows_of(measured(sides, arguments.rounds, settings), arguments.megabytes), HEAD)
+        show(rows_of(measured(sides, arguments.rounds, settings), arguments.megabytes, sides), HEAD)
         for side in sides:
             if side.why:
                 print(f"{side.name}: {side.why}")

@@ -33,6 +33,7 @@ from checkpointer.errors import (
 )
 from checkpointer.formats import open_format
 from checkpointer.formats.snapshot import Snapshots
+from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.mirror.mirror import open_mirror
 from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue, manifest_html
@@ -57,6 +58,7 @@ from checkpointer.restore.load import load as load_verified
 from checkpointer.save.background import Background, Busy, as_busy, copies_of
 from checkpointer.save.executor import KeepAlive, SaveExecutor
 from checkpointer.save.saver import FOLDER, Saver
+from checkpointer.save.writer_process import WriterProcess
 from checkpointer.session import Session
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -186,12 +188,22 @@ class CheckpointManager:
         self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)
         self._background = None
         snapshots: Snapshotting | None = None
+        process: WriterProcess | None = None
         if busy is not None:
             self._background = Background(busy, lambda: opened.manifest, self._schedule.wake)
             own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
             snapshots = own(copies_of(busy))
+            process = WriterProcess(self._format) if type(self._format) is TorchFormat else None
         self._executor = SaveExecutor(
-            self._saver, self._schedule, self._clock, capture, tolerated, self._background, snapshots, keep_alive
+            self._saver,
+            self._schedule,
+            self._clock,
+            capture,
+            tolerated,
+            self._background,
+            snapshots,
+            process,
+            keep_alive,
         )
         level = logging.INFO if verbose else logging.DEBUG
         self.session = Session(self._directory, self._schedule, self._executor, self._mirror, self._clock, level)
@@ -496,6 +508,8 @@ class CheckpointManager:
     def _close(self, timeout: float | None) -> None:
         started = time.monotonic()
         if self._executor.settle(timeout):
+            if self._executor.process is not None:
+                self._executor.process.close()
             self._directory.close()
             self._release()
         else:  # The writer thread still uses the directory. Both end with the process.

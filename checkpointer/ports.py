@@ -19,6 +19,7 @@ __all__ = [
     "Storage",
     "SupportsCapabilities",
     "SupportsCopy",
+    "SupportsDescriptor",
     "SupportsFileDigests",
     "SupportsFreeSpace",
     "SupportsLinks",
@@ -55,6 +56,25 @@ class Writable(Protocol):
 
     def write(self, data: Any, /) -> int:
         """Append all of ``data`` (bytes-like) and return its length in bytes."""
+
+
+@runtime_checkable
+class SupportsDescriptor(Writable, Protocol):
+    """A digesting stream that may be a file of this machine. Then another process may write the whole file instead."""
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of the digest."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """The descriptor of the empty file, or None if it is not a file."""
+
+    def count_to(self, size: int) -> None:
+        """Note that the other process has written ``size`` bytes so far."""
+
+    def take_over(self, size: int, hexdigest: str) -> None:
+        """Note that the other process has written the whole file, and with which digest."""
 
 
 class Upload(Writable, Protocol):

@@ -33,13 +33,23 @@ def lost(setup: Setup) -> list[Row]:
     with training.sides_of(names, size, str(setup.trees[before]) if before else "") as sides:
         found = training.measured(sides, setup.repeats, training.SETTINGS)
         why = {side.name: side.why for side in sides if side.why}
+        floors = {side.name: side.at_least for side in sides}
     rows: list[Row] = []
     for setting, answers in found.items():
-        rows += _rows(setting, answers, why, size * 1.048576 / 1000)
+        gigabytes = size * 1.048576 / 1000
+        least = {name: floor(setting[1]) / gigabytes for name, floor in floors.items()}
+        rows += _rows(setting, answers, why=why, gigabytes=gigabytes, least=least)
     return [row._replace(who=row.who.replace(BEFORE, before or "")) for row in rows]
 
 
-def _rows(setting: tuple[str, int], answers: Answers, why: Mapping[str, str], gigabytes: float) -> list[Row]:
+def _rows(
+    setting: tuple[str, int],
+    answers: Answers,
+    *,
+    why: Mapping[str, str],
+    gigabytes: float,
+    least: Mapping[str, float],
+) -> list[Row]:
     kind, threads = setting
     lost_s = {who: _median(taken, "lost") / gigabytes for who, taken in answers.items() if taken}
     beside = BEFORE if BEFORE in lost_s else OURS
@@ -50,7 +60,8 @@ def _rows(setting: tuple[str, int], answers: Answers, why: Mapping[str, str], gi
             rows.append(Row("", who, f"not run: {why.get(who, '')[:100]}"))
             continue
         ratio = lost_s[who] / lost_s[beside]
-        takes = f"{lost_s[who]:.3f} s/GB (speed {_median(taken, 'share'):.0%} for {_median(taken, 'took'):.2f} s)"
+        speed = f"speed {_median(taken, 'share'):.0%} for {_median(taken, 'took'):.2f} s"
+        takes = f"{lost_s[who]:.3f} s/GB (at least {least[who]:.3f}; {speed})"
         goal = _goal(ratio, lost_s[who], best) if (who, beside) == (OURS, BEFORE) else ""
         rows.append(Row("", who, takes, beside, f"{ratio:.2f} x", goal))
     return named(f"training lost to a save, {kind} steps, {threads} thread{'s' * (threads > 1)}", rows)

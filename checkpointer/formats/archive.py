@@ -10,21 +10,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import io
+import math
 import pickle
 import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
 from checkpointer.errors import SaveError
-from checkpointer.ports import Writable
+
+if TYPE_CHECKING:  # The writer process needs nothing else of it.
+    from checkpointer.ports import Writable
 
 CHUNK: Final = 4 << 20
 """Bytes that are given to the stream at a time. They fit the processor's cache."""
 
+LARGE: Final = 1 << 20
+"""Records of at least so many bytes can begin at a page of the file."""
 _SMALL: Final = 1 << 16
 """Pieces below this many bytes are joined, because each write has a cost of its own."""
 
@@ -59,11 +64,15 @@ class Archive:
         stream: Gets the bytes, in chunks of at most `CHUNK`.
         alignment: Each record begins at a multiple of so many bytes, so that it can be mapped into memory.
         has_crc32: Without it, each record has the CRC32 0, as after ``torch.serialization.set_crc32_options(False)``.
+        large_alignment: That of records of at least `LARGE` bytes; at least ``alignment`` if 0.
     """
 
-    def __init__(self, stream: Writable, *, alignment: int = 64, has_crc32: bool = True) -> None:
+    def __init__(
+        self, stream: Writable, *, alignment: int = 64, has_crc32: bool = True, large_alignment: int = 0
+    ) -> None:
         self._stream = stream
         self._alignment = alignment
+        self._large_alignment = math.lcm(alignment, large_alignment or 1)
         self._crc32: Callable[[Any, int], int] = _crc32 if has_crc32 else lambda data, value: 0
         self._pending = bytearray()
         self._position = 0
@@ -73,15 +82,16 @@ class Archive:
         self._contents = 0
 
     def write_record(self, name: str, data: Any, size: int) -> None:
-        """Write a record: text, bytes, or a storage in the memory of the CPU."""
+        """Write a record: text, bytes, a view of memory, or a storage in the memory of the CPU."""
         path = f"archive/{name}".encode()
         start, wide = self._position, size >= _LIMIT or self._position >= _LIMIT
         flags = _UTF8 | (_HAS_DESCRIPTOR if size else 0)
         extra = _wide(start, size, 0) if wide else b""
-        extra += self._padding(start + _LOCAL.size + len(path) + len(extra))
+        alignment = self._large_alignment if size >= LARGE else self._alignment
+        extra += _padding(start + _LOCAL.size + len(path) + len(extra), alignment)
         self._put(_LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra)
-        is_shared = not isinstance(data, (str, bytes)) and data.is_shared()
-        crc = self._put_all(_memory(data, size), is_shared=is_shared)
+        is_shared = not isinstance(data, (str, bytes, memoryview)) and data.is_shared()
+        crc = self._put_all(memory(data, size), is_shared=is_shared)
         if size:
             self._put(struct.pack("<4sL2Q" if wide else "<4s3L", b"PK\7\b", crc, size, size))
         extra = _wide(start, size, size) if wide else b""
@@ -95,13 +105,8 @@ class Archive:
         self._contents = seed ^ ((crc + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & _MASK)
 
     def write_record_metadata(self, name: str, size: int) -> None:
-        """Raise, because the record would have no bytes.
-
-        Raises:
-            SaveError: Always.
-        """
-        msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
-        raise SaveError(msg)
+        """Raise `SaveError`, because the record would have no bytes."""
+        raise _left_out(name, size)
 
     def close(self, identity: str = "") -> None:
         """Write what follows the last record. ``identity`` takes the place of the file's fingerprint."""
@@ -116,11 +121,6 @@ class Archive:
         few = min(count, 0xFFFF)
         self._put(_END.pack(b"PK\5\6", 0, 0, few, few, min(size, _LIMIT), min(start, _LIMIT), 0))
         self._flush()
-
-    def _padding(self, start: int) -> bytes:
-        """Return an extra field after which the record's bytes are aligned."""
-        count = -(start + 4) % self._alignment
-        return b"FB" + struct.pack("<H", count & 0xFFFF) + b"Z" * count
 
     def _put_all(self, data: memoryview, *, is_shared: bool) -> int:
         """Write a record's bytes and return their CRC32. Bytes that other processes may change are copied before."""
@@ -150,6 +150,41 @@ class Archive:
             self._pending = bytearray()
 
 
+class Record(NamedTuple):
+    """A record that is to be written. Its arguments are those of `Archive.write_record`."""
+
+    name: str
+    data: Any
+    size: int
+
+
+class _Records(list[Record]):
+    """Takes the place of an `Archive`, and keeps its records."""
+
+    def write_record(self, name: str, data: Any, size: int) -> None:
+        self.append(Record(name, data, size))
+
+    def write_record_metadata(self, name: str, size: int) -> None:
+        raise _left_out(name, size)
+
+
+class Plan(NamedTuple):
+    """The records that torch would write for a state, and how it would write them. See `Archive`."""
+
+    records: list[Record]
+    alignment: int
+    has_crc32: bool
+
+
+def plan(state: Any, pickle_module: Any) -> Plan:
+    """Return what `save` would write; only after `is_like_torch` has returned true."""
+    import torch.serialization as its
+
+    records = _Records()
+    its._save(state, records, pickle_module, its.DEFAULT_PROTOCOL, False)  # type: ignore[no-untyped-call]
+    return Plan(records, its._get_storage_alignment(), its.get_crc32_options())
+
+
 def save(state: Any, stream: Writable, pickle_module: Any, *, identity: str = "") -> None:
     """Write a torch file with `Archive`; only after `is_like_torch` has returned true. See `Archive.close`."""
     import torch.serialization as its
@@ -177,13 +212,24 @@ def is_like_torch() -> bool:
     return theirs.getvalue() == ours.getvalue()
 
 
-def _memory(data: Any, size: int) -> memoryview:
+def memory(data: Any, size: int) -> memoryview:
     """Return the bytes of a record."""
     if isinstance(data, str):
         return memoryview(data.encode())
-    if isinstance(data, bytes):
+    if isinstance(data, (bytes, memoryview)):
         return memoryview(data)
     return _view(data.data_ptr(), size, _READ) if size else memoryview(b"")  # `data` outlives the view.
+
+
+def _padding(start: int, alignment: int) -> bytes:
+    """Return an extra field after which a record's bytes are aligned."""
+    count = -(start + 4) % alignment
+    return b"FB" + struct.pack("<H", count & 0xFFFF) + b"Z" * count
+
+
+def _left_out(name: str, size: int) -> SaveError:
+    msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
+    return SaveError(msg)
 
 
 def _wide(start: int, size: int, stored: int) -> bytes:

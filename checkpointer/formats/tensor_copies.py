@@ -16,6 +16,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
+from checkpointer.formats.shared_memory import Arena, arena_for
 from checkpointer.formats.stored import cut, span
 
 _P = ParamSpec("_P")
@@ -122,6 +123,8 @@ class Memory:
 
     def __init__(self) -> None:
         self._buffers: list[tuple[_Key, Any]] = []
+        self._arena: Arena | None = None
+        """The memory of the buffers on the CPU, if the writer process reads it."""
         self._layout: _Layout | None = None
         self._addresses: tuple[list[int], list[int]] | None = None
         """Those of the storages when they last matched: of `Sources.storages`, and of each tensor's."""
@@ -131,6 +134,8 @@ class Memory:
         """Return whether the tensors of the last copy can take the bytes of these."""
         layout = self._layout
         if layout is None or len(layout.on) != len(sources.tensors) or not layout.has_same_metadata(sources.tensors):
+            return False
+        if self._arena is not None and not self._arena.is_here:  # The parent of this process writes from it.
             return False
         storages = _storages_of(sources.tensors)
         if (
@@ -154,7 +159,7 @@ class Memory:
         on = _numbered(storages, sources)
         parts = [*_whole_storages(sources), *_parts(tensors, storages, on, len(sources.storages))]
         keys = [(part.size, _place_of(part, sources)) for part in parts]
-        self._buffers = _allocate_again(keys, self._buffers)
+        self._allocate(keys)
         starts = {part.number: part.start for part in parts}
         copies = [_on(self.buffer(n), tensor, starts[n]) for n, tensor in zip(on, tensors, strict=True)]
         whole = [part.tensor for part in parts if part.fits and part.tensor is not None]
@@ -172,6 +177,20 @@ class Memory:
             whole_copies=[copies[place] for place in whole],
             rest=[part for part in parts if part.size and not part.fits],
         )
+
+    def _allocate(self, keys: Sequence[_Key]) -> None:
+        """Make the buffers: those on the CPU in shared memory, if they are large enough together."""
+        sizes = [size for size, place in keys if place == "cpu"]
+        if self._arena is not None:
+            self._buffers = [(key, buffer) for key, buffer in self._buffers if key[1] != "cpu"]
+            self._arena = self._arena if self._arena.suits(sizes) else None
+        self._arena = self._arena or arena_for(sizes)
+        if self._arena is None:
+            self._buffers = _allocate_again(keys, self._buffers)
+            return
+        shared = iter(self._arena.buffers(sizes))
+        others = iter(_allocate_again([key for key in keys if key[1] != "cpu"], self._buffers))
+        self._buffers = [(key, next(shared)) if key[1] == "cpu" else next(others) for key in keys]
 
     @_without_overrides
     def copy(self, sources: Sources, streams: Streams) -> list[Any]:

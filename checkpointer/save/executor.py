@@ -20,6 +20,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation
 from checkpointer.save.background import Background, Job, Outcome
 from checkpointer.save.saver import Saver
+from checkpointer.save.writer_process import WriterProcess
 from checkpointer.storage.opening import access_advice
 
 _log: Final = logging.getLogger("checkpointer")
@@ -44,6 +45,8 @@ class SaveExecutor:
     """Writes on its thread; None if the loop writes."""
     snapshots: Snapshotting | None
     """Copies what the background writes."""
+    process: WriterProcess | None
+    """Writes large snapshots in place of the thread."""
     keep_alive: KeepAlive
     saving: Save | None = attrs.field(default=None, init=False)
     """The save whose state is being taken: a host's state that contains ours is taken as if it were done."""
@@ -123,7 +126,8 @@ class SaveExecutor:
         assert isinstance(job.decision, Save), "only a save has a snapshot"
         try:
             self.saver.directory.note(reported)
-            record = self.saver.write(job.decision, snapshot.wait(), None)
+            by = self.process.write if self.process is not None else None
+            record = self.saver.write(job.decision, snapshot.wait(), None, by=by)
             job.is_saved = True
         finally:
             snapshot.release()

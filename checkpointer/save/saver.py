@@ -32,6 +32,7 @@ from checkpointer.ports import (
     SupportsFreeSpace,
     SupportsPaths,
     SupportsURLs,
+    Writable,
 )
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record, check_readable
@@ -42,6 +43,8 @@ MAX_REASON: Final = 2000
 """Most characters of a reason in a record."""
 MAX_PATHS: Final = 3
 """Most values of one class that a warning names."""
+WriteState = Callable[[Any, Writable], None]
+"""Writes a state to a stream: see `Format.write`."""
 
 
 @attrs.frozen
@@ -56,10 +59,13 @@ class Saver:
     on_change: Callable[[Manifest], None] | None
     """Called with the records after each change, as for a mirror; must return at once."""
 
-    def write(self, decision: Save, state: Any, path: str | os.PathLike[str] | None) -> Record:
+    def write(
+        self, decision: Save, state: Any, path: str | os.PathLike[str] | None, *, by: WriteState | None = None
+    ) -> Record:
         """Write a payload and its record (steps 1 to 5 of `checkpointer.commit.transaction`); return the record.
 
-        The payload is ``state``, or what ``save`` writes, or what a trainer has written to ``path``.
+        The payload is ``state``, or what ``save`` writes, or what a trainer has written to ``path``. ``by`` writes the
+        state in place of the format's own ``write``.
         """
         directory = self.directory
         directory.begin()
@@ -89,7 +95,7 @@ class Saver:
         commit = partial(
             transaction.commit,
             draft,
-            lambda stream: payload.write(state, stream),
+            partial(by or payload.write, state),
             replaces=replaces,
             over_alias=over_alias,
             expected=last_size,
@@ -104,7 +110,7 @@ class Saver:
             again = attrs.evolve(decision, replaces=False)
             if decision.replaces or over_alias or directory.names.is_free(decision.name):
                 raise
-            return self.write(again, state, None)
+            return self.write(again, state, None, by=by)
 
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that no other writer has taken since the directory was listed."""

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Final
 
+import attrs
+
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
 from checkpointer.records.codec import DIGESTS, OF_FILES
@@ -60,7 +62,7 @@ class _Digest:
             msg = f"the digest algorithm {algorithm!r} is not known (known: {known}); upgrade torch-checkpointer"
             raise CorruptError(msg)
         self.algorithm = algorithm
-        self._hash = DIGESTS[algorithm]()
+        self._hash: Any = DIGESTS[algorithm]()
         self.size = 0
         """Bytes so far."""
 
@@ -73,6 +75,16 @@ class _Digest:
     def digest(self) -> str:
         """The digest so far."""
         return f"{self.algorithm}:{self._hash.hexdigest()}"
+
+
+@attrs.frozen
+class _Computed:
+    """Stands for the hash of bytes that another process has digested."""
+
+    digits: str
+
+    def hexdigest(self) -> str:
+        return self.digits
 
 
 class DigestWriter(_Digest):
@@ -100,6 +112,20 @@ class DigestWriter(_Digest):
 
     def flush(self) -> None:
         """Do nothing; some serialisers call it."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """See `SupportsDescriptor.descriptor`."""
+        return getattr(self._stream, "descriptor", None)
+
+    def count_to(self, size: int) -> None:
+        """See `SupportsDescriptor.count_to`."""
+        self._stream.count_to(size)  # type: ignore[attr-defined]  # It has a descriptor.
+
+    def take_over(self, size: int, hexdigest: str) -> None:
+        """See `SupportsDescriptor.take_over`."""
+        self.count_to(size)
+        self.size, self._hash = size, _Computed(hexdigest)
 
 
 class FolderDigest(_Digest):

@@ -344,6 +344,11 @@ class _LocalUpload:
             self._begun = self._written
         return count
 
+    @property
+    def descriptor(self) -> int | None:
+        """That of the staged file. Another process may write to it; `finish` syncs what it has written."""
+        return self._stream.fileno() if self._stream is not None else None
+
     def finish(self) -> None:
         if self._stream is None:
             _sync_tree(self._staged)

@@ -36,13 +36,25 @@ class Transfer:
     def write(self, data: Any) -> int:
         """Write all of ``data`` and return its length in bytes."""
         count = self._stream.write(data)
-        self.bytes += count
+        self._note(self.bytes + count)
+        return count
+
+    @property
+    def descriptor(self) -> int | None:
+        """See `SupportsDescriptor.descriptor`."""
+        return getattr(self._stream, "descriptor", None)
+
+    def count_to(self, size: int) -> None:
+        """See `SupportsDescriptor.count_to`."""
+        self._note(size)
+
+    def _note(self, size: int) -> None:
+        self.bytes = size
         now = self._clock.time()
         if now - self._logged >= EVERY_S:
             self._logged = now
             rate = self.bytes / (now - self._begun) / 1e6
             _log.info("%s: %s %s (%.3g MB/s)", self.name, self._amount(), self._verb, rate)
-        return count
 
     def _amount(self) -> str:
         unit, size = ("GB", 1e9) if max(self.expected, self.bytes) >= 1e9 else ("MB", 1e6)
