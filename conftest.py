@@ -16,7 +16,7 @@ from sybil.sybil import SybilCollection
 
 
 def _begin(namespace: dict[str, Any]) -> None:
-    for package in ("accelerate", "ignite", "lightning"):
+    for package in ("accelerate", "ignite", "lightning", "ray"):
         namespace[f"has_{package}"] = find_spec(package) is not None
 
 
