@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts peers gpu demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
+.PHONY: help venv servers hosts ray peers gpu demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make docs        build the documentation into docs/_build, offline"
 	@echo "make hosts       install the frameworks whose adapters some tests use"
+	@echo "make ray         install Ray Train into .venv-ray, and run its tests, its example and its page; ten minutes"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
@@ -47,6 +48,13 @@ servers: venv
 
 hosts: venv
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts]'
+
+# Apart from .venv, and not in CI: Ray has 500 MB, and each of its runs takes half a minute.
+ray:
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet -c constraints.txt pip setuptools
+	.venv-ray/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers,ray]'
+	.venv-ray/bin/python -m pytest -n 0 tests/hosts/test_ray.py docs/ray.md
 
 # Apart from .venv, because the tests must not depend on what is installed here.
 PEERS := $(abspath .venv-peers)
@@ -98,7 +106,8 @@ check: venv
 		case $$example in *lightning*|*fabric*) "$(BIN)/python" -c "import lightning" 2>/dev/null || \
 			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; \
 		*transformers*|*accelerate*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
-			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; esac; \
+			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; \
+		*_ray*) echo "$$example skipped: make ray runs it"; continue;; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \
 		(cd "$$folder" && for again in 1 2; do "$(BIN)/python" "$(CURDIR)/$$example" || exit 1; done); \
@@ -154,4 +163,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-ray .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

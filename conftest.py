@@ -63,7 +63,7 @@ def _normal(text: str) -> str:
 
 
 def _begin(namespace: dict[str, Any]) -> None:
-    for package in ("accelerate", "ignite", "lightning", "transformers"):
+    for package in ("accelerate", "ignite", "lightning", "ray", "transformers"):
         namespace[f"has_{package}"] = find_spec(package) is not None
 
 

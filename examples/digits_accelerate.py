@@ -1,8 +1,8 @@
 """Train the net of ``digits_loop.py`` with accelerate. Kill it at any time and run it again.
 
-It continues from the newest checkpoint. It ends with the same weights as a run that was never killed. Two processes:
-``accelerate launch --cpu --num_processes 2 examples/digits_accelerate.py``. The lines with a ``+`` are those that
-torch-checkpointer needs.
+It continues from the newest checkpoint. It ends with the same weights as a run that was never killed. Two processes,
+also without a GPU: ``accelerate launch --multi_gpu --num_processes 2 examples/digits_accelerate.py``. The lines with
+a ``+`` are those that torch-checkpointer needs.
 """
 
 from __future__ import annotations

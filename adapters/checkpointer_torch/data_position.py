@@ -110,7 +110,7 @@ class DataPosition:
             origin.refuse(f"{what}, so it cannot be moved: {why}", f"goes on after {_batches(self.used)} of each")
 
     def _begun(self, view: LoaderView, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
-        used_before = self._iterator.begin(view.loader, self._view, state, origin=self._origin)
+        used_before = self._iterator.begin(view, self._view, state, origin=self._origin)
         self._left_off = {}
         self._view, self._facts = view, view.facts()
         view.set_epoch(epoch)
@@ -244,9 +244,13 @@ class _SharedIterator:
     drawn: int = 0
     """Batches, in the epochs before this one."""
 
-    def begin(self, loader: Any, before: LoaderView | None, state: Mapping[str, Any], *, origin: ResumedFrom) -> int:
+    def begin(
+        self, view: LoaderView, before: LoaderView | None, state: Mapping[str, Any], *, origin: ResumedFrom
+    ) -> int:
         """Return how many batches the epochs before have drawn from this iterator, if it has to be read again."""
-        self.is_one = isinstance(loader, Iterator) and not is_stateful(loader)
+        loader = view.loader
+        # Ray's wrapper of a DataLoader is its own iterator, and begins anew for each epoch.
+        self.is_one = view.inner is None and isinstance(loader, Iterator) and not is_stateful(loader)
         if not self.is_one:
             self.is_shared, self.drawn = None, 0
             return 0

@@ -15,6 +15,7 @@ _WRAPPED: Final = {
     "lightning": "_dataloader",
     "lightning_fabric": "_dataloader",
     "accelerate": "base_dataloader",
+    "ray": "_dataloader",
     "tqdm": "iterable",
 }
 """Attributes in which the loaders of other packages keep the loader that they wrap, batch for batch."""

@@ -41,7 +41,7 @@ def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
     Example:
         >>> trainer = Trainer(model, args, callbacks=[CheckpointCallback(policy)])  # doctest: +SKIP
         >>> attach(trainer)  # doctest: +SKIP
-        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=last_valid_checkpoint("runs/bert"))  # doctest: +SKIP
     """
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CheckpointCallback)]
     if not found:

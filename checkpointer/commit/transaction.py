@@ -45,6 +45,7 @@ from checkpointer.commit.named_writes import is_begun, no_digest, remove_files
 from checkpointer.commit.recovery import remove, settle
 from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
 from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
+from checkpointer.records.codec import METADATA
 from checkpointer.records.names import check_name
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import (
@@ -61,7 +62,7 @@ from checkpointer.storage.progress import Transfer
 
 _CHUNK = 4 << 20
 _MAX_FILES: Final = 2000
-"""A record names no more files than this, because it has to stay small."""
+"""A record has to stay small. If a folder has more files than this, its record names `METADATA` alone."""
 
 Files = Mapping[str, tuple[int, str]]
 """Size (bytes) and digest (hex digits) of each file of a folder by its path inside."""
@@ -183,7 +184,8 @@ class Transaction:
             return attrs.evolve(draft, size=size, digest=digest)
         _check_written(storage, name, files)
         size, digest = digest_of_files(files, self.journal.algorithm)
-        return attrs.evolve(draft, size=size, digest=digest, files=files if len(files) <= _MAX_FILES else {})
+        named = files if len(files) <= _MAX_FILES else {name: files[name] for name in files if name == METADATA}
+        return attrs.evolve(draft, size=size, digest=digest, files=named)
 
     def adopt(self, draft: Record, *, replaces: Record | None = None) -> Record:
         """Commit a payload that a trainer has written under its final name (steps 2 and 5)."""

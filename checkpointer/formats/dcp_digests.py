@@ -23,10 +23,10 @@ from checkpointer._display import shard_text, some_of
 from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats.archive_reader import OtherLayoutError
-from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, METADATA
+from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST
 from checkpointer.formats.one_pass import TorchLayout
 from checkpointer.formats.torch_file import TorchFormat
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.codec import DIGESTS, METADATA
 
 _CHUNK: Final = 1 << 20
 """Bytes that are digested and written at a time: they stay in the processor's cache."""
@@ -107,6 +107,25 @@ class DigestingFiles:
         return getattr(self._files, name)
 
 
+class DirectFiles(DigestingFiles):
+    """The files of a new folder at a URL. DCP's metadata is written under its own name, so that it is not copied.
+
+    The folder's record makes it count, and not the rename.
+    """
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str | os.PathLike[str]:
+        """See ``FileSystemBase.concat_path``."""
+        joined: str | os.PathLike[str] = self._files.concat_path(path, suffix.removesuffix(".tmp"))
+        return joined
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """See ``FileSystemBase.exists``."""
+        return False
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """See ``FileSystemBase.rename``: it has this name already."""
+
+
 def _name(path: str | os.PathLike[str]) -> str:
     return os.fspath(path).rpartition("/")[2]
 
@@ -125,7 +144,8 @@ class DigestingWriter:
 
     def digest_by(self, algorithm: str) -> None:
         """Digest what is written from now on."""
-        self.fs = DigestingFiles(self.fs, algorithm, are_local=self.sync_files)
+        files = DigestingFiles if self.sync_files else DirectFiles
+        self.fs = files(self.fs, algorithm, are_local=self.sync_files)
         self.files = {}
 
     def write_data(self, plan: Any, planner: Any) -> Future[Any]:
@@ -147,6 +167,8 @@ class DigestingWriter:
         for _, files in results:
             everywhere |= files
         self.files = {**everywhere, METADATA: self.fs.written[METADATA]}
+        # DCP sends this object to all ranks, which do not need it: it names each shard of each rank.
+        metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data = {}, None, None
 
 
 @attrs.frozen(kw_only=True)

@@ -253,26 +253,25 @@ class _SavePlanner(Portable, DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
 
-class _Movable:
-    """A writer whose folder can be moved: its staging path is not recorded."""
+class _FolderWriter(DigestingWriter):
+    """A writer of a folder that the first rank makes, and that can be moved: its staging path is not recorded."""
 
     save_id: str
+    _makes_folder = True
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
-
-class _Writer(Portable, _Movable, DigestingWriter, FileSystemWriter):
-    """Writes to a path. The first rank makes the folder, and the others have to see it."""
-
-    _makes_folder = True
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._makes_folder = is_coordinator
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return super().prepare_local_plan(plan) if self._makes_folder else plan
+        return cast(SavePlan, super().prepare_local_plan(plan)) if self._makes_folder else plan  # type: ignore[misc]
+
+
+class _Writer(Portable, _FolderWriter, FileSystemWriter):
+    """Writes to a path, which all ranks have to see."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         if not os.path.isdir(self.path):
@@ -284,7 +283,7 @@ class _Writer(Portable, _Movable, DigestingWriter, FileSystemWriter):
         return super().write_data(plan, planner)
 
 
-class _UrlWriter(Portable, _Movable, DigestingWriter, FsspecWriter):
+class _UrlWriter(Portable, _FolderWriter, FsspecWriter):
     """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
 
     DCP would sync every disk of this machine instead, and torch 2.14 warns of it.

@@ -33,6 +33,8 @@ DIGESTS: Final[dict[str, Callable[..., Any]]] = {"xxh3-128": xxhash.xxh3_128, "s
 """The digest algorithms there are."""
 OF_FILES: Final = "files-"
 """Before the name of an algorithm: the digest of a folder is the digest of its files' digests."""
+METADATA: Final = ".metadata"
+"""The file of a DCP folder that has the digest of each shard."""
 _HEX_DIGITS: Final = {name: 2 * new().digest_size for name, new in DIGESTS.items()}
 
 

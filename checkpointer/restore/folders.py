@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 from checkpointer._display import shard_text, some_of
 from checkpointer.errors import CheckpointerError
 from checkpointer.ports import Storage
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.codec import DIGESTS, METADATA
 from checkpointer.records.record import Record
 from checkpointer.storage.digests import algorithm_of_files, digest_of_files
 
@@ -23,12 +23,13 @@ def difference(record: Record, files: Mapping[str, int]) -> str:
     """Return what differs between a folder's files (their sizes in bytes by path) and its record; empty if nothing."""
     if not record.files:
         return ""
-    if digest_of_files(record.files, algorithm_of_files(record.digest)) != (record.size, record.digest):
+    is_whole = digest_of_files(record.files, algorithm_of_files(record.digest)) == (record.size, record.digest)
+    if not is_whole and set(record.files) != {METADATA}:
         return f"the files that the record of {record.name} names do not have its digest"
     there = {path[len(record.name) + 1 :]: size for path, size in files.items()}
     if gone := sorted(record.files.keys() - there.keys()):
         return f"{record.name} lacks {some_of([*map(shard_text, gone)])}"
-    if new := sorted(there.keys() - record.files.keys()):
+    if is_whole and (new := sorted(there.keys() - record.files.keys())):
         return f"{record.name} has {some_of(new)}, which was not written with it"
     other = [inside for inside, (size, _) in sorted(record.files.items()) if size != there[inside]]
     sizes = [f"{shard_text(name)} with {there[name]} bytes instead of {record.files[name][0]}" for name in other]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Final, TypeVar
 
 import attrs
@@ -193,6 +193,11 @@ class Connection:
     def remove(self, path: str) -> None:
         """Delete one file; deleting a missing file succeeds."""
         self.attempt(f"deleting {path}", lambda: self._remove(path))
+
+    def remove_all(self, paths: Sequence[str]) -> None:
+        """Delete files as `remove` does, one after another."""
+        for path in paths:
+            self.remove(path)
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), as_native_errors():

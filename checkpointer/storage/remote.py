@@ -83,8 +83,7 @@ class FsspecStorage:
         """See `Storage.delete`; the folders above that are empty then are removed too."""
         # The waiting replacement is deleted first, because after a crash in between it would appear under the name.
         for prefix in (path,) if self._connection.is_object_store else (f"{REPLACING}/{path}", path):
-            for name in sorted(self._connection.find(prefix)):
-                self._connection.remove(name)
+            self._connection.remove_all(sorted(self._connection.find(prefix)))
         self._connection.remove_empty_folders(path)
 
     def upload(self, path: str) -> Upload:

@@ -15,7 +15,7 @@ import math
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Final, TypeVar
 
 import fsspec.asyn
@@ -37,6 +37,7 @@ T = TypeVar("T")
 _log = logging.getLogger("checkpointer")
 
 PARTS_AT_ONCE: Final = 4
+DELETES_AT_ONCE: Final = 16
 _PART: Final = 16 << 20
 _LARGE_PART: Final = 128 << 20
 _NUM_SMALL_PARTS: Final = 5000
@@ -180,6 +181,15 @@ class _S3Connection(Connection):
         """Abort a multipart upload; aborting a missing one succeeds."""
         with contextlib.suppress(FileNotFoundError):
             self.call("abort_multipart_upload", Key=key, UploadId=upload)
+
+    def remove_all(self, paths: Sequence[str]) -> None:
+        """See `Connection.remove_all`: several requests at a time. All of them have ended when it returns or raises."""
+        for start in range(0, len(paths), DELETES_AT_ONCE):
+            some = paths[start : start + DELETES_AT_ONCE]
+            running = [self.submit("delete_object", Key=self.key(path)) for path in some]
+            for each in wait(running).done:
+                with contextlib.suppress(FileNotFoundError):
+                    each.result()
 
     def _remove(self, path: str) -> None:
         # One by one, because MinIO and others require a checksum for a bulk delete, which s3fs does not send.

@@ -30,12 +30,25 @@ class Stream(IterableDataset[int]):
             yield number
 
 
+class OwnIterator(DataLoader[Any]):
+    """Its iterator is the loader itself, and begins anew for each epoch, as that of Ray Train."""
+
+    def __iter__(self) -> Any:
+        self.batches = super().__iter__()
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
 def seeded(kind: str) -> Any:
     """Return a loader of this kind."""
     data = Points(COUNT)
     generator = torch.Generator().manual_seed(5)
     if kind == "plain":
         return DataLoader(data, 2, shuffle=True, generator=generator)
+    if kind == "own iterator":
+        return OwnIterator(data, 2, shuffle=True, generator=generator)
     if kind == "batches":
         sampler = RandomSampler(data, generator=generator)
         return DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
@@ -71,7 +84,17 @@ def passes(directory: Path | None, loader: Any, *, stop_at: int | None = None) -
     return given
 
 
-KINDS = ["plain", "batches", "single", "distributed", "stream", "list", "stateful", "stateful with workers"]
+KINDS = [
+    "plain",
+    "own iterator",
+    "batches",
+    "single",
+    "distributed",
+    "stream",
+    "list",
+    "stateful",
+    "stateful with workers",
+]
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # What torchdata says of torch.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -172,6 +174,34 @@ def test_opening_many_records_costs_a_request_per_1000_and_one_read(server: Serv
 
     # Records, payloads and the index together are one object more than a multiple of 1000.
     assert {"list": 2 * count // 1000 + 1, "HEAD": 1, "GET": 1} == proxy.kinds
+
+
+class PairingProxy(CountingProxy):
+    """Forwards a DELETE once another one has come."""
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(upstream)
+        self.pair = threading.Barrier(2, timeout=10)
+
+    def strikes(self, *, head: bytes) -> None:
+        super().strikes(head=head)
+        if head.startswith(b"DELETE"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.pair.wait()
+
+
+def test_the_files_of_a_folder_are_deleted_several_at_a_time(serve: Serve) -> None:
+    """A folder has a file of each rank: one after the other, thousands of them would take minutes."""
+    server = serve("s3")
+    with (proxy := PairingProxy(server.port)):
+        through = attrs.evolve(server, port=proxy.port)
+        storage = open_storage(through.fresh(), new_owner(), through.storage_options)
+        for number in range(4):
+            storage.write(f"step=1.dcp/__{number}_0.distcp", b"shard")
+        storage.delete("step=1.dcp")
+        assert 4 == proxy.kinds["DELETE"]
+        assert not proxy.pair.broken
+        assert {} == storage.list()
 
 
 def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:

@@ -25,10 +25,9 @@ from checkpointer.formats.inspection.tensors import MAX_ELEMENTS, as_shape, as_s
 from checkpointer.formats.inspection.work import Work
 from checkpointer.records.names import check_name
 
-METADATA: Final = ".metadata"
 ITEM_DIGEST: Final = "checkpointer_digest"
 """Attribute of an item's ``_StorageInfo``, which DCP's own reader ignores: see `checkpointer.formats.dcp_digests`."""
-MAX_METADATA_BYTES: Final = 1 << 28
+MAX_METADATA_BYTES: Final = 1 << 30
 MAX_LEVELS: Final = 64
 """Keys on the way to an entry of the state."""
 MAX_LIST: Final = 1_000_000

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from checkpointer.errors import CheckpointerError, CorruptError, NamingError, RestoreError, portable, reading
-from checkpointer.formats.inspection.dcp_metadata import METADATA, read_dcp_metadata
+from checkpointer.formats.inspection.dcp_metadata import read_dcp_metadata
 from checkpointer.formats.inspection.torch_file import check_sound
+from checkpointer.records.codec import METADATA
 from checkpointer.records.names import check_name
 
 _STEPS: Final = {
