@@ -16,7 +16,7 @@ from checkpointer._secrets import Secrets, shown_place
 from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError
 from checkpointer.formats import format_of, open_format
-from checkpointer.formats.inspection.payload import open_files, open_stream
+from checkpointer.formats.inspection.payload import DCP, open_contents, open_files, open_stream
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
@@ -101,7 +101,7 @@ class Opener:
         if storage.list(RECORDS):
             return self._restore(place, self.which)
         names = [path for path in storage.list() if "/" not in path]
-        with open_files(storage, "", names) as contents:
+        with open_contents(storage, "") if DCP in names else open_files(storage, "", names) as contents:
             if contents.parts:
                 return (self.make or _weights)(contents), place
         if below := directories_below(storage.list(), RECORDS):

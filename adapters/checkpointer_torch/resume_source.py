@@ -12,7 +12,7 @@ import attrs
 from checkpointer import CheckpointManager
 from checkpointer._secrets import shown_place
 from checkpointer.distributed.manager import DistributedManager
-from checkpointer.errors import NotFoundError, PolicyError, warn
+from checkpointer.errors import MismatchError, NotFoundError, PolicyError, warn
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.open_any import Opener, is_place, open_foreign, own_name
 from checkpointer_torch.training_state import TrainingState
@@ -36,12 +36,14 @@ class ResumeSource:
             return True
         which, place = from_, None
         if is_place(from_):
-            which = own_name(from_, self._directory)
+            which = None if names else own_name(from_, self._directory)
             place = None if which else os.fspath(from_)
         if names and place is None:
             msg = f"map= names the keys of another program's file, and {from_!r} is not its path"
             raise PolicyError(msg)
-        found = self._restored(which, place, weights_only=weights_only)
+        # What was adopted is not of this loop: it is read by the map.
+        is_foreign = bool(names) and self._saver.last is not None and self._saver.last.is_adopted
+        found = None if is_foreign else self._restored(which, place, weights_only=weights_only)
         if found is not None:
             state, source = found
             differences = self._training.put(state, source, strict=strict)
@@ -97,7 +99,11 @@ class ResumeSource:
         modules = training.objects.modules
         options = {name: self._options.get(name) for name in ("trust", "storage_options")}
         for name, module in modules.items():
-            load_weights(module, source, part=name if len(modules) > 1 else None, strict=strict, **options)
+            try:
+                load_weights(module, source, part=name if len(modules) > 1 else None, strict=strict, **options)
+            except MismatchError as error:
+                msg = f"{error}. In a Loop: resume({record.name!r} with its path, map={{{name!r}: KEY}})"
+                raise MismatchError(msg) from error
         training.begin_at(record)
         others = [name for name in training.objects.names if name not in modules]
         anew = f"; these begin anew: {', '.join(others)}" if others else ""

@@ -302,9 +302,15 @@ def is_marked(journal: Journal, alias: str) -> bool:
     return bool(read_marker(journal, alias))
 
 
-def mark(journal: Journal, alias: str, label: str, owner: str) -> None:
-    """Write the marker of an alias; an empty owner stands for no manager."""
+def mark(journal: Journal, alias: str, label: str, owner: str, *, copy: tuple[str, Stat | None] = ("", None)) -> None:
+    """Write the marker of an alias; an empty owner stands for no manager.
+
+    ``copy``: the checkpoint whose bytes the file has that is there, and that file, if it was not made by a manager.
+    """
     marker = {"schema": SCHEMA, "alias": alias, "label": label, "owner": owner}
+    target, there = copy
+    if there is not None and there.version:
+        marker |= {"target": target, "version": there.version}
     journal.storage.write(marker_path(alias), json.dumps(signed(marker, journal.trust)).encode())
 
 

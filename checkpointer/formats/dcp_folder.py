@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import socket
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
@@ -32,7 +31,14 @@ from checkpointer.errors import (
 )
 from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
 from checkpointer.formats.dtypes import holds
-from checkpointer.formats.inspection.dcp_reader import Portable, Reader, UrlReader, as_they_are, bytes_of
+from checkpointer.formats.inspection.dcp_reader import (
+    Portable,
+    Reader,
+    UrlReader,
+    as_they_are,
+    bytes_of,
+    expect_no_group,
+)
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.stored import check_stored
@@ -110,8 +116,7 @@ class DcpFormat:
         self._template = template
         self._options = {key: value for key, value in (storage_options or {}).items() if key not in _STORAGE_ONLY}
         if group is None:
-            # `no_dist` says already that it is alone. Not around each call, because filters are not a thread's own.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            expect_no_group()
 
     def write_folder(self, state: Any, path: str) -> None:
         """See `FolderFormat.write_folder`.

@@ -13,6 +13,7 @@ from typing import Final
 import attrs
 
 from checkpointer._display import some_of
+from checkpointer.commit.aliases import mark
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
@@ -22,10 +23,10 @@ from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records.names import has_surrogate
 from checkpointer.records.record import ADOPTED, Record, check_readable
 from checkpointer.tools.catalog import Catalog
-from checkpointer.tools.foreign import COPIES, Said, Units, find_units, parts_of, read_file, read_folder
+from checkpointer.tools.foreign import Said, Units, find_units, read_file, read_folder
+from checkpointer.tools.foreign_names import Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 
-_NEUTRAL: Final = frozenset({"model", "checkpoint", "ckpt", "weights", "state", "epoch", "step", "iter", "v"})
-"""Parts of a name that do not say whether a file is a copy."""
+_CHUNK: Final = 1 << 22
 
 
 @attrs.frozen(kw_only=True)
@@ -43,11 +44,19 @@ class Adoption:
     found: tuple[Found, ...]
     """In the order of their steps."""
     refused: Mapping[str, str]
-    """Files and folders that stay as they are, each with the reason."""
+    """Checkpoints that could not be adopted, each with the reason."""
+    aliases: Mapping[str, str] = attrs.field(factory=dict)
+    """Files that are a copy of a checkpoint or a link to one, such as ``last.ckpt``, each with its name."""
+    beside: Mapping[str, str] = attrs.field(factory=dict)
+    """Files that need no record, because they belong to others or repeat one, each with the reason."""
 
 
 def find_foreign(
-    catalog: Catalog, steps: Mapping[str, int] | None = None, *, steps_per_epoch: int | None = None
+    catalog: Catalog,
+    steps: Mapping[str, int] | None = None,
+    *,
+    steps_per_epoch: int | None = None,
+    patterns: Iterable[str] = (),
 ) -> Adoption:
     """Find step, epoch and scores of the files that have no record. Nothing is unpickled, and nothing is changed.
 
@@ -58,24 +67,32 @@ def find_foreign(
         catalog: The directory, from `checkpointer.tools.catalog.look_at`.
         steps: Steps by name, for files that do not have their own.
         steps_per_epoch: Optimizer steps of an epoch. If a file has an epoch only, its step is the product of both.
+        patterns: What names say, such as ``model_{step}_{acc}.pt``. It takes precedence over the files.
 
     Raises:
         NotFoundError: If ``steps`` has a name that cannot be adopted.
+        PolicyError: If a pattern is not one, or if no name fits it.
     """
     steps = steps or {}
     taken = {record.name for record in catalog.records} | set(catalog.aliases)
     units = find_units(catalog.files, taken | {entry.record.name for entry in catalog.unfinished})
-    _check_steps(steps, units)
+    _check_steps({name: step for name, step in steps.items() if name not in taken}, units)
+    names = (*units.folders, *units.files)
+    named = matches([*map(Pattern.parse, patterns)], names, taken)
     read: list[Said] = []
-    refused = dict(units.left)
-    for name in (*units.folders, *units.files):
+    links: dict[str, str] = {}
+    refused = dict(units.refused)
+    for name in names:
         try:
             with reading(name):
-                read.append(_read(catalog.storage, name, units))
+                if target := _link(catalog.storage, name):
+                    links[name] = target
+                    continue
+                read.append(_with_fields(_read(catalog.storage, name, units), named.get(name, {})))
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
-    said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in read]
-    refused |= _parts(read, steps) | _parts(said)
+    said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in _with_numbers(read)]
+    refused |= _parts(read, {*steps, *named}) | _parts(said)
     found = []
     for item in said:
         if item.step is None:
@@ -84,9 +101,42 @@ def find_foreign(
             found.append(Found(**(attrs.asdict(item, recurse=False) | {"epoch": item.epoch or 0})))
             if problem := _problem(catalog, found[-1]):
                 refused[item.name] = problem
-    refused |= _copies(found, catalog.records)
-    kept = sorted((item for item in found if item.name not in refused), key=lambda item: (item.step, item.name))
-    return Adoption(found=tuple(kept), refused=refused)
+    found = [item for item in found if item.name not in refused]
+    aliases, beside = _copies(catalog, found)
+    kept = [item for item in found if item.name not in aliases and item.name not in beside]
+    there = {record.name for record in catalog.records} | {item.name for item in kept}
+    aliases |= {link: target for link, target in links.items() if target in there}
+    refused |= {
+        link: f"it is a link to {name}, which has no record" for link, name in links.items() if name not in there
+    }
+    return Adoption(
+        found=tuple(sorted(kept, key=lambda item: (item.step, item.name))),
+        refused=refused,
+        aliases=aliases,
+        beside=units.left | beside,
+    )
+
+
+def _with_fields(said: Said, fields: Mapping[str, float]) -> Said:
+    """Return what a pattern says of a name, and the rest from the file."""
+    if not fields:
+        return said
+    step, epoch = (int(fields[key]) if key in fields else None for key in ("step", "epoch"))
+    scores = {key: value for key, value in fields.items() if key not in ("step", "epoch")}
+    return attrs.evolve(
+        said,
+        step=said.step if step is None else step,
+        epoch=said.epoch if epoch is None else epoch,
+        number=None,
+        metrics={**said.metrics, **scores},
+    )
+
+
+def _with_numbers(read: Sequence[Said]) -> list[Said]:
+    """Return them with the only number of a name as the step, in folders where no other file has a step."""
+    own = {folder_of(item.name) for item in read if item.step is not None and not copy_of(item.name)}
+    is_step = [item.step is None and folder_of(item.name) not in own for item in read]
+    return [attrs.evolve(item, step=item.number) if takes else item for item, takes in zip(read, is_step, strict=True)]
 
 
 def _problem(catalog: Catalog, item: Found) -> str:
@@ -120,14 +170,27 @@ def _read(storage: Storage, name: str, units: Units) -> Said:
         raise CorruptError(msg)
     if isinstance(storage, SupportsPaths):
         path = storage.local_path(name)
-        if os.path.islink(path):
-            msg = "it is a link to another file; an alias is made when a manager saves"
-            raise CorruptError(msg)
         owner = _directory_above(path, storage.local_path("").rstrip("/"))
         if owner:
             msg = f"it is a checkpoint of the directory {owner}, which has a record of it"
             raise CorruptError(msg)
     return read_folder(storage, name) if name in units.folders else read_file(storage, name)
+
+
+def _link(storage: Storage, name: str) -> str:
+    """Return what a link within the directory leads to; empty if it is not a link.
+
+    Raises:
+        CorruptError: If it leads out of the directory.
+    """
+    if not isinstance(storage, SupportsPaths) or not os.path.islink(storage.local_path(name)):
+        return ""
+    real, root = (os.path.realpath(storage.local_path(path)) for path in (name, ""))
+    target = os.path.relpath(real, root).replace(os.sep, "/")
+    if target.startswith("../"):
+        msg = f"it is a link to {real}, which is outside the directory"
+        raise CorruptError(msg)
+    return target
 
 
 def _directory_above(path: str, root: str) -> str:
@@ -150,11 +213,16 @@ def _step(said: Said, given: Mapping[str, int], steps_per_epoch: int | None) -> 
 
 def _no_step(said: Said) -> str:
     how = "pass its step: --step NAME=STEP"
+    if said.number is not None:
+        return (
+            f"its number {said.number} may be a step or an epoch, because other files here have a step of their own; "
+            f"say which: --pattern {as_pattern(said.name)!r}, or with {{step}}"
+        )
     if said.epoch is not None:
         return f"it has an epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
     if said.writer == "a trainer":
         return f"it is a folder of files that belong together, and has no step; to adopt it as a whole {how}"
-    return f"neither the file nor its name has a step or an epoch; {how}"
+    return f"neither the file nor its name has a step or an epoch; {how}, or --pattern 'NAME_{{step}}_{{score}}.pt'"
 
 
 def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
@@ -163,13 +231,13 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     If they were two checkpoints of one run, a policy could keep one and remove the other. If all files of a group are
     ``given`` their steps, only these steps count.
     """
-    files = [(item.name.rpartition("/")[0], item) for item in said if item.writer == "torch.save"]
+    files = [(folder_of(item.name), item) for item in said if item.writer == "torch.save"]
     groups: defaultdict[tuple[str, Collection[str], int | tuple[str, ...]], list[Said]] = defaultdict(list)
     for folder, item in files:
-        digits = re.findall(r"\d+", item.name[len(folder) :].rpartition(".")[0])
+        digits = re.findall(r"\d+", stem_of(item.name))
         for number in (item.step, tuple(digits) or None):
             if number is not None:
-                groups[folder, parts_of(item.name) & COPIES, number].append(item)
+                groups[folder, copy_of(item.name), number].append(item)
     parts = {}
     for (_, _, number), group in groups.items():
         # Equal numbers in two names mean one step only where a file does not say its own.
@@ -187,17 +255,40 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     return parts
 
 
-def _copies(found: Sequence[Found], records: Iterable[Record]) -> dict[str, str]:
-    """Return the files that are called last and have the step of another checkpoint."""
-    copies: dict[str, str] = {}
-    there = {record.step: record.name for record in records}
-    last = [item for item in found if (parts := parts_of(item.name) - _NEUTRAL) and parts <= COPIES - {"best"}]
-    there |= {item.step: item.name for item in found if item not in last}
-    for item in last:
-        other = there.setdefault(item.step, item.name)
-        if other != item.name:
-            copies[item.name] = f"it has the same step as {other}, so it is a copy that is called last"
-    return copies
+def _copies(catalog: Catalog, found: Sequence[Found]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the files that are called last or best and repeat another checkpoint of the same step.
+
+    If they have its bytes, they are aliases of it. Else a file that is called last has a reason. A best file is a
+    checkpoint of its own then: it may have been saved before the validation.
+    """
+    there: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    steps = [(item.name, item.step) for item in found if not copy_of(item.name)]
+    for name, step in [*((record.name, record.step) for record in catalog.records), *steps]:
+        there[folder_of(name), step].append(name)
+    aliases, beside = {}, {}
+    for item in sorted(found, key=lambda item: ("best" not in copy_of(item.name), item.name)):
+        kind, others = copy_of(item.name), there[folder_of(item.name), item.step]
+        if not kind:
+            continue
+        equal = next((other for other in others if _has_bytes_of(catalog, item.name, other)), "")
+        if equal:
+            aliases[item.name] = equal
+        elif others and "best" not in kind:
+            beside[item.name] = f"it has the same step as {others[0]}, so it is a copy that is called last"
+        else:
+            others.append(item.name)
+    return aliases, beside
+
+
+def _has_bytes_of(catalog: Catalog, name: str, other: str) -> bool:
+    files = catalog.files
+    if name not in files or other not in files or files[name].size != files[other].size:
+        return False
+    with catalog.storage.open(name) as one, catalog.storage.open(other) as two:
+        while (chunk := one.read(_CHUNK)) == two.read(_CHUNK):
+            if not chunk:
+                return True
+    return False
 
 
 # Making records
@@ -243,18 +334,23 @@ def adopt(
         journal.storage.prepare()
     # Two folders are two trainings. If they were one run, a policy would keep only the best of both.
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
+    made = {record.name: record for record in catalog.records}
     serial = 1 + max((record.serial for record in catalog.records), default=0)
     line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
     for number, item in enumerate(adoption.found):
         try:
-            draft = _draft(catalog, item, run=runs[item.name.rpartition("/")[0]], serial=serial + number)
+            draft = _draft(catalog, item, run=runs[folder_of(item.name)], serial=serial + number)
             record = Transaction(journal).adopt(attrs.evolve(draft, line=line))
         except OSError as error:
             if on_bad is None:
                 raise
             on_bad(item.name, error)
             continue
+        made[record.name] = record
         yield record
+    for alias, target in adoption.aliases.items():
+        if target in made:
+            mark(journal, alias, made[target].label, "", copy=(target, catalog.files.get(alias)))
 
 
 def _draft(catalog: Catalog, item: Found, *, run: str, serial: int) -> Record:

@@ -247,7 +247,10 @@ def _aliases(
             if not isinstance(alias, str) or path != f"{_ALIASES}{index.json_name(alias)}":
                 continue  # This library did not write it.
             if alias not in names and (alias in listing.files or alias in tops):
-                aliases[alias] = _target(storage, alias, listing, records)
+                there = listing.files.get(alias)
+                is_same = there is not None and data.get("version") == there.version != ""
+                copied = data.get("target") if is_same else None
+                aliases[alias] = copied if copied in names else _target(storage, alias, listing, records)
     return dict(sorted(aliases.items(), reverse=True))
 
 

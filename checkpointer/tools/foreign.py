@@ -23,6 +23,7 @@ from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.codec import as_number
 from checkpointer.records.record import Contents
+from checkpointer.tools.foreign_names import SUFFIXES, copy_of, numbers_in, only_number_in, texts_in
 
 MAX_STATE_BYTES: Final = 1 << 26
 MAX_COUNT: Final = 1 << 63
@@ -33,19 +34,42 @@ _EXPONENT: Final = 5
 _MAX_EXPONENT: Final = 308
 _HF_STATE: Final = "trainer_state.json"
 _STEPS: Final = (
-    *("global_step", "step", "steps", "num_steps", "iteration", "iterations", "iter", "n_iter", "iter_num"),
+    *(
+        "global_step",
+        "step",
+        "steps",
+        "num_steps",
+        "step_count",
+        "iteration",
+        "iterations",
+        "iter",
+        "n_iter",
+        "iter_num",
+    ),
     *("num_iters", "num_updates", "global_iter"),
 )
 _EPOCHS: Final = ("epoch", "epochs", "current_epoch")
 _HOLDERS: Final = ("meta.", "trainer.", "engine.")
 """A counter counts at the top, and under these keys of mmengine and ignite."""
-_BESIDE: Final = (*_STEPS, *_EPOCHS, "seed", "version", "batch_size", "num_epochs", "max_epochs", "total_flos", "time")
-_PAIR: Final = re.compile(r"(?:^|[-/])([A-Za-z][\w. ]*)=(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?=-|$)")
-_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".safetensors")
-"""Extensions of files that may be a checkpoint by themselves."""
-COPIES: Final = frozenset({"best", "last", "latest", "newest", "final", "current"})
-"""Parts of file names that call a file a copy of another checkpoint."""
-_IN_FOLDERS: Final = (*_SUFFIXES, ".bin", ".distcp", "/trainer_state.json")
+_METRICS: Final = ("metrics.", "train_metrics.")
+"""Scores count at the top, and under these keys; the second one is of Ultralytics."""
+_NO_SCORE: Final = re.compile(
+    r".*_(?:runtime|per_second|preparation_time)|total_flos|grad_norm|learning_rate|num_(?:input_)?tokens(?:_seen)?"
+)
+"""What the HF Trainer logs beside scores."""
+_BESIDE: Final = (
+    *_STEPS,
+    *_EPOCHS,
+    "seed",
+    "version",
+    "batch_size",
+    "num_epochs",
+    "max_epochs",
+    "total_flos",
+    "time",
+    "updates",
+)
+_IN_FOLDERS: Final = (*SUFFIXES, ".bin", ".distcp", "/trainer_state.json")
 """A folder with a file of one of these may be a checkpoint."""
 _NAMED: Final = re.compile(
     r"(?:(?:checkpoint|ckpt|global_?step|step|epoch|iteration|iter|ep|ba)[-_+=]?\d+[-_+=]?)+"
@@ -53,6 +77,14 @@ _NAMED: Final = re.compile(
     re.IGNORECASE,
 )
 """The name of a folder that is one checkpoint: accelerate's, DeepSpeed's, speechbrain's, Lightning's."""
+_UNREAD: Final = {
+    r"(?:.*/)?_CHECKPOINT_METADATA": "it is a checkpoint of Orbax for JAX, which is not read here",
+    r".*\.(?:keras|weights\.h5)": "keras wrote it as HDF5, which is not read here",
+    r"(?:.*/)?(?:rl_model_\d+_steps|best_model|final_model)\.zip": (
+        "it is a zip file of several files, as Stable-Baselines3 writes, which is not read here"
+    ),
+}
+"""Names of files that other programs wrote, and why they are left."""
 _SHARD: Final = re.compile(r".*-\d+-of-\d+\.\w+")
 _EXPORT: Final = re.compile(r"(?:model|pytorch_model|adapter_model|diffusion_pytorch_model|consolidated[\w.]*)\.\w+")
 _EXPORTED: Final = re.compile(r"(?:config|adapter_config|model_index)\.json|.*\.index\.json")
@@ -60,7 +92,6 @@ _STATE: Final = re.compile(
     r"(?:optim\w*|(?:lr_?)?sched\w*|scaler|random_states?\w*|rng\w*|criterion|counter|brain)"
     r"\.(?:bin|pt|pth|ckpt|pkl|safetensors)|CKPT\.yaml|trainer_state\.json|training_args\.bin"
 )
-_LETTERS: Final = re.compile(r"[A-Za-z]+")
 
 
 # Files and folders
@@ -75,7 +106,9 @@ class Units:
     folders: tuple[str, ...]
     """Folders that may be a checkpoint each, as a whole."""
     left: dict[str, str]
-    """Files that may not be adopted, each with the reason."""
+    """Files that belong to others, each with the reason."""
+    refused: dict[str, str]
+    """Checkpoints that cannot be read, each with the reason."""
 
 
 def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
@@ -89,20 +122,25 @@ def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
     folders: dict[str, None] = {}
     alone: list[str] = []
     left: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for path in paths:
         above = [path[:i] for i, char in enumerate(path) if char == "/"]
-        if not path.endswith(_IN_FOLDERS) or not closed.isdisjoint((path, *above)):
+        if not closed.isdisjoint((path, *above)):
+            continue
+        if unread := next((why for form, why in _UNREAD.items() if re.fullmatch(form, path)), ""):
+            refused[path.removesuffix("/_CHECKPOINT_METADATA")] = unread
+        if not path.endswith(_IN_FOLDERS):
             continue
         folder, _, name = path.rpartition("/")
         unit = next((it for it in above if _is_unit(it, beside[it])), "")
         reason = "" if unit else _belongs(name, beside[folder])
         if unit or (reason and folder):
             folders[unit or folder] = None
-        elif path.endswith(_SUFFIXES) and reason:
+        elif path.endswith(SUFFIXES) and reason:
             left[path] = reason
-        elif path.endswith(_SUFFIXES):
+        elif path.endswith(SUFFIXES):
             alone.append(path)
-    return Units(files=tuple(alone), folders=tuple(folders), left=left)
+    return Units(files=tuple(alone), folders=tuple(folders), left=left, refused=refused)
 
 
 def _is_unit(folder: str, inside: Container[str]) -> bool:
@@ -117,16 +155,11 @@ def _belongs(name: str, beside: Iterable[str]) -> str:
     with_it = [other for other in others if _EXPORTED.fullmatch(other)] if _EXPORT.fullmatch(name) else []
     if _STATE.fullmatch(name):
         with_it = others
-    elif not any(char.isdigit() for char in name) and not parts_of(name) & COPIES:
+    elif not any(char.isdigit() for char in name) and not copy_of(name):
         with_it += [other for other in others if _STATE.fullmatch(other)]
     if not with_it:
         return ""
     return f"it belongs together with {with_it[0]} beside it; put what belongs together into a folder of its own"
-
-
-def parts_of(name: str) -> frozenset[str]:
-    """Return the runs of letters in a file name without its extension, in lower case."""
-    return frozenset(part.lower() for part in _LETTERS.findall(name.rpartition("/")[2].rpartition(".")[0]))
 
 
 # Their step, epoch and scores
@@ -142,6 +175,8 @@ class Said:
     epoch: int | None = None
     """None if it is not there."""
     epoch_end: bool = True
+    number: int | None = None
+    """The only number of its name, if that may be its step."""
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     format: str = "torch"
     contents: Contents = "full"
@@ -162,17 +197,57 @@ def read_folder(storage: Storage, name: str) -> Said:
     files = [path[len(name) + 1 :] for path in storage.list(name)]
     if _HF_STATE in files:
         return _hugging_face(storage, name, files)
-    in_name = _from_name(name)
+    in_name = numbers_in(name)
+    inside = [path for path in files if path.endswith(SUFFIXES)]
+    said = Said(name=name, step=None, writer="a trainer")
+    if "CKPT.yaml" in files:
+        said = _speechbrain(storage, name, files)
+    elif len(inside) == 1 and ".metadata" not in files:
+        said = read_file(storage, f"{name}/{inside[0]}")
     # A DCP folder and DeepSpeed's hold an optimizer too, under names that do not say so.
     is_full = any("optim" in path or path.endswith((".distcp", "model_states.pt")) for path in files)
-    return Said(
+    is_full |= bool(inside) and said.contents == "full" and said.writer != "a trainer"
+    step, epoch = (_first(in_name, names) for names in (_STEPS, _EPOCHS))
+    return attrs.evolve(
+        said,
         name=name,
-        step=_first(in_name, _STEPS),
-        epoch=_first(in_name, _EPOCHS),
+        step=said.step if step is None else step,
+        epoch=said.epoch if epoch is None else epoch,
+        number=None,
         format="dcp" if ".metadata" in files else "folder",
         contents="full" if is_full else "weights",
         writer="a trainer",
     )
+
+
+def _speechbrain(storage: Storage, name: str, files: Collection[str]) -> Said:
+    """Return what is in the text files of SpeechBrain: the scores, and the count of finished epochs."""
+    with storage.open(f"{name}/CKPT.yaml") as stream:
+        text = stream.read(MAX_STATE_BYTES).decode(errors="replace")
+    lines = dict(re.findall(r"^([A-Za-z][\w./-]*): (\S+)$", text, re.MULTILINE))
+    ends, epochs = lines.pop("end-of-epoch", "") == "true", 0
+    if "counter.ckpt" in files:
+        with storage.open(f"{name}/counter.ckpt") as stream:
+            counted = stream.read(_EXPONENT * 4)
+        epochs = int(counted) if counted.strip().isdigit() else 0
+    scores = {key: number for key, value in lines.items() if (number := _text_number(value)) is not None}
+    metrics = {key: number for key, number in scores.items() if key not in (*_BESIDE, "unixtime")}
+    return Said(
+        name=name,
+        step=_first(scores, _STEPS),
+        epoch=epochs - 1 if epochs else None,
+        epoch_end=ends,
+        metrics=metrics,
+        writer="a trainer",
+    )
+
+
+def _text_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number
 
 
 # Lightning
@@ -194,7 +269,7 @@ def _lightning(name: str, place: str, contents: Tensors) -> Said:
 
 def _lightning_scores(name: str, place: str, contents: Tensors) -> dict[str, float]:
     """Return the scores in the file's name, and those of each callback whose best checkpoints name this very file."""
-    texts = _texts_in_name(name)
+    texts = _with_monitors(texts_in(name), name, contents)
     scores = {key: float(text) for key, text in texts.items() if key not in ("epoch", "step")}
     found: defaultdict[int, list[tuple[str, str, float]]] = defaultdict(list)
     for key, monitor in contents.others.items():
@@ -214,6 +289,15 @@ def _lightning_scores(name: str, place: str, contents: Tensors) -> dict[str, flo
         if monitor not in texts or _is_rounded(score, texts[monitor]):
             scores[monitor] = score
     return scores
+
+
+def _with_monitors(texts: Mapping[str, str], name: str, contents: Tensors) -> dict[str, str]:
+    """Return the texts in a name. A monitor with a slash has made a folder: ``val/acc=0.5.ckpt``."""
+    monitors = [value for key, value in contents.others.items() if key.endswith(".monitor") and isinstance(value, str)]
+    named = {
+        key: monitor for key in texts for monitor in monitors if monitor.endswith(f"/{key}") and f"{monitor}=" in name
+    }
+    return {named.get(key, key): text for key, text in texts.items()}
 
 
 def _best_paths(contents: Tensors, callback: str) -> Iterator[tuple[str, str]]:
@@ -274,7 +358,7 @@ def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
         for entry in (history if isinstance(history, list) else ())
         if isinstance(entry, dict) and entry.get("step") == step
         for key, value in entry.items()
-        if key not in ("step", "epoch") and (number := as_number(value)) is not None
+        if key not in ("step", "epoch") and not _NO_SCORE.fullmatch(key) and (number := as_number(value)) is not None
     }
     ended = epoch.is_integer() and epoch > 0
     return Said(
@@ -296,13 +380,18 @@ def _bare(name: str, contents: Tensors) -> Said:
     if not contents.tensors:
         msg = "there is no tensor in it, so it is not a checkpoint"
         raise CorruptError(msg)
-    in_name = _from_name(name)
+    in_name = numbers_in(name)
     numbers = _numbers(contents)
     step, epoch, in_epoch = (_first(numbers, names) for names in (_STEPS, _EPOCHS, ("epoch_length",)))
-    ends = True
+    ends, number = True, only_number_in(name)
     if step and in_epoch and epoch is None:  # ignite counts iterations, and knows how many an epoch has.
         epoch, ends = (step - 1) // in_epoch, step % in_epoch == 0
-    texts = _texts_in_name(name)
+    elif epoch and "meta.epoch" in numbers:  # At an epoch's end mmengine writes how many are finished.
+        ends = _first(in_name, _EPOCHS) == epoch
+        epoch -= ends
+    elif _tops(contents) == {"model", "opt"}:  # fastai numbers its files by epochs.
+        epoch = number
+    texts = texts_in(name)
     scores = {key: float(text) for key, text in texts.items()}
     for key, value in numbers.items():
         # The best score so far is another checkpoint's.
@@ -314,9 +403,10 @@ def _bare(name: str, contents: Tensors) -> Said:
         step=_first(in_name, _STEPS) if step is None else step,
         epoch=_first(in_name, _EPOCHS) if epoch is None else epoch,
         epoch_end=ends,
+        number=None if number == epoch else number,
         metrics={key: value for key, value in scores.items() if key not in _BESIDE},
         format="torch" if is_torch else "safetensors",
-        contents="full" if is_torch and any("optim" in top for top in _tops(contents)) else "weights",
+        contents="full" if is_torch and any(top == "opt" or "optim" in top for top in _tops(contents)) else "weights",
         writer="torch.save",
     )
 
@@ -329,7 +419,7 @@ def _numbers(contents: Tensors) -> dict[str, float]:
     """Return the numbers at the top of a saved dict, in a dict of metrics, and under `_HOLDERS`; scalar tensors too."""
     numbers: dict[str, float] = {}
     for key in (*contents.others, *contents.tensors):
-        name = key.removeprefix("metrics.")
+        name = next((key[len(at) :] for at in _METRICS if key.startswith(at)), key)
         # A plain state_dict may have weights that are scalars: it has no numbers beside them.
         is_scalar = key in contents.others or (contents.others and not contents.tensors[key].shape)
         if key.startswith(_HOLDERS) or (is_scalar and "." not in name):
@@ -342,23 +432,3 @@ def _first(numbers: Mapping[str, float], names: Sequence[str]) -> int | None:
     """Return the first counter of these names: a whole number, at the top or under `_HOLDERS`."""
     values = (numbers.get(f"{holder}{name}", math.nan) for holder in ("", *_HOLDERS) for name in names)
     return next((int(value) for value in values if 0 <= value < MAX_COUNT and float(value).is_integer()), None)
-
-
-def _texts_in_name(name: str) -> dict[str, str]:
-    """Return what a file name says as ``name=value``."""
-    return dict(_PAIR.findall(re.sub(r"-v\d+$", "", _stem(name))))
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"\.(ckpt|pt|pth|safetensors)$", "", name.rpartition("/")[2])
-
-
-def _from_name(name: str) -> dict[str, float]:
-    """Return what a file name says as ``name=value``, and ``epoch`` or ``step`` with a number after it."""
-    found = {key: float(value) for key, value in _texts_in_name(name).items()}
-    stem = _stem(name)
-    for key in ("epoch", "step", "iter"):
-        match = re.search(rf"(?:^|[^A-Za-z]|(?<=global)){key}[-_]?(\d+)(?:$|[^\d.])", stem)
-        if match and key not in found:
-            found[key] = float(match[1])
-    return found

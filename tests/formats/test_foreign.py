@@ -26,13 +26,13 @@ from checkpointer.storage import LocalStorage
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs torch-checkpointer[safetensors]")
 
-FOREIGN: Final = Path(__file__).parent / "foreign/files"
+FOREIGN: Final = Path(__file__).parents[1] / "foreign/files"
 EXPECTED: Final[dict[str, dict[str, list[Any]]]] = json.loads((FOREIGN / "expected.json").read_text())
 FILES: Final = {
-    "skorch/params.pt": None,
+    "skorch/safe/params.pt": None,
     "timm/last.pth.tar: state_dict": "state_dict",
     "timm/last.pth.tar: state_dict_ema": "state_dict_ema",
-    "mmengine/epoch_1.pth": None,
+    "mmengine/epoch_3.pth": None,
     "speechbrain/CKPT+two": None,
     "ultralytics/last.pt": None,
 }

@@ -26,6 +26,6 @@ def test_adopt_reads_what_lightning_really_writes(tmp_path: Path) -> None:
     expected = [("epoch=1.ckpt", 2 * BATCHES, 1, 3.0), ("epoch=3.ckpt", 4 * BATCHES, 3, 2.0)]
     assert expected == [(r["name"], r["step"], r["epoch"], r["metrics"]["val_loss"]) for r in data["adopted"]]
     assert [True, True] == [record["epoch_end"] for record in data["adopted"]]
-    assert ["last.ckpt"] == list(data["refused"])
+    assert ({}, {"last.ckpt": "epoch=3.ckpt"}) == (data["refused"], data["aliases"])
     path = command("best", tmp_path / "old", "--by", "val_loss", "--mode", "min").out.strip()
     assert torch.load(path, weights_only=True)["global_step"] == 4 * BATCHES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import shutil
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, Final
@@ -11,15 +12,16 @@ from typing import Any, Final
 import pytest
 import torch
 from checkpointer_torch import Loop
+from support.commands import command
 from torch import nn
 
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
-from checkpointer.errors import RestoreError, UnsafePayloadError
+from checkpointer.errors import MismatchError, RestoreError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
 
 EVERY: Final = Policy(EverySteps(1), [KeepLast(1)])
-FOREIGN: Final = Path(__file__).parents[1] / "formats/foreign/files"
+FOREIGN: Final = Path(__file__).parents[1] / "foreign/files"
 
 
 class Kind(enum.Enum):
@@ -151,6 +153,27 @@ def test_a_file_that_timm_wrote_starts_a_loop(tmp_path: Path) -> None:
     with Loop(tmp_path / "run", EVERY, model=nets[0], ema=nets[1]) as loop:
         loop.resume(FOREIGN / "timm/last.pth.tar", map=names)
     assert not torch.equal(nets[0].state_dict()["0.weight"], nets[1].state_dict()["0.weight"])
+
+
+def test_a_loop_goes_on_in_the_directory_of_the_file(tmp_path: Path) -> None:
+    """Adopted or not; of two sets of weights the map says which, and the error without a map says so."""
+    folder = tmp_path / "timm"
+    shutil.copytree(FOREIGN / "timm", folder)
+    file = folder / "checkpoint-3.pth.tar"
+    for is_adopted in (False, True):
+        net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        if is_adopted:
+            assert 0 == command("adopt", folder, "--steps-per-epoch", "100").code
+            with (
+                Loop(folder, EVERY, model=net) as loop,
+                pytest.raises(MismatchError, match=r"In a Loop: resume\('recovery-4-7.*map=\{'model': KEY\}"),
+            ):
+                loop.resume()
+        with Loop(folder, EVERY, model=net) as loop:
+            progress = loop.resume(file, map={"model": "state_dict", "epoch": "epoch"})
+        assert 3 == progress.epoch
+        expected = torch.load(file, weights_only=False)["state_dict"]
+        assert torch.equal(expected["0.weight"], net.state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from support.commands import command, snapshot, train
 from support.odd_files import tensor, torch_file
 
-from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Policy
+from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Naming, Policy
 from checkpointer.commit.journal import Journal
-from checkpointer.errors import NotFoundError, UntrustedError
+from checkpointer.errors import NotFoundError, PolicyError, UntrustedError
 from checkpointer.storage import open_storage
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
 from checkpointer.tools.catalog import look_at
+from checkpointer.tools.foreign_names import numbers_in, only_number_in
 
 WEIGHTS = {"w": torch.ones(2)}
 
@@ -146,7 +147,7 @@ def test_counters_one_level_down_are_read(tmp_path: Path) -> None:
     save(tmp_path / "epoch_4.pth", {"meta": {"epoch": 4, "iter": 2000, "seed": 0}, "state_dict": WEIGHTS})
     trainer = OrderedDict(epoch_length=100, max_epochs=5, iteration=300)
     save(tmp_path / "checkpoint_300.pt", {"trainer": trainer, "model": WEIGHTS})
-    assert {"epoch_4.pth": (2000, 4, {}), "checkpoint_300.pt": (300, 2, {})} == said_by(tmp_path)
+    assert {"epoch_4.pth": (2000, 3, {}), "checkpoint_300.pt": (300, 2, {})} == said_by(tmp_path)
 
 
 def test_an_epoch_alone_is_no_step(tmp_path: Path) -> None:
@@ -176,6 +177,122 @@ def test_the_format_is_what_the_bytes_are(tmp_path: Path) -> None:
         restored = manager.restore(contents="any")
         assert restored is not None
         assert ("safetensors", [1.0, 1.0]) == (restored.record.format, restored.state["w"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "scores"),
+    [
+        ("ckpt_1000.pt", 1000, {}),
+        ("model-10.pt", 10, {}),
+        ("G_1000.pth", 1000, {}),
+        ("checkpoint-500.pth.tar", 500, {}),
+        ("best_model_5_acc=0.9.pt", 5, {"acc": 0.9}),
+        ("best_acc=0.9.pt", None, {"acc": 0.9}),
+        ("top_5_acc=0.9.pt", None, {"top_5_acc": 0.9}),
+        ("epoch=2_step=300_val=0.12.pt", None, {"epoch": 2, "step": 300, "val": 0.12}),
+        ("epoch=1-val/acc=-0.5.ckpt", None, {"epoch": 1, "val/acc": -0.5}),
+        ("resnet_50.pt", None, {}),
+        ("model_v2.pt", None, {}),
+        ("model_20_0.75.pt", None, {}),
+        ("epoch_3.pth", None, {"epoch": 3}),
+    ],
+)
+def test_what_a_name_says(name: str, number: int | None, scores: dict[str, float]) -> None:
+    """A number counts only where the rest of the name says nothing else."""
+    assert (number, scores) == (only_number_in(f"runs/{name}"), numbers_in(f"runs/{name}"))
+
+
+def test_a_number_is_no_step_beside_files_with_a_step_of_their_own(tmp_path: Path) -> None:
+    """It may count epochs; the message has the pattern to pass."""
+    save(tmp_path / "checkpoint_8.pt", {"model": WEIGHTS, "step": 8})
+    save(tmp_path / "best_model_2_acc=0.75.pt")
+    reason = found_in(tmp_path).refused["best_model_2_acc=0.75.pt"]
+    assert "its number 2 may be a step or an epoch" in reason
+    assert "--pattern 'best_model_{epoch}_acc={acc}.pt'" in reason
+    said = command("adopt", tmp_path, "--pattern", "best_model_{epoch}_acc={acc}.pt", "--steps-per-epoch", 4, "--json")
+    assert [(8, 0, {}), (8, 2, {"acc": 0.75})] == sorted(
+        ((item["step"], item["epoch"], item["metrics"]) for item in said.data["adopted"]), key=str
+    )
+
+
+def test_a_pattern_takes_precedence_over_the_file(tmp_path: Path) -> None:
+    """It is what a person says; a folder may hold the number."""
+    save(tmp_path / "exp" / "20" / "model_0.75.pt", {"model": WEIGHTS, "step": 3, "loss": 0.5})
+    adopted = found_in(tmp_path, patterns=["{step}/model_{acc:.2f}"]).found
+    assert [(20, {"loss": 0.5, "acc": 0.75})] == [(item.step, dict(item.metrics)) for item in adopted]
+
+
+def test_a_step_of_a_pattern_that_no_record_has_is_named(tmp_path: Path) -> None:
+    """The others are adopted, to the last digit."""
+    for step in (2**53 + 1, 10**200):
+        save(tmp_path / f"own-{step}-.pt")
+    adoption = found_in(tmp_path, patterns=["own-{step}-.pt"])
+    assert [2**53 + 1] == [item.step for item in adoption.found]
+    assert [f"own-{10**200}-.pt"] == [*adoption.refused]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("model_{step", "has a brace without its other half"),
+        ("model.pt", "has no field"),
+        ("model_{}.pt", "has a field without a name"),
+        ("{step}_{step}.pt", r"has the field \{step\} twice"),
+        ("{epoch}{step}.pt", "two fields with no text between them"),
+        ("ckpt-{step}.pt", r"no name fits the pattern 'ckpt-\{step\}.pt'; there are: a_5.pt"),
+    ],
+)
+def test_a_bad_pattern_is_an_error_that_says_why(tmp_path: Path, pattern: str, problem: str) -> None:
+    """And nothing is adopted."""
+    save(tmp_path / "a_5.pt")
+    with pytest.raises(PolicyError, match=problem):
+        found_in(tmp_path, patterns=[pattern])
+    said = command("adopt", tmp_path, "--pattern", pattern)
+    assert (2, False) == (said.code, (tmp_path / ".checkpointer").exists())
+
+
+# Aliases
+
+
+@pytest.mark.parametrize("how", ["copy", "link"])
+def test_a_last_file_with_the_bytes_of_another_is_an_alias(tmp_path: Path, how: str) -> None:
+    """Commands show it, a manager that goes on re-points it, and a second time adopts nothing."""
+    save(tmp_path / "step_10.pt", {"model": WEIGHTS, "step": 10})
+    save(tmp_path / "step_20.pt", {"model": WEIGHTS, "step": 20})
+    if how == "link":
+        (tmp_path / "last.pt").symlink_to("step_20.pt")
+    else:
+        shutil.copy(tmp_path / "step_20.pt", tmp_path / "last.pt")
+    assert {"last.pt": "step_20.pt"} == command("adopt", tmp_path, "--json").data["aliases"]
+    assert [[], ["last.pt"]] == [one["aliases"] for one in command("ls", tmp_path, "--json").data]
+    again = command("adopt", tmp_path)
+    assert (0, True) == (again.code, "0 checkpoints adopted, 2 had a record already" in again.out)
+    policy = Policy(EverySteps(1), [KeepAll()], last="link", name=Naming("{step}", auto_insert=False, extension=".pt"))
+    with CheckpointManager(tmp_path, policy, state=lambda: WEIGHTS) as manager:
+        assert manager.restore(contents="any") is not None
+        manager.observe({}, step=30, epoch=0)
+    assert "30.pt" == Path(tmp_path / "last.pt").resolve().name
+
+
+def test_an_alias_whose_file_was_replaced_is_not_believed(tmp_path: Path) -> None:
+    """The trainer has written another last file meanwhile."""
+    save(tmp_path / "step_10.pt", {"model": WEIGHTS, "step": 10})
+    shutil.copy(tmp_path / "step_10.pt", tmp_path / "last.pt")
+    assert 0 == command("adopt", tmp_path).code
+    save(tmp_path / "last.pt", {"model": WEIGHTS, "step": 99})
+    assert [[]] == [one["aliases"] for one in command("ls", tmp_path, "--json").data]
+
+
+def test_a_link_out_of_the_directory_or_to_no_checkpoint_is_left(tmp_path: Path) -> None:
+    """With where it leads."""
+    save(tmp_path / "elsewhere.pt")
+    save(tmp_path / "run" / "step_1.pt")
+    (tmp_path / "run" / "out.pt").symlink_to("../elsewhere.pt")
+    save(tmp_path / "run" / "nameless.pt")
+    (tmp_path / "run" / "inner.pt").symlink_to("nameless.pt")
+    refused = found_in(tmp_path / "run").refused
+    assert "which is outside the directory" in refused["out.pt"]
+    assert "it is a link to nameless.pt, which has no record" == refused["inner.pt"]
 
 
 # What belongs together
@@ -235,9 +352,9 @@ def test_parts_of_the_directory_itself_are_left(tmp_path: Path) -> None:
     accelerate(tmp_path / "state")
     for folder in ("bert", "state"):
         left = found_in(tmp_path / folder)
-        assert () == left.found
-        assert {} != left.refused
-        assert all("belongs together" in why or "shards" in why for why in left.refused.values())
+        assert ((), {}) == (left.found, left.refused)
+        assert {} != left.beside
+        assert all("belongs together" in why or "shards" in why for why in left.beside.values())
     with pytest.raises(NotFoundError, match="cannot be adopted alone"):
         found_in(tmp_path / "state", steps={"model.safetensors": 5})
 
@@ -280,7 +397,7 @@ def test_a_best_file_is_no_half_and_a_last_file_is_a_copy(tmp_path: Path) -> Non
         save(tmp_path / name, {"model": WEIGHTS, "step": 3})
     adoption = found_in(tmp_path)
     assert ["best.pt", "step_3.pt"] == [item.name for item in adoption.found]
-    assert "a copy that is called last" in adoption.refused["last.pt"]
+    assert "a copy that is called last" in adoption.beside["last.pt"]
 
 
 def test_a_signed_directory_is_not_adopted_into_without_its_key(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ def adopt_command(
             "--steps-per-epoch", metavar="N", min=1, help="For files with an epoch and no step: step = epoch x N."
         ),
     ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pattern",
+            metavar="PATTERN",
+            help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch}. May be given again.",
+        ),
+    ] = None,
     run: Annotated[
         str | None, typer.Option("--run", metavar="ID", help="The run of the records; else a new run for each folder.")
     ] = None,
@@ -39,7 +47,7 @@ def adopt_command(
     """Make records of checkpoints that Lightning, the HF Trainer or torch.save wrote, so that they can be managed.
 
     Step, epoch and scores are read from the files, without unpickling them. The files stay as they are.
-    Exits with 1 if some files are left.
+    Exits with 1 if a checkpoint could not be adopted.
 
     Example: checkpointer adopt lightning_logs/version_0/checkpoints --dry-run
     """
@@ -48,11 +56,11 @@ def adopt_command(
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
         refuse_unsigned(catalog.signed, catalog.place, key)
-        adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch)
-        if not adoption.found and not adoption.refused:
+        adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch, patterns=pattern or ())
+        if not (adoption.found or adoption.refused or adoption.beside or catalog.records):
             below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
             msg = (
-                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.safetensors, "
+                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.pth.tar, *.safetensors, "
                 f"checkpoint-N{below}"
             )
             raise NotFoundError(msg)
@@ -63,10 +71,12 @@ def adopt_command(
             found = tuple(item for item in adoption.found if item.name not in bad)
             adoption = attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
     if as_json:
-        output.print_json({"adopted": _as_data(adoption, made), "refused": dict(adoption.refused)})
+        left = {"refused": dict(adoption.refused), "beside": dict(adoption.beside)}
+        output.print_json({"adopted": _as_data(adoption, made), "aliases": dict(adoption.aliases), **left})
     else:
-        _print(adoption, dry_run=dry_run)
-    output.leave_if(bool(adoption.refused))
+        _print(adoption, dry_run=dry_run, before=len(catalog.records))
+    nothing = not adoption.found and not catalog.records
+    output.leave_if(bool(adoption.refused) or nothing)
 
 
 def _step(text: str) -> tuple[str, int]:
@@ -84,12 +94,16 @@ def _as_data(adoption: Adoption, made: list[Record]) -> list[dict[str, object]]:
     return [{field: getattr(item, field) for field in fields} for item in adoption.found]
 
 
-def _print(adoption: Adoption, *, dry_run: bool) -> None:
+def _print(adoption: Adoption, *, dry_run: bool, before: int) -> None:
     for item in adoption.found:
         scores = ", ".join(f"{name}={number_text(value)}" for name, value in item.metrics.items())
         what = f"step {item.step}, epoch {item.epoch}{f', {scores}' if scores else ''}"
         output.print_line(f"{'would adopt' if dry_run else 'adopted'}  {item.name}: {what} ({item.writer})")
-    for name, why in adoption.refused.items():
+    for name, target in adoption.aliases.items():
+        output.print_line(f"alias  {name}: the same as {target}")
+    for name, why in {**adoption.beside, **adoption.refused}.items():
         output.print_line(f"left  {name}: {why}")
-    count, left = count_text(len(adoption.found), "checkpoint"), len(adoption.refused)
-    output.print_line(f"{count} {'would be ' if dry_run else ''}adopted, {left} left unchanged")
+    left = len(adoption.refused) + len(adoption.beside)
+    count = count_text(len(adoption.found), "checkpoint")
+    had = f", {before} had a record already" if before else ""
+    output.print_line(f"{count} {'would be ' if dry_run else ''}adopted{had}, {left} left unchanged")

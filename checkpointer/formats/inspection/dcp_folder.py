@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.dcp_reader import Reader, bytes_of
+from checkpointer.formats.inspection.dcp_reader import Reader, bytes_of, expect_no_group
 from checkpointer.formats.inspection.tensors import Branch, Leaf, Part, TensorInfo, Tensors, parts_in
 
 
@@ -21,6 +21,7 @@ class DcpContents(Tensors):
 
     def __init__(self, path: str) -> None:
         super().__init__()
+        expect_no_group()
         self._path = path
         self._reader = Reader(path)
         self.metadata = metadata = self._reader.read_metadata()

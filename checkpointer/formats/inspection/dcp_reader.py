@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Final, cast
 
@@ -30,6 +31,14 @@ _STEPS: Final = {
     *("read_metadata", "read_data"),
 }
 """Methods that DCP calls on a rank while the others wait."""
+
+
+def expect_no_group() -> None:
+    """Ignore torch's warning that there is no process group: ``no_dist`` says so.
+
+    It stays ignored, because filters are not a thread's own.
+    """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @contextlib.contextmanager

@@ -16,11 +16,13 @@ from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
 from checkpointer.ports import Storage, SupportsPaths
 
-_DCP: Final = ".metadata"
+DCP: Final = ".metadata"
+"""The file that makes a folder a DCP folder."""
 _START: Final = 16
 """Bytes of a file that show what it is."""
 _ZIP: Final = b"PK"
 _PICKLE: Final = b"\x80"
+_HDF5: Final = b"\x89HDF\r\n"
 _MAGIC_AS_TEXT: Final = b"L1195470371460388"
 """The start of a pickle of protocol 0 with the number that torch writes first."""
 MAX_JSON_BYTES: Final = 1 << 28
@@ -74,7 +76,7 @@ def open_files(storage: Storage, folder: str, files: Iterable[str]) -> Iterator[
 
 def _open(storage: Storage, name: str) -> Tensors:
     files = storage.list(name)
-    if (f"{name}/{_DCP}" if name else _DCP) not in files:
+    if (f"{name}/{DCP}" if name else DCP) not in files:
         return _FolderContents(storage, name, files) if files and name not in files else _open_file(storage, name)
     if not isinstance(storage, SupportsPaths):
         msg = f"{name} is a DCP folder, and {storage} has no paths to read it by; copy it to a local directory first"
@@ -98,6 +100,9 @@ def open_stream(stream: BinaryIO, name: str) -> Tensors:
     """Open a seekable stream at its start; it is closed with the contents, or with the error that names the file."""
     try:
         with reading(name):
+            if stream.read(len(_HDF5)) == _HDF5:
+                msg = "it is an HDF5 file, as keras writes, which is not read here"
+                raise CorruptError(msg)
             if sniff(stream) != "torch":
                 contents: Tensors = SafetensorsContents(stream)
             else:

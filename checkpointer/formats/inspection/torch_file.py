@@ -301,6 +301,11 @@ def _members(stream: BinaryIO) -> dict[str, tuple[_Range, int]]:
     except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError...
         msg = f"it cannot be read as a zip file ({type(error).__name__}: {error})"
         raise CorruptError(msg) from error
+    if any(member.filename.endswith("/constants.pkl") for member in found):
+        msg = (
+            "it is a TorchScript file (torch.jit.save); save torch.jit.load(FILE).state_dict() with torch.save instead"
+        )
+        raise CorruptError(msg)
     members: dict[str, tuple[_Range, int]] = {}
     ends = [*(member.header_offset for member in found[1:]), end]
     for member, following in zip(found, ends, strict=False):
