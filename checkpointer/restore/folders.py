@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from checkpointer._display import shard_text, some_of
 from checkpointer.records.record import Record
@@ -30,9 +29,3 @@ def other_files(record: Record, found: Mapping[str, tuple[int, str]]) -> str:
     """Return which files have other digests than the record says, as a clause; empty if that cannot be known."""
     other = [shard_text(inside) for inside, file in sorted(record.files.items()) if found.get(inside) != file]
     return f"other bytes are in {some_of(other)}" if other else ""
-
-
-def expected(record: Record, *, everything: bool) -> dict[str, Any]:
-    """Return the arguments of `SupportsFileDigests.read_verified` that say what was written."""
-    algorithm = algorithm_of_files(record.digest)
-    return {"files": dict(record.files), "algorithm": algorithm, "everything": everything}
