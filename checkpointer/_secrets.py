@@ -12,10 +12,11 @@ HIDDEN: Final = "***"
 MIN_LENGTH: Final = 4
 """A secret with fewer characters is hidden in URLs only: elsewhere in a text it may be a part of anything."""
 _MAX_DEPTH: Final = 8
-_USER: Final = re.compile(r"(?<=://)[^/\s]*@")
+# A key may have a slash in it, as those of S3 often do: it is not a port, and an @ follows.
+_USER: Final = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:@\[]+:(?!\d+(?:/|$))[^\s@'\"<>]*)@")
 _QUERY: Final = re.compile(r"(?<=[?&])([^?&=\s'\"<>]+)=[^&\s'\"<>]*")
 _BARE_QUERY: Final = re.compile(r"(://[^\s?'\"<>]*\?)[^\s?&='\"<>]+(?=$|[\s'\"<>])")
-_URL: Final = re.compile(r"://(?:([^/]*)@)?[^?]*(?:\?(.*))?", re.DOTALL)
+_URL: Final = re.compile(r"://(?:([^/]*|[^/:@\[]+:(?!\d+(?:/|$))[^@]*)@)?[^?]*(?:\?(.*))?", re.DOTALL)
 _SECRET_NAMES: Final = re.compile(
     r"pass|pwd|secret|token|key|cred|auth|sas|sign|cookie|connection_?string", re.IGNORECASE
 )

@@ -21,7 +21,7 @@ from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
 from checkpointer.commit.directory import Directory, created
 from checkpointer.commit.naming import location
-from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.signing import HMACKey, has_key
 from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.errors import (
     ConflictError,
@@ -371,7 +371,7 @@ class CheckpointManager:
         if verify not in get_args(Verify):
             msg = f"verify is {verify!r}; expected 'full', 'mine' or 'size'"
             raise PolicyError(msg)
-        if verify == "size" and self._directory.journal.trust is not None:
+        if verify == "size" and has_key(self._directory.journal.trust):
             msg = "verify='size' would load payloads whose bytes are not verified; leave it out, or open without trust="
             raise PolicyError(msg)
 

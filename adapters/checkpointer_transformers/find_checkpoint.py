@@ -23,6 +23,10 @@ from checkpointer.tools.sweep import sweep
 from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
 from checkpointer_transformers.lock import Claim
 
+_UNSIGNED: Final = (
+    "it has no signed record: it was planted, or saved without trust=. If you know that it is yours, copy it into "
+    "another directory, and resume from there"
+)
 _ASIDE: Final = f"{HOME}/aside"
 """Where the records of renamed checkpoints are."""
 
@@ -31,7 +35,8 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
     """Return the path of the newest whole ``checkpoint-<step>`` in a Trainer's directory; changes nothing.
 
     One that a `CheckpointCallback` has committed is compared with its digest. One without a record was written by a
-    Trainer without this callback, and counts if all its files are there and none is torn. Pass it on:
+    Trainer without this callback, and counts if all its files are there and none is torn. It does not count with a key,
+    nor if others are signed. Pass it on:
     ``trainer.train(resume_from_checkpoint=last_valid_checkpoint(args.output_dir))``.
 
     Args:
@@ -42,7 +47,7 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
         The path, or None if there is nothing to resume from.
 
     Raises:
-        NoValidCheckpointError: If checkpoints were committed, and none of them is whole.
+        NoValidCheckpointError: If checkpoints were committed, or there is a key, and none is whole and signed.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -52,9 +57,11 @@ def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey |
         for name, record, problem in _look(storage, folder, Claim.all_of(storage), trust):
             if record is not None and record.contents == "weights":
                 continue
+            if problem is None and record is None and trust is not None:
+                problem = f"{name}: {_UNSIGNED}"
             if problem is None:
                 return os.path.join(directory, name)
-            problems += [problem] if record is not None else []
+            problems += [problem] if record is not None or problem.endswith(_UNSIGNED) else []
     if problems:
         msg = f"no valid checkpoint in {folder}: {'; '.join(problems)}. Training does not start over silently"
         raise NoValidCheckpointError(msg)
@@ -109,11 +116,12 @@ def _look(
 ) -> Iterator[tuple[str, Record | None, str | None]]:
     """Yield each checkpoint, newest first: its name, its record if it is committed, and why it is not whole.
 
-    The newest whole one is compared with its digest, older ones by size.
+    The newest whole one is compared with its digest, older ones by size. In a signed directory each needs a record.
     """
     catalog = look_at(storage, trust) if storage.list(HOME) else None
     records = {record.name: record for record in catalog.with_missing.records} if catalog is not None else {}
     limits = catalog.limits if catalog is not None else {}
+    is_signed = catalog is not None and catalog.signed > 0
     writing = {claim.writing: claim for claim in reversed(claims)}
     names = {*checkpoints_of(folder), *(name for name in records if step_of(name) is not None)}
     is_newest = True
@@ -124,6 +132,8 @@ def _look(
         else:
             problem = claim.why_doubtful(limits) if claim is not None else ""
             problem = problem or problem_of(folder / name, ranks=claim.ranks if claim is not None else None)
+            if problem is None and is_signed:
+                problem = f"{name}: {_UNSIGNED}"
         is_newest = is_newest and problem is not None
         yield name, record, problem
 

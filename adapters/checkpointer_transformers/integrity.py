@@ -12,6 +12,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from checkpointer.formats.pickler import check_whole
+from checkpointer.storage import open_storage
 
 STATE_FILE: Final = "trainer_state.json"
 """The Trainer's state of the training; it writes this file last."""
@@ -53,7 +54,7 @@ def problem_of(folder: Path, *, ranks: int | None = None) -> str | None:
         return f"{STATE_FILE} is missing or torn"
     if state.get("global_step") != step_of(folder.name):
         return f"{STATE_FILE} is of step {state.get('global_step')}"
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for name in sorted(open_storage(folder, "").list()) if (path := folder / name).is_file()]
     return _missing(folder, ranks) or next(filter(None, map(_torn, files)), None)
 
 

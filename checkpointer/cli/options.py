@@ -222,9 +222,9 @@ def read_policy_file(path: str) -> bytes:
         raise NotFoundError(msg) from error
 
 
-def policies(catalog: Catalog, path: str | None, access: Access) -> Policies:
+def policies(catalog: Catalog, path: str | None) -> Policies:
     """Return the policy of each run: that of the file, else the one that the run has noted."""
-    return Policies(catalog, None if path is None else read_policy(path), access.key)
+    return Policies(catalog, None if path is None else read_policy(path))
 
 
 def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
@@ -260,7 +260,10 @@ def payload(place: str, access: Access, usage: str) -> Payload:
 
 def payload_alone(place: str, access: Access) -> Payload | None:
     """Return the file or folder at a path or URL; None if it is a directory of checkpoints."""
-    return payload_at(place, lambda directory: open_place(directory, access), access.key)
+    found = payload_at(place, lambda directory: open_place(directory, access), access.key)
+    if found is not None and found.catalog is not None:
+        announced(found.catalog)
+    return found
 
 
 def unchecked_text(catalog: Catalog) -> str:

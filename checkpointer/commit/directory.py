@@ -20,11 +20,11 @@ from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
-from checkpointer.commit.signing import HMACKey
+from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import ConflictError, FencedError, RecordError, StorageError, warn
+from checkpointer.errors import ConflictError, FencedError, RecordError, StorageError, UntrustedError, warn
 from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
@@ -79,6 +79,8 @@ class Directory:
         self._heartbeat: Heartbeat | None = None
         self._is_sure = False
         if writes and run is not None:
+            if trust is None:  # A claim is a change, so a signed directory is refused before it.
+                refuse_unsigned(_listing(journal).signed, storage, trust)
             self._claim(run, label, is_new=False)
         listing = _listing(journal)
         self.below = index.directories_below(listing.files, index.RECORDS)
@@ -87,7 +89,7 @@ class Directory:
             aliases=Aliases(journal, policy, listing),
             policy=policy,
             writers=writers_in(storage, listing.files),
-            num_signed=sum(bool(entry.signature) for entry in listing.entries.values()),
+            num_signed=listing.signed,
             is_claimed=run is not None,
         )
         contents.manifest = Manifest(run=run or uuid.uuid4().hex[:12], label=label)
@@ -384,7 +386,7 @@ class Directory:
             return
         term = self.journal.term
         if term is None or not term.is_fenced:
-            with contextlib.suppress(OSError, FencedError):
+            with contextlib.suppress(OSError, FencedError, UntrustedError):
                 self._write_index()
                 with self.journal.changing(aliases=self.policy.aliases if term is not None else ()):
                     release(self.journal, self.policy.aliases)
@@ -443,9 +445,11 @@ def _read_created(storage: Storage, path: str) -> float | None:
 def _listing(journal: Journal) -> index.Listing:
     storage, before = journal.storage, journal.term.before if journal.term is not None else ""
     try:
-        return index.load(storage, journal.trust, writers=[before] if before else [])
+        listing = index.load(storage, journal.trust, writers=[before] if before else [])
     except StorageError:
         raise
     except OSError as error:
         msg = f"cannot use {storage}: {error}; {access_advice(storage, error)}"
         raise StorageError(msg) from error
+    journal.trust = listing.trust
+    return listing

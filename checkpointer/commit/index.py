@@ -12,7 +12,7 @@ import attrs
 import xxhash
 
 from checkpointer.commit.changes import Changes, changes_in, changes_path, read_changes
-from checkpointer.commit.signing import HMACKey, check_signature
+from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
 from checkpointer.commit.terms import read_limits
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
@@ -78,6 +78,12 @@ class Listing:
     """Which records count after another process took over a run: see `Manifest.limits`."""
     reads: int = 0
     """How many record files were read, because the index did not have them."""
+    signed: int = 0
+    """Number of records with a signature."""
+    total: int = 0
+    """Number of records that can be read, with a signature or without."""
+    trust: HMACKey | None = None
+    """The key; `UNCHECKED` if there are signed records, and no key was given."""
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -115,12 +121,23 @@ def _folders(path: str) -> list[str]:
 def load(storage: Storage, trust: HMACKey | None = None, *, writers: Iterable[str] = ()) -> Listing:
     """Read all records. If the listing shows that a record file is unchanged, the index replaces it.
 
-    With a key, a record or index entry without its signature counts as damaged. The changes of these ``writers`` are
-    read even if the listing does not show them.
+    With a key, a record or index entry without its signature counts as damaged. Without a key no signature is checked.
+    But if one record is signed, each record without a signature is damaged: it may be planted. The changes of these
+    ``writers`` are read even if the listing does not show them.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
     """
+    listing = _load(storage, trust, writers)
+    signed = sum(bool(entry.signature) for entry in listing.entries.values())
+    total = len(listing.entries)
+    if signed and trust is None:
+        trust = UNCHECKED
+        listing = _load(storage, trust, writers)
+    return attrs.evolve(listing, signed=signed, total=total, trust=trust)
+
+
+def _load(storage: Storage, trust: HMACKey | None, writers: Iterable[str]) -> Listing:
     entries: dict[str, Entry] = {}
     refused: dict[str, RecordError] = {}
     reads = 0

@@ -121,6 +121,11 @@ class _Unchecked(HMACKey):
 UNCHECKED: Final = _Unchecked()
 
 
+def has_key(trust: HMACKey | None) -> bool:
+    """Return whether a key was given."""
+    return trust not in (None, UNCHECKED)
+
+
 def _check_length(key: bytes, what: str) -> None:
     if len(key) < MIN_KEY_BYTES:
         msg = f"{what} has {len(key)} bytes, and can be guessed; use at least {MIN_KEY_BYTES} ({_MAKE_ONE})"
@@ -129,7 +134,7 @@ def _check_length(key: bytes, what: str) -> None:
 
 def refuse_unsigned(count: int, place: object, trust: HMACKey | None) -> None:
     """Raise `UntrustedError` if a directory has ``count`` signed records, one or more, and there is no key."""
-    if count and trust is None:
+    if count and not has_key(trust):
         msg = (
             f"{count} checkpoints in {place} are signed; pass their key (in Python pass trust=, on the command line "
             "--key-env or --key-file). Nothing is changed there without it, because unsigned records may be planted"
@@ -154,7 +159,7 @@ def check_signature(data: object, where: str, trust: HMACKey | None) -> None:
     if signature is None:
         msg = (
             f"{where} is not signed: it was planted, or saved without trust=. It is left alone; if you know that it "
-            "is yours, restore it without trust= and save it again, into another directory"
+            "is yours, copy its payload into another directory, and run 'checkpointer adopt' there"
         )
         raise UntrustedError(msg)
     plain = {key: value for key, value in data.items() if key != SIGNATURE}

@@ -127,15 +127,24 @@ class TermFiles:
         return next((n for n, after in itertools.zip_longest(numbers, numbers[1:]) if after != n + 1), 0)
 
 
+def by_key(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of terms among these, by the name of their folder."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        if path.startswith(f"{TERMS}/"):
+            found.setdefault(path[len(TERMS) + 1 :].partition("/")[0], []).append(path)
+    return found
+
+
 def read_limits(
     storage: Storage, files: Iterable[str], runs: Iterable[tuple[str, str]], trust: HMACKey | None
 ) -> tuple[Limits, dict[str, RecordError]]:
     """Return by run and label which records count after a takeover, and each file that cannot be read or trusted."""
-    paths = [path for path in files if path.startswith(f"{TERMS}/")]
+    paths = by_key(files)
     limits: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {}
     damaged: dict[str, RecordError] = {}
     for run in runs if paths else ():
-        found = TermFiles.of(paths, key_of(*run))
+        found = TermFiles.of(paths.get(key_of(*run), ()), key_of(*run))
         if found.limiting:
             path = f"{TERMS}/{key_of(*run)}/{found.limiting}.limits"
             try:

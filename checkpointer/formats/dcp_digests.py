@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final, cast
 
 import attrs
@@ -219,6 +220,9 @@ class VerifyingReader:
     rank = 0
     is_near = True
     """Whether a part of a file can be read twice at little cost."""
+    metadata: Any
+    _taken: Mapping[str, Mapping[tuple[int, int], str]] = MappingProxyType({})
+    """By file: the digest of each item that the metadata has none of."""
 
     def metadata_bytes(self) -> bytes:
         """Return the verified bytes of the folder's metadata."""
@@ -249,11 +253,12 @@ class VerifyingReader:
     def bytes_of_item(self, info: Any) -> bytes:
         """Return the bytes of one value that is not a tensor, compared with its digest if the reader verifies."""
         with self.finding(info.relative_path) as path, self.fs.create_stream(path, "rb") as stream:
-            if self.check is None or info.offset + info.length > stream.seek(0, os.SEEK_END):
-                stream.seek(info.offset)
-                return bytes(stream.read(info.length))
+            length = max(0, min(info.length, stream.seek(0, os.SEEK_END) - info.offset))
             try:
-                return bytes(_Part(stream, info, self._algorithm).whole())
+                if self.check is not None and length < info.length:
+                    raise _OtherBytesError
+                stream.seek(info.offset)
+                return bytes(stream.read(length) if self.check is None else self._part(stream, info).whole())
             except _OtherBytesError:
                 msg = f"a value in its file {shard_text(info.relative_path)} has other bytes than were written"
                 raise CorruptError(msg) from None
@@ -261,21 +266,39 @@ class VerifyingReader:
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See ``StorageReader.prepare_global_plan``. On the first rank."""
         plans = super().prepare_global_plan(plans)  # type: ignore[misc]
-        if self.check is not None:
-            infos = self.storage_data.values()
-            for name in sorted({info.relative_path for info in infos if not hasattr(info, ITEM_DIGEST)}):
-                self._check_file(name)  # Another version of torch may write in another way.
         return share_out(plans, self.storage_data) if self.check is not None and self.check.everything else plans
 
-    def _check_file(self, name: str) -> None:
-        assert self.check is not None, "prepare_global_plan checks it"
-        with self.finding(name) as path, self.fs.create_stream(path, "rb") as stream:
-            digest = self.check.new()
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != self.check.files[name][1]:
-            msg = f"its file {shard_text(name)} has other bytes than were written"
-            raise CorruptError(msg)
+    def _part(self, stream: Any, info: Any) -> _Part:
+        """Return an item with its digest.
+
+        Another version of torch may write without digests of items. Then the file is compared as a whole, once, and the
+        same read takes the digests of its items.
+        """
+        assert self.check is not None, "only a check needs it"
+        digest = getattr(info, ITEM_DIGEST, None)
+        if digest is None:
+            name = info.relative_path
+            if name not in self._taken:
+                self._taken = {**self._taken, name: self._take(stream, name)}
+            digest = self._taken[name][info.offset, info.offset + info.length]
+        return _Part(stream, info, self.check.algorithm, digest)
+
+    def _take(self, stream: Any, name: str) -> Mapping[tuple[int, int], str]:
+        assert self.check is not None, "only a check needs it"
+        infos = [info for info in self.metadata.storage_data.values() if info.relative_path == name]
+        whole, taken, position = self.check.new(), dict[tuple[int, int], str](), 0
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        for begin, stop in [*sorted({(info.offset, info.offset + info.length) for info in infos}), (end, end)]:
+            if not position <= begin <= stop <= end:
+                raise _OtherBytesError
+            _digested(stream, begin - position, whole)
+            item = self.check.new()
+            _digested(stream, stop - begin, whole, item)
+            taken[begin, stop], position = item.hexdigest(), stop
+        if (end, whole.hexdigest()) != self.check.files.get(name):
+            raise _OtherBytesError
+        return taken
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
         """See ``StorageReader.read_data``."""
@@ -316,7 +339,7 @@ class VerifyingReader:
 
     def _read_item(self, stream: Any, index: Any, items: Sequence[ReadItem], planner: Any) -> None:
         info = self.storage_data[index]
-        part = _Part(stream, info, self._algorithm)
+        part = self._part(stream, info)
         if not items:
             part.skim()
         elif items[0].type == LoadItemType.BYTE_IO:
@@ -328,14 +351,20 @@ class VerifyingReader:
             for item in items:
                 _copy_into(planner, item, tensor)
 
-    @property
-    def _algorithm(self) -> str:
-        assert self.check is not None, "read_data checks it"
-        return self.check.algorithm
-
 
 class _OtherBytesError(Exception):
     """Raised if an item has other bytes than its digest says."""
+
+
+def _digested(stream: Any, size: int, *hashes: Any) -> None:
+    """Add so many bytes of a stream to some hashes."""
+    while size:
+        chunk = stream.read(min(size, _CHUNK))
+        if not chunk:
+            raise _OtherBytesError
+        for one in hashes:
+            one.update(chunk)
+        size -= len(chunk)
 
 
 def _copy_into(planner: Any, item: ReadItem, tensor: torch.Tensor) -> None:
@@ -352,11 +381,11 @@ def _copy_into(planner: Any, item: ReadItem, tensor: torch.Tensor) -> None:
 class _Part:
     """An item in an open file: what ``torch.save`` has written for a tensor or a value."""
 
-    def __init__(self, stream: Any, info: Any, algorithm: str) -> None:
+    def __init__(self, stream: Any, info: Any, algorithm: str, digest: str) -> None:
         self._stream = stream
         self._offset: int = info.offset
         self._length: int = info.length
-        self._digest = getattr(info, ITEM_DIGEST, None)
+        self._digest = digest
         self._new = DIGESTS[algorithm]
         self._hash = self._new()
 
@@ -399,7 +428,7 @@ class _Part:
             view = view[count:]
 
     def _compare(self) -> None:
-        if self._digest not in (None, self._hash.hexdigest()):
+        if self._digest != self._hash.hexdigest():
             raise _OtherBytesError
 
     # What `TorchLayout.of` needs of a stream

@@ -72,7 +72,9 @@ class SafetensorsFormat:
 
         def load() -> dict[str, torch.Tensor]:
             with open(path, "rb") as stream:
-                SafetensorsContents(stream)  # Raises if the header says two things; safetensors takes one of them.
+                contents = SafetensorsContents(stream)  # If a header says two things, safetensors takes one of them.
+                for problem in contents.problems():
+                    raise CorruptError(problem)
             return _load_file(path)
 
         return self._load(load, map_location)

@@ -32,6 +32,7 @@ from checkpointer.errors import (
     FencedError,
     RunInUseError,
     StorageError,
+    UntrustedError,
     warn,
 )
 from checkpointer.mirror.plan import Mirror, MirrorStatus, lost, plan, retry_after
@@ -168,7 +169,7 @@ class MirrorThread:
         while self._wait_for_change():
             try:
                 self._catch_up()
-            except SamePlaceError as error:
+            except (SamePlaceError, UntrustedError) as error:  # Another try would end in the same way.
                 self._failed(error)
                 return
             except (RunInUseError, FencedError) as error:
@@ -201,7 +202,7 @@ class MirrorThread:
 
     def _failed(self, error: Exception) -> None:
         is_same_place = isinstance(error, SamePlaceError)
-        ends = is_same_place or self._conflict is not None
+        ends = isinstance(error, (SamePlaceError, UntrustedError)) or self._conflict is not None
         self._error = f"{(StorageError if is_same_place else type(error)).__name__}: {error}"
         if self._error not in self._logged:
             self._logged.add(self._error)

@@ -53,7 +53,7 @@ def other_files(storage: Storage, record: Record, found: Mapping[str, tuple[int,
 
 def _other_items(storage: Storage, record: Record, files: Sequence[str]) -> Mapping[str, Sequence[str]]:
     """Return for each file the tensors and values whose bytes have another digest than DCP's metadata says."""
-    from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, METADATA, read_dcp_metadata
+    from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, read_dcp_metadata
 
     if METADATA not in record.files or METADATA in files:
         return {}
@@ -79,9 +79,3 @@ def _read_into(digest: Any, stream: BinaryIO, offset: int, length: int) -> None:
     while length and (chunk := stream.read(min(length, _CHUNK))):
         digest.update(chunk)
         length -= len(chunk)
-
-
-def expected(record: Record, *, everything: bool) -> dict[str, Any]:
-    """Return the arguments of `SupportsFileDigests.read_verified` that say what was written."""
-    algorithm = algorithm_of_files(record.digest)
-    return {"files": dict(record.files), "algorithm": algorithm, "everything": everything}

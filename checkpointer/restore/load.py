@@ -29,14 +29,16 @@ from checkpointer.ports import (
     SupportsPaths,
     SupportsURLs,
 )
+from checkpointer.records.codec import DIGESTS
 from checkpointer.records.record import Record
 from checkpointer.restore.damage import damage_in
-from checkpointer.restore.folders import difference, expected, other_files
+from checkpointer.restore.folders import difference, other_files
 from checkpointer.storage.digests import (
     Blocks,
     FolderDigest,
     VerifiedReader,
     algorithm_of,
+    algorithm_of_files,
     files_of,
     read_digest,
 )
@@ -143,17 +145,22 @@ def load(
 ) -> Restored:
     """Verify and load one checkpoint. The loaded bytes are the verified ones, even if the file changes in between.
 
-    If the record of a folder does not name its files, the folder is verified first, and then opened again by the code
-    that reads it. The tensors of a mapped file are its pages: they are the verified ones as long as no program writes
-    into the file. What is unpickled is always verified.
+    A folder that a trainer wrote is verified, and then opened again by the code that reads it. The tensors of a mapped
+    file are its pages: they are the verified ones as long as no program writes into the file. What is unpickled is
+    always verified.
     """
     payload = open_format(record)
     options = {"weights_only": weights_only, "map_location": map_location}
     is_folder = set(check_size(storage, record)) != {record.name}
     if is_folder:
         read_folder: Callable[..., Any] | None = payload.read_folder if isinstance(payload, FolderFormat) else None
-        if verify != "size" and record.files and isinstance(payload, SupportsFileDigests):
-            read_folder = functools.partial(payload.read_verified, **expected(record, everything=verify == "full"))
+        if verify != "size" and isinstance(payload, SupportsFileDigests):
+            read_folder = functools.partial(
+                payload.read_verified,
+                files=dict(record.files) or _verified_files(storage, record),
+                algorithm=algorithm_of_files(record.digest),
+                everything=bool(record.files) and verify == "full",
+            )
         elif verify != "size":
             _verify_digest(storage, record)
         return Restored(record=record, state=_read_folder(storage, record, read_folder, options))
@@ -169,6 +176,22 @@ def load(
             read = _read_mapped if is_mapped else _read_twice
             state = read(storage, record, stream, payload, options, verify=verify)
     return Restored(record=record, state=state)
+
+
+def _verified_files(storage: Storage, record: Record) -> dict[str, tuple[int, str]]:
+    """Verify a folder whose record does not name its files; return size (bytes) and digest of each."""
+    digest, files = FolderDigest(algorithm_of(record.digest)), {}
+    for name, size in sorted(check_size(storage, record).items()):
+        inside = name[len(record.name) + 1 :]
+        digest.begin(inside, size)
+        own = DIGESTS[digest.algorithm]()
+        with storage.open(name) as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                own.update(chunk)
+        files[inside] = size, own.hexdigest()
+    compare(storage, record, (digest.size, digest.digest))
+    return files
 
 
 def _read_once(

@@ -11,27 +11,18 @@ from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Record
-from checkpointer.restore.load import check_size, compare, verify
+from checkpointer.restore.load import check_size, compare
 from checkpointer.storage.digests import Blocks, FolderDigest, VerifiedReader, algorithm_of
-
-_DCP = ".metadata"
 
 
 @contextlib.contextmanager
 def open_verified(storage: Storage, record: Record) -> Iterator[Tensors]:
     """Verify a payload, and open it. What is read from it are the verified bytes, even if its files change in between.
 
-    A DCP folder is an exception: it is verified, and then read by its path.
-
     Raises:
         CorruptError: If the payload differs from its record, now or when a part of it is read again.
     """
     files = check_size(storage, record)
-    if f"{record.name}/{_DCP}" in files:
-        verify(storage, record)
-        with open_contents(storage, record.name) as contents:
-            yield contents
-        return
     with open_contents(_VerifiedPayload(storage, record, files), record.name) as contents:
         yield contents
 
@@ -53,7 +44,7 @@ class _VerifiedPayload:
                 digest.begin(name[len(record.name) + 1 :], files[name])
             with storage.open(name) as stream:
                 self._blocks[name] = Blocks(stream, digest)
-        compare(storage, record, (digest.size, digest.digest))
+        compare(storage, record, (digest.size, digest.digest), digest.files)
 
     def __str__(self) -> str:
         return str(self._storage)

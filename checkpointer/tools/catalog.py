@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import attrs
 
@@ -14,6 +15,7 @@ from checkpointer.commit.journal import Journal
 from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
+from checkpointer.commit.terms import by_key
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError, UntrustedError
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Limits, Manifest
@@ -83,6 +85,11 @@ class Catalog:
         if found is None:
             return index.record_path(record.name) not in self.damaged
         return (found.token, found.digest) != (record.token, record.digest)
+
+    @cached_property
+    def terms(self) -> Mapping[str, Sequence[str]]:
+        """The files of the terms of each run and label, by `checkpointer.commit.terms.key_of`."""
+        return by_key(self.files)
 
     @property
     def below(self) -> list[str]:
@@ -182,19 +189,14 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
 
     Args:
         storage: Where to look, as `checkpointer.storage.open_storage` returns it.
-        trust: The key of a signed directory; a record without its signature is damaged. Without the key no signature
-            is checked. But if one record is signed, each record without a signature is damaged: it may be planted.
+        trust: The key of a signed directory, as for `checkpointer.commit.index.load`.
 
     Raises:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
     """
     listing = _load(storage, trust)
-    signed = sum(bool(entry.signature) for entry in listing.entries.values())
-    total = len(listing.entries)
-    if signed and trust is None:
-        trust = UNCHECKED
-        listing = _load(storage, trust)
+    signed, total, trust = listing.signed, listing.total, listing.trust
     journal = Journal(storage, "", trust)
     found = recover(journal, listing)
     if found.missing:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import attrs
 
-from checkpointer.commit.index import HOME, RECORDS, read_entry, record_path
+from checkpointer.commit.index import HOME, RECORDS, record_path
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import NotFoundError, RecordError
+from checkpointer.errors import CorruptError, NotFoundError
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
 from checkpointer.restore.verified import open_verified
-from checkpointer.tools.catalog import naming_retired
+from checkpointer.tools.catalog import Catalog, look_at, naming_retired
 
 
 @attrs.frozen(kw_only=True)
@@ -33,9 +33,11 @@ class Payload:
     record: Record | None = None
     """Its record, if it is a checkpoint of a directory."""
     problem: str = ""
-    """Why its record cannot be read; empty if it can, or if there is none."""
+    """Why its record cannot be read or believed; empty if it can, or if there is none."""
     trust: HMACKey | None = attrs.field(default=None, repr=False)
     """The key of the directory, if it has one."""
+    catalog: Catalog | None = attrs.field(default=None, repr=False)
+    """The directory of its record, if it has one that this library looked for."""
 
 
 @contextlib.contextmanager
@@ -43,9 +45,11 @@ def opened(payload: Payload) -> Iterator[Tensors]:
     """Open a payload. If it has a record, what is read from it are bytes that were compared with the record.
 
     Raises:
-        CorruptError: If the payload differs from its record.
+        CorruptError: If the payload differs from its record, or the record cannot be read or believed.
         NotFoundError: If a running process has retired it meanwhile.
     """
+    if payload.problem:
+        raise CorruptError(payload.problem)
     if payload.record is None:
         with open_contents(payload.storage, payload.name) as contents:
             yield contents
@@ -104,7 +108,7 @@ def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey
         raise NotFoundError(msg)
     # The payload of an alias that is a link has its record under its own name.
     real = Path(os.path.realpath(given))
-    if real.is_dir() and any(real.glob(f"**/{HOME}")):
+    if real.is_dir() and any(f"/{HOME}/" in f"/{path}" for path in open(str(real)).list()):
         return None
     for folder in real.parents:
         if (folder / RECORDS).is_dir():
@@ -129,11 +133,15 @@ def similar(path: Path, *, folders: bool = False) -> str:
 
 
 def _with_record(payload: Payload) -> Payload:
-    path = record_path(payload.name)
-    try:
-        entry = read_entry(payload.storage, path, payload.trust)
-    except FileNotFoundError:
+    """Return the payload with what its directory says about it, if it has a record there."""
+    storage, path = payload.storage, record_path(payload.name)
+    if path not in storage.list(path):
         return payload
-    except RecordError as error:
-        return attrs.evolve(payload, problem=str(error))
-    return attrs.evolve(payload, record=entry.record) if entry.status == "committed" else payload
+    catalog = look_at(storage, payload.trust)
+    record = next((one for one in (*catalog.records, *catalog.missing) if one.name == payload.name), None)
+    problem = ""
+    if record is None:
+        problem = str(
+            catalog.damaged.get(path, f"{payload.name} is not committed: its record says that it is half-way")
+        )
+    return attrs.evolve(payload, record=record, problem=problem, trust=catalog.trust, catalog=catalog)

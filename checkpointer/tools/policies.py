@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import attrs
 
-from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import TERMS, TermFiles, key_of, read_claim
 from checkpointer.errors import PolicyError
 from checkpointer.policy.policy import Policy
@@ -27,7 +26,6 @@ class Policies:
     Args:
         catalog: The directory.
         given: The policy that a command was given, for all runs; None if there is none.
-        trust: The key of a signed directory. With it, a policy that is not signed does not count.
 
     Example:
         >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
@@ -43,7 +41,6 @@ class Policies:
 
     catalog: Catalog
     given: Policy | None = None
-    trust: HMACKey | None = None
     _noted: dict[tuple[str, str], Policy | None] = attrs.field(factory=dict, init=False)
 
     def of(self, run: str, label: str) -> Policy | None:
@@ -51,7 +48,7 @@ class Policies:
         if self.given is not None:
             return self.given
         if (run, label) not in self._noted:
-            text = noted_text(self.catalog, run, label, self.trust)
+            text = noted_text(self.catalog, run, label)
             self._noted[run, label] = None
             # It may name rules of the user's own, or be of a newer version. A text of one line would be a path.
             with contextlib.suppress(PolicyError):
@@ -64,11 +61,14 @@ class Policies:
         return sorted(frozenset().union(*(policy.known_metrics for policy in found)))
 
 
-def noted_text(catalog: Catalog, run: str, label: str, trust: HMACKey | None = None) -> str:
-    """Return the newest policy that a run has noted, as YAML; empty if there is none."""
+def noted_text(catalog: Catalog, run: str, label: str) -> str:
+    """Return the newest policy that a run has noted, as YAML; empty if there is none.
+
+    In a signed directory a policy that is not signed does not count.
+    """
     key = key_of(run, label)
-    for number in TermFiles.of(catalog.files, key).claimed[:_MOST_CLAIMS]:
-        claim = read_claim(catalog.storage, f"{TERMS}/{key}", number, trust)
+    for number in TermFiles.of(catalog.terms.get(key, ()), key).claimed[:_MOST_CLAIMS]:
+        claim = read_claim(catalog.storage, f"{TERMS}/{key}", number, catalog.trust)
         if claim.policy:
             return claim.policy
     return ""

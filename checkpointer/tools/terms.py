@@ -6,7 +6,6 @@ from typing import Literal
 
 import attrs
 
-from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import TERMS, Claim, TermFiles, key_of, read_claim
 from checkpointer.tools.catalog import Catalog
 
@@ -27,7 +26,7 @@ class HeldTerm:
     """Records of lower terms count up to this serial; None if there were none."""
 
 
-def terms_of(catalog: Catalog, run: str, label: str, trust: HMACKey | None = None) -> tuple[HeldTerm, ...]:
+def terms_of(catalog: Catalog, run: str, label: str) -> tuple[HeldTerm, ...]:
     """Return the terms of a run, the first one first. Reads one small file for each.
 
     Example:
@@ -42,10 +41,10 @@ def terms_of(catalog: Catalog, run: str, label: str, trust: HMACKey | None = Non
         [(1, 'released')]
     """
     key = key_of(run, label)
-    found, limits = TermFiles.of(catalog.files, key), dict(catalog.limits.get((run, label), ()))
+    found, limits = TermFiles.of(catalog.terms.get(key, ()), key), dict(catalog.limits.get((run, label), ()))
     terms = []
     for number in reversed(found.claimed):
-        claim = read_claim(catalog.storage, f"{TERMS}/{key}", number, trust)
+        claim = read_claim(catalog.storage, f"{TERMS}/{key}", number, catalog.trust)
         state: State = "holds"
         if number in found.ended:
             state = "released"
@@ -57,11 +56,12 @@ def terms_of(catalog: Catalog, run: str, label: str, trust: HMACKey | None = Non
     return tuple(terms)
 
 
-def holders(catalog: Catalog, trust: HMACKey | None = None) -> tuple[HeldTerm, ...]:
+def holders(catalog: Catalog) -> tuple[HeldTerm, ...]:
     """Return for each run that a process may be training now the term of that process."""
     found = []
     for run, label in catalog.runs:
-        terms = TermFiles.of(catalog.files, key_of(run, label))
+        key = key_of(run, label)
+        terms = TermFiles.of(catalog.terms.get(key, ()), key)
         if terms.claimed and terms.claimed[0] not in terms.ended:
-            found += [one for one in terms_of(catalog, run, label, trust)[-1:] if one.state == "holds"]
+            found += [one for one in terms_of(catalog, run, label)[-1:] if one.state == "holds"]
     return tuple(found)

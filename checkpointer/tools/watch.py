@@ -88,7 +88,7 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         ('alive', 10, 'step 20')
     """
     catalog = look_at(storage, trust)
-    claims = {key: found for key in _keys(catalog) if (found := _claim(catalog, key, trust)) is not None}
+    claims = {key: found for key in catalog.terms if (found := _claim(catalog, key)) is not None}
     held = [found for found in claims.values() if _state(found, now) in ("alive", "silent")]
     wanted = [found for found in (claims.values() if run is not None else held) if run in (None, found.claim.run)]
     if not wanted and run is None and catalog.records:
@@ -104,7 +104,7 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         what = f"no run {run!r}; there are: {there}" if run is not None else f"no run{below}"
         msg = f"{catalog.place} has {what}"
         raise NotFoundError(msg)
-    policies = Policies(catalog, trust=trust)
+    policies = Policies(catalog)
     return tuple(_watched(catalog, found, policies, now) for found in wanted)
 
 
@@ -119,22 +119,18 @@ class _Held:
     status: TrainingStatus | None = None
 
 
-def _keys(catalog: Catalog) -> list[str]:
-    folders = (path[len(TERMS) + 1 :].partition("/")[0] for path in catalog.files if path.startswith(f"{TERMS}/"))
-    return list(dict.fromkeys(folders))
-
-
-def _claim(catalog: Catalog, key: str, trust: HMACKey | None) -> _Held | None:
+def _claim(catalog: Catalog, key: str) -> _Held | None:
     """Return the newest term of a training. Commands claim terms too, and note no policy."""
-    found, folder = TermFiles.of(catalog.files, key), f"{TERMS}/{key}"
+    found, folder = TermFiles.of(catalog.terms.get(key, ()), key), f"{TERMS}/{key}"
     for number in found.claimed[:8]:
-        claim = read_claim(catalog.storage, folder, number, trust)
+        claim = read_claim(catalog.storage, folder, number, catalog.trust)
         if claim.policy or number not in found.ended:
             status = TrainingStatus.from_json(read_status(catalog.storage, folder, number))
             return _Held(claim, number, number in found.ended, status)
     if not found.claimed:
         return None
-    return _Held(read_claim(catalog.storage, folder, found.claimed[0], trust), found.claimed[0], is_released=True)
+    newest = found.claimed[0]
+    return _Held(read_claim(catalog.storage, folder, newest, catalog.trust), newest, is_released=True)
 
 
 def _state(held: _Held, now: float) -> State:

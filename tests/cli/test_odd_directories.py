@@ -90,6 +90,7 @@ def test_folders_nested_a_thousand_deep_stop_nothing(deep: Path) -> None:
     (place / "odd_5.pt").write_bytes(torch_file({"w": tensor(), "step": 5}))
     assert [0, 0, 0] == [run([command, str(deep)]) for command in ("ls", "verify", "sweep")]
     assert 0 == run(["adopt", str(deep)])
+    assert [2, 0] == [run(["show", str(deep)]), run(["show", str(deep / "a")])]
     assert 4 == len(load(open_storage(deep, "")).entries)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,6 +17,7 @@ import pytest
 import torch
 from support.factories import record
 from support.plain_format import PlainFormat
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMACKey, KeepAll, KeepBest, Policy
 from checkpointer.commit.index import load
@@ -31,10 +33,12 @@ from checkpointer.errors import (
     SaveError,
     UntrustedError,
 )
+from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.formats.export import write_weights
 from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.records.codec import to_json
-from checkpointer.records.record import Entry
+from checkpointer.records.record import Entry, Record
+from checkpointer.restore.load import load as load_checkpoint
 from checkpointer.restore.verified import open_verified
 from checkpointer.storage import LocalStorage
 from checkpointer.storage.digests import digest_of
@@ -518,3 +522,66 @@ def test_a_part_of_a_folder_that_changes_after_it_was_verified_is_not_read(tmp_p
         (folder / name).write_bytes(data.replace(torch.ones(4).numpy().tobytes(), torch.zeros(4).numpy().tobytes()))
     with pytest.raises(CorruptError, match=r"a\.ckpt has other bytes than were written"), open_verified(storage, whole):
         pass
+
+
+class SwappedAfterwards(LocalStorage):
+    """Lets an attacker replace the files of a folder as soon as the last of them was read once."""
+
+    evil: Path | None = None
+
+    def open(self, path: str) -> BinaryIO:
+        """See `Storage.open`."""
+        stream = super().open(path)
+        folder = path.rpartition("/")[0]
+        if self.evil is None or path != max(self.list(folder)):
+            return stream
+        with stream:
+            data = stream.read()
+        shutil.copytree(self.evil, self.local_path(folder), dirs_exist_ok=True)
+        self.evil = None
+        return io.BytesIO(data)
+
+
+def dcp_folders(tmp_path: Path, digest: str) -> tuple[SwappedAfterwards, Record]:
+    """Return a storage with a DCP folder that torch itself has written, and its record; and one of the attacker."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in (("a.dcp", 1.0), ("evil", 2.0)):
+            save({"w": torch.full((4,), value), "step": int(value)}, checkpoint_id=tmp_path / name)
+    storage = SwappedAfterwards(tmp_path, new_owner())
+    found = digest_of(storage, "a.dcp", digest)
+    assert found is not None
+    storage.evil = tmp_path / "evil"
+    return storage, record("a.dcp", size=found[0], digest=found[1], format="dcp")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("digest", ["sha256", "files-sha256"])
+def test_a_dcp_folder_is_read_through_its_verified_bytes(tmp_path: Path, digest: str) -> None:
+    """By `export`, `average` and `diff`: also its metadata, which says where each tensor lies."""
+    storage, whole = dcp_folders(tmp_path, digest)
+    with pytest.raises(CorruptError, match="it changed between being verified"), open_verified(storage, whole):
+        pass
+    storage, whole = dcp_folders(tmp_path, digest)
+    storage.evil = None
+    with open_verified(storage, whole) as contents:
+        assert torch.equal(torch.ones(4), contents.read("w"))
+        shutil.copytree(tmp_path / "evil", tmp_path / "a.dcp", dirs_exist_ok=True)
+        with pytest.raises(CorruptError):
+            contents.read("w")
+
+
+@pytest.mark.parametrize("digest", ["sha256", "files-sha256"])
+@pytest.mark.parametrize("left", [".metadata", "__0_0.distcp"])
+def test_a_restored_dcp_folder_has_the_verified_bytes(tmp_path: Path, digest: str, left: str) -> None:
+    """Also if its record names no files, or its metadata has no digests: it was adopted, or has very many files."""
+    storage, whole = dcp_folders(tmp_path, digest)
+    shutil.copy(tmp_path / "a.dcp" / left, tmp_path / "evil" / left)
+    with pytest.raises(CorruptError, match=r"has other bytes than were written|is not the one that was written"):
+        load_checkpoint(storage, lambda _: DcpFormat(), whole, weights_only=True, map_location="cpu")
+    assert storage.evil is None
+    shutil.rmtree(tmp_path / "a.dcp")
+    storage, whole = dcp_folders(tmp_path, digest)
+    storage.evil = None
+    state = load_checkpoint(storage, lambda _: DcpFormat(), whole, weights_only=True, map_location="cpu").state
+    assert (1, 4.0) == (state["step"], state["w"].sum().item())

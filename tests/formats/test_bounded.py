@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import random
 import struct
 import tracemalloc
 import zipfile
@@ -30,11 +31,13 @@ from support.odd_files import (
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.inspection.key_search import KeySearch
 from checkpointer.formats.inspection.payload import open_contents, open_stream
 from checkpointer.formats.inspection.pickle import read_made, read_pickle
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
 from checkpointer.formats.inspection.work import Work
+from checkpointer.formats.safetensors_file import SafetensorsFormat
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.storage import open_storage
 
@@ -279,3 +282,44 @@ def test_a_dcp_table_that_is_as_dcp_writes_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(data)
     with open_contents(open_storage(tmp_path, ""), "") as contents, pytest.raises(CorruptError, match="is compressed"):
         contents.read("w")
+
+
+def test_the_steps_to_the_place_of_a_key_are_counted() -> None:
+    """As Python takes them: numbers with the same last bits need more. Text and small numbers are not looked at."""
+    apart = dict.fromkeys(range(1 << 20, (1 << 20) + 5000))
+    alike = {number << 40: None for number in range(5000)}
+    assert 0 == KeySearch(apart).steps < 5000 < KeySearch(alike).steps
+    assert 0 == KeySearch(set(range(5000))).steps < 5000 < KeySearch(set(alike)).steps
+    work = Work(100_000)
+    assert apart == read_made(io.BytesIO(pickled(apart)), work)[0]
+    with pytest.raises(CorruptError, match="stands for far more entries than its size allows"):
+        read_made(io.BytesIO(pickled(alike)), Work(100_000))
+    text = {str(number): number for number in range(5000)}
+    assert text == read_made(io.BytesIO(pickled(text)), Work(0))[0]
+
+
+def test_numbers_that_programs_use_as_keys_are_far_from_the_limit() -> None:
+    """Random numbers, the addresses of objects, and multiples of large powers of two."""
+    chooser = random.Random(1)
+    for numbers in (
+        [chooser.getrandbits(60) for _ in range(20_000)],
+        [140_000_000_000_000 + 64 * number for number in range(20_000)],
+        [number << 24 for number in range(20_000)],
+    ):
+        data = pickled(dict.fromkeys(numbers))
+        work = Work.for_bytes(len(data))
+        read_made(io.BytesIO(data), work)
+        assert work.left > 0.8 * Work.for_bytes(len(data)).left, numbers[1]
+
+
+def test_a_mapped_safetensors_file_is_checked_too(tmp_path: Path) -> None:
+    """Before safetensors itself reads it."""
+    one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    for header, why in (
+        ({"w": one, "v": one}, "overlap"),
+        ({"w": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}, "the file has 16"),
+    ):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(safetensors_file(header))
+        with pytest.raises(CorruptError, match=why):
+            SafetensorsFormat().read_mapped(str(path), weights_only=True, map_location="cpu")

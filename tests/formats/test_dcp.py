@@ -24,6 +24,7 @@ from checkpointer.commit.terms import TERMS
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, FencedError, RestoreError, RunInUseError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.records.record import Record
 from checkpointer.storage.owner import new_owner
 from checkpointer.testing import MemoryStorage, die
@@ -319,3 +320,13 @@ def test_a_file_is_not_read_as_a_folder(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"torch"', '"dcp"'))
     with CheckpointManager(tmp_path) as manager, pytest.raises(RestoreError, match="'dcp' reads folders"):
         manager.restore(record.name)
+
+
+def test_a_folder_is_looked_into_on_any_storage(folder: Path) -> None:
+    """Through the storage, which needs no paths."""
+    storage = MemoryStorage()
+    for path in folder.iterdir():
+        storage.write(f"a.dcp/{path.name}", path.read_bytes())
+    with open_contents(storage, "a.dcp") as contents:
+        assert [] == list(contents.problems())
+        assert torch.equal(STATE["model"]["w"], contents.read("model.w"))

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
+import xxhash
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,10 +40,11 @@ from support.odd_files import (
 from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointerError, CheckpointManager, EverySteps, KeepLast, Policy
-from checkpointer.cli.app import run
+from checkpointer.cli import app
 from checkpointer.commit import aliases
 from checkpointer.commit.index import INDEX, load, record_path
 from checkpointer.commit.journal import Journal
+from checkpointer.commit.terms import key_of
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.formats.inspection.payload import open_contents, open_stream
@@ -262,6 +266,13 @@ TRAINER: Final = {
 }
 
 
+POLICY: Final = {
+    "when": {"EverySteps": {"n": 10}},
+    "keep": [{"KeepBest": {"k": 3, "metric": "loss", "mode": "min"}}],
+    "name": "{epoch}",
+}
+
+
 def as_json(value: Any) -> bytes | None:
     """Return JSON; None if Python cannot write it."""
     try:
@@ -307,78 +318,145 @@ def test_odd_metrics(rows: list[dict[str, Any]]) -> None:
 
 
 @quick
-@given(
-    bent(
-        {
-            "when": {"EverySteps": {"n": 10}},
-            "keep": [{"KeepBest": {"k": 3, "metric": "loss", "mode": "min"}}],
-            "name": "{epoch}",
-        }
-    )
-)
+@given(bent(POLICY))
 def test_odd_policies(value: Any) -> None:
     """A policy in YAML is refused with a `PolicyError`, or can be printed and written."""
-    try:
-        text = yaml.safe_dump(value)
-    except RecursionError:
-        return
     with contextlib.suppress(PolicyError):
-        policy = Policy.from_yaml(text + "\n")
+        policy = Policy.from_yaml(_as_yaml(value) + "\n")
         assert str(policy)
         assert policy.to_yaml()
 
 
 # Commands
 
+OWNER: Final = "node7_1234abcd_99~17~5~0123456789ab"
+OWN: Final = {
+    "directory.json": {"schema": 1, "created": 1.5},
+    "index.json": {"schema": 1, "entries": {record_path("7.ckpt"): [1, "v", RECORD]}},
+    "aliases/last.ckpt.json": MARKER,
+    f"writers/{OWNER}.json": {"schema": 1, "owner": OWNER, "machine": ""},
+    f"changes/{OWNER}.json": {"schema": 1, "owner": OWNER, "entries": [RECORD], "aliases": ["best.ckpt"], "term": 1},
+    "terms/{key}/2.json": {
+        "schema": 1,
+        "run": "r",
+        "label": "",
+        "term": 2,
+        "owner": OWNER,
+        "machine": "m",
+        "beat_s": 15.0,
+        "since": "2026-01-01 00:00:00 UTC",
+        "policy": "when: {EverySteps: {n: 1}}",
+    },
+    "terms/{key}/2.beat": {"time": 5.0, "step": 3, "due": "step 4", "due_step": 4, "written": 5, "mirror": "m"},
+    "terms/{key}/2.limits": {"schema": 1, "limits": [[1, 2]]},
+}
+"""Files of this library in its folder; ``{key}`` is that of the run."""
+
 
 def saved(folder: Path) -> None:
     """Write two checkpoints."""
     with CheckpointManager(
-        folder, Policy(EverySteps(1), [KeepLast(9)], last="link"), state=lambda: {"w": 1}
+        folder, Policy(EverySteps(1), [KeepLast(9)], last="link"), state=lambda: {"w": torch.ones(4)}
     ) as manager:
         for step in (1, 2):
             manager.observe({"loss": 1.0 / step}, step=step, epoch=0, epoch_end=False)
 
 
 COMMANDS: Final = (
-    *("ls {0}", "ls {0} --json", "show {0} last", "show {0} 7 --json", "verify {0}", "verify {0} --deep --json"),
-    *("best {0} --by loss --mode min", "last {0}", "diff {0} 1 7", "export {0} 7 {1}/w.safetensors"),
-    *("average {0} 1 7 -o {1}/m.pt", "prune {0} --policy {1}/p.yaml --dry-run", "sweep {0}", "copy {0} {1}/copy"),
-    *("simulate {1}/p.yaml {0}", "adopt {0} --dry-run", "adopt {1}/foreign", "ls {1}/foreign"),
+    *("ls {run}", "ls {run} --json", "ls {top}", "show {run} last", "show {run} 7 --json", "show {run}/{odd}"),
+    *("verify {run}", "verify {run} --deep --json", "verify {run}/{odd}", "last {run}", "last {run} --json"),
+    *("best {run} --by loss --mode min", "diff {run} 1 7", "diff {run}/{odd} {run}/{odd}", "watch {run} --once"),
+    *("watch {run} --once --json", "plot {run} {top}/p.png --by loss --mode min", "report {run} {top}/r.html"),
+    *("report {run} {top}/m.html --metrics {top}/m.csv", "report {top}/m.csv {top}/s.html -p {top}/p.yaml"),
+    *("policy check {top}/odd.yaml", "policy check {top}/odd.yaml --json", "policy show {run}", "version"),
+    *("simulate {run} -p {top}/p.yaml", "simulate {top}/m.csv -p {top}/p.yaml --all --json", "doctor {top}/new"),
+    *("simulate {top}/m.jsonl -p {top}/p.yaml", "simulate {top}/m.jsonl -p {top}/odd.yaml"),
+    *("export {run} 7 {top}/w.safetensors", "export {run}/{odd} {top}/w.pt", "average {run} 1 7 -o {top}/m.pt"),
+    *("adopt {run} --dry-run", "adopt {top}/foreign --step odd_1.ckpt=3", "ls {top}/foreign --json", "ls {run} --json"),
+    *("copy {run} {top}/copy", "pin {run} 1", "unpin {run} 1", "rm {run} 7", "rm {run} 7 --apply"),
+    *("prune {run} -p {top}/p.yaml", "prune {run} -p {top}/p.yaml --apply", "sweep {run}"),
 )
+"""Every command. The last ones change the directory."""
 
 
-@settings(quick, max_examples=max(EXAMPLES // 20, 1))
+def test_every_command_is_driven(tmp_path: Path) -> None:
+    """And each of these lines is sound: on a directory without odd files it does its work."""
+    assert {name for group in app.COMMANDS.values() for name in group} == {line.split()[0] for line in COMMANDS}
+    one = torch_file({"w": tensor(), "step": 7})
+    _write_all(tmp_path, "7.ckpt", one, RECORD, POLICY, [{"step": 1, "loss": 0.5}], json.dumps(TRAINER).encode())
+    codes = {line: _said(line, tmp_path, "7.ckpt")[0] for line in COMMANDS}
+    differ = {"adopt {run} --dry-run": 2, "diff {run} 1 7": 1, "watch {run} --once": 1, "watch {run} --once --json": 1}
+    assert dict.fromkeys(COMMANDS, 0) | differ == codes
+
+
+@settings(quick, max_examples=max(EXAMPLES // 50, 1))
 @given(
     payload=bent(STATE, odd_parts),
-    entry=bent(RECORD["record"]),
+    entry=bent(RECORD),
+    policy=bent(POLICY),
+    rows=st.lists(st.fixed_dictionaries({"step": odd_scalars, "loss": odd_scalars}), max_size=3),
     trainer=bent(TRAINER),
+    files=bent(OWN),
     place=st.sampled_from(["7.ckpt", "a/b/7.ckpt"]),
 )
-def test_odd_files_and_every_command(
-    tmp_path_factory: pytest.TempPathFactory, payload: Any, entry: Any, trainer: Any, place: str
-) -> None:
-    """Each command ends with 0, 1 or 2; `adopt`, `ls` and `verify` do their work for the other files."""
+def test_odd_files_and_every_command(tmp_path_factory: pytest.TempPathFactory, place: str, **odd: Any) -> None:
+    """Each command ends with 0, 1 or 2, and shows no control character; `adopt` does its work for the other files."""
     top = tmp_path_factory.mktemp("odd")
-    folder, foreign = top / "run", top / "foreign"
-    saved(folder)
-    data = torch_file(payload)
-    (folder / place).parent.mkdir(parents=True, exist_ok=True)
-    (folder / place).write_bytes(data)
-    odd = {**entry, "name": place} if isinstance(entry, dict) else entry
-    text = as_json({"schema": 1, "status": "committed", "record": odd})
-    path = folder / record_path(place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text or b"{}")
-    (top / "p.yaml").write_text("when: {EverySteps: {n: 1}}\nkeep: [KeepAll]\n")
-    _write_foreign(foreign, data, as_json(trainer) or b"{}")
-    for command in COMMANDS:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run(command.format(folder, top).split())
-        assert code in (0, 1, 2), command
-    names = {found.record.name for found in load(open_storage(foreign, "")).entries.values()}
+    payload, trainer = torch_file(odd["payload"]), as_json(odd["trainer"]) or b"{}"
+    _write_all(top, place, payload, odd["entry"], odd["policy"], odd["rows"], trainer)
+    _write_own(top / "run", odd["files"])
+    for line in COMMANDS:
+        code, text = _said(line, top, place)
+        assert code in (0, 1, 2), line
+        assert [] == [char for char in set(text) if unicodedata.category(char)[0] == "C" and char != "\n"], line
+    names = {found.record.name for found in load(open_storage(top / "foreign", "")).entries.values()}
     assert {"good.pt"} <= names
+
+
+def _said(line: str, top: Path, odd: str) -> tuple[int, str]:
+    """Run a command; return its exit code, and what it has printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = app.run(line.format(run=top / "run", top=top, odd=odd).split())
+    return code, out.getvalue()
+
+
+def _write_all(top: Path, place: str, payload: bytes, entry: Any, policy: Any, rows: Any, trainer: bytes) -> None:
+    """Write a directory with a payload and its record beside two good checkpoints, and what the commands need."""
+    saved(top / "run")
+    whole = {"size": len(payload), "digest": f"xxh3-128:{xxhash.xxh3_128_hexdigest(payload)}"}
+    if isinstance(entry, dict) and isinstance(entry.get("record"), dict):
+        entry = {**entry, "record": {**entry["record"], "name": place} | (whole if entry is RECORD else {})}
+    for path, data in ((place, payload), (record_path(place), as_json(entry) or b"{}")):
+        (top / "run" / path).parent.mkdir(parents=True, exist_ok=True)
+        (top / "run" / path).write_bytes(data)
+    (top / "p.yaml").write_text("when: {EverySteps: {n: 1}}\nkeep: [KeepAll]\n")
+    (top / "odd.yaml").write_text(_as_yaml(policy))
+    (top / "m.csv").write_bytes(_as_table(rows))
+    (top / "m.jsonl").write_bytes(b"\n".join(filter(None, map(as_json, rows))))
+    _write_foreign(top / "foreign", payload, trainer)
+
+
+def _write_own(folder: Path, files: Any) -> None:
+    """Write odd files of this library: marks, changes, the terms of the run."""
+    home = folder / ".checkpointer"
+    run = json.loads((home / "records/epoch=0-step=1.ckpt.json").read_bytes())["record"]["run"]
+    for path, value in files.items() if isinstance(files, dict) else ():
+        place = home / path.format(key=key_of(run, ""))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes((b"7\n" if path.endswith(".beat") else b"") + (as_json(value) or b"{}"))
+
+
+def _as_yaml(value: Any) -> str:
+    try:
+        return yaml.safe_dump(value)
+    except RecursionError:
+        return ""
+
+
+def _as_table(rows: Any) -> bytes:
+    cells = [",".join(str(row[key])[:400].replace("\n", " ") for key in ("step", "loss")) for row in rows]
+    return "\n".join(["step,loss", *cells]).encode("utf-8", "surrogatepass")
 
 
 def _write_foreign(folder: Path, data: bytes, trainer: bytes) -> None:

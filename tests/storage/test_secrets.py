@@ -154,6 +154,10 @@ def test_the_values_of_a_query_are_hidden_in_any_text() -> None:
     assert "url: /webhdfs/v1/run?op=***&delegation=***" == without_secrets(
         f"url: /webhdfs/v1/run?op=LISTSTATUS&delegation={TOKEN}"
     )
+    assert "s3://bucket/run@v2" == without_secrets("s3://AKIA1234:wJalr/K7MDENG/bPx@bucket/run@v2")
+    assert "no bucket ***" == Secrets("s3://AKIA1234:wJalr/K7@bucket/run", {}).hide("no bucket wJalr/K7")
+    for text in ("http://host:8080/a@b", "http://[::1]:80/a@b", "s3://bucket/a@b"):
+        assert text == without_secrets(text)
     for text in ("which? a or b", "step=1-loss=0.5.ckpt", "a@b.c", "https://host/page", "is it 1? no, a=b"):
         assert text == without_secrets(text)
     assert "runs/a?lr=1" == shown_place("runs/a?lr=1")

@@ -39,6 +39,11 @@ SECONDS: Final = 10
 """Of the processor, so that other work of the machine does not count."""
 BYTES: Final = 512 << 20
 
+
+class TooLongError(BaseException):
+    """No reader takes it for an error of its file."""
+
+
 # The readers
 
 
@@ -76,6 +81,37 @@ def show(data: bytes) -> None:
             run(["show", folder, "1"])
 
 
+def drive(*commands: str, **files: bytes) -> None:
+    """Run commands in a folder with these files; ``m`` stands for metrics, ``p`` for a policy."""
+    given = {"m": b"step,loss\n1,0.5\n", "p": b"when: {EverySteps: {n: 1}}\nkeep: [KeepAll]\n", **files}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in given.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(data)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            for command in commands:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)  # Each has all of it.
+                assert run(command.format(folder).split()) in (0, 1, 2)
+
+
+def drive_metrics(data: bytes) -> None:
+    """What commands make of metrics."""
+    drive("simulate {0}/m -p {0}/p", "report {0}/m {0}/r.html -p {0}/p", "plot {0}/m {0}/r.png -p {0}/p", m=data)
+
+
+def drive_policy(data: bytes) -> None:
+    """What commands make of a policy."""
+    drive("policy check {0}/p", "policy check {0}/p --json", "simulate {0}/m -p {0}/p", p=data)
+
+
+def drive_own(data: bytes) -> None:
+    """What commands make of the files of this library: each of them is the same one."""
+    home, owner = ".checkpointer", "node7_1234abcd_99~17~5~0123456789ab"
+    places = ("index.json", "directory.json", "records/a.ckpt.json", "aliases/last.ckpt.json", "terms/k/1.json")
+    files = {f"{home}/{place}": data for place in (*places, f"changes/{owner}.json", f"writers/{owner}.json")}
+    drive("ls {0}", "watch {0} --once", "policy show {0}", "verify {0}", "sweep {0}", "rm {0} a", **files)
+
+
 def read_dcp(data: bytes) -> None:
     """A DCP folder with this metadata."""
     with tempfile.TemporaryDirectory() as folder:
@@ -102,9 +138,9 @@ READERS: Final[dict[str, tuple[Callable[[bytes], object], ...]]] = {
     "payload": (look, restore),
     "dcp": (read_dcp,),
     "trainer": (find_trainer,),
-    "metrics": (lambda data: read_history(data, "f"),),
-    "policy": (lambda data: Policy.from_yaml(data.decode() + "\n"),),
-    "json": (lambda data: Entry.from_json(data, "f"), read_index),
+    "metrics": (lambda data: read_history(data, "f"), drive_metrics),
+    "policy": (lambda data: Policy.from_yaml(data.decode() + "\n"), drive_policy),
+    "json": (lambda data: Entry.from_json(data, "f"), read_index, drive_own),
 }
 
 
@@ -127,7 +163,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def give_up(*_: object) -> None:
-        raise TimeoutError
+        raise TooLongError
 
     signal.signal(signal.SIGPROF, give_up)
     count = 0

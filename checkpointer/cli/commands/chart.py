@@ -15,7 +15,7 @@ from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.picture import FORMATS, plot
-from checkpointer.tools.history import read_history
+from checkpointer.tools.history import history_at
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import simulate
 
@@ -87,14 +87,14 @@ def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: opti
         if policy is None:
             msg = f"{source} is a file of metrics: pass --policy FILE, to see what it would have saved"
             raise PolicyError(msg)
-        history = read_history(Path(source).read_bytes(), source)
+        history = history_at(source)
         timeline = simulate(policy, history, size=as_bytes(drawing.size))
         return chart_of_timeline(Path(source).name, timeline, history)
     catalog = options.look(source, access)
     manifest, metrics = catalog.manifest(drawing.run), drawing.metrics
     metric = ranking.metric(metric_names(manifest.own))
     if policy is None and metric is None:
-        policy = options.policies(catalog, None, access).of(manifest.run, manifest.label)
+        policy = options.policies(catalog, None).of(manifest.run, manifest.label)
     output.say_damaged(catalog)
     return chart_of_records(
         catalog.place,
@@ -102,5 +102,5 @@ def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: opti
         policy=policy,
         metric=metric,
         aliases=catalog.aliases,
-        history=None if metrics is None else read_history(Path(metrics).read_bytes(), metrics),
+        history=None if metrics is None else history_at(metrics),
     )

@@ -76,7 +76,7 @@ def ls_command(
         runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
         _print_runs(catalog, runs, len(below), as_json=as_json)
         return
-    chosen = options.policies(catalog, policy, access)
+    chosen = options.policies(catalog, policy)
     records = [record for record in catalog.records if run in (None, record.run)]
     if run is not None:
         catalog.manifest(run)  # Raises if there is no such run.
@@ -92,7 +92,7 @@ def ls_command(
     else:
         best = _best(catalog, chosen) if output.is_coloured() else frozenset()
         _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen), best=best)
-        for one in holders(catalog, catalog.trust):
+        for one in holders(catalog):
             label = f" ({one.label})" if one.label else ""
             output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
     if below:

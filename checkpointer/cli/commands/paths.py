@@ -59,7 +59,7 @@ def best_first(catalog: Catalog, manifest: Manifest, ranking: options.Ranking, a
             msg = f"{ranking.policy} has no KeepBest, so no best; pass --by METRIC --mode min or max"
             raise PolicyError(msg)
         ranked = policy.best_first(manifest.history)
-    elif (noted := options.policies(catalog, None, access).of(manifest.run, manifest.label)) and noted.ranking:
+    elif (noted := options.policies(catalog, None).of(manifest.run, manifest.label)) and noted.ranking:
         ranked = noted.best_first(manifest.history)
     else:
         ranked = [r for r in manifest.live if any(alias.startswith("best") for alias in catalog.aliases_of(r))]

@@ -10,6 +10,7 @@ import typer
 from checkpointer._display import count_text
 from checkpointer.cli import options, output
 from checkpointer.errors import NameTakenError, NotFoundError
+from checkpointer.policy.yaml_codec import MAX_YAML_BYTES
 from checkpointer.tools.policies import noted_text
 from checkpointer.tools.policy_file import START, check_policy
 
@@ -35,7 +36,7 @@ def check(
 
     Example: checkpointer policy check policy.yaml
     """
-    data = sys.stdin.buffer.read() if file == "-" else options.read_policy_file(file)
+    data = sys.stdin.buffer.read(MAX_YAML_BYTES + 1) if file == "-" else options.read_policy_file(file)
     found, problems = check_policy(data)
     if as_json:
         means = None if found is None else str(found)
@@ -79,7 +80,7 @@ def show(directory: options.Directory, access: options.Access, run: options.Run 
     """
     catalog = options.look(directory, access)
     manifest = catalog.manifest(run)
-    text = noted_text(catalog, manifest.run, manifest.label, access.key)
+    text = noted_text(catalog, manifest.run, manifest.label)
     if not text:
         msg = f"run {manifest.run} in {catalog.place} has not noted its policy"
         raise NotFoundError(msg)

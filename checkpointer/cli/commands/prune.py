@@ -53,7 +53,7 @@ def _policy(catalog: Catalog, path: str | None, run: str | None, access: options
     if path is not None:
         return options.read_policy(path)
     manifest = catalog.manifest(run)
-    noted = options.policies(catalog, None, access).of(manifest.run, manifest.label)
+    noted = options.policies(catalog, None).of(manifest.run, manifest.label)
     if noted is None:
         msg = f"run {manifest.run} in {catalog.place} has not noted its policy; pass --policy FILE"
         raise PolicyError(msg)

@@ -68,7 +68,7 @@ def show_command(
         raise PolicyError(msg)
     catalog = options.look(place, access)
     record = catalog.find(name)
-    reason = why(catalog, options.policies(catalog, policy, access))[record.name]
+    reason = why(catalog, options.policies(catalog, policy))[record.name]
     lines = _lines_of(record, catalog.location(record.name))
     lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason, "saved": record.reason}
     shown = as_data(catalog, record, reason) if as_json else lines
@@ -117,9 +117,7 @@ def _show(opening: AbstractContextManager[Tensors], shown: dict[str, Any], match
 
 def _show_terms(catalog: Catalog, run: str, *, as_json: bool) -> None:
     catalog.manifest(run)  # Raises if there is no such run.
-    terms = [
-        one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label, catalog.trust)
-    ]
+    terms = [one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label)]
     if as_json:
         output.print_json([
             {"term": one.term, "label": one.label, "state": one.state, "limit": one.limit}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from itertools import compress
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Save, Skip
-from checkpointer.tools.history import History, history_of, read_history
+from checkpointer.tools.history import MAX_BYTES, History, history_at, history_of, read_history
 from checkpointer.tools.simulate import Moment, Timeline, simulate
 
 Source = Annotated[
@@ -57,10 +56,10 @@ def simulate_command(
 
 def _read_source(source: str, run: str | None, access: options.Access) -> History:
     if source == "-":
-        return read_history(sys.stdin.buffer.read(), "stdin")
+        return read_history(sys.stdin.buffer.read(MAX_BYTES + 1), "stdin")
     options.check_source(source)
     if os.path.isfile(source):
-        return read_history(Path(source).read_bytes(), source)
+        return history_at(source)
     return history_of(options.look(source, access).manifest(run).own)
 
 

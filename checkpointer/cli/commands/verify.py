@@ -10,7 +10,6 @@ import typer
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.errors import NotFoundError, PolicyError
-from checkpointer.tools.catalog import look_at
 from checkpointer.tools.checksums import verify_files
 from checkpointer.tools.payloads import Payload
 from checkpointer.tools.verify import Depth, Finding, verify_all
@@ -47,10 +46,10 @@ def verify_command(
         raise PolicyError(msg)
     depth: Depth = "contents" if deep else "sizes" if quick else "digests"
     alone = None if names else options.payload_alone(place, access)
-    if alone is not None and alone.record is None and not alone.problem:
+    if alone is not None and alone.catalog is None:
         _verify_files(alone, as_json=as_json)
         return
-    catalog = options.look(place, access) if alone is None else options.announced(look_at(alone.storage, access.key))
+    catalog = options.look(place, access) if alone is None or alone.catalog is None else alone.catalog
     catalog = catalog.with_missing
     wanted = [alone.name] if alone is not None else names
     records = [catalog.find(name) for name in wanted] if wanted else [*catalog.records]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -12,18 +11,20 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.dcp_reader import Reader, bytes_of, expect_no_group
+from checkpointer.formats.inspection.dcp_reader import Reader, StoredFiles, bytes_of, expect_no_group
 from checkpointer.formats.inspection.tensors import Branch, Leaf, Part, TensorInfo, Tensors, parts_in
+from checkpointer.ports import Storage
 
 
 class DcpContents(Tensors):
-    """An opened DCP folder of this machine."""
+    """An opened DCP folder. All of it is read through its storage."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, storage: Storage, name: str) -> None:
         super().__init__()
         expect_no_group()
-        self._path = path
-        self._reader = Reader(path)
+        self._files = files = StoredFiles(storage, name)
+        self._reader = Reader(name or str(storage))
+        self._reader.fs = files
         self.metadata = metadata = self._reader.read_metadata()
         for name, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
@@ -52,8 +53,7 @@ class DcpContents(Tensors):
     def problems(self) -> Iterator[str]:
         """See `Tensors.problems`: files that end before what the metadata says lies in them."""
         for where, info in (self.metadata.storage_data or {}).items():
-            path = os.path.join(self._path, info.relative_path)
-            size = os.path.getsize(path) if os.path.exists(path) else 0
+            size = self._files.sizes.get(info.relative_path, 0)
             if info.offset + info.length > size:
                 yield f"{where.fqn} ends at byte {info.offset + info.length} of {info.relative_path}, which has {size}"
         claimed = sum(info.bytes for info in self.tensors.values())
@@ -72,7 +72,8 @@ class DcpContents(Tensors):
 
     @cached_property
     def _held(self) -> int:
-        return self._reader.held()
+        named = {info.relative_path for info in (self.metadata.storage_data or {}).values()}
+        return sum(self._files.sizes.get(name, 0) for name in named)
 
     def value(self, name: str) -> Any:
         """See `Tensors.value`: what is pickled stays so."""

@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, Final, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from checkpointer.errors import CheckpointerError, CorruptError, NamingError, RestoreError, portable, reading
 from checkpointer.formats.inspection.dcp_metadata import read_dcp_metadata
 from checkpointer.formats.inspection.torch_file import check_sound
+from checkpointer.ports import Storage
 from checkpointer.records.codec import METADATA
 from checkpointer.records.names import check_name
 
@@ -181,6 +183,24 @@ class _Checking:
             with reading(item.storage_index.fqn):
                 check_sound(stream)
         return stream
+
+
+class StoredFiles:
+    """A folder of a storage, as a filesystem of DCP that is only read."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self._prefix = f"{name}/" if name else ""
+        self.sizes = {path.removeprefix(self._prefix): stat.size for path, stat in storage.list(name).items()}
+        """Bytes of each file."""
+
+    def concat_path(self, path: object, suffix: str) -> str:
+        """See ``FileSystemBase.concat_path``."""
+        return self._prefix + suffix
+
+    def create_stream(self, path: str, mode: str) -> AbstractContextManager[BinaryIO]:
+        """See ``FileSystemBase.create_stream``."""
+        return self._storage.open(path)
 
 
 class Reader(Portable, _Safe, FileSystemReader):  # type: ignore[misc]

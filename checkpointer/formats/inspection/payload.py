@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, Final, Literal
 
 import attrs
 
-from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, RestoreError, reading
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, reading
 from checkpointer.formats.inspection.safetensors_file import MAX_HEADER_BYTES, SafetensorsContents
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
 from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
-from checkpointer.ports import Storage, SupportsPaths
+from checkpointer.ports import Storage
 
 DCP: Final = ".metadata"
 """The file that makes a folder a DCP folder."""
@@ -78,13 +78,10 @@ def _open(storage: Storage, name: str) -> Tensors:
     files = storage.list(name)
     if (f"{name}/{DCP}" if name else DCP) not in files:
         return _FolderContents(storage, name, files) if files and name not in files else _open_file(storage, name)
-    if not isinstance(storage, SupportsPaths):
-        msg = f"{name} is a DCP folder, and {storage} has no paths to read it by; copy it to a local directory first"
-        raise RestoreError(msg)
     from checkpointer.formats.inspection.dcp_folder import DcpContents
 
     with reading(name):
-        return DcpContents(storage.local_path(name))
+        return DcpContents(storage, name)
 
 
 def _open_file(storage: Storage, name: str) -> Tensors:

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, Final
 import attrs
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.work import COPY, Work
+from checkpointer.formats.inspection.key_search import MANY, KeySearch
+from checkpointer.formats.inspection.work import COPY, STEP, Work
 
 MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""
@@ -30,6 +31,8 @@ MAX_BITS: Final = 2040
 """A larger whole number is not read. A safe load by torch refuses it too."""
 _KEY_BITS: Final = 64
 """A larger whole number is not a key: many of them can have one hash."""
+_DENSE_BITS: Final = 16
+"""Smaller numbers have a place each in a large container."""
 _PYTHON_2: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules that Python 3 has under another name."""
 
@@ -96,14 +99,30 @@ def read_made(stream: BinaryIO, work: Work) -> tuple[Any, list[Any]]:
     memo: dict[int, Any] = {}
     noted: list[Any] = []
     actions = _actions(_Containers(work))
+    steps: dict[bytes, Any] = {code: (*step, actions.get(step[0])) for code, step in _STEPS.items()}
+    read, count = stream.read, 0
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        while (code := read(1)) != _STOP:
+            if code not in steps:
+                msg = f"it has the instruction {code!r}, which there is not" if code else "it was cut"
+                raise CorruptError(msg)
+            name, reader, takes, has_mark, pushes, action = steps[code]
+            argument: Any = None if reader is None else reader(stream)
+            count += 1
             if count > MAX_OPERATIONS:
                 msg = f"the pickle has more than {MAX_OPERATIONS} instructions; no checkpoint's has"
                 raise CorruptError(msg)
-            made = _step(opcode.name, argument, (stack, memo, actions))
-            if type(made) in _NOTED:
-                noted.append(made)
+            if name in _GETS:
+                stack.append(memo[argument])
+            elif name in _PUTS:
+                memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            elif name not in _IGNORED:
+                taken = _taken(stack, takes, has_mark=has_mark) if takes or has_mark else ()
+                made = stack[-1] if name == "DUP" else action(argument, *taken)
+                if pushes:
+                    stack.append(made)
+                if type(made) in _NOTED:
+                    noted.append(made)
         (value,) = stack
         return value, noted
     except (CorruptError, OSError, MemoryError):
@@ -113,22 +132,8 @@ def read_made(stream: BinaryIO, work: Work) -> tuple[Any, list[Any]]:
         raise CorruptError(msg) from error
 
 
-def _step(name: str, argument: Any, state: tuple[list[Any], dict[int, Any], _Actions]) -> Any:
-    """Carry out one instruction and return what it made."""
-    stack, memo, actions = state
-    if name in _GETS:
-        stack.append(memo[argument])
-        return None
-    if name in _PUTS:
-        memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
-        return None
-    if name in _IGNORED:
-        return None
-    takes, has_mark, pushes = _TAKES[name]
-    if not takes and not has_mark:
-        made = stack[-1] if name == "DUP" else actions[name](argument)
-        stack.append(made)
-        return made
+def _taken(stack: list[Any], takes: int, *, has_mark: bool) -> Sequence[Any]:
+    """Take values from the stack: those above the mark as one list, and so many below it."""
     taken: list[Any] = []
     if has_mark:
         items: list[Any] = []
@@ -137,10 +142,7 @@ def _step(name: str, argument: Any, state: tuple[list[Any], dict[int, Any], _Act
         taken = [items[::-1]]
     for _ in range(takes):
         taken.insert(0, stack.pop())
-    made = actions[name](argument, *taken)
-    if pushes:
-        stack.append(made)
-    return made
+    return taken
 
 
 def _pushed(argument: Any) -> Any:
@@ -190,6 +192,8 @@ class _Containers:
     work: Work
     _hashes: Counter[tuple[int, int]] = attrs.field(factory=Counter, init=False)
     """How many tuples of each hash a container got as keys, by the container's id."""
+    _searches: dict[int, KeySearch] = attrs.field(factory=dict, init=False)
+    """Of each large container that got a large number as a key, by the container's id."""
 
     def call(self, what: Any, args: Any) -> Any:
         """Return the container or number that a call makes, or a note of the call."""
@@ -246,6 +250,17 @@ class _Containers:
 
     def key(self, target: Any, key: Any) -> Any:
         """Return a key for a container: the key itself, or the name of its class if Python cannot hash it."""
+        key = self._hashable(target, key)
+        if len(target) >= MANY and key not in target:
+            search = self._searches.get(id(target))
+            if search is not None:
+                self.work.spend(STEP * search.add(hash(key)))
+            elif type(key) is int and key.bit_length() > _DENSE_BITS:
+                search = self._searches[id(target)] = KeySearch(target)
+                self.work.spend(STEP * (search.steps + search.add(hash(key))))
+        return key
+
+    def _hashable(self, target: Any, key: Any) -> Any:
         kind = type(key)
         if kind is str or kind in _SAFE_KEYS or (kind is int and key.bit_length() <= _KEY_BITS):
             return key
@@ -295,7 +310,8 @@ _IN_KEYS: Final = (str, bytes, int, float, complex, frozenset, type(None), Globa
 """What a tuple holds that is a key."""
 _SAFE_KEYS: Final = frozenset({bytes, float, bool, type(None), Global, Call, Persistent})
 """Classes whose hashes a file cannot choose, or hardly."""
-_IGNORED: Final = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER", "NEXT_BUFFER"})
+_STOP: Final = b"."
+_IGNORED: Final = frozenset({"PROTO", "FRAME", "READONLY_BUFFER", "NEXT_BUFFER"})
 _PUTS: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _GETS: Final = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _NOTED: Final = frozenset({Global, Call, Persistent})
@@ -309,8 +325,11 @@ def _taken_by(code: pickletools.OpcodeInfo) -> tuple[int, bool, bool]:
     return 0 if code.name == "DUP" else count, has_mark, bool(code.stack_after)
 
 
-_TAKES: Final = {code.name: _taken_by(code) for code in pickletools.opcodes}
-"""What each instruction takes from the stack, as `pickletools` says it."""
+_STEPS: Final[dict[bytes, tuple[str, Callable[[Any], Any] | None, int, bool, bool]]] = {
+    code.code.encode("latin-1"): (code.name, code.arg.reader if code.arg else None, *_taken_by(code))
+    for code in pickletools.opcodes
+}
+"""By its byte: the name of each instruction, what reads its argument, and what it takes, as `pickletools` says it."""
 _PUSHES: Final = tuple(
     code.name
     for code in pickletools.opcodes

@@ -17,6 +17,9 @@ ENTRY: Final = 128
 COPY: Final = 32
 """Units of an item that is copied or hashed."""
 
+STEP: Final = 2
+"""Units of a step in the search for the place of a key; see `checkpointer.formats.inspection.key_search`."""
+
 
 @attrs.define
 class Work:
