@@ -163,4 +163,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-ray .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-ray .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build docs/reference *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -55,14 +55,14 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 def table_of(manager: CheckpointManager, directory: Path) -> Table:
     """Return a table of the checkpoints and the reasons why they are kept."""
-    table = Table("name", "step", "val_loss", "why", "alias", title=f"Kept in {directory}")
+    table = Table("name", "step", "val_loss", "why", title=f"Kept in {directory}")
     table.columns[0].no_wrap = True
     reasons = explain(manager.policy, manager.session.manifest)
     for record in manager.records:
         loss = f"{record.metrics['val_loss']:.4f}" if "val_loss" in record.metrics else ""
-        aliases = [a for a in manager.policy.aliases if (directory / a).resolve().name == record.name]
+        aliases = [f"<- {a}" for a in manager.policy.aliases if (directory / a).resolve().name == record.name]
         why = "\n".join(reasons.get(record.name, ()))
-        table.add_row(record.name, str(record.step), loss, why, ", ".join(aliases))
+        table.add_row("\n".join([record.name, *aliases]), str(record.step), loss, why)
     return table
 
 

@@ -28,7 +28,8 @@ PATIENCE_S = 300.0
 def start(directory: Path) -> subprocess.Popen[str]:
     """Start the example in a process of its own."""
     command = [sys.executable, str(EXAMPLE), "--directory", str(directory), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"COLUMNS": "100"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:

@@ -246,6 +246,23 @@ def test_a_history_of_no_records_is_empty() -> None:
 ROOT = Path(__file__).parents[2]
 
 
+def test_of_an_old_run_only_the_survivors_are_known_and_the_steps_at_risk_are_not(tmp_path: Path) -> None:
+    """They would be the gaps between survivors. A file of metrics without a size has no bytes on disk."""
+    folder = train(tmp_path / "run", *[1 / n for n in range(1, 9)])
+    policy, metrics = tmp_path / "p.yaml", tmp_path / "m.csv"
+    Policy(EverySteps(10), [KeepAll()]).to_yaml(policy)
+    said = command("simulate", folder, "--policy", policy)
+    assert (0, False, False) == (said.code, "at risk  " in said.out, "worst case" in said.out), said
+    assert "only the 2 survivors of the run are known" in said.out
+    data = command("simulate", folder, "--policy", policy, "--json").data
+    assert ({None}, None) == ({moment["lost_steps"] for moment in data["moments"]}, data["most_lost"])
+    assert all(moment["bytes"] > 0 for moment in data["moments"])
+    metrics.write_text("step,loss\n10,0.5\n20,0.4\n")
+    said = command("simulate", metrics, "--policy", policy)
+    assert (True, False) == ("the size on disk is not known" in said.out, "0 B" in said.out), said
+    assert None is command("simulate", metrics, "--policy", policy, "--json").data["peak_bytes"]
+
+
 def test_the_page_on_choosing_shows_what_simulate_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the metrics of the digits run, in 80 columns."""
     recorded = re.search(
