@@ -65,9 +65,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("host", "gets"), [("loop", "job"), ("trainer", "job"), ("loop", "torchrun"), ("loop", "group")]
-)
+@pytest.mark.parametrize(("host", "gets"), [("loop", "job"), ("loop", "group"), ("trainer", "job")])
 def test_a_sigterm_to_torchrun_and_its_workers_saves_once_and_ends_them(tmp_path: Path, host: str, gets: str) -> None:
     """If the job gets it, each worker gets it twice, once from torchrun. A resume goes on from that step.
 
@@ -80,7 +78,7 @@ def test_a_sigterm_to_torchrun_and_its_workers_saves_once_and_ends_them(tmp_path
     pids = noted(torchrun, tmp_path, "ready")
     for pid in pids if gets == "job" else []:
         os.kill(pid, signal.SIGTERM)
-    (os.kill if gets == "torchrun" else os.killpg)(torchrun.pid, signal.SIGTERM)
+    os.killpg(torchrun.pid, signal.SIGTERM)
     assert 0 != torchrun.wait(PATIENCE_S)
     assert not any(map(is_alive, pids))
     (saved,) = CheckpointManager(tmp_path / "run").records
