@@ -1,5 +1,5 @@
 # Every command of this project. Each sets up .venv first if it has to.
-.PHONY: help venv servers hosts ray peers gpu demo test test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
+.PHONY: help venv servers hosts ray peers gpu demo test test-states test-quick test-lightning-versions test-floors test-newest check wheel-test bench bench-against bench-storage bench-cli bench-performance bench-ranks bench-lightning bench-transformers docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +12,7 @@ EXAMPLES := $(wildcard examples/*.py)
 help:
 	@echo "make demo        train a small net, kept and resumed by a manager"
 	@echo "make test        every test"
+	@echo "make test-states  search every order of the operations of several writers of one run; hours, and much memory"
 	@echo "make test-quick  every test but those that kill processes"
 	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6"
 	@echo "make test-floors  the quick tests with the oldest versions that pyproject.toml allows"
@@ -80,6 +81,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 test: venv
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+test-states: venv
+	CHECKPOINTER_STATES=all "$(BIN)/python" -m pytest -n 0 -s -k no_order tests/commit/test_interleavings.py
 
 test-quick: venv
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS) -m 'not slow'

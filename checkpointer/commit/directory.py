@@ -19,7 +19,7 @@ from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
-from checkpointer.commit.recovery import finish_run, is_payload_of, recover, retire
+from checkpointer.commit.recovery import finish_run, recover, retire
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
 from checkpointer.commit.transaction import Transaction
@@ -225,27 +225,18 @@ class Directory:
         manifest = self.manifest
         before = [r for r in manifest.records if (r.run, r.label) == run and manifest.is_of_holder(r)]
         for record in [r for r in before if r.name in poisoned]:
-            moved, by = self.names.move_slot(record), replacing.get(record.name)
-            if moved is None and by is not None:
-                moved = self.names.move_slot(by)  # It was replaced since it was read.
-            if moved is not None and not is_payload_of(self.journal, moved):
-                self._move_replaced(moved, by)
+            by = [replacing[record.name]] if record.name in replacing else []
+            moved = self.names.move_slot(record, maybe=[record, *by])
+            if moved is None and by:
+                moved = self.names.move_slot(by[0], maybe=by)  # It was replaced since it was read.
+            if moved is None and record.name in self.manifest.by_name:
+                contents.manifest = self.manifest.without(record.name)
         manifest = self.manifest
         before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
         serials = (r.serial for r in before if r.name not in poisoned and manifest.is_of_holder(r))
         limits = (*manifest.limits.get(run, ()), (term.number, max(serials, default=0)))
         term.limit(limits)
         contents.manifest = attrs.evolve(manifest, limits={**manifest.limits, run: limits})
-
-    def _move_replaced(self, moved: Record, by: Record | None) -> None:
-        """Correct the record of a checkpoint whose payload was replaced by that of ``by`` just before it was moved."""
-        record = None if by is None else attrs.evolve(by, name=moved.name, term=moved.term)
-        if record is not None and is_payload_of(self.journal, record):
-            self.rewrite(record)
-            return
-        with self.journal.changing(self.transaction.retiring(moved)) as failed:
-            retire(self.journal, [moved], failed)
-        self.contents.manifest = self.manifest.without(moved.name)
 
     @property
     def manifest(self) -> Manifest:

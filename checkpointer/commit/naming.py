@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 
 import attrs
 
@@ -60,8 +60,11 @@ class Names:
             name, is_taken = self.own(record), False
         return name
 
-    def move_slot(self, slot: Record) -> Record | None:
-        """Give a checkpoint that was written under the alias a name of its own; None if its payload is gone."""
+    def move_slot(self, slot: Record, *, maybe: Sequence[Record] = ()) -> Record | None:
+        """Give a checkpoint that was written under the alias a name of its own; None if its payload is gone.
+
+        ``maybe``: see `Transaction.relocate`.
+        """
         if self._looks.any_gone([slot]):
             return None
         held, term = self._contents.journal.term, slot.term
@@ -71,7 +74,7 @@ class Names:
         while True:
             name = self.free(slot)
             try:
-                moved = self._transaction.relocate(slot, attrs.evolve(slot, name=name, term=term))
+                moved = self._transaction.relocate(slot, attrs.evolve(slot, name=name, term=term), maybe)
                 break
             except NameTakenError:
                 # Another manager has taken the name since the check.
@@ -81,7 +84,8 @@ class Names:
                 if self._looks.exists(slot):
                     raise
                 return None  # It was deleted since the look above.
-        self._replace(slot, moved)
+        if moved is not None:
+            self._replace(slot, moved)
         return moved
 
     def _replace(self, old: Record, new: Record) -> None:

@@ -24,8 +24,10 @@ The holder of a term (the old writer) and the process that claims the next one (
 Either step 2 comes after step 4, and the old writer changes nothing. Or it comes before, so step 1 comes before step
 5, and the new writer reads what the old writer may still change, now or later. It relies on none of it. A checkpoint
 that is being removed does not count. If the payload or record of a checkpoint may still change, because it is being
-replaced, rewritten or not yet committed, the checkpoint gets another name. The names are never used again, as long as
-the old writer may be alive. This holds if each process is paused between any two of its operations, for any time.
+replaced, rewritten or not yet committed, the checkpoint gets another name. The copy is verified before a record is
+committed for it, because the old writer may replace the payload just before it is copied. The names are never used
+again, as long as the old writer may be alive. This holds if each process is paused between any two of its operations,
+for any time.
 
 An old writer writes *new* files without these steps, because a new file harms nothing: its record is created once, so
 no name is used twice. If such a record is committed after step 5, its serial is above the limit, or it was pending in

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
 import attrs
@@ -42,7 +42,7 @@ from checkpointer._display import shard_text, some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.named_writes import is_begun, no_digest, remove_files
-from checkpointer.commit.recovery import remove, settle
+from checkpointer.commit.recovery import is_payload_of, remove, settle
 from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
 from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
 from checkpointer.records.codec import METADATA
@@ -351,8 +351,12 @@ class Transaction:
 
     # Other names
 
-    def relocate(self, record: Record, moved: Record) -> Record:
-        """Give a checkpoint the name of ``moved`` by a copy or hard link. After a crash both names may have it."""
+    def relocate(self, record: Record, moved: Record, maybe: Sequence[Record] = ()) -> Record | None:
+        """Give a checkpoint the name of ``moved`` by a copy or hard link. After a crash both names may have it.
+
+        If another writer may replace the payload meanwhile, ``maybe`` has what it can be. Then the digest of the copy
+        decides before any record is changed. Returns None if the copy is none of them.
+        """
         name = moved.name
         self.journal.announce(self._pending(moved))
         try:
@@ -360,6 +364,15 @@ class Transaction:
         except FileNotFoundError:
             self.journal.delete(name)
             raise
+        if maybe:
+            copies = (attrs.evolve(one, name=name, term=moved.term) for one in maybe)
+            proved = next((copy for copy in copies if is_payload_of(self.journal, copy)), None)
+            if proved is None:
+                with self.journal.changing(self.retiring(moved)):
+                    self.storage.delete(name)
+                    self.journal.delete(name)
+                return None
+            moved = proved
         with self.journal.changing(aliases=[record.name]):
             return self._replace_record(record, moved)
 

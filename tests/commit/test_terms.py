@@ -466,6 +466,65 @@ def test_what_was_abandoned_stays_so_after_one_more_takeover(tmp_path: Path) -> 
     old.close()
 
 
+class Meanwhile(MemoryStorage):
+    """Calls something before each hard link, and something else after each change that follows."""
+
+    def __init__(self, inner: MemoryStorage, before: Callable[[], object], after: Callable[[], object]) -> None:
+        vars(self).update(vars(inner))
+        self._before, self._after = before, after
+        self.is_linked = False
+
+    def hardlink(self, target: str, path: str) -> None:
+        """See `SupportsLinks.hardlink`."""
+        self._before()
+        super().hardlink(target, path)
+        self.is_linked = True
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        super().write(path, data)
+        if self.is_linked:
+            self._after()
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`."""
+        super().delete(path)
+        if self.is_linked:
+            self._after()
+
+
+def test_what_is_replaced_while_a_process_takes_over_is_there_at_each_moment() -> None:
+    """The process copies the only checkpoint, and the old writer replaces it before: no record says what is not so."""
+    inner = MemoryStorage()
+    old = started(inner, ONE_NAME, "old", "alpha", run="r")
+    save(old, 1)
+    (first,) = old.records
+    owner, written, found = old.session._directory.journal.owner, b'{"step": 2, "writer": "late"}', []
+    other = MemoryStorage()
+    other.write(first.name, written)
+    measured = digest_of(other, first.name, "xxh3-128")
+    assert measured is not None
+    late = attrs.evolve(first, step=2, serial=2, token="late", size=measured[0], digest=measured[1])
+    announced = Entry(record=late, status="pending", previous=first, owner=owner)
+    write_changes(inner, Changes(owner=owner, entries=(announced,), term=1), None)
+
+    def read() -> None:
+        with CheckpointManager(inner, ONE_NAME, format=PlainFormat(), run="r") as reader:
+            restored = reader.restore()
+            assert restored is not None
+            found.append(restored.step)
+
+    storage = Meanwhile(inner, lambda: inner.write(first.name, written), read)
+    new = started(storage, ONE_NAME, "new", "beta", run="r", takeover=True)
+    assert {2} == {*found}
+    assert new.restore() is not None
+    (record,) = new.records
+    assert first.name != record.name
+    verify(inner, record)
+    new.close()
+    old.close()
+
+
 def test_an_announcement_of_a_replaced_writer_does_not_hide_that_of_its_successor(tmp_path: Path) -> None:
     """The successor is killed while it replaces a checkpoint, and the old writer while it learns that it is fenced."""
     old = started(tmp_path, ONE_NAME, "old", "alpha", run="r")

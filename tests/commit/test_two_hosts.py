@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Place:
     network: ChaosProxy | None = None
     """How the first host reaches the server; None for a folder."""
     last: Last = "link"
+    reserves: bool = False
+    """Whether a writer that is stopped while it creates a name keeps it from others, for 15 minutes."""
 
     def fresh(self) -> Place:
         """Return an empty directory beside it."""
@@ -109,7 +112,8 @@ def place(
     server = serve(request.param)
     alpha, beta = hosts
     with alpha.host.proxy(server.port) as network, beta.host.proxy(server.port):
-        yield Place(alpha, beta, server.fresh(), tmp_path, dict(server.storage_options), network)
+        options, reserves = dict(server.storage_options), request.param == "rclone"
+        yield Place(alpha, beta, server.fresh(), tmp_path, options, network, reserves=reserves)
 
 
 everywhere = pytest.mark.parametrize("place", ["folder", *SERVERS], indirect=True)
@@ -179,7 +183,9 @@ def test_a_writer_stopped_at_any_request_harms_nothing(place: Place) -> None:
     for turn in instants(min(requests, TURNS) + 1):
         here = place.fresh()
         with held(here, turn * requests // min(requests, TURNS)) as first:
-            if first is not None:
+            # A claim that is being created keeps every other process from the run: see docs/one-writer.md.
+            is_claim = re.match(r"PUT \S*/terms/\S*\.json", network.requests[-1])
+            if first is not None and not (here.reserves and is_claim):
                 found += violations(here, first, is_alive=turn % 2 == 0)
     assert not found, "\n\n".join(found)
 

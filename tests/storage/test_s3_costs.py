@@ -86,6 +86,24 @@ def test_a_save_costs_these_requests(
         assert expected == proxy.kinds
 
 
+CLOSING = {"list": 5, "HEAD": 1, "GET": 1, "PUT": 2, "DELETE": 1}
+"""The index is brought up to date, the term is ended, and the mark and the staging folder are removed."""
+RELEASED_ALIAS = {"list": 2, "HEAD": 1, "GET": 1, "PUT": 3, "DELETE": 1}
+"""Its marker is read and emptied. Before that the change is announced and a claim looked for; then it is ended."""
+
+
+@pytest.mark.parametrize("last", ["copy", None])
+def test_closing_costs_these_requests(server: Server, proxy: CountingProxy, last: Literal["copy"] | None) -> None:
+    """They do not depend on the payload. If a change needs fewer requests, lower these numbers."""
+    policy, options = Policy(EverySteps(1), [KeepLast(1)], last=last), dict(server.storage_options)
+    manager = CheckpointManager(server.fresh(), policy, state=dict, format=LargeFormat(10), storage_options=options)
+    manager.observe({}, step=1, epoch=0, epoch_end=False)
+    proxy.start()
+    manager.close()
+    expected = Counter(CLOSING) + Counter(RELEASED_ALIAS if last else {})
+    assert expected == proxy.kinds
+
+
 def test_a_save_that_retires_for_a_better_one_looks_at_it_with_one_request(
     server: Server, proxy: CountingProxy
 ) -> None:

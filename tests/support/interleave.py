@@ -257,7 +257,7 @@ class _Run:
 
     def _essence(self, value: Any) -> Any:
         """Return what counts of a value for what the code does next."""
-        if isinstance(value, Env | Disk | _Live):
+        if isinstance(value, Env | Disk | _Live | _Run):
             return type(value).__name__
         if isinstance(value, Listing):
             # The code looks up aliases there; the rest it reads at once.
