@@ -40,7 +40,7 @@ _log = logging.getLogger("checkpointer")
 
 @attrs.frozen
 class _Process:
-    """The process, and how to talk to it."""
+    """The process, and the socket to it."""
 
     child: subprocess.Popen[bytes]
     connection: socket.socket

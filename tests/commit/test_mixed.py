@@ -1,4 +1,4 @@
-"""Signed and unsigned records in one directory, and no key: what is not signed may be planted. Nobody believes it."""
+"""Signed and unsigned records in one directory, and no key: no reader believes what is not signed, because it may be planted."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_load_weights_without_the_key_takes_a_signed_one_or_none(mixed: Path, by
 
 
 def test_a_mirror_is_read_by_the_same_rule(mixed: Path, tmp_path: Path) -> None:
-    """A machine without anything, and a mirror where somebody has planted a checkpoint."""
+    """A machine without anything, and a mirror with a planted checkpoint."""
     with (
         reader(tmp_path / "new", mirror=Mirror(mixed)) as manager,
         pytest.warns(CheckpointerWarning, match=f"on the mirror {UNSIGNED}"),

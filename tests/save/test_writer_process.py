@@ -209,7 +209,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_process_that_cannot_be_started_is_not_needed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interpreter that is no Python, as in a program that embeds it: the thread writes."""
+    """An interpreter that is not Python, as in a program that embeds it: the thread writes."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with caplog.at_level(logging.WARNING), training(tmp_path) as loop:
         loop.save()

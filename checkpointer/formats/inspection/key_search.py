@@ -14,7 +14,7 @@ MANY: Final = 4096
 _SHIFT: Final = 5
 _NEIGHBOURS: Final = 9
 """A set looks at so many places side by side."""
-_WORD: Final = (1 << 64) - 1
+_BITS_64: Final = (1 << 64) - 1
 _LARGE_SET: Final = 50_000
 
 
@@ -51,7 +51,7 @@ class KeySearch:
 
     def _put(self, value: int) -> int:
         places, steps = self._places, 0
-        mask, rest = len(places) - 1, value & _WORD
+        mask, rest = len(places) - 1, value & _BITS_64
         at = rest & mask
         while True:
             last = at + _NEIGHBOURS if self._is_set and at + _NEIGHBOURS <= mask else at
