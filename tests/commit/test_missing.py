@@ -280,7 +280,7 @@ class RemovedStorage(LocalStorage):
         super().delete(path)
 
 
-@pytest.mark.filterwarnings("ignore:::checkpointer")
+@pytest.mark.filterwarnings("ignore::checkpointer.CheckpointerWarning")
 @pytest.mark.parametrize("background", [None, "wait"])
 @pytest.mark.parametrize(
     "policy",

@@ -385,7 +385,7 @@ def test_every_command_is_driven(tmp_path: Path) -> None:
     one = torch_file({"w": tensor(), "step": 7})
     _write_all(tmp_path, "7.ckpt", one, RECORD, POLICY, [{"step": 1, "loss": 0.5}], json.dumps(TRAINER).encode())
     codes = {line: _said(line, tmp_path, "7.ckpt")[0] for line in COMMANDS}
-    differ = {"adopt {run} --dry-run": 2, "diff {run} 1 7": 1, "watch {run} --once": 1, "watch {run} --once --json": 1}
+    differ = {"diff {run} 1 7": 1, "watch {run} --once": 1, "watch {run} --once --json": 1}
     assert dict.fromkeys(COMMANDS, 0) | differ == codes
 
 
