@@ -18,6 +18,8 @@ from checkpointer.tools.catalog import Catalog
 
 _LOOKS: Final = 3
 """So often the directory is read again, if checkpoints are replaced while they are read."""
+_AT_ONCE: Final = 16
+"""For so many checkpoints that are not sound the directory is read again at once; for the others at the end."""
 Depth = Literal["sizes", "digests", "contents"]
 """Compare sizes with the listing, read every byte, or look into each payload as well."""
 
@@ -64,8 +66,8 @@ def verify_all(
 ) -> Iterator[Finding]:
     """Verify checkpoints one after the other, then report the record files that are damaged.
 
-    If one is not sound, the directory is read again before that is said, after all the others: a running process may
-    have retired or replaced the checkpoint.
+    If one is not sound, the directory is read again before that is said: a running process may have retired or replaced
+    the checkpoint. The first 16 are said as soon as they are found, others after all payloads.
 
     Args:
         catalog: The directory, as `checkpointer.tools.catalog.look_at` returns it.
@@ -86,14 +88,27 @@ def verify_all(
     """
     storage = CountingStorage(catalog.storage, on_bytes)
     listed = {name: stat.size for name, stat in catalog.files.items()}
-    bad: list[tuple[Record, Finding]] = []
+    later: list[tuple[Record, Finding]] = []
+    at_once = _AT_ONCE
     for record in records:
         is_listed = depth == "sizes" and listed.get(record.name) == record.size
         finding = Finding(name=record.name) if is_listed else verify_one(storage, record, depth)
         if finding:
             yield finding
+        elif at_once:
+            at_once -= 1
+            yield from _looked_at_again(catalog, storage, [(record, finding)], depth)
         else:
-            bad.append((record, finding))
+            later.append((record, finding))
+    yield from _looked_at_again(catalog, storage, later, depth)
+    for path, error in catalog.damaged.items():
+        yield Finding(name=path, problem=str(error))
+
+
+def _looked_at_again(
+    catalog: Catalog, storage: Storage, bad: Sequence[tuple[Record, Finding]], depth: Depth
+) -> Iterator[Finding]:
+    """Yield what holds of checkpoints that were not sound, after reading the directory again."""
     for _ in range(_LOOKS if bad else 0):
         now, before, bad = catalog.again(), bad, []
         for record, finding in before:
@@ -105,9 +120,9 @@ def verify_all(
                 yield again
             else:
                 bad.append((found, again))
+        if not bad:
+            return
     yield from (finding for _, finding in bad)
-    for path, error in catalog.damaged.items():
-        yield Finding(name=path, problem=str(error))
 
 
 def _look_into(storage: Storage, record: Record) -> tuple[str, ...]:

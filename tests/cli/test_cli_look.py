@@ -458,3 +458,18 @@ def test_a_manager_says_which_runs_lie_below(tmp_path: Path) -> None:
         manager = CheckpointManager(tmp_path)
     with pytest.raises(NoValidCheckpointError, match="these directories below have: digits"):
         manager.restore()
+
+
+def test_verify_prints_a_bad_checkpoint_when_it_is_found(tmp_path: Path) -> None:
+    """So Ctrl-C loses no line. The second payload has 40 GB of zeros, so the command would read on for seconds."""
+    plant(tmp_path, "a.ckpt", b"data", step=1, serial=1)
+    (tmp_path / "a.ckpt").write_bytes(b"dato")
+    plant(tmp_path, "b.ckpt", b"data", step=2, serial=2, size=40 * 10**9)
+    os.truncate(tmp_path / "b.ckpt", 40 * 10**9)  # A sparse file takes no room.
+    argv = [sys.executable, "-m", "checkpointer", "verify", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("BAD   a.ckpt: ")
+        assert process.poll() is None
+        process.kill()
+        assert "" == process.stdout.read()

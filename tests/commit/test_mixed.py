@@ -1,4 +1,4 @@
-"""Signed and unsigned records in one directory, and no key: no reader believes what is not signed, because it may be planted."""
+"""Signed and unsigned records in one directory, and no key: what is not signed may be planted, and is not believed."""
 
 from __future__ import annotations
 
