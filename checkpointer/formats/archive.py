@@ -42,6 +42,8 @@ _UTF8: Final = 1 << 11
 _HAS_DESCRIPTOR: Final = 1 << 3
 _LIMIT: Final = 0xFFFFFFFF
 """Sizes and offsets from this one on are written as 64 bits."""
+_MAX_PADDING: Final = 1 << 15
+"""An extra field has less than 64 kB."""
 _VERSION: Final = "3\n"
 _MASK: Final = (1 << 64) - 1
 
@@ -64,7 +66,7 @@ class Archive:
         stream: Gets the bytes, in chunks of at most `CHUNK`.
         alignment: Each record begins at a multiple of so many bytes, so that it can be mapped into memory.
         has_crc32: Without it, each record has the CRC32 0, as after ``torch.serialization.set_crc32_options(False)``.
-        large_alignment: That of records of at least `LARGE` bytes; at least ``alignment`` if 0.
+        large_alignment: That of records of at least `LARGE` bytes, if it is possible with ``alignment``.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class Archive:
     ) -> None:
         self._stream = stream
         self._alignment = alignment
-        self._large_alignment = math.lcm(alignment, large_alignment or 1)
+        both = math.lcm(alignment, large_alignment or 1)
+        self._large_alignment = both if both <= _MAX_PADDING else alignment
         self._crc32: Callable[[Any, int], int] = _crc32 if has_crc32 else lambda data, value: 0
         self._pending = bytearray()
         self._position = 0

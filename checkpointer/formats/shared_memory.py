@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final
@@ -15,12 +14,14 @@ from typing import Any, Final
 MIN_SHARED: Final = 64 << 20
 """Bytes of a state from which on its snapshot lies in shared memory. Below it a second process has nothing to gain."""
 LARGE: Final = 1 << 16
-"""Buffers of at least so many bytes begin at a page, so that the disk can read them from where they are."""
+"""Buffers of at least so many bytes begin at a block, so that the disk can read them from where they are."""
+BLOCK: Final = 4096
+"""Bytes of which memory, offset and size have to be multiples for a direct write. Pages may be larger."""
 _SMALL_ALIGNMENT: Final = 64
 _STEP: Final = 64 << 20
 
-_all: weakref.WeakSet[Arena] = weakref.WeakSet()
-_lock: Final = threading.Lock()
+_all: Final = weakref.WeakValueDictionary[int, "Arena"]()
+"""By descriptor. It needs no lock, which a fork could leave locked in the child."""
 
 
 class Arena:
@@ -51,8 +52,7 @@ class Arena:
             raise
         weakref.finalize(self._map, _free, self.descriptor, self._pid).atexit = False
         self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-        with _lock:
-            _all.add(self)
+        _all[self.descriptor] = self
 
     @property
     def is_here(self) -> bool:
@@ -110,15 +110,15 @@ def is_possible() -> bool:
 
 def arenas() -> list[Arena]:
     """Return all that this process has made and that still exist."""
-    with _lock:
-        return [arena for arena in _all if arena.is_here]
+    arenas = [reference() for reference in _all.valuerefs()]
+    return [arena for arena in arenas if arena is not None and arena.is_here]
 
 
 def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Return where each buffer begins, and the bytes of all."""
     starts, end = [], 0
     for size in sizes:
-        alignment = mmap.PAGESIZE if size >= LARGE else _SMALL_ALIGNMENT
+        alignment = BLOCK if size >= LARGE else _SMALL_ALIGNMENT
         end += -end % alignment
         starts.append(end)
         end += size

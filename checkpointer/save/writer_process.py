@@ -29,10 +29,12 @@ from checkpointer.save import writer_program
 _MAX_SENT: Final = 32 << 20
 """Bytes outside of the shared memory that are sent, because the process holds them a second time."""
 _SMALL: Final = 1 << 16
+START_S: Final = 60.0
+"""Seconds that the process gets to start. An interpreter in a folder on a network may take long."""
 _END_S: Final = 10.0
 """Seconds that the process gets to end by itself."""
 _PROGRAM: Final = (
-    "import sys; sys.path += sys.argv[3:]; from checkpointer.save.writer_program import run; run(*sys.argv[1:3])"
+    "import sys; sys.path += sys.argv[2:]; from checkpointer.save.writer_program import run; run(sys.argv[1])"
 )
 
 _log = logging.getLogger("checkpointer")
@@ -40,7 +42,7 @@ _log = logging.getLogger("checkpointer")
 
 @attrs.frozen
 class _Process:
-    """The process, and the socket to it."""
+    """The process, and the connection to it."""
 
     child: subprocess.Popen[bytes]
     connection: socket.socket
@@ -71,7 +73,8 @@ class WriterProcess:
     def __init__(self, payload: TorchFormat) -> None:
         self._payload = payload
         self._process: _Process | None = None
-        self._is_usable = bool(sys.executable) and not getattr(sys, "frozen", False)
+        # A program that embeds Python would be started a second time.
+        self._is_usable = "python" in os.path.basename(sys.executable or "") and not getattr(sys, "frozen", False)
 
     @property
     def pid(self) -> int | None:
@@ -110,8 +113,11 @@ class WriterProcess:
             return True
         if answer[:1] == ("failed",):
             raise OSError(*answer[1:])
-        if answer:
-            _log.warning("the writer process could not write a checkpoint (%s); the writer thread does", answer[1])
+        if answer:  # What it lacks now, such as memory, it may lack each time.
+            self._is_usable = False
+            self.close()
+            msg = "the writer process cannot write (%s). The writer thread writes this checkpoint, and all later ones"
+            _log.warning(msg, answer[1])
         writer_program.set_direct(descriptor, is_direct=False)
         os.ftruncate(descriptor, 0)
         return False
@@ -128,7 +134,8 @@ class WriterProcess:
         """Log that the process has ended. All later saves are written by the thread, because it could end again."""
         self._is_usable, self._process = False, None
         if process is None:
-            _log.warning("no writer process can be started (%s); the writer thread writes", error)
+            why = str(error) or "it has ended at once"
+            _log.warning("no writer process can be started (%s); the writer thread writes", why)
             return
         code = process.end() or 0
         how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
@@ -196,14 +203,41 @@ def _start() -> _Process:
     """Start the program in an interpreter that imports nothing else. Not in our process group, because of Ctrl-C."""
     modules = [sys.modules.get(name) for name in ("checkpointer", "xxhash", "zlib_ng")]
     paths = {os.path.dirname(os.path.dirname(os.path.abspath(m.__file__))): None for m in modules if m and m.__file__}
+    command = [sys.executable, "-I", "-S", "-B", "-c", _PROGRAM, str(os.getpid()), *paths]
+    # The first three descriptors are taken. If one were free, a message could be written into a checkpoint.
+    stderr = None if _has_stderr() else subprocess.DEVNULL
     ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            command = [sys.executable, "-I", "-S", "-B", "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid()), *paths]
+    process: _Process | None = None
+    try:
+        with theirs:
+            theirs.setblocking(True)  # Also after `socket.setdefaulttimeout`.
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True, cwd="/"
+                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, cwd="/"
             )
-        except BaseException:
-            ours.close()
-            raise
-    return _Process(child, ours, os.getpid())
+        process = _Process(child, ours, os.getpid())
+        _check_version(ours)
+    except BaseException:
+        ours.close()
+        if process is not None:
+            process.child.kill()
+            process.end()
+        raise
+    return process
+
+
+def _check_version(connection: socket.socket) -> None:
+    """Wait until the program runs. Raise `OSError` if it does not, or if it is that of another version."""
+    connection.settimeout(START_S)
+    its, ours = writer_program.receive(connection)[0], writer_program.version()
+    if its != ours:
+        msg = f"its version is {its}, and that of the trainer is {ours}"
+        raise OSError(msg)
+    connection.settimeout(None)
+
+
+def _has_stderr() -> bool:
+    """Return whether a new process gets a descriptor 2 from this one; a daemon has closed it, or it is another file."""
+    try:
+        return os.get_inheritable(2)
+    except OSError:
+        return False

@@ -16,12 +16,14 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.formats.archive import CHUNK, Archive
+from checkpointer.formats.shared_memory import BLOCK
 from checkpointer.records.codec import DIGESTS
 
 REPORT_S: Final = 1.0
@@ -31,6 +33,15 @@ _IDLE_S: Final = 10.0
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _MAX_DESCRIPTORS: Final = 8
 _LENGTH: Final = struct.Struct("<Q")
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that the thread would get too."""
+_ENDING: Final = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM")
+"""Signals that a terminal or a scheduler sends to all processes of a job. The trainer decides what they mean."""
+
+
+def version() -> str:
+    """Return the version of this code. The trainer's may be older, if the package was upgraded meanwhile."""
+    return str(sys.modules["checkpointer"].__version__)
 
 
 def send(connection: socket.socket, message: Any, descriptors: list[int] | None = None) -> None:
@@ -77,10 +88,11 @@ def set_direct(descriptor: int, *, is_direct: bool) -> bool:
 
 
 class DirectFile:
-    """Writes a file from its beginning, and digests it. Whole pages go from the caller's memory to the disk.
+    """Writes a file from its beginning, and digests it. Whole blocks go from the caller's memory to the disk.
 
-    What does not begin at a page, in memory or in the file, is collected in a buffer of whole pages. If the
-    filesystem refuses that, the writes go through the page cache. ``on_write`` is called after each write.
+    What does not begin at a block, in memory or in the file, is collected in a buffer of whole blocks. If the
+    filesystem refuses that, with whichever error, the writes go through the page cache. ``on_write`` is called after
+    each write.
     """
 
     def __init__(self, descriptor: int, algorithm: str, on_write: Callable[[int], object]) -> None:
@@ -104,9 +116,9 @@ class DirectFile:
         view = memoryview(data)
         self._hash.update(view)
         while view:
-            if self._held and not self._held % mmap.PAGESIZE and len(view) >= mmap.PAGESIZE:
+            if self._held and not self._held % BLOCK and len(view) >= BLOCK:
                 self._put_held(self._held)
-            count = len(view) - (len(view) % mmap.PAGESIZE if self._is_direct else 0)
+            count = len(view) - (len(view) % BLOCK if self._is_direct else 0)
             if not self._held and count and self._put(view[:count]):
                 view = view[count:]
                 continue
@@ -120,7 +132,7 @@ class DirectFile:
 
     def finish(self) -> int:
         """Write what is left, and return the file's size in bytes."""
-        whole = self._held - self._held % mmap.PAGESIZE
+        whole = self._held - self._held % BLOCK
         if whole:
             self._put_held(whole)
         self._is_direct = set_direct(self._descriptor, is_direct=False)
@@ -139,8 +151,8 @@ class DirectFile:
         while view:
             try:
                 count = os.pwrite(self._descriptor, view, self._written)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not self._is_direct:
+            except OSError:
+                if not self._is_direct:
                     raise
                 if not (is_aligned or is_begun):
                     return False
@@ -179,7 +191,7 @@ def _execute(job: Any, file: int, views: list[memoryview], on_write: Callable[[i
     """Write one file, and return the answer."""
     records, alignment, has_crc32, algorithm = job
     stream = DirectFile(file, algorithm, on_write)
-    archive = Archive(stream, alignment=alignment, has_crc32=has_crc32, large_alignment=mmap.PAGESIZE)
+    archive = Archive(stream, alignment=alignment, has_crc32=has_crc32, large_alignment=BLOCK)
     for name, data, size in records:
         if isinstance(data, tuple):  # In shared memory: of which, and where.
             data = views[data[0]][data[1] : data[1] + size]
@@ -204,8 +216,9 @@ def _reporter(connection: socket.socket, check: Callable[[], object]) -> Callabl
 
 def main(connection: socket.socket, trainer: int) -> None:
     """Execute jobs until the trainer ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # The trainer decides what they mean.
-        signal.signal(number, signal.SIG_IGN)
+    for name in _ENDING:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    send(connection, version())
 
     def check() -> None:
         if os.getppid() != trainer:
@@ -218,18 +231,18 @@ def main(connection: socket.socket, trainer: int) -> None:
         job, descriptors = receive(connection)
         answer: tuple[Any, ...]
         try:
-            answer = _execute(job, descriptors[0], maps.of(descriptors[1:]), _reporter(connection, check))
-        except OSError as error:
-            answer = "failed", error.errno, error.strerror
-        except Exception as error:
-            answer = "cannot", f"{type(error).__name__}: {error}"
+            file, views = descriptors[0], maps.of(descriptors[1:])
+            answer = _execute(job, file, views, _reporter(connection, check))
+        except Exception as error:  # An error of this process must not fail the save, so the thread tries it too.
+            is_full = isinstance(error, OSError) and error.errno in _FULL
+            answer = ("failed", *error.args[:2]) if is_full else ("cannot", f"{type(error).__name__}: {error}")
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         send(connection, answer)
 
 
-def run(connection: str, trainer: str) -> None:
-    """Run the program: the number of its socket, and the id of the trainer's process."""
+def run(trainer: str) -> None:
+    """Run the program, whose socket is its standard input, for the trainer's process of this id."""
     with contextlib.suppress(EOFError, ConnectionError):
-        main(socket.socket(fileno=int(connection)), int(trainer))
+        main(socket.socket(fileno=0), int(trainer))

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,12 +28,16 @@ from hypothesis import strategies as st
 from checkpointer import CheckpointManager, EverySteps, KeepAll, Policy
 from checkpointer.errors import SaveError
 from checkpointer.formats import open_format, shared_memory
+from checkpointer.formats.archive import LARGE as LARGE_RECORD
+from checkpointer.formats.archive import Archive
 from checkpointer.formats.snapshot import Snapshots
-from checkpointer.save import writer_program
+from checkpointer.save import writer_process, writer_program
 
 pytestmark = pytest.mark.skipif(not shared_memory.is_possible(), reason="needs Linux, and two cores")
 LARGE = {"w": torch.arange(17 << 20, dtype=torch.float32), "odd": torch.ones(300_001), "one": torch.ones(())}
 PATIENCE_S = 20.0
+OTHER = r"printf '\005\000\000\000\000\000\000\000z\0030.0' >&0; exec sleep 20"
+"""A program that says that its version is 0.0."""
 
 
 class Training:
@@ -40,6 +45,7 @@ class Training:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.step = 0
+        self.extra = torch.ones(0)
         self.path = path
         self.manager = CheckpointManager(
             path, Policy(EverySteps(1), [KeepAll()]), state=self.state, background="wait", **options
@@ -47,7 +53,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         LARGE["one"].fill_(self.step)
-        return {**LARGE, "view": LARGE["w"][5:9], "text": "x", "step": self.step}
+        return {**LARGE, "view": LARGE["w"][5:9], "extra": self.extra, "text": "x", "step": self.step}
 
     def save(self) -> None:
         """Begin a save."""
@@ -206,16 +212,78 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert [1] == [record.step for record in manager.records]
 
 
+@pytest.mark.parametrize(
+    ("name", "program", "warning"),
+    [
+        ("python", "exit 1", "no writer process can be started (it has ended at once)"),
+        ("python", "exec sleep 20", "no writer process can be started (timed out)"),
+        ("python", OTHER, "its version is 0.0, and that of the trainer is"),
+        ("app", "exit 1", None),
+    ],
+    ids=["broken", "silent", "other", "embedded"],
+)
 def test_a_process_that_cannot_be_started_is_not_needed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    program: str,
+    warning: str | None,
 ) -> None:
-    """An interpreter that is not Python, as in a program that embeds it: the thread writes."""
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with caplog.at_level(logging.WARNING), training(tmp_path) as loop:
+    """The thread writes. A program that embeds Python is not started at all, because it could do anything."""
+    executable = tmp_path / name
+    executable.write_text(f"#!/bin/sh\n{program}\n")
+    executable.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(executable))
+    monkeypatch.setattr(writer_process, "START_S", 0.3)
+    with caplog.at_level(logging.WARNING), training(tmp_path / "run") as loop:
         loop.save()
         loop.manager.wait()
         loop.check()
-    assert "The writer thread writes this checkpoint again" in caplog.text
+    assert warning in caplog.text if warning else not caplog.text
+
+
+def test_an_unusual_program_has_a_process_too(tmp_path: Path) -> None:
+    """It has 1100 open descriptors, a time limit for sockets, and no stderr. A scheduler signals all processes.
+
+    The first descriptors of the process are in use, so that its messages cannot reach a checkpoint.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as undo, training(tmp_path) as loop:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, limits[1]), limits[1]))
+        undo.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for _ in range(1100):
+            undo.enter_context(open(os.devnull))
+        undo.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(0.001)
+        undo.callback(os.set_inheritable, 2, os.get_inheritable(2))
+        os.set_inheritable(2, False)
+        loop.save()
+        loop.manager.wait()
+        loop.check()
+        pid = the_process()
+        assert all(os.path.lexists(f"/proc/{pid}/fd/{number}") for number in range(3))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+        loop.save()
+        loop.manager.wait()
+        assert pid == the_process()
+
+
+def test_a_process_that_lacks_memory_fails_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot map the snapshot. The thread writes the checkpoint, and all later ones, with one warning."""
+    with training(tmp_path) as loop:
+        loop.save()
+        loop.manager.wait()
+        resource.prlimit(the_process(), resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        loop.extra = torch.ones(40 << 20, dtype=torch.uint8)  # Needs other memory.
+        for _ in range(2):
+            loop.save()
+            loop.manager.wait()
+            loop.check()
+        assert 1 == len(caplog.records)
+        assert "cannot write (OSError: [Errno 12] Cannot allocate memory)" in caplog.text
+        assert process_of(os.getpid()) is None
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -260,6 +328,15 @@ def test_a_direct_file_has_the_bytes_that_were_written(sizes: list[int], data: s
         assert len(whole) == stream.finish()
         assert whole == Path(file.name).read_bytes()
         assert hashlib.sha256(whole).hexdigest() == stream.hexdigest
+
+
+def test_an_alignment_of_torch_that_does_not_suit_blocks_is_kept() -> None:
+    """A common multiple of both would need more padding than a zip file can have."""
+    written = io.BytesIO()
+    archive = Archive(written, alignment=3000, large_alignment=shared_memory.BLOCK)
+    archive.write_record("x", b"x" * LARGE_RECORD, LARGE_RECORD)
+    archive.close()
+    assert 0 == written.getvalue().index(b"xx") % 3000
 
 
 def test_its_file_is_that_of_the_thread_but_for_the_places_of_large_tensors(tmp_path: Path) -> None:
