@@ -19,6 +19,8 @@ BLOCK: Final = 4096
 """Bytes of which memory, offset and size have to be multiples for a direct write. Pages may be larger."""
 _SMALL_ALIGNMENT: Final = 64
 _STEP: Final = 64 << 20
+_SPARE: Final = 16
+"""A state that has grown once may grow by one part of so many before it needs new memory."""
 
 _all: Final = weakref.WeakValueDictionary[int, "Arena"]()
 """By descriptor. It needs no lock, which a fork could leave locked in the child."""
@@ -92,13 +94,16 @@ def _free(descriptor: int, owner: int) -> None:
     os.close(descriptor)
 
 
-def arena_for(sizes: Sequence[int]) -> Arena | None:
-    """Return shared memory for buffers of these sizes, or None: for a small state, or where there is none."""
+def arena_for(sizes: Sequence[int], *, has_changed: bool) -> Arena | None:
+    """Return shared memory for buffers of these sizes, or None: for a small state, or where there is none.
+
+    If the sizes have changed, it has room to grow.
+    """
     size = _layout(sizes)[1]
     if size < MIN_SHARED or not is_possible():
         return None
     try:
-        return Arena(size)
+        return Arena(size + size // _SPARE if has_changed else size)
     except OSError:
         return None
 

@@ -181,10 +181,11 @@ class Memory:
     def _allocate(self, keys: Sequence[_Key]) -> None:
         """Make the buffers: those on the CPU in shared memory, if they are large enough together."""
         sizes = [size for size, place in keys if place == "cpu"]
+        has_changed = self._arena is not None
         if self._arena is not None:
             self._buffers = [(key, buffer) for key, buffer in self._buffers if key[1] != "cpu"]
             self._arena = self._arena if self._arena.suits(sizes) else None
-        self._arena = self._arena or arena_for(sizes)
+        self._arena = self._arena or arena_for(sizes, has_changed=has_changed)
         if self._arena is None:
             self._buffers = _allocate_again(keys, self._buffers)
             return

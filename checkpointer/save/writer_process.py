@@ -212,7 +212,12 @@ def _start() -> _Process:
         with theirs:
             theirs.setblocking(True)  # Also after `socket.setdefaulttimeout`.
             child = subprocess.Popen(
-                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, cwd="/"
+                command,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+                cwd="/",
             )
         process = _Process(child, ours, os.getpid())
         _check_version(ours)

@@ -315,6 +315,16 @@ def test_the_memory_of_a_snapshot_is_used_again() -> None:
     assert 0 == addresses[0] % os.sysconf("SC_PAGESIZE")
 
 
+def test_a_state_that_grows_a_little_does_not_need_new_memory_each_time() -> None:
+    """To allocate all of it takes ten times as long as the copy, and the loop waits for that."""
+    snapshots, memories = Snapshots(), set(shared_memory.arenas())
+    others = len(memories)
+    for size in range(4):
+        snapshots.take({"w": LARGE["w"], "grows": torch.ones((1 << 10) + size)}).release()
+        memories.update(shared_memory.arenas())
+    assert 2 == len(memories) - others
+
+
 @settings(deadline=None, max_examples=12)
 @given(sizes=st.lists(st.integers(0, 40_000) | st.sampled_from([4096, 8192, 5 << 20]), max_size=6), data=st.data())
 def test_a_direct_file_has_the_bytes_that_were_written(sizes: list[int], data: st.DataObject) -> None:
