@@ -270,10 +270,11 @@ class Reasons:
 
     @cached_property
     def surplus(self) -> tuple[str, ...]:
-        """The names of this run that nothing keeps, oldest first."""
+        """The names of this run that nothing keeps, oldest first, without what another program has written."""
         slot = self.policy.name.last_file if self.policy.last else None
         kept = (set().union(*self._by_rule) - self._dropped).union(*self._always)
-        return tuple([record.name for record in self.manifest.live if record.name not in kept and record.name != slot])
+        going = [record for record in self.manifest.live if record.name not in kept and record.name != slot]
+        return tuple([record.name for record in going if not record.is_adopted])
 
     @cached_property
     def _history(self) -> tuple[Record, ...]:
@@ -371,7 +372,10 @@ def manifest_html(policy: Policy, manifest: Manifest, where: str) -> str:
 
 
 def surplus(policy: Policy, manifest: Manifest) -> tuple[str, ...]:
-    """Return the names of this run that nothing keeps, oldest first. Follows from the whole history."""
+    """Return the names of this run that a save retires, oldest first. Follows from the whole history.
+
+    Adopted checkpoints are not among them: a training removes no file that another program has written.
+    """
     return Reasons(policy, manifest).surplus
 
 

@@ -116,6 +116,18 @@ def test_prune_reports_first_and_removes_only_when_asked(run: Path, tmp_path: Pa
     assert 0 == command("verify", run).code
 
 
+def test_prune_refuses_a_rule_that_can_rank_nothing(run: Path, tmp_path: Path) -> None:
+    """A metric that no checkpoint has would make it remove the best of them."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("when:\n  EverySteps: {n: 1}\nkeep:\n- KeepBest: {k: 3, metric: eval_loss, mode: min}\n")
+    before = snapshot(run)
+    said = command("prune", run, "--policy", policy, "--apply")
+    assert 2 == said.code
+    assert "would keep none: no checkpoint of run" in said.err
+    assert "metrics there: loss, acc" in said.err
+    assert before == snapshot(run)
+
+
 def test_prune_spares_pinned_aliased_foreign_and_other_runs(tmp_path: Path) -> None:
     """Only the run's own checkpoints go, and an alias never dangles."""
     folder = train(tmp_path / "run", 0.9, 0.2, 0.5, policy=ALL_LINKED)
@@ -125,7 +137,7 @@ def test_prune_spares_pinned_aliased_foreign_and_other_runs(tmp_path: Path) -> N
         manager.pin("epoch=0-step=10.ckpt")
     with pytest.warns(UserWarning, match="of other runs"), CheckpointManager(folder, ALL, state=dict) as manager:
         manager.observe({"loss": 0.1}, step=5, epoch=0)
-    path = policy_file(tmp_path, Policy(EverySteps(1), [KeepBest(1, "nothing", mode="min")]))
+    path = policy_file(tmp_path, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min", after_step=1000)]))
     first = look_at(open_storage(folder, "")).runs[0][0]
     data = command("prune", folder, "-p", path, "--run", first, "--apply", "--json").data
     assert [] == data["removed"]

@@ -75,3 +75,30 @@ def test_weights_of_another_model_are_still_refused(tmp_path: Path) -> None:
     assert 0 == command("adopt", tmp_path).code
     with Loop(tmp_path, POLICY, model=nn.Conv2d(1, 1, 1)) as loop, pytest.raises(MismatchError, match="does not fit"):
         loop.resume()
+
+
+def test_a_training_removes_no_adopted_checkpoint_and_prune_does(tmp_path: Path) -> None:
+    """Its rules count them, but another program wrote them: only a command that is asked to removes them."""
+    for step in (10, 20, 30):
+        torch.save({"model": filled().state_dict(), "step": step}, tmp_path / f"old_{step}.pt")
+    assert 0 == command("adopt", tmp_path).code
+    with Loop(tmp_path, POLICY, model=nn.Linear(2, 1)) as loop:
+        with pytest.warns(CheckpointerWarning, match="was adopted"):
+            loop.resume()
+        for _ in loop.epochs(2):
+            for _ in loop.batches(range(4)):
+                loop.step()
+    assert ["old_10.pt", "old_20.pt", "old_30.pt"] == sorted(path.name for path in tmp_path.glob("old_*.pt"))
+    assert 2 == len(list(tmp_path.glob("epoch*.ckpt")))
+    assert 0 == command("prune", tmp_path, "--apply").code
+    assert [] == list(tmp_path.glob("old_*.pt"))
+
+
+def test_adopting_beside_a_run_says_where_the_next_start_goes_on(tmp_path: Path) -> None:
+    """It is the adopted checkpoint, whatever its step."""
+    with Loop(tmp_path, POLICY, model=nn.Linear(2, 1)) as loop:
+        for _ in loop.steps(2):
+            loop.step()
+    torch.save({"model": filled().state_dict(), "step": 1}, tmp_path / "old_1.pt")
+    said = command("adopt", tmp_path)
+    assert "a training here now goes on from old_1.pt, and not from epoch=0-step=2.ckpt of run" in said.err

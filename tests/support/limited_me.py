@@ -33,7 +33,7 @@ from checkpointer.tools.catalog import look_at
 from checkpointer.tools.diff import diff
 from checkpointer.tools.history import read_history
 from support.large_files import large_files
-from support.sampling import half
+from support.sampling import third
 
 SECONDS: Final = 10
 """Of the processor, so that other work of the machine does not count."""
@@ -146,7 +146,7 @@ READERS: Final[dict[str, tuple[Callable[[bytes], object], ...]]] = {
 
 def cases() -> Iterator[tuple[str, Callable[[bytes], object], bytes]]:
     """Yield every file with every reader of its kind."""
-    for (kind, name), make in half(large_files().items()):
+    for (kind, name), make in third(large_files().items()):
         data = make()
         more = (show,) if name.partition(",")[0] in PRINTED else ()
         for number, reader in enumerate((*READERS[kind], *more)):

@@ -26,9 +26,9 @@ def some(count: int) -> int:
     return max(1, count // EVERY)
 
 
-def half(names: Iterable[T]) -> list[T]:
-    """Return every other name if not all instants are selected: the other half on the next day."""
-    return [*names][FIRST % 2 :: 2] if EVERY > 1 else [*names]
+def third(names: Iterable[T]) -> list[T]:
+    """Return every third name if not all instants are selected: others on the next days."""
+    return [*names][FIRST % 3 :: 3] if EVERY > 1 else [*names]
 
 
 def described() -> str:

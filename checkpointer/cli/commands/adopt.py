@@ -70,6 +70,11 @@ def adopt_command(
             made.extend(adopt(catalog, adoption, journal, run=run, on_bad=lambda name, e: bad.update({name: str(e)})))
             found = tuple(item for item in adoption.found if item.name not in bad)
             adoption = attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
+            if made and (before := [record for record in catalog.records if not record.is_adopted]):
+                output.say(
+                    f"a training here now goes on from {made[-1].name}, and not from {before[-1].name} of run "
+                    f"{before[-1].run}: to go on with that run, name it with run= or {before[-1].name} in restore()"
+                )
     if as_json:
         left = {"refused": dict(adoption.refused), "beside": dict(adoption.beside)}
         output.print_json({"adopted": _as_data(adoption, made), "aliases": dict(adoption.aliases), **left})

@@ -11,8 +11,11 @@ from checkpointer.cli import options, output
 from checkpointer.commit.journal import Journal
 from checkpointer.errors import PolicyError
 from checkpointer.policy.policy import Policy
+from checkpointer.policy.retention import KeepBest
+from checkpointer.records.manifest import Manifest
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
+from checkpointer.tools.query import metric_names
 
 
 def prune_command(
@@ -37,7 +40,9 @@ def prune_command(
     chosen = _policy(options.look(directory, access), policy, run, access)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
-        pruning = plan_pruning(chosen, catalog.manifest(run), catalog.aliases, abandoned=abandoned)
+        manifest = catalog.manifest(run)
+        _check_metrics(chosen, manifest)
+        pruning = plan_pruning(chosen, manifest, catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
     names = [record.name for record in gone]
     if as_json:
@@ -59,6 +64,20 @@ def _policy(catalog: Catalog, path: str | None, run: str | None, access: options
         raise PolicyError(msg)
     output.say(f"by the policy that run {manifest.run} noted: {noted}")
     return noted
+
+
+def _check_metrics(policy: Policy, manifest: Manifest) -> None:
+    """Raise if a rule ranks by a metric that no checkpoint of the run has: it would keep none of them."""
+    history = manifest.history
+    for rule in policy.rules:
+        if (
+            isinstance(rule, KeepBest)
+            and history
+            and not any(rule.metric.value(record) is not None for record in history)
+        ):
+            have = ", ".join(metric_names(history)) or "none"
+            msg = f"{rule} would keep none: no checkpoint of run {manifest.run} has the metric (metrics there: {have})"
+            raise PolicyError(msg)
 
 
 def _print(pruning: Pruning, removed: int | None) -> None:
