@@ -184,7 +184,7 @@ def test_a_writer_stopped_at_any_request_harms_nothing(place: Place) -> None:
         here = place.fresh()
         with held(here, turn * requests // min(requests, TURNS)) as first:
             # A claim that is being created keeps every other process from the run: see docs/one-writer.md.
-            is_claim = re.match(r"PUT \S*/terms/\S*\.json", network.requests[-1])
+            is_claim = re.match(r"PUT \S*/terms/\S*\.json", "".join(network.requests[-1:]))
             if first is not None and not (here.reserves and is_claim):
                 found += violations(here, first, is_alive=turn % 2 == 0)
     assert not found, "\n\n".join(found)
