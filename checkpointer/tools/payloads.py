@@ -108,6 +108,8 @@ def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey
         raise NotFoundError(msg)
     # The payload of an alias that is a link has its record under its own name.
     real = Path(os.path.realpath(given))
+    if (real / RECORDS).is_dir():  # Else all of it is listed, because a directory below may have records.
+        return None
     if real.is_dir() and any(f"/{HOME}/" in f"/{path}" for path in open(str(real)).list()):
         return None
     for folder in real.parents:
