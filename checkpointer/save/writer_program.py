@@ -243,6 +243,6 @@ def main(connection: socket.socket, trainer: int) -> None:
 
 
 def run(trainer: str) -> None:
-    """Run the program, whose socket is its standard input, for the trainer's process of this id."""
+    """Run the program for the process with the id ``trainer``. Its socket is the standard input."""
     with contextlib.suppress(EOFError, ConnectionError):
         main(socket.socket(fileno=0), int(trainer))
