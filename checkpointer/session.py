@@ -250,9 +250,9 @@ class Session:
         return self._directory.names.make_way(name, stem)
 
     def let_replace(self, names: Iterable[str]) -> None:
-        """Let the next regular checkpoints of these names replace files of another program, each in one step.
+        """Let the next checkpoints and aliases of these names replace files of another program, each in one step.
 
-        Such a file has no record, so without this call a checkpoint of its name gets a version.
+        Such a file has no record, so without this call a checkpoint of its name gets a version. A rescue replaces none of them.
         """
         self._directory.names.let_replace(names)
 

@@ -46,6 +46,8 @@ class Resume:
 
     def apply(self, manager: CheckpointManager, policy: Policy, callback: Any, trainer: Any) -> None:
         """Let the manager continue from what was loaded, or from the callback's last training by the same Trainer."""
+        if not policy.name.version_counter:
+            manager.session.let_replace(_overwritten(manager, policy, callback._folder, trainer))
         again = callback._last_trainer is not None and callback._last_trainer() is trainer
         state = self.state if self.is_loaded or again else None
         if self.scores:
@@ -55,9 +57,6 @@ class Resume:
             name = self._chosen_name(policy, callback._folder, trainer)
             is_own = name in manager.session.manifest.by_name and name not in policy.aliases
             manager.session.load_state_dict(state, source=name if is_own else "")
-
-        if not policy.name.version_counter:
-            manager.session.let_replace(_overwritten(manager, policy, callback._folder, trainer))
 
     def _chosen_name(self, policy: Policy, folder: str, trainer: Any) -> str:
         """Return the name of the checkpoint whose path the user gave to resume from; empty if there is none."""
@@ -138,10 +137,11 @@ def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any]
 def _overwritten(manager: CheckpointManager, policy: Policy, folder: str, trainer: Any) -> list[str]:
     """Return the checkpoints of Lightning's own class, which have no record, and which new ones may replace.
 
-    The file that the training resumes from is not one of them.
+    The file that the training resumes from is one of them only under the name of an alias: an alias is replaced when the
+    checkpoint that it stands for is there.
     """
     source = name_in(folder, trainer.ckpt_path) if trainer.ckpt_path else ""
-    foreign = manager.session.manifest.foreign - {source, *policy.aliases}
+    foreign = manager.session.manifest.foreign - ({source} - {*policy.aliases})
     return [name for name in foreign if name.endswith(policy.name.suffix) and _is_lightnings(folder, name)]
 
 

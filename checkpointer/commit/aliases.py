@@ -38,6 +38,8 @@ class Aliases:
     """Token of the checkpoint that each alias points to."""
     _made: dict[str, Stat] = attrs.field(factory=dict, init=False)
     """The file of each alias when it was made or found to be ours, where a look costs no request."""
+    yielding: set[str] = attrs.field(factory=set, init=False)
+    """Files of another program that the next checkpoint or alias of their name replaces, because the user wants it."""
     poisoned: frozenset[str] = frozenset()
     """Names that another writer has announced to change, and may still change."""
     _claimed: set[str] = attrs.field(factory=set, init=False)
@@ -59,7 +61,8 @@ class Aliases:
             # A marker is written at the first save only, when the alias is announced.
             if claims and claim(self.journal, name, manifest.label, marks=slots):
                 self._claimed.add(name)
-            if claims and name != stem + naming.suffix:
+            # Without a counter a host may still let a file be replaced: see `Names.let_replace`.
+            if claims and name != stem + naming.suffix and (slots or naming.version_counter):
                 warn_once(name, f"{stem}{naming.suffix} is not this run's; the alias is {name} instead")
         return attrs.evolve(self.asked, name=naming)
 
@@ -87,6 +90,7 @@ class Aliases:
                 warn(msg)
                 continue
             self._pointed[one.alias] = one.target.token
+            self.yielding.discard(one.alias)
             self._remember(one.alias)
             if one.slot is not None:
                 replaced.append(one.alias)
@@ -125,7 +129,7 @@ class Aliases:
             return slots
         if record_path(alias) in self.listing.damaged:
             return True
-        if not self._is_taken(alias, manifest):
+        if alias in self.yielding or not self._is_taken(alias, manifest):
             return False
         if alias not in self._claimed and record is None and not is_marked(self.journal, alias):
             return True

@@ -32,8 +32,6 @@ class Contents:
     num_signed: int
     is_claimed: bool
     """Whether the run is decided: it was named, restored, or has saved."""
-    yielding: set[str] = attrs.field(factory=set, init=False)
-    """Files of another program that the next checkpoint of their name replaces, because the user wants it."""
     is_on_line: bool = attrs.field(default=False, init=False)
     """Whether this process has saved or restored."""
     is_prepared: bool = attrs.field(default=False, init=False)

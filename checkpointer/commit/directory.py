@@ -132,7 +132,7 @@ class Directory:
             manifest,
             records=found.records,
             aside=(),
-            foreign=(listing.foreign - contents.yielding) | unfinished | poisoned,
+            foreign=(listing.foreign - contents.aliases.yielding) | unfinished | poisoned,
             seen=manifest.seen.union(*(record.metrics for record in known)),
             term=term.number if term is not None else 0,
             limits=listing.limits,

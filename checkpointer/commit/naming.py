@@ -33,15 +33,15 @@ class Names:
         return True
 
     def let_replace(self, names: Iterable[str]) -> None:
-        """Let the next checkpoints of these names replace files that have no record."""
+        """Let the next checkpoints and aliases of these names replace files that have no record."""
         contents, names = self._contents, frozenset(names)
-        contents.yielding |= names
+        contents.aliases.yielding |= names
         contents.manifest = attrs.evolve(contents.manifest, foreign=contents.manifest.foreign - names)
 
     def yields(self, name: str) -> bool:
         """Return whether the file of this name has no record, and a checkpoint may replace it."""
         contents = self._contents
-        is_taken = name not in contents.yielding or contents.manifest.is_taken(name)
+        is_taken = name not in contents.aliases.yielding or contents.manifest.is_taken(name)
         return not is_taken and not contents.journal.has_record(name)
 
     def lost(self, name: str) -> Record | None:

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_lightning_matrix import ARGUMENTS
 from tiny import Model, files, fit, held, is_at_least, loader, quiet, seen, step_of, trainer
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointerWarning, CheckpointManager
 
 pytestmark = quiet
 
@@ -507,6 +507,32 @@ def test_without_a_version_counter_the_files_of_lightning_s_own_class_are_overwr
     after = {path.name: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
     assert ["model-epoch=2.ckpt"] == [name for name in before if before[name] == after[name]]
     assert [names[0], names[1], names[2]] == sorted(record.name for record in CheckpointManager(tmp_path).records)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("last", [True, "link"])
+def test_without_a_version_counter_the_last_ckpt_of_lightning_s_own_class_is_replaced(
+    tmp_path: Path, last: Any, resumed: bool
+) -> None:
+    """Also if the training resumes from it: the checkpoint that replaces it is there before."""
+    arguments: dict[str, Any] = {"dirpath": tmp_path, "filename": "model-{step}", "save_top_k": -1, "save_last": last}
+    fit(Theirs(**arguments), max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
+        resume = str(tmp_path / "last.ckpt") if resumed else None
+        fit(Ours(**arguments, enable_version_counter=False), max_epochs=3, resume=resume)
+    expected = ["last.ckpt", "model-step=12.ckpt", "model-step=4.ckpt", "model-step=8.ckpt"]
+    assert expected == files(tmp_path)
+    assert 12 == torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"]
+
+
+def test_a_last_ckpt_that_is_no_checkpoint_is_kept_without_a_version_counter(tmp_path: Path) -> None:
+    """The alias gets a version, and a warning says so."""
+    (tmp_path / "last.ckpt").write_bytes(b"mine")
+    with pytest.warns(CheckpointerWarning, match=r"last\.ckpt is not this run's; the alias is last-v1\.ckpt"):
+        fit(Ours(dirpath=tmp_path, save_last=True, enable_version_counter=False), max_epochs=1)
+    assert b"mine" == (tmp_path / "last.ckpt").read_bytes()
+    assert "last-v1.ckpt" in files(tmp_path)
 
 
 # What a new callback knows of a directory that was used
