@@ -252,7 +252,8 @@ class Session:
     def let_replace(self, names: Iterable[str]) -> None:
         """Let the next checkpoints and aliases of these names replace files of another program, each in one step.
 
-        Such a file has no record, so without this call a checkpoint of its name gets a version. A rescue replaces none of them.
+        Such a file has no record, so without this call a checkpoint of its name gets a version. A rescue replaces none
+        of them.
         """
         self._directory.names.let_replace(names)
 

@@ -137,8 +137,8 @@ def _adopt(manager: CheckpointManager, directory: str, scores: Mapping[str, Any]
 def _overwritten(manager: CheckpointManager, policy: Policy, folder: str, trainer: Any) -> list[str]:
     """Return the checkpoints of Lightning's own class, which have no record, and which new ones may replace.
 
-    The file that the training resumes from is one of them only under the name of an alias: an alias is replaced when the
-    checkpoint that it stands for is there.
+    The file that the training resumes from is one of them only under the name of an alias: an alias is replaced when
+    the checkpoint that it stands for is there.
     """
     source = name_in(folder, trainer.ckpt_path) if trainer.ckpt_path else ""
     foreign = manager.session.manifest.foreign - ({source} - {*policy.aliases})
