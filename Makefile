@@ -18,7 +18,7 @@ help:
 	@echo "make test-floors  the quick tests with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  the quick tests with the newest versions that there are"
 	@echo "make check       format, lint, types, import contracts, doctests, README, examples"
-	@echo "make wheel-test  build the wheel and use it in an empty environment"
+	@echo "make wheel-test  build the wheel and use it in an empty environment; compare the commands with Python 3.10's"
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make docs        build the documentation into docs/_build, offline"
 	@echo "make hosts       install the frameworks whose adapters some tests use"
@@ -127,6 +127,7 @@ wheel-test: venv
 	cp tests/smoke.py "$$folder"; \
 	cd "$$folder"; \
 	venv/bin/python -I smoke.py
+	.ci/test-oldest-python "$(BIN)/python"
 
 bench: venv
 	"$(BIN)/python" benchmarks/run.py

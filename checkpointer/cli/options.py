@@ -148,10 +148,9 @@ class Ranking:
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command whose groups of options are expanded: each field becomes an option, after the command's own."""
-    hints = get_type_hints(command, include_extras=True)
-    del hints["return"]
-    groups = {name: kind for name, kind in hints.items() if attrs.has(kind)}
-    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    # Not get_type_hints: in Python 3.10 it makes an Annotated type with the default None a plain Optional.
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    groups = {parameter.name: parameter.annotation for parameter in own if attrs.has(parameter.annotation)}
     parameters = [parameter for parameter in own if parameter.name not in groups]
     for kind in groups.values():
         types = get_type_hints(kind, include_extras=True)
