@@ -284,17 +284,14 @@ class _Unpickler(pickle.Unpickler):
             if name == _tensor.__name__:
                 return self._tensors.__getitem__
             if name == _copy_of.__name__:
-                return self._copy_of
+                # Not a method: the memo would hold the unpickler, and in Python 3.10 it is never collected then.
+                return functools.partial(_stored, self._storage)
         self.runs_code = self.runs_code or module.partition(".")[0] not in _QUIET
         found = super().find_class(module, name)
         if module == "torch._utils" and name == "_rebuild_tensor_v3":
             # It is handed an untyped storage, but a load gives it a typed one, and so it expects that.
             return lambda storage, *rest: found(_wrapped(storage), *rest)
         return found
-
-    def _copy_of(self, number: int, dtype: Any = None) -> Any:
-        storage = self._storage(number)
-        return storage if dtype is None else _wrapped(storage, dtype)
 
 
 def _tensor(number: int) -> Any:
@@ -305,6 +302,11 @@ def _tensor(number: int) -> Any:
 def _copy_of(number: int, dtype: Any = None) -> Any:
     """Stand in the pickle for a storage's copy, or its copy as values of a dtype; the `_Unpickler` has the copies."""
     raise AssertionError(number, dtype)
+
+
+def _stored(copies: Callable[[int], Any], number: int, dtype: Any = None) -> Any:
+    storage = copies(number)
+    return storage if dtype is None else _wrapped(storage, dtype)
 
 
 def _wrapped(storage: Any, dtype: Any = None) -> Any:

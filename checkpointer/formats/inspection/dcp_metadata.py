@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -66,11 +67,13 @@ def read_dcp_metadata(stream: BinaryIO) -> Metadata:
     for name in states:
         if not isinstance(name, str):
             raise _bad(name, "a name in state_dict_metadata", "text")
+    version = fields["version"] if isinstance(fields.get("version"), str) else None
+    known = {field.name for field in dataclasses.fields(Metadata)}
     return Metadata(
+        **({"version": version} if "version" in known else {}),  # Not in torch 2.7.
         state_dict_metadata={name: _stored(value, repr(name)[:200]) for name, value in states.items()},
         planner_data=None if fields.get("planner_data") is None else _paths(_dict(fields, "planner_data")),
         storage_data=_places(_dict(fields, "storage_data")),
-        version=fields["version"] if isinstance(fields.get("version"), str) else None,
     )
 
 
