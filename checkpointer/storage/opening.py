@@ -9,8 +9,9 @@ from typing import Any
 
 from checkpointer.errors import StorageError
 from checkpointer.ports import Storage, SupportsPaths
-from checkpointer.storage.local import LocalStorage, permission_advice
+from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.memory import MemoryStorage
+from checkpointer.storage.unreadable import permission_advice
 
 Where = str | os.PathLike[str] | Storage
 """A path, an fsspec URL, or a storage of the user's own."""
