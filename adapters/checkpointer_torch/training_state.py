@@ -19,7 +19,7 @@ from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
 from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.parts import FunctionPart, Part, StatefulPart
+from checkpointer_torch.parts import Part, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
 from checkpointer_torch.prepared import accumulation_of, unwrapped
 from checkpointer_torch.random_state import put_random_state, take_random_state
@@ -27,6 +27,7 @@ from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.sharded_state import KEY, ShardedState, joined
 from checkpointer_torch.state_differences import Differences, are_alike
 from checkpointer_torch.training_objects import TrainingObjects
+from checkpointer_torch.value_parts import FunctionPart
 
 SCHEMA: Final = 1
 _log: Final = logging.getLogger("checkpointer.torch")
