@@ -25,7 +25,7 @@ from checkpointer.policy.ranking import Metric
 from checkpointer.policy.yaml_codec import MAX_YAML_BYTES, suggest
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 from checkpointer.storage.retry import Retry
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.payloads import Payload, payload_at, similar
@@ -328,11 +328,8 @@ def check_out(path: str, access: Access, *known: str) -> None:
 @contextlib.contextmanager
 def writing(directory: str, access: Access, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not exist."""
-    owner = new_owner()
-    try:
+    with temporary_owner() as owner:
         storage = open_place(directory, access, owner, new=new)
         yield storage, owner
         if isinstance(storage, SupportsSweep):
             storage.close()
-    finally:
-        release(owner)
