@@ -64,7 +64,12 @@ def _for_completion(ctx: typer.Context) -> Catalog | None:
     return None
 
 
-Directory = Annotated[str, typer.Argument(metavar="DIRECTORY", help="A path or an fsspec URL.", show_default=False)]
+def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
+    """Return an argument of a command; ``complete`` completes it in the shell."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
+
+
+Directory = Annotated[str, argument("DIRECTORY", "A path or an fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
     typer.Option(
