@@ -8,7 +8,7 @@ from typing import Any, Final
 from checkpointer.distributed.ranks import on_every_rank
 from checkpointer.distributed.team import check_alike
 from checkpointer.errors import PolicyError
-from checkpointer.manager import MANAGER_OPTIONS, check_options
+from checkpointer.manager_options import MANAGER_OPTIONS, check_options
 from checkpointer.ports import Ranks
 from checkpointer_torch.sharded_state import ShardedState
 from checkpointer_torch.training_state import TrainingState

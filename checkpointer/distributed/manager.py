@@ -29,7 +29,8 @@ from checkpointer.errors import (
     warn,
 )
 from checkpointer.formats import open_format
-from checkpointer.manager import CheckpointManager, check_options
+from checkpointer.manager import CheckpointManager
+from checkpointer.manager_options import check_options
 from checkpointer.policy.decide import Decision, Skip
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
