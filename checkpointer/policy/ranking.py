@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -101,11 +101,8 @@ class Metric:
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        # Each sort leaves equals in the order in which they are, so ties are settled before the scores.
-        by_age = sorted(records, key=commit_order)
-        if self.ties == "newest":
-            by_age.sort(key=attrgetter("serial"), reverse=True)
-        scored = self.scored(by_age)
+        # A sort leaves equals in the order in which they are, so ties are settled first.
+        scored = self.scored(sorted(records, key=commit_order, reverse=self.ties == "newest"))
         proper = sorted([one for one in scored if one[0] > -math.inf], key=itemgetter(0))
         others = [one for one in scored if not one[0] > -math.inf] if len(proper) < len(scored) else []
         others.sort(key=lambda one: place(one[0]))
