@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpointer import Manifest, Policy, Record
+from checkpointer.policy.ranking import place
 
 NAMES: Final = (
     "best_model_path",
@@ -89,7 +90,7 @@ def attributes_of(
     newest_first = top if policy.ranking else history[::-1]
     is_full = bool(best) and top_k in (-1, len(best))
     ranking = policy.ranking
-    worst = max(ranking.places(in_order), key=lambda place: place[:2])[-1] if ranking and is_full else None
+    worst = max(ranking.scored(in_order), key=lambda one: place(one[0]))[1] if ranking and is_full else None
     return Attributes(
         best=best,
         best_path=os.path.join(directory, newest_first[0].name) if newest_first else "",

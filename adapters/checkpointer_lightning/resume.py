@@ -19,7 +19,7 @@ from checkpointer.errors import CheckpointerError, NotFoundError, warn
 from checkpointer.formats.inspection.payload import open_stream
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 from checkpointer_lightning.siblings import is_local, name_in, policy_and_label
 
 _OPTIONS: Final = ("storage_options", "trust", "mirror")
@@ -101,15 +101,12 @@ def find_valid(which: Literal["last", "best"], callback: Any, trainer: Any) -> s
 
 
 def _copy(directory: str, name: str, storage_options: Mapping[str, Any]) -> str:
-    owner = new_owner()
-    try:
+    with temporary_owner() as owner:
         storage = open_storage(directory, owner, storage_options)
         path = os.path.join(tempfile.mkdtemp(prefix=_COPIES), os.path.basename(name))
         with storage.open(name) as source, open(path, "xb") as target:
             shutil.copyfileobj(source, target, 4 << 20)
-    finally:
-        release(owner)
-    return path
+        return path
 
 
 def remove_copies(*paths: str | None) -> None:

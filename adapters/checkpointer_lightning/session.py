@@ -4,111 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
-import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
-import attrs
-import torch
-import torch.distributed as dist
-
 from checkpointer import Attach, CheckpointManager, Decision, Save, Skip
-from checkpointer.distributed.ranks import Agreement, OneRank, TorchRanks, on_rank_zero
+from checkpointer.distributed.ranks import Agreement, TorchRanks, on_rank_zero
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Horizon
-from checkpointer.ports import Listener, Ranks
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
+from checkpointer_lightning.background_events import BackgroundEvents
+from checkpointer_lightning.fresh_metrics import FreshMetrics
 from checkpointer_lightning.siblings import ours, policy_and_label
 from checkpointer_lightning.signals import signals_of
 from checkpointer_lightning.trainer_io import TrainerIO, cache_of
+from checkpointer_lightning.trainer_ranks import open_ranks
 
 Moment = Literal["batch", "validation", "epoch", "end", "asked"]
 """What has just ended: a training batch, a validation, an epoch, the training; or user code asks for a save."""
 
-_log: Final = logging.getLogger("checkpointer")
 _NOTHING: Final = Skip(reason="nothing is decided")
-
-
-@attrs.define(eq=False)
-class BackgroundEvents(Listener):
-    """Queues the events of rank 0's writer thread until the training thread collects them."""
-
-    is_pending: bool = False
-    """Whether the end of a save or an attachment was not collected yet; the same on every rank."""
-    _has_waited: bool = False
-    _events: deque[tuple[str, bool]] = attrs.field(factory=deque)
-
-    def on_saved(self, record: Any) -> None:
-        """See `Listener.on_saved`."""
-        if record.kind == "regular":  # Loggers are not called for a rescue.
-            self._events.append((record.name, True))
-
-    def on_retired(self, record: Any) -> None:
-        """See `Listener.on_retired`."""
-        self._events.append((record.name, False))
-
-    def is_ready(self, manager: CheckpointManager | None) -> bool:
-        """Return whether all pending work of the writer thread has ended, on rank 0."""
-        return self.is_pending and manager is not None and not _unfinished(manager)
-
-    def wait(self, manager: CheckpointManager, step: int, timeout: float | None) -> None:
-        """Wait at most ``timeout`` seconds until the writer thread is idle, and log a wait. Raises what failed."""
-        running = _unfinished(manager)
-        started = time.monotonic()
-        manager.wait(timeout)
-        if running:
-            level = logging.INFO if self._has_waited else logging.WARNING
-            self._has_waited = True
-            waited = time.monotonic() - started
-            _log.log(level, "step %d: waited %.3g s for %s to be written", step, waited, running[0])
-
-    def take(self) -> list[tuple[str, bool]]:
-        """Return the names since the last call, each with whether it was saved; else it was retired."""
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-
-def _unfinished(manager: CheckpointManager) -> tuple[str, ...]:
-    status = manager.session.background_status
-    return status.unfinished if status is not None else ()
-
-
-class FreshMetrics:
-    """Remembers the step at which each metric was measured: a Trainer returns old values until new ones replace them.
-
-    Two measurements may give equal numbers, so numbers are not compared: a new measurement is a new tensor.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[Any, int]] = {}
-        self._step = -1
-        self._ranked: dict[str, Any] = {}
-        """The metrics that the step was ranked by."""
-
-    def at(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics that were measured at ``step``, which is the training's step now."""
-        if step != self._step:
-            self._step, self._ranked = step, {}
-        for name, value in metrics.items():
-            seen = self._seen.get(name)
-            if seen is None or not _is_same(seen[0], value):
-                self._seen[name] = value, step
-        return {name: value for name, value in metrics.items() if self._seen[name][1] == step}
-
-    def rank(self, metrics: Mapping[str, Any]) -> None:
-        """Remember the metrics that the step was ranked by."""
-        self._ranked.update(metrics)
-
-    def as_ranked(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics, with the values that the step was ranked by if it was ranked.
-
-        With ``on_step=True, on_epoch=True`` a Trainer shows a batch's value first. At the end of the epoch it shows the
-        mean of all batches under the same name: another quantity, which does not measure the step's weights.
-        """
-        return {name: self._ranked.get(name, value) for name, value in metrics.items()}
 
 
 class TrainingSession:
@@ -118,7 +34,7 @@ class TrainingSession:
         self.callback, self.trainer = callback, trainer
         policy, label = policy_and_label(callback, trainer)
         self._rescues = policy.rescue
-        self.ranks = _open_ranks(trainer)
+        self.ranks = open_ranks(trainer)
         self.agreement = Agreement(self.ranks)
         """Reports to all ranks what has happened on one of them."""
         self.validation_agreement: Agreement | None = None
@@ -361,49 +277,3 @@ class TrainingSession:
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))
         is_late, is_ready, requeues, stops = (bool(flag) for flag in flags)
         return is_due or (reports and is_late), is_ready, requeues, stops
-
-
-@attrs.frozen
-class _StrategyRanks:
-    """The ranks of a strategy that does not use ``torch.distributed``."""
-
-    trainer: Any
-
-    @property
-    def rank(self) -> int:
-        return int(self.trainer.global_rank)
-
-    @property
-    def size(self) -> int:
-        return int(self.trainer.world_size)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.trainer.strategy.broadcast(value)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [self.trainer.strategy.broadcast(value, src=rank) for rank in range(self.size)]
-
-    def highest(self, *values: float) -> tuple[float, ...]:
-        strategy = self.trainer.strategy
-        numbers = torch.tensor(values, dtype=torch.float32, device=strategy.root_device)
-        return tuple(float(value) for value in strategy.reduce(numbers, reduce_op="max"))
-
-    def barrier(self, timeout_s: float) -> bool:
-        return False  # A strategy has no barrier with a timeout.
-
-
-def _open_ranks(trainer: Any) -> Ranks:
-    """Return the ranks of a Trainer; every rank calls it, at the same place."""
-    if trainer.world_size == 1:
-        return OneRank()
-    return TorchRanks() if dist.is_available() and dist.is_initialized() else _StrategyRanks(trainer)
-
-
-def _is_same(old: Any, new: Any) -> bool:
-    """Return whether two tensors are one measurement: the Trainer returns views of one memory."""
-    if old is new:
-        return True
-    try:
-        return bool(old.data_ptr() == new.data_ptr())
-    except (AttributeError, RuntimeError):  # Not a tensor, or one without memory of its own.
-        return False

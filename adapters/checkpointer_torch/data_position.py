@@ -9,7 +9,9 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import MismatchError
-from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.loader_facts import facts_of
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.loaders import is_stateful
 from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
@@ -57,7 +59,7 @@ class DataPosition:
 
     def _settle(self, view: LoaderView) -> int:
         """Compare the loader with the one that was left, and return how many of its batches were used."""
-        then, now = self._left_off.get("data", {}), view.facts()
+        then, now = self._left_off.get("data", {}), facts_of(view)
         other = {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
         if self._is_of_other_ranks or "replicas" in other:
             self._move(view, then, now)
@@ -112,7 +114,7 @@ class DataPosition:
     def _begun(self, view: LoaderView, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
         used_before = self._iterator.begin(view, self._view, state, origin=self._origin)
         self._left_off = {}
-        self._view, self._facts = view, view.facts()
+        self._view, self._facts = view, facts_of(view)
         view.set_epoch(epoch)
         data_pass = DataPass(view, epoch, self._origin, self._before.samples)
         is_within = bool(state.get("within"))

@@ -1,58 +1,19 @@
-"""A loader as the loop sees it: the torch loader within it, its samplers and generators, and the facts of its data."""
+"""A loader as the loop sees it: the torch loader within it, its samplers, its generators and its state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset
 
+from checkpointer_torch.loaders import TORCH, is_stateful, length_of, torch_loader
 from checkpointer_torch.parts import Part
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.read_ahead import ReadAhead
 
-_WRAPPED: Final = {
-    "lightning": "_dataloader",
-    "lightning_fabric": "_dataloader",
-    "accelerate": "base_dataloader",
-    "ray": "_dataloader",
-    "tqdm": "iterable",
-}
-"""Attributes in which the loaders of other packages keep the loader that they wrap, batch for batch."""
-_TORCH: Final = ("torch.", "torchdata.")
 _WITHIN: Final = ("sampler", "batch_sampler", "root", "source")
 """Attributes in which samplers, and the nodes of ``torchdata.nodes``, keep one another."""
-
-
-class FunctionLoader:
-    """The batches that a function returns. The random states are their place, or the function's ``state_dict``."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        has_state = is_stateful(function)  # Without one there is nothing to restore.
-        self.state_dict: Any = function.state_dict if has_state else dict
-        self.load_state_dict: Any = function.load_state_dict if has_state else bool
-
-    def __iter__(self) -> FunctionLoader:
-        return self
-
-    def __next__(self) -> Any:
-        return self._function()
-
-
-def torch_loader(loader: Any) -> DataLoader[Any] | None:
-    """Return the ``DataLoader`` that loads the data, also when Fabric, accelerate or tqdm wraps it."""
-    own = getattr(loader, "__dict__", {})
-    for kind in type(loader).__mro__:
-        name = _WRAPPED.get(kind.__module__.partition(".")[0])
-        if name in own:
-            return torch_loader(own[name])
-    return loader if isinstance(loader, DataLoader) else None
-
-
-def is_stateful(thing: Any) -> bool:
-    """Return whether an object has ``state_dict`` and ``load_state_dict``."""
-    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
 
 
 class LoaderView(Part):
@@ -100,7 +61,7 @@ class LoaderView(Part):
         Torchdata's loaders know it themselves, and their length need not be that of a stream.
         """
         own = self.stateful is not None and not self.is_torchdata and not self.is_indexed
-        return own and bool(used) and used == _length(self.loader)
+        return own and bool(used) and used == length_of(self.loader)
 
     @property
     def is_warm(self) -> bool:
@@ -135,7 +96,7 @@ class LoaderView(Part):
             return None
         batches = self.inner.batch_sampler
         sampler = getattr(batches, "sampler", None)
-        is_known = all(str(iterates.__module__).startswith(_TORCH) for iterates in _iterates(batches, sampler))
+        is_known = all(str(iterates.__module__).startswith(TORCH) for iterates in _iterates(batches, sampler))
         return sampler if isinstance(sampler, DistributedSampler) and is_known else None
 
     def set_epoch(self, epoch: int) -> None:
@@ -210,49 +171,6 @@ class LoaderView(Part):
         else:
             self.stateful.load_state_dict(state)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what must be the same for a place in this loader to be the same; None where it is not known."""
-        inner = self.inner
-        if inner is None:
-            return {"loader": self._order, "batches": _length(self.loader)}
-        is_iterable = isinstance(inner.dataset, IterableDataset)
-        within = self.samplers
-        facts = {
-            "loader": self._order,
-            "dataset length": _length(inner.dataset),
-            "batches": None if is_iterable else _length(inner),  # An iterable dataset warns if its length is asked for.
-            "batch size": _first([inner, *within], "batch_size"),
-            "drop_last": _first([inner, *within], "drop_last"),
-            "sampler": " of ".join(type(sampler).__name__ for sampler in reversed(within)),
-            "sampler seed": _first(within, "seed", "initial_seed"),
-            "replicas": _first(within, "num_replicas"),
-        }
-        if is_iterable or not self.is_indexed:
-            facts["num_workers"] = inner.num_workers
-        elif self.is_torchdata:
-            facts["workers"] = inner.num_workers > 0  # With workers it shuffles twice for each pass.
-        return facts
-
-    @property
-    def _order(self) -> str:
-        """The class that decides on the order: a user's subclass may have any name."""
-        for kind in type(self._root).__mro__:
-            if kind.__module__.startswith(_TORCH):
-                return kind.__name__
-        return "function" if isinstance(self.loader, FunctionLoader) else "iterable"
-
 
 def _iterates(*samplers: Any) -> list[Any]:
     return [type(sampler).__iter__ for sampler in samplers if sampler is not None]
-
-
-def _length(thing: Any) -> int | None:
-    try:
-        return len(thing)
-    except Exception:  # Objects without a length raise errors of many kinds.
-        return None
-
-
-def _first(holders: Iterable[Any], *names: str) -> Any:
-    values = [getattr(holder, name, None) for holder in holders for name in names]
-    return next((value for value in values if isinstance(value, (bool, int))), None)

@@ -13,28 +13,24 @@ from typing import Any, Final, TypeVar
 
 from checkpointer import CheckpointManager, Decision, Policy, Progress, Record, Skip
 from checkpointer.distributed.manager import DistributedManager
-from checkpointer.distributed.ranks import OneRank, TorchRanks, on_every_rank
-from checkpointer.distributed.team import check_alike
-from checkpointer.errors import ObservationError, PolicyError, RanksError, warn
+from checkpointer.distributed.ranks import OneRank, TorchRanks
+from checkpointer.errors import ObservationError, RanksError, warn
 from checkpointer.hosts.grace import Grace
-from checkpointer.manager import MANAGER_OPTIONS, check_options
 from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
-from checkpointer_torch.loader_view import FunctionLoader
+from checkpointer_torch.loaders import FunctionLoader
+from checkpointer_torch.open_training import open_training
 from checkpointer_torch.resume_source import ResumeSource
-from checkpointer_torch.sharded_state import ShardedState
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
-from checkpointer_torch.training_state import LoopProgress, TrainingState
+from checkpointer_torch.training_state import LoopProgress
 
 _log: Final = logging.getLogger("checkpointer.torch")
 _NOTHING: Final[Mapping[str, Any]] = {}
 _NO_NAMES: Final[frozenset[str]] = frozenset()
 _ACCUMULATING: Final = Skip(reason="gradients are accumulated: the optimizer has not stepped")
-_SET_BY_LOOP: Final = ("state", "weights", "save")
-"""Arguments of `CheckpointManager` that the loop sets itself."""
 _SILENT_STEPS: Final = 1000
 """After so many steps without an epoch the loop checks whether its policy can save anything."""
 T = TypeVar("T")
@@ -105,7 +101,7 @@ class Loop:
     ) -> None:
         self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
-        self._training = training = _open_training(objects, self._ranks, config=config, options=options)
+        self._training = training = open_training(objects, self._ranks, config=config, options=options)
         self._directory, self._options, self._when = directory, options, policy.when
         stopwatch = Stopwatch(training)
         kept = {**options, "state": training.take, "weights": training.weights}
@@ -523,46 +519,6 @@ class Loop:
 
     def __repr__(self) -> str:
         return f"<Loop at {self.progress}, saves {self._training.summary}: {self._saver!r}>"
-
-
-def _check_names(objects: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse an object with the name of an option: it would be saved as state, and the option would do nothing."""
-    check_options(options, "Loop", own=_SET_BY_LOOP)
-    for name in objects:
-        if name in MANAGER_OPTIONS and name != "state":
-            how = "the Loop sets it itself" if name in _SET_BY_LOOP else f"pass options={{{name!r}: ...}}"
-            msg = f"{name!r} is an option of CheckpointManager: {how}; an object of the training needs another name"
-            raise PolicyError(msg)
-
-
-def _open_training(
-    objects: Mapping[str, Any], ranks: Ranks, *, config: Any, options: Mapping[str, Any]
-) -> TrainingState:
-    """Return the training's state, after a check that it is the same training on every rank."""
-    opened: list[TrainingState] = []
-
-    def open_() -> bool:
-        _check_names(objects, options)
-        training = TrainingState(objects, ranks, config)
-        shards, format = training.objects.shards, options.get("format", "dcp")
-        if shards and ranks.size == 1:
-            msg = f"{shards[0]} is a shard, and other processes hold the others: pass their ranks, not {ranks!r}"
-            raise PolicyError(msg)
-        if shards and format != "dcp":
-            msg = (
-                f"{shards[0]} is a shard, and other processes hold the others: format {format!r} would hold one of "
-                "them alone. Leave format out of options=, or pass 'dcp'"
-            )
-            raise PolicyError(msg)
-        opened.append(training)
-        return bool(shards)
-
-    is_sharded = any(on_every_rank(ranks, open_)) or options.get("format") == "dcp"
-    (training,) = opened
-    check_alike(ranks, {"objects": ", ".join(training.objects.names), **training.objects.shapes})
-    if is_sharded:
-        training.sharded = ShardedState(training, ranks.rank, ranks.size)
-    return training
 
 
 def _why_silent(when: Trigger, decision: Decision) -> str:

@@ -25,7 +25,7 @@ from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Storage
 from checkpointer.restore.verified import open_verified
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 
 _WEIGHTS: Final = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _log: Final = logging.getLogger("checkpointer.torch")
@@ -84,11 +84,8 @@ class Opener:
         return self._open_folder(place) if is_folder else (self._read(storage, name, place), place)
 
     def _storage(self, place: str) -> Storage:
-        owner = new_owner()
-        try:
+        with temporary_owner() as owner:
             return open_storage(place, owner, self.storage_options)
-        finally:
-            release(owner)
 
     def _is_folder(self, url: str) -> bool:
         try:

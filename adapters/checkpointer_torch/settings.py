@@ -17,7 +17,7 @@ import torch
 
 from checkpointer import CheckpointManager
 from checkpointer.errors import NotFoundError, PolicyError
-from checkpointer.manager import check_options
+from checkpointer.manager_options import check_options
 from checkpointer.ports import Storage
 
 CONFIG: Final = "config"

@@ -18,11 +18,13 @@ from torch import nn
 from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, is_dtensor, is_shard
 from checkpointer_torch import parts
-from checkpointer_torch.loader_view import LoaderView, is_stateful
+from checkpointer_torch.loader_view import LoaderView
+from checkpointer_torch.loaders import is_stateful
 from checkpointer_torch.outside_state import OutsideState
 from checkpointer_torch.prepared import check_scalers, unwrapped
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
+from checkpointer_torch.value_parts import PLAIN, FunctionPart, HeldPart, MutablePart, TensorPart, ValuePart
 
 
 class TrainingObjects:
@@ -31,7 +33,7 @@ class TrainingObjects:
     def __init__(self, objects: Mapping[str, Any]) -> None:
         check_scalers(objects)
         all_parts = {name: _part_of(name, thing) for name, thing in objects.items()}
-        own = (LoaderView, parts.FunctionPart)
+        own = (LoaderView, FunctionPart)
         self.own = {name: part for name, part in all_parts.items() if isinstance(part, own)}
         """Parts that are saved for each process: loaders and functions."""
         self.shared = {name: part for name, part in all_parts.items() if not isinstance(part, own)}
@@ -39,7 +41,7 @@ class TrainingObjects:
         self.names = (*self.shared, *self.own)
         self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
         self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
-        self._values = {name: part for name, part in self.shared.items() if isinstance(part, parts.ValuePart)}
+        self._values = {name: part for name, part in self.shared.items() if isinstance(part, ValuePart)}
         stateful = (parts.ModulePart, parts.OptimizerPart, parts.StatefulPart)
         watched = {name: unwrapped(objects[name]) for name, part in self.shared.items() if isinstance(part, stateful)}
         self.outside = OutsideState(watched, self.names)
@@ -47,7 +49,7 @@ class TrainingObjects:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the modules, and those that were given, by name."""
-        named = {name: part.likes()(()) for name, part in self.shared.items() if isinstance(part, parts.TensorPart)}
+        named = {name: part.likes()(()) for name, part in self.shared.items() if isinstance(part, TensorPart)}
         for name, module in self.modules.items():
             named |= {f"{name}.{key}": one for key, one in (*module.named_parameters(), *module.named_buffers())}
         return named
@@ -83,12 +85,12 @@ class TrainingObjects:
         """Remember which objects the program has a reference to, and the values that no state holds."""
         self.outside.begin()
         for part in self.shared.values():
-            if isinstance(part, parts.HeldPart):
+            if isinstance(part, HeldPart):
                 part.begin()
 
     def __getitem__(self, name: str) -> Any:
         part = self._values.get(name) or self.own.get(name)
-        if not isinstance(part, (parts.ValuePart, parts.FunctionPart)):
+        if not isinstance(part, (ValuePart, FunctionPart)):
             raise UnknownValueError(self._no_value(name))
         return part.read()
 
@@ -108,7 +110,7 @@ class TrainingObjects:
 
     def unchanged(self) -> dict[str, Any]:
         """Return the values that are as they were given: those within objects, and the plain ones."""
-        mutable = {name: part for name, part in self.shared.items() if isinstance(part, parts.MutablePart)}
+        mutable = {name: part for name, part in self.shared.items() if isinstance(part, MutablePart)}
         return {
             "untouched": {name: part.untouched() for name, part in mutable.items()},
             "unchanged": [name for name, part in self._values.items() if part.given == part.value],
@@ -136,7 +138,7 @@ class TrainingObjects:
         changes: dict[str, str] = {}
         for name, untouched in unchanged.get("untouched", {}).items():
             part = self.shared.get(name)
-            if isinstance(part, parts.MutablePart) and name in states:
+            if isinstance(part, MutablePart) and name in states:
                 settled[name], changed = part.settled(states[name], untouched)
                 changes |= {f"{name}.{key}": change for key, change in changed.items()}
         plain = {name: self._values[name].given for name in unchanged.get("unchanged", ()) if name in self._values}
@@ -186,17 +188,17 @@ def _part_of(name: str, thing: Any) -> parts.Part:
     if is_stateful(thing):
         return parts.StatefulPart(thing)
     if isinstance(thing, torch.Tensor):
-        return parts.TensorPart(name, thing)
-    if isinstance(thing, parts.PLAIN):
-        return parts.ValuePart(given=thing, value=thing)
+        return TensorPart(name, thing)
+    if isinstance(thing, PLAIN):
+        return ValuePart(given=thing, value=thing)
     if access := accessors(thing):
         return parts.PlainPart(*access)
     if isinstance(thing, (dict, argparse.Namespace, types.SimpleNamespace)) or dataclasses.is_dataclass(thing):
-        return parts.MutablePart(name, thing)
+        return MutablePart(name, thing)
     if hasattr(thing, "set_epoch"):  # A sampler: the loop sets its epoch.
         return parts.PlainPart(dict, bool)
     if callable(thing):
-        return parts.FunctionPart(name, thing)
+        return FunctionPart(name, thing)
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
         "load_state_dict; pass an object that has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
@@ -223,7 +225,7 @@ def _refuse_fsdp1(name: str, module: nn.Module) -> None:
 
 def _summary_of(name: str, thing: Any, part: parts.Part) -> str:
     """Return how an object is saved. The loop logs it at its start."""
-    if isinstance(part, parts.FunctionPart):
+    if isinstance(part, FunctionPart):
         return f"{name} (a function's value at each save)"
-    hows = {parts.TensorPart: ", as written in place", parts.ValuePart: f", as loop[{name!r}]"}
+    hows = {TensorPart: ", as written in place", ValuePart: f", as loop[{name!r}]"}
     return f"{name} ({type(thing).__name__}{hows.get(type(part), '')})"

@@ -6,20 +6,20 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
 from checkpointer import Record
 from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
-from checkpointer.policy.swapped_weights import OTHER, modes_of, trains, unranked
 from checkpointer.ports import Ranks
 from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
 from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.parts import FunctionPart, Part, StatefulPart
+from checkpointer_torch.measured_weights import MeasuredWeights
+from checkpointer_torch.parts import Part, StatefulPart
 from checkpointer_torch.position_search import ResumedFrom
 from checkpointer_torch.prepared import accumulation_of, unwrapped
 from checkpointer_torch.random_state import put_random_state, take_random_state
@@ -27,6 +27,7 @@ from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.sharded_state import KEY, ShardedState, joined
 from checkpointer_torch.state_differences import Differences, are_alike
 from checkpointer_torch.training_objects import TrainingObjects
+from checkpointer_torch.value_parts import FunctionPart
 
 SCHEMA: Final = 1
 _log: Final = logging.getLogger("checkpointer.torch")
@@ -314,33 +315,3 @@ def _doubts(own: Mapping[str, Any], source: str) -> Iterator[str]:
             f"{source} was saved when an exception came within step {own['step'] + 1}: the changes of that step "
             "are in it, and the step is taken again. Resume from a step before to be exact"
         )
-
-
-class MeasuredWeights:
-    """Knows which weights of a schedule-free optimizer the model has now, and which the last state had.
-
-    See `checkpointer.policy.swapped_weights`.
-    """
-
-    def __init__(self, objects: Iterable[Any]) -> None:
-        self._optimizers = [thing for thing in objects if modes_of(thing)]
-        self._noted: tuple[int, bool] | None = None
-        self._has_warned = False
-
-    def note(self, step: int) -> None:
-        """Remember which weights the state of a step has, when it is taken or put back."""
-        self._noted = step, trains(self._optimizers)
-
-    def rename(self, metrics: Mapping[str, Any], reported: Collection[str], *, step: int) -> Mapping[str, Any]:
-        """Return metrics for the checkpoint of a step; a metric of other weights gets a name of its own.
-
-        A validation measured the ``reported`` ones, so with the weights of ``optimizer.eval()``. If the state of the
-        step was taken already, the weights of that state count.
-        """
-        has_training = trains(self._optimizers) or (step, True) == self._noted
-        if not reported or (step, False) == self._noted or not has_training:
-            return metrics
-        if not self._has_warned:
-            self._has_warned = True
-            warn(unranked(reported, step))
-        return {f"{name}{OTHER}" if name in reported else name: value for name, value in metrics.items()}

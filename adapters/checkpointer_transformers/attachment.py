@@ -15,8 +15,9 @@ from checkpointer.errors import PolicyError, warn
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
+from checkpointer_transformers.leader import staging_parent
 from checkpointer_transformers.trainer_state import evaluated
-from checkpointer_transformers.training import Training, staging_parent
+from checkpointer_transformers.training import Training
 
 _LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
 """Names of the Trainer's methods that make loaders."""

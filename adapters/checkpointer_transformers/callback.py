@@ -16,7 +16,7 @@ from checkpointer.distributed.ranks import OneRank, TorchRanks
 from checkpointer.distributed.team import on_rank_zero
 from checkpointer.errors import PolicyError, warn
 from checkpointer.hosts.grace import Grace
-from checkpointer.manager import check_options
+from checkpointer.manager_options import check_options
 from checkpointer.ports import Clock, Ranks
 from checkpointer_transformers.argument_check import refuse
 from checkpointer_transformers.find_checkpoint import clear

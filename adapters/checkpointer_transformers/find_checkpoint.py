@@ -17,7 +17,7 @@ from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
 from checkpointer.storage import open_storage
 from checkpointer.storage.digests import size_of
-from checkpointer.storage.owner import is_live, new_owner, release
+from checkpointer.storage.owner import is_live, temporary_owner
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.sweep import sweep
 from checkpointer_transformers.integrity import checkpoints_of, problem_of, step_of
@@ -104,11 +104,8 @@ def _holding(journal: Journal, run: str, lease: Lease) -> contextlib.AbstractCon
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Storage, str]]:
-    owner = new_owner()
-    try:
+    with temporary_owner() as owner:
         yield open_storage(folder, owner), owner
-    finally:
-        release(owner)
 
 
 def _look(

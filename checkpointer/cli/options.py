@@ -25,7 +25,7 @@ from checkpointer.policy.ranking import Metric
 from checkpointer.policy.yaml_codec import MAX_YAML_BYTES, suggest
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 from checkpointer.storage.retry import Retry
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.payloads import Payload, payload_at, similar
@@ -64,7 +64,12 @@ def _for_completion(ctx: typer.Context) -> Catalog | None:
     return None
 
 
-Directory = Annotated[str, typer.Argument(metavar="DIRECTORY", help="A path or an fsspec URL.", show_default=False)]
+def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
+    """Return an argument of a command; ``complete`` completes it in the shell."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
+
+
+Directory = Annotated[str, argument("DIRECTORY", "A path or an fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
     typer.Option(
@@ -327,11 +332,8 @@ def check_out(path: str, access: Access, *known: str) -> None:
 @contextlib.contextmanager
 def writing(directory: str, access: Access, *, new: bool = False) -> Iterator[tuple[Storage, str]]:
     """Open a directory to change it; yields the storage and the id of this writer. ``new``: it need not exist."""
-    owner = new_owner()
-    try:
+    with temporary_owner() as owner:
         storage = open_place(directory, access, owner, new=new)
         yield storage, owner
         if isinstance(storage, SupportsSweep):
             storage.close()
-    finally:
-        release(owner)

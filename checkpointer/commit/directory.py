@@ -15,22 +15,23 @@ from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
 from checkpointer.commit.changes import Changes
 from checkpointer.commit.contents import Contents
+from checkpointer.commit.heartbeat import Heartbeat, Status
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.lines import Lines
 from checkpointer.commit.looks import Looks
 from checkpointer.commit.naming import Names
 from checkpointer.commit.recovery import finish_run, recover, retire
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.terms import Heartbeat, Lease, Status, Term, claim_term
+from checkpointer.commit.terms import Lease, Term, claim_term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import ConflictError, FencedError, RecordError, StorageError, UntrustedError, warn
+from checkpointer.errors import ConflictError, FencedError, RecordError, UntrustedError, warn
 from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
-from checkpointer.storage.opening import access_advice
+from checkpointer.storage.opening import advising
 from checkpointer.storage.owner import is_dead, is_of_host
 
 INDEX_EVERY = 64
@@ -435,12 +436,7 @@ def _read_created(storage: Storage, path: str) -> float | None:
 
 def _listing(journal: Journal) -> index.Listing:
     storage, before = journal.storage, journal.term.before if journal.term is not None else ""
-    try:
+    with advising(storage, "use"):
         listing = index.load(storage, journal.trust, writers=[before] if before else [])
-    except StorageError:
-        raise
-    except OSError as error:
-        msg = f"cannot use {storage}: {error}; {access_advice(storage, error)}"
-        raise StorageError(msg) from error
     journal.trust = listing.trust
     return listing

@@ -18,7 +18,7 @@ from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 
 
 @attrs.frozen(kw_only=True)
@@ -132,14 +132,11 @@ def finish_run(storage: Storage, trust: HMACKey | None, run: tuple[str, str]) ->
     Raises:
         RunInUseError: If a process trains the run.
     """
-    owner = new_owner()
-    journal = Journal(storage, owner, trust)
-    try:
+    with temporary_owner() as owner:
+        journal = Journal(storage, owner, trust)
         with holding(journal, *run):
             recover(journal, load(storage, trust), run=run)
         storage.delete(changes_path(owner))
-    finally:
-        release(owner)
 
 
 def finish_changes(journal: Journal, owner: str) -> None:

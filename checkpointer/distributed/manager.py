@@ -29,7 +29,8 @@ from checkpointer.errors import (
     warn,
 )
 from checkpointer.formats import open_format
-from checkpointer.manager import CheckpointManager, check_options
+from checkpointer.manager import CheckpointManager
+from checkpointer.manager_options import check_options
 from checkpointer.policy.decide import Decision, Skip
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
@@ -40,7 +41,7 @@ from checkpointer.records.record import Record
 from checkpointer.restore.load import Restored, Verify, load
 from checkpointer.save.background import as_busy
 from checkpointer.storage import open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import temporary_owner
 
 T = TypeVar("T")
 
@@ -301,13 +302,9 @@ class DistributedManager:
     def _look(self, act: Callable[[Storage], T]) -> T | None:
         """Return what ``act`` returns for the directory as this rank sees it; None if this rank cannot read it."""
         directory, storage_options = self._where
-        owner = new_owner()
-        try:
+        with temporary_owner() as owner, contextlib.suppress(CheckpointerError, OSError):
             return act(open_storage(directory, owner, storage_options))
-        except (CheckpointerError, OSError):
-            return None
-        finally:
-            release(owner)
+        return None
 
     def _check_none_sees_more(self) -> None:
         """Raise on every rank if rank 0 sees no record, and another rank does: the training would begin anew."""

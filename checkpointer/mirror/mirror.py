@@ -23,9 +23,10 @@ import attrs
 from checkpointer._display import size_text
 from checkpointer._secrets import without_secrets
 from checkpointer.commit.directory import Directory
+from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import Lease, Status
+from checkpointer.commit.terms import Lease
 from checkpointer.errors import (
     ConflictError,
     CorruptError,
@@ -43,7 +44,7 @@ from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
 from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.storage.opening import Where, open_storage
-from checkpointer.storage.owner import new_owner, release
+from checkpointer.storage.owner import new_owner, release, temporary_owner
 from checkpointer.storage.same_place import SamePlaceError, refuse_same, refuse_same_by_trial
 
 T = TypeVar("T")
@@ -302,12 +303,9 @@ class MirrorThread:
 
     def _look(self) -> MirrorSnapshot:
         # A storage of its own, because the thread may be using the other one.
-        owner = new_owner()
-        try:
+        with temporary_owner() as owner:
             storage = open_storage(self._mirror.where, owner, self._mirror.options)
             listing = load(storage, self._trust)
-        finally:
-            release(owner)
         damaged = (f"on the mirror {problem}" for problem in listing.damaged.values())
         records = {record.token: record for record in _candidates(listing)}
         return MirrorSnapshot(storage=storage, records=records, problems=tuple(damaged))

@@ -272,7 +272,7 @@ class Reasons:
     def surplus(self) -> tuple[str, ...]:
         """The names of this run that nothing keeps, oldest first, without what another program has written."""
         slot = self.policy.name.last_file if self.policy.last else None
-        kept = (set().union(*self._by_rule) - self._dropped).union(*self._always)
+        kept = (self._ruled - self._dropped).union(*self._always)
         going = [record for record in self.manifest.live if record.name not in kept and record.name != slot]
         return tuple([record.name for record in going if not record.is_adopted])
 
@@ -296,12 +296,17 @@ class Reasons:
         return (*(rule.keep(self._history) for rule in self.policy.rules), pinned, self._newest)
 
     @cached_property
+    def _ruled(self) -> set[str]:
+        """The names that some rule keeps."""
+        return set().union(*self._by_rule)
+
+    @cached_property
     def _dropped(self) -> set[str]:
         """What limits take away from the rules. No limit takes a pinned checkpoint."""
         dropped: set[str] = set()
-        names: set[str] = set().union(*self._by_rule) if self.policy.limits else set()
         for limit in self.policy.limits:
-            kept = [record for record in self._history if record.name in names and record.name not in dropped]
+            names = self._ruled - dropped
+            kept = [record for record in self._history if record.name in names]
             going = limit.drop(kept, self.policy.best_rule)
             dropped.update(record.name for record in kept if record.name in going and not record.pinned)
         return dropped

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import attrs
 
 from checkpointer._validation import one_of
 from checkpointer.errors import ObservationError, PolicyError
-from checkpointer.records.record import Observation, Record, as_metrics
+from checkpointer.records.record import Observation, Record, as_metrics, commit_order
 
 Score = Callable[[Mapping[str, float]], Any]
 
 
 Ties = Literal["older", "newest", "incumbent"]
-Place = tuple[int, float, int, float, str, str, Record]
 
 
 class Ranking(Protocol):
@@ -90,28 +89,31 @@ class Metric:
             raise ObservationError(msg) from error
         return as_metrics({self.name: score})[self.name]
 
-    def places(self, records: Iterable[Record]) -> Iterator[Place]:
-        """Yield what sorts each record that has the metric, best first; the record itself comes last."""
-        sign, is_newest, inf = 1.0 if self.mode == "min" else -1.0, self.ties == "newest", math.inf
-        is_reported = isinstance(self.key, str) and self.key not in ("step", "epoch")
-        for record in records:
+    def scored(self, records: Iterable[Record]) -> list[tuple[float, Record]]:
+        """Return the records that have the metric, each with its score; the smaller is the better (see `place`)."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        if isinstance(self.key, str) and self.key not in ("step", "epoch"):
             # As `value` does, without a call for each of many records.
-            value = record.metrics.get(self.key) if is_reported else self.value(record)  # type: ignore[arg-type]
-            if value is None:
-                continue
-            value = sign * value + 0.0  # -0.0 and 0.0 are one value, so that a tie is a tie.
-            kind = 0 if value > -inf else 1 if value == -inf else 2
-            age = -record.serial if is_newest else record.serial
-            # NaN does not compare.
-            yield kind, value if kind < 2 else 0.0, age, record.time, record.token, record.name, record
+            values = [(record.metrics.get(self.key), record) for record in records]
+        else:
+            values = [(self.value(record), record) for record in records]
+        return [(sign * value, record) for value, record in values if value is not None]
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        return [place[-1] for place in sorted(self.places(records))]
-
-    def best(self, k: int, records: Iterable[Record]) -> list[Record]:
-        """Return the first ``k`` of `ranked`, without sorting all records."""
-        return [place[-1] for place in heapq.nsmallest(k, [*self.places(records)])]
+        # A sort leaves equals in the order in which they are, so ties are settled first.
+        scored = self.scored(sorted(records, key=commit_order, reverse=self.ties == "newest"))
+        proper = sorted([one for one in scored if one[0] > -math.inf], key=itemgetter(0))
+        others = [one for one in scored if not one[0] > -math.inf] if len(proper) < len(scored) else []
+        others.sort(key=lambda one: place(one[0]))
+        return [record for _, record in (*proper, *others)]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"
+
+
+def place(score: float) -> tuple[int, float]:
+    """Return what sorts the scores of `Metric.scored`, best first: proper numbers, then ``-inf``, then NaN."""
+    if score > -math.inf:
+        return 0, score
+    return (1, 0.0) if score == -math.inf else (2, 0.0)  # NaN does not compare.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
@@ -11,7 +11,7 @@ import attrs
 from checkpointer._display import every_text, size_text
 from checkpointer._validation import as_seconds, named_function, whole_number
 from checkpointer.errors import ObservationError, PolicyError
-from checkpointer.policy.ranking import Metric, Ranking, Score, Ties
+from checkpointer.policy.ranking import Metric, Ranking, Score, Ties, place
 from checkpointer.records.record import Record
 
 
@@ -86,15 +86,14 @@ class KeepBest:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; best first."""
-        rule = str(self)
-        top = enumerate(self.top(history), start=1)
-        return {record.name: f"#{rank} of {rule}" if self.k > 1 else rule for rank, record in top}
+        best = [record.name for record in self.top(history)]
+        return _Places(str(self), best) if self.k > 1 else dict.fromkeys(best, str(self))
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
         if self.metric.ties == "incumbent":
             return self.metric.ranked(self._incumbents(history))
-        return self.metric.best(self.k, self.eligible(history))
+        return self.ranked(history)[: self.k]
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records this rule ranks, best first."""
@@ -102,7 +101,7 @@ class KeepBest:
 
     def best(self, records: Iterable[Record]) -> Record | None:
         """Return the record this rule ranks first, or None if it ranks none."""
-        return next(iter(self.metric.best(1, self.eligible(records))), None)
+        return next(iter(self.ranked(records)), None)
 
     def eligible(self, records: Iterable[Record]) -> Iterable[Record]:
         """Return the records that may be ranked, if they have the metric."""
@@ -111,17 +110,35 @@ class KeepBest:
     def _incumbents(self, history: Iterable[Record]) -> list[Record]:
         """Return the records that hold a place among the best if an equal takes none, in any order."""
         heap: list[tuple[int, float, int, Record]] = []  # The worst first, and the oldest of those.
-        for number, (kind, value, *_, record) in enumerate(self.metric.places(self.eligible(history))):
-            place = (-kind, -value, number, record)
+        for number, (score, record) in enumerate(self.metric.scored(self.eligible(history))):
+            kind, value = place(score)
+            item = (-kind, -value, number, record)
             if len(heap) < self.k:
-                heapq.heappush(heap, place)
-            elif place[:2] > heap[0][:2]:
-                heapq.heapreplace(heap, place)
+                heapq.heappush(heap, item)
+            elif item[:2] > heap[0][:2]:
+                heapq.heapreplace(heap, item)
         return [record for *_, record in heap]
 
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
         return f"the best{f' {self.k}' if self.k > 1 else ''} by {self.metric}{after}"
+
+
+class _Places(Mapping[str, str]):
+    """The names that a `KeepBest` keeps, best first. The text of a place is made when it is asked for."""
+
+    def __init__(self, rule: str, best: Iterable[str]) -> None:
+        self._rule = rule
+        self._places = {name: place for place, name in enumerate(best, start=1)}
+
+    def __getitem__(self, name: str) -> str:
+        return f"#{self._places[name]} of {self._rule}"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @attrs.frozen

@@ -65,8 +65,13 @@ class Manifest:
     @cached_property
     def live(self) -> tuple[Record, ...]:
         """Own records on the current line, rescues included."""
-        line, limits = self.line, self.limits
-        return tuple([r for r in self.own if (r.line == line and not limits) or self.counts(r)])
+        line, limits = self.line, self.limits.get((self.run, self.label), ())
+        term = max((term for term, _ in limits), default=0)
+        serial = min((serial for _, serial in limits), default=0)
+        # `counts` is not called for most of many records: they are on the line, and new enough or old enough.
+        return tuple(
+            [r for r in self.own if (r.line == line and (r.term >= term or r.serial <= serial)) or self.counts(r)]
+        )
 
     @cached_property
     def history(self) -> tuple[Record, ...]:

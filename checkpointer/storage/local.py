@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
-from checkpointer._write_back import WRITE_BACK, begin_write_back
-from checkpointer.errors import NameTakenError, StorageError
+from checkpointer.errors import StorageError
 from checkpointer.ports import Stat, Upload
+from checkpointer.storage.durable_files import discard, put_into, sync_file, sync_folder, sync_tree
+from checkpointer.storage.local_upload import CLAIM, FULL, LocalUpload
 from checkpointer.storage.owner import STAGING, is_abandoned
-from checkpointer.storage.unreadable import UNREADABLE, is_needed
+from checkpointer.storage.unreadable import UNREADABLE, is_needed, permission_advice
 
 _BUFFER: Final = 1 << 16
 """Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
 _CLAIMS: Final = ".checkpointer/terms/"
 """An empty folder below it is listed: if it has the name of a claim, no process can create that claim."""
-_CLAIM: Final = "claim-"
-"""Prefix of the name of a claim on a file's name."""
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _KEPT_OF_NAME: Final = 100
 """A staged path ends with so many bytes of the final name, because some trainers choose a format by the extension."""
-_TRIES: Final = 16
-_NOT_ABOUT_LINKS: Final = {*_FULL, errno.ENOENT}
-"""Errors that a rename would raise too. Any other error may mean that a mount refuses links: EPERM, EIO, EACCES..."""
 
 
 class LocalStorage:
@@ -119,7 +112,7 @@ class LocalStorage:
         for is_retry in (False, True):
             try:
                 self._replace(target, data, durable=True)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
                 return
             except FileNotFoundError:
                 # The directory was removed meanwhile, and the staged file with it.
@@ -144,11 +137,11 @@ class LocalStorage:
             with open(staged, "wb") as stream:
                 stream.write(data)
                 if durable:
-                    _sync(stream)
-            _into(target.parent, lambda: os.replace(staged, target))
+                    sync_file(stream)
+            put_into(target.parent, lambda: os.replace(staged, target))
         except OSError:
             # On a full disk the staged part must not keep its space.
-            _discard(staged)
+            discard(staged)
             raise
 
     def delete(self, path: str) -> None:
@@ -167,7 +160,7 @@ class LocalStorage:
                 break
             folder = folder.parent
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            _sync_folder(folder)
+            sync_folder(folder)
 
     def _delete_folder(self, target: Path) -> None:
         """Rename the folder away in one step, so that readers never see half of it, and remove it afterwards."""
@@ -183,7 +176,7 @@ class LocalStorage:
         """See `Storage.upload`."""
         target = self._within(path)
         staged = self._new_staged()
-        return _LocalUpload(staged, target, open(staged, "wb", buffering=_BUFFER))
+        return LocalUpload(staged, target, open(staged, "wb", buffering=_BUFFER))
 
     def _within(self, path: str) -> Path:
         """Return the full path of a file to change, or raise if a link leads out of the directory.
@@ -215,8 +208,8 @@ class LocalStorage:
         # The staged link is discarded, because a rename between two names of one file does nothing and keeps both.
         with self._scratch() as staged:
             make(staged)
-            _into(path.parent, lambda: os.replace(staged, path))
-        _sync_folder(path.parent)
+            put_into(path.parent, lambda: os.replace(staged, path))
+        sync_folder(path.parent)
 
     def free_space(self) -> int | None:
         """See `SupportsFreeSpace.free_space`."""
@@ -236,12 +229,12 @@ class LocalStorage:
         staged = self._new_staged()
         end = os.fsencode(target.name)[-_KEPT_OF_NAME:].decode(errors="ignore")
         staged = staged.with_name(f"{staged.name}-{end}")
-        return str(staged), _LocalUpload(staged, target, None)
+        return str(staged), LocalUpload(staged, target, None)
 
     def sync(self, path: str) -> None:
         """See `SupportsPaths.sync`."""
-        _sync_tree(self._root / path)
-        _sync_folder((self._root / path).parent)
+        sync_tree(self._root / path)
+        sync_folder((self._root / path).parent)
 
     def prepare(self) -> None:
         """See `SupportsSweep.prepare`."""
@@ -251,7 +244,7 @@ class LocalStorage:
                 staged.write_bytes(bytes(4096))
                 os.replace(staged, renamed)
         except OSError as error:
-            what = "free some space" if error.errno in _FULL else "choose a directory that this process may write to"
+            what = "free some space" if error.errno in FULL else "choose a directory that this process may write to"
             if error.errno == errno.EACCES:
                 what = permission_advice(error.filename or self._root)
             msg = f"cannot write to {self._root}: {error.strerror}; {what}"
@@ -297,7 +290,7 @@ class LocalStorage:
             "create": "link, refused by the filesystem" if hard else "rename, under a claim",
             "copy": "hard link" if hard else "through this process",
             "link": "symlink" if self._can(os.symlink) else "none",
-            "fsync of folders": "yes" if _sync_folder(self._root) else "refused",
+            "fsync of folders": "yes" if sync_folder(self._root) else "refused",
         }
 
     def _can(self, make: Callable[[Path, Path], None]) -> bool:
@@ -315,159 +308,19 @@ class LocalStorage:
         try:
             yield staged
         finally:
-            _discard(staged)
+            discard(staged)
 
     def _new_staged(self) -> Path:
         # The folder is made each time, because another host may sweep it after a day without a write.
         staged = self._within(f"{STAGING}/{self._staging.name}/{uuid.uuid4().hex[:12]}")
-        _into(self._staging, lambda: None)
+        put_into(self._staging, lambda: None)
         return staged
-
-
-class _LocalUpload:
-    """A payload in the staging folder, on the same filesystem as its target. See `checkpointer.ports.Upload`."""
-
-    def __init__(self, staged: Path, target: Path, stream: BinaryIO | None) -> None:
-        self._staged = staged
-        self._target = target
-        self._stream = stream
-        self._written = 0
-        self._begun = 0
-        """Bytes that the kernel was asked to write to the disk."""
-
-    def write(self, data: Any) -> int:
-        assert self._stream is not None, "a staged path is written by its owner"
-        count = self._stream.write(data)
-        self._written += count
-        if self._written - self._begun >= WRITE_BACK:
-            begin_write_back(self._stream.fileno(), self._begun, self._written - self._begun)
-            self._begun = self._written
-        return count
-
-    @property
-    def descriptor(self) -> int | None:
-        """That of the staged file. Another process may write to it; `finish` syncs what it has written."""
-        return self._stream.fileno() if self._stream is not None else None
-
-    def finish(self) -> None:
-        if self._stream is None:
-            _sync_tree(self._staged)
-            return
-        _sync(self._stream)
-        self._stream.close()
-
-    def publish(self, *, replace: bool) -> None:
-        publish = (lambda: os.replace(self._staged, self._target)) if replace else self._publish_new
-        _into(self._target.parent, publish)
-        _sync_folder(self._target.parent)
-
-    def _publish_new(self) -> None:
-        # If the name is taken, a link fails, but a rename would replace another writer's file.
-        if not self._staged.is_dir() and self._link():
-            _discard(self._staged)
-            return
-        with self._claim():
-            if os.path.lexists(self._target):
-                raise self._taken()
-            with self._as_taken():
-                os.rename(self._staged, self._target)
-
-    def _link(self) -> bool:
-        """Link the target to the staged file; return whether this filesystem has links."""
-        try:
-            os.link(self._staged, self._target)
-        except OSError as error:
-            # A network mount may lose the reply, send the request again, and report that the link exists.
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.lstat(self._staged), os.lstat(self._target)):
-                    return True
-            if isinstance(error, FileExistsError):
-                raise self._taken() from error
-            if error.errno in _NOT_ABOUT_LINKS:
-                raise
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def _claim(self) -> Iterator[None]:
-        """Reserve the name between the check and the rename. If this writer dies, the claim is swept.
-
-        The claim is a folder that holds its owner's name. It appears by one rename, so it never exists without its
-        owner, and no second claim can be renamed over it.
-        """
-        name = hashlib.sha256(os.fsencode(self._target)).hexdigest()[:32]
-        claim = self._staged.parent.parent / f"{_CLAIM}{name}"
-        own = self._staged.with_name(f"{self._staged.name}-claim")
-        (own / self._staged.parent.name).mkdir(parents=True)
-        try:
-            with self._as_taken():
-                os.rename(own, claim)
-        except OSError:
-            shutil.rmtree(own, ignore_errors=True)
-            raise
-        try:
-            yield
-        finally:
-            shutil.rmtree(claim, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _as_taken(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            # A rename over a folder that is not empty: ext4 raises ENOTEMPTY, XFS raises EEXIST.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise self._taken() from error
-            raise
-
-    def _taken(self) -> NameTakenError:
-        msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
-        return NameTakenError(msg)
-
-    def abort(self) -> None:
-        if self._stream is not None:
-            with contextlib.suppress(OSError):
-                self._stream.close()
-        _discard(self._staged)
-
-
-def permission_advice(path: str | os.PathLike[str]) -> str:
-    """Return who owns a path that this process may not use, its mode, and what to do."""
-    for place in (Path(path), *Path(path).parents):
-        try:
-            info = place.stat()
-        except OSError:  # It does not exist, or a folder above it denies access: then that folder is the cause.
-            continue
-        runs_as = f"this process runs as {_user(os.geteuid())}" if hasattr(os, "geteuid") else "this process may not"
-        return (
-            f"{place} belongs to {_user(info.st_uid)} with mode {stat.filemode(info.st_mode)}, and {runs_as}: run as "
-            "the owner, change owner or mode (chown, chmod), or choose another directory"
-        )
-    return "check who owns the path, and its mode"
-
-
-def _user(uid: int) -> str:
-    try:
-        import pwd
-
-        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except (ImportError, KeyError):  # Windows, or a container without this user.
-        return f"uid {uid}"
 
 
 def _owner_of(folder: Path) -> str:
     """Return the owner of a staging folder (from its name) or of a claim (from the name that it holds)."""
-    names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(_CLAIM) else [folder.name]
+    names = [entry.name for entry in folder.iterdir()] if folder.name.startswith(CLAIM) else [folder.name]
     return names[0].rpartition("-")[0] if names else ""
-
-
-def _discard(staged: Path) -> None:
-    """Remove a staged file, or leave it to `sweep`: a failed clean-up must not hide the error of the write."""
-    if os.path.isdir(staged):
-        shutil.rmtree(staged, ignore_errors=True)
-        return
-    with contextlib.suppress(OSError):
-        staged.unlink()
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -496,66 +349,3 @@ def _without_unreachable() -> Iterator[None]:
 
 def _stat(info: os.stat_result) -> Stat:
     return Stat(info.st_size, f"{info.st_mtime_ns:x}-{info.st_ino:x}")
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    # Kernels before 6.13 stamp files once per tick, so a quick rewrite that gets the old inode would look unchanged.
-    with contextlib.suppress(OSError, TypeError):
-        os.utime(stream.fileno(), ns=(time.time_ns(),) * 2)
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> bool:
-    """Make a folder's entries durable: without it a power loss undoes the rename. Return whether that is possible."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network mounts refuse fsync on a folder, and offer nothing stronger.
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _sync_tree(path: Path) -> None:
-    if not path.is_dir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-        return
-    for folder, _, files in os.walk(path):
-        for name in files:
-            _sync_tree(Path(folder, name))
-        _sync_folder(Path(folder))
-
-
-def _into(folder: Path, act: Callable[[], None]) -> None:
-    """Make a folder and put a file into it.
-
-    Between these two steps another writer may delete the last file there, and with it the folder.
-    """
-    for tries_left in reversed(range(_TRIES)):
-        try:
-            _make_folders(folder)
-            return act()
-        except FileNotFoundError as error:
-            if tries_left:
-                continue
-            if folder.is_dir() and error.filename2 and os.path.lexists(error.filename):
-                # FAT and similar filesystems refuse ':', '*' and '?', and some drivers raise ENOENT for it.
-                msg = "this filesystem takes no such name; change the template"
-                raise OSError(errno.EINVAL, msg, str(error.filename2)) from error
-            raise
-
-
-def _make_folders(folder: Path) -> None:
-    """Make a folder and its parents, each new entry durable."""
-    if folder.is_dir():
-        return
-    _make_folders(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-    _sync_folder(folder.parent)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpointer.errors import StorageError
 from checkpointer.ports import Storage, SupportsPaths
-from checkpointer.storage.local import LocalStorage, permission_advice
+from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.memory import MemoryStorage
+from checkpointer.storage.unreadable import permission_advice
 
 Where = str | os.PathLike[str] | Storage
 """A path, an fsspec URL, or a storage of the user's own."""
@@ -40,6 +42,18 @@ def open_storage(directory: Where | None, owner: str, storage_options: Mapping[s
         return directory
     msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"
     raise StorageError(msg)
+
+
+@contextlib.contextmanager
+def advising(storage: Storage, what: str) -> Iterator[None]:
+    """Let errors of the block say what to check; ``what`` is done with the storage, such as ``"read"``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        msg = f"cannot {what} {storage}: {error}; {access_advice(storage, error)}"
+        raise StorageError(msg) from error
 
 
 def access_advice(storage: Storage, error: OSError) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +32,16 @@ def new_owner() -> str:
 def release(owner: str) -> None:
     """Mark the manager as finished; a second call does nothing."""
     _live_here.discard(owner)
+
+
+@contextlib.contextmanager
+def temporary_owner() -> Iterator[str]:
+    """Yield an id of a writer, or of a reader that opens a storage, which is released at the end of the block."""
+    owner = new_owner()
+    try:
+        yield owner
+    finally:
+        release(owner)
 
 
 def is_live(owner: str) -> bool:

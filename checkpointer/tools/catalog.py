@@ -16,11 +16,11 @@ from checkpointer.commit.naming import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
 from checkpointer.commit.terms import by_key
-from checkpointer.errors import CorruptError, NotFoundError, RecordError, StorageError, UntrustedError
+from checkpointer.errors import CorruptError, NotFoundError, RecordError, UntrustedError
 from checkpointer.ports import Stat, Storage, SupportsPaths
 from checkpointer.records.manifest import Limits, Manifest
 from checkpointer.records.record import Entry, Record, commit_order
-from checkpointer.storage.opening import access_advice
+from checkpointer.storage.opening import advising
 from checkpointer.tools.query import name_like
 
 _ALIASES = f"{index.HOME}/aliases/"
@@ -222,13 +222,8 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
 
 
 def _load(storage: Storage, trust: HMACKey | None) -> index.Listing:
-    try:
+    with advising(storage, "read"):
         return index.load(storage, trust)
-    except StorageError:
-        raise
-    except OSError as error:
-        msg = f"cannot read {storage}: {error}; {access_advice(storage, error)}"
-        raise StorageError(msg) from error
 
 
 def _aliases(

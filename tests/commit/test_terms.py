@@ -25,7 +25,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.commit import terms
+from checkpointer.commit import heartbeat, terms
 from checkpointer.commit.changes import Changes, write_changes
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.writer_marks import writers_in
@@ -159,7 +159,9 @@ def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
     term = old.session._directory.journal.term
     assert term is not None
     ended = threading.Event()
-    beats = threading.Thread(target=terms._keep_beating, args=(ended, term, lambda: term.storage, 0.05))
+    beats = threading.Thread(
+        target=heartbeat._keep_beating, args=(ended, term, lambda: term.storage, heartbeat.Status())
+    )
     beats.start()
     new = started(tmp_path, LAST, "new")
     new.session._directory._lease = terms.Lease(seconds=30)

@@ -17,7 +17,7 @@ from checkpointer.errors import RecordError
 from checkpointer.policy.decide import Attach, Save, decide, explain, surplus
 from checkpointer.policy.naming import Naming
 from checkpointer.policy.policy import Policy
-from checkpointer.policy.ranking import Metric
+from checkpointer.policy.ranking import Metric, place
 from checkpointer.policy.retention import Budget, KeepAll, KeepBest, KeepEvery, KeepLast
 from checkpointer.policy.triggers import AnyOf, AtSteps, EveryEpochs, EverySeconds, EverySteps
 from checkpointer.records.names import name_problem
@@ -107,7 +107,9 @@ def test_the_order_is_total(numbers: list[float], mode: Any, ties: Any, random: 
     shuffled = list(records)
     random.shuffle(shuffled)
     assert ranked == metric.ranked(shuffled)
-    assert all(one[:-1] < other[:-1] for one, other in pairwise(metric.places(ranked)))
+    age = -1 if ties == "newest" else 1
+    keys = [(*place(score), age * one.serial) for score, one in metric.scored(ranked)]
+    assert all(one < other for one, other in pairwise(keys))
     nans = [math.isnan(r.metrics["loss"]) for r in ranked]
     assert sorted(nans) == nans
     proper = [r.metrics["loss"] for r in ranked if math.isfinite(r.metrics["loss"])]

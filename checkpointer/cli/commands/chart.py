@@ -19,12 +19,7 @@ from checkpointer.tools.history import history_at
 from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import simulate
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE", help="A directory; or a file of metrics, to play --policy over.", show_default=False
-    ),
-]
+Source = Annotated[str, options.argument("SOURCE", "A directory; or a file of metrics, to play --policy over.")]
 
 
 @attrs.frozen(kw_only=True)
@@ -43,10 +38,8 @@ def plot_command(
     source: Source,
     out: Annotated[
         str,
-        typer.Argument(
-            metavar="OUT",
-            help="The picture; its extension is the format: .png, .svg, .pdf, .jpg or .webp. Replaced if there.",
-            show_default=False,
+        options.argument(
+            "OUT", "The picture; its extension is the format: .png, .svg, .pdf, .jpg or .webp. Replaced if there."
         ),
     ],
     ranking: options.Ranking,
@@ -66,7 +59,7 @@ def plot_command(
 
 def report_command(
     source: Source,
-    out: Annotated[str, typer.Argument(metavar="OUT.html", help="The page; replaced if there.", show_default=False)],
+    out: Annotated[str, options.argument("OUT.html", "The page; replaced if there.")],
     ranking: options.Ranking,
     drawing: Drawing,
     access: options.Access,

@@ -12,8 +12,8 @@ from checkpointer.tools.copy import Copying, copy
 
 
 def copy_command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Where from: a path or URL.", show_default=False)],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Where to; it need not exist.", show_default=False)],
+    source: Annotated[str, options.argument("SOURCE", "Where from: a path or URL.")],
+    target: Annotated[str, options.argument("TARGET", "Where to; it need not exist.")],
     access: options.Access,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")

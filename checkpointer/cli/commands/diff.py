@@ -19,11 +19,10 @@ _DIGITS = 4
 def diff_command(
     items: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[DIRECTORY] A B",
-            help="Two files or folders; or a directory of checkpoints and two names, steps or aliases.",
-            show_default=False,
-            autocompletion=options.complete_name,
+        options.argument(
+            "[DIRECTORY] A B",
+            "Two files or folders; or a directory of checkpoints and two names, steps or aliases.",
+            options.complete_name,
         ),
     ],
     access: options.Access,

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from checkpointer.cli import options, output
 from checkpointer.commit.journal import Journal
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import set_pinned
 
-Names = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="NAME...", help="Names, steps or aliases.", show_default=False, autocompletion=options.complete_name
-    ),
-]
+Names = Annotated[list[str], options.argument("NAME...", "Names, steps or aliases.", options.complete_name)]
 
 
 def pin_command(

@@ -29,7 +29,7 @@ def policy() -> None:
 
 
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The file; - reads stdin.", show_default=False)],
+    file: Annotated[str, options.argument("FILE", "The file; - reads stdin.")],
     as_json: options.Json = False,
 ) -> None:
     """Check a policy file, and print what it means. Exits with 1 if something in it is wrong; each error has its line.
@@ -51,9 +51,7 @@ def check(
 
 
 def init(
-    file: Annotated[
-        str, typer.Argument(metavar="[FILE]", help="The new file; without it, it is printed.", show_default=False)
-    ] = "",
+    file: Annotated[str, options.argument("[FILE]", "The new file; without it, it is printed.")] = "",
 ) -> None:
     """Write a policy file to begin with.
 

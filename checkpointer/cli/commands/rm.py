@@ -16,12 +16,7 @@ from checkpointer.tools.prune import remove, why_not_removed
 
 def rm_command(
     directory: options.Directory,
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="NAME...", help="Names or steps.", show_default=False, autocompletion=options.complete_name
-        ),
-    ],
+    names: Annotated[list[str], options.argument("NAME...", "Names or steps.", options.complete_name)],
     access: options.Access,
     apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
     as_json: options.Json = False,

@@ -26,20 +26,12 @@ from checkpointer.tools.terms import terms_of
 
 
 def show_command(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="PLACE", help="A file or folder with tensors, or a directory of checkpoints.", show_default=False
-        ),
-    ],
+    place: Annotated[str, options.argument("PLACE", "A file or folder with tensors, or a directory of checkpoints.")],
     access: options.Access,
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="[NAME]",
-            help="In a directory of checkpoints: a name, a step, last or best.",
-            show_default=False,
-            autocompletion=options.complete_name,
+        options.argument(
+            "[NAME]", "In a directory of checkpoints: a name, a step, last or best.", options.complete_name
         ),
     ] = "",
     run: Annotated[str, typer.Option("--run", metavar="ID", help="Show which processes have held this run.")] = "",

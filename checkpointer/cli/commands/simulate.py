@@ -16,12 +16,7 @@ from checkpointer.policy.decide import Attach, Save, Skip
 from checkpointer.tools.history import MAX_BYTES, History, history_at, history_of, read_history
 from checkpointer.tools.simulate import Moment, Timeline, simulate
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="METRICS", help="CSV or JSON lines, - for stdin, or the directory of an old run.", show_default=False
-    ),
-]
+Source = Annotated[str, options.argument("METRICS", "CSV or JSON lines, - for stdin, or the directory of an old run.")]
 Size = Annotated[
     str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 2.4GB, if it is not known.")
 ]

@@ -16,19 +16,10 @@ from checkpointer.tools.verify import Depth, Finding, verify_all
 
 
 def verify_command(
-    place: Annotated[
-        str,
-        typer.Argument(metavar="PLACE", help="A directory of checkpoints, or any file or folder.", show_default=False),
-    ],
+    place: Annotated[str, options.argument("PLACE", "A directory of checkpoints, or any file or folder.")],
     access: options.Access,
     names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...",
-            help="Names, steps or aliases; none: all.",
-            show_default=False,
-            autocompletion=options.complete_name,
-        ),
+        list[str] | None, options.argument("[NAME]...", "Names, steps or aliases; none: all.", options.complete_name)
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,

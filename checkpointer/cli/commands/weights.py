@@ -45,11 +45,10 @@ class File:
 def export_command(
     items: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[DIRECTORY] NAME OUT",
-            help="A file or folder, or a directory of checkpoints and a name, step or alias; then the new file.",
-            show_default=False,
-            autocompletion=options.complete_name,
+        options.argument(
+            "[DIRECTORY] NAME OUT",
+            "A file or folder, or a directory of checkpoints and a name, step or alias; then the new file.",
+            options.complete_name,
         ),
     ],
     file: File,
@@ -81,12 +80,7 @@ def average_command(
     ranking: options.Ranking,
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...",
-            help="Names, steps or aliases; or else --best.",
-            show_default=False,
-            autocompletion=options.complete_name,
-        ),
+        options.argument("[NAME]...", "Names, steps or aliases; or else --best.", options.complete_name),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
     best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
