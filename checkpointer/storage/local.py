@@ -274,11 +274,11 @@ class LocalStorage:
                     os.rename(folder, gone)
                     shutil.rmtree(gone, ignore_errors=True)
 
-    def _staging_folders(self) -> list[Path]:
+    def _staging_folders(self) -> tuple[Path, ...]:
         """Return the folders of other writers; none if a planted link leads to folders of another program."""
         with contextlib.suppress(OSError):
-            return [each for each in self._within(f"{STAGING}/x").parent.iterdir() if each != self._staging]
-        return []
+            return tuple(each for each in self._within(f"{STAGING}/x").parent.iterdir() if each != self._staging)
+        return ()
 
     def _is_abandoned(self, folder: Path) -> bool:
         # A file or link that is not a folder of this library, or a folder of another user, is foreign.

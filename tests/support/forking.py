@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
-from typing import Any, Final, TextIO
+from typing import IO, Final
 
 CONTEXT: Final = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -45,13 +45,14 @@ class Program:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(3)]
         (theirs_in, ours_in), (ours_out, theirs_out), (ours_err, theirs_err) = pipes
         theirs = (theirs_in, theirs_out, theirs_err)
-        self._process: Any = CONTEXT.Process(target=_be, args=(main, arguments, *theirs))
+        self._process = CONTEXT.Process(target=_be, args=(main, arguments, *theirs))
         self._process.start()
         # If a test fails before it has ended, this process would wait for it when it ends itself.
         Finalize(self, self._process.kill, exitpriority=0)
         for end in theirs:
             end.close()
-        self.pid: int = self._process.pid
+        assert self._process.pid is not None, "it was started"
+        self.pid = self._process.pid
         self.stdin, self.stdout, self.stderr = _file(ours_in, "w"), _file(ours_out, "r"), _file(ours_err, "r")
 
     @property
@@ -63,8 +64,7 @@ class Program:
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
-        code: int | None = self._process.exitcode
-        return code
+        return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return the exit code."""
@@ -102,10 +102,9 @@ class Program:
             pipe.close()
 
 
-def _file(end: Connection, mode: str) -> TextIO:
-    file: TextIO = os.fdopen(os.dup(end.fileno()), mode)
-    end.close()
-    return file
+def _file(end: Connection, mode: str) -> IO[str]:
+    with end:
+        return os.fdopen(os.dup(end.fileno()), mode)
 
 
 def _be(main: Callable[..., object], arguments: tuple[str, ...], *theirs: Connection) -> None:
