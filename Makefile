@@ -21,7 +21,7 @@ help:
 	@echo "make wheel-test  build the wheel and use it in an empty environment; compare the commands with Python 3.10's"
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make docs        build the documentation into docs/_build, offline"
-	@echo "make hosts       install the frameworks whose adapters some tests use"
+	@echo "make hosts       install the frameworks that some tests and pages use"
 	@echo "make ray         install Ray Train into .venv-ray, and run its tests, its example and its page; ten minutes"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
@@ -48,7 +48,7 @@ servers: venv
 	PYTHON="$(BIN)/python" .ci/install-servers
 
 hosts: venv
-	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts]'
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts,pages]'
 
 # Apart from .venv, and not in CI: Ray has 500 MB, and each of its runs takes half a minute.
 ray:
@@ -123,7 +123,7 @@ wheel-test: venv
 	"$(BIN)/python" -m build --wheel --no-isolation
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PYTHON) -m venv "$$folder/venv"; \
-	"$$folder/venv/bin/python" -m pip install --quiet -c constraints.txt dist/*.whl; \
+	"$$folder/venv/bin/python" -m pip install --quiet --no-compile -c constraints.txt dist/*.whl; \
 	cp tests/smoke.py "$$folder"; \
 	cd "$$folder"; \
 	venv/bin/python -I smoke.py

@@ -63,7 +63,7 @@ def _normal(text: str) -> str:
 
 
 def _begin(namespace: dict[str, Any]) -> None:
-    for package in ("accelerate", "ignite", "lightning", "ray", "transformers"):
+    for package in ("accelerate", "ignite", "lightning", "ray", "sentence_transformers", "transformers", "trl"):
         namespace[f"has_{package}"] = find_spec(package) is not None
 
 
@@ -91,6 +91,6 @@ pytest_collect_file = SybilCollection((_first, _second)).pytest()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let trainers warn on their pages: of data loaders without workers, for example."""
     for item in items:
-        if item.path.name in ("lightning.md", "transformers.md"):
+        if item.path.name in ("lightning.md", "more-hosts.md", "transformers.md"):
             for ignored in ("ignore", "error::checkpointer.CheckpointerWarning"):
                 item.add_marker(pytest.mark.filterwarnings(ignored))

@@ -216,6 +216,14 @@ class SupportsSweep(Protocol):
 
 
 @runtime_checkable
+class SupportsDiscard(Protocol):
+    """A storage that can remove the unfinished writes of a writer that may be alive, so that this harms nothing."""
+
+    def discard(self, owner: str) -> None:
+        """Remove what this writer has staged. If it goes on, the write that it was in fails."""
+
+
+@runtime_checkable
 class SupportsServerTime(Protocol):
     """A storage that stamps its files with a clock, which may differ from this machine's."""
 

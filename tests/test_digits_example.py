@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import command
+from support.forking import Program
 from support.sampling import some
 
 pytestmark = pytest.mark.slow
@@ -25,14 +27,17 @@ PATIENCE_S = 300.0
 """A run that takes this long (seconds) hangs."""
 
 
-def start(directory: Path) -> subprocess.Popen[str]:
+def start(directory: Path) -> Program:
     """Start the example in a process of its own."""
-    command = [sys.executable, str(EXAMPLE), "--directory", str(directory), "--quiet"]
-    environment = os.environ | {"COLUMNS": "100"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Program(run_example, "--directory", str(directory), "--quiet")
 
 
-def finish(process: subprocess.Popen[str]) -> list[str]:
+def run_example(*arguments: str) -> None:
+    os.environ["COLUMNS"] = "100"
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def finish(process: Program) -> list[str]:
     """Let the example come to its end, and return the lines it prints."""
     out, err = process.communicate(timeout=PATIENCE_S)
     assert 0 == process.returncode, err
@@ -52,7 +57,7 @@ def files_of(directory: Path) -> set[tuple[str, int, int]]:
     return found
 
 
-def stop_after(process: subprocess.Popen[str], how: signal.Signals, directory: Path, changes: int, delay: float) -> int:
+def stop_after(process: Program, how: signal.Signals, directory: Path, changes: int, delay: float) -> int:
     """Wait until the directory has changed so often, and ``delay`` seconds more; then end the process.
 
     Changes are counted, and not seconds, so that the kill falls within the training on a slow and on a fast machine.

@@ -61,7 +61,7 @@ def test_all_has_every_extra_of_a_user() -> None:
     listed = _TABLE.partition("\nall = [")[2].partition("\n]")[0]
     named = {name for names in re.findall(r"torch-checkpointer\[([\w,]+)\]", listed) for name in names.split(",")}
 
-    assert EXTRAS - {"all", "demo", "docs", "test", "servers", "hosts", "ray", "peers"} == named
+    assert EXTRAS - {"all", "demo", "docs", "test", "servers", "hosts", "pages", "ray", "peers"} == named
 
 
 def test_an_unknown_protocol_names_no_extra() -> None:

@@ -13,8 +13,16 @@ The crash argument. A save takes these steps. Each step is durable before the ne
 8. *Retire*: of each checkpoint that no rule keeps, the payload is deleted, then the record.
 9. *Report*: the manager empties the file of changes, and calls the listeners.
 
-A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once its writer has certainly ended. Folders
-at a URL are not staged: `checkpointer.commit.named_writes` has their steps, and argues when files are removed.
+A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once its writer has certainly ended. That
+cannot be known of a writer on another host. So on a disk, the process that takes over a run removes what the writer
+before it has staged. This harms nothing if that writer goes on. The removal and step 4 take effect in one step each.
+If step 4 comes first, the file has left the staging folder. If the removal comes first, step 4 fails: the writer looks
+for the claim of the next term, which exists, and raises `FencedError`. So nothing that was acknowledged is lost. Nor
+has the writer staged anything for another run: it releases its term before it claims one of another run, and no
+process takes over from a term that was released.
+
+Folders at a URL are not staged: `checkpointer.commit.named_writes` has their steps, and argues when files are removed.
+
 A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload under its name decides:
 
 - If it is the new payload, it is whole, and the new record counts.

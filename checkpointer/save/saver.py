@@ -103,7 +103,9 @@ class Saver:
         try:
             return commit()
         except FileNotFoundError:
-            # The directory or the staged file was removed during the write. The second try makes it again.
+            # The directory or the staged file was removed during the write: by a process that has taken over the run,
+            # or by another program. Then the second try makes it again.
+            directory.journal.check_term()
             return commit()
         except NameTakenError:
             # Another writer has taken the name since it was looked for.

@@ -252,14 +252,26 @@ class LocalStorage:
 
     def sweep(self) -> int:
         """See `SupportsSweep.sweep`."""
-        folders: tuple[Path, ...] = ()
-        # A planted link in place of the staging folder leads to folders of other programs, which are not swept.
-        with contextlib.suppress(OSError):
-            folders = tuple(self._within(f"{STAGING}/x").parent.iterdir())
-        abandoned = [folder for folder in folders if folder != self._staging and self._is_abandoned(folder)]
+        abandoned = [folder for folder in self._staging_folders() if self._is_abandoned(folder)]
         for folder in abandoned:
             shutil.rmtree(folder, ignore_errors=True)
         return sum(not os.path.lexists(folder) for folder in abandoned)
+
+    def discard(self, owner: str) -> None:
+        """See `SupportsDiscard.discard`. Claims of names stay, because this writer may be about to rename to them."""
+        for folder in self._staging_folders():
+            if not folder.is_symlink() and not folder.name.startswith(_CLAIM) and _owner_of(folder) == owner:
+                # It leaves in one step, because the owner may be about to publish a folder that lies in it.
+                gone = self._new_staged()
+                with contextlib.suppress(OSError):
+                    os.rename(folder, gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+
+    def _staging_folders(self) -> tuple[Path, ...]:
+        """Return the folders of other writers; none if a planted link leads to folders of another program."""
+        with contextlib.suppress(OSError):
+            return tuple(each for each in self._within(f"{STAGING}/x").parent.iterdir() if each != self._staging)
+        return ()
 
     def _is_abandoned(self, folder: Path) -> bool:
         # A file or link that is not a folder of this library, or a folder of another user, is foreign.

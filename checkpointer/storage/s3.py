@@ -65,13 +65,31 @@ def _checksums(options: Mapping[str, Any]) -> Mapping[str, str]:
     return {"response_checksum_validation": "when_required", **request}
 
 
+_SESSION_OPTIONS: Final = frozenset({"session", "session_vars", "event_hooks", "profile"})
+
+
+@functools.cache
+def _descriptions() -> Any:
+    """Return what botocore reads its descriptions of services with. It keeps them for the next client."""
+    return importlib.import_module("aiobotocore.session").AioSession().get_component("data_loader")
+
+
+def _session(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a new session for s3fs that need not read the descriptions again, which takes 0.1 s of CPU time."""
+    if _SESSION_OPTIONS & options.keys() or not importlib.util.find_spec("aiobotocore"):
+        return {}
+    session = importlib.import_module("aiobotocore.session").AioSession()
+    session.register_component("data_loader", _descriptions())
+    return {"session": session}
+
+
 class _S3Connection(Connection):
     """Requests to a bucket, by s3fs."""
 
     def __init__(self, url: str, retry: Retry, options: Mapping[str, Any]) -> None:
         # Only `Retry` repeats. Repeats of botocore and s3fs would multiply its attempts and exceed its deadline.
         config = {"retries": {"total_max_attempts": 1}, **_checksums(options), **options.get("config_kwargs", {})}
-        super().__init__(url, retry, {**options, "config_kwargs": config})
+        super().__init__(url, retry, {**_session(options), **options, "config_kwargs": config})
         self.fs.retries = 1
         self._client: Any = None
         self._bucket, self._prefix, _ = self.fs.split_path(self.root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.s3_tools import LargeFormat, objects, unfinished
+from support.sampling import DAYS, FIRST
 from support.servers.fixtures import Serve
 from support.servers.server import Server
 from test_crash_law import LARGEST, POLICIES, When, check_survivor, run_until_crash
@@ -52,9 +53,9 @@ def crash_and_recover(
 def test_dying_at_any_operation_on_s3_loses_nothing(serve: Serve, name: str, when: When) -> None:
     """No unfinished upload and no staged object stays either."""
     server = serve("s3")
-    at = 1 + [*POLICIES].index(name) + ["before", "halfway", "after"].index(when) * 3
+    at = 1 + [*POLICIES].index(name) + ["before", "halfway", "after"].index(when) * 3 + FIRST % DAYS * STRIDE
     while crash_and_recover(server, POLICIES[name], LARGEST[name], at=at, when=when) == at:
-        at += STRIDE
+        at += STRIDE * DAYS
 
 
 @pytest.mark.parametrize("when", ["before", "halfway", "after"])

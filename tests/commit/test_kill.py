@@ -5,34 +5,30 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support import kill_me
+from support.forking import Program
 from support.plain_format import PlainFormat
 from support.sampling import some
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
 
 KILLS = some(200)
+PATIENCE_S = 60.0
+"""Only a failing test waits so long, in seconds."""
 
 
 def run_and_kill(directory: Path, last: str, delay: float, *more: str) -> tuple[int, int]:
     """Train until killed after ``delay`` seconds; return what was restored and the last acknowledged step."""
-    command = [sys.executable, "-m", "support.kill_me", str(directory), last, *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
+    process = Program(kill_me.main, str(directory), last, *more)
     first = process.stdout.readline().split()
     assert ["restored"] == first[:1], process.stderr.read()
     time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
-    # Through the same buffer as the first line: communicate() would miss what readline() has read ahead.
-    with process.stdout, process.stderr:
-        out, err = process.stdout.read(), process.stderr.read()
-    process.wait()
+    out, err = process.communicate(PATIENCE_S)
     assert "Error" not in err, err
     # The kill may cut the last line short; a cut line is not an acknowledgement.
     acknowledged = [int(line.split()[1]) for line in out.splitlines(keepends=True) if line.endswith("\n")]

@@ -29,7 +29,13 @@ from checkpointer.commit import heartbeat, terms
 from checkpointer.commit.changes import Changes, write_changes
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.writer_marks import writers_in
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, FencedError, PolicyError, RunInUseError
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointerWarning,
+    FencedError,
+    PolicyError,
+    RunInUseError,
+)
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Entry
 from checkpointer.restore.load import verify
@@ -61,8 +67,7 @@ def started(storage: Storage | Path, policy: Policy, name: str, host: str = "", 
             storage,
             policy,
             state=lambda: dict(state),
-            format=PlainFormat(),
-            **{"lease_s": 0.05, **options},
+            **{"format": PlainFormat(), "lease_s": 0.05, **options},
         )
     finally:
         owners._host = before
@@ -143,6 +148,61 @@ def test_a_holder_on_another_host_without_heartbeats_is_replaced_and_fenced(
     assert {path.name for path in before} >= {path.name for path in tmp_path.rglob("*") if path.suffix == ".ckpt"}
     save(new, 4)
     new.close()
+
+
+class Interrupted(PlainFormat):
+    """Calls a function in the middle of a write."""
+
+    def __init__(self) -> None:
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def write(self, state: Any, stream: Any) -> None:
+        stream.write(b" ")
+        self.meanwhile()
+        super().write(state, stream)
+
+
+class InterruptedFolder(Interrupted):
+    """Writes a folder of two files, and calls the function between them."""
+
+    def write_folder(self, state: Any, path: str) -> None:
+        Path(path).mkdir()
+        Path(path, "first").write_text(state["writer"])
+        self.meanwhile()
+        Path(path, "second").write_text(state["writer"])
+
+    def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
+        return {"writer": Path(path, "second").read_text()}
+
+
+@pytest.mark.parametrize("what", ["file", "slot", "folder"])
+def test_what_a_replaced_writer_on_another_host_had_staged_is_gone_at_once(tmp_path: Path, what: str) -> None:
+    """It was paused in a save. When it goes on that save fails, and what it had acknowledged before is there."""
+    payload, policy = InterruptedFolder() if what == "folder" else Interrupted(), SLOT if what == "slot" else LAST
+    old = started(tmp_path, policy, "old", host="node1", format=payload)
+    save(old, 1)
+    staging, owner, news = tmp_path / ".checkpointer/staging", old.session._directory.journal.owner, []
+    claim = staging / f"claim-0/{owner}-1"
+    claim.mkdir(parents=True)  # It may be about to rename to a name that it has claimed.
+
+    def take_over() -> None:
+        payload.meanwhile = lambda: None
+        assert [] != list(staging.glob(f"{owner}-*/*"))
+        news.append(started(tmp_path, policy, "new", run=old.session.manifest.run, format=payload))
+        assert [claim] == list(staging.rglob(f"{owner}-*"))
+
+    payload.meanwhile = take_over
+    for step in (2, 3):
+        with pytest.raises(FencedError):
+            save(old, step)
+    [new] = news
+    restored = new.restore()
+    assert restored is not None
+    assert (1, "old") == (restored.step, restored.state["writer"])
+    save(new, 2)
+    new.close()
+    with CheckpointManager(tmp_path, format=payload) as reader:
+        assert "old" not in {reader.restore(r.name).state["writer"] for r in reader.records if r.step > 1}  # type: ignore[union-attr]
 
 
 def states(place: Storage | Path, steps: list[int] | None = None) -> list[dict[str, Any]]:

@@ -111,5 +111,6 @@ def check_directory(cluster: Cluster, place: dict[str, Any]) -> None:
         storage = open_storage(url, "", options)
         for record in reader.records:
             verify(storage, record)
+        assert place.get("options") or not [*Path(url, ".checkpointer/staging").glob("*")], "the part of a killed save"
         names = {record.name for record in reader.records}
         assert names == {path.partition("/")[0] for path in storage.list() if not path.startswith(".checkpointer/")}

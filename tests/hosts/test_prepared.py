@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from checkpointer_torch import Loop
 from prepared import BATCHES, EPOCHS, EVERY_STEP, HOSTS, LOADERS, RARELY, Training, scaler, walk
+from support.forking import CONTEXT
 from support.together import together
 
 from checkpointer.errors import PolicyError
@@ -30,7 +31,7 @@ ON_RANKS = ("accelerate", "accelerate, scaled", "fabric", "fabric, scaled")
 @pytest.fixture(scope="module")
 def imported() -> Iterator[Callable[..., Any]]:
     """Call functions in a process which imports the hosts once, and which they fork for each training."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(1, CONTEXT) as pool:
         yield lambda function, *args: pool.submit(function, *args).result(PATIENCE_S)
 
 

@@ -16,8 +16,6 @@ from checkpointer import AnyOf, CheckpointManager, EverySeconds, EverySteps, Kee
 
 pytestmark = [pytest.mark.slow, quiet]
 
-SPAWN: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 2}
-
 
 class Writing(Model):
     """Each rank writes down what its callback shows."""
@@ -37,8 +35,8 @@ class Writing(Model):
         self.log("mine", float(self.global_rank + self.current_epoch))
 
 
-@pytest.mark.parametrize("kind", ["drop-in", "policy"])
-def test_every_rank_knows_what_rank_0_decides(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "strategy"), [("drop-in", "ddp_spawn"), ("policy", "ddp_fork")])
+def test_every_rank_knows_what_rank_0_decides(tmp_path: Path, kind: str, strategy: str) -> None:
     """The same best and last on both, though their scores differ; one record per save, written by one."""
     directory = tmp_path / "run"
     callback: Any
@@ -49,7 +47,7 @@ def test_every_rank_knows_what_rank_0_decides(tmp_path: Path, kind: str) -> None
             AnyOf(EverySteps(1), EverySeconds(0)), [KeepBest(2, "mine", mode="min"), KeepLast(1)], last="link"
         )
         callback = CheckpointCallback(directory, policy)
-    training = fit(callback, model=Writing(tmp_path), **SPAWN)
+    training = fit(callback, model=Writing(tmp_path), strategy=strategy, devices=2, max_epochs=2)
     written = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert written[0] == written[1]
     assert 0.0 == written[0]["score"]

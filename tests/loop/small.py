@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,13 +14,11 @@ import numpy as np
 import torch
 import xxhash
 from checkpointer_torch import Loop
+from support.forking import CONTEXT
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from checkpointer import AnyOf, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "checkpointer_torch"])
 
 BATCHES = 7
 EPOCHS = 3
@@ -150,8 +147,8 @@ def say_at(where: str, step: int, *numbers: int) -> Tick:
 
 def run(directory: Path, tick: Tick | None, kind: dict[str, Any]) -> tuple[int, str]:
     """Train in a process of its own; return its exit code and its digest."""
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=_train, args=(directory, tick, kind, sender))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_train, args=(directory, tick, kind, sender))
     process.start()
     sender.close()
     process.join(PATIENCE_S)

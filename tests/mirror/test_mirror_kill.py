@@ -6,12 +6,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support import mirror_me
+from support.forking import Program
 from support.mirror_me import MIRROR_KEEP, POLICY, manager
 from support.plain_format import PlainFormat
 from support.sampling import some
@@ -19,23 +19,20 @@ from support.sampling import some
 from checkpointer import CheckpointManager
 
 KILLS = some(30)
+PATIENCE_S = 60.0
+"""Only a failing test waits so long, in seconds."""
 
 pytestmark = pytest.mark.slow
 
 
 def run_and_kill(here: Path, there: Path, delay: float) -> tuple[int, int]:
     """Train until killed after ``delay`` seconds; return what was restored and the last acknowledged step."""
-    command = [sys.executable, "-m", "support.mirror_me", str(here), str(there)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
+    process = Program(mirror_me.main, str(here), str(there))
     first = process.stdout.readline().split()
     assert ["restored"] == first[:1], process.stderr.read()
     time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
-    with process.stdout, process.stderr:
-        out, err = process.stdout.read(), process.stderr.read()
-    process.wait()
+    out, err = process.communicate(PATIENCE_S)
     assert "Error" not in err, err
     acknowledged = [int(line.split()[1]) for line in out.splitlines(keepends=True) if line.endswith("\n")]
     return int(first[1]), acknowledged[-1] if acknowledged else int(first[1])

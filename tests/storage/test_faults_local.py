@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +17,9 @@ from typing import BinaryIO, Literal
 
 import attrs
 import pytest
-from support import mounts
+from support import fault_me, mounts
 from support.fault_me import FOREIGN, WARM, Run, check_survivor, policy_of
+from support.forking import Program
 from support.plain_format import PlainFormat
 from support.sampling import instants
 
@@ -51,7 +51,6 @@ from checkpointer.tools.catalog import look_at
 pytestmark = pytest.mark.slow
 
 Last = Literal["link", "copy"]
-PYTHON = os.path.realpath(sys.executable)
 
 
 # The n-th system call
@@ -76,16 +75,7 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
     directory.mkdir()
     (directory / FOREIGN).write_bytes(b"mine")
     log = directory.parent / f"{directory.name}.strace"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "support.fault_me", str(directory), last],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    assert child.stderr is not None
+    child = Program(fault_me.main, str(directory), last)
     tracer = None
     try:
         lines = [child.stdout.readline() for _ in range(WARM + 1)]
@@ -105,13 +95,10 @@ def run_with_fault(directory: Path, last: Last, calls: str, fault: str) -> Outco
         tracer.wait(timeout=60)
         tracer.stderr.close()
     finally:
-        for process in (child, tracer):
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait()
-        child.stdin.close()
-        child.stdout.close()
-        child.stderr.close()
+        child.close()
+        if tracer is not None and tracer.poll() is None:
+            tracer.kill()
+            tracer.wait()
     reports = [line.split(maxsplit=2) for line in lines if line.endswith("\n")]
     return Outcome(
         saved=[int(report[1]) for report in reports if report[0] == "saved"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -247,3 +248,21 @@ def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:
     uploads[1].publish(replace=False)
     assert {"a.ckpt": 33 * MIB} == {path: stat.size for path, stat in other.list("a.ckpt").items()}
     assert 0 == unfinished()
+
+
+def test_a_second_storage_reads_no_description_of_the_service_again(serve: Serve) -> None:
+    """Botocore's descriptions of S3 are files of a megabyte, whose parsing takes a tenth of a second."""
+    server = serve("s3")
+    read: list[str] = []
+
+    def note(event: str, args: Any) -> None:
+        if event == "open" and isinstance(args[0], str) and "/botocore/data/" in args[0]:
+            read.append(args[0])
+
+    def use() -> None:
+        open_storage(server.fresh(), new_owner(), server.storage_options).write("a", b"1")
+
+    use()
+    sys.addaudithook(note)
+    use()
+    assert [] == read

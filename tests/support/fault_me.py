@@ -108,13 +108,11 @@ def report(*parts: object) -> None:
     os.writev(1, [(" ".join(map(str, parts)) + "\n").encode()])
 
 
-def main() -> None:
+def main(directory: str, last: Literal["link", "copy"], log: str | None = None) -> None:
     """Save a few times, wait for a line on stdin, and save again while the disk may break."""
-    directory, last = sys.argv[1], sys.argv[2]
-    log = sys.argv[3] if len(sys.argv) > 3 else None
     warnings.showwarning = lambda message, *_, **__: report("warned", str(message).replace("\n", " "))
     warnings.simplefilter("always")
-    run = Run(directory, policy_of(last))  # type: ignore[arg-type]
+    run = Run(directory, policy_of(last))
     for step in range(1, WARM + SAVES + 1):
         if step == WARM + 1:
             report("ready")
@@ -132,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])  # type: ignore[arg-type]

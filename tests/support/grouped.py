@@ -9,6 +9,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from support.forking import CONTEXT
+
 PATIENCE_S = 120.0
 
 Wait = Callable[[], None]
@@ -23,7 +25,7 @@ def in_group(
     The signal does not come from the parent of the workers that the function starts, and the group is not the test's.
     With ``start="fork"`` the modules of the test need not be imported again.
     """
-    context: Any = multiprocessing.get_context(start)
+    context: Any = CONTEXT if start == "forkserver" else multiprocessing.get_context(start)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, number is not None, function, args))
     process.start()

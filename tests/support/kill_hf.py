@@ -53,11 +53,13 @@ class KillAt(TrainerCallback):
 
 def snapshot(directory: Path) -> dict[str, int]:
     """Return the size of each file, folder and link."""
-    found = {}
-    for folder, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            path = os.path.join(folder, name)
-            found[path] = os.lstat(path).st_size
+    found, folders = {}, [os.fspath(directory)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                found[entry.path] = entry.stat(follow_symlinks=False).st_size
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, NoReturn
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Listener, Policy, Record
@@ -49,7 +48,3 @@ def main(directory: str, last: Any, *how: str) -> None:
         background="wait" if background else None,
     )
     train_until_killed(manager, state, reports=not background)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Mirror, Policy
@@ -20,6 +19,6 @@ def manager(here: str, there: str, state: dict[str, Any]) -> CheckpointManager:
     )
 
 
-if __name__ == "__main__":
+def main(here: str, there: str) -> None:
     state = new_state()
-    train_until_killed(manager(sys.argv[1], sys.argv[2], state), state)
+    train_until_killed(manager(here, there, state), state)

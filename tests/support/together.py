@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -11,8 +10,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "checkpointer"])
+from support.forking import CONTEXT
 
 PATIENCE_S = 120.0
 
@@ -24,9 +22,9 @@ class DiedError(Exception):
 def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(rank, *args)`` in ``size`` processes; a rank's exception is its result."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
         processes = [
-            _context.Process(target=_work, args=(rank, size, f"{folder}/store", pipes[rank][1], function, args))
+            CONTEXT.Process(target=_work, args=(rank, size, f"{folder}/store", pipes[rank][1], function, args))
             for rank in range(size)
         ]
         for process in processes:
