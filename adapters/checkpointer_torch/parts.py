@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpointer.formats.dtypes import holds
 from checkpointer.formats.inspection.weights import WRAPPERS
 from checkpointer_torch.layouts import fitted
 from checkpointer_torch.state_differences import Differences, compared
@@ -21,6 +23,10 @@ _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")
 )
 """States that optimizers keep in the shape of the parameter itself."""
+_SCHEDULE: Final = frozenset(
+    ("T_0", "T_max", "_milestones", "base_lrs", "milestones", "step_size", "total_iters", "total_steps")
+)
+"""Settings in the state of a scheduler of torch that say how long and how high it is."""
 Keys = tuple[Any, ...]
 
 
@@ -74,19 +80,41 @@ class ModulePart(Part):
     def compare(self, state: Any) -> Differences:
         if not isinstance(state, Mapping):
             return Differences(missing=("*",))
-        return compared(self.take(), state, types=True)
+        found = compared(self.take(), state, types=True)
+        if not found.reshaped:
+            return found
+        own = {_namer(self.module)(key): key for key in self.module.state_dict()}
+        reshaped = {
+            key: how for key, how in found.reshaped.items() if not _fits_itself(self.module, own[key], state[key])
+        }
+        return attrs.evolve(found, reshaped=reshaped)
 
     def put(self, state: Any) -> None:
         name, own = _namer(self.module), self.module.state_dict()
         wrapped = OrderedDict((key, state[name(key)]) for key in own if name(key) in state)
         for key in compared(own, wrapped, types=True).reshaped:
-            del wrapped[key]
+            if not _fits_itself(self.module, key, wrapped[key]):
+                del wrapped[key]
         versions, paths = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
         wrapped._metadata = {path: versions[name(path)] for path in paths if name(path) in versions}  # type: ignore[attr-defined]
         self.module.load_state_dict(fitted(own, wrapped), strict=False)
 
     def likes(self) -> Callable[[Keys], Any]:
         return functools.partial(state_at, self.take())
+
+
+def _fits_itself(module: nn.Module, key: str, value: Any) -> bool:
+    """Return whether the module of a key takes a tensor of another shape, as the observers of a quantisation do."""
+    path, _, name = key.rpartition(".")
+    try:
+        inner = module.get_submodule(path)
+        if type(inner)._load_from_state_dict is nn.Module._load_from_state_dict:
+            return False
+        trial = copy.deepcopy(inner)
+        trial.load_state_dict({name: value}, strict=False)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return not compared(trial.state_dict(), {name: value}, types=True).reshaped
 
 
 def _namer(module: nn.Module) -> Callable[[str], str]:
@@ -136,7 +164,7 @@ class OptimizerPart(Part):
 
     def _compare_shapes(self, state: Any) -> Differences:
         differences = Differences()
-        if not f"{type(self.optimizer).__module__}.".startswith("torch.optim."):
+        if not self._is_of_torch:
             return differences
         for number, parameter in self._numbered(state["param_groups"]).items():
             saved = state["state"].get(number, {}).items()
@@ -145,8 +173,30 @@ class OptimizerPart(Part):
         return differences
 
     def put(self, state: Any) -> None:
-        if not self.compare(state):
-            self.optimizer.load_state_dict({**state, "state": self._fitted(state)} if _has_groups(state) else state)
+        if self.compare(state):
+            return
+        if not _has_groups(state):
+            self.optimizer.load_state_dict(state)
+            return
+        fitted_states = self._fitted(state)
+        self.optimizer.load_state_dict({**state, "state": fitted_states})
+        for number, parameter in self._numbered(state["param_groups"]).items():
+            self._undo_rounding(self.optimizer.state.get(parameter, {}), fitted_states.get(number, {}))
+
+    def _undo_rounding(self, own: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Put back the states that torch has converted to the type of the parameter, as NAdam's float32 product.
+
+        Torch's optimizers keep some states in that type, so those stay converted.
+        """
+        kept = _LIKE_PARAMETER if self._is_of_torch else ()
+        for key, value in saved.items():
+            now = own.get(key)
+            if key not in kept and torch.is_tensor(value) and torch.is_tensor(now) and _is_rounded(value, now.dtype):
+                own[key] = value.to(now.device)
+
+    @property
+    def _is_of_torch(self) -> bool:
+        return f"{type(self.optimizer).__module__}.".startswith("torch.optim.")
 
     def _fitted(self, state: Mapping[str, Any]) -> dict[Any, Any]:
         """Return the states of the parameters, in the layouts of those."""
@@ -179,6 +229,11 @@ class OptimizerPart(Part):
         return like
 
 
+def _is_rounded(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a conversion to a type may change a value, or makes floats of what is none."""
+    return value.dtype != dtype and not (value.is_floating_point() and holds(dtype, value.dtype))
+
+
 def _has_groups(state: Any) -> bool:
     return isinstance(state, Mapping) and "param_groups" in state and "state" in state
 
@@ -202,8 +257,23 @@ class StatefulPart(Part):
     def put(self, state: Any) -> None:
         self.stateful.load_state_dict(fitted(self.stateful.state_dict(), state))
 
+    def overruled(self, state: Any) -> dict[str, tuple[Any, Any]]:
+        """Return the settings of a schedule that a state replaces, as given here and as saved, by name."""
+        is_schedule = isinstance(self.stateful, torch.optim.lr_scheduler.LRScheduler) and isinstance(state, Mapping)
+        return dict(_overruled(self.stateful.state_dict(), state)) if is_schedule else {}
+
     def likes(self) -> Callable[[Keys], Any]:
         return functools.partial(state_at, self.stateful.state_dict())
+
+
+def _overruled(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in filter(there.__contains__, here):
+        ours, theirs = here[key], there[key]
+        if key in _SCHEDULE and repr(ours) != repr(theirs):
+            yield key, (ours, theirs)
+        elif key == "_schedulers":  # Those within a SequentialLR or a ChainedScheduler.
+            for number, (mine, saved) in enumerate(zip(ours, theirs, strict=False)):
+                yield from ((f"{key}[{number}].{name}", both) for name, both in _overruled(mine, saved))
 
 
 def state_at(state: Any, path: Sequence[Any]) -> Any:

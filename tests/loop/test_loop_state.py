@@ -16,6 +16,7 @@ from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from small import POLICY, Small, make_net
 from torch import nn
+from torch.ao.quantization import PerChannelMinMaxObserver
 from torch.optim.swa_utils import AveragedModel
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
@@ -247,6 +248,53 @@ def test_an_optimizer_that_keeps_its_state_in_another_shape_goes_on(tmp_path: Pa
     assert [1.0, 1.0] == second.state_dict()["state"][0]["exp_avg"].tolist()
     with pytest.raises(MismatchError, match=r"optimizer.param_groups\[0\].params \(here 2, there 1\)"):
         resumed(tmp_path, optimizer=make(2))
+
+
+class Wide(torch.optim.Optimizer):
+    """Keeps types of its own, whatever its parameter has, as the Adafactor of transformers does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = parameter.grad.float() / 3
+                self.state[parameter] |= {"exp_avg": average, "seen": torch.tensor(2**40 + 1), "mask": average > 0}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, Wide])
+def test_a_state_of_another_type_than_its_parameter_comes_back_as_it_was(
+    tmp_path: Path, kind: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """torch converts each one: NAdam's float32 product would be rounded to bfloat16, and a mask would become floats."""
+
+    def make() -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        weight.grad = torch.ones_like(weight)
+        return kind([weight])
+
+    first, second = make(), make()
+    for _ in range(2):
+        first.step()
+    one_step(tmp_path, optimizer=first)
+    resumed(tmp_path, optimizer=second)
+    saved, here = (optimizer.state_dict()["state"][0] for optimizer in (first, second))
+    assert {key: value.dtype for key, value in saved.items()} == {key: value.dtype for key, value in here.items()}
+    assert all(torch.equal(value, here[key]) for key, value in saved.items())
+
+
+def test_a_module_that_takes_another_shape_by_itself_goes_on(tmp_path: Path) -> None:
+    """The observers of a quantisation are empty until the first batch. A module that refuses the shape is refused."""
+    observer, other = PerChannelMinMaxObserver(), PerChannelMinMaxObserver()
+    observer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    one_step(tmp_path / "observer", model=nn.Sequential(observer))
+    resumed(tmp_path / "observer", model=nn.Sequential(other))
+    assert [1.0, 3.0] == other.min_val.tolist()
+
+    one_step(tmp_path / "norm", model=nn.Sequential(nn.BatchNorm1d(2)))
+    with pytest.raises(MismatchError, match=r"model.0.running_mean \(here \[3\], there \[2\]\)"):
+        resumed(tmp_path / "norm", model=nn.Sequential(nn.BatchNorm1d(3)))
 
 
 class Around(torch.optim.Optimizer):
