@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
@@ -21,8 +21,7 @@ from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.errors import CheckpointerError, NameTakenError, NotFoundError, PolicyError, StorageError
 from checkpointer.policy.policy import Policy
-from checkpointer.policy.ranking import Metric
-from checkpointer.policy.yaml_codec import MAX_YAML_BYTES, suggest
+from checkpointer.policy.yaml_codec import MAX_YAML_BYTES
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import temporary_owner
@@ -89,7 +88,11 @@ PolicyFile = Annotated[
 RequiredPolicyFile = Annotated[
     str, typer.Option("--policy", "-p", metavar="FILE", help="The policy, as YAML.", show_default=False)
 ]
-Run = Annotated[str | None, typer.Option("--run", metavar="ID", help="The run; else that of the newest checkpoint.")]
+Run = Annotated[
+    str | None,
+    typer.Option("--run", metavar="ID", help="The run, or RUN/LABEL; else that of the newest checkpoint."),
+]
+Among = Annotated[str | None, typer.Option("--run", metavar="ID", help="Only checkpoints of this run, or RUN/LABEL.")]
 
 _mixed: Final[ContextVar[list[str]]] = ContextVar("mixed")
 """Directories of this command that have signed records and others, and were read without the key."""
@@ -136,19 +139,6 @@ class Ranking:
         Literal["min", "max"] | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")
     ] = None
     policy: PolicyFile = None
-
-    def metric(self, names: Iterable[str]) -> Metric | None:
-        """Return the metric that ``--by`` names; None if it is not given."""
-        if (self.by is None) != (self.mode is None):
-            msg = "--by and --mode belong together: --by val_loss --mode min"
-            raise PolicyError(msg)
-        if self.by is None or self.mode is None:
-            return None
-        known = dict.fromkeys(names)
-        if self.by not in known:
-            msg = f"no checkpoint of the run has the metric {self.by!r}{suggest(self.by, known)}"
-            raise NotFoundError(msg)
-        return Metric(self.by, mode=self.mode)
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -293,6 +283,8 @@ def _what_is_there(catalog: Catalog) -> str:
             f"{some_of(catalog.below)}. Name one of them; 'checkpointer ls {catalog.place}' lists them all"
         )
     files = sorted(path for path in catalog.files if not path.startswith(f"{HOME}/"))
+    if above := _records_above(catalog, files):
+        return above
     if files:
         return (
             f"{catalog.place} has no record, but files such as {', '.join(files[:3])}; "
@@ -300,6 +292,23 @@ def _what_is_there(catalog: Catalog) -> str:
             "'checkpointer show' shows one file"
         )
     return f"{catalog.place} holds no checkpoint"
+
+
+def _records_above(catalog: Catalog, files: list[str]) -> str:
+    """Return where the records of these files are, if they are in a directory above; else an empty text."""
+    if not isinstance(catalog.storage, SupportsPaths):
+        return ""
+    folder = Path(os.path.abspath(catalog.storage.local_path("")))
+    for above in folder.parents:
+        names = [(folder / name).relative_to(above).as_posix() for name in files]
+        recorded = [name for name in names if (above / record_path(name)).exists()]
+        if recorded:
+            place = os.path.relpath(above) if not os.path.isabs(catalog.place) else str(above)
+            found = look_at(open_storage(str(above), ""), catalog.trust)
+            runs = dict.fromkeys(found.id_of(r.run, r.label) for r in found.records if r.name in recorded)
+            which = f" with --run {next(iter(runs))}" if len(runs) == 1 and len(found.runs) > 1 else ""
+            return f"{catalog.place} has no record of its own; those of its files are in {place}: pass {place}{which}"
+    return ""
 
 
 def check_source(source: str) -> None:

@@ -33,9 +33,9 @@ Cell = str | Sequence[tuple[str, str]]
 
 _GAP: Final = "  "
 _LEAST: Final = 20
-"""Least width of the folded column."""
-_WIDE: Final = 200
-"""Width of output to a file or another program: a name is not folded there."""
+"""Least width of a folded column."""
+_WIDE: Final = 120
+"""Width of output to a file or another program. Names are not broken there, so a line may be longer."""
 _STYLES: Final = {"bold": "1", "dim": "2", "green": "32", "red": "1;31"}
 
 
@@ -134,7 +134,7 @@ def width() -> int:
 
 
 def print_table(
-    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str] = (), folded: int = -1
+    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str] = (), folded: Sequence[int] = (-1,)
 ) -> None:
     """Print a table on stdout, in colours if that is a terminal.
 
@@ -142,14 +142,16 @@ def print_table(
         head: The columns' names; all empty for no head.
         rows: The cells of each row; their text may come from storage.
         right: Names of the columns that are aligned to the right.
-        folded: Number of the column that is folded if there is no room.
+        folded: Numbers of the columns that are folded if there is no room, the widest one first.
     """
     table = zip([[(name, "bold")] for name in head], *rows, strict=True)
     shown = [_lines_of(column) for column in table]
     widths = [max(_len(text) for cell in column for text, _ in cell) for column in shown]
-    others = sum(widths) - widths[folded] + len(_GAP) * (len(widths) - 1)
-    widths[folded] = size = min(widths[folded], max(width() - others, _LEAST))
-    shown[folded] = [[(part, style) for text, style in cell for part in _fold(text, size)] for cell in shown[folded]]
+    _narrow(widths, folded, width() - len(_GAP) * (len(widths) - 1))
+    for column in folded:
+        size, fold = widths[column], _folder(widths[column])
+        cells = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[column]]
+        shown[column], widths[column] = cells, max(size, *(_len(text) for cell in cells for text, _ in cell))
     coloured = is_coloured()
     columns = [
         [
@@ -192,5 +194,18 @@ def _len(text: str) -> int:
     return cell_len(text)
 
 
-def _fold(text: str, size: int) -> list[str]:
-    return textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text]
+def _narrow(widths: list[int], folded: Sequence[int], room: int) -> None:
+    """Make the widest of the folded columns narrower until all columns fit, or each of them has the least width."""
+    while sum(widths) > room:
+        widest = max(folded, key=lambda column: widths[column])
+        if widths[widest] <= _LEAST:
+            return
+        second = max((widths[column] for column in folded if widths[column] < widths[widest]), default=_LEAST)
+        widths[widest] = max(second, _LEAST, min(widths[widest] - 1, widths[widest] - (sum(widths) - room)))
+
+
+def _folder(size: int) -> Callable[[str], list[str]]:
+    """Return what folds a text. A name is broken only on a terminal, because programs read it elsewhere."""
+    breaks = sys.stdout.isatty() or "COLUMNS" in os.environ
+    wrapper = textwrap.TextWrapper(size, break_long_words=breaks, break_on_hyphens=False)
+    return lambda text: wrapper.wrap(text) if len(text) > size else [text]

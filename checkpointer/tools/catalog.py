@@ -96,10 +96,34 @@ class Catalog:
         """The folders below that have records of their own."""
         return index.directories_below(self.files)
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[str, str], ...]:
         """Each run and label, in the order of their newest checkpoints."""
         return tuple(dict.fromkeys((r.run, r.label) for r in reversed(self.records)))[::-1]
+
+    def named(self, run: str | None) -> tuple[tuple[str, str], ...]:
+        """Return the runs and labels that an id stands for, the newest last; None stands for all.
+
+        An id is that of a run, or ``RUN/LABEL`` for one label of a run.
+
+        Raises:
+            NotFoundError: If there is none.
+        """
+        found = tuple(one for one in self.runs if run in (None, one[0], "/".join(one)))
+        if run is not None and not found:
+            there = ", ".join(self.id_of(*one) for one in self.runs) or "none"
+            msg = f"{self.place} has no checkpoint of run {run!r}; there are: {there}"
+            raise NotFoundError(msg)
+        return found
+
+    def of(self, run: str | None) -> list[Record]:
+        """Return the checkpoints of the runs and labels that an id stands for, in commit order."""
+        runs = frozenset(self.named(run))
+        return [record for record in self.records if (record.run, record.label) in runs]
+
+    def id_of(self, run: str, label: str) -> str:
+        """Return the id by which `named` finds only this run and label."""
+        return run if sum(run == one for one, _ in self.runs) == 1 else f"{run}/{label}"
 
     def manifest(self, run: str | None = None, label: str | None = None) -> Manifest:
         """Return the records as a run sees them; None stands for the run, or the label, of the newest checkpoint."""
@@ -107,7 +131,7 @@ class Catalog:
         if not own:
             if run is None and label is None:
                 return Manifest(foreign=self.foreign, aside=self.missing)
-            there = ", ".join(f"{run}{f' ({label})' if label else ''}" for run, label in self.runs) or "none"
+            there = ", ".join(self.id_of(*one) for one in self.runs) or "none"
             msg = f"{self.place} has no checkpoint of run {run!r} and label {label!r}; there are: {there}"
             raise NotFoundError(msg)
         seen = frozenset(metric for record in self.records for metric in record.metrics)
@@ -127,25 +151,32 @@ class Catalog:
         records = sorted((*self.records, *self.missing), key=commit_order)
         return attrs.evolve(self, records=tuple(records), missing=())
 
-    def find(self, which: str) -> Record:
+    def find(self, which: str, run: str | None = None) -> Record:
         """Return the checkpoint of that name, alias or step; without its extension is fine.
 
+        Args:
+            which: Its name, alias or step.
+            run: Look only among the checkpoints of this run, as for `named`.
+
         Raises:
-            NotFoundError: If there is none; the message has the closest name.
+            NotFoundError: If there is none, and the message has the closest name; or if there are several.
             CorruptError: If its payload is gone.
             RecordError: If its record is damaged.
         """
-        by_name = {record.name: record for record in self.records}
-        stems = {record.name.rpartition(".")[0]: record for record in self.records}
-        aliases = {alias.rpartition(".")[0]: target for alias, target in self.aliases.items()} | dict(self.aliases)
-        record = by_name.get(which) or by_name.get(aliases.get(which, "")) or stems.get(which)
-        if record is not None:
-            return record
-        if which.isdecimal():
-            at_step = [record for record in self.manifest().own if record.step == int(which)]
-            if at_step:
-                return at_step[-1]
-        if which == "last" and (newest := self.manifest().newest) is not None:
+        records = self.of(run)
+        exact = {self.aliases[which]} if which in self.aliases else set()
+        targets = exact or {target for alias, target in self.aliases.items() if _stem(alias) == which}
+        for what, found in (
+            ("the name", [record for record in records if record.name == which]),
+            ("the alias", [record for record in records if record.name in targets]),
+            ("the name", [record for record in records if _stem(record.name) == which]),
+            ("step", self._at_step(which, records)),
+        ):
+            if len(found) > 1:
+                raise self._several(what, which, found)
+            if found:
+                return found[0]
+        if which == "last" and records and (newest := self.manifest(*self.named(run)[-1]).newest) is not None:
             return newest
         if any(which in (record.name, record.name.rpartition(".")[0], str(record.step)) for record in self.missing):
             msg = f"the payload of {which} is gone, or has another size than its record says"
@@ -153,13 +184,25 @@ class Catalog:
         refusal = self.damaged.get(index.record_path(which))
         if refusal is not None:
             raise refusal
-        if aliases.get(which) == "":
+        if "" in targets:
             msg = f"{which} is an alias, and which checkpoint it stands for is not known here; name the checkpoint"
             raise NotFoundError(msg)
-        if which == "best":
-            msg = f"{self.place} has no best alias; pass a name ('checkpointer best' prints the best by a metric)"
-            raise NotFoundError(msg)
-        raise name_like(which, [*self.records])
+        raise name_like(which, records)
+
+    def _at_step(self, which: str, records: Sequence[Record]) -> list[Record]:
+        """Return the checkpoints of a step: those that count in their run, else those that are abandoned."""
+        found = [record for record in records if which.isdecimal() and record.step == int(which)]
+        if len(found) < 2:
+            return found
+        counted = {run: self.manifest(*run) for run in {(record.run, record.label) for record in found}}
+        return [record for record in found if counted[record.run, record.label].counts(record)] or found
+
+    def _several(self, what: str, which: str, found: Sequence[Record]) -> NotFoundError:
+        """Return the error for something that several checkpoints have."""
+        runs = {(record.run, record.label) for record in found}
+        names = some_of([f"{record.name} (run {self.id_of(record.run, record.label)})" for record in found])
+        hint = "name one of them" + (", or pass --run" if len(runs) > 1 else "")
+        return NotFoundError(f"{self.place} has {len(found)} checkpoints of {what} {which}: {names}; {hint}")
 
     def location(self, name: str) -> str:
         """Return the full path or URL of a file."""
@@ -168,6 +211,10 @@ class Catalog:
     def aliases_of(self, record: Record) -> list[str]:
         """Return the aliases that stand for a checkpoint."""
         return [alias for alias, target in self.aliases.items() if target == record.name]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from checkpointer.ports import Storage
 from checkpointer.records.codec import as_number
 from checkpointer.records.record import Contents
 from checkpointer.tools.foreign_names import SUFFIXES, copy_of, numbers_in, only_number_in, texts_in
+from checkpointer.tools.query import NO_SCORE
 
 MAX_STATE_BYTES: Final = 1 << 26
 MAX_COUNT: Final = 1 << 63
@@ -53,10 +54,6 @@ _HOLDERS: Final = ("meta.", "trainer.", "engine.")
 """A counter counts at the top, and under these keys of mmengine and ignite."""
 _METRICS: Final = ("metrics.", "train_metrics.")
 """Scores count at the top, and under these keys; the second one is of Ultralytics."""
-_NO_SCORE: Final = re.compile(
-    r".*_(?:runtime|per_second|preparation_time)|total_flos|grad_norm|learning_rate|num_(?:input_)?tokens(?:_seen)?"
-)
-"""What the HF Trainer logs beside scores."""
 _BESIDE: Final = (
     *_STEPS,
     *_EPOCHS,
@@ -358,7 +355,7 @@ def _hugging_face(storage: Storage, name: str, files: Sequence[str]) -> Said:
         for entry in (history if isinstance(history, list) else ())
         if isinstance(entry, dict) and entry.get("step") == step
         for key, value in entry.items()
-        if key not in ("step", "epoch") and not _NO_SCORE.fullmatch(key) and (number := as_number(value)) is not None
+        if key not in ("step", "epoch") and not NO_SCORE.fullmatch(key) and (number := as_number(value)) is not None
     }
     ended = epoch.is_integer() and epoch > 0
     return Said(

@@ -16,6 +16,10 @@ from checkpointer.records.record import Record
 
 FIELDS: Final = ("name", "step", "epoch", "time", "size", "serial", "kind", "contents", "format", "run", "label")
 """Fields that choose and order records, besides their metrics."""
+NO_SCORE: Final = re.compile(
+    r".*_(?:runtime|per_second|preparation_time)|total_flos|grad_norm|learning_rate|num_(?:input_)?tokens(?:_seen)?"
+)
+"""What the HF Trainer logs beside scores."""
 _OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "<=": operator.le,
     ">=": operator.ge,

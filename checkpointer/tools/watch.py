@@ -72,7 +72,7 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         storage: The directory. Nothing is written.
         now: Seconds since the Unix epoch.
         trust: The key of a signed directory.
-        run: Only this run.
+        run: Only this run; ``RUN/LABEL`` is one label of it.
 
     Raises:
         NotFoundError: If there is no run, or none of that id.
@@ -90,7 +90,11 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
     catalog = look_at(storage, trust)
     claims = {key: found for key in catalog.terms if (found := _claim(catalog, key)) is not None}
     held = [found for found in claims.values() if _state(found, now) in ("alive", "silent")]
-    wanted = [found for found in (claims.values() if run is not None else held) if run in (None, found.claim.run)]
+    wanted = [
+        found
+        for found in (claims.values() if run is not None else held)
+        if run in (None, found.claim.run, f"{found.claim.run}/{found.claim.label}")
+    ]
     if not wanted and run is None and catalog.records:
         newest = catalog.records[-1]
         wanted = [claims.get(key_of(newest.run, newest.label)) or _Held(Claim(run=newest.run, label=newest.label), 0)]

@@ -124,7 +124,7 @@ def test_prune_refuses_a_rule_that_can_rank_nothing(run: Path, tmp_path: Path) -
     said = command("prune", run, "--policy", policy, "--apply")
     assert 2 == said.code
     assert "would keep none: no checkpoint of run" in said.err
-    assert "metrics there: loss, acc" in said.err
+    assert "(did you mean 'loss'?)" in said.err
     assert before == snapshot(run)
 
 

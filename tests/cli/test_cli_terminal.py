@@ -60,6 +60,7 @@ def test_the_help_of_each_command_has_an_example(name: str) -> None:
     for below in ["check", "init", "show"] if name == "policy" else [None]:
         said = command(name, *([below] if below else []), "--help", columns=120)
         assert (0, 1) == (said.code, said.out.count(f"Example: checkpointer {name}"))
+        assert "bool" not in said.out.lower()
 
 
 def test_the_help_imports_no_command_and_few_modules() -> None:

@@ -10,13 +10,13 @@ import attrs
 import typer
 
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import choose, metric_of
 from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline
 from checkpointer.tools.chart.html import report
 from checkpointer.tools.chart.picture import FORMATS, plot
 from checkpointer.tools.history import history_at
-from checkpointer.tools.query import metric_names
 from checkpointer.tools.simulate import simulate
 
 Source = Annotated[str, options.argument("SOURCE", "A directory; or a file of metrics, to play --policy over.")]
@@ -84,14 +84,14 @@ def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: opti
         timeline = simulate(policy, history, size=as_bytes(drawing.size))
         return chart_of_timeline(Path(source).name, timeline, history)
     catalog = options.look(source, access)
-    manifest, metrics = catalog.manifest(drawing.run), drawing.metrics
-    metric = ranking.metric(metric_names(manifest.own))
+    chosen, metrics = choose(catalog, drawing.run), drawing.metrics
+    metric = metric_of(ranking, chosen)
     if policy is None and metric is None:
-        policy = options.policies(catalog, None).of(manifest.run, manifest.label)
+        policy = chosen.policy
     output.say_damaged(catalog)
     return chart_of_records(
         catalog.place,
-        manifest,
+        chosen.manifest,
         policy=policy,
         metric=metric,
         aliases=catalog.aliases,

@@ -8,6 +8,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find_all
 from checkpointer.tools.copy import Copying, copy
 
 
@@ -18,6 +19,7 @@ def copy_command(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")
     ] = None,
+    run: options.Among = None,
     target_options: Annotated[
         str | None, typer.Option("--target-options", metavar="JSON", help="As --storage-options, for the target.")
     ] = None,
@@ -30,7 +32,7 @@ def copy_command(
     Example: checkpointer copy runs/digits s3://bucket/digits
     """
     catalog = options.look(source, access)
-    records = None if only is None else [catalog.find(name) for name in only]
+    records = find_all(catalog, only, run) if only else None if run is None else catalog.of(run)
     with (
         options.writing(target, options.Access(storage_options=target_options), new=True) as (storage, owner),
         output.progress("copying", 0) as bar,

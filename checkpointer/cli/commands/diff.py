@@ -9,6 +9,7 @@ import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find
 from checkpointer.errors import PolicyError
 from checkpointer.tools.diff import Change, diff, diff_values
 from checkpointer.tools.payloads import Payload, opened
@@ -30,6 +31,7 @@ def diff_command(
         str | None, typer.Option("--in", metavar="DIRECTORY", help="Where B is, if not in the same directory.")
     ] = None,
     match: Annotated[str, typer.Option("--match", help="Only what has this in its name.")] = "",
+    run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor: norm and largest element of the difference, cosine, added, removed.
@@ -38,7 +40,7 @@ def diff_command(
 
     Example: checkpointer diff runs/digits 190 last
     """
-    one, two = _sides(items, other, access)
+    one, two = _sides(items, other, access, run)
     with (
         opened(one) as old,
         opened(two) as new,
@@ -57,7 +59,7 @@ def diff_command(
     output.leave_if(any(changes) or bool(values))
 
 
-def _sides(items: list[str], other: str | None, access: options.Access) -> tuple[Payload, Payload]:
+def _sides(items: list[str], other: str | None, access: options.Access, run: str | None) -> tuple[Payload, Payload]:
     """Return the two payloads."""
     if len(items) == 2 and other is None:
         one, two = (options.payload(place, access, "diff DIRECTORY A B") for place in items)
@@ -67,7 +69,7 @@ def _sides(items: list[str], other: str | None, access: options.Access) -> tuple
         raise PolicyError(msg)
     here = options.look(items[0], access)
     there = here if other is None else options.look(other, access)
-    records = (here.find(items[1]), there.find(items[2]))
+    records = (find(here, items[1], run), find(there, items[2], run if other is None else None))
     one, two = (
         Payload(place=catalog.place, storage=catalog.storage, name=record.name, record=record, trust=catalog.trust)
         for catalog, record in zip((here, there), records, strict=True)
@@ -79,10 +81,10 @@ def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:
     rows = [(change.name, _shape(change), *_numbers(change)) for change in changes if change]
     if rows:
         numbers = ("norm", "relative", "max", "cosine")
-        output.print_table(["tensor", "shape", *numbers], rows, right=numbers, folded=0)
+        output.print_table(["tensor", "shape", *numbers], rows, right=numbers, folded=[0])
     if values:
         pairs = [(name, str(one), str(two)) for name, (one, two) in values.items()]
-        output.print_table(["value", "before", "after"], pairs)
+        output.print_table(["value", "before", "after"], pairs, folded=[0, 1, 2])
     differ = f"{len(rows)} of {count_text(len(changes), 'tensor')}"
     output.print_line(f"{differ} and {count_text(len(values), 'value')} differ")
 

@@ -16,13 +16,15 @@ from checkpointer.policy.decide import explain
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, look_at
 from checkpointer.tools.policies import Policies
-from checkpointer.tools.query import Condition, check_metrics, metric_names, select
+from checkpointer.tools.query import NO_SCORE, Condition, check_metrics, metric_names, select
 from checkpointer.tools.terms import holders
 
 MOST_RUNS = 200
 """So many runs of a directory are looked into, unless more are asked for."""
 _DIGITS = 4
 """Digits of a metric."""
+_REASON = 40
+"""Columns that a reason has if it needs them."""
 
 
 def ls_command(
@@ -77,9 +79,7 @@ def ls_command(
         _print_runs(catalog, runs, len(below), as_json=as_json)
         return
     chosen = options.policies(catalog, policy)
-    records = [record for record in catalog.records if run in (None, record.run)]
-    if run is not None:
-        catalog.manifest(run)  # Raises if there is no such run.
+    records = catalog.of(run)
     is_reversed = reverse or (limit is not None and sort is None)
     found = select(records, map(Condition.parse, where or ()), sort=sort or "serial", reverse=is_reversed)[:limit]
     check_metrics(metric or (), records)
@@ -161,10 +161,9 @@ def as_data(catalog: Catalog, record: Record, reason: str) -> dict[str, Any]:
 
 
 def _metrics(records: list[Record], policies: Policies) -> list[str]:
-    """Return the metrics there are, what the policies rank by first."""
+    """Return the metrics there are: first what the policies rank by, last times, rates and the like."""
     ranked = policies.metrics((record.run, record.label) for record in records)
-    names = metric_names(records)
-    return [name for name in ranked if name in names] + [name for name in names if name not in ranked]
+    return sorted(metric_names(records), key=lambda name: 0 if name in ranked else 2 if NO_SCORE.fullmatch(name) else 1)
 
 
 def _print(
@@ -185,7 +184,8 @@ def _print(
         "size": [size_text(record.size) for record in records],
         "age": [age_text(now - record.time) for record in records],
     }
-    room = output.width() - max((len(record.name) for record in records), default=0)
+    widest = max((max(len(r.name), min(_REASON, len(reasons[r.name]))) for r in records), default=0)
+    room = output.width() - widest
     # The last metrics, all but one, are left out until the others fit beside the names.
     for name in reversed(metrics[1:]):
         if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) > room:

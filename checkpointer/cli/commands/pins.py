@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find_all
 from checkpointer.commit.journal import Journal
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import set_pinned
@@ -13,7 +14,11 @@ Names = Annotated[list[str], options.argument("NAME...", "Names, steps or aliase
 
 
 def pin_command(
-    directory: options.Directory, names: Names, access: options.Access, as_json: options.Json = False
+    directory: options.Directory,
+    names: Names,
+    access: options.Access,
+    run: options.Among = None,
+    as_json: options.Json = False,
 ) -> None:
     """Pin checkpoints: no rule, no limit and no command removes them until they are unpinned.
 
@@ -21,25 +26,31 @@ def pin_command(
 
     Example: checkpointer pin runs/digits 190
     """
-    _set_pinned(directory, names, access, pinned=True, as_json=as_json)
+    _set_pinned(directory, names, access, run=run, pinned=True, as_json=as_json)
 
 
 def unpin_command(
-    directory: options.Directory, names: Names, access: options.Access, as_json: options.Json = False
+    directory: options.Directory,
+    names: Names,
+    access: options.Access,
+    run: options.Among = None,
+    as_json: options.Json = False,
 ) -> None:
     """Let the rules decide about checkpoints again. The next save, or prune, removes what no rule keeps.
 
     Example: checkpointer unpin runs/digits 190
     """
-    _set_pinned(directory, names, access, pinned=False, as_json=as_json)
+    _set_pinned(directory, names, access, run=run, pinned=False, as_json=as_json)
 
 
-def _set_pinned(directory: str, names: list[str], access: options.Access, *, pinned: bool, as_json: bool) -> None:
+def _set_pinned(
+    directory: str, names: list[str], access: options.Access, *, run: str | None, pinned: bool, as_json: bool
+) -> None:
     key = access.key
     options.look(directory, access)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
-        records = [*{(found := catalog.find(name)).name: found for name in names}.values()]
+        records = find_all(catalog, names, run)
         changed = set_pinned(catalog, records, Journal(storage, owner, key), pinned=pinned)
     what = "pinned" if pinned else "unpinned"
     if as_json:

@@ -9,7 +9,8 @@ import typer
 
 from checkpointer._display import count_text
 from checkpointer.cli import options, output
-from checkpointer.errors import NameTakenError, NotFoundError
+from checkpointer.cli.choosing import choose, not_noted
+from checkpointer.errors import NameTakenError
 from checkpointer.policy.yaml_codec import MAX_YAML_BYTES
 from checkpointer.tools.policies import noted_text
 from checkpointer.tools.policy_file import START, check_policy
@@ -77,11 +78,10 @@ def show(directory: options.Directory, access: options.Access, run: options.Run 
     Example: checkpointer policy show runs/digits > policy.yaml
     """
     catalog = options.look(directory, access)
-    manifest = catalog.manifest(run)
-    text = noted_text(catalog, manifest.run, manifest.label)
+    chosen = choose(catalog, run)
+    text = noted_text(catalog, chosen.manifest.run, chosen.manifest.label)
     if not text:
-        msg = f"run {manifest.run} in {catalog.place} has not noted its policy"
-        raise NotFoundError(msg)
+        raise not_noted(chosen)
     for line in text.splitlines():
         output.print_line(line)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import attrs
 import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import Chosen, choose, lacking, noted_policy
 from checkpointer.commit.journal import Journal
 from checkpointer.errors import PolicyError
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
-from checkpointer.records.manifest import Manifest
-from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
-from checkpointer.tools.query import metric_names
 
 
 def prune_command(
@@ -37,12 +37,13 @@ def prune_command(
     Example: checkpointer prune runs/digits --policy policy.yaml
     """
     key = access.key
-    chosen = _policy(options.look(directory, access), policy, run, access)
+    chosen = choose(options.look(directory, access), run)
+    by = _policy(chosen, policy)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
-        manifest = catalog.manifest(run)
-        _check_metrics(chosen, manifest)
-        pruning = plan_pruning(chosen, manifest, catalog.aliases, abandoned=abandoned)
+        manifest = catalog.manifest(chosen.manifest.run, chosen.manifest.label)
+        _check_metrics(by, attrs.evolve(chosen, catalog=catalog, manifest=manifest))
+        pruning = plan_pruning(by, manifest, catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
     names = [record.name for record in gone]
     if as_json:
@@ -53,30 +54,20 @@ def prune_command(
     output.leave_if(output.say_damaged(catalog) or (apply and len(names) < len(pruning.going)))
 
 
-def _policy(catalog: Catalog, path: str | None, run: str | None, access: options.Access) -> Policy:
+def _policy(chosen: Chosen, path: str | None) -> Policy:
     """Return the policy to prune by."""
     if path is not None:
         return options.read_policy(path)
-    manifest = catalog.manifest(run)
-    noted = options.policies(catalog, None).of(manifest.run, manifest.label)
-    if noted is None:
-        msg = f"run {manifest.run} in {catalog.place} has not noted its policy; pass --policy FILE"
-        raise PolicyError(msg)
-    output.say(f"by the policy that run {manifest.run} noted: {noted}")
+    noted = noted_policy(chosen)
+    output.say(f"by the policy that run {chosen.id} noted: {noted}")
     return noted
 
 
-def _check_metrics(policy: Policy, manifest: Manifest) -> None:
+def _check_metrics(policy: Policy, chosen: Chosen) -> None:
     """Raise if a rule ranks by a metric that no checkpoint of the run has: it would keep none of them."""
-    history = manifest.history
-    for rule in policy.rules:
-        if (
-            isinstance(rule, KeepBest)
-            and history
-            and not any(rule.metric.value(record) is not None for record in history)
-        ):
-            have = ", ".join(metric_names(history)) or "none"
-            msg = f"{rule} would keep none: no checkpoint of run {manifest.run} has the metric (metrics there: {have})"
+    for rule in policy.rules if chosen.manifest.history else ():
+        if isinstance(rule, KeepBest) and (problem := lacking(rule.metric, chosen)):
+            msg = f"{rule} would keep none: {problem}"
             raise PolicyError(msg)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find_all
 from checkpointer.commit.journal import Journal
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, look_at
@@ -19,6 +20,7 @@ def rm_command(
     names: Annotated[list[str], options.argument("NAME...", "Names or steps.", options.complete_name)],
     access: options.Access,
     apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
+    run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the checkpoints of these names; with --apply remove them, payload and record.
@@ -31,7 +33,7 @@ def rm_command(
     options.look(directory, access)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
-        records = [*{(found := catalog.find(name)).name: found for name in names}.values()]
+        records = find_all(catalog, names, run)
         stay = {record.name: why for record in records if (why := why_not_removed(catalog, record))}
         gone = remove(catalog, records, Journal(storage, owner, key)) if apply else ()
     if as_json:

@@ -13,6 +13,7 @@ import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find
 from checkpointer.cli.commands.ls import as_data, why
 from checkpointer.commit.naming import location
 from checkpointer.errors import CheckpointerError, PolicyError, RestoreError
@@ -34,22 +35,24 @@ def show_command(
             "[NAME]", "In a directory of checkpoints: a name, a step, last or best.", options.complete_name
         ),
     ] = "",
-    run: Annotated[str, typer.Option("--run", metavar="ID", help="Show which processes have held this run.")] = "",
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", metavar="ID", help="NAME is of this run. Without NAME: show which processes have held the run."
+        ),
+    ] = None,
     match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
     policy: options.PolicyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the tensors of a checkpoint with shape, dtype and bytes, and its record. Nothing is unpickled or loaded.
 
-    It takes any file or folder that torch, safetensors or a trainer wrote, also at a URL. With --run it shows which
-    processes have held a run: its terms.
+    It takes any file or folder that torch, safetensors or a trainer wrote, also at a URL. With --run and no NAME it
+    shows which processes have held a run: its terms.
 
     Example: checkpointer show runs/digits last
     """
-    if name and run:
-        msg = "both the name of a checkpoint and --run are given; pass one"
-        raise PolicyError(msg)
-    if run:
+    if run is not None and not name:
         _show_terms(options.look(place, access), run, as_json=as_json)
         return
     if not name:
@@ -59,7 +62,7 @@ def show_command(
         msg = f"{place} is a file, and {name!r} was given too; show takes one file, or a directory and a name"
         raise PolicyError(msg)
     catalog = options.look(place, access)
-    record = catalog.find(name)
+    record = find(catalog, name, run, policy)
     reason = why(catalog, options.policies(catalog, policy))[record.name]
     lines = _lines_of(record, catalog.location(record.name))
     lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason, "saved": record.reason}
@@ -108,8 +111,7 @@ def _show(opening: AbstractContextManager[Tensors], shown: dict[str, Any], match
 
 
 def _show_terms(catalog: Catalog, run: str, *, as_json: bool) -> None:
-    catalog.manifest(run)  # Raises if there is no such run.
-    terms = [one for known, label in catalog.runs if known == run for one in terms_of(catalog, run, label)]
+    terms = [one for known, label in catalog.named(run) for one in terms_of(catalog, known, label)]
     if as_json:
         output.print_json([
             {"term": one.term, "label": one.label, "state": one.state, "limit": one.limit}
@@ -171,7 +173,7 @@ def _print_contents(contents: Tensors, match: str) -> None:
     tensors = [info for info in contents.tensors.values() if match in info.name]
     output.print_line("")
     rows = [(info.name, info.kind, " x ".join(map(str, info.shape)) or "-", size_text(info.bytes)) for info in tensors]
-    output.print_table(["tensor", "dtype", "shape", "bytes"], rows, right=["bytes"], folded=0)
+    output.print_table(["tensor", "dtype", "shape", "bytes"], rows, right=["bytes"], folded=[0])
     total = size_text(sum(info.bytes for info in tensors))
     elements = count_text(sum(info.numel for info in tensors), "element")
     output.print_line(f"{count_text(len(tensors), 'tensor')}, {elements}, {total}")
@@ -179,6 +181,6 @@ def _print_contents(contents: Tensors, match: str) -> None:
     others = {key: value for key, value in contents.others.items() if match in key}
     if others:
         output.print_line("")
-        output.print_table(["value", ""], [(key, str(value)) for key, value in others.items()])
+        output.print_table(["value", ""], [(key, str(value)) for key, value in others.items()], folded=[0, 1])
     if contents.calls:
         output.say(f"unpickling it would call {', '.join(contents.calls)}; nothing was unpickled")

@@ -11,6 +11,7 @@ import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import choose
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Save, Skip
 from checkpointer.tools.history import MAX_BYTES, History, history_at, history_of, read_history
@@ -55,7 +56,7 @@ def _read_source(source: str, run: str | None, access: options.Access) -> Histor
     options.check_source(source)
     if os.path.isfile(source):
         return history_at(source)
-    return history_of(options.look(source, access).manifest(run).own)
+    return history_of(choose(options.look(source, access), run).manifest.own)
 
 
 def as_bytes(text: str) -> int:

@@ -9,6 +9,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
+from checkpointer.cli.choosing import find_all
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.tools.checksums import verify_files
 from checkpointer.tools.payloads import Payload
@@ -23,6 +24,7 @@ def verify_command(
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,
+    run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare payloads with the sizes and digests in their records. Nothing is loaded.
@@ -43,7 +45,7 @@ def verify_command(
     catalog = options.look(place, access) if alone is None or alone.catalog is None else alone.catalog
     catalog = catalog.with_missing
     wanted = [alone.name] if alone is not None else names
-    records = [catalog.find(name) for name in wanted] if wanted else [*catalog.records]
+    records = find_all(catalog, wanted, run) if wanted else catalog.of(run)
     total = sum(record.size for record in records)
     with output.progress("verifying", total) as advance:
         found = _printed(verify_all(catalog, records, depth, on_bytes=advance), silent=as_json)

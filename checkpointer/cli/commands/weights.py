@@ -12,7 +12,7 @@ import typer
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
-from checkpointer.cli.commands.paths import best_first
+from checkpointer.cli.choosing import best_first, choose, find, find_all
 from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
 from checkpointer.formats.inspection.tensors import Tensors
@@ -53,6 +53,7 @@ def export_command(
     ],
     file: File,
     access: options.Access,
+    run: options.Among = None,
 ) -> None:
     """Write a checkpoint's weights as safetensors or a flat torch file, tensor by tensor. It is verified first.
 
@@ -68,7 +69,7 @@ def export_command(
         _write([found], out, file, lambda sources: sources[0][1])
         return
     catalog = options.look(items[0], access)
-    _write(_payloads(catalog, [catalog.find(items[1])]), out, file, lambda sources: sources[0][1])
+    _write(_payloads(catalog, [find(catalog, items[1], run)]), out, file, lambda sources: sources[0][1])
     # The checkpoint that an alias was meant for may be among these.
     output.say_damaged(catalog)
 
@@ -102,9 +103,9 @@ def average_command(
         raise PolicyError(msg)
     options.check_out(out, access)
     catalog = options.look(directory, access)
-    records = [catalog.find(name) for name in names or ()]
+    records = find_all(catalog, names or (), run)
     if best is not None:
-        records = best_first(catalog, catalog.manifest(run), ranking, access)[:best]
+        records = best_first(choose(catalog, run), ranking)[:best]
         if len(records) < best:
             output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
     _write(_payloads(catalog, records), out, file, average)

@@ -116,11 +116,12 @@ def chart_of_records(
         )
         for record in manifest.own
     )
-    gone = max(max((record.serial for record in manifest.records), default=0) - len(manifest.records), 0)
+    gone = _gone(manifest)
     there = f"{count_text(len(items), 'survivor')} of {len(items) + gone} checkpoints"
     subtitle = str(policy) if policy else there if gone else count_text(len(items), "checkpoint")
     if gone:
-        subtitle += f"; {gone} more were retired, or were not copied, and are not known"
+        were, are = ("was", "is") if gone == 1 else ("were", "are")
+        subtitle += f"; {gone} more {were} retired, or {were} not copied, and {are} not known"
     return Chart(
         title=title,
         subtitle=subtitle,
@@ -184,6 +185,19 @@ def _simulated(timeline: Timeline, reasons: Mapping[str, Sequence[str]], best: R
 def _facts(record: Record) -> dict[str, Any]:
     fields = ("name", "step", "epoch", "kind", "metrics")
     return {field: getattr(record, field) for field in fields} | {"size": record.size or None}
+
+
+def _gone(manifest: Manifest) -> int:
+    """Return how many checkpoints of the run are not there any more.
+
+    Serials count the saves of a directory. A missing one belongs to the run that has the next one.
+    """
+    gone, before = 0, 0
+    for record in sorted(manifest.records, key=lambda record: record.serial):
+        if (record.run, record.label) == (manifest.run, manifest.label):
+            gone += max(record.serial - before - 1, 0)
+        before = record.serial
+    return gone
 
 
 def _grown(items: Sequence[ChartItem]) -> tuple[tuple[int, int], ...]:
