@@ -16,7 +16,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
-from checkpointer.formats.shared_memory import Arena, arena_for
+from checkpointer.formats.memory import move
+from checkpointer.formats.shared_memory import LARGE, Arena, arena_for
 from checkpointer.formats.stored import cut, span
 
 _P = ParamSpec("_P")
@@ -78,7 +79,7 @@ class _Part:
     """Bytes."""
     is_cuda: bool
     fits: bool
-    """Whether the tensor holds these bytes in their order, so that it can be copied instead of them."""
+    """Whether the tensor holds these bytes in their order, and is copied instead of them, because they are few."""
 
 
 @attrs.frozen
@@ -99,7 +100,7 @@ class _Layout:
     copies: list[Any]
     """The copy of each tensor."""
     whole: list[int]
-    """Places of the tensors that are copied at once."""
+    """Places of the small tensors that are copied at once."""
     whole_copies: list[Any]
     rest: list[_Part]
     """All other parts."""
@@ -204,16 +205,18 @@ class Memory:
             every = len(layout.whole) == len(tensors)
             # One call, which releases the GIL once.
             torch._foreach_copy_(layout.whole_copies, tensors if every else [tensors[place] for place in layout.whole])
+        moves = []
         for part in layout.rest:
             if _place_of(part, sources) == "meta":
                 continue
-            storage = _source_of(part, sources)
-            target, source = (
-                _bytes_of(self.buffer(part.number), 0, part.size),
-                _bytes_of(storage, part.start, part.size),
-            )
+            storage, buffer = _source_of(part, sources), self.buffer(part.number)
+            if storage.device.type == "cpu":
+                moves.append((buffer.data_ptr(), storage.data_ptr() + part.start, part.size))
+                continue
+            source = _bytes_of(storage, part.start, part.size)
             with streams.of(storage.device):
-                target.copy_(source, non_blocking=part.is_cuda)
+                _bytes_of(buffer, 0, part.size).copy_(source, non_blocking=part.is_cuda)
+        move(moves)
         return layout.copies
 
     def forget_tensors(self) -> None:
@@ -347,7 +350,7 @@ def _parts(tensors: Sequence[Any], storages: Sequence[Any], on: Sequence[int], f
             place = next(fitting, place)
             fits = _fits(tensors[place], start, size)
         # A copy of bool values would change bytes other than 0 and 1.
-        fits = fits and not is_cuda and tensors[place].dtype is not torch.bool
+        fits = fits and size < LARGE and not is_cuda and tensors[place].dtype is not torch.bool
         yield _Part(number, place, start, size, is_cuda=is_cuda, fits=fits)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 import attrs
 
+from checkpointer._ahead import ahead
 from checkpointer._secrets import Secrets
 from checkpointer.commit.index import RECORDS
 from checkpointer.commit.naming import address, location
@@ -42,7 +43,7 @@ from checkpointer.storage.digests import (
     files_of,
     read_digest,
 )
-from checkpointer.storage.pieces import ahead, filled
+from checkpointer.storage.pieces import filled
 
 Verify = Literal["full", "mine", "size"]
 """How a payload is compared with its record before it is loaded."""

@@ -6,6 +6,7 @@ import io
 import itertools
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,33 @@ def test_a_state_without_tensors_is_copied_without_torch() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "{'a': [1]} False\n" == printed
+
+
+def test_large_tensors_are_copied_by_several_threads_and_by_one_if_no_more_can_be_started() -> None:
+    """Each byte once, whatever the sizes are; and while the copy runs, other Python threads run."""
+    state = {
+        "large": torch.randn(5_000_003),
+        "odd": torch.arange(4_200_001, dtype=torch.int32)[3:],
+        "turned": torch.randn(301, 1001).t(),
+        "bytes": torch.randint(0, 255, (9_000_001,), dtype=torch.uint8).view(torch.bool),
+        "half": torch.randn(40_000).bfloat16(),
+        "small": torch.ones(3),
+    }
+    snapshots = Snapshots()
+    for stack in (0, 1 << 60):
+        before = threading.stack_size(stack)
+        try:
+            snapshot = snapshots.take(state)
+        finally:
+            threading.stack_size(before)
+        copy = snapshot.wait()
+        for name, tensor in state.items():
+            assert tensor.stride() == copy[name].stride()
+            assert torch.equal(raw(tensor), raw(copy[name]))
+        snapshot.release()
+        state["large"].mul_(2)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose values are the bytes of another one."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor.contiguous().view(torch.int16)

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepLast, Policy, Save
+from checkpointer._ahead import ahead
 from checkpointer.errors import CorruptError, NoValidCheckpointError, UnsafePayloadError
 from checkpointer.formats.archive_reader import Archive, start_of
 from checkpointer.formats.mapping import HUGE_PAGE, can_map
 from checkpointer.formats.one_pass import TorchLayout, can_unpickle
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.restore.damage import damage_in
-from checkpointer.storage.pieces import ahead, fill
+from checkpointer.storage.pieces import fill
 from checkpointer.testing import MemoryStorage
 
 EACH = Policy(EverySteps(1), [KeepLast(3)])
