@@ -140,6 +140,9 @@ class _Places(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
 
 @attrs.frozen
 class KeepLast:
