@@ -150,8 +150,8 @@ def print_table(
     _narrow(widths, folded, width() - len(_GAP) * (len(widths) - 1))
     for column in folded:
         size, fold = widths[column], _folder(widths[column])
-        cells = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[column]]
-        shown[column], widths[column] = cells, max(size, *(_len(text) for cell in cells for text, _ in cell))
+        shown[column] = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[column]]
+        widths[column] = max(size, *(_len(text) for cell in shown[column] for text, _ in cell))
     coloured = is_coloured()
     columns = [
         [

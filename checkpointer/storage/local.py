@@ -260,7 +260,7 @@ class LocalStorage:
     def discard(self, owner: str) -> None:
         """See `SupportsDiscard.discard`. Claims of names stay, because this writer may be about to rename to them."""
         for folder in self._staging_folders():
-            if not folder.is_symlink() and not folder.name.startswith(_CLAIM) and _owner_of(folder) == owner:
+            if not folder.is_symlink() and not folder.name.startswith(CLAIM) and _owner_of(folder) == owner:
                 # It leaves in one step, because the owner may be about to publish a folder that lies in it.
                 gone = self._new_staged()
                 with contextlib.suppress(OSError):
