@@ -238,7 +238,7 @@ class Directory:
         before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
         serials = (r.serial for r in before if r.name not in poisoned and manifest.is_of_holder(r))
         limits = (*manifest.limits.get(run, ()), (term.number, max(serials, default=0)))
-        term.limit(limits)
+        term.limit(limits, (entry.record.name for one in announced for entry in one.entries))
         contents.manifest = attrs.evolve(manifest, limits={**manifest.limits, run: limits})
 
     @property

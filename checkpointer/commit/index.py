@@ -13,7 +13,7 @@ import xxhash
 
 from checkpointer.commit.changes import Changes, changes_in, changes_path, read_changes
 from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
-from checkpointer.commit.terms import read_limits
+from checkpointer.commit.terms import Announced, read_limits
 from checkpointer.errors import RecordError, SchemaError, UntrustedError
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.codec import MAX_RECORD_BYTES
@@ -155,12 +155,12 @@ def _load(storage: Storage, trust: HMACKey | None, writers: Iterable[str]) -> Li
         if entries or not gone:
             break
     runs = {(entry.record.run, entry.record.label) for entry in entries.values()}
-    limits, unknown = read_limits(storage, files, runs, trust)
+    limits, announced, unknown = read_limits(storage, files, runs, trust)
     return Listing(
         entries=entries,
         damaged=refused | damaged | unknown,
         files=files,
-        changes=changes,
+        changes=tuple(_without_late(one, announced) for one in changes),
         limits=limits,
         reads=reads,
     )
@@ -185,6 +185,16 @@ def _read_changes(
             changes += [found] if found is not None else []
             finished |= found is None and path in listed
     return tuple(changes), damaged, finished
+
+
+def _without_late(changes: Changes, announced: Announced) -> Changes:
+    """Leave out what a writer has announced after another process had taken over: it finds that out, and stops."""
+
+    def is_late(entry: Entry) -> bool:
+        term, names = announced.get((entry.record.run, entry.record.label), (0, frozenset[str]()))
+        return 0 < changes.term < term and entry.record.name not in names
+
+    return attrs.evolve(changes, entries=tuple(entry for entry in changes.entries if not is_late(entry)))
 
 
 def _read_entries(

@@ -4,7 +4,8 @@ The argument. A term is a number that only grows, for one run and label in one d
 ``.checkpointer/terms/<key>``:
 
 - ``<term>.json``: the *claim*. It is created once, by a request that fails if it exists, and never replaced or removed.
-- ``<term>.limits``: for this and earlier terms, up to which serial the records of lower terms count.
+- ``<term>.limits``: for this and earlier terms, up to which serial the records of lower terms count, and which
+  checkpoints writers of lower terms may still change.
 - ``<term>.beat``: a number that the holder changes every few seconds; after it, on a line of its own, how far the
   training is, for ``checkpointer watch``.
 - ``<term>.end``: the holder has released the term.
@@ -18,8 +19,9 @@ The holder of a term (the old writer) and the process that claims the next one (
 3. *Change*: the old writer makes the changes that it has announced, and no others.
 4. *Claim*: the new writer creates the claim of the next term. If another process has created it, that one has the term.
 5. *Read*: after that the new writer lists the directory, and reads the changes of every writer that may be alive.
-6. *Limit*: the new writer writes ``<term>.limits``: the highest serial that it counts, and the limits that it applied.
-   Readers use the file of the highest term only, so a file that is written late changes nothing.
+6. *Limit*: the new writer writes ``<term>.limits``: the highest serial that it counts, the limits that it applied, and
+   the checkpoints that were announced in step 5. Readers use the file of the highest term only, so a file that is
+   written late changes nothing.
 
 Either step 2 comes after step 4, and the old writer changes nothing. Or it comes before, so step 1 comes before step
 5, and the new writer reads what the old writer may still change, now or later. It relies on none of it. A checkpoint
@@ -63,6 +65,7 @@ from typing import Any, Final
 import attrs
 import xxhash
 
+from checkpointer.commit.changes import MAX_CHANGES_BYTES
 from checkpointer.commit.signing import HMACKey, check_signature, signed
 from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError, StorageError
 from checkpointer.ports import Storage, SupportsScratch
@@ -137,24 +140,32 @@ def by_key(paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+Announced = dict[tuple[str, str], tuple[int, frozenset[str]]]
+"""By run and label: the highest term that has limits, and the checkpoints that lower terms may still change."""
+
+
 def read_limits(
     storage: Storage, files: Iterable[str], runs: Iterable[tuple[str, str]], trust: HMACKey | None
-) -> tuple[Limits, dict[str, RecordError]]:
-    """Return by run and label which records count after a takeover, and each file that cannot be read or trusted."""
+) -> tuple[Limits, Announced, dict[str, RecordError]]:
+    """Return which records count after a takeover, what was announced by then, and each file that cannot be read."""
     paths = by_key(files)
     limits: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {}
+    announced: Announced = {}
     damaged: dict[str, RecordError] = {}
     for run in runs if paths else ():
         found = TermFiles.of(paths.get(key_of(*run), ()), key_of(*run))
         if found.limiting:
             path = f"{TERMS}/{key_of(*run)}/{found.limiting}.limits"
             try:
-                limits[run] = _limits_of(_read_json(storage, path, trust), path)
+                data = _read_json(storage, path, trust, MAX_CHANGES_BYTES)
+                limits[run], names = _limits_of(data, path), _announced_in(data, path)
             except FileNotFoundError:
                 continue
             except RecordError as error:
                 damaged[path] = error
-    return limits, damaged
+            else:
+                announced |= {run: (found.limiting, names)} if names is not None else {}
+    return limits, announced, damaged
 
 
 def _limits_of(data: object, path: str) -> tuple[tuple[int, int], ...]:
@@ -168,8 +179,17 @@ def _limits_of(data: object, path: str) -> tuple[tuple[int, int], ...]:
     raise RecordError(msg)
 
 
-def _read_json(storage: Storage, path: str, trust: HMACKey | None) -> Any:
-    data = parse_json(read_small(storage, path, MAX_RECORD_BYTES + 1), path)
+def _announced_in(data: dict[str, Any], path: str) -> frozenset[str] | None:
+    """Return the names that were announced; None in a file of an earlier version."""
+    names = data.get("announced")
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return None if names is None else frozenset(names)
+    msg = f"{path}: 'announced' is {names!r:.100}; expected a list of names"
+    raise RecordError(msg)
+
+
+def _read_json(storage: Storage, path: str, trust: HMACKey | None, limit: int = MAX_RECORD_BYTES) -> Any:
+    data = parse_json(read_small(storage, path, limit + 1), path, limit)
     check_signature(data, path, trust)
     return data
 
@@ -236,9 +256,12 @@ class Term:
         """Whether a check has found a higher term. Sends no request."""
         return bool(self._fenced)
 
-    def limit(self, limits: Iterable[tuple[int, int]]) -> None:
-        """Let the records of lower terms count up to these serials only: ``(term, serial)``, with those of before."""
-        data = {"schema": SCHEMA, "limits": [list(pair) for pair in limits]}
+    def limit(self, limits: Iterable[tuple[int, int]], announced: Iterable[str]) -> None:
+        """Let the records of lower terms count up to these serials only: ``(term, serial)``, with those of before.
+
+        ``announced`` are the checkpoints that writers of lower terms may still change.
+        """
+        data = {"schema": SCHEMA, "limits": [list(pair) for pair in limits], "announced": sorted(announced)}
         self.storage.write(f"{self.folder}/{self.number}.limits", json.dumps(signed(data, self.trust)).encode())
 
     def release(self) -> None:
@@ -352,8 +375,9 @@ def claim_term(
         refused[term.number] += 1
         if refused[term.number] == _REFUSALS:
             msg = (
-                f"{folder}/{term.number}.json in {storage} cannot be created, and no listing shows it: an empty folder "
-                "may be there. Remove it"
+                f"{folder}/{term.number}.json in {storage} cannot be created, and no listing shows it. A process on "
+                "another host may have been stopped while it created this file; then start again when 15 minutes have "
+                "passed since. Or an empty folder has this name; then remove it"
             )
             raise StorageError(msg)
 

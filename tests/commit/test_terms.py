@@ -35,6 +35,7 @@ from checkpointer.errors import (
     FencedError,
     PolicyError,
     RunInUseError,
+    StorageError,
 )
 from checkpointer.ports import Stat, Storage
 from checkpointer.records.record import Entry
@@ -587,6 +588,31 @@ def test_what_is_replaced_while_a_process_takes_over_is_there_at_each_moment() -
     old.close()
 
 
+def test_what_a_replaced_writer_announces_too_late_hides_nothing() -> None:
+    """It saves once more, announces that the checkpoint before is removed, and is stopped before it looks.
+
+    Its new checkpoint does not count, because it came after the takeover. So the one before has to count.
+    """
+    storage = MemoryStorage()
+    old = started(storage, ALL, "old", "alpha", run="r")
+    save(old, 1)
+    (first,) = old.records
+    new = started(storage, ALL, "new", "beta", run="r", takeover=True)
+    assert new.restore() is not None
+    directory = old.session._directory
+    going = directory.transaction.retiring(first)
+    write_changes(storage, Changes(owner=directory.journal.owner, entries=(going,), term=1), None)
+
+    with CheckpointManager(storage, ALL, format=PlainFormat(), run="r") as reader:
+        assert [1] == [record.step for record in reader.records]
+    third = started(storage, ALL, "third", "gamma", run="r", takeover=True)
+    restored = third.restore()
+    assert restored is not None
+    assert 1 == restored.step
+    for manager in (third, new, old):
+        manager.close()
+
+
 def test_an_announcement_of_a_replaced_writer_does_not_hide_that_of_its_successor(tmp_path: Path) -> None:
     """The successor is killed while it replaces a checkpoint, and the old writer while it learns that it is fenced."""
     old = started(tmp_path, ONE_NAME, "old", "alpha", run="r")
@@ -650,6 +676,17 @@ def test_a_copy_knows_what_was_abandoned(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "b", format=PlainFormat()) as reader:
         assert [1, 2, 3] == [found.step for found in reader.records]
         assert 4 == len(reader.session.manifest.own)
+
+
+def test_a_claim_that_cannot_be_created_names_both_causes() -> None:
+    """An empty folder, and a name that a stopped process has reserved, look the same: the error says what to do."""
+
+    class Refusing(MemoryStorage):
+        def _is_taken(self, path: str) -> bool:
+            return path.endswith("/1.json")
+
+    with pytest.raises(StorageError, match=r"start again when 15 minutes .* an empty folder has this name; then rem"):
+        terms.claim_term(Refusing(), "r", "", "someone", terms.Lease(), is_new=False)
 
 
 @pytest.mark.parametrize("name", ["999999999.json", "99999999999999999999.json", "7.limits", "3.json.tmp", "x.json"])

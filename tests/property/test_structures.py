@@ -348,7 +348,7 @@ OWN: Final = {
         "policy": "when: {EverySteps: {n: 1}}",
     },
     "terms/{key}/2.beat": {"time": 5.0, "step": 3, "due": "step 4", "due_step": 4, "written": 5, "mirror": "m"},
-    "terms/{key}/2.limits": {"schema": 1, "limits": [[1, 2]]},
+    "terms/{key}/2.limits": {"schema": 1, "limits": [[1, 2]], "announced": ["a.ckpt"]},
 }
 """Files of this library in its folder; ``{key}`` is that of the run."""
 

@@ -7,6 +7,13 @@ The real code runs, in a thread, only to find a node that is not known yet. The 
 storage. Equal states (contents of the storage, and the node of each writer) are searched once.
 
 An upload is one operation, `publish`, because what happens before it is invisible to the other writers.
+
+The search is reduced. A read changes nothing, so only its result matters: the order of a read and a write matters only
+if the write changes that result. So a writer that is about to read does one of two things: it reads at once, or it
+sleeps until a write has changed what it reads. It never reads later with the same result, because that leads to a state
+which is visited anyway: the one where it has read at once, and then the others did the same writes. Writes are tried in
+every order. So what the storage holds, and what the writers have noted, is found in each combination that is possible:
+`Model.search` with ``reduced=False`` tries every order of all operations, and finds the same ones.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from typing import Any, BinaryIO, Final, Literal
 import attrs
 import xxhash
 
+from checkpointer import Policy
 from checkpointer.commit.index import HOME, RECORDS, Listing
 from checkpointer.commit.terms import TERMS, Lease
 from checkpointer.errors import NameTakenError
@@ -36,8 +44,8 @@ from checkpointer.testing import Crash, MemoryStorage
 from support.local_state import digest_of_frames
 
 __all__ = [
-    "Disk", "Env", "Model", "Notes", "Operation", "Report", "Scenario", "State", "Violation", "deterministic", "listed",
-    "on_host",
+    "Disk", "Env", "Model", "Moment", "Notes", "Operation", "Report", "Scenario", "Violation", "World", "deterministic",
+    "listed", "on_host",
 ]  # fmt: skip
 
 Result = Any
@@ -57,7 +65,7 @@ AUDIT_EVERY: Final = 10
 COLLECT_EVERY: Final = 20
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Operation:
     """One step of a writer that others can see, or that sees what others did."""
 
@@ -167,33 +175,21 @@ class Disk(MemoryStorage):
 class Node:
     """A writer at one point: what it does next, after all the results so far."""
 
-    number: int
     operation: Operation | None
     """None if the script has ended."""
+    notes_id: int
     notes: Notes
     """All that the script has noted so far."""
     parent: Node | None = None
-    result: Result = None
-    """The result of the parent's operation that led here."""
-    children: dict[Result, Node] = attrs.field(factory=dict)
-    is_released: bool = False
-    """Whether the writer has given its id back, as a closed manager does."""
-    future: int = 0
-    """The footprint of this operation, and of each known one after it: see `_Footprints`."""
-    others: list[Node] = attrs.field(factory=list)
-    """Further nodes that lead here."""
-    relying: list[tuple[int, State]] = attrs.field(factory=list)
-    """States that are searched only in part, as long as nothing of this footprint comes in the future."""
+    result: int = 0
+    """The number of the result of the parent's operation that led here."""
+    children: dict[int, Node] = attrs.field(factory=dict)
+    """The next nodes, by the number of the result."""
+    is_read: bool = attrs.field(init=False)
+    """Whether it changes nothing next."""
 
-    def history(self) -> list[tuple[Operation, Result]]:
-        """Return each operation before this point, with its result."""
-        steps: list[tuple[Operation, Result]] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
-            assert node.parent.operation is not None
-            steps.append((node.parent.operation, node.result))
-            node = node.parent
-        return steps[::-1]
+    def __attrs_post_init__(self) -> None:
+        self.is_read = self.operation is not None and self.operation.is_read
 
 
 _here = threading.local()
@@ -207,6 +203,7 @@ class _Run:
     ) -> None:
         self.writer, self.host = writer, host
         self.operation: Operation | None = None
+        self.owner: str | None = None
         self.local_state: str | None = None
         self.notes: list[tuple[Any, ...]] = []
         self.error: BaseException | None = None
@@ -216,7 +213,9 @@ class _Run:
         self.kept: list[Any] = [env]
         self._history = iter(history)
         self._result: Result = None
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._stopped = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._stopped.acquire()
         env._run = self
         self._thread = threading.Thread(target=self._work, args=(script, env), daemon=True)
         self._thread.start()
@@ -226,6 +225,8 @@ class _Run:
         _here.run = self
         try:
             script(env)
+            if self.owner is not None:
+                self.perform(Operation("release", self.owner))  # The process ends.
         except Crash:
             pass
         except BaseException as error:  # A defect of the script, not of a writer: the search raises it.
@@ -247,7 +248,6 @@ class _Run:
             self.local_state = state and f"{state} {self.numbers} {self.time}"
         except BaseException as error:  # It must not reach the code of the writer.
             self.error, self.is_over = error, True
-            self._stopped.release()
             raise Crash from error
         self._stopped.release()
         self._go.acquire()
@@ -293,9 +293,9 @@ class Env:
         self._hidden = Disk()
 
     def note(self, *what: Any) -> None:
-        """Note an event, such as an acknowledged save. It happens at a moment of its own."""
-        self._run.perform(Operation("note", self.writer))
-        self._run.notes.append(what)
+        """Note an event, such as an acknowledged save, and how many claims there were by then, at its end."""
+        claims = self._run.perform(Operation("note", self.writer))
+        self._run.notes.append((*what, claims))
 
     def keep(self, value: Any) -> Any:
         """Keep a value from being garbage-collected while the script runs."""
@@ -393,7 +393,7 @@ class _Live:
 
     def discard(self, owner: str) -> None:
         run = getattr(_here, "run", None)
-        if run is not None and not run.is_over and getattr(run, "owner", None) == owner:
+        if run is not None and not run.is_over and run.owner == owner:
             run.owner = None
             with contextlib.suppress(Crash):  # It is called by a finalizer, which would print it.
                 run.perform(Operation("release", owner))
@@ -402,7 +402,7 @@ class _Live:
         run = getattr(_here, "run", None)
         if run is None:
             return False
-        if owner == getattr(run, "owner", None):
+        if owner == run.owner:
             return True
         return bool(run.perform(Operation("is live", str(owner))))
 
@@ -435,6 +435,8 @@ def deterministic() -> Iterator[None]:
         (threading.Thread, "start", for_scripts(threading.Thread.start, lambda run, thread: None)),
         (Lease.__init__, "__defaults__", tuple(own.get(f.name, f.default) for f in attrs.fields(Lease))),
         (owners, "_host", for_scripts(owners._host, lambda run: run.host)),
+        (owners, "_started", lambda pid: "1"),  # This, and the text of a policy, only cost time here.
+        (Policy, "to_yaml", lambda policy, path=None: ""),
         (owners, "_live_here", _Live()),
     ]
     before = [getattr(module, name) for module, name, _ in places]
@@ -452,29 +454,25 @@ class _Outside:
 
     writer = "Z"
 
-    def __init__(self, model: Model, state: State, host: str) -> None:
+    def __init__(self, model: Model, world: World, host: str) -> None:
         self.host, self.time, self.numbers = host, 1000.0, itertools.count(1)
         self.is_over, self.owner = False, None
-        self._model, self._state = model, state
+        self._model, self._world = model, world
 
     def perform(self, operation: Operation) -> Result:
         """Return whether another process runs; nothing else is asked."""
-        return self._model.is_live(self._state, operation.path) if operation.what == "is live" else None
+        return self._model.is_live(self._world, operation.path) if operation.what == "is live" else None
 
 
 @contextlib.contextmanager
-def on_host(model: Model, state: State) -> Iterator[None]:
-    """Act as one more process on the host of the scenario, if it has one host for all."""
-    hosts = {*model.scenario.hosts.values()}
-    _here.run = _Outside(model, state, *hosts) if len(hosts) == 1 else None
+def on_host(model: Model, world: World) -> Iterator[None]:
+    """Act as one more process on the host of the scenario, if it has one host for all, or else on another host."""
+    hosts = {*model.scenario.hosts.values()} or {"host-Z_1_2"}
+    _here.run = _Outside(model, world, *hosts)
     try:
         yield
     finally:
         _here.run = None
-
-
-def _id_of(writer: str) -> str:
-    return f"~{ord(writer):x}"
 
 
 def writer_of(owner: str) -> str:
@@ -482,102 +480,16 @@ def writer_of(owner: str) -> str:
     return chr(int(owner.rpartition("~")[2][:2], 16))
 
 
-class _Footprints:
-    """Which operations may not be exchanged. A set of footprints is a number with a bit for each."""
-
-    def __init__(self, is_claim: Callable[[Operation], bool]) -> None:
-        self._is_claim = is_claim
-        self._bits: dict[tuple[str, str], int] = {}
-        self._against: list[int] = []
-        """By bit: the footprints that it conflicts with."""
-        self._known: dict[Operation, int] = {}
-
-    def of(self, operation: Operation) -> int:
-        """Return the footprint of an operation."""
-        known = self._known.get(operation)
-        if known is None:
-            known = 0
-            for one in self._parts(operation):
-                known |= 1 << self._bit(one)
-            self._known[operation] = known
-        return known
-
-    def against(self, footprint: int) -> int:
-        """Return all footprints that conflict with this one."""
-        found = 0
-        while footprint:
-            low = footprint & -footprint
-            found |= self._against[low.bit_length() - 1]
-            footprint ^= low
-        return found
-
-    def _parts(self, operation: Operation) -> Iterator[tuple[str, str]]:
-        path = operation.path
-        match operation.what:
-            case "list":
-                yield "list", path
-            case "open":
-                yield _reading(path)
-            case "is live":
-                yield "is live", writer_of(path)
-            case "release":
-                yield "release", writer_of(path)
-            case "note":
-                yield "note", path
-            case _:
-                yield "write", path
-                if operation.what in ("hardlink", "copy"):
-                    yield _reading(operation.target)
-                if self._is_claim(operation):
-                    yield "claim", ""
-
-    def _bit(self, part: tuple[str, str]) -> int:
-        bit = self._bits.get(part)
-        if bit is None:
-            bit = self._bits[part] = len(self._bits)
-            self._against.append(0)
-            for other, number in self._bits.items():
-                if _conflict(part, other) or _conflict(other, part):
-                    self._against[bit] |= 1 << number
-                    self._against[number] |= 1 << bit
-        return bit
-
-
-def _reading(path: str) -> tuple[str, str]:
-    # A link leads to another file, so the whole storage counts as read.
-    return ("list", "") if path.startswith(ALIASES) else ("read", path)
-
-
-def _conflict(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    match one[0], other[0]:
-        case "write", "list":
-            return not other[1] or _overlap(one[1], other[1])
-        case "write", ("read" | "write"):
-            return _overlap(one[1], other[1])
-        case "is live", "release":
-            return one[1] == other[1]
-        case "claim", ("note" | "claim"):
-            return True
-    return False
-
-
-def _overlap(one: str, other: str) -> bool:
-    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
-
-
 class _Program:
     """All that one writer may do, as far as it is known."""
 
-    def __init__(self, writer: str, host: str, script: Script, footprints: _Footprints, *, links: bool) -> None:
-        self.writer, self.host, self._script, self._links = writer, host, script, links
-        self._footprints = footprints
-        self.doubtful: list[State] = []
-        """States that were searched only in part, and now a footprint was found that they must not ignore."""
+    def __init__(self, writer: str, host: str, script: Script, results: _Numbers, *, links: bool) -> None:
+        self.writer, self.host, self._script, self._results, self._links = writer, host, script, results, links
         self._parked: dict[Node, _Run] = {}
-        self._numbers = itertools.count()
         self._by_state: dict[Any, Node] = {}
-        self.runs = self.merged = self.audits = 0
-        self.root = self._node(self._start([]), None, None)
+        self._notes: dict[Notes, tuple[int, Notes]] = {}
+        self.runs = self.merged = self.nodes = 0
+        self.root = self._node(self._start([]), None, 0)
 
     def _start(self, history: Sequence[tuple[Operation, Result]]) -> _Run:
         self.runs += 1
@@ -588,40 +500,30 @@ class _Program:
             raise run.error
         return run
 
-    def _node(self, run: _Run, parent: Node | None, result: Result) -> Node:
+    def _node(self, run: _Run, parent: Node | None, result: int) -> Node:
         key = (run.local_state, run.operation, tuple(run.notes))
         same = self._by_state.get(key) if run.local_state is not None and run.operation is not None else None
         if same is not None:
-            return self._merge(same, run, parent)
-        node = Node(next(self._numbers), run.operation, tuple(run.notes), parent, result)
-        node.is_released = parent is not None and (
-            parent.is_released or (parent.operation is not None and parent.operation.what == "release")
-        )
+            self.merged += 1
+            if self.merged % AUDIT_EVERY == 0:
+                self._audit(same, run)
+            run.end()
+            return same
+        self.nodes += 1
+        notes = self._notes.setdefault(tuple(run.notes), (len(self._notes), tuple(run.notes)))
+        node = Node(run.operation, *notes, parent, result)
         if run.operation is None:
             run.end()
         else:
             self._park(node, run)
             self._by_state[key] = node
-            self._foresee(node, self._footprints.of(run.operation))
-        return node
-
-    def _merge(self, node: Node, run: _Run, parent: Node | None) -> Node:
-        """Return the node of a run that is where another one was, by another way."""
-        self.merged += 1
-        if self.merged % AUDIT_EVERY == 0:
-            self._audit(node, run)
-        run.end()
-        if parent is not None:
-            node.others.append(parent)
-            self._foresee(parent, node.future)
         return node
 
     def _audit(self, node: Node, run: _Run) -> None:
-        """Check that the run goes on as the other one did."""
-        self.audits += 1
+        """Check that a run goes on as another one did that was in the same state."""
         while node.children:
             result, node = next(reversed(node.children.items()))
-            run.go_on(result)
+            run.go_on(self._results.values[result])
             same = (run.operation, tuple(run.notes)) == (node.operation, node.notes)
             assert same, (
                 f"{self.writer} does {run.operation}, and in the same state it did {node.operation}; "
@@ -630,40 +532,49 @@ class _Program:
             if run.operation is None:
                 break
 
-    def _foresee(self, last: Node, footprint: int) -> None:
-        todo = [last]
-        while todo:
-            node = todo.pop()
-            new = footprint & ~node.future
-            if not new:
-                continue
-            node.future |= new
-            if any(mask & new for mask, _ in node.relying):
-                self.doubtful += [state for mask, state in node.relying if mask & new]
-                node.relying = [one for one in node.relying if not one[0] & new]
-            todo += [node.parent] if node.parent is not None else []
-            todo += node.others
-
     def _park(self, node: Node, run: _Run) -> None:
         self._parked[node] = run
         if len(self._parked) > MAX_PARKED:
             oldest = next(iter(self._parked))
             self._parked.pop(oldest).end()
 
-    def after(self, node: Node, result: Result) -> Node:
+    def after(self, node: Node, result: int) -> Node:
         """Return the writer after the operation of ``node`` has had this result."""
         known = node.children.get(result)
         if known is None:
-            run = self._parked.pop(node, None) or self._start(node.history())
+            run = self._parked.pop(node, None) or self._start(self._history(node))
             assert run.operation == node.operation, f"{self.writer} is not deterministic at {node.operation}"
-            run.go_on(result)
+            run.go_on(self._results.values[result])
             known = node.children[result] = self._node(run, node, result)
         return known
+
+    def _history(self, node: Node) -> list[tuple[Operation, Result]]:
+        """Return each operation before a point, with its result."""
+        steps: list[tuple[Operation, Result]] = []
+        while node.parent is not None:
+            assert node.parent.operation is not None
+            steps.append((node.parent.operation, self._results.values[node.result]))
+            node = node.parent
+        return steps[::-1]
 
     def close(self) -> None:
         for run in self._parked.values():
             run.end()
         self._parked.clear()
+
+
+class _Numbers:
+    """A number for each result."""
+
+    def __init__(self) -> None:
+        self.values: list[Result] = []
+        self._known: dict[Result, int] = {}
+
+    def of(self, result: Result) -> int:
+        number = self._known.setdefault((type(result), result), len(self.values))
+        if number == len(self.values):
+            self.values.append(result)
+        return number
 
 
 # The search
@@ -680,10 +591,6 @@ class Scenario:
     """The host of each writer; without one, a host of its own."""
     links: bool = True
     """Whether the storage has links, so that a look costs no request."""
-    prepare: Callable[[Disk], None] | None = None
-    """Fills the storage before the writers start."""
-    starts: Mapping[str, Callable[[State], bool]] = attrs.field(factory=dict)
-    """When a writer may begin; without a condition at any moment."""
     crashes: int = 0
     """How many writers may be killed. (A writer of another host that is killed is like one that is paused for ever, so
     this matters only for writers of one host.)"""
@@ -691,39 +598,54 @@ class Scenario:
     """How many replies may be lost: the operation is done, and raises `OSError`."""
     failed: int = 0
     """How many operations may raise `OSError` without an effect."""
-    lag: int = 0
-    """A listing may miss up to this many of the last changes."""
-    preemptions: int | None = None
-    """How often a writer may be stopped while it could go on; None: no limit."""
 
 
-@attrs.frozen(eq=False)
-class State:
-    """The storage and all writers at one moment."""
+@attrs.define(eq=False)
+class World:
+    """All that the writers share at one moment. There is one object for each."""
 
     disk: Disk
     disk_id: int
-    nodes: tuple[Node, ...]
+    claims: tuple[int, ...] = ()
+    """Each writer that has taken the run over, in order."""
+    gone: frozenset[int] = frozenset()
+    """Writers whose id does not count as alive."""
     dead: frozenset[int] = frozenset()
     """Writers that were killed."""
-    claims: tuple[tuple[int, tuple[Notes, ...]], ...] = ()
-    """Each writer that has taken the run over, in order, with the notes of all writers at that moment."""
+    results: dict[Operation, int] = attrs.field(factory=dict)
+    """What each read returns, as a number."""
+    changes: dict[Node, tuple[World, int, str | None]] = attrs.field(factory=dict)
+    """What each change leads to: the world after it, its result as a number, and the law that it breaks."""
+    chains: dict[Node, list[Node]] = attrs.field(factory=dict)
+    """A writer at each of its next reads, and then at its next change, or its end."""
+
+
+State = tuple[World, tuple[Node, ...], int, int]
+"""The world, each writer, and the number of lost replies and failed requests so far."""
+
+
+@attrs.define(eq=False)
+class Moment:
+    """A state, as the laws see it."""
+
+    world: World
+    nodes: tuple[Node, ...]
     lost: int = 0
     failed: int = 0
-    preemptions: int = 0
-    last: int = -1
-    """The writer that ran last."""
-    older: tuple[int, ...] = ()
-    """The disks before the last changes, if a listing may lag."""
-    trace: Any = None
-    """The state before, and the action that led here."""
-    tried: list[int] = attrs.field(factory=list)
-    """The writers whose next steps were searched."""
+
+    @functools.cached_property
+    def claims(self) -> tuple[tuple[int, tuple[Notes, ...]], ...]:
+        """Each writer that has taken the run over, in order, with the notes of all writers at that moment."""
+        notes = [node.notes for node in self.nodes]
+        return tuple(
+            (holder, tuple(tuple(note for note in one if note[-1] <= number) for one in notes))
+            for number, holder in enumerate(self.world.claims)
+        )
 
     @property
     def is_over(self) -> bool:
         """Return whether no writer can do anything any more."""
-        return all(node.operation is None or i in self.dead for i, node in enumerate(self.nodes))
+        return len(self.world.gone) == len(self.nodes)
 
 
 @attrs.frozen
@@ -731,8 +653,7 @@ class Action:
     """One step of the schedule."""
 
     writer: int
-    what: Literal["run", "crash", "lost", "failed", "lag"] = "run"
-    lag: int = 0
+    what: Literal["run", "crash", "lost", "failed"] = "run"
 
 
 class Violation(AssertionError):  # noqa: N818
@@ -748,12 +669,14 @@ class Report:
     """How much was searched, and what was found."""
 
     states: int = 0
-    schedules: int = 0
-    """Complete schedules: every writer has ended or was killed."""
+    ends: int = 0
+    """States in which every writer has ended or was killed."""
     steps: int = 0
-    """Transitions from a state to another."""
+    """Changes and failures that were tried. Reads are not counted."""
+    disks: int = 0
+    """Different contents of the storage."""
     checks: int = 0
-    """Final states whose laws were checked, without those that were checked before."""
+    """How often the laws were checked; equal combinations of a world and of notes are checked once."""
     runs: int = 0
     """How often the code of a writer was started."""
     violations: dict[str, Violation] = attrs.field(factory=dict)
@@ -763,11 +686,11 @@ class Report:
 
     def __str__(self) -> str:
         end = "" if self.is_complete else ", stopped at its bound"
-        counts = f"{self.states} states, {self.steps} steps, {self.schedules} ends, {self.checks} checks"
+        counts = f"{self.states} states, {self.steps} steps, {self.ends} ends, {self.disks} disks, {self.checks} checks"
         return f"{counts}, {self.runs} runs{end}"
 
 
-Check = Callable[["Model", State], str | None]
+Check = Callable[["Model", Moment], str | None]
 
 
 class Model:
@@ -777,7 +700,7 @@ class Model:
         scenario: The writers.
         check: Returns the law that a state breaks, or None. Called for each state: each is the end of a schedule in
             which the other operations never happen.
-        on_step: Returns the law that an operation breaks, or None, from the state before it.
+        on_step: Returns the law that an operation breaks, or None, from the world before it.
         is_claim: Whether an operation that succeeded takes the run over.
     """
 
@@ -786,290 +709,305 @@ class Model:
         scenario: Scenario,
         check: Check,
         *,
-        on_step: Callable[[State, int, Operation, Result], str | None] = lambda *_: None,
+        on_step: Callable[[World, int, Operation], str | None] = lambda *_: None,
         is_claim: Callable[[Operation], bool] = lambda _: False,
     ) -> None:
         self.scenario, self._check, self._on_step, self._is_claim = scenario, check, on_step, is_claim
-        self._footprints = _Footprints(is_claim)
         self.names = tuple(scenario.writers)
         self.report = Report()
-        self._disks: dict[Any, int] = {}
-        self._by_id: list[Disk] = []
-        self._checked: dict[Any, str | None] = {}
+        self.checked: set[tuple[Any, ...]] = set()
+        """Each world with the notes of the writers, and the number of faults."""
+        self._disks: dict[Any, Disk] = {}
+        self._worlds: dict[Any, World] = {}
+        self._results = _Numbers()
         self._programs: list[_Program] = []
 
     # One step
 
-    def _intern(self, disk: Disk) -> int:
-        number = self._disks.setdefault(disk.key, len(self._disks))
-        if number == len(self._by_id):
-            self._by_id.append(disk)
-        return number
+    def _world(self, disk: Disk, claims: tuple[int, ...], gone: frozenset[int], dead: frozenset[int]) -> World:
+        disk = self._disks.setdefault(disk.key, disk)
+        key = id(disk), claims, gone, dead
+        if key not in self._worlds:
+            self._worlds[key] = World(disk, id(disk), claims, gone, dead)
+        return self._worlds[key]
 
     def first(self) -> State:
         """Return the state before any operation."""
-        disk = Disk()
-        if self.scenario.prepare is not None:
-            self.scenario.prepare(disk)
-        hosts, links = self.scenario.hosts, self.scenario.links
-        self._programs = [
-            _Program(name, hosts.get(name, f"host-{name}_1_2"), script, self._footprints, links=links)
-            for name, script in self.scenario.writers.items()
-        ]
-        number = self._intern(disk)
-        return State(self._by_id[number], number, tuple(program.root for program in self._programs))
+        if not self._programs:
+            hosts, links = self.scenario.hosts, self.scenario.links
+            self._programs = [
+                _Program(name, hosts.get(name, f"host-{name}_1_2"), script, self._results, links=links)
+                for name, script in self.scenario.writers.items()
+            ]
+        world = self._world(Disk(), (), frozenset(), frozenset())
+        return world, tuple(program.root for program in self._programs), 0, 0
 
     def close(self) -> None:
         """End every thread."""
         for program in self._programs:
             program.close()
-            self.report.runs += program.runs
 
-    def is_live(self, state: State, owner: str) -> bool:
+    def is_live(self, world: World, owner: str) -> bool:
         """Return whether the writer of an id runs."""
         writer = writer_of(owner)
-        if writer not in self.names:
-            return False
-        number = self.names.index(writer)
-        node = state.nodes[number]
-        return number not in state.dead and node.operation is not None and not node.is_released
+        return writer in self.names and self.names.index(writer) not in world.gone
 
-    def _able(self, state: State) -> list[int]:
-        """Return the writers that may run; first the one that ran last."""
-        able = [i for i, node in enumerate(state.nodes) if node.operation is not None and i not in state.dead]
-        able = [i for i in able if self.names[i] not in self.scenario.starts or self._may_start(state, i)]
-        return sorted(able, key=lambda i: i != state.last)
+    def read(self, world: World, operation: Operation) -> int:
+        """Return the number of what a read returns."""
+        number = world.results.get(operation)
+        if number is None:
+            match operation.what:
+                case "note":
+                    result: Result = len(world.claims)
+                case "is live":
+                    result = self.is_live(world, operation.path)
+                case _:
+                    result = world.disk.apply(operation, "")
+            number = world.results[operation] = self._results.of(result)
+        return number
 
-    def actions(self, state: State, able: Sequence[int]) -> Iterator[Action]:
-        """Yield what may happen next to these writers."""
-        scenario = self.scenario
-        for i in able:
-            is_preempting = state.last in able and i != state.last
-            if is_preempting and scenario.preemptions is not None and state.preemptions >= scenario.preemptions:
-                continue
-            yield Action(i)
-            operation = state.nodes[i].operation
-            assert operation is not None
-            # A kill before a read has the same effect as a kill before the next change.
-            if len(state.dead) < scenario.crashes and not operation.is_read:
-                yield Action(i, "crash")
-            if operation.what in SILENT:
-                continue
-            if state.lost < scenario.lost and not operation.is_read:
-                yield Action(i, "lost")
-            if state.failed < scenario.failed:
-                yield Action(i, "failed")
-            if operation.what == "list":
-                yield from (Action(i, "lag", lag) for lag in range(1, len(state.older) + 1))
+    def _change(self, world: World, i: int, node: Node) -> tuple[World, int, str | None]:
+        """Return the world after a change, the number of its result, and the law that it breaks."""
+        known = world.changes.get(node)
+        if known is None:
+            known = world.changes[node] = self._changed(world, i, node)
+        return known
 
-    def _enough(self, state: State, able: list[int]) -> list[int]:
-        """Return writers so that it is enough to search what they do next: the others' future does not affect it."""
-        if self.scenario.lag or self.scenario.preemptions is not None or len(able) < 2:
-            return able
-        running = [i for i, node in enumerate(state.nodes) if node.operation is not None and i not in state.dead]
-        if len(running) > len(able):
-            return able
-        best = able
-        for first in able:
-            chosen, mask = [first], 0
-            for i in chosen:  # It grows.
-                operation = state.nodes[i].operation
-                assert operation is not None
-                mask |= self._footprints.against(self._footprints.of(operation))
-                if self.scenario.crashes:
-                    mask |= self._footprints.against(self._footprints.of(Operation("release", _id_of(self.names[i]))))
-                chosen += [k for k in running if k not in chosen and state.nodes[k].future & mask]
-            if len(chosen) < len(best):
-                best, best_mask = chosen, mask
-                if len(best) == 1:
-                    break
-        if best is not able:
-            for k in running:
-                if k not in best:
-                    state.nodes[k].relying.append((best_mask, state))
-        return best
-
-    def _may_start(self, state: State, i: int) -> bool:
-        return state.nodes[i].parent is not None or self.scenario.starts[self.names[i]](state)
-
-    def step(self, state: State, action: Action) -> tuple[State, str | None]:
-        """Return the state after an action, and the law that it breaks."""
-        trace, i = (state, action), action.writer
-        if action.what == "crash":
-            return attrs.evolve(state, dead=state.dead | {i}, trace=trace, tried=[]), None
-        node, disk, number, older = state.nodes[i], state.disk, state.disk_id, state.older
+    def _changed(self, world: World, i: int, node: Node) -> tuple[World, int, str | None]:
         operation = node.operation
         assert operation is not None
-        if operation.what == "is live":
-            result: Result = self.is_live(state, operation.path)
-        elif operation.what in SILENT:
-            result = None
-        elif action.what == "failed":
-            result = Failure(OSError, f"injected: {operation.what} {operation.path}")
-        elif action.what == "lag":
-            result = self._by_id[older[-action.lag]].apply(operation, "")
-        elif operation.is_read:
-            result = disk.apply(operation, "")
+        if operation.what == "release":
+            after = self._world(world.disk, world.claims, world.gone | {i}, world.dead)
+            return after, self._results.of(None), None
+        disk, claims = world.disk.copied(), world.claims
+        result = disk.apply(operation, self.names[i])
+        if self._is_claim(operation) and not isinstance(result, Failure):
+            claims = (*claims, i)
+        after = self._world(disk, claims, world.gone, world.dead)
+        return after, self._results.of(result), self._on_step(world, i, operation)
+
+    def act(self, state: State, action: Action) -> tuple[State, str | None]:
+        """Return the state after an action, and the law that it breaks."""
+        world, nodes, lost, failed = state
+        i = action.writer
+        node, broken = nodes[i], None
+        if action.what == "crash":
+            return (
+                self._world(world.disk, world.claims, world.gone | {i}, world.dead | {i}),
+                nodes,
+                lost,
+                failed,
+            ), None
+        assert node.operation is not None
+        if action.what == "failed":
+            failed, result = failed + 1, self._failure(node.operation)
+        elif node.is_read:
+            result = self.read(world, node.operation)
         else:
-            disk = disk.copied()
-            result = disk.apply(operation, self.names[i])
-            number = self._intern(disk)
-            disk = self._by_id[number]
-            if self.scenario.lag and number != state.disk_id:
-                older = (*older, state.disk_id)[-self.scenario.lag :]
-        broken = self._on_step(state, i, operation, result)
-        claims = state.claims
-        is_change = not operation.is_read and not isinstance(result, Failure)
-        if is_change and self._is_claim(operation):
-            claims = (*claims, (i, tuple(other.notes for other in state.nodes)))
-        if action.what == "lost" and not isinstance(result, Failure):
-            result = Failure(OSError, f"injected: {operation.what} {operation.path}")
-        nodes = list(state.nodes)
-        nodes[i] = self._programs[i].after(node, result)
-        last = state.nodes[state.last] if state.last >= 0 else None
-        is_preempting = i != state.last and last is not None and last.operation is not None
-        after = State(
-            disk,
-            number,
-            tuple(nodes),
-            dead=state.dead,
-            claims=claims,
-            lost=state.lost + (action.what == "lost"),
-            failed=state.failed + (action.what == "failed"),
-            preemptions=state.preemptions + (is_preempting and state.last not in state.dead),
-            last=i,
-            older=older,
-            trace=trace,
-        )
-        return after, broken
+            world, result, broken = self._change(world, i, node)
+        if action.what == "lost":
+            lost += 1
+            result = result if isinstance(self._results.values[result], Failure) else self._failure(node.operation)
+        after = self._programs[i].after(node, result)
+        return (world, (*nodes[:i], after, *nodes[i + 1 :]), lost, failed), broken
+
+    def _failure(self, operation: Operation) -> int:
+        return self._results.of(Failure(OSError, f"injected: {operation.what} {operation.path}"))
+
+    def chain(self, world: World, i: int, node: Node) -> list[Node]:
+        """Return a writer at each of its next reads, and then at its next change, or its end."""
+        chain = world.chains.get(node)
+        if chain is None:
+            chain, one = [node], node
+            while one.is_read:
+                assert one.operation is not None
+                one = self._programs[i].after(one, self.read(world, one.operation))
+                chain.append(one)
+            world.chains[node] = chain
+        return chain
 
     # All steps
 
-    def _key(self, state: State) -> Any:
-        bounded = (state.preemptions, state.last) if self.scenario.preemptions is not None else ()
-        numbers = tuple(node.number for node in state.nodes)
-        return state.disk_id, numbers, state.dead, state.claims, state.lost, state.failed, state.older, bounded
-
-    def search(self, *, first_only: bool = False, max_states: int | None = None, max_s: float | None = None) -> Report:
-        """Visit every state. Schedules with few changes of the writer come first."""
-        started, report = time.perf_counter(), self.report
+    def search(self, *, reduced: bool = True, first_only: bool = False, max_states: int | None = None) -> Report:
+        """Visit every state. Schedules with few changes of the writer come first. It can be called again."""
+        self.report, self.checked = Report(), set()
         gc.disable()  # A finalizer must not run in the thread of another writer.
         try:
-            first = self.first()
-            todo, seen = deque([first]), {self._key(first)}
-            report.states = 1
-            while todo:
-                state = todo.popleft()
-                able = self._able(state)
-                tried = state.tried
-                if not tried:
-                    state.tried.extend(self._enough(state, able))
-                else:  # What it relied on is not so.
-                    fresh = [i for i in able if i not in tried]
-                    state.tried.extend(fresh)
-                    able = fresh
-                report.schedules += not able and not tried
-                self._check_state(state)
-                chosen = [i for i in able if i in state.tried]
-                for action in reversed([*self.actions(state, chosen)]):
-                    after, broken = self.step(state, action)
-                    report.steps += 1
-                    if broken is not None:
-                        self._found(broken, after)
-                        continue
-                    key = self._key(after)
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    report.states += 1
-                    if action.what == "run" and action.writer == state.last:
-                        todo.appendleft(after)
-                    else:
-                        todo.append(after)
-                for program in self._programs:
-                    todo += program.doubtful
-                    program.doubtful.clear()
-                if self.report.violations and first_only:
-                    report.is_complete = False
+            search = _Search(self, reduced=reduced)
+            while search.todo and not (first_only and self.report.violations):
+                if max_states and self.report.states >= max_states:
                     break
-                if (max_states and report.states >= max_states) or (max_s and time.perf_counter() - started > max_s):
-                    report.is_complete = not todo
-                    break
-            return report
+                search.go_on()
+            self.report.is_complete = not search.todo
+            self.report.disks = len({world.disk_id for world, *_ in self.checked})
+            self.report.checks, self.report.runs = len(self.checked), sum(one.runs for one in self._programs)
+            return self.report
         finally:
             self.close()
             gc.collect()  # A finalizer of this search must not run in a later one either.
             gc.enable()
 
-    def _check_state(self, state: State) -> None:
-        key = state.disk_id, tuple(n.notes for n in state.nodes), state.claims, state.dead, state.is_over
-        if key not in self._checked:
-            self.report.checks += 1
-            self._checked[key] = self._check(self, state)
-        broken = self._checked[key]
-        if broken is not None:
-            self._found(broken, state)
+    def broken(self, state: State) -> str | None:
+        """Return the law that a state breaks, if it was not checked before."""
+        world, nodes, lost, failed = state
+        key = (world, *[node.notes_id for node in nodes], lost, failed)
+        if key in self.checked:
+            return None
+        self.checked.add(key)
+        return self._check(self, Moment(*state))
 
-    def _found(self, law: str, state: State) -> None:
-        """Note the first schedule for each kind of violation; raise it in a replay."""
+    def found(self, law: str, actions: Sequence[Action]) -> None:
+        """Keep the first schedule for each kind of violation."""
         kind = "".join(char for char in law if not char.isdigit())[:50]
         if kind not in self.report.violations:
-            self.report.violations[kind] = self._violation(law, state)
+            lines = [line for step in self._steps(actions) for line in self._lines(*step)]
+            self.report.violations[kind] = Violation(law, self._text(actions), "\n".join(lines))
 
     # Schedules as text
 
-    def schedule_of(self, state: State) -> str:
-        """Return the schedule that leads to a state, such as ``"A*12 B*3 A!lost"``: replay it with `replay`."""
+    def _text(self, actions: Sequence[Action]) -> str:
+        """Return a schedule such as ``"A*12 B*3 A!lost"``: replay it with `replay`."""
         parts: list[str] = []
-        actions = [action for _, action in _steps_to(state)]
         for action, group in itertools.groupby(actions):
-            name, count = self.names[action.writer], len(list(group))
-            suffix = "" if action.what == "run" else f"!{action.what}{action.lag or ''}"
-            parts.append(f"{name}{suffix}" + (f"*{count}" if count > 1 else ""))
+            count = len([*group])
+            suffix = "" if action.what == "run" else f"!{action.what}"
+            parts.append(f"{self.names[action.writer]}{suffix}" + (f"*{count}" if count > 1 else ""))
         return " ".join(parts)
 
-    def replay(self, schedule: str) -> State:
-        """Return the state that a schedule leads to; its violations are in the report."""
+    def replay(self, schedule: str) -> None:
+        """Do what a schedule says, and check the laws of each state on the way; violations are in the report."""
         try:
+            actions: list[Action] = []
             state = self.first()
-            for action in self._actions_of(schedule):
-                state, broken = self.step(state, action)
+            for action in _actions_of(schedule, self.names):
+                actions.append(action)
+                state, broken = self.act(state, action)
+                broken = broken or self.broken(state)
                 if broken is not None:
-                    self._found(broken, state)
-            self._check_state(state)
-            return state
+                    self.found(broken, actions)
         finally:
             self.close()
 
-    def _actions_of(self, schedule: str) -> Iterator[Action]:
-        for part in schedule.split():
-            text, _, count = part.partition("*")
-            name, _, what = text.partition("!")
-            digits = what.lstrip("abcdefghijklmnopqrstuvwxyz")
-            kind: Any = what[: len(what) - len(digits)] or "run"
-            yield from [Action(self.names.index(name), kind, int(digits or 0))] * int(count or 1)
+    def _steps(self, actions: Iterable[Action]) -> Iterator[tuple[State, Action, State]]:
+        state = self.first()
+        for action in actions:
+            after, _ = self.act(state, action)
+            yield state, action, after
+            state = after
 
-    def _violation(self, law: str, state: State) -> Violation:
-        return Violation(law, self.schedule_of(state), "\n".join(self.lines_to(state)))
-
-    def lines_to(self, state: State) -> Iterable[str]:
-        """Yield a line for each operation that changes something, and for each note, up to a state."""
-        steps = _steps_to(state)
-        for (before, action), after in zip(steps, [*(s for s, _ in steps[1:]), state], strict=True):
-            name, node = self.names[action.writer], before.nodes[action.writer]
-            operation = node.operation
-            assert operation is not None
-            if action.what != "run":
-                yield f"  {name} {operation}  [{action.what} {action.lag or ''}]"
-            elif not operation.is_read or operation.path == "":
-                yield f"  {name} {operation}"
-            for note in after.nodes[action.writer].notes[len(node.notes) :]:
-                yield f"  {name}     ---- {' '.join(map(str, note))}"
+    def _lines(self, before: State, action: Action, after: State) -> Iterator[str]:
+        """Yield a line for an operation that changes something or lists everything, and for each note."""
+        name, node = self.names[action.writer], before[1][action.writer]
+        operation = node.operation
+        assert operation is not None
+        if action.what != "run":
+            yield f"  {name} {operation}  [{action.what}]"
+        elif not operation.is_read or operation.path == "":
+            yield f"  {name} {operation}"
+        for note in after[1][action.writer].notes[len(node.notes) :]:
+            yield f"  {name}     ---- {' '.join(map(str, note))}"
 
 
-def _steps_to(state: State) -> list[tuple[State, Action]]:
-    steps = []
-    while state.trace is not None:
-        steps.append(state.trace)
-        state = state.trace[0]
-    return steps[::-1]
+def _actions_of(schedule: str, names: Sequence[str]) -> Iterator[Action]:
+    for part in schedule.split():
+        text, _, count = part.partition("*")
+        name, _, what = text.partition("!")
+        kind: Any = what or "run"
+        yield from [Action(names.index(name), kind)] * int(count or 1)
+
+
+class _Search:
+    """One way through the states of a model."""
+
+    def __init__(self, model: Model, *, reduced: bool) -> None:
+        self._model, self._reduced, self._report = model, reduced, model.report
+        self._before: dict[State, tuple[State, Action] | None] = {}
+        """Each state that was visited, with the state before it and what was done there."""
+        self.todo: deque[tuple[State, int]] = deque()
+        """What is not searched yet: a state, and the writer that changed something last."""
+        self._visit(None, Action(-1), model.first(), -1)
+
+    def go_on(self) -> None:
+        """Do all that may happen next in one state."""
+        state, last = self.todo.popleft()
+        actions = [*self._actions(state)]
+        self._report.ends += not actions
+        for action in sorted(actions, key=lambda one: (one.writer == last, one.what == "run")):
+            after, broken = self._model.act(state, action)
+            self._report.steps += 1
+            if broken is not None:
+                self._model.found(broken, self._schedule(state, action, after))
+            else:
+                self._visit(state, action, after, last)
+
+    def _visit(self, before: State | None, action: Action, after: State, last: int) -> None:
+        add = self.todo.appendleft if action.writer == last else self.todo.append
+        for state in self._settled(before, action.writer, after) if self._reduced else [after]:
+            broken = self._model.broken(state)
+            if broken is not None:
+                self._model.found(broken, self._schedule(before, action, state))
+            if state not in self._before and (not self._reduced or self._goes_on(state)):
+                self._before[state] = None if before is None else (before, action)
+                self._report.states += 1
+                add((state, action.writer))
+
+    def _actions(self, state: State) -> Iterator[Action]:
+        """Yield what may happen next. In a reduced search, each writer that is about to read sleeps."""
+        (world, nodes, lost, failed), scenario = state, self._model.scenario
+        for i, node in enumerate(nodes):
+            if node.operation is None or i in world.dead:
+                continue
+            if not (node.is_read and self._reduced):
+                yield Action(i)
+            # A kill before a read has the same effect as a kill before the next change.
+            if len(world.dead) < scenario.crashes and not node.is_read:
+                yield Action(i, "crash")
+            if node.operation.what in SILENT:
+                continue
+            if lost < scenario.lost and not node.is_read:
+                yield Action(i, "lost")
+            if failed < scenario.failed:
+                yield Action(i, "failed")
+
+    def _settled(self, before: State | None, acted: int, state: State) -> Iterator[State]:
+        """Yield a state with each choice of the writers that are about to read: read on, or sleep.
+
+        A writer that slept before goes on sleeping, unless what it reads has changed.
+        """
+        world, nodes, lost, failed = state
+        chains = []
+        for i, node in enumerate(nodes):
+            wakes = before is None or i == acted or self._reads_other(before[0], world, node)
+            chains.append(self._model.chain(world, i, node) if wakes and i not in world.dead else [node])
+        for chosen in itertools.product(*chains):
+            yield world, chosen, lost, failed
+
+    def _reads_other(self, then: World, now: World, node: Node) -> bool:
+        """Return whether what a writer is about to read has changed."""
+        if then is now or not node.is_read or node.operation is None:
+            return False
+        return self._model.read(then, node.operation) != self._model.read(now, node.operation)
+
+    def _goes_on(self, state: State) -> bool:
+        """Return whether a writer is awake, or all have ended. If all sleep, nothing wakes them."""
+        world, nodes, _, failed = state
+        left = [node for i, node in enumerate(nodes) if node.operation is not None and i not in world.dead]
+        return not left or failed < self._model.scenario.failed or any(not node.is_read for node in left)
+
+    def _schedule(self, before: State | None, action: Action, state: State) -> list[Action]:
+        """Return all that happens up to a state, each read included."""
+        actions: list[Action] = []
+        while True:
+            after = self._model.first() if before is None else self._model.act(before, action)[0]
+            reads = [
+                Action(i)
+                for i, (one, other) in enumerate(zip(after[1], state[1], strict=True))
+                if one is not other
+                for _ in range(self._model.chain(state[0], i, one).index(other))
+            ]
+            actions += reads[::-1]
+            if before is None:
+                return actions[::-1]
+            actions.append(action)
+            state, found = before, self._before[before]
+            before, action = found or (None, action)
