@@ -91,13 +91,11 @@ class Metric:
 
     def scored(self, records: Iterable[Record]) -> list[tuple[float, Record]]:
         """Return the records that have the metric, each with its score; the smaller is the better (see `place`)."""
-        sign = 1.0 if self.mode == "min" else -1.0
-        if isinstance(self.key, str) and self.key not in ("step", "epoch"):
+        sign, key = 1.0 if self.mode == "min" else -1.0, self.key
+        if isinstance(key, str) and key not in ("step", "epoch"):
             # As `value` does, without a call for each of many records.
-            values = [(record.metrics.get(self.key), record) for record in records]
-        else:
-            values = [(self.value(record), record) for record in records]
-        return [(sign * value, record) for value, record in values if value is not None]
+            return [(sign * value, record) for record in records if (value := record.metrics.get(key)) is not None]
+        return [(sign * value, record) for record in records if (value := self.value(record)) is not None]
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
