@@ -365,15 +365,15 @@ def saved(folder: Path) -> None:
 COMMANDS: Final = (
     *("ls {run}", "ls {run} --json", "ls {top}", "show {run} last", "show {run} 7 --json", "show {run}/{odd}"),
     *("verify {run}", "verify {run} --deep --json", "verify {run}/{odd}", "last {run}", "last {run} --json"),
-    *("best {run} --by loss --mode min", "diff {run} 1 7", "diff {run}/{odd} {run}/{odd}", "watch {run} --once"),
+    *("best {run} --by loss --mode min", "diff {run} 2 7", "diff {run}/{odd} {run}/{odd}", "watch {run} --once"),
     *("watch {run} --once --json", "plot {run} {top}/p.png --by loss --mode min", "report {run} {top}/r.html"),
     *("report {run} {top}/m.html --metrics {top}/m.csv", "report {top}/m.csv {top}/s.html -p {top}/p.yaml"),
     *("policy check {top}/odd.yaml", "policy check {top}/odd.yaml --json", "policy show {run}", "version"),
     *("simulate {run} -p {top}/p.yaml", "simulate {top}/m.csv -p {top}/p.yaml --all --json", "doctor {top}/new"),
     *("simulate {top}/m.jsonl -p {top}/p.yaml", "simulate {top}/m.jsonl -p {top}/odd.yaml"),
-    *("export {run} 7 {top}/w.safetensors", "export {run}/{odd} {top}/w.pt", "average {run} 1 7 -o {top}/m.pt"),
+    *("export {run} 7 {top}/w.safetensors", "export {run}/{odd} {top}/w.pt", "average {run} 2 7 -o {top}/m.pt"),
     *("adopt {run} --dry-run", "adopt {top}/foreign --step odd_1.ckpt=3", "ls {top}/foreign --json", "ls {run} --json"),
-    *("copy {run} {top}/copy", "pin {run} 1", "unpin {run} 1", "rm {run} 7", "rm {run} 7 --apply"),
+    *("copy {run} {top}/copy", "pin {run} 2", "unpin {run} 2", "rm {run} 7", "rm {run} 7 --apply"),
     *("prune {run} -p {top}/p.yaml", "prune {run} -p {top}/p.yaml --apply", "sweep {run}"),
 )
 """Every command. The last ones change the directory."""
@@ -385,7 +385,7 @@ def test_every_command_is_driven(tmp_path: Path) -> None:
     one = torch_file({"w": tensor(), "step": 7})
     _write_all(tmp_path, "7.ckpt", one, RECORD, POLICY, [{"step": 1, "loss": 0.5}], json.dumps(TRAINER).encode())
     codes = {line: _said(line, tmp_path, "7.ckpt")[0] for line in COMMANDS}
-    differ = {"diff {run} 1 7": 1, "watch {run} --once": 1, "watch {run} --once --json": 1}
+    differ = {"diff {run} 2 7": 1, "watch {run} --once": 1, "watch {run} --once --json": 1}
     assert dict.fromkeys(COMMANDS, 0) | differ == codes
 
 
