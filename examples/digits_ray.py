@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     directory = args.directory if "://" in args.directory else str(Path(args.directory).resolve())
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     trainer = TorchTrainer(
         train,
         train_loop_config={"directory": directory, "epochs": args.epochs},

@@ -68,7 +68,7 @@ class NeedsHost(pytest.Module):
 
     def collect(self) -> list[pytest.Item]:
         """Skip the module, or fail it where ``CHECKPOINTER_REQUIRE`` names it."""
-        host = self.path.parent.name
+        host = _host_of(self.path)
         if host in os.environ.get("CHECKPOINTER_REQUIRE", "").split(","):
             pytest.fail(f"{host} is in CHECKPOINTER_REQUIRE, and is not installed", pytrace=False)
         pytest.skip(f"needs {host}: pip install 'torch-checkpointer[{host}]'", allow_module_level=True)
@@ -78,8 +78,14 @@ HOSTS = {
     "hosts": ("lightning", "transformers", "accelerate"),
     "lightning": ("lightning",),
     "transformers": ("transformers", "accelerate"),
+    "ray": ("ray",),
 }
-"""What the tests in each folder need."""
+"""What the tests of each host need."""
+
+
+def _host_of(module: Path) -> str:
+    """Return the host of a test module: its folder, but Ray has only one module."""
+    return "ray" if module.name == "test_ray.py" else module.parent.name
 
 
 def is_installed(package: str) -> bool:
@@ -89,6 +95,6 @@ def is_installed(package: str) -> bool:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if all(map(is_installed, HOSTS.get(module_path.parent.name, ()))):
+    if all(map(is_installed, HOSTS.get(_host_of(module_path), ()))):
         return None
     return NeedsHost.from_parent(parent, path=module_path)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
@@ -18,10 +17,7 @@ from support.servers.fixtures import Serve
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
 from checkpointer.storage import open_storage
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("ray") is None, reason="Ray Train is not installed: run `make ray`"),
-]
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples/digits_ray.py"
 PATIENCE_S = 300.0
