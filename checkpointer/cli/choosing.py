@@ -39,6 +39,11 @@ class Chosen:
         """The policy that the run has noted."""
         return options.policies(self.catalog, None).of(self.manifest.run, self.manifest.label)
 
+    def again(self, catalog: Catalog) -> Chosen:
+        """Return the run in a later look at the directory."""
+        own = self.manifest
+        return Chosen(catalog=catalog, manifest=catalog.manifest(*((own.run, own.label) if own.own else ())))
+
     def others(self, have: Callable[[Chosen], object], what: str) -> str:
         """Return a hint that names the other runs that have something; empty if none has it."""
         runs = [Chosen(catalog=self.catalog, manifest=self.catalog.manifest(*one)) for one in self.catalog.runs]

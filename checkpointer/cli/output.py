@@ -147,11 +147,12 @@ def print_table(
     table = zip([[(name, "bold")] for name in head], *rows, strict=True)
     shown = [_lines_of(column) for column in table]
     widths = [max(_len(text) for cell in column for text, _ in cell) for column in shown]
+    wanted = [*widths]
     _narrow(widths, folded, width() - len(_GAP) * (len(widths) - 1))
-    for column in folded:
-        size, fold = widths[column], _folder(widths[column])
-        shown[column] = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[column]]
-        widths[column] = max(size, *(_len(text) for cell in shown[column] for text, _ in cell))
+    for at in (at for at in folded if widths[at] < wanted[at]):
+        size, fold = widths[at], _folder(widths[at])
+        shown[at] = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[at]]
+        widths[at] = max(size, *(_len(text) for cell in shown[at] for text, _ in cell))
     coloured = is_coloured()
     columns = [
         [

@@ -225,3 +225,14 @@ def test_a_plot_counts_only_what_its_own_run_has_lost(tmp_path: Path) -> None:
     adopted = runs_of(tmp_path)[PLAIN[0]]
     assert 0 == command("report", tmp_path, tmp_path / "out.html", "--run", adopted).code
     assert "survivor" not in (tmp_path / "out.html").read_text().partition("</head>")[2].partition("<script")[0]
+
+
+def test_where_no_record_can_be_read_there_is_no_run_to_choose(tmp_path: Path) -> None:
+    """The damage is what the commands report."""
+    folder = train(tmp_path / "run", 0.5)
+    (path,) = (folder / ".checkpointer" / "records").iterdir()
+    path.write_text("{")
+    POLICY.to_yaml(tmp_path / "policy.yaml")
+    for argv, code in ((["prune", folder, "--policy", tmp_path / "policy.yaml"], 1), (["last", folder], 2)):
+        said = command(*argv)
+        assert (code, True) == (said.code, "damaged: " in said.err), said

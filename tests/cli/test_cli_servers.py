@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +71,42 @@ def test_every_command_takes_a_url(kind: str, serve: Serve, tmp_path: Path) -> N
         restored = manager.restore("best")
         assert restored is not None
         assert 20 == restored.step
+
+
+TRAINING = """
+import json, sys, time
+from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+from support.servers import KINDS
+KINDS[sys.argv[3]].prepare_client()
+policy, options = Policy(EverySteps(100), [KeepLast(2)]), json.loads(sys.argv[2])
+with CheckpointManager(sys.argv[1], policy, state=lambda: {"w": 1}, lease_s=2, storage_options=options) as manager:
+    for step in range(1, 10**9):
+        manager.observe({"loss": 1 / step}, step=step, epoch=0, epoch_end=False)
+        if step >= 150:
+            print(step, flush=True)
+            time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_a_training_on_a_server_is_watched_and_a_killed_one_too(kind: str, serve: Serve) -> None:
+    """The last step comes with the heartbeat, and the exit code says whether it is alive."""
+    server = serve(kind)
+    url, options = server.fresh(), json.dumps(dict(server.storage_options))
+    watch = ("watch", url, "--once", "--json", "--storage-options", options)
+    argv = [sys.executable, "-c", TRAINING, url, options, kind]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        end = time.monotonic() + 30
+        while (seen := command(*watch).data[0])["status"] is None or seen["status"]["step"] < 150:
+            assert time.monotonic() < end, seen
+        assert ("alive", 100, "step 200") == (seen["state"], seen["newest"]["step"], seen["due"])
+        assert 0 == command(*watch).code
+        process.kill()
+    said = command(*watch)
+    assert (1, "killed", 100) == (said.code, said.data[0]["state"], said.data[0]["newest"]["step"])
 
 
 def test_a_server_that_is_not_there_is_said_in_one_line(serve: Serve) -> None:

@@ -14,17 +14,37 @@ from checkpointer import (
     AnyOf,
     AtSteps,
     CheckpointManager,
+    Continuous,
+    EveryCount,
     EveryEpochs,
+    EveryFraction,
     EverySteps,
     KeepAll,
     KeepBest,
     KeepEvery,
+    KeepFor,
     KeepLast,
+    KeepWhere,
+    OnImprovement,
     Policy,
+    Progress,
+    Record,
+    When,
 )
 
 Make = Callable[[str, str], Policy]
 """Makes a policy from what the host calls the losses of training and validation."""
+
+
+def is_third(now: Progress) -> bool:
+    """Return whether it is a step such as 3, 6 and 9."""
+    return now.step % 3 == 0
+
+
+def is_even(record: Record) -> bool:
+    """Return whether its step is even."""
+    return record.step % 2 == 0
+
 
 POLICIES: dict[str, Make] = {
     "last of every 5 steps": lambda loss, val: Policy(EverySteps(5), [KeepLast(1)]),
@@ -44,6 +64,12 @@ POLICIES: dict[str, Make] = {
     "listed steps": lambda loss, val: Policy(AtSteps(1, 7, 11), [KeepAll()]),
     "after a warm-up, every fourth": lambda loss, val: Policy(EverySteps(2, after=5), [KeepEvery(steps=4)]),
     "newest of equals": lambda loss, val: Policy(EverySteps(1), [KeepBest(3, loss, mode="min", ties="newest")]),
+    "fractions of the run, for an hour": lambda loss, val: Policy(EveryFraction(0.3, of=12), [KeepFor(3600)]),
+    "only improvements": lambda loss, val: Policy(OnImprovement(val, mode="min"), [KeepAll()]),
+    "a count and a function, kept by a function": lambda loss, val: Policy(
+        AnyOf(EveryCount(loss, 2), When(is_third)), [KeepWhere(is_even), KeepLast(1)]
+    ),
+    "as often as possible": lambda loss, val: Policy(Continuous(0), [KeepLast(2)]),
     "two rankings": lambda loss, val: Policy(
         AnyOf(EverySteps(3), EveryEpochs(1)), [KeepBest(1, loss, mode="min"), KeepBest(1, val, mode="min"), KeepLast(1)]
     ),

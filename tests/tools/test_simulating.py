@@ -17,16 +17,23 @@ from checkpointer import (
     AnyOf,
     Budget,
     CheckpointManager,
+    Continuous,
     EveryEpochs,
+    EveryFraction,
     EverySeconds,
     EverySteps,
     KeepAll,
     KeepBest,
     KeepEvery,
+    KeepFor,
     KeepLast,
+    KeepWhere,
     Naming,
     Observation,
     Policy,
+    Progress,
+    Record,
+    When,
 )
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Save
@@ -54,11 +61,30 @@ def history(*losses: float | None, every: int = 10) -> History:
 
 # The law: what is simulated is what happens
 
+
+def is_odd(now: Progress) -> bool:
+    """Return whether the step is odd."""
+    return now.step % 2 == 1
+
+
+def is_of_odd_step(record: Record) -> bool:
+    """Return whether the step of a checkpoint is odd."""
+    return record.step % 2 == 1
+
+
 triggers = st.sampled_from(
-    [EverySteps(10), EverySteps(25), EveryEpochs(1), EverySeconds(3), AnyOf(EverySteps(30), EveryEpochs(2))]
+    [
+        *(EverySteps(10), EverySteps(25), EveryEpochs(1), EverySeconds(3), AnyOf(EverySteps(30), EveryEpochs(2))),
+        *(EveryFraction(0.25, of=90), When(is_odd), Continuous(1.5)),
+    ]
 )
 rules = st.lists(
-    st.sampled_from([BEST, KeepLast(1), KeepLast(3), KeepEvery(steps=40), KeepBest(1, "acc", mode="max"), KeepAll()]),
+    st.sampled_from(
+        [
+            *(BEST, KeepLast(1), KeepLast(3), KeepEvery(steps=40), KeepBest(1, "acc", mode="max"), KeepAll()),
+            *(KeepFor(2), KeepWhere(is_of_odd_step)),
+        ]
+    ),
     min_size=1,
     max_size=3,
     unique=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import attrs
 import typer
 
 from checkpointer._display import count_text, size_text
@@ -41,9 +40,9 @@ def prune_command(
     by = _policy(chosen, policy)
     with options.writing(directory, access) as (storage, owner):
         catalog = look_at(storage, key)
-        manifest = catalog.manifest(chosen.manifest.run, chosen.manifest.label)
-        _check_metrics(by, attrs.evolve(chosen, catalog=catalog, manifest=manifest))
-        pruning = plan_pruning(by, manifest, catalog.aliases, abandoned=abandoned)
+        now = chosen.again(catalog)
+        _check_metrics(by, now)
+        pruning = plan_pruning(by, now.manifest, catalog.aliases, abandoned=abandoned)
         gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
     names = [record.name for record in gone]
     if as_json:
