@@ -120,7 +120,8 @@ def chart_of_records(
     there = f"{count_text(len(items), 'survivor')} of {len(items) + gone} checkpoints"
     subtitle = str(policy) if policy else there if gone else count_text(len(items), "checkpoint")
     if gone:
-        subtitle += f"; {gone} more were retired, or were not copied, and are not known"
+        were, are = ("was", "is") if gone == 1 else ("were", "are")
+        subtitle += f"; {gone} more {were} retired, or {were} not copied, and {are} not known"
     return Chart(
         title=title,
         subtitle=subtitle,
