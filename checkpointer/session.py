@@ -182,6 +182,15 @@ class Session:
             return decision
         return self._executor.execute(decision, path)
 
+    def find(self, which: str | int | None = None) -> Record | None:
+        """Return the record that `restore` would try first, weights included; None if there is none.
+
+        Nothing changes, and what only the mirror has is not found. Errors as for `restore`.
+        """
+        self.check_open()
+        self._executor.settle()
+        return resume.find(which, self._directory)
+
     def locate(
         self, which: str | int | None = None, *, contents: Literal["full", "any"] = "full"
     ) -> tuple[Record, str] | None:

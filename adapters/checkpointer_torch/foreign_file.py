@@ -23,12 +23,14 @@ _DDP: Final = "module."
 """What DDP puts before every name of a module."""
 
 
-def picked(content: Any, names: StateMap, source: str) -> tuple[dict[str, Any], dict[str, int], list[str]]:
-    """Return the values that the map finds in a file's content; a key may be deeper in it (``"state.model"``).
+def picked(
+    content: Any, names: StateMap, source: str, counts: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """Return the values that the map finds in a file's content; a key may be deeper in it (``"state.model.0"``).
 
     Returns:
-        The objects' states by their names in the loop; the counts, 0 where the map has none; and the keys of the file
-        that the map does not name.
+        The objects' states by their names in the loop; the ``counts``, with those that the map has; and the keys of
+        the file that the map does not name.
 
     Raises:
         MismatchError: If the file has no such key.
@@ -42,9 +44,10 @@ def picked(content: Any, names: StateMap, source: str) -> tuple[dict[str, Any], 
     found = {name: key(content) if callable(key) else _looked_up(content, key, source) for name, key in names.items()}
     _check_read(found, names, source)
     states = {name: _without_wrappers(state) for name, state in found.items() if name not in _COUNTS}
-    counts = {name: _as_count(name, found.get(name, 0), source) for name in _COUNTS}
-    used = {key.partition(".")[0] for key in names.values() if isinstance(key, str)} | set(names.values())
-    unused = [str(key) for key in content if key not in used] if isinstance(content, Mapping) else []
+    counts = {name: _as_count(name, found.get(name, counts.get(name, 0)), source) for name in _COUNTS}
+    used = [f"{key}." for key in names.values() if isinstance(key, str)]
+    there = [str(key) for key in content] if isinstance(content, Mapping) else []
+    unused = [key for key in there if not any(one.startswith(f"{key}.") for one in used)]
     return states, counts, unused
 
 
@@ -61,14 +64,23 @@ def _check_read(found: Mapping[str, Any], names: StateMap, source: str) -> None:
 
 
 def _looked_up(content: Any, key: str, source: str) -> Any:
-    if isinstance(content, Mapping) and key in content:
-        return content[key]
+    if isinstance(content, Mapping):
+        if key in content:
+            return content[key]
+        ends = [at for at, char in enumerate(key) if char == "."]
+        if first := next((key[:at] for at in reversed(ends) if key[:at] in content), ""):
+            return _looked_up(content[first], key[len(first) + 1 :], source)
     first, _, rest = key.partition(".")
-    if rest and isinstance(content, Mapping) and first in content:
-        return _looked_up(content[first], rest, source)
-    there = some_of(list(map(str, content)), 20) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    if isinstance(content, (list, tuple)) and first.isdecimal() and int(first) < len(content):
+        return _looked_up(content[int(first)], rest, source) if rest else content[int(first)]
+    there = some_of(list(map(str, content)), 20) if isinstance(content, Mapping) else _kind(content)
     msg = f"{source} has no {key!r} (have: {there}), and nothing was loaded; fix the name in map="
     raise MismatchError(msg)
+
+
+def _kind(content: Any) -> str:
+    items = f", whose items are '0' to '{len(content) - 1}'" if isinstance(content, (list, tuple)) and content else ""
+    return f"a {type(content).__name__}{items}"
 
 
 def _as_count(name: str, value: Any, source: str) -> int:

@@ -454,8 +454,10 @@ class Loop:
             from_: None or ``"last"`` for the newest, ``"best"``, a name, a step; or the path or URL of a checkpoint or
                 directory elsewhere, to start this directory: it is ignored once this directory has checkpoints.
             map: For a file at ``from_`` that another program has saved: the key of each object's state in it, such as
-                ``{"model": "state_dict", "optimizer": "optimizer", "epoch": "epoch"}``, or a function of the file's
-                content. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; 0 without them.
+                ``{"model": "state_dict", "optimizer": "optimizer_states.0", "epoch": "epoch"}``, or a function of the
+                file's content. If it is a folder, a key begins with the name of a file in it, such as
+                ``"optimizer.pt"``. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; without
+                them those of an adopted record, else 0.
                 Other objects in the file, such as a Namespace, are not unpickled, and refused only if the map names
                 them.
             strict: Whether every object must fit, and the data that `batches` is given; False takes the states that

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -14,9 +15,9 @@ from checkpointer import CheckpointManager, HMACKey, Policy, Record
 from checkpointer._display import some_of
 from checkpointer._secrets import Secrets, shown_place
 from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
-from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError
+from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError, reading
 from checkpointer.formats import format_of, open_format
-from checkpointer.formats.inspection.payload import DCP, open_contents, open_files, open_stream
+from checkpointer.formats.inspection.payload import DCP, INDEX, MAX_JSON_BYTES, open_contents, open_files, open_stream
 from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
@@ -52,11 +53,14 @@ class Opener:
 
     which: str | int | None = None
     policy: Policy | None = None
+    run: str | None = None
     trust: HMACKey | None = None
     storage_options: Mapping[str, Any] | None = None
     weights_only: bool = True
     make: Callable[[Tensors], Any] | None = None
     """Makes the result from the contents of a payload; None: the state, as it was saved."""
+    of_folder: Callable[[Storage, str], Any] | None = None
+    """Makes the result from a folder of files in a storage; None: as from any payload, or its weights."""
 
     def open(self, path: str | os.PathLike[str]) -> tuple[Any, str]:
         """Return the result, and the path or URL of the checkpoint as it may be shown.
@@ -68,20 +72,35 @@ class Opener:
             result, source = self._open(place)
         return result, shown_place(source)
 
+    def record_of(self, path: str | os.PathLike[str]) -> Record | None:
+        """Return the record of the checkpoint that `open` reads; None if it has none. Its payload is not read."""
+        place = os.fspath(path)
+        with Secrets(place, self.storage_options or {}).hidden():
+            is_folder, parent, name = self._split(place)
+            managed = self._managed(place, is_folder, parent, name)
+            return None if managed is None else self._manager(managed[0]).session.find(managed[1])
+
     def _open(self, place: str) -> tuple[Any, str]:
+        is_folder, parent, name = self._split(place)
+        managed = self._managed(place, is_folder, parent, name)
+        if managed is not None:
+            return self._restore(*managed)
+        return self._open_folder(place) if is_folder else (self._read(self._storage(parent), name, place), place)
+
+    def _split(self, place: str) -> tuple[bool, str, str]:
         is_folder, parent, name = _split(place)
-        is_folder = self._is_folder(place) if is_folder is None else is_folder
-        storage = self._storage(parent)
+        return self._is_folder(place) if is_folder is None else is_folder, parent, name
+
+    def _managed(self, place: str, is_folder: bool, parent: str, name: str) -> tuple[str, str | int | None] | None:
+        """Return the managed directory that is meant and which checkpoint of it; None for files without a record."""
         try:
-            has_record = bool(storage.list(record_path(name)))
+            if self._storage(parent).list(record_path(name)):
+                return parent, name
         except OSError as error:
-            if is_folder:
-                return self._open_folder(place)
-            msg = f"{place} cannot be looked at: {error}"
-            raise RestoreError(msg) from error
-        if has_record:
-            return self._restore(parent, name)
-        return self._open_folder(place) if is_folder else (self._read(storage, name, place), place)
+            if not is_folder:
+                msg = f"{place} cannot be looked at: {error}"
+                raise RestoreError(msg) from error
+        return (place, self.which) if is_folder and self._storage(place).list(RECORDS) else None
 
     def _storage(self, place: str) -> Storage:
         with temporary_owner() as owner:
@@ -95,12 +114,10 @@ class Opener:
 
     def _open_folder(self, place: str) -> tuple[Any, str]:
         storage = self._storage(place)
-        if storage.list(RECORDS):
-            return self._restore(place, self.which)
         names = [path for path in storage.list() if "/" not in path]
         with open_contents(storage, "") if DCP in names else open_files(storage, "", names) as contents:
             if contents.parts:
-                return (self.make or _weights)(contents), place
+                return self._made(contents, storage, ""), place
         if below := directories_below(storage.list(), RECORDS):
             msg = (
                 f"{place} has no checkpoint of its own, and these directories below have: {some_of(below)}; name one "
@@ -114,20 +131,28 @@ class Opener:
         )
         raise NotFoundError(msg)
 
-    def _restore(self, directory: str, which: str | int | None) -> tuple[Any, str]:
-        options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options}
+    def _made(self, contents: Tensors, storage: Storage, folder: str) -> Any:
+        is_dcp = bool(storage.list(f"{folder}/{DCP}".lstrip("/")))
+        return (
+            (self.make or _weights)(contents) if self.of_folder is None or is_dcp else self.of_folder(storage, folder)
+        )
+
+    def _manager(self, directory: str) -> CheckpointManager:
+        options: dict[str, Any] = {"trust": self.trust, "storage_options": self.storage_options, "run": self.run}
         if self.make is not None:
             options["format"] = _InspectingFormat(self.make)
-        manager = CheckpointManager(directory, self.policy, **options)
-        record = _record_of(manager, which)
-        storage = self._storage(directory)
+        return CheckpointManager(directory, self.policy, **options)
+
+    def _restore(self, directory: str, which: str | int | None) -> tuple[Any, str]:
+        manager = self._manager(directory)
+        record, storage = manager.session.find(which), self._storage(directory)
         # A folder that a trainer wrote is not read by a format.
         if record is not None and record.format != "dcp" and set(storage.list(record.name)) - {record.name}:
             with open_verified(storage, record) as contents:
-                return (self.make or _weights)(contents), f"{directory}/{record.name}"
+                return self._made(contents, storage, record.name), f"{directory}/{record.name}"
         restored = manager.restore(which, contents="any", weights_only=self.weights_only)
         if restored is None:
-            msg = f"{directory} has no checkpoint"
+            msg = f"{directory} has no checkpoint{f' of run {self.run!r}' if self.run else ''}"
             raise NotFoundError(msg)
         state = restored.state
         if isinstance(state, _Made):
@@ -156,23 +181,65 @@ class Opener:
             raise type(error)(msg) from error
 
 
-def _weights(contents: Tensors) -> dict[str, Any]:
-    found = weights_of(contents)
-    return {name: found.read(name) for name in found.tensors}
-
-
-def open_foreign(place: str | os.PathLike[str]) -> tuple[Any, str]:
+def open_foreign(place: str | os.PathLike[str], *, weights_only: bool = True) -> tuple[Any, str]:
     """Read another program's checkpoint as a safe load does, or without unpickling if that refuses it.
 
-    In the second case an object that only unpickling would make is an `Unread`.
+    In the second case an object that only unpickling would make is an `Unread`. A folder is a mapping of its files.
     """
+    opener = Opener(of_folder=FolderFiles.of, weights_only=weights_only)
+    if not weights_only:
+        return opener.open(place)
     try:
-        return Opener().open(place)
+        return opener.open(place)
     except (UnsafePayloadError, CorruptError) as error:
         try:
             return Opener(make=_whole).open(place)
         except CorruptError:
             raise error from None
+
+
+@attrs.frozen
+class FolderFiles(Mapping[str, Any]):
+    """The content of a folder's files by their names. Each is read when it is asked for, and nothing is unpickled."""
+
+    _storage: Storage
+    _folder: str
+    _names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, storage: Storage, folder: str) -> FolderFiles:
+        """Return the files of a folder in a storage; shards count as the one file that their index is of."""
+        prefix = f"{folder}/" if folder else ""
+        files = sorted(path.removeprefix(prefix) for path in storage.list(folder))
+        joined = [name.removesuffix(INDEX) for name in files if name.endswith(INDEX)]
+        return cls(storage, folder, tuple(name for name in (*files, *joined) if not name.startswith(HOME)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        path = f"{self._folder}/{name}".lstrip("/")
+        if name.endswith(".json"):
+            with reading(path), self._storage.open(path) as stream:
+                return json.loads(stream.read(MAX_JSON_BYTES))
+        if name.endswith(".safetensors") or f"{name}{INDEX}" in self._names:
+            # The files beside it say how shards are joined, and which weights are tied.
+            beside = path.removesuffix(name.rpartition("/")[2])
+            files = [file for file in self._storage.list(beside.rstrip("/")) if "/" not in file.removeprefix(beside)]
+            with open_files(self._storage, self._folder, files) as contents:
+                return _weights(contents, name)
+        with open_contents(self._storage, path) as contents:
+            return _whole(contents)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _weights(contents: Tensors, part: str | None = None) -> dict[str, Any]:
+    found = weights_of(contents, part)
+    return {name: found.read(name) for name in found.tensors}
 
 
 def _whole(contents: Tensors) -> Any:
@@ -212,9 +279,3 @@ def _split(place: str) -> tuple[bool | None, str, str]:
 
 def _absolute(place: str) -> str:
     return place.rstrip("/") if "://" in place else os.path.realpath(os.path.expanduser(place))
-
-
-def _record_of(manager: CheckpointManager, which: str | int | None) -> Record | None:
-    if which in (None, "last", "best"):
-        return manager.best if which == "best" else manager.last
-    return next((record for record in reversed(manager.records) if which in (record.name, record.step)), None)

@@ -226,9 +226,15 @@ class TrainingState:
             warn(warning)
         return differences
 
-    def put_foreign(self, content: Any, names: StateMap, source: str, *, strict: bool) -> Differences:
-        """Take over a state that another program has saved, and return how it differs."""
-        states, counts, unused = picked(content, names, source)
+    def put_foreign(
+        self, content: Any, names: StateMap, source: str, *, strict: bool, record: Record | None
+    ) -> Differences:
+        """Take over a state that another program has saved, and return how it differs.
+
+        If the map has no step or epoch, that of the ``record`` counts.
+        """
+        at = {} if record is None else {"step": record.step, "epoch": record.progress.epochs}
+        states, counts, unused = picked(content, names, source, at)
         objects = self.objects
         as_they_are = {name: part.take() for name, part in objects.own.items() if not isinstance(part, FunctionPart)}
         own = {"random": take_random_state(), "feed": {}, "loaders": as_they_are}

@@ -46,6 +46,7 @@ def load_weights(
     part: str | None = None,
     strict: bool = True,
     policy: Policy | None = None,
+    run: str | None = None,
     trust: HMACKey | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> LoadedWeights:
@@ -67,6 +68,7 @@ def load_weights(
             ``"state_dict.encoder"``, or a file of a folder.
         strict: Whether all of the module must be there and fit, and nothing be left over; False warns.
         policy: Defines ``"best"``.
+        run: For a directory of several runs: the id of the one that is meant; None takes the newest.
         trust: The key that signed the directory.
         storage_options: Options of fsspec for the URL.
 
@@ -84,6 +86,40 @@ def load_weights(
         >>> loaded.loaded, head.bias.item()
         (('weight', 'bias'), 1.0)
     """
+    opener = Opener(which=which, policy=policy, run=run, trust=trust, storage_options=storage_options)
+    return picked_weights(module, source, opener, key_map=key_map, part=part, strict=strict).put()
+
+
+@attrs.frozen(kw_only=True)
+class PickedWeights:
+    """Weights that were read for a module, and are not in it yet."""
+
+    target: ModulePart
+    state: OrderedDict[str, Any]
+    differences: Differences
+    source: str
+    num_wanted: int
+
+    def put(self) -> LoadedWeights:
+        """Load them into the module."""
+        self.target.put(self.state)
+        if self.differences:
+            counts = f"{len(self.state)} of {self.num_wanted} names were loaded"
+            msg = f"{self.source} does not fit, and {counts}: {self.differences}"
+            warn(msg)
+        return LoadedWeights(source=self.source, loaded=tuple(self.state), differences=self.differences)
+
+
+def picked_weights(
+    module: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    opener: Opener,
+    *,
+    key_map: KeyMap | None = None,
+    part: str | None = None,
+    strict: bool = True,
+) -> PickedWeights:
+    """Read the weights that `load_weights` loads, with its arguments and errors. The module stays as it is."""
     target = ModulePart(module)
     own = target.take()
     pick = functools.partial(_picked, own=own, part=part, key_map=key_map, strict=strict)
@@ -91,13 +127,8 @@ def load_weights(
         (state, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
         make = functools.partial(pick, where=os.fspath(source))
-        opener = Opener(make=make, which=which, policy=policy, trust=trust, storage_options=storage_options)
-        (state, differences), where = opener.open(source)
-    target.put(state)
-    if differences:
-        msg = f"{where} does not fit, and {len(state)} of {len(own)} names were loaded: {differences}"
-        warn(msg)
-    return LoadedWeights(source=where, loaded=tuple(state), differences=differences)
+        (state, differences), where = attrs.evolve(opener, make=make).open(source)
+    return PickedWeights(target=target, state=state, differences=differences, source=where, num_wanted=len(own))
 
 
 def _picked(

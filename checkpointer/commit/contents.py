@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import attrs
@@ -15,6 +16,8 @@ from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage, SupportsLinks, SupportsSweep
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
+
+_log = logging.getLogger("checkpointer")
 
 
 @attrs.define(kw_only=True)
@@ -38,7 +41,7 @@ class Contents:
     """Whether the storage was checked and swept for writing."""
     is_begun: bool = attrs.field(default=False, init=False)
     """Whether the aliases are claimed for this run and line."""
-    _warned: set[str] = attrs.field(factory=set, init=False)
+    _said: set[str] = attrs.field(factory=set, init=False)
 
     @property
     def storage(self) -> Storage:
@@ -97,7 +100,13 @@ class Contents:
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign.union(names))
 
     def warn_once(self, key: str, msg: str) -> None:
-        """Warn, unless there was a warning with this key before."""
-        if key not in self._warned:
-            self._warned.add(key)
+        """Warn, unless there was a message with this key before."""
+        if key not in self._said:
+            self._said.add(key)
             warn(msg)
+
+    def log_once(self, key: str, msg: str) -> None:
+        """Log a warning, unless there was a message with this key before."""
+        if key not in self._said:
+            self._said.add(key)
+            _log.warning("%s", msg)

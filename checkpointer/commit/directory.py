@@ -236,8 +236,8 @@ class Directory:
                 contents.manifest = self.manifest.without(record.name)
         manifest = self.manifest
         before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
-        serials = (r.serial for r in before if r.name not in poisoned and manifest.is_of_holder(r))
-        limits = (*manifest.limits.get(run, ()), (term.number, max(serials, default=0)))
+        own = (r for r in before if not r.is_adopted and r.name not in poisoned and manifest.is_of_holder(r))
+        limits = (*manifest.limits.get(run, ()), (term.number, max((r.serial for r in own), default=0)))
         term.limit(limits, (entry.record.name for one in announced for entry in one.entries))
         contents.manifest = attrs.evolve(manifest, limits={**manifest.limits, run: limits})
 
@@ -263,7 +263,7 @@ class Directory:
             but = "" if self.policy.name.version_counter else ", unless their names are written again"
             msg = (
                 f"{self.storage} holds {others} checkpoints of other runs; they are left alone{but}. "
-                "To go on with a run call restore() first"
+                "This process begins a new run. To go on with one of these restore a checkpoint before the first save"
             )
             contents.warn_once("not empty", msg)
         contents.is_claimed = contents.is_on_line = True

@@ -11,7 +11,7 @@ from checkpointer.commit.contents import Contents
 from checkpointer.commit.missing import missing_text
 from checkpointer.commit.naming import Names
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Line, Record
+from checkpointer.records.record import Line, Record, commit_order
 
 _log = logging.getLogger("checkpointer")
 
@@ -37,6 +37,24 @@ class Lines:
             if labelled:
                 return manifest.on_newest_line(labelled[-1].run)
         return manifest
+
+    def say_chosen(self, record: Record) -> None:
+        """If the run of a checkpoint was chosen by its age alone, log which other runs there are."""
+        contents = self._contents
+        manifest = contents.manifest
+        others = {
+            other.run: other
+            for other in manifest.records
+            if (other.label, other.is_adopted) == (record.label, record.is_adopted) and manifest.is_of_holder(other)
+        }
+        if others.pop(record.run, None) is None or not others or contents.is_claimed:
+            return
+        text = ", ".join(f"{run} (newest {other.name}, step {other.step})" for run, other in [*others.items()][-4:])
+        contents.log_once(
+            "runs",
+            f"{contents.storage} has checkpoints of {len(others) + 1} runs; taken is {record.name} of the newest run, "
+            f"{record.run}. To take another run pass run=, or name a checkpoint. The other runs: {text}",
+        )
 
     @property
     def missing_text(self) -> str:
@@ -74,7 +92,7 @@ class Lines:
         contents = self._contents
         if record.name not in contents.manifest.by_name:
             contents.manifest = contents.manifest.with_record(record)  # Its payload has come back.
-        self._log_restart(record.step, lambda newest: newest.serial > record.serial)
+        self._log_restart(record.step, lambda newest: commit_order(newest) > commit_order(record))
         manifest = contents.manifest.resumed_at(record)
         self._turn_to(attrs.evolve(manifest, resumed=record.name if protect else ""))
 

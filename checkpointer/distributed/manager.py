@@ -329,6 +329,10 @@ class DistributedManager:
 
     # Looking
 
+    def find(self, which: str | int | None = None) -> Record | None:
+        """Return the record that `restore` would try first, on every rank: see `checkpointer.session.Session.find`."""
+        return self._on_rank_zero(lambda manager: manager.session.find(which))
+
     @property
     def policy(self) -> Policy:
         """The policy in force, on every rank: see `CheckpointManager.policy`."""

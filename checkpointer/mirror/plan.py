@@ -12,7 +12,7 @@ from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import Limit, Rule
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import Record, commit_order
 from checkpointer.storage.opening import Where
 
 RETRY_S: Final = (1.0, 60.0)
@@ -91,7 +91,7 @@ def plan(policy: Policy, here: Manifest, there: Manifest, skip: frozenset[tuple[
         resumed=copies[resumed].name if resumed in copies else f"\0{resumed}",
     )
     kept = explain(policy, would_be)
-    missing = sorted((r for name, r in absent.items() if name in kept), key=lambda r: r.serial, reverse=True)
+    missing = sorted((r for name, r in absent.items() if name in kept), key=commit_order, reverse=True)
     return Plan(missing=tuple(missing), changed=tuple(changed.values()), kept=frozenset(kept))
 
 

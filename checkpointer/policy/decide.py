@@ -317,11 +317,11 @@ class Reasons:
         newest = self._newest if self._newest.keys() <= self._dropped else {}
         source = self.manifest.resumed
         resumed = {source: "resumed from"} if source and source in self.manifest.by_name else {}
-        serial = self.manifest.history[-1].serial if self.manifest.history else -1
+        newest_regular = [*map(commit_order, self.manifest.history[-1:])]
         rescues = {
             record.name: "pinned" if record.pinned else record.reason
             for record in self.manifest.live
-            if record.kind == "rescue" and (record.pinned or record.serial > serial)
+            if record.kind == "rescue" and (record.pinned or [commit_order(record)] > newest_regular)
         }
         return newest, resumed, rescues
 

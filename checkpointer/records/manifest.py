@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +25,11 @@ class _Sorted(tuple[Record, ...]):
 
 def _in_order(records: Iterable[Record]) -> tuple[Record, ...]:
     return records if isinstance(records, _Sorted) else _Sorted(sorted(records, key=commit_order))
+
+
+def _num_adopted(records: Sequence[Record]) -> int:
+    """Return how many of these are adopted; they come first in commit order."""
+    return bisect_left(records, True, key=lambda record: not record.is_adopted)
 
 
 @attrs.frozen(kw_only=True)
@@ -90,7 +97,11 @@ class Manifest:
 
     @cached_property
     def _by_step(self) -> dict[int, Record]:
-        return {record.step: record for record in self.history}
+        count = _num_adopted(self.history)
+        # An adopted checkpoint of a step that the run reaches later holds another state.
+        first = min((record.step for record in self.history[count : count + 1]), default=math.inf)
+        own = {record.step: record for record in self.history[count:]}
+        return {record.step: record for record in self.history[:count] if record.step <= first} | own
 
     @property
     def taken(self) -> frozenset[str]:
@@ -108,7 +119,8 @@ class Manifest:
     @property
     def next_serial(self) -> int:
         """Serial of the next commit."""
-        known = (*self.records[-1:], *self.aside, *self.elsewhere)
+        count = _num_adopted(self.records)
+        known = (*self.records[max(count - 1, 0) : count], *self.records[-1:], *self.aside, *self.elsewhere)
         return 1 + max((record.serial for record in known), default=0)
 
     @property
@@ -138,7 +150,7 @@ class Manifest:
     def is_of_holder(self, record: Record) -> bool:
         """Return whether the record was committed before another process took over its run."""
         limits = self.limits.get((record.run, record.label), ()) if self.limits else ()
-        return all(record.term >= term or record.serial <= serial for term, serial in limits)
+        return record.is_adopted or all(record.term >= term or record.serial <= serial for term, serial in limits)
 
     def why_abandoned(self, record: Record) -> str:
         """Return why a record of the run does not count; empty if it counts."""
@@ -205,7 +217,9 @@ class Manifest:
 
     def resumed_at(self, record: Record) -> Manifest:
         """Return the manifest of a run that goes on from ``record``."""
-        return self._resumed(record.run, record.line, record.step, lambda other: other.serial > record.serial)
+        return self._resumed(
+            record.run, record.line, record.step, lambda other: commit_order(other) > commit_order(record)
+        )
 
     def resumed_from(self, run: str, line: Line, step: int) -> Manifest:
         """Return the manifest of a run that goes on from ``step`` of a line, whether or not a record is there."""

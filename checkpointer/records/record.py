@@ -279,9 +279,12 @@ class Record:
         return cls(**{field: read(reader, field) for field, read in _READERS.items()})
 
 
-def commit_order(record: Record) -> tuple[int, float, str, str]:
-    """Return the key that sorts records in the order they were committed."""
-    return record.serial, record.time, record.token, record.name
+def commit_order(record: Record) -> tuple[bool, int, float, str, str]:
+    """Return the key that sorts records in the order they were committed. What was adopted is older than what was not.
+
+    So a run goes on from what it has written itself, even if another checkpoint was adopted since.
+    """
+    return not record.is_adopted, record.serial, record.time, record.token, record.name
 
 
 @attrs.frozen(kw_only=True)

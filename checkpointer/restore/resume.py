@@ -13,6 +13,7 @@ from checkpointer._display import some_of
 from checkpointer._validation import as_index
 from checkpointer.commit.directory import Directory
 from checkpointer.errors import NotFoundError, NoValidCheckpointError, RecordError, RestoreError
+from checkpointer.policy.policy import Policy
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
 from checkpointer.restore.fetch import MirrorSnapshot
 from checkpointer.restore.load import Restored, load_first_valid
@@ -43,11 +44,13 @@ def go_to(
                 raise
             msg = f"{error}; not looked at: {'; '.join(found.problems)}"
             raise NotFoundError(msg) from error
+        if candidates and not _is_name(which, policy):
+            directory.lines.say_chosen(candidates[0])
         holds = directory.hold(candidates[0].run) if candidates and directory.writes else False
         if holds or (not candidates and view.aside and directory.look_again()):
             # Now this process holds the run, or a live one has changed its checkpoints during the listing.
             return go_to(which, directory, found, contents, load, strict=strict)
-        if which is None or which in ("last", "best") or which in policy.aliases:
+        if not isinstance(which, int) and not _is_name(which, policy):
             bad = (*map(str, directory.damaged.values()), *found.problems)
             try:
                 restored = load_first_valid(
@@ -70,6 +73,18 @@ def go_to(
             restored = found.load(directory, load, candidates[0])
         directory.lines.resume(restored.record, protect=isinstance(which, int) or which not in (None, "last"))
         return restored
+
+
+def find(which: str | int | None, directory: Directory) -> Record | None:
+    """Return the checkpoint of the directory that `go_to` would try first, weights included. Changes nothing."""
+    found = select(which, directory.policy, directory.lines.view, "any", damaged=directory.damaged)
+    if found and not _is_name(which, directory.policy):
+        directory.lines.say_chosen(found[0])
+    return found[0] if found else None
+
+
+def _is_name(which: str | int | None, policy: Policy) -> bool:
+    return isinstance(which, str) and which not in ("last", "best", *policy.aliases)
 
 
 def _warn_of_abandoned(directory: Directory) -> None:

@@ -19,7 +19,7 @@ from checkpointer.errors import (
 from checkpointer.policy.policy import Policy
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Record
+from checkpointer.records.record import Record, commit_order
 
 
 def select(
@@ -62,9 +62,10 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
     if isinstance(which, int):
         # An abandoned checkpoint is found by its step only if no other one has that step.
         found = [r for r in manifest.own if r.step == which]
-        found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", r.serial))
+        found.sort(key=lambda r: (manifest.counts(r), r.kind == "regular", commit_order(r)))
     else:
         found = [r for name in names if (r := manifest.by_name.get(name))][:1]
+        found = found or [r for r in manifest.records if which and r.name.rpartition(".")[0] == which]
     if found:
         return found[-1]
     for refusal in [damaged[path] for name in names if (path := record_path(name)) in damaged]:
@@ -72,8 +73,18 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
     newest = ", ".join(f"{r.name} (step {r.step})" for r in manifest.records[-10:])
     have = f"the newest are: {newest}" if newest else "the directory has no checkpoint"
     refused = "".join(f"; {refusal}" for refusal in [*damaged.values()][:3])
+    if isinstance(which, int) and (others := [r for r in manifest.records if r.step == which]):
+        have = "; ".join(f"run {r.run} has {r.name}: pass run={r.run!r}, or this name" for r in others)
     msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
     raise NotFoundError(msg)
+
+
+def _ranked_elsewhere(policy: Policy, manifest: Manifest) -> str:
+    """Return why nothing of the run is ranked, as far as records show it, and the other runs that have a best one."""
+    metric = f": none of run {manifest.run} has {policy.ranking.name}" if policy.ranking and manifest.live else ""
+    best = {r.run: r for r in reversed(policy.best_first(manifest.records)) if r.run != manifest.run}
+    others = [f"run {run} has {record.name}: pass run={run!r}, or this name" for run, record in best.items()]
+    return "; ".join((metric, *others))
 
 
 def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Storage | None) -> None:
@@ -81,12 +92,12 @@ def check_empty(which: object, policy: Policy, manifest: Manifest, storage: Stor
 
     With ``storage`` files without a record count, too.
     """
+    if which not in (None, "last", policy.name.last_file) and not policy.best_first(manifest.history):
+        msg = f"there is no {which!r}: no checkpoint of the run is ranked{_ranked_elsewhere(policy, manifest)}"
+        raise NotFoundError(msg)
     if manifest.live:
         msg = "there are only weights, which cannot resume a run; pass contents='any' to load them"
         raise RestoreError(msg)
-    if which not in (None, "last", policy.name.last_file):
-        msg = f"there is no {which!r}: no checkpoint of the run is ranked"
-        raise NotFoundError(msg)
     if storage is None or manifest.records:
         return
     there = storage.list()

@@ -18,13 +18,13 @@ from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
-from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, SaveError, reading
+from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, PolicyError, SaveError, reading
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records.names import has_surrogate
 from checkpointer.records.record import ADOPTED, Record, check_readable
 from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.foreign import Said, Units, find_units, read_file, read_folder
-from checkpointer.tools.foreign_names import Pattern, as_pattern, copy_of, folder_of, matches, stem_of
+from checkpointer.tools.foreign_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 
 _CHUNK: Final = 1 << 22
 
@@ -35,6 +35,7 @@ class Found(Said):
 
     step: int
     epoch: int = 0
+    is_epoch_known: bool = True
 
 
 @attrs.frozen(kw_only=True)
@@ -49,6 +50,8 @@ class Adoption:
     """Files that are a copy of a checkpoint or a link to one, such as ``last.ckpt``, each with its name."""
     beside: Mapping[str, str] = attrs.field(factory=dict)
     """Files that need no record, because they belong to others or repeat one, each with the reason."""
+    unused: str = ""
+    """Why the steps of an epoch were of no use; empty if they were."""
 
 
 def find_foreign(
@@ -66,12 +69,14 @@ def find_foreign(
     Args:
         catalog: The directory, from `checkpointer.tools.catalog.look_at`.
         steps: Steps by name, for files that do not have their own.
-        steps_per_epoch: Optimizer steps of an epoch. If a file has an epoch only, its step is the product of both.
+        steps_per_epoch: Optimizer steps of an epoch. If a file has an epoch only, its step is that of all epochs that
+            are finished.
         patterns: What names say, such as ``model_{step}_{acc}.pt``. It takes precedence over the files.
 
     Raises:
         NotFoundError: If ``steps`` has a name that cannot be adopted.
-        PolicyError: If a pattern is not one, or if no name fits it.
+        PolicyError: If a pattern is not one, or if no name fits it; or if ``steps_per_epoch`` is of no use, and
+            the number of a name became a step.
     """
     steps = steps or {}
     taken = {record.name for record in catalog.records} | set(catalog.aliases)
@@ -91,14 +96,16 @@ def find_foreign(
                 read.append(_with_fields(_read(catalog.storage, name, units), named.get(name, {})))
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
-    said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in _with_numbers(read)]
+    numbered = _with_numbers(read)
+    unused = "" if steps_per_epoch is None else _why_unused(numbered, steps, steps_per_epoch)
+    said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in numbered]
     refused |= _parts(read, {*steps, *named}) | _parts(said)
     found = []
     for item in said:
         if item.step is None:
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
-            found.append(Found(**(attrs.asdict(item, recurse=False) | {"epoch": item.epoch or 0})))
+            found.append(_found(item))
             if problem := _problem(catalog, found[-1]):
                 refused[item.name] = problem
     found = [item for item in found if item.name not in refused]
@@ -114,19 +121,30 @@ def find_foreign(
         refused=refused,
         aliases=aliases,
         beside=units.left | beside,
+        unused=unused,
     )
+
+
+def _found(said: Said) -> Found:
+    """Return what has a step. If its epoch is not known, the record says that none has ended."""
+    known = said.epoch is not None
+    progress = {"epoch": said.epoch or 0, "epoch_end": said.epoch_end and known, "is_epoch_known": known}
+    return Found(**(attrs.asdict(said, recurse=False) | progress))
 
 
 def _with_fields(said: Said, fields: Mapping[str, float]) -> Said:
     """Return what a pattern says of a name, and the rest from the file."""
     if not fields:
         return said
-    step, epoch = (int(fields[key]) if key in fields else None for key in ("step", "epoch"))
-    scores = {key: value for key, value in fields.items() if key not in ("step", "epoch")}
+    step, epoch, epochs = (int(fields[key]) if key in fields else None for key in COUNTERS)
+    scores = {key: value for key, value in fields.items() if key not in COUNTERS}
+    if epochs is not None:
+        epoch = max(epochs - 1, 0)
     return attrs.evolve(
         said,
         step=said.step if step is None else step,
         epoch=said.epoch if epoch is None else epoch,
+        epoch_end=said.epoch_end if epoch is None else epochs != 0,
         number=None,
         metrics={**said.metrics, **scores},
     )
@@ -207,8 +225,28 @@ def _directory_above(path: str, root: str) -> str:
 def _step(said: Said, given: Mapping[str, int], steps_per_epoch: int | None) -> int | None:
     step = given.get(said.name, said.step)
     if step is None and said.epoch is not None and steps_per_epoch is not None:
-        return said.epoch * steps_per_epoch
+        return (said.epoch + said.epoch_end) * steps_per_epoch
     return step
+
+
+def _why_unused(read: Sequence[Said], given: Mapping[str, int], steps_per_epoch: int) -> str:
+    """Return why ``steps_per_epoch`` gives no file its step; empty if it does, or if there is no file.
+
+    Raises:
+        PolicyError: If the number of a name became a step, because it may have been meant as an epoch.
+    """
+    found = [item for item in read if item.name not in given]
+    if not found or any(item.step is None and item.epoch is not None for item in found):
+        return ""
+    why = f"--steps-per-epoch {steps_per_epoch} has no effect"
+    numbered = next((item for item in found if item.step is not None and item.step == item.number), None)
+    if numbered is not None:
+        msg = (
+            f"{why}: {numbered.name} has its number {numbered.number} as its step; if this is an epoch pass --pattern "
+            f"{as_pattern(numbered.name)!r} too, else leave it out"
+        )
+        raise PolicyError(msg)
+    return f"{why}: no file has an epoch without a step"
 
 
 def _no_step(said: Said) -> str:
@@ -216,7 +254,8 @@ def _no_step(said: Said) -> str:
     if said.number is not None:
         return (
             f"its number {said.number} may be a step or an epoch, because other files here have a step of their own; "
-            f"say which: --pattern {as_pattern(said.name)!r}, or with {{step}}"
+            f"say which: --pattern {as_pattern(said.name)!r} if so many epochs are finished, {{epoch}} instead if it "
+            "counts from 0, or {step}"
         )
     if said.epoch is not None:
         return f"it has an epoch ({said.epoch}) and no step; {how}, or --steps-per-epoch N for all such files"
@@ -308,7 +347,8 @@ def adopt(
         catalog: The directory, as it was looked at.
         adoption: What `find_foreign` found.
         journal: Writes to the same storage.
-        run: Id of the run that they become part of; None makes a new one for each folder.
+        run: Id of the run that they become part of. None makes a new one for each folder, or takes the one that its
+            adopted checkpoints have.
         on_bad: Called with the name and the error if a payload cannot be read; the others go on. None: it is raised.
 
     Yields:
@@ -334,13 +374,15 @@ def adopt(
         journal.storage.prepare()
     # Two folders are two trainings. If they were one run, a policy would keep only the best of both.
     runs: defaultdict[str, str] = defaultdict(lambda: run or uuid.uuid4().hex[:12])
+    if run is None:
+        runs |= {folder_of(record.name): record.run for record in catalog.records if record.is_adopted}
+    lines = {record.run: record.line for record in catalog.records}
     made = {record.name: record for record in catalog.records}
     serial = 1 + max((record.serial for record in catalog.records), default=0)
-    line = next((record.line for record in reversed(catalog.records) if record.run == run), ())
     for number, item in enumerate(adoption.found):
         try:
             draft = _draft(catalog, item, run=runs[folder_of(item.name)], serial=serial + number)
-            record = Transaction(journal).adopt(attrs.evolve(draft, line=line))
+            record = Transaction(journal).adopt(attrs.evolve(draft, line=lines.get(draft.run, ())))
         except OSError as error:
             if on_bad is None:
                 raise

@@ -20,7 +20,7 @@ from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import CorruptError, NameTakenError, NotEnoughSpaceError, RecordError, StorageError
 from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsSweep
-from checkpointer.records.record import Record
+from checkpointer.records.record import Record, commit_order
 from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.storage.same_place import SamePlaceError, refuse_same
@@ -85,7 +85,7 @@ def _goes_on(target: Catalog, alias: str, record: Record) -> bool:
     named = next((other for other in target.records if other.name == target.aliases.get(alias)), None)
     if named is None or (named.run, named.label) != (record.run, record.label):
         return False
-    return named.serial <= record.serial
+    return commit_order(named) <= commit_order(record)
 
 
 def copy(

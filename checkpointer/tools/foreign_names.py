@@ -38,7 +38,8 @@ _PREFIX: Final = re.compile(r"(?:(?:best|last|model|checkpoint|ckpt|weights|net)
 _OPEN_PAIR: Final = re.compile(r"=[^/=]*-[A-Za-z][\w. ]*")
 """The end of a folder that is the first half of a name, because the name of a metric has a slash."""
 _FIELD: Final = re.compile(r"\{([^{}]*)\}")
-_COUNTERS: Final = ("step", "epoch")
+COUNTERS: Final = ("step", "epoch", "epochs")
+"""Fields of a pattern besides scores: ``epoch`` is an index from 0, and ``epochs`` counts the finished ones."""
 
 
 def parts_of(name: str) -> frozenset[str]:
@@ -100,10 +101,10 @@ def only_number_in(name: str) -> int | None:
 
 
 def as_pattern(name: str) -> str:
-    """Return the file name as a `Pattern`, with its only number as the epoch."""
+    """Return the file name as a `Pattern`, with its only number as that of finished epochs."""
     own = name.rpartition("/")[2]
     scored = re.sub(rf"([A-Za-z]\w*)={_NUMBER}(?=[-_.])", lambda pair: _as_field(pair[1]), own)
-    return re.sub(r"(?:^|(?<=[-_]))\d+(?=[-_.])", "{epoch}", scored, count=1)
+    return re.sub(r"(?:^|(?<=[-_]))\d+(?=[-_.])", "{epochs}", scored, count=1)
 
 
 def _as_field(key: str) -> str:
@@ -124,9 +125,9 @@ class Pattern:
         """Read a pattern.
 
         Args:
-            text: ``{step}``, ``{epoch}`` and ``{NAME}`` for a score, between text that is literal. A format such as
-                ``{acc:.2f}`` is allowed. With a slash it stands for the last parts of the path. Without an extension
-                it stands for any.
+            text: ``{step}``, ``{epoch}`` (counted from 0), ``{epochs}`` (how many are finished) and ``{NAME}`` for a
+                score, between text that is literal. A format such as ``{acc:.2f}`` is allowed. With a slash it stands
+                for the last parts of the path. Without an extension it stands for any.
 
         Raises:
             PolicyError: If it is not such a pattern.
@@ -142,7 +143,7 @@ class Pattern:
             raise PolicyError(msg)
         parts = [re.escape(literals[0])]
         for field, literal in zip(fields, literals[1:], strict=True):
-            parts.append((r"(\d+)" if field in _COUNTERS else f"({_NUMBER})") + re.escape(literal))
+            parts.append((r"(\d+)" if field in COUNTERS else f"({_NUMBER})") + re.escape(literal))
         has_suffix = text.endswith(SUFFIXES)
         endings = "" if has_suffix else f"(?:{'|'.join(map(re.escape, SUFFIXES))})?"
         return cls(text, re.compile(rf"(?:^|.*/){''.join(parts)}{endings}"), fields)
@@ -153,7 +154,7 @@ class Pattern:
         if found is None:
             return None
         texts = zip(self._fields, found.groups(), strict=True)
-        return {field: int(text) if field in _COUNTERS else float(text) for field, text in texts}
+        return {field: int(text) if field in COUNTERS else float(text) for field, text in texts}
 
 
 def _problem(fields: Collection[str], literals: list[str]) -> str:
@@ -167,6 +168,8 @@ def _problem(fields: Collection[str], literals: list[str]) -> str:
         return f"has a field without a name: {{{named[0]}}}"
     if twice:
         return f"has the field {{{twice[0]}}} twice"
+    if {"epoch", "epochs"} <= {*fields}:
+        return "has both {epoch} and {epochs}"
     if "" in literals[1:-1]:
         return "has two fields with no text between them, so it cannot say where the first one ends"
     return ""

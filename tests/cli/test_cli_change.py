@@ -398,7 +398,7 @@ def test_adopt_reads_what_each_kind_of_writer_wrote(tmp_path: Path) -> None:
     assert 1 == said.code
     got = {item["name"]: (item["step"], item["epoch"], item["metrics"]) for item in said.data["adopted"]}
     assert {
-        "tutorial.pt": (2000, 4, {"loss": 0.125}),
+        "tutorial.pt": (2500, 4, {"loss": 0.125}),
         "epoch=1-step=20.ckpt": (20, 1, {"val_loss": 0.5}),
         "epoch=2-step=30-acc=0.75.ckpt": (30, 2, {"acc": 0.75, "val_loss": 0.25}),
         "checkpoint-500": (500, 1, {"eval_loss": 0.75}),

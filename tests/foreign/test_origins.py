@@ -67,7 +67,7 @@ ORIGINS: Final[dict[str, Origin]] = {
     ),
     "fastai": Origin(
         flags=("--steps-per-epoch", "2"),
-        adopted={"models/model_0.pth": (0, 0, {}), "models/model_1.pth": (2, 1, {})},
+        adopted={"models/model_0.pth": (2, 0, {}), "models/model_1.pth": (4, 1, {})},
         refused={"models/best.pth": "neither the file nor its name has a step or an epoch"},
     ),
     "fvcore": Origin(
@@ -85,12 +85,12 @@ ORIGINS: Final[dict[str, Origin]] = {
         best=("eval_loss", "min", "checkpoint-4"),
     ),
     "ignite": Origin(
-        flags=("--pattern", "best_model_{epoch}_acc={acc}.pt", "--steps-per-epoch", "4"),
+        flags=("--pattern", "best_model_{epochs}_acc={acc}.pt", "--steps-per-epoch", "4"),
         adopted={
             "checkpoint_8.pt": (8, 1, {}),
-            "best_model_2_acc=0.7500.pt": (8, 2, {"acc": 0.75}),
+            "best_model_2_acc=0.7500.pt": (8, 1, {"acc": 0.75}),
             "checkpoint_12.pt": (12, 2, {}),
-            "best_model_3_acc=0.5000.pt": (12, 3, {"acc": 0.5}),
+            "best_model_3_acc=0.5000.pt": (12, 2, {"acc": 0.5}),
         },
         contents="full weights",
         refused={"weights_-0.2500.pt": "neither the file nor its name has a step or an epoch"},
@@ -115,20 +115,20 @@ ORIGINS: Final[dict[str, Origin]] = {
     "sb3": Origin(refused={f"rl_model_{step}_steps.zip": "it is a zip file of several files" for step in (8, 16)}),
     "sentence_transformers": Origin(adopted={"checkpoint-2": (2, 0, {})}, format="folder"),
     "skorch": Origin(
-        flags=("--pattern", "params_{epoch}.pt", "--steps-per-epoch", "1"),
-        adopted={"all/params_1.pt": (1, 1, {}), "all/params_2.pt": (2, 2, {})},
+        flags=("--pattern", "params_{epochs}.pt", "--steps-per-epoch", "1"),
+        adopted={"all/params_1.pt": (1, 0, {}), "all/params_2.pt": (2, 1, {})},
         contents="weights",
         refused={"state": NO_STEP, "safe/params.pt": "neither the file nor its name"},
     ),
     "speechbrain": Origin(
-        flags=("--steps-per-epoch", "100"), adopted={"CKPT+two": (100, 1, {"loss": 0.5})}, format="folder"
+        flags=("--steps-per-epoch", "100"), adopted={"CKPT+two": (200, 1, {"loss": 0.5})}, format="folder"
     ),
     "timm": Origin(
         flags=("--steps-per-epoch", "100"),
         adopted={
-            "checkpoint-2.pth.tar": (200, 2, {"metric": 0.75}),
-            "checkpoint-3.pth.tar": (300, 3, {"metric": 0.5}),
-            "recovery-4-7.pth.tar": (400, 4, {}),
+            "checkpoint-2.pth.tar": (300, 2, {"metric": 0.75}),
+            "checkpoint-3.pth.tar": (400, 3, {"metric": 0.5}),
+            "recovery-4-7.pth.tar": (500, 4, {}),
         },
         aliases={"last.pth.tar": "checkpoint-3.pth.tar", "model_best.pth.tar": "checkpoint-2.pth.tar"},
         best=("metric", "max", "checkpoint-2.pth.tar"),
@@ -167,7 +167,7 @@ ORIGINS: Final[dict[str, Origin]] = {
         best=("loss", "min", "checkpoint-2"),
     ),
     "ultralytics": Origin(
-        flags=("--steps-per-epoch", "10"), adopted={"last.pt": (30, 3, {"fitness": 0.5})}, part="ema"
+        flags=("--steps-per-epoch", "10"), adopted={"last.pt": (40, 3, {"fitness": 0.5})}, part="ema"
     ),
 }
 

@@ -16,6 +16,7 @@ from support.commands import command, snapshot, train
 from support.odd_files import tensor, torch_file
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepAll, Naming, Policy
+from checkpointer.commit.index import record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.errors import NotFoundError, PolicyError, UntrustedError
 from checkpointer.storage import open_storage
@@ -157,7 +158,7 @@ def test_an_epoch_alone_is_no_step(tmp_path: Path) -> None:
     refused = found_in(tmp_path).refused
     assert "it has an epoch (4) and no step; pass its step: --step NAME=STEP, or" in refused["epoch_4.pth"]
     said = command("adopt", tmp_path, "--steps-per-epoch", 500, "--json").data
-    assert [(1500, 3), (2000, 4)] == [(item["step"], item["epoch"]) for item in said["adopted"]]
+    assert [(2000, 3), (2500, 4)] == [(item["step"], item["epoch"]) for item in said["adopted"]]
 
 
 def test_a_step_for_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -208,11 +209,49 @@ def test_a_number_is_no_step_beside_files_with_a_step_of_their_own(tmp_path: Pat
     save(tmp_path / "best_model_2_acc=0.75.pt")
     reason = found_in(tmp_path).refused["best_model_2_acc=0.75.pt"]
     assert "its number 2 may be a step or an epoch" in reason
-    assert "--pattern 'best_model_{epoch}_acc={acc}.pt'" in reason
-    said = command("adopt", tmp_path, "--pattern", "best_model_{epoch}_acc={acc}.pt", "--steps-per-epoch", 4, "--json")
-    assert [(8, 0, {}), (8, 2, {"acc": 0.75})] == sorted(
+    assert "--pattern 'best_model_{epochs}_acc={acc}.pt' if so many epochs are finished" in reason
+    said = command("adopt", tmp_path, "--pattern", "best_model_{epochs}_acc={acc}.pt", "--steps-per-epoch", 4, "--json")
+    assert [(8, 0, {}), (8, 1, {"acc": 0.75})] == sorted(
         ((item["step"], item["epoch"], item["metrics"]) for item in said.data["adopted"]), key=str
     )
+
+
+@pytest.mark.parametrize(("field", "expected"), [("epoch", (12, 2, True)), ("epochs", (8, 1, True)), (None, None)])
+def test_a_number_is_an_index_of_an_epoch_or_how_many_are_finished(
+    tmp_path: Path, field: str | None, expected: tuple[int, int, bool] | None
+) -> None:
+    """`--steps-per-epoch` counts finished epochs, and refuses to do nothing: the number would become the step."""
+    save(tmp_path / "model_2.pt")
+    if field is None:
+        with pytest.raises(
+            PolicyError, match=r"model_2.pt has its number 2 as its step; .*--pattern 'model_\{epochs\}.pt'"
+        ):
+            found_in(tmp_path, steps_per_epoch=4)
+        return
+    (found,) = found_in(tmp_path, patterns=[f"model_{{{field}}}.pt"], steps_per_epoch=4).found
+    assert expected == (found.step, found.epoch, found.epoch_end)
+
+
+def test_steps_of_an_epoch_that_no_file_needs_are_named(tmp_path: Path) -> None:
+    """The files hold their steps; a file without an epoch has none to name."""
+    save(tmp_path / "a.pt", {"model": WEIGHTS, "step": 7})
+    said = command("adopt", tmp_path, "--steps-per-epoch", 4)
+    assert "--steps-per-epoch 4 has no effect: no file has an epoch without a step" in said.err
+    assert (0, "adopted  a.pt: step 7 (torch.save)") == (said.code, said.out.splitlines()[0])
+
+
+def test_an_adoption_is_undone_by_removing_its_records(tmp_path: Path) -> None:
+    """The files were never changed, and can be adopted anew."""
+    for number in (1, 2):
+        save(tmp_path / f"model_{number}.pt")
+    assert 0 == command("adopt", tmp_path).code
+    (tmp_path / record_path("model_2.pt")).unlink()
+    assert 0 == command("adopt", tmp_path, "--step", "model_2.pt=200").code
+    assert [("model_1.pt", 1), ("model_2.pt", 200)] == [
+        (one["name"], one["step"]) for one in command("ls", tmp_path, "--json").data
+    ]
+    shutil.rmtree(tmp_path / ".checkpointer")
+    assert 2 == len(found_in(tmp_path).found)
 
 
 def test_a_pattern_takes_precedence_over_the_file(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ def adopt_command(
     steps_per_epoch: Annotated[
         int | None,
         typer.Option(
-            "--steps-per-epoch", metavar="N", min=1, help="For files with an epoch and no step: step = epoch x N."
+            "--steps-per-epoch",
+            metavar="N",
+            min=1,
+            help="For files with an epoch and no step: N for each finished epoch.",
         ),
     ] = None,
     pattern: Annotated[
@@ -36,7 +39,8 @@ def adopt_command(
         typer.Option(
             "--pattern",
             metavar="PATTERN",
-            help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch}. May be given again.",
+            help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch} (from 0) and {epochs} (finished ones). "
+            "May be given again.",
         ),
     ] = None,
     run: Annotated[
@@ -72,9 +76,11 @@ def adopt_command(
             adoption = attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
             if made and (before := [record for record in catalog.records if not record.is_adopted]):
                 output.say(
-                    f"a training here now goes on from {made[-1].name}, and not from {before[-1].name} of run "
-                    f"{before[-1].run}: to go on with that run, name it with run= or {before[-1].name} in restore()"
+                    f"a training here still goes on from {before[-1].name} of run {before[-1].run}; to go on from "
+                    f"{made[-1].name}, name it in resume() or restore()"
                 )
+    if adoption.unused:
+        output.say(adoption.unused)
     if as_json:
         left = {"refused": dict(adoption.refused), "beside": dict(adoption.beside)}
         output.print_json({"adopted": _as_data(adoption, made), "aliases": dict(adoption.aliases), **left})
@@ -102,7 +108,8 @@ def _as_data(adoption: Adoption, made: list[Record]) -> list[dict[str, object]]:
 def _print(adoption: Adoption, *, dry_run: bool, before: int) -> None:
     for item in adoption.found:
         scores = ", ".join(f"{name}={number_text(value)}" for name, value in item.metrics.items())
-        what = f"step {item.step}, epoch {item.epoch}{f', {scores}' if scores else ''}"
+        epoch = f", epoch {item.epoch}" if item.is_epoch_known else ""
+        what = f"step {item.step}{epoch}{f', {scores}' if scores else ''}"
         output.print_line(f"{'would adopt' if dry_run else 'adopted'}  {item.name}: {what} ({item.writer})")
     for name, target in adoption.aliases.items():
         output.print_line(f"alias  {name}: the same as {target}")

@@ -29,7 +29,8 @@ MAX_JSON_BYTES: Final = 1 << 28
 _TEXT: Final = (".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".csv", ".py", ".jinja", ".log", ".html")
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """A file of one of these that cannot be read is damage; of others it is something else."""
-_INDEX: Final = ".index.json"
+INDEX: Final = ".index.json"
+"""What the name of an index of shards ends with, after that of the file that they are."""
 _MODEL: Final = re.compile(
     r"(?:.*/)?(?:model|pytorch_model|adapter_model|diffusion_pytorch_model)(_\d+)?\.(safetensors|bin)"
 )
@@ -169,8 +170,8 @@ class _FolderContents(Tensors):
 
     def _join(self) -> None:
         """Make one set of weights of the shards of each index, and leave out those that are there twice."""
-        for index in [inside for inside in self.others if inside.endswith(_INDEX)]:
-            self.parts[index.removesuffix(_INDEX)] = self._joined(index, self._read_index(index))
+        for index in [inside for inside in self.others if inside.endswith(INDEX)]:
+            self.parts[index.removesuffix(INDEX)] = self._joined(index, self._read_index(index))
         for key, part in self.parts.items():
             config = f"{key.rpartition('/')[0]}/config.json".lstrip("/")
             if _MODEL.fullmatch(key) and _HEAD not in part.names and config in self.others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -169,7 +170,7 @@ def _which(contents: Tensors, paths: Iterable[str]) -> str:
     paths = list(paths)
     return (
         f"several sets of weights may be meant: {_listed(contents, paths)}; choose one: part={paths[0]!r} "
-        f"(on the command line --only {paths[0] or repr('')})"
+        f"(on the command line --only {shlex.quote(paths[0])})"
     )
 
 
