@@ -183,7 +183,7 @@ class LocalStorage:
         """See `Storage.upload`."""
         target = self._within(path)
         staged = self._new_staged()
-        return _LocalUpload(staged, target, open(staged, "wb", buffering=_BUFFER))
+        return _LocalUpload(staged, target, _new_file(staged))
 
     def _within(self, path: str) -> Path:
         """Return the full path of a file to change, or raise if a link leads out of the directory.
@@ -349,6 +349,14 @@ class _LocalUpload:
         """That of the staged file. Another process may write to it; `finish` syncs what it has written."""
         return self._stream.fileno() if self._stream is not None else None
 
+    def start_over(self) -> None:
+        """See `checkpointer.ports.SupportsDescriptor`."""
+        assert self._stream is not None, "it has a descriptor"
+        self._staged.unlink(missing_ok=True)
+        self._stream.close()
+        self._stream = _new_file(self._staged)
+        self._written = self._begun = 0
+
     def finish(self) -> None:
         if self._stream is None:
             _sync_tree(self._staged)
@@ -468,6 +476,10 @@ def _discard(staged: Path) -> None:
         return
     with contextlib.suppress(OSError):
         staged.unlink()
+
+
+def _new_file(staged: Path) -> BinaryIO:
+    return open(staged, "wb", buffering=_BUFFER)
 
 
 def _open_file(path: Path) -> BinaryIO:
