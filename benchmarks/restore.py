@@ -116,8 +116,17 @@ def measure(tensors: int, elements: int, repeats: int, before: str) -> None:
         with contextlib.suppress(ImportError):
             from safetensors.torch import load_file, save_file
 
+            flat: Any = {"state": lambda: state, "format": "safetensors"}
+            with CheckpointManager(f"{folder}/flat", Policy(EverySteps(1), [KeepLast(1)]), **flat) as manager:
+                manager.observe({}, step=1, epoch=0)
+            other_reader: Any = CheckpointManager(f"{folder}/flat")
             save_file(state, f"{folder}/safetensors")
-            sides["safetensors"] = timed(lambda: load_file(f"{folder}/safetensors"), reads=True)
+            sides["safetensors, each byte"] = timed(lambda: load_file(f"{folder}/safetensors"), reads=True)
+            sides["safetensors, copied"] = timed(
+                lambda: {name: tensor.clone() for name, tensor in load_file(f"{folder}/safetensors").items()}
+            )
+            sides["torch-checkpointer, safetensors"] = timed(lambda: other_reader.restore().state)
+            sides["torch-checkpointer, safetensors, mmap=True"] = timed(lambda: other_reader.restore(mmap=True).state)
         times: dict[str, list[float]] = {who: [] for who in sides}
         for turn in range(repeats + 1):
             for who in list(sides)[:: 1 if turn % 2 else -1]:

@@ -238,10 +238,31 @@ def memory_of_uploads(bench: Bench) -> list[Row]:
     ]
 
 
-def print_memory_of(side: str, port: int, file: Path) -> None:
+def memory_of_restore(bench: Bench) -> list[Row]:
+    """Peak memory that a restore from S3 adds beside the tensors, in a process of its own."""
+    url, options = bench.server.fresh(), bench.server.storage_options
+    with CheckpointManager(url, KEEP_1, state=lambda: bench.state, storage_options=options) as manager:
+        manager.observe({}, step=1, epoch=0, epoch_end=False)
+    command = [sys.executable, __file__, "--memory-of", "restore", str(bench.server.port), url]
+    extra = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    size = sum(tensor.nbytes for tensor in bench.state.values()) / 1e6
+    return [("extra memory of restore", f"{extra:.0f} MB", "the tensors", f"{size:.0f} MB", "-")]
+
+
+def print_memory_of_restore(server: Server, url: str) -> None:
+    """Print how much (MB) the peak rises above what the tensors need."""
+    with CheckpointManager(url, KEEP_1, storage_options=server.storage_options) as manager:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _peak_mb()
+        restored = manager.restore()
+        assert restored is not None
+        print(_peak_mb() - before - sum(tensor.nbytes for tensor in restored.state.values()) / 1e6)
+
+
+def print_memory_of(side: str, server: Server, file: Path) -> None:
     """Print how much (MB) the peak rises while one side sends the file."""
     state = torch.load(file) if side == "save" else {}
-    bench = Bench(SeaweedFS(Path(), port, ()), file, state, 1)
+    bench = Bench(server, file, state, 1)
     with uploads(attrs.evolve(bench, state={})) as sides:
         # What connecting and the first request take is not of the payload.
         sides["save"](0)
@@ -362,17 +383,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--transfers", action="store_true", help="measure only uploads and downloads")
-    parser.add_argument("--memory-of", nargs=3, metavar=("SIDE", "PORT", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=3, metavar=("SIDE", "PORT", "WHAT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory_of:
-        side, port, file = arguments.memory_of
-        print_memory_of(side, int(port), Path(file))
+        side, port, what = arguments.memory_of
+        server = SeaweedFS(Path(), int(port), ())
+        if side == "restore":
+            print_memory_of_restore(server, what)
+        else:
+            print_memory_of(side, server, Path(what))
         return
     with prepared(arguments.gigabytes, arguments.repeats) as bench:
         rows = [*upload_to_s3(bench), *download_from_s3(bench)]
         if not arguments.transfers:
-            rows += [*memory_of_uploads(bench), *open_10_000(bench), *restores(bench)]
+            rows += [*memory_of_uploads(bench), *memory_of_restore(bench), *open_10_000(bench), *restores(bench)]
         show(rows)
         if arguments.transfers:
             return

@@ -73,6 +73,9 @@ class SupportsDescriptor(Writable, Protocol):
     def count_to(self, size: int) -> None:
         """Note that the other process has written ``size`` bytes so far."""
 
+    def start_over(self) -> None:
+        """Continue with a new empty file. What the other process may still write goes to a file that has no name."""
+
     def take_over(self, size: int, hexdigest: str) -> None:
         """Note that the other process has written the whole file, and with which digest."""
 

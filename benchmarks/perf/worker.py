@@ -48,11 +48,12 @@ class Worker:
         self._manager.wait()
         return cost
 
-    def restore(self, **options: Any) -> Cost:
-        """Restore from the directory, and read each page."""
+    def restore(self, *, touch: bool = True, **options: Any) -> Cost:
+        """Restore from the directory, and with ``touch`` read each page."""
         assert self._manager.last is not None
         with CheckpointManager(os.path.dirname(self._manager.location(self._manager.last.name))) as reader:
-            return cost_of(lambda: touched(reader.restore(**options).state))  # type: ignore[union-attr]
+            use = touched if touch else len
+            return cost_of(lambda: use(reader.restore(**options).state))  # type: ignore[union-attr]
 
     def quiet(self, count: int) -> Cost:
         """Observe so many steps at which nothing is due; return what one took."""

@@ -9,7 +9,7 @@ from checkpointer.errors import PolicyError
 from checkpointer.ports import FolderFormat, Format
 
 if TYPE_CHECKING:
-    from checkpointer.formats.one_pass import TorchLayout
+    from checkpointer.formats.layout import Layout
 
 __all__ = ["format_of", "layout_of", "open_format"]
 
@@ -70,12 +70,15 @@ def format_of(stream: BinaryIO, expected: Format) -> Format:
     return expected if found in (None, expected.name) else open_format(found)
 
 
-def layout_of(stream: BinaryIO, payload: Format, *, is_mapped: bool) -> TorchLayout | None:
+def layout_of(stream: BinaryIO, payload: Format, *, is_mapped: bool) -> Layout | None:
     """Return where each byte of a file goes that is read once; None if ``payload`` has to read it by itself."""
-    from checkpointer.formats.torch_file import TorchFormat
+    # By their modules, because a format of the user's own may have the same name, or be a subclass.
+    if type(payload).__module__ == f"{__name__}.torch_file":
+        from checkpointer.formats.one_pass import TorchLayout
 
-    if type(payload) is not TorchFormat:
-        return None
-    from checkpointer.formats.one_pass import TorchLayout
+        return TorchLayout.of(stream, is_mapped=is_mapped)
+    if type(payload).__module__ == f"{__name__}.safetensors_file":
+        from checkpointer.formats.safetensors_layout import SafetensorsLayout
 
-    return TorchLayout.of(stream, is_mapped=is_mapped)
+        return SafetensorsLayout.of(stream, is_mapped=is_mapped)
+    return None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import collections
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO, Final
 
 from checkpointer._ahead import ahead
 from checkpointer.errors import CorruptError
 
 _CHUNK_BYTES: Final = 8 << 20
-_PIECE: Final = 4 << 20
+_LARGE: Final = 4 << 20
+_PIECE: Final = 8 << 20
 
 
 def read_exactly(stream: BinaryIO, size: int, name: str) -> bytearray:
@@ -49,30 +50,21 @@ Move = tuple[int, int, int]
 
 
 def move(moves: Sequence[Move]) -> None:
-    """Copy bytes, on as many threads as there are cores. Each thread takes the next piece when it has done one.
+    """Copy bytes, large copies on as many threads as there are cores. Each takes the next piece when it has done one.
 
     torch gives each of its threads the same share of a tensor, and waits for all of them after each tensor. If another
     program uses one of the cores, that takes several times as long as one thread takes.
     """
-    batches = [*_batches(moves)]
-
-    def act(number: int) -> None:
-        for target, source, size in batches[number]:
-            ctypes.memmove(target, source, size)  # Without the GIL.
-
-    collections.deque(ahead(act, len(batches)), maxlen=0)
-
-
-def _batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """Cut large copies, and join small ones."""
-    batch, total = list[Move](), 0
+    large = []
     for target, source, size in moves:
-        for start in range(0, size, _PIECE):
-            count = min(_PIECE, size - start)
-            if batch and total + count > _PIECE:
-                yield batch
-                batch, total = [], 0
-            batch.append((target + start, source + start, count))
-            total += count
-    if batch:
-        yield batch
+        if size >= _LARGE:
+            large += [(target + n, source + n, min(_PIECE, size - n)) for n in range(0, size, _PIECE)]
+        else:
+            _move_with_gil(target, source, size)
+    collections.deque(ahead(lambda number: ctypes.memmove(*large[number]), len(large)), maxlen=0)
+
+
+_move_with_gil: Final = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+"""`ctypes.memmove` gives up the GIL. If another thread computes in Python, it takes 5 ms to get it back."""

@@ -16,16 +16,11 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
-from checkpointer.formats.mapping import HUGE_PAGE, MappedFile, can_map, use_huge_pages
+from checkpointer.formats.layout import PIECE, SMALL, Layout, new_storage
+from checkpointer.formats.mapping import MappedFile, can_map
 from checkpointer.formats.memory import memory_at, read_exactly
 from checkpointer.formats.refusals import raising_unreadable
 
-_PIECE: Final = 4 << 20
-"""Bytes of a piece at most. It is still in the processor's cache when it is digested."""
-_MAPPED_PIECE: Final = 32 << 20
-"""Nothing is copied, so the cache does not matter. With many pieces the threads wait for each other many times."""
-_SMALL: Final = 1 << 16
-"""Storages of fewer bytes are read together with their neighbours, and copied."""
 _PICKLE: Final = "data.pkl"
 _DATA: Final = "data/"
 _PARAMETERS: Final = ("zip_file", "map_location", "pickle_module")
@@ -41,10 +36,11 @@ def can_unpickle() -> bool:
     return parameters[:3] == _PARAMETERS and hasattr(torch.serialization, "_weights_only_unpickler")
 
 
-class TorchLayout:
-    """Memory for each byte of a torch file that is read once, front to back, each byte into its final place."""
+class TorchLayout(Layout):
+    """The layout of a torch file. All but its storages is unpickled or copied in the end."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, stream: BinaryIO, archive: Archive, *, is_mapped: bool) -> None:
+        super().__init__(stream, archive.size, is_mapped=is_mapped)
         self._archive = archive
         self._storages: dict[str, Any] = {}
         """Storages by the name of their member."""
@@ -53,11 +49,10 @@ class TorchLayout:
         self._headers: list[tuple[Member, memoryview, int]] = []
         """Each member, a buffer that has its header, and where the header begins there."""
         self._directory = memoryview(b"")
-        self._mapped: MappedFile | None = None
-        self._on_pages: set[int] = set()
-        """Which pieces are pages of the mapped file."""
-        self.pieces: list[tuple[int, memoryview]] = []
-        """Offsets in the file, and buffers for the bytes from there on. Together they are the whole file, in order."""
+        if self._mapped is not None:
+            self._map(self._mapped)
+        else:
+            self._place()
 
     @classmethod
     def of(cls, stream: BinaryIO, *, is_mapped: bool) -> TorchLayout | None:
@@ -67,40 +62,25 @@ class TorchLayout:
         read now.
         """
         archive = _archive_of(stream) if can_unpickle() and (can_map() or not is_mapped) else None
-        if archive is None:
-            return None
-        layout = cls(archive)
-        if is_mapped:
-            layout._map(stream, MappedFile(stream, archive.size))
-        else:
-            layout._place()
-        return layout
+        return cls(stream, archive, is_mapped=is_mapped) if archive is not None else None
 
     # Where the bytes go
 
     def _place(self) -> None:
         start, members = 0, list[Member]()
         for member in self._archive.members:
-            if _is_storage(member) and member.size >= _SMALL:
-                self._add_private(start, member.start, members, member)
-                storage = _new_storage(member.size)
-                self._storages[member.name] = storage
-                address = storage.data_ptr()
-                # The pieces end at multiples of a page, so that two threads do not make the same page.
-                first = -address % HUGE_PAGE
-                memory = memory_at(address, member.size, storage)
-                self._add(member.start, memory[:first])
-                self._add(member.start + first, memory[first:])
+            if _is_storage(member) and member.size >= SMALL:
+                self._add_members(start, member.start, members, member)
+                self._storages[member.name] = self._add_storage(member.start, member.size)
                 start, members = member.end, []
                 continue
-            if members and member.end - start > _PIECE:
-                self._add_private(start, member.header, members)
+            if members and member.end - start > PIECE:
+                self._add_members(start, member.header, members)
                 start, members = member.header, []
             members.append(member)
-        self._add_private(start, self._archive.size, members)
+        self._add_members(start, self._archive.size, members)
 
-    def _map(self, stream: BinaryIO, mapped: MappedFile) -> None:
-        self._mapped = mapped
+    def _map(self, mapped: MappedFile) -> None:
         directory = self._archive.size - len(self._archive.directory)
         groups = [(kind, [*group]) for kind, group in itertools.groupby(self._archive.members, _is_storage)]
         ends = [group[0].header for _, group in groups[1:]] + [directory]
@@ -109,47 +89,22 @@ class TorchLayout:
                 for member in group:
                     self._storages[member.name] = mapped.storage[member.start : member.end]
                     self._headers.append((member, mapped.memory, member.header))
-                first = len(self.pieces)
-                self._add(start, mapped.memory[start:end], _MAPPED_PIECE)
-                self._on_pages.update(range(first, len(self.pieces)))
+                self._add_pages(start, end)
             else:
-                self._read_private(stream, start, end, group)
-        self._read_private(stream, directory, self._archive.size, [])
+                self._add_members(start, end, group)
+        self._add_members(directory, self._archive.size, [])
 
-    def _read_private(self, stream: BinaryIO, start: int, end: int, members: Sequence[Member]) -> None:
-        first = len(self.pieces)
-        self._add_private(start, end, members)
-        for offset, view in self.pieces[first:]:
-            stream.seek(offset)
-            view[:] = read_exactly(stream, len(view), "the file")
-
-    def _add_private(self, start: int, end: int, members: Sequence[Member], last: Member | None = None) -> None:
+    def _add_members(self, start: int, end: int, members: Sequence[Member], last: Member | None = None) -> None:
         """Add a buffer for a range, which has some members from header to end, and the header of ``last`` alone."""
-        buffer = memoryview(bytearray(end - start))
+        buffer = self._add_buffer(start, end)
         for member in members:
             self._small[member.name] = buffer[member.start - start : member.end - start]
         for member in (*members, *([last] if last else ())):
             self._headers.append((member, buffer, member.header - start))
         self._directory = buffer[max(0, len(buffer) - len(self._archive.directory)) :]
-        self._add(start, buffer)
-
-    def _add(self, start: int, view: memoryview, step: int = _PIECE) -> None:
-        for offset in range(0, len(view), step):
-            self.pieces.append((start + offset, view[offset : offset + step]))
-
-    def populate(self, number: int) -> None:
-        """Bring the piece of that number into memory if it is a part of the mapped file. Raises `OSError` as a read."""
-        offset, view = self.pieces[number]
-        if self._mapped is not None and number in self._on_pages:
-            self._mapped.populate(offset, len(view))
 
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
-        """Return the state as `Format.read` does, after all pieces are filled and verified. Call it once.
-
-        Raises:
-            OtherLayoutError: If the bytes lie in another way than the directory made expect.
-            CorruptError, UnsafePayloadError: As `Format.read`.
-        """
+        """See `Layout.state`. The bytes may lie in another way than the directory made expect."""
         import torch
 
         if self._directory != self._archive.directory or not all(itertools.starmap(agrees, self._headers)):
@@ -234,7 +189,7 @@ class _Reader:
 
         storage = self._storages.pop(name, None)
         if storage is None:
-            storage = _new_storage(size)
+            storage = new_storage(size)
             if size:  # torch asks again for a storage that has no memory.
                 memory_at(storage.data_ptr(), size)[:] = self._small.pop(name)[:size]
         taken = storage if storage.nbytes() == size else storage[:size]
@@ -250,16 +205,6 @@ class _Taken:
 
     def _typed_storage(self) -> _Taken:
         return self
-
-
-def _new_storage(size: int) -> Any:
-    import torch
-
-    kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
-    storage = kind(size, device="cpu")
-    if size >= HUGE_PAGE:
-        use_huge_pages(storage.data_ptr(), size)
-    return storage
 
 
 def _is_storage(member: Member) -> bool:

@@ -1,7 +1,8 @@
 """Writes a snapshot in shared memory by another process, so that the training keeps the GIL.
 
 The other process runs `checkpointer.save.writer_program`. The writer thread waits for it, then syncs and publishes the
-file as if it had written it itself. If the process ends, the thread writes the same file again, from its beginning.
+file as if it had written it itself. If the process ends or makes no progress, the thread writes the same checkpoint
+into a new file.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -25,14 +27,17 @@ from checkpointer.formats.shared_memory import Arena
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import SupportsDescriptor, Writable
 from checkpointer.save import writer_program
+from checkpointer.save.writer_program import REPORT_S
 
 _MAX_SENT: Final = 32 << 20
 """Bytes outside of the shared memory that are sent, because the process holds them a second time."""
 _SMALL: Final = 1 << 16
 START_S: Final = 60.0
 """Seconds that the process gets to start. An interpreter in a folder on a network may take long."""
+STALLED_S: Final = 30
+"""Seconds without progress after which the process is ended. It may be stopped, or frozen by a container."""
 _END_S: Final = 10.0
-"""Seconds that the process gets to end by itself."""
+"""Seconds that the process gets to end by itself, and then to be ended."""
 _PROGRAM: Final = (
     "import sys; sys.path += sys.argv[2:]; from checkpointer.save.writer_program import run; run(sys.argv[1])"
 )
@@ -49,19 +54,24 @@ class _Process:
     trainer: int
     """Id of the process that has started it. Forked children of the trainer must leave it alone."""
 
-    def end(self) -> int | None:
-        """End it, if it has not ended yet; return its exit code, or minus the number of the signal that ended it."""
+    def end(self, *, at_once: bool = False) -> int | None:
+        """End it, if it has not ended yet; return its exit code, or minus the number of the signal that ended it.
+
+        Return None if it cannot be ended, for example while a disk does not answer it.
+        """
         if os.getpid() != self.trainer:
             return None
+        if at_once:
+            self.child.kill()
         # Not only closed, because forked children of the trainer may have the socket open.
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
-        try:
-            return self.child.wait(_END_S)
-        except subprocess.TimeoutExpired:
+        for _ in range(2):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.child.wait(_END_S)
             self.child.kill()
-            return self.child.wait()
+        return None
 
 
 class WriterProcess:
@@ -113,13 +123,12 @@ class WriterProcess:
             return True
         if answer[:1] == ("failed",):
             raise OSError(*answer[1:])
+        stream.start_over()
         if answer:  # What it lacks now, such as memory, it may lack each time.
             self._is_usable = False
             self.close()
             msg = "the writer process cannot write (%s). The writer thread writes this checkpoint, and all later ones"
             _log.warning(msg, answer[1])
-        writer_program.set_direct(descriptor, is_direct=False)
-        os.ftruncate(descriptor, 0)
         return False
 
     def _running(self) -> _Process:
@@ -131,15 +140,16 @@ class WriterProcess:
         return self._process
 
     def _give_up(self, process: _Process | None, error: BaseException) -> None:
-        """Log that the process has ended. All later saves are written by the thread, because it could end again."""
+        """End the process and log why. All later saves are written by the thread, because it could happen again."""
         self._is_usable, self._process = False, None
         if process is None:
             why = str(error) or "it has ended at once"
             _log.warning("no writer process can be started (%s); the writer thread writes", why)
             return
-        code = process.end() or 0
-        how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-        msg = "the writer process %d has ended (%s). The writer thread writes this checkpoint again, and all later ones"
+        code = process.end(at_once=isinstance(error, TimeoutError)) or 0
+        how = f"has ended ({signal.strsignal(-code) if code < 0 else f'exit code {code}'})"
+        how = f"was ended, because it {error}" if isinstance(error, TimeoutError) else how
+        msg = "the writer process %d %s. The writer thread writes this checkpoint again, and all later ones"
         _log.warning(msg, process.child.pid, how)
 
     def close(self) -> None:
@@ -150,12 +160,25 @@ class WriterProcess:
 
 
 def _answer(connection: socket.socket, stream: SupportsDescriptor) -> tuple[Any, ...]:
-    """Wait until the process has written or failed; until then count what is written."""
-    while True:
+    """Wait until the process has written or failed; until then count what is written.
+
+    Raises:
+        TimeoutError: If the process has reported no progress for `STALLED_S`.
+    """
+    waiting, silent = select.poll(), 0
+    waiting.register(connection, select.POLLIN)
+    # In steps of one report, because a trainer that was stopped itself must not count the time of its stop.
+    while silent < STALLED_S / REPORT_S:
+        if not waiting.poll(REPORT_S * 1000):
+            silent += 1
+            continue
+        silent = 0
         answer: tuple[Any, ...] = writer_program.receive(connection)[0]
         if answer[0] != "at":
             return answer
         stream.count_to(answer[1])
+    msg = f"has made no progress for {STALLED_S} s"
+    raise TimeoutError(msg)
 
 
 class _Job(NamedTuple):
@@ -237,7 +260,7 @@ def _check_version(connection: socket.socket) -> None:
     if its != ours:
         msg = f"its version is {its}, and that of the trainer is {ours}"
         raise OSError(msg)
-    connection.settimeout(None)
+    connection.settimeout(STALLED_S)
 
 
 def _has_stderr() -> bool:

@@ -122,6 +122,10 @@ class DigestWriter(_Digest):
         """See `SupportsDescriptor.count_to`."""
         self._stream.count_to(size)  # type: ignore[attr-defined]  # It has a descriptor.
 
+    def start_over(self) -> None:
+        """See `SupportsDescriptor.start_over`."""
+        self._stream.start_over()  # type: ignore[attr-defined]  # It has a descriptor.
+
     def take_over(self, size: int, hexdigest: str) -> None:
         """See `SupportsDescriptor.take_over`."""
         self.count_to(size)

@@ -15,12 +15,10 @@ from typing import BinaryIO, Final
 from checkpointer.errors import StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.durable_files import discard, put_into, sync_file, sync_folder, sync_tree
-from checkpointer.storage.local_upload import CLAIM, FULL, LocalUpload
+from checkpointer.storage.local_upload import CLAIM, FULL, LocalUpload, new_file
 from checkpointer.storage.owner import STAGING, is_abandoned
 from checkpointer.storage.unreadable import UNREADABLE, is_needed, permission_advice
 
-_BUFFER: Final = 1 << 16
-"""Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
 _CLAIMS: Final = ".checkpointer/terms/"
 """An empty folder below it is listed: if it has the name of a claim, no process can create that claim."""
 _KEPT_OF_NAME: Final = 100
@@ -176,7 +174,7 @@ class LocalStorage:
         """See `Storage.upload`."""
         target = self._within(path)
         staged = self._new_staged()
-        return LocalUpload(staged, target, open(staged, "wb", buffering=_BUFFER))
+        return LocalUpload(staged, target, new_file(staged))
 
     def _within(self, path: str) -> Path:
         """Return the full path of a file to change, or raise if a link leads out of the directory.

@@ -18,6 +18,8 @@ from checkpointer.storage.durable_files import discard, put_into, sync_file, syn
 CLAIM: Final = "claim-"
 """Prefix of the name of a claim on a file's name."""
 FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+_BUFFER: Final = 1 << 16
+"""Pieces below this many bytes are joined. Larger ones go to the kernel from where they are."""
 _NOT_ABOUT_LINKS: Final = {*FULL, errno.ENOENT}
 """Errors that a rename would raise too. Any other error may mean that a mount refuses links: EPERM, EIO, EACCES..."""
 
@@ -47,6 +49,14 @@ class LocalUpload:
     def descriptor(self) -> int | None:
         """That of the staged file. Another process may write to it; `finish` syncs what it has written."""
         return self._stream.fileno() if self._stream is not None else None
+
+    def start_over(self) -> None:
+        """See `checkpointer.ports.SupportsDescriptor`."""
+        assert self._stream is not None, "it has a descriptor"
+        self._staged.unlink(missing_ok=True)
+        self._stream.close()
+        self._stream = new_file(self._staged)
+        self._written = self._begun = 0
 
     def finish(self) -> None:
         """See `Upload.finish`."""
@@ -131,3 +141,8 @@ class LocalUpload:
             with contextlib.suppress(OSError):
                 self._stream.close()
         discard(self._staged)
+
+
+def new_file(staged: Path) -> BinaryIO:
+    """Return a new staged file, to write to."""
+    return open(staged, "wb", buffering=_BUFFER)

@@ -48,6 +48,11 @@ class Transfer:
         """See `SupportsDescriptor.count_to`."""
         self._note(size)
 
+    def start_over(self) -> None:
+        """See `SupportsDescriptor.start_over`."""
+        self._stream.start_over()  # type: ignore[attr-defined]  # It has a descriptor.
+        self.bytes = 0
+
     def _note(self, size: int) -> None:
         self.bytes = size
         now = self._clock.time()

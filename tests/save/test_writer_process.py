@@ -32,6 +32,9 @@ from checkpointer.formats.archive import LARGE as LARGE_RECORD
 from checkpointer.formats.archive import Archive
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.save import writer_process, writer_program
+from checkpointer.storage.digests import DigestWriter
+from checkpointer.storage.local import LocalStorage
+from checkpointer.storage.owner import new_owner
 
 pytestmark = pytest.mark.skipif(not shared_memory.is_possible(), reason="needs Linux, and two cores")
 LARGE = {"w": torch.arange(17 << 20, dtype=torch.float32), "odd": torch.ones(300_001), "one": torch.ones(())}
@@ -148,6 +151,49 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptur
         loop.check()
         assert process_of(os.getpid()) is None
         assert [1, 2, 3] == [record.step for record in loop.manager.records]
+
+
+@pytest.mark.parametrize("delay_ms", [None, 20], ids=["before it begins", "while it writes"])
+def test_a_stopped_process_is_waited_for_with_a_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, delay_ms: int | None
+) -> None:
+    """The thread takes over, as for one that has ended. The process does not continue, whatever signals it gets."""
+    monkeypatch.setattr(writer_process, "STALLED_S", 1)
+    with training(tmp_path) as loop:
+        loop.save()
+        loop.manager.wait()
+        pid = the_process()
+        if delay_ms is None:
+            os.kill(pid, signal.SIGSTOP)
+        loop.save()
+        if delay_ms is not None:
+            time.sleep(delay_ms / 1000)
+            os.kill(pid, signal.SIGSTOP)
+        loop.manager.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        loop.check()
+        assert process_of(os.getpid()) is None
+        assert f"the writer process {pid} was ended, because it has made no progress for 1 s" in caplog.text
+        loop.save()
+        loop.manager.wait()
+        loop.check()
+        assert [1, 2, 3] == [record.step for record in loop.manager.records]
+
+
+def test_a_process_that_is_stopped_for_a_moment_goes_on(tmp_path: Path) -> None:
+    """It continues within the bound, and writes the checkpoint."""
+    with training(tmp_path) as loop:
+        loop.save()
+        loop.manager.wait()
+        pid = the_process()
+        os.kill(pid, signal.SIGSTOP)
+        loop.save()
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGCONT)
+        loop.manager.wait()
+        loop.check()
+        assert pid == the_process()
 
 
 @pytest.mark.slow
@@ -360,3 +406,18 @@ def test_its_file_is_that_of_the_thread_but_for_the_places_of_large_tensors(tmp_
         for one, other in zip(ours.infolist(), theirs.infolist(), strict=True):
             for what in ("filename", "CRC", "file_size", "flag_bits", "compress_type"):
                 assert getattr(one, what) == getattr(other, what)
+
+
+def test_what_a_process_writes_after_it_was_given_up_does_not_reach_the_checkpoint(tmp_path: Path) -> None:
+    """It may be in the middle of a write that nothing can end. Its file has no name any more."""
+    upload = LocalStorage(tmp_path, new_owner()).upload("x.ckpt")
+    stream = DigestWriter(upload)
+    assert stream.descriptor is not None
+    with os.fdopen(os.dup(stream.descriptor), "wb") as other:
+        stream.start_over()
+        stream.write(b"the thread's")
+        other.write(b"the process's, which is longer")
+    upload.finish()
+    upload.publish(replace=False)
+    assert b"the thread's" == (tmp_path / "x.ckpt").read_bytes()
+    assert ["x.ckpt"] == [path.name for path in tmp_path.iterdir() if path.is_file()]

@@ -89,13 +89,14 @@ class SafetensorsContents(Tensors):
         super().__init__()
         self._stream = stream
         self._size = stream.seek(0, 2)
-        header, self._start = _header(stream, self._size)
+        header, self.start = _header(stream, self._size)
         metadata = header.pop("__metadata__", {})
         self.others = dict(metadata) if isinstance(metadata, dict) else {}
-        self._offsets: dict[str, tuple[int, int]] = {}
+        self.offsets: dict[str, tuple[int, int]] = {}
+        """Where the bytes of each tensor begin and end, from ``start`` on."""
         for name, entry in header.items():
-            self.tensors[name], self._offsets[name] = _tensor(name, entry)
-        _check_apart(self._offsets)
+            self.tensors[name], self.offsets[name] = _tensor(name, entry)
+        _check_apart(self.offsets)
         # safetensors.torch.save_model writes a tied tensor once, and its other names as metadata.
         names = {name: kept for name, kept in self.others.items() if isinstance(kept, str)}
         tied = {name: kept for name, kept in names.items() if kept in self.tensors and name not in self.tensors}
@@ -104,22 +105,22 @@ class SafetensorsContents(Tensors):
 
     def problems(self) -> list[str]:
         """See `Tensors.problems`."""
-        size = self._size - self._start
+        size = self._size - self.start
         return [
-            f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self._offsets.items() if end > size
+            f"{n} ends at byte {end}, and the file has {size}" for n, (_, end) in self.offsets.items() if end > size
         ]
 
     def _read(self, name: str) -> Any:
         import torch
 
-        info, (start, end) = self.tensors[name], self._offsets[name]
+        info, (start, end) = self.tensors[name], self.offsets[name]
         dtype = dtype_named(info.dtype)
-        if dtype is None or self._start + end > self._size:
+        if dtype is None or self.start + end > self._size:
             msg = f"{name} ({info.dtype}) cannot be read: the file ends before byte {end}, or the dtype is new to torch"
             raise CorruptError(msg)
         if start == end:
             return torch.empty(info.shape, dtype=dtype)
-        self._stream.seek(self._start + start)
+        self._stream.seek(self.start + start)
         data = read_exactly(self._stream, end - start, name)
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
 

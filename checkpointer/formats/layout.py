@@ -1,0 +1,84 @@
+"""Memory for each byte of a file that is read once, front to back, each byte into its final place."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO, Final
+
+from checkpointer.formats.mapping import HUGE_PAGE, MappedFile, use_huge_pages
+from checkpointer.formats.memory import memory_at, read_exactly
+
+PIECE: Final = 4 << 20
+"""Bytes of a piece at most. It is still in the processor's cache when it is digested."""
+MAPPED_PIECE: Final = 32 << 20
+"""Nothing is copied, so the cache does not matter. With many pieces the threads wait for each other many times."""
+SMALL: Final = 1 << 16
+"""Storages of fewer bytes are read together with their neighbours, and copied."""
+
+
+class Layout:
+    """Buffers for a whole file. After they are filled and verified, a subclass makes the state of them."""
+
+    def __init__(self, stream: BinaryIO, size: int, *, is_mapped: bool) -> None:
+        self._stream = stream
+        self._mapped = MappedFile(stream, size) if is_mapped else None
+        self._on_pages: set[int] = set()
+        """Which pieces are pages of the mapped file."""
+        self.pieces: list[tuple[int, memoryview]] = []
+        """Offsets in the file, and buffers for the bytes from there on. Together they are the whole file, in order."""
+
+    def populate(self, number: int) -> None:
+        """Bring the piece of that number into memory if it is a part of the mapped file. Raises `OSError` as a read."""
+        offset, view = self.pieces[number]
+        if self._mapped is not None and number in self._on_pages:
+            self._mapped.populate(offset, len(view))
+
+    def state(self, *, weights_only: bool, map_location: Any) -> Any:
+        """Return the state as `Format.read` does, after all pieces are filled and verified. Call it once.
+
+        Raises:
+            OtherLayoutError: If the bytes lie in another way than was expected.
+            CorruptError, UnsafePayloadError: As `Format.read`.
+        """
+        raise NotImplementedError
+
+    def _add(self, start: int, view: memoryview, step: int = PIECE) -> None:
+        for offset in range(0, len(view), step):
+            self.pieces.append((start + offset, view[offset : offset + step]))
+
+    def _add_storage(self, start: int, size: int) -> Any:
+        """Add new memory for a range of bytes, and return it as a storage."""
+        storage = new_storage(size)
+        address = storage.data_ptr()
+        # The pieces end at multiples of a page, so that two threads do not make the same page.
+        first = -address % HUGE_PAGE
+        memory = memory_at(address, size, storage)
+        self._add(start, memory[:first])
+        self._add(start + first, memory[first:])
+        return storage
+
+    def _add_buffer(self, start: int, end: int) -> memoryview:
+        """Add a buffer for a range of bytes. Of a mapped file they are read now."""
+        buffer = memoryview(bytearray(end - start))
+        if self._mapped is not None and buffer:
+            self._stream.seek(start)
+            buffer[:] = read_exactly(self._stream, len(buffer), "the file")
+        self._add(start, buffer)
+        return buffer
+
+    def _add_pages(self, start: int, end: int) -> None:
+        """Add a range of bytes of the mapped file, as they are there."""
+        assert self._mapped is not None, "the file is mapped"
+        first = len(self.pieces)
+        self._add(start, self._mapped.memory[start:end], MAPPED_PIECE)
+        self._on_pages.update(range(first, len(self.pieces)))
+
+
+def new_storage(size: int) -> Any:
+    """Return memory on the CPU, with huge pages if it is large."""
+    import torch
+
+    kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
+    storage = kind(size, device="cpu")
+    if size >= HUGE_PAGE:
+        use_huge_pages(storage.data_ptr(), size)
+    return storage
