@@ -186,17 +186,19 @@ class OptimizerPart(Part):
     def _undo_rounding(self, own: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Put back the states that torch has converted to the type of the parameter, as NAdam's float32 product.
 
-        Torch's optimizers keep some states in that type, so those stay converted.
+        Torch's optimizers keep all arrays in that type, so those stay converted.
         """
-        kept = _LIKE_PARAMETER if self._is_of_torch else ()
         for key, value in saved.items():
             now = own.get(key)
-            if key not in kept and torch.is_tensor(value) and torch.is_tensor(now) and _is_rounded(value, now.dtype):
+            if not (torch.is_tensor(value) and torch.is_tensor(now) and _is_rounded(value, now.dtype)):
+                continue
+            if not (self._is_of_torch and (value.dim() or key in _LIKE_PARAMETER)):
                 own[key] = value.to(now.device)
 
     @property
     def _is_of_torch(self) -> bool:
-        return f"{type(self.optimizer).__module__}.".startswith("torch.optim.")
+        """Whether torch's own code makes the states, as it does for a class that changes nothing but the options."""
+        return f"{type(self.optimizer).step.__module__}.".startswith("torch.optim.")
 
     def _fitted(self, state: Mapping[str, Any]) -> dict[Any, Any]:
         """Return the states of the parameters, in the layouts of those."""

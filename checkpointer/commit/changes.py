@@ -35,7 +35,7 @@ class Changes:
     aliases: tuple[str, ...] = ()
     """Other names that may be replaced."""
     term: int = 0
-    """The term that the writer held when it announced them; 0 if it held none."""
+    """The term that the writer held when it announced them; 0 if it held none, or if one of them is of another run."""
 
     @property
     def names(self) -> frozenset[str]:

@@ -114,7 +114,9 @@ class Journal:
         self._write_changes(self.unfinished)
 
     def _write_changes(self, entries: Mapping[str, Entry], aliases: tuple[str, ...] = ()) -> None:
-        term = self.term.number if self.term is not None else 0
+        # An unfinished change may be of a run that this writer held before. The number of a term is one of one run.
+        runs = {(entry.record.run, entry.record.label) for entry in entries.values()}
+        term = self.term.number if self.term is not None and runs <= {(self.term.run, self.term.label)} else 0
         changes = Changes(owner=self.owner, entries=tuple(entries.values()), aliases=aliases, term=term)
         if changes.names:
             write_changes(self.storage, changes, self.trust)

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from checkpointer.commit.changes import Changes, changes_path, read_changes
+from checkpointer.commit.changes import Changes, changes_path
 from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.named_writes import announced_by_others, has_named_files, is_replaced, remove_files
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import RecordError, warn
+from checkpointer.errors import warn
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
@@ -70,7 +70,7 @@ def finish_left(
     names = {entry.record.name for entry in left}.union(*(one.names for one in ours), (r.name for r in moved))
     with journal.changing(aliases=names):
         for changes in ours:
-            finish_changes(journal, changes.owner)
+            finish_changes(journal, changes)
         for listed in left:
             entry = journal.find(listed.record.name)
             if entry is None or not can_finish(entry):
@@ -139,14 +139,12 @@ def finish_run(storage: Storage, trust: HMACKey | None, run: tuple[str, str]) ->
         storage.delete(changes_path(owner))
 
 
-def finish_changes(journal: Journal, owner: str) -> None:
-    """Finish the changes that an ended writer has announced."""
-    with contextlib.suppress(RecordError):
-        changes = read_changes(journal.storage, changes_path(owner), journal.trust)
-        for entry in changes.entries if changes is not None else ():
-            if _applies(entry, journal.find(entry.record.name)):
-                finish(journal, entry, write=True)
-        journal.storage.delete(changes_path(owner))
+def finish_changes(journal: Journal, changes: Changes) -> None:
+    """Finish the changes that an ended writer has announced. What it announced too late, it has not begun."""
+    for entry in changes.entries:
+        if _applies(entry, journal.find(entry.record.name)):
+            finish(journal, entry, write=True)
+    journal.storage.delete(changes_path(changes.owner))
 
 
 def _overlay(changes: Changes, entries: dict[str, Entry]) -> set[str]:

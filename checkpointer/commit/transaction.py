@@ -17,9 +17,10 @@ A crash in step 1 or 2 leaves a staged file. The storage's sweep removes it once
 cannot be known of a writer on another host. So on a disk, the process that takes over a run removes what the writer
 before it has staged. This harms nothing if that writer goes on. The removal and step 4 take effect in one step each.
 If step 4 comes first, the file has left the staging folder. If the removal comes first, step 4 fails: the writer looks
-for the claim of the next term, which exists, and raises `FencedError`. So nothing that was acknowledged is lost. Nor
-has the writer staged anything for another run: it releases its term before it claims one of another run, and no
-process takes over from a term that was released.
+for the claim of the next term, which exists, and raises `FencedError`. A trainer may make a removed folder again, and
+write the rest of it. So the writer also looks for that claim when a trainer has written. Thus nothing that was
+acknowledged is lost. Nor has the writer staged anything for another run: it releases its term before it claims one of
+another run, and no process takes over from a term that was released.
 
 Folders at a URL are not staged: `checkpointer.commit.named_writes` has their steps, and argues when files are removed.
 
@@ -141,6 +142,7 @@ class Transaction:
         path, upload = self.storage.stage(draft.name)
         try:
             files = write(path)  # 1
+            self.journal.check_term()  # If the folder was removed meanwhile, a trainer may have made it again.
             if os.path.isdir(path) and (over_alias or (replaces is not None and self.storage.list(draft.name))):
                 draft, replaces, over_alias, written = attrs.evolve(draft, name=own_name()), None, False, path
                 path, upload = self.storage.stage(draft.name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import attrs
 
-from checkpointer.commit.changes import changes_in, read_changes
+from checkpointer.commit.changes import CHANGES, changes_path
 from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.recovery import finish_left
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.terms import Lease
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
-from checkpointer.errors import ConflictError, RecordError
+from checkpointer.errors import ConflictError
 from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.tools.catalog import look_at
 
@@ -61,15 +61,12 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
         except ConflictError:
             done = frozenset()
         left |= {name for name in names - done if (entry := journal.find(name)) and entry.status != "committed"}
-    for path in changes_in(storage.list()):
-        try:
-            changes = read_changes(storage, path, trust)
-        except RecordError as error:
-            left.add(str(error))
-            continue
-        if changes is not None and not changes.entries and journal.has_stopped(changes.owner, force=force):
-            storage.delete(path)
-        elif changes is not None:
+    listing = load(storage, trust)
+    left |= {str(error) for path, error in listing.damaged.items() if path.startswith(f"{CHANGES}/")}
+    for changes in listing.changes:
+        if not changes.entries and journal.has_stopped(changes.owner, force=force):
+            storage.delete(changes_path(changes.owner))
+        else:
             left |= changes.names
     writers = clear_ended(storage, writers_in(storage, before.files), force=force)
     if isinstance(storage, SupportsSweep):

@@ -166,20 +166,27 @@ class Interrupted(PlainFormat):
 class InterruptedFolder(Interrupted):
     """Writes a folder of two files, and calls the function between them."""
 
+    def __init__(self, *, makes_again: bool) -> None:
+        super().__init__()
+        self.makes_again = makes_again
+
     def write_folder(self, state: Any, path: str) -> None:
         Path(path).mkdir()
         Path(path, "first").write_text(state["writer"])
         self.meanwhile()
+        if self.makes_again:
+            Path(path).mkdir(parents=True, exist_ok=True)
         Path(path, "second").write_text(state["writer"])
 
     def read_folder(self, path: str, *, weights_only: bool, map_location: Any) -> Any:
         return {"writer": Path(path, "second").read_text()}
 
 
-@pytest.mark.parametrize("what", ["file", "slot", "folder"])
+@pytest.mark.parametrize("what", ["file", "slot", "folder", "folder that is made again"])
 def test_what_a_replaced_writer_on_another_host_had_staged_is_gone_at_once(tmp_path: Path, what: str) -> None:
     """It was paused in a save. When it goes on that save fails, and what it had acknowledged before is there."""
-    payload, policy = InterruptedFolder() if what == "folder" else Interrupted(), SLOT if what == "slot" else LAST
+    payload = InterruptedFolder(makes_again="again" in what) if "folder" in what else Interrupted()
+    policy = SLOT if what == "slot" else LAST
     old = started(tmp_path, policy, "old", host="node1", format=payload)
     save(old, 1)
     staging, owner, news = tmp_path / ".checkpointer/staging", old.session._directory.journal.owner, []
@@ -197,6 +204,7 @@ def test_what_a_replaced_writer_on_another_host_had_staged_is_gone_at_once(tmp_p
         with pytest.raises(FencedError):
             save(old, step)
     [new] = news
+    assert [1] == [record.step for record in look_at(new.session._directory.storage).records]
     restored = new.restore()
     assert restored is not None
     assert (1, "old") == (restored.step, restored.state["writer"])
@@ -611,6 +619,60 @@ def test_what_a_replaced_writer_announces_too_late_hides_nothing() -> None:
     assert 1 == restored.step
     for manager in (third, new, old):
         manager.close()
+
+
+def test_what_an_ended_writer_announced_too_late_is_finished_by_no_process(tmp_path: Path) -> None:
+    """A process of another run must not touch it: the successor replaces the same checkpoint at that moment."""
+    old = started(tmp_path, ONE_NAME, "old", run="r")
+    save(old, 1)
+    (first,), storage, owner = old.records, old.session._directory.storage, old.session._directory.journal.owner
+    new = started(tmp_path, ONE_NAME, "new", run="r", takeover=True)
+    assert new.restore() is not None
+    going = old.session._directory.transaction.retiring(first)
+    write_changes(storage, Changes(owner=owner, entries=(going,), term=1), None)
+    release(owner)
+    (tmp_path / first.name).write_bytes(b"replaced, and its record is about to follow")
+
+    with started(tmp_path, Policy(EverySteps(1), [KeepAll()], name="other-{step}"), "other", run="q") as other:
+        save(other, 1)
+    assert new.session._directory.journal.read(first.name) is not None
+    assert [] == list((tmp_path / ".checkpointer/changes").glob(f"{owner}*"))
+    new.close()
+
+
+class WithoutRecord(MemoryStorage):
+    """Refuses to replace the records of one name while it has one."""
+
+    name = ""
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        if self.name and self.name in path and "records" in path:
+            raise OSError(28, "No space left on device")
+        super().write(path, data)
+
+
+def test_a_replacement_without_a_record_counts_after_a_change_of_another_run() -> None:
+    """The announced change proves the payload. The number of a term of another run does not make it late."""
+    storage = WithoutRecord()
+    with started(storage, Policy(EverySteps(1), [KeepAll()], name="other-{step}"), "other", run="q") as other:
+        save(other, 1)
+    for step in (1, 2, 3):
+        old = started(storage, ONE_NAME, "old", run="r")
+        save(old, step)
+        if step < 3:
+            old.close()
+    storage.name = old.records[-1].name
+    save(old, 4)
+    storage.name = ""
+    assert old.restore("other-step=1.ckpt") is not None
+    old.session._directory.stop_heartbeat()
+
+    with CheckpointManager(storage, ONE_NAME, format=PlainFormat(), run="r") as reader:
+        restored = reader.restore()
+        assert restored is not None
+        assert 4 == restored.step
+    old.close()
 
 
 def test_an_announcement_of_a_replaced_writer_does_not_hide_that_of_its_successor(tmp_path: Path) -> None:

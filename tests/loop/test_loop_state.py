@@ -284,6 +284,30 @@ def test_a_state_of_another_type_than_its_parameter_comes_back_as_it_was(
     assert all(torch.equal(value, here[key]) for key, value in saved.items())
 
 
+class Named(torch.optim.AdamW):
+    """Torch's own optimizer under another name."""
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adamax, Named])
+def test_a_model_of_a_smaller_type_goes_on_with_the_states_of_torchs_optimizers(
+    tmp_path: Path, kind: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """They keep arrays in the type of the parameter, and raise at the next step if an array has another one."""
+
+    def make(dtype: torch.dtype) -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(3, 2, dtype=dtype))
+        weight.grad = torch.ones_like(weight)
+        return kind([weight])
+
+    first, second = make(torch.float32), make(torch.bfloat16)
+    first.step()
+    one_step(tmp_path, optimizer=first)
+    resumed(tmp_path, optimizer=second)
+    second.step()
+    arrays = [value for value in second.state_dict()["state"][0].values() if value.dim()]
+    assert {torch.bfloat16} == {value.dtype for value in arrays}
+
+
 def test_a_module_that_takes_another_shape_by_itself_goes_on(tmp_path: Path) -> None:
     """The observers of a quantisation are empty until the first batch. A module that refuses the shape is refused."""
     observer, other = PerChannelMinMaxObserver(), PerChannelMinMaxObserver()
