@@ -146,20 +146,18 @@ def print_table(
     """
     table = zip([[(name, "bold")] for name in head], *rows, strict=True)
     shown = [_lines_of(column) for column in table]
-    widths = [max(_len(text) for cell in column for text, _ in cell) for column in shown]
+    widths = [
+        max(map(_measure(texts), texts)) for texts in ([t for cell in column for t, _ in cell] for column in shown)
+    ]
     wanted = [*widths]
     _narrow(widths, folded, width() - len(_GAP) * (len(widths) - 1))
     for at in (at for at in folded if widths[at] < wanted[at]):
         size, fold = widths[at], _folder(widths[at])
         shown[at] = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[at]]
-        widths[at] = max(size, *(_len(text) for cell in shown[at] for text, _ in cell))
-    coloured = is_coloured()
+        texts = [text for cell in shown[at] for text, _ in cell]
+        widths[at] = max(size, *map(_measure(texts), texts))
     columns = [
-        [
-            [_padded(text, size, style if coloured else "", right=name in right) for text, style in cell]
-            for cell in column
-        ]
-        for name, size, column in zip(head, widths, shown, strict=True)
+        _padded(column, size, right=name in right) for name, size, column in zip(head, widths, shown, strict=True)
     ]
     empty = [" " * size for size in widths]
     lines = []
@@ -181,18 +179,27 @@ def _lines_of(cells: Sequence[Cell]) -> list[list[tuple[str, str]]]:
     return [[(one_line(text), style) for text, style in cell] for cell in split]
 
 
-def _padded(text: str, size: int, style: str, *, right: bool) -> str:
-    room = " " * (size - _len(text))
-    shown = _styled(text, style)
-    return room + shown if right else shown + room
+def _padded(column: list[list[tuple[str, str]]], size: int, *, right: bool) -> list[list[str]]:
+    """Return the lines of each cell of a column, all of one width, and in colours on a terminal."""
+    length = _measure([text for cell in column for text, _ in cell])
+    if length is len and not is_coloured():
+        pad = str.rjust if right else str.ljust
+        return [[pad(text, size) for text, _ in cell] for cell in column]
+
+    def padded(text: str, style: str) -> str:
+        room, shown = " " * (size - length(text)), _styled(text, style if is_coloured() else "")
+        return room + shown if right else shown + room
+
+    return [[padded(*line) for line in cell] for cell in column]
 
 
-def _len(text: str) -> int:
-    if text.isascii():
-        return len(text)
+def _measure(texts: Sequence[str]) -> Callable[[str], int]:
+    """Return what measures how many columns of a terminal one of these texts takes."""
+    if "".join(texts).isascii():
+        return len
     from rich.cells import cell_len
 
-    return cell_len(text)
+    return cell_len
 
 
 def _narrow(widths: list[int], folded: Sequence[int], room: int) -> None:

@@ -7,18 +7,19 @@ import difflib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
 from checkpointer.commit.index import HOME, RECORDS, record_path
 from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CorruptError, NotFoundError
-from checkpointer.formats.inspection.payload import open_contents
-from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
-from checkpointer.restore.verified import open_verified
 from checkpointer.tools.catalog import Catalog, look_at, naming_retired
+
+if TYPE_CHECKING:
+    from checkpointer.formats.inspection.tensors import Tensors
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +49,10 @@ def opened(payload: Payload) -> Iterator[Tensors]:
         CorruptError: If the payload differs from its record, or the record cannot be read or believed.
         NotFoundError: If a running process has retired it meanwhile.
     """
+    # Commands that only list would wait for these modules.
+    from checkpointer.formats.inspection.payload import open_contents
+    from checkpointer.restore.verified import open_verified
+
     if payload.problem:
         raise CorruptError(payload.problem)
     if payload.record is None:
