@@ -101,7 +101,7 @@ def test_a_noted_policy_that_only_another_run_has_names_that_run(tmp_path: Path)
     save(folder, "b/step=90.ckpt")
     assert 0 == command("adopt", folder, "--run", "other").code
     for argv in (["best", folder], ["prune", folder], ["policy", "show", folder], ["show", folder, "best"]):
-        said = command(*argv)
+        said = command(*argv, "--run", "other")
         assert 2 == said.code, (argv, said.out)
         assert f"run {own[0]} has" in said.err, (argv, said.err)
         assert f"pass --run {own[0]}" in said.err, (argv, said.err)
