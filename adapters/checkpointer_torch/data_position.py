@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -12,7 +12,7 @@ from checkpointer.errors import MismatchError
 from checkpointer_torch.loader_facts import facts_of
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.loaders import is_stateful
-from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, num_iters, put_start
+from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, mark_of, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
 
 _OF_A_RANK: Final = {"batches", "dataset length", "replicas"}
@@ -35,6 +35,8 @@ class DataPosition:
         self._facts: Mapping[str, Any] = {}
         self._began: Mapping[str, Any] | None = None
         self._within = self._is_over = False
+        self._mark: Sequence[Any] = (0, "")
+        """The number of the last batch that was given, and a part of it as text; only of data that is read again."""
         self._left_off: dict[str, Any] = {}
         self._origin = ResumedFrom()
         self._before = _Before()
@@ -113,6 +115,8 @@ class DataPosition:
 
     def _begun(self, view: LoaderView, state: Mapping[str, Any], epoch: int) -> Iterator[Any]:
         used_before = self._iterator.begin(view, self._view, state, origin=self._origin)
+        differs = state.get("differs") or self._is_of_other_ranks
+        self._mark = (0, "") if differs else state.get("mark", (0, ""))
         self._left_off = {}
         self._view, self._facts = view, facts_of(view)
         view.set_epoch(epoch)
@@ -138,7 +142,8 @@ class DataPosition:
             return data_pass.go_on_by_index(state, used_before + self.used)
         if view.stateful is not None:
             return data_pass.go_on_by_state(state, used_before + self.used)
-        return data_pass.go_on_by_reading(state["began"] or {}, used_before + self.used)
+        mark = self._mark[1] if self._mark[0] == self.used else ""
+        return data_pass.go_on_by_reading(state["began"] or {}, used_before + self.used, mark)
 
     def _begin_anew(self, data_pass: DataPass, state: Mapping[str, Any], used: int) -> Iterator[Any]:
         view = data_pass.view
@@ -160,11 +165,13 @@ class DataPosition:
         put_start(view, began)  # The loader has taken the state over, and that was the end of its pass: begin anew.
         return data_pass.begin(began)
 
-    def give(self) -> None:
+    def give(self, batch: Any = None) -> None:
         """Count a batch that the loop gets."""
         if self.given > self.used:
             self.is_accumulating = True  # The batch before had no step of its own.
         self.given += 1
+        if self._view is not None and not self._view.is_indexed and self._view.stateful is None:
+            self._mark = self.given, mark_of(batch)
 
     def run_out(self) -> None:
         """Note that the loader has no more batches."""
@@ -198,6 +205,7 @@ class DataPosition:
             "within": self._within,
             "over": self._is_over,
             "warm": view.is_warm,
+            "mark": list(self._mark),
             "data": self._facts,
             "iterator": [self._iterator.is_shared, self._iterator.drawn] if self._iterator.is_one else None,
             "before": [self._before.samples, self._before.batches],

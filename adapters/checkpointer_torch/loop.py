@@ -281,7 +281,7 @@ class Loop:
                     data.run_out()
                     self._check_given(loader)
                     break
-                data.give()
+                data.give(batch)
                 training.is_within_step = True
                 yield batch
                 if self._requests.is_pending:

@@ -19,6 +19,8 @@ from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, same_random_state, take_random_state
 
 _log: Final = logging.getLogger("checkpointer.torch")
+_MARKED: Final = 8
+"""Values of a batch that are remembered, to compare it with the one that is read again."""
 
 Make = Callable[[], Any]
 """Makes the iterator of a ``DataLoader``."""
@@ -137,8 +139,8 @@ class DataPass:
             restore()
         return batches
 
-    def go_on_by_reading(self, began: Began, used: int) -> Iterator[Any]:
-        """Return the batches after those used, which are read again."""
+    def go_on_by_reading(self, began: Began, used: int, mark: str = "") -> Iterator[Any]:
+        """Return the batches after those used, which are read again. The last of them had this mark."""
         now = take_random_state()
         if used:
             _log.info("%d batches are read again, to find the place: the data has no index", used)
@@ -148,14 +150,20 @@ class DataPass:
             put_start(self.view, began)
         with _as_warm(self.view, began.get("warm", False)):
             batches: Iterator[Any] = iter(self.view.loader)
-        _read(batches, min(used, 1))
+        last = _read(batches, min(used, 1))
         first = take_random_state()
-        _read(batches, used - 1)
+        last = _read(batches, used - 1) if used > 1 else last
         if not same_random_state(first, take_random_state()):
             self.origin.warn(
                 f"{used} batches were read again to find the place, and reading them drew random numbers: if their "
                 "order depends on those, it is not the order of before. Give the data a generator of its own, or "
                 "state_dict and load_state_dict"
+            )
+        elif mark and mark != mark_of(last):
+            self.origin.warn(
+                f"{used} batches were read again to find the place, and the last of them is not the one of before: "
+                f"{self.view.kind} gives its data in another order, so some come twice and others never. Give it a "
+                "seed of its own that is the same at each start, or state_dict and load_state_dict"
             )
         put_random_state(now)
         return batches
@@ -257,9 +265,34 @@ def num_iters(view: LoaderView, *, is_warm: bool = False) -> int:
     return 2 if getattr(view.inner, "num_workers", 0) and not is_warm else 1
 
 
-def _read(batches: Iterator[Any], count: int) -> None:
+def mark_of(batch: Any) -> str:
+    """Return a few values of a batch as text. Empty if they cannot be had at no cost, as from another device.
+
+    Example:
+        >>> mark_of({"x": torch.arange(100.0), "y": 1})
+        '[0.0, 12.0, 24.0, 36.0, 48.0, 60.0, 72.0, 84.0]'
+    """
+    while isinstance(batch, (Mapping, list, tuple)) and batch:
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    if isinstance(batch, (str, bytes)):
+        return repr(batch[:100])
+    if isinstance(batch, (int, float)):
+        return repr(batch)
+    if type(batch) is not torch.Tensor or batch.device.type != "cpu" or batch.layout != torch.strided:
+        return ""
+    values = batch.detach()
+    while values.dim() > 1:  # Without a copy.
+        values = values.view(-1) if values.is_contiguous() else values[0] if len(values) else values.new_empty(0)
+    values = values.view(-1)
+    return repr(values[:: max(values.numel() // _MARKED, 1)][:_MARKED].tolist())
+
+
+def _read(batches: Iterator[Any], count: int) -> Any:
+    """Read so many batches, and return the last one."""
+    last = None
     for _ in range(count):
-        next(batches, None)
+        last = next(batches, None)
+    return last
 
 
 def _primed(items: Iterator[Any]) -> Iterator[Any]:

@@ -132,7 +132,7 @@ class TrainingObjects:
     ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         """Replace settings among the saved states by those that are given now.
 
-        Returns the shared states, how each replaced setting differs, and notes about plain values that are put back.
+        Returns the shared states, how each replaced setting differs, and notes about those that the saved ones replace.
         """
         settled = {name: states[name] for name in self.shared if name in states}
         changes: dict[str, str] = {}
@@ -148,6 +148,13 @@ class TrainingObjects:
             for name, given in plain.items()
             if name in states and given != states[name]
         ]
+        for name, part in self.shared.items():
+            overruled = part.overruled(states[name]) if isinstance(part, parts.StatefulPart) and name in states else {}
+            notes += [
+                f"{name}.{key} is {theirs}, as in {source}, and not {ours}, as given here: a scheduler's state has "
+                "its settings. A LambdaLR follows the function that is given here"
+                for key, (ours, theirs) in overruled.items()
+            ]
         return settled, changes, notes
 
     def put(self, states: Mapping[str, Any]) -> None:

@@ -99,12 +99,14 @@ class Metric:
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        # A sort leaves equals in the order in which they are, so ties are settled first.
-        scored = self.scored(sorted(records, key=commit_order, reverse=self.ties == "newest"))
-        proper = sorted([one for one in scored if one[0] > -math.inf], key=itemgetter(0))
-        others = [one for one in scored if not one[0] > -math.inf] if len(proper) < len(scored) else []
-        others.sort(key=lambda one: place(one[0]))
-        return [record for _, record in (*proper, *others)]
+        scored = self.scored(records)
+        proper = [one for one in scored if one[0] > -math.inf]
+        if len({score for score, _ in proper}) < len(scored):
+            # A sort leaves equals in the order in which they are, so ties are settled first.
+            scored.sort(key=lambda one: commit_order(one[1]), reverse=self.ties == "newest")
+            return [record for _, record in sorted(scored, key=lambda one: place(one[0]))]
+        proper.sort(key=itemgetter(0))
+        return [record for _, record in proper]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"

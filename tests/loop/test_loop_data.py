@@ -142,6 +142,25 @@ def test_what_has_an_index_is_not_read_again(tmp_path: Path) -> None:
     assert COUNT == stream.dataset.read
 
 
+class Reordered(IterableDataset[int]):
+    """A stream that orders its data by a generator of its own, as webdataset does."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(COUNT, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+
+def test_data_that_is_in_another_order_when_it_is_read_again_is_warned_of(tmp_path: Path) -> None:
+    """The last batch that was used is compared, by a few of its values."""
+    passes(tmp_path / "same", DataLoader(Reordered(1), 2), stop_at=3)
+    passes(tmp_path / "same", DataLoader(Reordered(1), 2))
+    passes(tmp_path / "other", DataLoader(Reordered(1), 2), stop_at=3)
+    with pytest.warns(CheckpointerWarning, match="3 batches were read again .* is not the one of before: DataLoader"):
+        passes(tmp_path / "other", DataLoader(Reordered(2), 2))
+
+
 def test_the_loader_is_left_as_it_was(tmp_path: Path) -> None:
     """Skipping borrows its sampler for a moment."""
     loader = seeded("plain")

@@ -206,6 +206,26 @@ def test_a_plain_value_is_put_back_and_the_difference_is_logged(
     assert "loop['lr'] is 0.1, as in epoch=0-step=1.ckpt, and not 0.01" in caplog.text
 
 
+def test_a_schedule_that_replaces_the_one_given_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training of 2 steps is continued to 4: torch goes on with the rate of the old end, which is 0."""
+
+    def objects(length: int) -> dict[str, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        short, long = (torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total) for total in (1, length))
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [short, long], [1])
+        follows = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / length)
+        return {"optimizer": optimizer, "schedule": schedule, "follows": follows}
+
+    run(tmp_path, 2, **objects(2))
+    with caplog.at_level(logging.WARNING, "checkpointer.torch"):
+        run(tmp_path, 3, **objects(2))
+    assert [] == caplog.messages
+    with caplog.at_level(logging.WARNING, "checkpointer.torch"):
+        run(tmp_path, 4, **objects(4))
+    (message,) = caplog.messages
+    assert message.startswith("schedule._schedulers[1].total_iters is 2, as in epoch=0-step=3.ckpt, and not 4")
+
+
 def test_a_frozen_dataclass_is_refused_at_once() -> None:
     """Nothing can be put back into it."""
     with pytest.raises(PolicyError, match=r"args is a frozen Frozen.*config="):
