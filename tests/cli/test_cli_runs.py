@@ -225,3 +225,15 @@ def test_a_plot_counts_only_what_its_own_run_has_lost(tmp_path: Path) -> None:
     adopted = runs_of(tmp_path)[PLAIN[0]]
     assert 0 == command("report", tmp_path, tmp_path / "out.html", "--run", adopted).code
     assert "survivor" not in (tmp_path / "out.html").read_text().partition("</head>")[2].partition("<script")[0]
+
+
+def test_each_run_and_label_has_an_id_that_finds_only_it(tmp_path: Path) -> None:
+    """A run may be called as a run and its label together."""
+    every = Policy(EverySteps(1), [KeepAll()])
+    runs = [("a", ""), ("a", "x"), ("a/x", "")]
+    for step, (run, label) in enumerate(runs, start=1):
+        with CheckpointManager(tmp_path, every, state=dict, run=run, label=label) as manager:
+            manager.observe({}, step=step, epoch=0, epoch_end=False)
+    catalog = catalog_of(tmp_path)
+    assert ["a/", "a/x", "a/x/"] == [catalog.id_of(*one) for one in runs]
+    assert [(one,) for one in runs] == [catalog.named(catalog.id_of(*one)) for one in runs]
