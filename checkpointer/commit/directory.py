@@ -197,8 +197,11 @@ class Directory:
         contents.is_begun = False
 
     def _claim(self, run: str, label: str, *, is_new: bool) -> None:
-        self.let_go()
         journal = self.journal
+        if journal.term is not None:
+            journal.term.release()  # If that fails, this writer keeps its run: it must not hold two.
+        self.stop_heartbeat()
+        journal.term = None
         owner, policy = journal.owner, self._noted
         term = claim_term(self.storage, run, label, owner, self._lease, journal.trust, is_new=is_new, policy=policy)
         journal.term = term
@@ -210,7 +213,8 @@ class Directory:
         """Release the term, so that the next process goes on at once."""
         self.stop_heartbeat()
         if self.journal.term is not None:
-            self.journal.term.release()
+            with contextlib.suppress(OSError):
+                self.journal.term.release()
 
     def stop_heartbeat(self) -> None:
         """Send no heartbeat any more: after the lease another process may take over."""

@@ -155,7 +155,8 @@ def holding(journal: Journal, run: str, label: str, lease: Lease | None = None) 
     try:
         yield
     finally:
-        journal.term.release()
+        with contextlib.suppress(OSError):
+            journal.term.release()
         journal.term = None
 
 

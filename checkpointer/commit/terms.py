@@ -265,10 +265,9 @@ class Term:
         self.storage.write(f"{self.folder}/{self.number}.limits", json.dumps(signed(data, self.trust)).encode())
 
     def release(self) -> None:
-        """Let the next process go on at once. Failures do not matter."""
+        """Let the next process go on at once."""
         if not self._fenced:
-            with contextlib.suppress(OSError):
-                self.storage.write(f"{self.folder}/{self.number}.end", b"")
+            self.storage.write(f"{self.folder}/{self.number}.end", b"")
 
     def beat(self, storage: Storage, number: int, status: str = "") -> None:
         """Write a heartbeat, through a storage that this thread may use. ``status`` is one line for people."""

@@ -104,12 +104,13 @@ class Catalog:
     def named(self, run: str | None) -> tuple[tuple[str, str], ...]:
         """Return the runs and labels that an id stands for, the newest last; None stands for all.
 
-        An id is that of a run, or ``RUN/LABEL`` for one label of a run.
+        An id is that of a run, or ``RUN/LABEL`` for one label of a run. If it is both, it is the label's.
 
         Raises:
             NotFoundError: If there is none.
         """
-        found = tuple(one for one in self.runs if run in (None, one[0], "/".join(one)))
+        labelled = tuple(one for one in self.runs if one[1] and run == "/".join(one))
+        found = labelled or tuple(one for one in self.runs if run in (None, one[0], "/".join(one)))
         if run is not None and not found:
             there = ", ".join(self.id_of(*one) for one in self.runs) or "none"
             msg = f"{self.place} has no checkpoint of run {run!r}; there are: {there}"
@@ -123,7 +124,7 @@ class Catalog:
 
     def id_of(self, run: str, label: str) -> str:
         """Return the id by which `named` finds only this run and label."""
-        return run if sum(run == one for one, _ in self.runs) == 1 else f"{run}/{label}"
+        return run if self.named(run) == ((run, label),) else f"{run}/{label}"
 
     def manifest(self, run: str | None = None, label: str | None = None) -> Manifest:
         """Return the records as a run sees them; None stands for the run, or the label, of the newest checkpoint."""

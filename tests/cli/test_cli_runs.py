@@ -236,3 +236,15 @@ def test_where_no_record_can_be_read_there_is_no_run_to_choose(tmp_path: Path) -
     for argv, code in ((["prune", folder, "--policy", tmp_path / "policy.yaml"], 1), (["last", folder], 2)):
         said = command(*argv)
         assert (code, True) == (said.code, "damaged: " in said.err), said
+
+
+def test_each_run_and_label_has_an_id_that_finds_only_it(tmp_path: Path) -> None:
+    """A run may be called as a run and its label together."""
+    every = Policy(EverySteps(1), [KeepAll()])
+    runs = [("a", ""), ("a", "x"), ("a/x", "")]
+    for step, (run, label) in enumerate(runs, start=1):
+        with CheckpointManager(tmp_path, every, state=dict, run=run, label=label) as manager:
+            manager.observe({}, step=step, epoch=0, epoch_end=False)
+    catalog = catalog_of(tmp_path)
+    assert ["a/", "a/x", "a/x/"] == [catalog.id_of(*one) for one in runs]
+    assert [(one,) for one in runs] == [catalog.named(catalog.id_of(*one)) for one in runs]

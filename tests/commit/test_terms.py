@@ -640,21 +640,37 @@ def test_what_an_ended_writer_announced_too_late_is_finished_by_no_process(tmp_p
     new.close()
 
 
-class WithoutRecord(MemoryStorage):
-    """Refuses to replace the records of one name while it has one."""
+def test_a_manager_that_could_not_change_to_another_run_holds_its_own_at_the_next_save(tmp_path: Path) -> None:
+    """It had released its run, so another process could have taken it over without a wait."""
+    other = started(tmp_path, Policy(EverySteps(1), [KeepAll()], name="other-{step}"), "other", run="q")
+    save(other, 1)
+    old = started(tmp_path, ALL, "old", run="r")
+    save(old, 1)
+    with pytest.raises(RunInUseError):
+        old.restore("other-step=1.ckpt")
+    save(old, 2)
+    with pytest.raises(RunInUseError):
+        started(tmp_path, ALL, "second", run="r")
+    save(old, 3)
+    for manager in (old, other):
+        manager.close()
 
-    name = ""
+
+class Failing(MemoryStorage):
+    """Fails to write files whose path ends with a text, while it has one."""
+
+    end = ""
 
     def write(self, path: str, data: bytes) -> None:
         """See `Storage.write`."""
-        if self.name and self.name in path and "records" in path:
+        if self.end and path.endswith(self.end):
             raise OSError(28, "No space left on device")
         super().write(path, data)
 
 
 def test_a_replacement_without_a_record_counts_after_a_change_of_another_run() -> None:
     """The announced change proves the payload. The number of a term of another run does not make it late."""
-    storage = WithoutRecord()
+    storage = Failing()
     with started(storage, Policy(EverySteps(1), [KeepAll()], name="other-{step}"), "other", run="q") as other:
         save(other, 1)
     for step in (1, 2, 3):
@@ -662,9 +678,9 @@ def test_a_replacement_without_a_record_counts_after_a_change_of_another_run() -
         save(old, step)
         if step < 3:
             old.close()
-    storage.name = old.records[-1].name
+    storage.end = f"records/{old.records[-1].name}.json"
     save(old, 4)
-    storage.name = ""
+    storage.end = ""
     assert old.restore("other-step=1.ckpt") is not None
     old.session._directory.stop_heartbeat()
 
@@ -672,6 +688,22 @@ def test_a_replacement_without_a_record_counts_after_a_change_of_another_run() -
         restored = reader.restore()
         assert restored is not None
         assert 4 == restored.step
+    old.close()
+
+
+def test_a_run_is_left_for_another_only_if_it_can_be_released() -> None:
+    """Else the process that takes it over would remove what this writer stages for the other run."""
+    storage = Failing()
+    with started(storage, Policy(EverySteps(1), [KeepAll()], name="other-{step}"), "other", run="q") as other:
+        save(other, 1)
+    old = started(storage, ALL, "old", run="r")
+    save(old, 1)
+    storage.end = ".end"
+    with pytest.raises(OSError, match="No space left"):
+        old.restore("other-step=1.ckpt")
+    storage.end = ""
+    save(old, 2)
+    assert ["r", "r"] == [record.run for record in old.records]
     old.close()
 
 
