@@ -114,7 +114,8 @@ def best_first(chosen: Chosen, ranking: options.Ranking) -> list[Record]:
 def metric_of(ranking: options.Ranking, chosen: Chosen) -> Metric | None:
     """Return the metric that ``--by`` names; None if it is not given."""
     if (ranking.by is None) != (ranking.mode is None):
-        msg = "--by and --mode belong together: --by val_loss --mode min"
+        given = f"--by {ranking.by or 'METRIC'} --mode {ranking.mode or 'min, or --mode max'}"
+        msg = f"--by and --mode belong together: {given}"
         raise PolicyError(msg)
     if ranking.by is None or ranking.mode is None:
         return None
