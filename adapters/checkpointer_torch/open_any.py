@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -78,7 +79,7 @@ class Opener:
         with Secrets(place, self.storage_options or {}).hidden():
             is_folder, parent, name = self._split(place)
             managed = self._managed(place, is_folder, parent, name)
-            return None if managed is None else self._manager(managed[0]).session.find(managed[1])
+            return None if managed is None else _found(self._manager(managed[0]), managed[1])
 
     def _open(self, place: str) -> tuple[Any, str]:
         is_folder, parent, name = self._split(place)
@@ -145,7 +146,7 @@ class Opener:
 
     def _restore(self, directory: str, which: str | int | None) -> tuple[Any, str]:
         manager = self._manager(directory)
-        record, storage = manager.session.find(which), self._storage(directory)
+        record, storage = _found(manager, which), self._storage(directory)
         # A folder that a trainer wrote is not read by a format.
         if record is not None and record.format != "dcp" and set(storage.list(record.name)) - {record.name}:
             with open_verified(storage, record) as contents:
@@ -179,6 +180,13 @@ class Opener:
                 raise
             msg = f"{where}: {error}"
             raise type(error)(msg) from error
+
+
+def _found(manager: CheckpointManager, which: str | int | None) -> Record | None:
+    """Return the record that a restore would try first; None if there is none. Then a restore says why."""
+    with contextlib.suppress(NotFoundError):
+        return manager.session.find(which)
+    return None
 
 
 def open_foreign(place: str | os.PathLike[str], *, weights_only: bool = True) -> tuple[Any, str]:

@@ -181,7 +181,7 @@ class OptimizerPart(Part):
         fitted_states = self._fitted(state)
         self.optimizer.load_state_dict({**state, "state": fitted_states})
         for number, parameter in self._numbered(state["param_groups"]).items():
-            self._undo_rounding(self.optimizer.state.get(parameter, {}), fitted_states.get(number, {}))
+            self._undo_rounding(self.optimizer.state.get(parameter, {}), fitted_states.get(number) or {})
 
     def _undo_rounding(self, own: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Put back the states that torch has converted to the type of the parameter, as NAdam's float32 product.

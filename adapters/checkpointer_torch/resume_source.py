@@ -12,7 +12,7 @@ import attrs
 
 from checkpointer import CheckpointManager, Record
 from checkpointer._secrets import shown_place
-from checkpointer.distributed.manager import DistributedManager
+from checkpointer.distributed.manager import DistributedManager, find
 from checkpointer.errors import CorruptError, MismatchError, NotFoundError, PolicyError, warn
 from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.open_any import Opener, is_place, open_foreign, own_name
@@ -58,9 +58,10 @@ class ResumeSource:
 
     def _find(self, which: Any) -> Record | None:
         """Return the checkpoint of the directory that is meant; None if it has none, or if only a restore finds it."""
-        saver = self._saver if isinstance(self._saver, DistributedManager) else self._saver.session
         with contextlib.suppress(NotFoundError):
-            return saver.find(which)
+            if isinstance(self._saver, DistributedManager):
+                return find(self._saver, which)
+            return self._saver.session.find(which)
         return None
 
     def _restored(self, which: Any, place: str | None, *, weights_only: bool) -> tuple[Any, str] | None:

@@ -329,10 +329,6 @@ class DistributedManager:
 
     # Looking
 
-    def find(self, which: str | int | None = None) -> Record | None:
-        """Return the record that `restore` would try first, on every rank: see `checkpointer.session.Session.find`."""
-        return self._on_rank_zero(lambda manager: manager.session.find(which))
-
     @property
     def policy(self) -> Policy:
         """The policy in force, on every rank: see `CheckpointManager.policy`."""
@@ -444,3 +440,8 @@ def _text_of(policy: Policy | None) -> str | None:
     except Exception:  # A user's rule.
         return None
     return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
+
+
+def find(manager: DistributedManager, which: str | int | None = None) -> Record | None:
+    """Return the record that `restore` would try first, on every rank: see `checkpointer.session.Session.find`."""
+    return manager._on_rank_zero(lambda own: own.session.find(which))
