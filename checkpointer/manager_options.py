@@ -23,7 +23,7 @@ def check_options(options: Mapping[str, Any], owner: str, *, own: Iterable[str] 
 
     Args:
         options: The options by name.
-        owner: The class that got them, for the message.
+        owner: The name of the class that got them. The message has it.
         own: Arguments of `CheckpointManager` that the owner sets itself.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The events of rank 0's writer thread, for the training thread."""
+"""Passes the events of rank 0's writer thread on to the training thread."""
 
 from __future__ import annotations
 
