@@ -5,7 +5,7 @@ from __future__ import annotations
 from checkpointer_torch.loop import Loop
 from checkpointer_torch.settings import read_config
 from checkpointer_torch.signals import StopTraining
-from checkpointer_torch.training_state import LoopProgress
+from checkpointer_torch.training_position import LoopProgress
 from checkpointer_torch.weights import LoadedWeights, load_weights
 
 __all__ = ["LoadedWeights", "Loop", "LoopProgress", "StopTraining", "load_weights", "read_config"]

@@ -21,6 +21,7 @@ from checkpointer.ports import Ranks
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.signals import Requests, StopTraining
+from checkpointer_torch.training_position import TrainingPosition
 from checkpointer_torch.training_state import TrainingState
 
 END: Final[Any] = object()
@@ -46,7 +47,7 @@ class Interruption:
     """Answers requests at the boundaries of a training."""
 
     _saver: CheckpointManager | DistributedManager
-    _training: TrainingState
+    _position: TrainingPosition
     _ranks: Ranks
     _requests: Requests
     _grace: Grace
@@ -86,7 +87,7 @@ class Interruption:
 
     def attend_alone(self) -> None:
         """Answer at a boundary that other ranks may not be at."""
-        if self._is_alone and self._requests.is_pending and not self._training.is_within_step:
+        if self._is_alone and self._requests.is_pending and not self._position.is_within_step:
             self.attend()
 
     def may_save(self) -> bool:
@@ -118,7 +119,7 @@ class Interruption:
         random, own = take_random_state(), view.take()
 
         def attend(*, is_done: bool = False) -> bool:
-            stops = self._requests.stop is not None and not self._training.is_within_step
+            stops = self._requests.stop is not None and not self._position.is_within_step
             if not agreement(stops or is_done):
                 return False
             ranks = self._ranks.gather((stops, is_done))
@@ -158,7 +159,7 @@ class Interruption:
         name = signal.Signals(number).name
         saved = self._rescue(name)
         self._answered = number
-        self.stopped = f"{name} at step {self._training.step}; {saved}"
+        self.stopped = f"{name} at step {self._position.step}; {saved}"
         _log.warning("stopped by %s", self.stopped)
         raise StopTraining(self.stopped)
 
@@ -183,7 +184,7 @@ class Interruption:
         try:
             if error is None:
                 save()
-            late = self._requests.stop if self._answered is None and not self._training.is_within_step else None
+            late = self._requests.stop if self._answered is None and not self._position.is_within_step else None
             if late is not None and (error is None or is_answered) and self._is_alone:
                 self._rescue(signal.Signals(late).name)
         except BaseException:

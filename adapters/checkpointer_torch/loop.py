@@ -25,7 +25,7 @@ from checkpointer_torch.open_training import open_training
 from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size
-from checkpointer_torch.training_state import LoopProgress
+from checkpointer_torch.training_position import LoopProgress
 
 _log: Final = logging.getLogger("checkpointer.torch")
 _NOTHING: Final[Mapping[str, Any]] = {}
@@ -102,6 +102,7 @@ class Loop:
         self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = open_training(objects, self._ranks, config=config, options=options)
+        self._position = position = training.position
         self._directory, self._options, self._when = directory, options, policy.when
         stopwatch = Stopwatch(training)
         kept = {**options, "state": training.take, "weights": training.weights}
@@ -116,19 +117,16 @@ class Loop:
             self._saver = DistributedManager(directory, policy, ranks=self._ranks, **kept)
         file = request_file(directory) if self._ranks.rank == 0 else None
         self._requests = Requests(stop_on, save_on, file)
-        self._interruption = Interruption(self._saver, training, self._ranks, self._requests, Grace(grace_s), stopwatch)
+        self._interruption = Interruption(self._saver, position, self._ranks, self._requests, Grace(grace_s), stopwatch)
         self._metrics: Mapping[str, Any] = _NOTHING
         self._reported = _NO_NAMES
         """Names of the metrics that `report` was given."""
-        self._start = self._epoch_began_at = 0
-        self._epoch_ended_at = -1
+        self._start, self._epoch_ended_at = 0, -1
         self._check_at: float = _SILENT_STEPS
         """At this step the loop checks whether its policy can save anything, or whether it sees its batches."""
         self._is_entered = self._is_in_epochs = False
-        self._is_feeding = self._is_fed = False
-        """Whether `batches` has more batches to give in this epoch, and whether it was called in it."""
-        self._is_held = False
-        """Whether a report waits for the end of the epoch."""
+        self._is_feeding = self._is_held = False
+        """Whether `batches` has more batches to give in this epoch, and whether a report waits for its end."""
         self._has_warned_of_left_over = False
 
     # The training
@@ -136,7 +134,7 @@ class Loop:
     @property
     def progress(self) -> LoopProgress:
         """The place of the training: epoch, step and batch."""
-        return self._training.progress
+        return self._position.progress
 
     @property
     def stopped(self) -> str:
@@ -187,16 +185,15 @@ class Loop:
         Args:
             count: How many the training has in all; None goes on until a ``break``.
         """
-        training = self._training
+        position = self._position
         self._check_entered()
         # At the first step of an epoch that was left within, the loop checks whether `batches` was called.
-        self._check_at = training.step if training.data.used else math.inf
+        self._check_at = position.step if position.data.used else math.inf
         self._is_in_epochs = True
         try:
-            while count is None or training.epoch < count:
-                training.unfed_since = training.step
-                yield training.epoch
-                training.unfed_since = None
+            while count is None or position.epoch < count:
+                position.unfed_since = position.step
+                yield position.epoch
                 self._end_epoch()
         finally:
             self._is_in_epochs = False
@@ -232,13 +229,13 @@ class Loop:
         Args:
             count: How many the training has in all; None goes on until a ``break``.
         """
-        training = self._training
+        position = self._position
         self._check_entered()
-        while count is None or training.step < count:
-            training.is_within_step = True
-            before = training.step
+        while count is None or position.step < count:
+            position.is_within_step = True
+            before = position.step
             yield before
-            if training.step == before:
+            if position.step == before:
                 self.step()
 
     def batches(self, loader: Iterable[T] | Callable[[], T], *, limit: int | None = None) -> Iterator[T]:
@@ -259,21 +256,20 @@ class Loop:
                 another length, batch size, sampler or number of workers. ``resume(strict=False)`` warns instead.
         """
         self._check_entered()
-        if self._is_fed:
-            msg = f"epoch {self._training.epoch} had its batches already; for a validation call loop.validation(loader)"
+        if self._position.is_fed:
+            msg = f"epoch {self._position.epoch} had its batches already; for a validation call loop.validation(loader)"
             raise ObservationError(msg)
-        self._is_fed = True
-        self._training.unfed_since = None
+        self._position.is_fed, self._position.unfed_since = True, None
         source = loader if isinstance(loader, Iterable) else FunctionLoader(loader)
         return self._batches(source, math.inf if limit is None else limit)
 
     def _batches(self, loader: Iterable[T], limit: float) -> Iterator[T]:
-        training, data, interruption = self._training, self._training.data, self._interruption
+        position, data, interruption = self._position, self._position.data, self._interruption
         self._is_feeding = True
         interruption.attend_alone()
         interruption.workers.cover(loader)
         # A pass that has had its limit is not begun: a generator would read a batch.
-        batches = training.batches(loader) if data.used < limit else iter(())
+        batches = self._training.batches(loader) if data.used < limit else iter(())
         try:
             while data.given < limit:
                 batch = interruption.fetch(batches, interruption.attend_alone)
@@ -282,7 +278,7 @@ class Loop:
                     self._check_given(loader)
                     break
                 data.give(batch)
-                training.is_within_step = True
+                position.is_within_step = True
                 yield batch
                 if self._requests.is_pending:
                     interruption.attend_alone()
@@ -290,9 +286,9 @@ class Loop:
             self._is_feeding = False
 
     def _check_given(self, loader: Any) -> None:
-        if not self._training.data.given:
+        if not self._position.data.given:
             msg = (
-                f"epoch {self._training.epoch} has no batches: {type(loader).__name__} gave none. An iterator or "
+                f"epoch {self._position.epoch} has no batches: {type(loader).__name__} gave none. An iterator or "
                 "generator that was used up by an epoch before cannot begin anew; give batches() a loader, or a new "
                 "one each epoch"
             )
@@ -335,16 +331,16 @@ class Loop:
             StopTraining: If a signal asked for the end; the ``with`` block catches it.
             SaveError: If a checkpoint could not be written.
         """
-        training, requests = self._training, self._requests
-        if training.accumulates is not None and training.accumulates():
+        position, requests, accumulates = self._position, self._requests, self._training.accumulates
+        if accumulates is not None and accumulates():
             return _ACCUMULATING
-        training.end_step()
+        position.end_step()
         self._metrics, self._reported = metrics, _NO_NAMES
         if requests.since is None:  # As `_observe`, without a call.
-            decision = self._saver.observe(metrics, training.step, training.epoch, epoch_end=False)
+            decision = self._saver.observe(metrics, position.step, position.epoch, epoch_end=False)
         else:
-            decision = self._observe(metrics, training.epoch)
-        if training.step >= self._check_at or self._is_held:
+            decision = self._observe(metrics, position.epoch)
+        if position.step >= self._check_at or self._is_held:
             self._check_use(decision)
         # Several ranks always have to agree.
         if requests.is_pending or not self._is_alone or time.monotonic() >= requests.look_at:
@@ -360,23 +356,23 @@ class Loop:
         With a schedule-free optimizer it ranks a checkpoint only if that is saved between ``optimizer.eval()`` and
         ``optimizer.train()``: otherwise the checkpoint has other weights than were measured.
         """
-        training = self._training
-        if training.is_within_step:
+        position = self._position
+        if position.is_within_step:
             msg = f"report() between two boundaries: call step() first, or pass {', '.join(metrics)} to step()"
             raise ObservationError(msg)
-        is_unstepped = self._is_in_epochs and self._is_unstepped
+        is_unstepped = self._is_in_epochs and position.is_unstepped
         self._add(metrics, anew=is_unstepped and not self._is_held)
         last = self._saver.last
-        is_saved = last is not None and (last.step, last.kind) == (training.step, "regular") and not is_unstepped
+        is_saved = last is not None and (last.step, last.kind) == (position.step, "regular") and not is_unstepped
         # After the last batch no new checkpoint is saved: a resume would run the rest of the epoch's body again.
         self._is_held = self._is_in_epochs and not self._is_feeding and not is_saved
         if not self._is_held:
-            self._observe(self._measured(), training.epoch)
+            self._observe(self._measured(), position.epoch)
 
     def _observe(self, metrics: Mapping[str, Any], epoch: int, *, epoch_end: bool = False, due: str = "") -> Decision:
         if self._requests.since is not None and not self._interruption.may_save():
             return Skip(reason="a signal came, and the save before this one does not end within the grace")
-        return self._saver.observe(metrics, self._training.step, epoch, epoch_end=epoch_end, due=due)
+        return self._saver.observe(metrics, self._position.step, epoch, epoch_end=epoch_end, due=due)
 
     def _add(self, metrics: Mapping[str, Any], *, anew: bool) -> None:
         if anew:  # The metrics are of the epoch before.
@@ -384,21 +380,14 @@ class Loop:
         self._metrics, self._reported = {**self._metrics, **metrics}, self._reported | metrics.keys()
 
     def _measured(self) -> Mapping[str, Any]:
-        return self._training.measured.rename(self._metrics, self._reported, step=self._training.step)
-
-    @property
-    def _is_unstepped(self) -> bool:
-        """Whether the epoch has had no step so far."""
-        return self._training.step == self._epoch_began_at and not self._training.data.used
+        return self._training.measured.rename(self._metrics, self._reported, step=self._position.step)
 
     def _end_epoch(self, metrics: Mapping[str, Any] = _NOTHING) -> Decision:
-        training = self._training
-        self._add(metrics, anew=self._is_unstepped and not self._is_held)
-        if self._is_unstepped and (training.data.given or not self._is_fed):
-            training.end_step()  # Else every epoch would be saved as the same step.
-        self._is_held = self._is_feeding = self._is_fed = False
-        epoch = training.end_epoch()
-        self._epoch_ended_at = self._epoch_began_at = training.step
+        position, training = self._position, self._training
+        self._add(metrics, anew=position.is_unstepped and not self._is_held)
+        self._is_held = self._is_feeding = False
+        epoch = position.end_epoch()
+        self._epoch_ended_at = position.step
         decision = self._observe(self._measured(), epoch, epoch_end=True)
         if decision and training.left_over and not self._has_warned_of_left_over:
             self._has_warned_of_left_over = True
@@ -422,7 +411,7 @@ class Loop:
         if at.step < self._check_at:
             return
         self._check_at = math.inf
-        if self._is_in_epochs and not self._is_fed:
+        if self._is_in_epochs and not self._position.is_fed:
             self._warn(
                 f"{at.source} was saved after batch {at.batch} of epoch {at.epoch}, and this step's batch did not come "
                 "from loop.batches(): those batches are trained again. Iterate over loop.batches(loader) instead of "
@@ -473,7 +462,7 @@ class Loop:
         if not source.resume(from_, map, strict=strict, weights_only=weights_only):
             return self.progress
         self._metrics, self._reported = _NOTHING, _NO_NAMES
-        self._start = self._epoch_began_at = self._training.step
+        self._start = self._position.step
         if math.isfinite(self._check_at):
             self._check_at = self._start + _SILENT_STEPS
         return self.progress
@@ -498,20 +487,20 @@ class Loop:
 
     def _end(self) -> None:
         """Save the state at the end of the training, which may be a break, if a rule keeps it."""
-        training = self._training
-        if training.step == self._start:
+        position = self._position
+        if position.step == self._start:
             return
-        if training.is_within_step:
-            if self._saver.last is None or self._saver.last.step < training.step:
+        if position.is_within_step:
+            if self._saver.last is None or self._saver.last.step < position.step:
                 _log.warning(
                     "left within step %d, so that the state after step %d is not saved: leave the loop after step()",
-                    *(training.step + 1, training.step),
+                    *(position.step + 1, position.step),
                 )
             return
-        ended = training.step == self._epoch_ended_at
-        decision = self._observe(self._measured(), training.epoch - ended, epoch_end=ended, due="the training ends")
+        ended = position.step == self._epoch_ended_at
+        decision = self._observe(self._measured(), position.epoch - ended, epoch_end=ended, due="the training ends")
         if self._saver.last is None and math.isfinite(self._check_at):
-            self._check_at = training.step
+            self._check_at = position.step
             self._check_use(decision)
 
     def _check_entered(self) -> None:

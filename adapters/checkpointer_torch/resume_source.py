@@ -151,13 +151,13 @@ class ResumeSource:
         training = self._training
         for one in weights:
             one.put()
-        training.begin_at(record)
+        training.position.begin_at(record)
         modules = training.objects.modules
         others = [name for name in training.objects.names if name not in modules]
         anew = f"; these begin anew, unless map= says where they are in it: {', '.join(others)}" if others else ""
         msg = (
             f"{record.name} was adopted, so another program wrote it. Loaded were the weights of {', '.join(modules)}, "
-            f"and step {record.step} of its record. The training begins with epoch {training.epoch}{anew}"
+            f"and step {record.step} of its record. The training begins with epoch {training.position.epoch}{anew}"
         )
         warn(msg)
 

@@ -1,4 +1,4 @@
-"""The state of a whole training: its objects, its random numbers, its place in the data, its counts."""
+"""The state of a whole training: its objects, its random numbers, and its position."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import attrs
-
 from checkpointer import Record
 from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
 from checkpointer.ports import Ranks
-from checkpointer_torch.data_position import DataPosition
 from checkpointer_torch.foreign_file import StateMap, picked
 from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
@@ -27,24 +24,11 @@ from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.sharded_state import KEY, ShardedState, joined
 from checkpointer_torch.state_differences import Differences, are_alike
 from checkpointer_torch.training_objects import TrainingObjects
+from checkpointer_torch.training_position import TrainingPosition
 from checkpointer_torch.value_parts import FunctionPart
 
 SCHEMA: Final = 1
 _log: Final = logging.getLogger("checkpointer.torch")
-
-
-@attrs.frozen(kw_only=True)
-class LoopProgress:
-    """The place of the loop, at a boundary between two steps."""
-
-    epoch: int = 0
-    """0-based index of the epoch in progress, or of the next one."""
-    step: int = 0
-    """Finished steps."""
-    batch: int = 0
-    """Batches of this epoch that those steps have used."""
-    source: str = ""
-    """The checkpoint this was resumed from; empty at the start of a training."""
 
 
 class TrainingState:
@@ -64,19 +48,13 @@ class TrainingState:
         self.measured = MeasuredWeights(map(unwrapped, objects.values()))
         self.accumulates = accumulation_of(objects)
         """Says whether accelerate's optimizers accumulate gradients; None without any of them."""
-        self.data = DataPosition()
-        self.epoch = self.step = 0
-        self.is_within_step = False
-        self.source = ""
+        self.position = TrainingPosition()
         self.taken_at = 0.0
         """When the state was last taken (seconds of the monotonic clock)."""
-        self.unfed_since: int | None = None
-        """The step at which the epoch began, if the loop does not see its batches."""
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
         self.sharded: ShardedState | None = None
         """What splits the state, if each process writes its shards."""
         self._ranks = ranks
-        self._left_over = (0, 0)
 
     def begin(self) -> None:
         """Log what will be saved, and remember which objects the program refers to."""
@@ -84,21 +62,10 @@ class TrainingState:
         if self._ranks.rank == 0:
             _log.info("saved by this loop: %s", self.summary)
 
-    @property
-    def progress(self) -> LoopProgress:
-        """The place of the training."""
-        return LoopProgress(epoch=self.epoch, step=self.step, batch=self.data.used, source=self.source)
-
-    def begin_at(self, record: Record) -> None:
-        """Take step and epoch from the record of a checkpoint that no loop wrote."""
-        self.step, self.epoch = record.step, record.epoch + record.epoch_end
-        self.data.used = self.data.given = 0
-        self.is_within_step, self.source = False, record.name
-
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Return the batches that this epoch has left."""
         for sampler in self._samplers:
-            sampler.set_epoch(self.epoch)
+            sampler.set_epoch(self.position.epoch)
         view = LoaderView(loader)
         within = view.samplers if view.is_indexed else []
         for name, part in self.objects.shared.items():
@@ -109,29 +76,14 @@ class TrainingState:
                     "torchdata.StatefulDataLoader"
                 )
                 raise ObservationError(msg)
-        return self.data.begin(view, self.epoch)
-
-    def end_step(self) -> None:
-        """Count a finished step."""
-        self.step += 1
-        self.data.used = self.data.given
-        self.is_within_step = False
-
-    def end_epoch(self) -> int:
-        """Go on to the next epoch, and return the one that has ended."""
-        data = self.data
-        self._left_over = (data.given - data.used, self.step) if data.is_accumulating else (0, 0)
-        data.end()
-        self.is_within_step = False
-        self.epoch += 1
-        return self.epoch - 1
+        return self.position.data.begin(view, self.position.epoch)
 
     @property
     def left_over(self) -> int:
         """Batches of the epoch that has just ended whose gradients are in no step."""
-        count, step = self._left_over
+        count = self.position.left_over
         parameters = (one for module in self.objects.modules.values() for one in module.parameters())
-        return count if count and step == self.step and any(one.grad is not None for one in parameters) else 0
+        return count if count and any(one.grad is not None for one in parameters) else 0
 
     # Taking
 
@@ -146,35 +98,35 @@ class TrainingState:
         """Return what this process alone has."""
         return {
             "random": take_random_state(),
-            "feed": self.data.take(),
+            "feed": self.position.data.take(),
             "loaders": {name: part.take() for name, part in self.objects.own.items()},
         }
 
     def take_shared(self) -> dict[str, Any]:
         """Return what all processes have alike, or have shards of."""
         self.taken_at = time.monotonic()
-        objects = self.objects
+        objects, position = self.objects, self.position
         state: dict[str, Any] = {} if self.config is None else {CONFIG: copy.deepcopy(self.config)}
         state |= {name: part.take() for name, part in objects.shared.items()}
         if self._ranks.rank == 0:
             objects.outside.check(state)
-        self.measured.note(self.step)
+        self.measured.note(position.step)
         state[KEY] = {
             "schema": SCHEMA,
             **objects.unchanged(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "batch": self.data.used,
-            "exact": not self.is_within_step,
+            "epoch": position.epoch,
+            "step": position.step,
+            "batch": position.data.used,
+            "exact": not position.is_within_step,
             "left_over": self.left_over,
-            "unfed": self.unfed_since is not None and self.step > self.unfed_since,
+            "unfed": position.unfed_since is not None and position.step > position.unfed_since,
         }
         return state
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; each of several modules under its name."""
         self.taken_at = time.monotonic()
-        self.measured.note(self.step)
+        self.measured.note(self.position.step)
         states = {name: self.objects.shared[name].take() for name in self.objects.modules}
         if len(states) == 1:
             return self._whole(dict(next(iter(states.values()))))
@@ -218,10 +170,9 @@ class TrainingState:
         notes += [f"{name} differs from {source}: {how}; the setting given here holds" for name, how in changes.items()]
         for note in notes if self._ranks.rank == 0 else ():
             _log.warning("%s", note)
-        self.epoch, self.step, self.data.used = own["epoch"], own["step"], own["batch"]
-        self.is_within_step, self.source = False, source
-        self._put_own(ranks, states, strict=strict)
-        self.measured.note(self.step)
+        self.position.go_on(source, epoch=own["epoch"], step=own["step"])
+        self._put_own(own, states, strict=strict)
+        self.measured.note(self.position.step)
         for warning in _doubts(own, source):
             warn(warning)
         return differences
@@ -260,14 +211,15 @@ class TrainingState:
             raise MismatchError(msg)
         warn(f"{what}; taken is what the first processes had")
 
-    def _put_own(self, ranks: Sequence[Mapping[str, Any]], states: Mapping[str, Any], *, strict: bool) -> None:
+    def _put_own(self, loop: Mapping[str, Any], states: Mapping[str, Any], *, strict: bool) -> None:
+        ranks, used, data = loop["ranks"], loop["batch"], self.position.data
         saved, here, rank = len(ranks), self._ranks.size, self._ranks.rank
-        own, used = ranks[rank % saved], self.data.used
+        own, data.used = ranks[rank % saved], used
         is_alike = saved != here and are_alike(one["feed"] for one in ranks)
         if saved != here:
-            self.data.used = used if is_alike else used * saved // here
+            data.used = used if is_alike else used * saved // here
             msg = (
-                f"saved by {saved} processes, resumed by {here}: each goes on after {self.data.used} of its batches, "
+                f"saved by {saved} processes, resumed by {here}: each goes on after {data.used} of its batches, "
                 "and the random numbers are others; not exact"
             )
             warn(msg)
@@ -278,9 +230,14 @@ class TrainingState:
             if name in states and (saved == here or not _moves_by_itself(part)):
                 part.put(states[name])
         origin = ResumedFrom(
-            source=self.source, is_strict=strict, ranks=(saved, here), used=used, is_alike=is_alike, random=random
+            source=self.position.source,
+            is_strict=strict,
+            ranks=(saved, here),
+            used=used,
+            is_alike=is_alike,
+            random=random,
         )
-        self.data.put(own["feed"], origin)
+        data.put(own["feed"], origin)
 
 
 def _moves_by_itself(part: Part) -> bool:
