@@ -14,38 +14,41 @@ from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.records.record import Record
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
-from checkpointer.tools.catalog import look_at
+from checkpointer.tools.catalog import Catalog, look_at
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the records that would be made.")]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option("--step", metavar="NAME=STEP", help="The step of a file that has none; may be given again."),
+]
+StepsPerEpoch = Annotated[
+    int | None,
+    typer.Option(
+        "--steps-per-epoch", metavar="N", min=1, help="For files with an epoch and no step: N for each finished epoch."
+    ),
+]
+Patterns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pattern",
+        metavar="PATTERN",
+        help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch} (from 0) and {epochs} (finished ones). "
+        "May be given again.",
+    ),
+]
+NewRun = Annotated[
+    str | None, typer.Option("--run", metavar="ID", help="The run of the records; else a new run for each folder.")
+]
 
 
 def adopt_command(
     directory: options.Directory,
     access: options.Access,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the records that would be made.")] = False,
-    step: Annotated[
-        list[str] | None,
-        typer.Option("--step", metavar="NAME=STEP", help="The step of a file that has none; may be given again."),
-    ] = None,
-    steps_per_epoch: Annotated[
-        int | None,
-        typer.Option(
-            "--steps-per-epoch",
-            metavar="N",
-            min=1,
-            help="For files with an epoch and no step: N for each finished epoch.",
-        ),
-    ] = None,
-    pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pattern",
-            metavar="PATTERN",
-            help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch} (from 0) and {epochs} (finished ones). "
-            "May be given again.",
-        ),
-    ] = None,
-    run: Annotated[
-        str | None, typer.Option("--run", metavar="ID", help="The run of the records; else a new run for each folder.")
-    ] = None,
+    dry_run: DryRun = False,
+    step: Steps = None,
+    steps_per_epoch: StepsPerEpoch = None,
+    pattern: Patterns = None,
+    run: NewRun = None,
     as_json: options.Json = False,
 ) -> None:
     """Make records of checkpoints that Lightning, the HF Trainer or torch.save wrote, so that they can be managed.
@@ -61,24 +64,9 @@ def adopt_command(
         catalog = look_at(storage, key)
         refuse_unsigned(catalog.signed, catalog.place, key)
         adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch, patterns=pattern or ())
-        if not (adoption.found or adoption.refused or adoption.beside or catalog.records):
-            below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
-            msg = (
-                f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.pth.tar, *.safetensors, "
-                f"checkpoint-N{below}"
-            )
-            raise NotFoundError(msg)
+        _check_any(catalog, adoption)
         if not dry_run:
-            bad: dict[str, str] = {}
-            journal = Journal(storage, owner, key)
-            made.extend(adopt(catalog, adoption, journal, run=run, on_bad=lambda name, e: bad.update({name: str(e)})))
-            found = tuple(item for item in adoption.found if item.name not in bad)
-            adoption = attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
-            if made and (before := [record for record in catalog.records if not record.is_adopted]):
-                output.say(
-                    f"a training here still goes on from {before[-1].name} of run {before[-1].run}; to go on from "
-                    f"{made[-1].name}, name it in resume() or restore()"
-                )
+            made, adoption = _adopt(catalog, adoption, Journal(storage, owner, key), run)
     if adoption.unused:
         output.say(adoption.unused)
     if as_json:
@@ -88,6 +76,29 @@ def adopt_command(
         _print(adoption, dry_run=dry_run, before=len(catalog.records))
     nothing = not adoption.found and not catalog.records
     output.leave_if(bool(adoption.refused) or nothing)
+
+
+def _check_any(catalog: Catalog, adoption: Adoption) -> None:
+    if not (adoption.found or adoption.refused or adoption.beside or catalog.records):
+        below = f"; the directories below have records: {some_of(catalog.below)}" if catalog.below else ""
+        msg = (
+            f"{catalog.place} has no file that could be adopted: *.ckpt, *.pt, *.pth, *.pth.tar, *.safetensors, "
+            f"checkpoint-N{below}"
+        )
+        raise NotFoundError(msg)
+
+
+def _adopt(catalog: Catalog, adoption: Adoption, journal: Journal, run: str | None) -> tuple[list[Record], Adoption]:
+    """Make the records; return them, and the adoption with what could not be read."""
+    bad: dict[str, str] = {}
+    made = [*adopt(catalog, adoption, journal, run=run, on_bad=lambda name, error: bad.update({name: str(error)}))]
+    if made and (before := [record for record in catalog.records if not record.is_adopted]):
+        output.say(
+            f"a training here still goes on from {before[-1].name} of run {before[-1].run}; to go on from "
+            f"{made[-1].name}, name it in resume() or restore()"
+        )
+    found = tuple(item for item in adoption.found if item.name not in bad)
+    return made, attrs.evolve(adoption, found=found, refused={**adoption.refused, **bad})
 
 
 def _step(text: str) -> tuple[str, int]:

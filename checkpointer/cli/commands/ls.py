@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -27,40 +26,48 @@ _REASON = 40
 """Columns that a reason has if it needs them."""
 
 
+Sort = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        "-s",
+        metavar="FIELD",
+        help="A field (step, size, time, ...) or a metric, the smallest first; else the oldest first.",
+        autocompletion=options.complete_field,
+    ),
+]
+Reverse = Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", "-w", metavar="CONDITION", help="Such as 'val_loss<0.1'; may be given again."),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        "-m",
+        metavar="METRIC",
+        help="To show; may be given again.",
+        autocompletion=options.complete_metric,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most so many; the newest, without --sort."),
+]
+Names = Annotated[bool, typer.Option("--names", "-1", help="Print only the names, one on each line.")]
+
+
 def ls_command(
     directory: options.Directory,
     access: options.Access,
     policy: options.PolicyFile = None,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            "--sort",
-            "-s",
-            metavar="FIELD",
-            help="A field (step, size, time, ...) or a metric, the smallest first; else the oldest first.",
-            autocompletion=options.complete_field,
-        ),
-    ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")] = False,
-    where: Annotated[
-        list[str] | None,
-        typer.Option("--where", "-w", metavar="CONDITION", help="Such as 'val_loss<0.1'; may be given again."),
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric",
-            "-m",
-            metavar="METRIC",
-            help="To show; may be given again.",
-            autocompletion=options.complete_metric,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most so many; the newest, without --sort."),
-    ] = None,
-    names: Annotated[bool, typer.Option("--names", "-1", help="Print only the names, one on each line.")] = False,
+    sort: Sort = None,
+    reverse: Reverse = False,
+    where: Where = None,
+    metric: Metrics = None,
+    limit: Limit = None,
+    names: Names = False,
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
@@ -73,10 +80,9 @@ def ls_command(
     Example: checkpointer ls runs/digits -n 5 --where 'val_loss<0.1'
     """
     catalog = options.look(directory, access, below=True)
-    below = catalog.below
     if not catalog.has_records:
-        runs = [_run(directory, name, access) for name in below[: limit or MOST_RUNS]]
-        _print_runs(catalog, runs, len(below), as_json=as_json)
+        runs = [_run(directory, name, access) for name in catalog.below[: limit or MOST_RUNS]]
+        _print_runs(catalog, runs, len(catalog.below), as_json=as_json)
         return
     chosen = options.policies(catalog, policy)
     records = catalog.of(run)
@@ -90,13 +96,9 @@ def ls_command(
         reasons = why(catalog, chosen)
         output.print_json([as_data(catalog, record, reasons[record.name]) for record in found])
     else:
-        best = _best(catalog, chosen) if output.is_coloured() else frozenset()
-        _print(catalog, found, why(catalog, chosen), metric or _metrics(found, chosen), best=best)
-        for one in holders(catalog):
-            label = f" ({one.label})" if one.label else ""
-            output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
-    if below:
-        output.say(f"below are directories with records of their own: {some_of(below)}")
+        _print(catalog, found, chosen, metric or _metrics(found, chosen))
+    if catalog.below:
+        output.say(f"below are directories with records of their own: {some_of(catalog.below)}")
     output.leave_if(output.say_damaged(catalog))
 
 
@@ -166,14 +168,31 @@ def _metrics(records: list[Record], policies: Policies) -> list[str]:
     return sorted(metric_names(records), key=lambda name: 0 if name in ranked else 2 if NO_SCORE.fullmatch(name) else 1)
 
 
-def _print(
-    catalog: Catalog, records: list[Record], reasons: dict[str, str], metrics: list[str], *, best: frozenset[str]
-) -> None:
+def _print(catalog: Catalog, records: list[Record], policies: Policies, metrics: list[str]) -> None:
     some = "" if len(records) == len(catalog.records) else f"{len(records)} of "
     total = size_text(sum(record.size for record in records))
     output.print_line(f"{catalog.place}: {some}{count_text(len(catalog.records), 'checkpoint')}, {total}")
+    reasons, best = why(catalog, policies), _best(catalog, policies) if output.is_coloured() else frozenset()
+    widest = max((max(len(r.name), min(_REASON, len(reasons[r.name]))) for r in records), default=0)
+    columns = _columns(catalog, records, metrics, room=output.width() - widest)
+    names = [
+        [
+            (record.name, "green" if record.name in best else "bold" if record.kind == "regular" else "red"),
+            *((f"<- {alias}", "green") for alias in catalog.aliases_of(record)),
+            (reasons[record.name], "dim"),
+        ]
+        for record in records
+    ]
+    output.print_table([*columns, "name"], zip(*columns.values(), names, strict=True), right=[*columns])
+    for one in holders(catalog):
+        label = f" ({one.label})" if one.label else ""
+        output.print_line(f"run {one.run}{label} is held by {one.claim}, term {one.term}")
+
+
+def _columns(catalog: Catalog, records: list[Record], metrics: list[str], *, room: int) -> dict[str, list[str]]:
+    """Return the columns before the names; the last metrics are left out if they do not fit into the room."""
     now = time.time()
-    columns: dict[str, Sequence[output.Cell]] = {
+    columns = {
         "step": [str(record.step) for record in records],
         "epoch": [str(record.epoch) for record in records],
         **{
@@ -184,18 +203,7 @@ def _print(
         "size": [size_text(record.size) for record in records],
         "age": [age_text(now - record.time) for record in records],
     }
-    widest = max((max(len(r.name), min(_REASON, len(reasons[r.name]))) for r in records), default=0)
-    room = output.width() - widest
-    # The last metrics, all but one, are left out until the others fit beside the names.
     for name in reversed(metrics[1:]):
         if sum(max(map(len, (head, *cells))) + 2 for head, cells in columns.items()) > room:
             del columns[name]
-    names = [
-        [
-            (record.name, "green" if record.name in best else "bold" if record.kind == "regular" else "red"),
-            *((f"<- {alias}", "green") for alias in catalog.aliases_of(record)),
-            (reasons[record.name], "dim"),
-        ]
-        for record in records
-    ]
-    output.print_table([*columns, "name"], zip(*columns.values(), names, strict=True), right=[*columns])
+    return columns
