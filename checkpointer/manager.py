@@ -18,9 +18,9 @@ from checkpointer._display import some_of
 from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
 from checkpointer.commit.directory import Directory, created
-from checkpointer.commit.naming import location
+from checkpointer.commit.lease import LEASE_S, as_lease
+from checkpointer.commit.payload_names import location
 from checkpointer.commit.signing import HMACKey, has_key
-from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.errors import (
     ConflictError,
     NotFoundError,

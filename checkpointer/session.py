@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from checkpointer.commit.directory import Directory
-from checkpointer.commit.naming import address
+from checkpointer.commit.payload_names import address
 from checkpointer.errors import ClosedError
 from checkpointer.mirror.mirror import MirrorThread
 from checkpointer.mirror.plan import MirrorStatus

@@ -18,7 +18,7 @@ from checkpointer.errors import failures_as_warnings, warn
 from checkpointer.policy.swapped_weights import marked
 from checkpointer.ports import Clock
 from checkpointer.save.background import Busy
-from checkpointer_lightning import siblings
+from checkpointer_lightning import several_callbacks
 from checkpointer_lightning.attributes import NAMES, Attributes
 from checkpointer_lightning.packages import Package
 from checkpointer_lightning.rescue import rescue, stop
@@ -66,7 +66,7 @@ class CallbackBase(Base):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._resume = Resume()
-        siblings.CALLBACKS[id(self)] = self
+        several_callbacks.CALLBACKS[id(self)] = self
 
     def _ask(self, moment: Moment, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the metrics to decide by, when something may be due."""
@@ -86,7 +86,7 @@ class CallbackBase(Base):
     @property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint: distinct among the callbacks of a Trainer."""
-        index = siblings.key_index(self) if self._key_index is None else self._key_index
+        index = several_callbacks.key_index(self) if self._key_index is None else self._key_index
         return f"{self._base_key}#{index + 1}" if index else self._base_key
 
     @property
@@ -105,7 +105,7 @@ class CallbackBase(Base):
         """See `Callback.setup`: find the directory. The loaders of a training are not made yet."""
         self._package.refuse_trainer(trainer, type(self).__name__)
         self._set_up_directory(trainer, pl_module, stage)
-        self._key_index = siblings.key_index(self, trainer.callbacks)
+        self._key_index = several_callbacks.key_index(self, trainer.callbacks)
         self._stage = stage
         self._resume = Resume(state=self._resume.state, found=self._resume.found)
         if stage == "fit":
@@ -256,7 +256,7 @@ class CallbackBase(Base):
 
     def _dump(self, trainer: Any) -> dict[str, Any]:
         """Return the state to save; all callbacks that save at this moment get the same dump."""
-        callbacks = siblings.ours(trainer.callbacks)
+        callbacks = several_callbacks.ours(trainer.callbacks)
         dump = cache_of(trainer).dump(trainer, callbacks, weights_only=self.save_weights_only)
         return _with_validation_at_start(dump) if self._session is not None and self._session.is_validating else dump
 

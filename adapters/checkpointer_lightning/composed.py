@@ -9,7 +9,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from checkpointer import HMACKey, KeepBest, Policy
-from checkpointer.commit.terms import LEASE_S
+from checkpointer.commit.lease import LEASE_S
 from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.retention import KeepAll
 from checkpointer.ports import Listener
@@ -17,7 +17,7 @@ from checkpointer.save.background import Busy
 from checkpointer.storage.opening import Where
 from checkpointer_lightning.callback_base import CallbackBase
 from checkpointer_lightning.session import Moment
-from checkpointer_lightning.siblings import is_local
+from checkpointer_lightning.several_callbacks import is_local
 
 
 class Composed(CallbackBase):

@@ -14,7 +14,7 @@ from checkpointer import Decision, Save
 from checkpointer.distributed.team import all_come
 from checkpointer.errors import ConflictError, warn
 from checkpointer_lightning.session import TrainingSession
-from checkpointer_lightning.siblings import ours
+from checkpointer_lightning.several_callbacks import ours
 
 
 def stop(session: TrainingSession) -> None:

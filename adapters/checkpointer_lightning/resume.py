@@ -20,7 +20,7 @@ from checkpointer.formats.inspection.payload import open_stream
 from checkpointer.policy.naming import fixed_parts
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import temporary_owner
-from checkpointer_lightning.siblings import is_local, name_in, policy_and_label
+from checkpointer_lightning.several_callbacks import is_local, name_in, policy_and_label
 
 _OPTIONS: Final = ("storage_options", "trust", "mirror")
 """Options of a manager that matter when it only looks."""

@@ -16,7 +16,7 @@ from checkpointer.policy.triggers import Horizon
 from checkpointer_lightning.attributes import NAMES, Attributes, attributes_of
 from checkpointer_lightning.background_events import BackgroundEvents
 from checkpointer_lightning.fresh_metrics import FreshMetrics
-from checkpointer_lightning.siblings import ours, policy_and_label
+from checkpointer_lightning.several_callbacks import ours, policy_and_label
 from checkpointer_lightning.signals import signals_of
 from checkpointer_lightning.trainer_io import TrainerIO, cache_of
 from checkpointer_lightning.trainer_ranks import open_ranks

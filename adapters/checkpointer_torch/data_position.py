@@ -9,11 +9,11 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import MismatchError
+from checkpointer_torch.foreign_loaders import is_stateful
 from checkpointer_torch.loader_facts import facts_of
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.loaders import is_stateful
-from checkpointer_torch.position_search import DataPass, ResumedFrom, is_over, mark_of, num_iters, put_start
 from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.skip_batches import DataPass, ResumedFrom, is_over, mark_of, num_iters, put_start
 
 _OF_A_RANK: Final = {"batches", "dataset length", "replicas"}
 """Facts that change with the number of processes."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from checkpointer_torch.foreign_loaders import TORCH, FunctionLoader, length_of
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.loaders import TORCH, FunctionLoader, length_of
 
 
 def facts_of(view: LoaderView) -> dict[str, Any]:

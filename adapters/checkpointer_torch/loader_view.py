@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch.utils.data import DistributedSampler, IterableDataset
 
-from checkpointer_torch.loaders import TORCH, is_stateful, length_of, torch_loader
-from checkpointer_torch.parts import Part
+from checkpointer_torch.foreign_loaders import TORCH, is_stateful, length_of, torch_loader
+from checkpointer_torch.object_parts import Part
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.read_ahead import ReadAhead
 

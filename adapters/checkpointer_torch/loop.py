@@ -18,10 +18,10 @@ from checkpointer.errors import ObservationError, RanksError, warn
 from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
-from checkpointer_torch.foreign_file import StateMap
+from checkpointer_torch.foreign_loaders import FunctionLoader
 from checkpointer_torch.interruption import END, Interruption, Stopwatch
-from checkpointer_torch.loaders import FunctionLoader
 from checkpointer_torch.open_training import open_training
+from checkpointer_torch.resume_from_foreign import StateMap
 from checkpointer_torch.resume_source import ResumeSource
 from checkpointer_torch.signals import SAVE_ON, STOP_ON, Requests, request_file
 from checkpointer_torch.training_objects import world_size

@@ -18,11 +18,11 @@ from checkpointer._secrets import Secrets, shown_place
 from checkpointer.commit.index import HOME, RECORDS, directories_below, record_path
 from checkpointer.errors import CorruptError, NotFoundError, RestoreError, UnsafePayloadError, reading
 from checkpointer.formats import format_of, open_format
+from checkpointer.formats.inspection.find_weights import weights_of
+from checkpointer.formats.inspection.memory_state import StateContents
 from checkpointer.formats.inspection.payload import DCP, INDEX, MAX_JSON_BYTES, open_contents, open_files, open_stream
-from checkpointer.formats.inspection.state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
-from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Storage
 from checkpointer.restore.verified import open_verified

@@ -14,8 +14,8 @@ from checkpointer import CheckpointManager, Record
 from checkpointer._secrets import shown_place
 from checkpointer.distributed.manager import DistributedManager, find
 from checkpointer.errors import CorruptError, MismatchError, NotFoundError, PolicyError, warn
-from checkpointer_torch.foreign_file import StateMap
 from checkpointer_torch.open_any import Opener, is_place, open_foreign, own_name
+from checkpointer_torch.resume_from_foreign import StateMap
 from checkpointer_torch.state_differences import Differences
 from checkpointer_torch.training_state import TrainingState
 from checkpointer_torch.weights import PickedWeights, picked_weights

@@ -15,7 +15,7 @@ import attrs
 import torch
 
 from checkpointer.formats.pickler import is_dtensor
-from checkpointer_torch.layouts import Layout, Saved, room_for
+from checkpointer_torch.tensor_layouts import Layout, Saved, room_for
 from checkpointer_torch.training_objects import TrainingObjects
 
 if TYPE_CHECKING:  # It imports torch.distributed.checkpoint, which takes a second.

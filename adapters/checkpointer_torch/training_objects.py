@@ -17,9 +17,9 @@ from torch import nn
 
 from checkpointer.errors import MismatchError, PolicyError, UnknownValueError
 from checkpointer.formats.pickler import HOW_TO_SAVE_SHARDS, is_dtensor, is_shard
-from checkpointer_torch import parts
+from checkpointer_torch import object_parts as parts
+from checkpointer_torch.foreign_loaders import is_stateful
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.loaders import is_stateful
 from checkpointer_torch.outside_state import OutsideState
 from checkpointer_torch.prepared import check_scalers, unwrapped
 from checkpointer_torch.random_state import accessors

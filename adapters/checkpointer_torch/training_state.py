@@ -12,17 +12,17 @@ from typing import Any, Final
 from checkpointer import Record
 from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
 from checkpointer.ports import Ranks
-from checkpointer_torch.foreign_file import StateMap, picked
-from checkpointer_torch.layouts import whole_of
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.measured_weights import MeasuredWeights
-from checkpointer_torch.parts import Part, StatefulPart
-from checkpointer_torch.position_search import ResumedFrom
+from checkpointer_torch.object_parts import Part, StatefulPart
 from checkpointer_torch.prepared import accumulation_of, unwrapped
 from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.resume_from_foreign import StateMap, picked
 from checkpointer_torch.settings import CONFIG, config_differences, plain_config
 from checkpointer_torch.sharded_state import KEY, ShardedState, joined
+from checkpointer_torch.skip_batches import ResumedFrom
 from checkpointer_torch.state_differences import Differences, are_alike
+from checkpointer_torch.tensor_layouts import whole_of
 from checkpointer_torch.training_objects import TrainingObjects
 from checkpointer_torch.training_position import TrainingPosition
 from checkpointer_torch.value_parts import FunctionPart

@@ -14,9 +14,9 @@ import attrs
 import torch
 
 from checkpointer.errors import PolicyError, warn
-from checkpointer_torch.layouts import fitted
-from checkpointer_torch.parts import Keys, Part, state_at
+from checkpointer_torch.object_parts import Keys, Part, state_at
 from checkpointer_torch.state_differences import Differences, compared
+from checkpointer_torch.tensor_layouts import fitted
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 """Types of plain values."""

@@ -15,11 +15,11 @@ from torch import nn
 from checkpointer import HMACKey, Policy
 from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, RestoreError, warn
-from checkpointer.formats.inspection.state import StateContents
+from checkpointer.formats.inspection.find_weights import Weights, weights_for
+from checkpointer.formats.inspection.memory_state import StateContents
 from checkpointer.formats.inspection.tensors import Tensors
-from checkpointer.formats.inspection.weights import Weights, weights_for
+from checkpointer_torch.object_parts import ModulePart
 from checkpointer_torch.open_any import Opener
-from checkpointer_torch.parts import ModulePart
 from checkpointer_torch.state_differences import Differences, compared
 
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]

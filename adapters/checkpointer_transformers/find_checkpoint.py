@@ -11,7 +11,7 @@ from typing import Any, Final
 from checkpointer import HMACKey, Record
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal, holding
-from checkpointer.commit.terms import LEASE_S, Lease, as_lease
+from checkpointer.commit.lease import LEASE_S, Lease, as_lease
 from checkpointer.errors import CorruptError, NoValidCheckpointError, RunInUseError, warn
 from checkpointer.ports import Storage
 from checkpointer.restore.load import verify

@@ -19,7 +19,7 @@ from checkpointer.cli.messages import flush as flush
 from checkpointer.cli.messages import print_line as print_line
 from checkpointer.cli.messages import say as say
 from checkpointer.cli.messages import write as write
-from checkpointer.commit.missing import few_names
+from checkpointer.commit.missing_message import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.codec import to_plain_float
 from checkpointer.records.record import Record

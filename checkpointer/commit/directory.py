@@ -15,14 +15,16 @@ from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
 from checkpointer.commit.changes import Changes
 from checkpointer.commit.contents import Contents
+from checkpointer.commit.deleted_by_others import Looks
 from checkpointer.commit.heartbeat import Heartbeat, Status
 from checkpointer.commit.journal import Journal, aborting
-from checkpointer.commit.lines import Lines
-from checkpointer.commit.looks import Looks
-from checkpointer.commit.naming import Names
-from checkpointer.commit.recovery import finish_run, recover, retire
+from checkpointer.commit.lease import Lease, claim_term
+from checkpointer.commit.payload_names import Names
+from checkpointer.commit.recovery import finish_run, recover
+from checkpointer.commit.retirement import retire
+from checkpointer.commit.run_to_continue import Lines
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.terms import Lease, Term, claim_term
+from checkpointer.commit.terms import Term
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import ConflictError, FencedError, RecordError, UntrustedError, warn

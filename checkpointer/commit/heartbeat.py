@@ -1,4 +1,7 @@
-"""The thread that writes the heartbeat of a term, and with it how far the training is."""
+"""The thread that writes the heartbeat of a term, and with it how far the training is.
+
+`BEATS` in `checkpointer.commit.lease` is the number of heartbeats in one lease.
+"""
 
 from __future__ import annotations
 

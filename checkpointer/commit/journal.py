@@ -9,8 +9,9 @@ import attrs
 
 from checkpointer.commit.changes import Changes, clear_changes, write_changes
 from checkpointer.commit.index import read_entry, record_path
+from checkpointer.commit.lease import Lease, claim_term
 from checkpointer.commit.signing import HMACKey, signed
-from checkpointer.commit.terms import Lease, Term, claim_term
+from checkpointer.commit.terms import Term
 from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, SupportsLinks, Upload
 from checkpointer.records.codec import to_json

@@ -1,4 +1,4 @@
-"""Recovers from interrupted writes, and retires checkpoints, by the steps of `checkpointer.commit.transaction`."""
+"""Recovers from interrupted writes, by the steps of `checkpointer.commit.transaction`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import attrs
 from checkpointer.commit.changes import Changes, changes_path
 from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
-from checkpointer.commit.named_writes import announced_by_others, has_named_files, is_replaced, remove_files
+from checkpointer.commit.killed_saves import announced_by_others, has_named_files, is_replaced, remove_files
 from checkpointer.commit.signing import HMACKey
-from checkpointer.errors import warn
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
@@ -215,22 +214,3 @@ def is_payload_of(journal: Journal, record: Record) -> bool:
             found = digest_of(journal.storage, record.name, algorithm_of(record.digest))
             return found == (record.size, record.digest)
     return False
-
-
-def retire(journal: Journal, records: Iterable[Record], failed: set[str]) -> None:
-    """Remove checkpoints that are announced as retired (step 8). Add a name to ``failed`` if that fails, and warn."""
-    for record in records:
-        try:
-            remove(journal, record)
-        except OSError as error:
-            failed.add(record.name)
-            msg = f"{record.name} could not be deleted ({error}); the next save tries again"
-            warn(msg)
-
-
-def remove(journal: Journal, record: Record) -> None:
-    """Delete a payload, then its record."""
-    # If the size differs, the file is not our payload: another program has replaced it.
-    if journal.has_payload(record):
-        journal.storage.delete(record.name)
-    journal.delete(record.name)

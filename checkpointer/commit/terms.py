@@ -46,6 +46,7 @@ the newest checkpoint. A network mount that caches missing files (NFS) breaks th
 sees the claim that much later.
 
 The clocks of two hosts are never compared. Whether a holder is alive decides when a term is claimed, not what is safe.
+`checkpointer.commit.lease` claims terms, and waits for the heartbeats of a holder.
 """
 
 from __future__ import annotations
@@ -54,12 +55,8 @@ import contextlib
 import itertools
 import json
 import logging
-import math
-import os
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
 import attrs
@@ -67,26 +64,16 @@ import xxhash
 
 from checkpointer.commit.changes import MAX_CHANGES_BYTES
 from checkpointer.commit.signing import HMACKey, check_signature, signed
-from checkpointer.errors import FencedError, PolicyError, RecordError, RunInUseError, StorageError
+from checkpointer.errors import FencedError, RecordError
 from checkpointer.ports import Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import SCHEMA
-from checkpointer.storage.owner import has_ended, host_of, is_dead, is_here, is_live, is_of_host, machine
+from checkpointer.storage.owner import has_ended, host_of, is_here, is_of_host
 from checkpointer.storage.reader import read_small
 
 TERMS: Final = ".checkpointer/terms"
-LEASE_S: Final = 60.0
-"""A holder that sends no heartbeat for so many seconds may be replaced."""
-TAKEOVER: Final = "CHECKPOINTER_TAKEOVER"
-BEATS: Final = 4
-"""Heartbeats in one lease."""
-MAX_BEAT_S: Final = 3600.0
 MAX_STATUS_BYTES: Final = 1 << 14
-_REFUSALS: Final = 16
-"""If a claim cannot be created so often, it is not that of another process, which a listing would show by then."""
-_POLLS: Final = 20
-"""Polls of the heartbeat in one lease."""
 _FILE: Final = re.compile(r"([1-9]\d{0,8})\.(json|beat|end|limits)")
 
 _log = logging.getLogger("checkpointer")
@@ -313,140 +300,8 @@ def read_claim(storage: Storage, folder: str, number: int, trust: HMACKey | None
     return Claim()
 
 
-@attrs.frozen
-class Lease:
-    """How a process comes to hold a run that another one may still train."""
-
-    seconds: float = LEASE_S
-    """A holder that sends no heartbeat for so long is replaced."""
-    takeover: bool = False
-    """Replace a holder even if it is alive."""
-    waits: bool = True
-    """If False, a holder that may be alive is not replaced at all."""
-    sleep: Callable[[float], None] = time.sleep
-    now: Callable[[], float] = time.monotonic
-
-
-def as_lease(seconds: float, takeover: bool | None) -> Lease:
-    """Check the arguments of a manager. If ``takeover`` is None, the environment variable decides."""
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        msg = f"lease_s is {seconds!r}; expected a number of seconds above 0"
-        raise PolicyError(msg)
-    asked = os.environ.get(TAKEOVER, "")
-    if takeover is None and asked not in ("", "0", "1"):
-        msg = f"the environment variable {TAKEOVER} is {asked!r}; expected 1, 0, or nothing"
-        raise PolicyError(msg)
-    return Lease(seconds=float(seconds), takeover=asked == "1" if takeover is None else bool(takeover))
-
-
-def claim_term(
-    storage: Storage,
-    run: str,
-    label: str,
-    owner: str,
-    lease: Lease,
-    trust: HMACKey | None = None,
-    *,
-    is_new: bool,
-    policy: str = "",
-) -> Term:
-    """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
-
-    The claim contains the ``policy`` (YAML), so that commands need not be given it.
-
-    Raises:
-        RunInUseError: If another process holds the run, and sends a heartbeat within the lease.
-    """
-    key = key_of(run, label)
-    folder = f"{TERMS}/{key}"
-    refused: Counter[int] = Counter()
-    while True:
-        found = TermFiles() if is_new else TermFiles.of(storage.list(folder), key)
-        holder = Claim()
-        if found.highest and found.highest not in found.ended:
-            holder = read_claim(storage, folder, found.highest, trust)
-            if not holder.has_ended and not _may_replace(storage, folder, found.highest, holder, lease, run):
-                continue
-        term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust, holder.owner)
-        if _create(term, policy):
-            return term
-        is_new = False
-        refused[term.number] += 1
-        if refused[term.number] == _REFUSALS:
-            msg = (
-                f"{folder}/{term.number}.json in {storage} cannot be created, and no listing shows it. A process on "
-                "another host may have been stopped while it created this file; then start again when 15 minutes have "
-                "passed since. Or an empty folder has this name; then remove it"
-            )
-            raise StorageError(msg)
-
-
-def _create(term: Term, policy: str) -> bool:
-    """Create the claim; return False if another process has created it."""
-    claim = {
-        "schema": SCHEMA,
-        "run": term.run,
-        "label": term.label,
-        "term": term.number,
-        "owner": term.owner,
-        "machine": machine(),
-        "beat_s": term.beat_s,
-        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        **({"policy": policy} if policy else {}),
-    }
-    upload = term.storage.upload(f"{term.folder}/{term.number}.json")
-    try:
-        upload.write(json.dumps(signed(claim, term.trust)).encode())
-        upload.finish()
-        upload.publish(replace=False)
-    except FileExistsError:
-        # The reply to our own request may have been lost.
-        return read_claim(term.storage, term.folder, term.number, term.trust).owner == term.owner
-    finally:
-        upload.abort()
-    return True
-
-
-def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, lease: Lease, run: str) -> bool:
-    """Return whether the holder of a term may be replaced; False if the terms have changed meanwhile."""
-    if lease.takeover:
-        return True
-    if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
-        raise RunInUseError(
-            _in_use(storage, run, number, holder, "it is another manager of this process; close() that one")
-        )
-    if not lease.waits:
-        raise RunInUseError(_in_use(storage, run, number, holder, "it may be alive"))
-    # The holder may have a longer lease, and sends heartbeats less often then.
-    patience_s = max(lease.seconds, BEATS / 2 * min(holder.beat_s, MAX_BEAT_S))
-    text = (
-        "%s: %s holds run %r (term %d); waiting up to %g s for its heartbeat before this process goes on with the run"
-    )
-    _log.warning(text, storage, holder, run, number, patience_s)
-    began = lease.now()
-    first = _beat_of(storage, folder, number)
-    while (waited := lease.now() - began) < patience_s:
-        lease.sleep(min(patience_s / _POLLS, max(0.0, patience_s - waited)))
-        found = TermFiles.of(storage.list(folder), folder.rpartition("/")[2])
-        if found.highest > number or number in found.ended or is_dead(holder.owner):
-            return False
-        if _beat_of(storage, folder, number) != first:
-            text = f"its last heartbeat came {lease.now() - began:.0f} s after this process had begun to wait"
-            raise RunInUseError(_in_use(storage, run, number, holder, text))
-    text = "%s: %s sent no heartbeat for %g s; this process takes over run %r"
-    _log.warning(text, storage, holder, patience_s, run)
-    return True
-
-
-def _in_use(storage: Storage, run: str, number: int, holder: Claim, why: str) -> str:
-    return (
-        f"{holder} trains run {run!r} in {storage} (term {number}): {why}. Two processes must not train one run. "
-        "Stop one of them; or, if the other one is to be replaced, pass takeover=True or set CHECKPOINTER_TAKEOVER=1 "
-        "(then the other one ends at its next save)"
-    )
-
-
-def _beat_of(storage: Storage, folder: str, number: int) -> bytes:
+def read_beat(storage: Storage, folder: str, number: int) -> bytes:
+    """Return the number in the last heartbeat of a term, or another text that changes with each heartbeat."""
     path = f"{folder}/{number}.beat"
     try:
         return read_small(storage, path, MAX_STATUS_BYTES).partition(b"\n")[0]

@@ -22,7 +22,7 @@ write the rest of it. So the writer also looks for that claim when a trainer has
 acknowledged is lost. Nor has the writer staged anything for another run: it releases its term before it claims one of
 another run, and no process takes over from a term that was released.
 
-Folders at a URL are not staged: `checkpointer.commit.named_writes` has their steps, and argues when files are removed.
+Folders at a URL are not staged: `checkpointer.commit.killed_saves` has their steps, and argues when files are removed.
 
 A crash after step 3 or 4 leaves a ``pending`` entry. The digest of the payload under its name decides:
 
@@ -50,8 +50,9 @@ import attrs
 from checkpointer._display import shard_text, some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
-from checkpointer.commit.named_writes import is_begun, no_digest, remove_files
-from checkpointer.commit.recovery import is_payload_of, remove, settle
+from checkpointer.commit.killed_saves import is_begun, no_digest, remove_files
+from checkpointer.commit.recovery import is_payload_of, settle
+from checkpointer.commit.retirement import remove
 from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
 from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
 from checkpointer.records.codec import METADATA
@@ -158,7 +159,7 @@ class Transaction:
         """Let a trainer write a file or folder to an unused final name, if the storage cannot stage it.
 
         A pending record reserves the name, so only one of two writers continues. After a crash the payload does not
-        match the record, so it does not count. `checkpointer.commit.named_writes` removes its files.
+        match the record, so it does not count. `checkpointer.commit.killed_saves` removes its files.
 
         Raises:
             FencedError: If another process has taken over the run meanwhile. It may have removed the files.

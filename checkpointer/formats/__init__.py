@@ -9,7 +9,7 @@ from checkpointer.errors import PolicyError
 from checkpointer.ports import FolderFormat, Format
 
 if TYPE_CHECKING:
-    from checkpointer.formats.layout import Layout
+    from checkpointer.formats.one_pass_memory import Layout
 
 __all__ = ["format_of", "layout_of", "open_format"]
 
@@ -74,11 +74,11 @@ def layout_of(stream: BinaryIO, payload: Format, *, is_mapped: bool) -> Layout |
     """Return where each byte of a file goes that is read once; None if ``payload`` has to read it by itself."""
     # By their modules, because a format of the user's own may have the same name, or be a subclass.
     if type(payload).__module__ == f"{__name__}.torch_file":
-        from checkpointer.formats.one_pass import TorchLayout
+        from checkpointer.formats.torch_one_pass import TorchLayout
 
         return TorchLayout.of(stream, is_mapped=is_mapped)
     if type(payload).__module__ == f"{__name__}.safetensors_file":
-        from checkpointer.formats.safetensors_layout import SafetensorsLayout
+        from checkpointer.formats.safetensors_one_pass import SafetensorsLayout
 
         return SafetensorsLayout.of(stream, is_mapped=is_mapped)
     return None

@@ -25,8 +25,8 @@ from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST
-from checkpointer.formats.one_pass import TorchLayout
 from checkpointer.formats.torch_file import TorchFormat
+from checkpointer.formats.torch_one_pass import TorchLayout
 from checkpointer.records.codec import DIGESTS, METADATA
 
 _CHUNK: Final = 1 << 20

@@ -41,7 +41,7 @@ from checkpointer.formats.inspection.dcp_reader import (
 )
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
-from checkpointer.formats.stored import check_stored
+from checkpointer.formats.tensor_storage import check_stored
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
 

@@ -17,7 +17,7 @@ from checkpointer.formats.inspection.pickle import Persistent
 from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo
-from checkpointer.formats.memory import memory_at, memory_of
+from checkpointer.formats.tensor_bytes import memory_at, memory_of
 
 WeightsFormat = Literal["safetensors", "torch"]
 

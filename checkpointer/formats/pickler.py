@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from checkpointer.errors import SaveError
-from checkpointer.formats.stored import CutStorageError, check_stored
+from checkpointer.formats.tensor_storage import CutStorageError, check_stored
 
 HOW_TO_SAVE_SHARDS: Final = (
     'save with DistributedManager(format="dcp"), or return whole tensors: get_state_dict(model, optimizers, '

@@ -11,7 +11,7 @@ from checkpointer.errors import CorruptError, SaveError
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents, entry, write_safetensors
 from checkpointer.formats.inspection.tensors import TensorInfo
 from checkpointer.formats.pickler import check_whole, class_name, is_whole_dtensor
-from checkpointer.formats.stored import check_stored
+from checkpointer.formats.tensor_storage import check_stored
 from checkpointer.ports import Writable
 
 try:

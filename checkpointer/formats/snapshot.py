@@ -21,8 +21,8 @@ import attrs
 
 from checkpointer.errors import SaveError
 from checkpointer.formats.pickler import Pickler, culprit, pickle_dry
-from checkpointer.formats.stored import CutStorageError
 from checkpointer.formats.tensor_copies import Memory, Sources, Streams, is_plain
+from checkpointer.formats.tensor_storage import CutStorageError
 
 _PROTOCOL: Final = 5
 _QUIET: Final = frozenset({"_codecs", "builtins", "collections", "copyreg", "numpy", "torch"})

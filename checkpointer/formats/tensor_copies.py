@@ -16,9 +16,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import attrs
 
-from checkpointer.formats.memory import move
 from checkpointer.formats.shared_memory import LARGE, Arena, arena_for
-from checkpointer.formats.stored import cut, span
+from checkpointer.formats.tensor_bytes import move
+from checkpointer.formats.tensor_storage import cut, span
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -25,8 +25,8 @@ from checkpointer._secrets import without_secrets
 from checkpointer.commit.directory import Directory
 from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.index import Listing, load
+from checkpointer.commit.lease import Lease
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import Lease
 from checkpointer.errors import (
     ConflictError,
     CorruptError,

@@ -12,7 +12,8 @@ from checkpointer.commit.directory import Directory
 from checkpointer.errors import CorruptError, RestoreError, StorageError, warn
 from checkpointer.ports import Storage, SupportsFreeSpace
 from checkpointer.records.record import Record
-from checkpointer.restore.load import Restored, raising_unreachable, verify
+from checkpointer.restore.fallback import raising_unreachable
+from checkpointer.restore.load import Restored, verify
 
 _log = logging.getLogger("checkpointer")
 

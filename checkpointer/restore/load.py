@@ -1,4 +1,4 @@
-"""Verifies and loads a checkpoint, and falls back to the next valid one with a warning that says why."""
+"""Verifies and loads one checkpoint; see `checkpointer.restore.fallback` for what happens if it is damaged."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import functools
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import attrs
 
-from checkpointer._ahead import ahead
+from checkpointer._parallel import ahead
 from checkpointer._secrets import Secrets
-from checkpointer.commit.index import RECORDS
-from checkpointer.commit.naming import address, location
-from checkpointer.errors import CorruptError, NoValidCheckpointError, RestoreError, warn
+from checkpointer.commit.payload_names import address, location
+from checkpointer.errors import CorruptError, RestoreError
 from checkpointer.formats import format_of, layout_of
 from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.ports import (
@@ -32,7 +31,7 @@ from checkpointer.ports import (
 )
 from checkpointer.records.codec import DIGESTS
 from checkpointer.records.record import Record
-from checkpointer.restore.damage import damage_in
+from checkpointer.restore.damaged_tensors import damage_in
 from checkpointer.restore.folders import difference, other_files
 from checkpointer.storage.digests import (
     Blocks,
@@ -49,11 +48,9 @@ Verify = Literal["full", "mine", "size"]
 """How a payload is compared with its record before it is loaded."""
 
 _CHUNK = 4 << 20
-_FEW = 5
-"""How many problems an error names."""
 
 
-class _GoneError(CorruptError):
+class GoneError(CorruptError):
     """Raised if the payload does not exist at all."""
 
 
@@ -93,7 +90,7 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
     files = files_of(storage, record.name, record.size)
     if not files:
         msg = f"{record.name} is gone, though its record is there"
-        raise _GoneError(msg)
+        raise GoneError(msg)
     size = sum(files.values())
     if problem := difference(record, files):
         raise CorruptError(problem)
@@ -278,63 +275,3 @@ def _nearby(stream: BinaryIO, storage: Storage, record: Record) -> Iterator[Bina
         shutil.copyfileobj(stream, copy, _CHUNK)
         copy.seek(0)
         yield copy
-
-
-@contextlib.contextmanager
-def raising_unreachable(record: Record, storage: Storage) -> Iterator[None]:
-    """If a remote storage does not answer, raise `RestoreError`, which ends the restore.
-
-    The checkpoint is not bad, and going on from an older one would abandon it. If a local file cannot be read, that is
-    an error of this checkpoint alone.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(storage, SupportsPaths) or isinstance(error, FileNotFoundError):
-            raise
-        msg = (
-            f"{record.name} in {storage} could not be read ({type(error).__name__}: {error}); nothing was restored, "
-            "because going on from an older checkpoint would abandon it. Try again, or restore one by name or step"
-        )
-        raise RestoreError(msg) from error
-
-
-def load_first_valid(
-    records: Sequence[Record],
-    load: Callable[[Record], Restored],
-    on_bad: Callable[[Record], None],
-    bad: Iterable[str] = (),
-) -> Restored | None:
-    """Load the first record whose payload is whole; None if there is nothing at all.
-
-    Raises:
-        NoValidCheckpointError: If there were candidates or damaged records, and none is valid.
-        UnsafePayloadError: At once, because an older checkpoint holds the same kind of objects.
-    """
-    problems = list(bad)
-    all_gone = not problems
-    for record in records:
-        try:
-            restored = load(record)
-        except (CorruptError, OSError) as error:
-            problems.append(str(error))
-            all_gone = all_gone and isinstance(error, _GoneError)
-            if isinstance(error, CorruptError):
-                on_bad(record)
-            continue
-        if problems:
-            instead = f"restored {record.name} (step {record.step}) instead of what is newer or better"
-            warn(f"{instead}: {_few(problems)}")
-        return restored
-    if problems:
-        way_out = "restore one by name, or use an empty directory"
-        if all_gone:
-            way_out = f"put a payload back, or to start over remove the records in {RECORDS}, or use another directory"
-        msg = f"no valid checkpoint: {_few(problems)}. Training does not start over silently: {way_out}"
-        raise NoValidCheckpointError(msg)
-    return None
-
-
-def _few(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - _FEW} more" if len(problems) > _FEW else ""
-    return "; ".join(problems[:_FEW]) + more

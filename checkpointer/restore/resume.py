@@ -15,8 +15,9 @@ from checkpointer.commit.directory import Directory
 from checkpointer.errors import NotFoundError, NoValidCheckpointError, RecordError, RestoreError
 from checkpointer.policy.policy import Policy
 from checkpointer.records.record import SCHEMA, Line, Progress, Record
+from checkpointer.restore.fallback import load_first_valid
 from checkpointer.restore.fetch import MirrorSnapshot
-from checkpointer.restore.load import Restored, load_first_valid
+from checkpointer.restore.load import Restored
 from checkpointer.restore.select import check_empty, select
 
 

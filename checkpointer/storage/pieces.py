@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Final
 
-from checkpointer._ahead import ahead
+from checkpointer._parallel import ahead
 from checkpointer.ports import Storage, SupportsPieces
 
 _CHUNK: Final = 1 << 20

@@ -22,9 +22,9 @@ from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, 
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records.names import has_surrogate
 from checkpointer.records.record import ADOPTED, Record, check_readable
+from checkpointer.tools.adopt_files import Said, Units, find_units, read_file, read_folder
+from checkpointer.tools.adopt_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 from checkpointer.tools.catalog import Catalog
-from checkpointer.tools.foreign import Said, Units, find_units, read_file, read_folder
-from checkpointer.tools.foreign_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 
 _CHUNK: Final = 1 << 22
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import RestoreError
-from checkpointer.formats.inspection.weights import Weights, weights_of
+from checkpointer.formats.inspection.find_weights import Weights, weights_of
 
 __all__ = ["Weights", "average", "weights_of"]
 

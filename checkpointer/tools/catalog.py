@@ -12,7 +12,7 @@ import attrs
 from checkpointer._display import some_of
 from checkpointer.commit import index
 from checkpointer.commit.journal import Journal
-from checkpointer.commit.naming import location
+from checkpointer.commit.payload_names import location
 from checkpointer.commit.recovery import recover
 from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
 from checkpointer.commit.terms import by_key

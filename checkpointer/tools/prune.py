@@ -8,9 +8,9 @@ import attrs
 
 from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.commit.journal import Journal, holding
-from checkpointer.commit.recovery import retire
+from checkpointer.commit.lease import LEASE_S, as_lease
+from checkpointer.commit.retirement import retire
 from checkpointer.commit.signing import refuse_unsigned
-from checkpointer.commit.terms import LEASE_S, as_lease
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import NameTakenError, RestoreError
 from checkpointer.policy.decide import explain

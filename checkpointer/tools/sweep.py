@@ -7,9 +7,9 @@ import attrs
 from checkpointer.commit.changes import CHANGES, changes_path
 from checkpointer.commit.index import load
 from checkpointer.commit.journal import Journal, holding
+from checkpointer.commit.lease import Lease
 from checkpointer.commit.recovery import finish_left
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.terms import Lease
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
 from checkpointer.errors import ConflictError
 from checkpointer.ports import Storage, SupportsSweep

@@ -13,8 +13,9 @@ import attrs
 
 from checkpointer._display import age_text, count_text, size_text, some_of
 from checkpointer.commit.index import HOME, parse_json, read_bounded
+from checkpointer.commit.lease import BEATS
 from checkpointer.commit.signing import HMACKey
-from checkpointer.commit.terms import BEATS, TERMS, Claim, TermFiles, key_of, read_claim, read_status
+from checkpointer.commit.terms import TERMS, Claim, TermFiles, key_of, read_claim, read_status
 from checkpointer.commit.writer_marks import describe, writers_in
 from checkpointer.errors import NotFoundError, RecordError
 from checkpointer.policy.triggers import horizon_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from checkpointer.records.record import Record
-from checkpointer.trackers.following import Following
+from checkpointer.trackers.base import Following
 
 
 class TensorBoardTracker(Following):

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from checkpointer.records.record import Record
-from checkpointer.trackers.following import Following, Upload
+from checkpointer.trackers.base import Following, Upload
 
 
 class WandbTracker(Following):

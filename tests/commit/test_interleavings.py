@@ -28,12 +28,12 @@ from support.plain_format import PlainFormat
 from support.sampling import third
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
-from checkpointer.commit import directory, index, recovery, terms, transaction
+from checkpointer.commit import directory, index, lease, retirement, transaction
 from checkpointer.commit import journal as journal_module
 from checkpointer.commit.aliases import Aliases
 from checkpointer.commit.changes import clear_changes
 from checkpointer.commit.journal import Journal
-from checkpointer.commit.naming import Names
+from checkpointer.commit.payload_names import Names
 from checkpointer.commit.terms import Term
 from checkpointer.errors import CheckpointerError, SaveError
 from checkpointer.records.record import Entry, Record
@@ -430,7 +430,7 @@ def clear_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def list_first(patch: pytest.MonkeyPatch) -> None:
-    claim, listing = terms.claim_term, directory._listing
+    claim, listing = lease.claim_term, directory._listing
 
     def claim_late(storage: Any, *args: Any, **kw: Any) -> Any:
         storage.early = index.load(storage, None)
@@ -506,7 +506,7 @@ def record_goes_first(patch: pytest.MonkeyPatch) -> None:
         if there:
             journal.storage.delete(record.name)
 
-    patch.setattr(recovery, "remove", remove)
+    patch.setattr(retirement, "remove", remove)
 
 
 def claim_over(patch: pytest.MonkeyPatch) -> None:
@@ -515,7 +515,7 @@ def claim_over(patch: pytest.MonkeyPatch) -> None:
         term.storage.write(f"{term.folder}/{term.number}.json", json.dumps(claim).encode())
         return True
 
-    patch.setattr(terms, "_create", create)
+    patch.setattr(lease, "_create", create)
 
 
 def keep_name(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from support.servers.fixtures import Serve
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, Policy
 from checkpointer.commit import index
-from checkpointer.commit.terms import Lease, Term, claim_term, read_claim
+from checkpointer.commit.lease import Lease, claim_term
+from checkpointer.commit.terms import Term, read_claim
 from checkpointer.errors import FencedError
 from checkpointer.ports import SupportsSweep
 from checkpointer.restore import load as restoring

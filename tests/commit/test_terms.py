@@ -25,7 +25,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.commit import heartbeat, terms
+from checkpointer.commit import heartbeat, lease, terms
 from checkpointer.commit.changes import Changes, write_changes
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.writer_marks import writers_in
@@ -233,7 +233,7 @@ def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
     )
     beats.start()
     new = started(tmp_path, LAST, "new")
-    new.session._directory._lease = terms.Lease(seconds=30)
+    new.session._directory._lease = lease.Lease(seconds=30)
     try:
         with pytest.raises(
             RunInUseError, match=r"on host node1 .*last heartbeat came .*takeover=True.*CHECKPOINTER_TAKEOVER"
@@ -780,7 +780,7 @@ def test_a_claim_that_cannot_be_created_names_both_causes() -> None:
             return path.endswith("/1.json")
 
     with pytest.raises(StorageError, match=r"start again when 15 minutes .* an empty folder has this name; then rem"):
-        terms.claim_term(Refusing(), "r", "", "someone", terms.Lease(), is_new=False)
+        lease.claim_term(Refusing(), "r", "", "someone", lease.Lease(), is_new=False)
 
 
 @pytest.mark.parametrize("name", ["999999999.json", "99999999999999999999.json", "7.limits", "3.json.tmp", "x.json"])

@@ -36,7 +36,7 @@ from checkpointer.formats.inspection.payload import open_contents, open_stream
 from checkpointer.formats.inspection.pickle import read_made, read_pickle
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.formats.inspection.torch_file import TorchContents
-from checkpointer.formats.inspection.work import Work
+from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.formats.safetensors_file import SafetensorsFormat
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.storage import open_storage

@@ -20,8 +20,8 @@ from torch import nn
 from checkpointer import CheckpointManager, EverySteps, KeepAll, Policy
 from checkpointer.errors import MismatchError
 from checkpointer.formats.export import write_weights
+from checkpointer.formats.inspection.find_weights import weights_of
 from checkpointer.formats.inspection.payload import open_contents
-from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.storage import LocalStorage
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs torch-checkpointer[safetensors]")

@@ -27,7 +27,7 @@ from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, Kee
 from checkpointer.errors import SaveError
 from checkpointer.formats import open_format
 from checkpointer.formats.dcp_folder import DcpFormat
-from checkpointer.formats.stored import check_stored
+from checkpointer.formats.tensor_storage import check_stored
 from checkpointer.save.background import Busy
 
 pytestmark = pytest.mark.filterwarnings(

@@ -22,8 +22,8 @@ from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepLast, Polic
 from checkpointer.errors import CorruptError, MismatchError, RestoreError, SaveError, UnsafePayloadError
 from checkpointer.formats import open_format
 from checkpointer.formats.export import write_weights
+from checkpointer.formats.inspection.find_weights import Weights, weights_of
 from checkpointer.formats.inspection.payload import open_contents, open_stream
-from checkpointer.formats.inspection.weights import Weights, weights_of
 from checkpointer.storage import LocalStorage
 from checkpointer.testing import MemoryStorage
 from checkpointer.tools.average import average

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import torch
 from checkpointer_torch import Loop, load_weights
-from checkpointer_torch.layouts import Layout, Saved, room_for
+from checkpointer_torch.tensor_layouts import Layout, Saved, room_for
 from support.layouts import BATCH, SAMPLES, Net, Numbered, SpreadTraining
 from support.together import together
 from torch import nn

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
-from checkpointer_torch.parts import ModulePart
+from checkpointer_torch.object_parts import ModulePart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from small import POLICY, Small, make_net
 from torch import nn

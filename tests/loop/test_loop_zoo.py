@@ -13,8 +13,8 @@ import pytest
 import torch
 from checkpointer_torch import Loop
 from checkpointer_torch.loader_view import LoaderView
-from checkpointer_torch.position_search import DataPass, ResumedFrom
 from checkpointer_torch.random_state import take_random_state
+from checkpointer_torch.skip_batches import DataPass, ResumedFrom
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

@@ -47,9 +47,9 @@ from checkpointer.commit.journal import Journal
 from checkpointer.commit.terms import key_of
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.inspection.find_weights import weights_of
 from checkpointer.formats.inspection.payload import open_contents, open_stream
 from checkpointer.formats.inspection.torch_file import TorchContents
-from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.formats.safetensors_file import SafetensorsFormat
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.storage import MemoryStorage, open_storage

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from checkpointer import CheckpointManager, EverySteps, HMACKey, KeepLast, Policy, Save
-from checkpointer._ahead import ahead
+from checkpointer._parallel import ahead
 from checkpointer.errors import CorruptError, NoValidCheckpointError, UnsafePayloadError
 from checkpointer.formats.archive_reader import Archive, start_of
-from checkpointer.formats.mapping import HUGE_PAGE, can_map
-from checkpointer.formats.one_pass import TorchLayout, can_unpickle
+from checkpointer.formats.mapped_memory import HUGE_PAGE, can_map
 from checkpointer.formats.torch_file import TorchFormat
-from checkpointer.restore.damage import damage_in
+from checkpointer.formats.torch_one_pass import TorchLayout, can_unpickle
+from checkpointer.restore.damaged_tensors import damage_in
 from checkpointer.storage.pieces import fill
 from checkpointer.testing import MemoryStorage
 

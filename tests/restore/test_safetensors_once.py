@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import OtherLayoutError
-from checkpointer.formats.memory import memory_of
-from checkpointer.formats.safetensors_layout import SafetensorsLayout
+from checkpointer.formats.safetensors_one_pass import SafetensorsLayout
+from checkpointer.formats.tensor_bytes import memory_of
 from checkpointer.storage.pieces import fill
 from checkpointer.testing import MemoryStorage
 

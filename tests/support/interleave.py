@@ -36,7 +36,8 @@ import xxhash
 
 from checkpointer import Policy
 from checkpointer.commit.index import HOME, RECORDS, Listing
-from checkpointer.commit.terms import TERMS, Lease
+from checkpointer.commit.lease import Lease
+from checkpointer.commit.terms import TERMS
 from checkpointer.errors import NameTakenError
 from checkpointer.ports import Stat
 from checkpointer.storage import owner as owners

@@ -21,9 +21,9 @@ from checkpointer import CheckpointerError, Policy
 from checkpointer.cli.app import run
 from checkpointer.commit.index import INDEX, load, record_path
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.inspection.find_weights import weights_of
 from checkpointer.formats.inspection.payload import open_contents, open_stream
 from checkpointer.formats.inspection.torch_file import TorchContents
-from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.formats.safetensors_file import SafetensorsFormat
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.records.record import Entry

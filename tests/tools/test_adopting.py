@@ -21,8 +21,8 @@ from checkpointer.commit.journal import Journal
 from checkpointer.errors import NotFoundError, PolicyError, UntrustedError
 from checkpointer.storage import open_storage
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
+from checkpointer.tools.adopt_names import numbers_in, only_number_in
 from checkpointer.tools.catalog import look_at
-from checkpointer.tools.foreign_names import numbers_in, only_number_in
 
 WEIGHTS = {"w": torch.ones(2)}
 

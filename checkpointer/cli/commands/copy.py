@@ -8,7 +8,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import find_all
+from checkpointer.cli.choose_run import find_all
 from checkpointer.tools.copy import Copying, copy
 
 

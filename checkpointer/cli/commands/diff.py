@@ -9,7 +9,7 @@ import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import find
+from checkpointer.cli.choose_run import find
 from checkpointer.errors import PolicyError
 from checkpointer.tools.diff import Change, diff, diff_values
 from checkpointer.tools.payloads import Payload, opened

@@ -14,9 +14,9 @@ from checkpointer.errors import CheckpointerError
 from checkpointer.policy.decide import explain
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.holders import holders
 from checkpointer.tools.policies import Policies
 from checkpointer.tools.query import NO_SCORE, Condition, check_metrics, metric_names, select
-from checkpointer.tools.terms import holders
 
 MOST_RUNS = 200
 """So many runs of a directory are looked into, unless more are asked for."""

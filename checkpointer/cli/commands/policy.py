@@ -9,7 +9,7 @@ import typer
 
 from checkpointer._display import count_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import choose, not_noted
+from checkpointer.cli.choose_run import choose, not_noted
 from checkpointer.errors import NameTakenError
 from checkpointer.policy.yaml_codec import MAX_YAML_BYTES
 from checkpointer.tools.policies import noted_text

@@ -8,7 +8,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import Chosen, choose, lacking, noted_policy
+from checkpointer.cli.choose_run import Chosen, choose, lacking, noted_policy
 from checkpointer.commit.journal import Journal
 from checkpointer.errors import PolicyError
 from checkpointer.policy.policy import Policy

@@ -13,17 +13,17 @@ import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import find
+from checkpointer.cli.choose_run import find
 from checkpointer.cli.commands.ls import as_data, why
-from checkpointer.commit.naming import location
+from checkpointer.commit.payload_names import location
 from checkpointer.errors import CheckpointerError, PolicyError, RestoreError
+from checkpointer.formats.inspection.find_weights import weights_of
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
-from checkpointer.formats.inspection.weights import weights_of
 from checkpointer.records.record import Record
 from checkpointer.tools.catalog import Catalog, naming_retired
+from checkpointer.tools.holders import terms_of
 from checkpointer.tools.payloads import Payload
-from checkpointer.tools.terms import terms_of
 
 
 def show_command(

@@ -11,7 +11,7 @@ import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import choose
+from checkpointer.cli.choose_run import choose
 from checkpointer.errors import ObservationError
 from checkpointer.policy.decide import Attach, Save, Skip
 from checkpointer.tools.history import MAX_BYTES, History, history_at, history_of, read_history

@@ -9,7 +9,7 @@ import typer
 
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import find_all
+from checkpointer.cli.choose_run import find_all
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.tools.checksums import verify_files
 from checkpointer.tools.payloads import Payload

@@ -23,7 +23,7 @@ from checkpointer._validation import brief
 from checkpointer.errors import CorruptError, UnsafePayloadError
 from checkpointer.formats.inspection.pickle import MAX_SAME_HASHES, Call, Global, Persistent, read_made
 from checkpointer.formats.inspection.tensors import MAX_ELEMENTS, as_shape, as_sizes
-from checkpointer.formats.inspection.work import Work
+from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.records.names import check_name
 
 ITEM_DIGEST: Final = "checkpointer_digest"

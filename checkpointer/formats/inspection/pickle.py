@@ -17,7 +17,7 @@ import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.key_search import MANY, KeySearch
-from checkpointer.formats.inspection.work import COPY, STEP, Work
+from checkpointer.formats.inspection.work_limit import COPY, STEP, Work
 
 MAX_OPERATIONS: Final = 60_000_000
 """A pickle of more instructions than this is refused."""

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from checkpointer.formats.inspection.pickle import Call, Global
 from checkpointer.formats.inspection.tensors import Branch, Entries
-from checkpointer.formats.inspection.work import Work
+from checkpointer.formats.inspection.work_limit import Work
 
 _MODULE: Final = ("_parameters", "_buffers", "_modules")
 _COMPILED: Final = Global("torch._dynamo.eval_frame", "OptimizedModule")

@@ -13,7 +13,7 @@ from checkpointer.formats.inspection.pickle import Call, Global, Persistent, Siz
 from checkpointer.formats.inspection.pickled_tensors import Stored
 from checkpointer.formats.inspection.pickled_values import is_module, module_entries, versions_of
 from checkpointer.formats.inspection.tensors import dtype_named
-from checkpointer.formats.inspection.work import ENTRY, Work
+from checkpointer.formats.inspection.work_limit import ENTRY, Work
 
 _SHOWN: Final = 200
 """Characters of a key that a message shows."""

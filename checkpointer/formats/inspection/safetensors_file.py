@@ -20,7 +20,7 @@ from checkpointer.formats.inspection.tensors import (
     as_shape,
     dtype_named,
 )
-from checkpointer.formats.memory import memory_of, read_exactly
+from checkpointer.formats.tensor_bytes import memory_of, read_exactly
 from checkpointer.ports import Writable
 from checkpointer.records.codec import object_once
 

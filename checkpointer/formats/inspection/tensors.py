@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from checkpointer.errors import reading
-from checkpointer.formats.inspection.work import ENTRY, Work
+from checkpointer.formats.inspection.work_limit import ENTRY, Work
 
 MAX_DIMENSIONS: Final = 64
 """As many as torch computes with."""

@@ -35,8 +35,8 @@ from checkpointer.formats.inspection.tensors import (
     parts_in,
     tree_of,
 )
-from checkpointer.formats.inspection.work import Work
-from checkpointer.formats.memory import read_exactly
+from checkpointer.formats.inspection.work_limit import Work
+from checkpointer.formats.tensor_bytes import read_exactly
 
 MAX_PICKLE_BYTES: Final = 1 << 28
 _LOCAL_HEADER: Final = 30

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
-from checkpointer.formats.layout import PIECE, SMALL, Layout, new_storage
-from checkpointer.formats.mapping import MappedFile, can_map
-from checkpointer.formats.memory import memory_at, read_exactly
-from checkpointer.formats.refusals import raising_unreadable
+from checkpointer.formats.load_errors import raising_unreadable
+from checkpointer.formats.mapped_memory import MappedFile, can_map
+from checkpointer.formats.one_pass_memory import PIECE, SMALL, Layout, new_storage
+from checkpointer.formats.tensor_bytes import memory_at, read_exactly
 
 _PICKLE: Final = "data.pkl"
 _DATA: Final = "data/"

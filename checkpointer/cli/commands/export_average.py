@@ -12,11 +12,11 @@ import typer
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import best_first, choose, find, find_all
+from checkpointer.cli.choose_run import best_first, choose, find, find_all
 from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
+from checkpointer.formats.inspection.find_weights import Weights, weights_of
 from checkpointer.formats.inspection.tensors import Tensors
-from checkpointer.formats.inspection.weights import Weights, weights_of
 from checkpointer.records.record import Record
 from checkpointer.tools.average import average
 from checkpointer.tools.catalog import Catalog

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO, Final
 
-from checkpointer.formats.mapping import HUGE_PAGE, MappedFile, use_huge_pages
-from checkpointer.formats.memory import memory_at, read_exactly
+from checkpointer.formats.mapped_memory import HUGE_PAGE, MappedFile, use_huge_pages
+from checkpointer.formats.tensor_bytes import memory_at, read_exactly
 
 PIECE: Final = 4 << 20
 """Bytes of a piece at most. It is still in the processor's cache when it is digested."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
-from checkpointer.formats.memory import memory_at
+from checkpointer.formats.tensor_bytes import memory_at
 
 HUGE_PAGE: Final = 2 << 20
 """Bytes of a huge page of most processors. On others nothing depends on it."""

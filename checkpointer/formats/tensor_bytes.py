@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, BinaryIO, Final
 
-from checkpointer._ahead import ahead
+from checkpointer._parallel import ahead
 from checkpointer.errors import CorruptError
 
 _CHUNK_BYTES: Final = 8 << 20

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpointer.formats.dtypes import holds
-from checkpointer.formats.inspection.weights import WRAPPERS
-from checkpointer_torch.layouts import fitted
+from checkpointer.formats.inspection.find_weights import WRAPPERS
 from checkpointer_torch.state_differences import Differences, compared
+from checkpointer_torch.tensor_layouts import fitted
 
 _LIKE_PARAMETER: Final = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "sum")

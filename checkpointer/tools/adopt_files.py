@@ -15,7 +15,7 @@ import attrs
 
 from checkpointer._validation import brief
 from checkpointer.commit.index import HOME, directories_below
-from checkpointer.commit.naming import location
+from checkpointer.commit.payload_names import location
 from checkpointer.errors import CorruptError, reading
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
@@ -23,7 +23,7 @@ from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.ports import Storage
 from checkpointer.records.codec import as_number
 from checkpointer.records.record import Contents
-from checkpointer.tools.foreign_names import SUFFIXES, copy_of, numbers_in, only_number_in, texts_in
+from checkpointer.tools.adopt_names import SUFFIXES, copy_of, numbers_in, only_number_in, texts_in
 from checkpointer.tools.query import NO_SCORE
 
 MAX_STATE_BYTES: Final = 1 << 26

@@ -10,7 +10,7 @@ from checkpointer._display import some_of
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, agrees
 from checkpointer.formats.inspection.torch_file import open_zip
-from checkpointer.formats.memory import read_exactly
+from checkpointer.formats.tensor_bytes import read_exactly
 
 _CHUNK: Final = 4 << 20
 _PICKLE: Final = "data.pkl"

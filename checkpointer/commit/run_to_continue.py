@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from checkpointer.commit.contents import Contents
-from checkpointer.commit.missing import missing_text
-from checkpointer.commit.naming import Names
+from checkpointer.commit.missing_message import missing_text
+from checkpointer.commit.payload_names import Names
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Line, Record, commit_order
 

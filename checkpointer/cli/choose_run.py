@@ -14,8 +14,8 @@ from checkpointer.policy.ranking import Metric
 from checkpointer.policy.yaml_codec import suggest
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
+from checkpointer.tools.adopt_names import copy_of
 from checkpointer.tools.catalog import Catalog
-from checkpointer.tools.foreign_names import copy_of
 from checkpointer.tools.query import metric_names
 
 _MOST_RUNS = 3

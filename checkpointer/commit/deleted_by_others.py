@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 from checkpointer.commit.aliases import marker_path
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.index import Listing, record_path
-from checkpointer.commit.missing import missing_text
+from checkpointer.commit.missing_message import missing_text
 from checkpointer.commit.writer_marks import is_marked, mark
 from checkpointer.errors import StorageError, warn
 from checkpointer.policy.decide import Reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import find_all
+from checkpointer.cli.choose_run import find_all
 from checkpointer.commit.journal import Journal
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import set_pinned

@@ -11,8 +11,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from checkpointer._display import some_of
 from checkpointer._validation import brief
 from checkpointer.errors import MismatchError, PolicyError, UnsafePayloadError
+from checkpointer.formats.inspection.find_weights import unwrapped
 from checkpointer.formats.inspection.rebuild import unread_in
-from checkpointer.formats.inspection.weights import unwrapped
 from checkpointer.records.codec import as_number
 
 StateMap = Mapping[str, str | Callable[[Any], Any]]

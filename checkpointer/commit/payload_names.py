@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 import attrs
 
 from checkpointer.commit.contents import Contents
-from checkpointer.commit.looks import Looks
+from checkpointer.commit.deleted_by_others import Looks
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.policy.decide import own_name

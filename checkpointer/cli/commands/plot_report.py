@@ -10,7 +10,7 @@ import attrs
 import typer
 
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import choose, metric_of
+from checkpointer.cli.choose_run import choose, metric_of
 from checkpointer.cli.commands.simulate import Size, as_bytes
 from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, chart_of_records, chart_of_timeline

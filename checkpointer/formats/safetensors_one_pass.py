@@ -8,9 +8,9 @@ from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, dtype_named
-from checkpointer.formats.layout import PIECE, SMALL, Layout, new_storage
-from checkpointer.formats.mapping import can_map
-from checkpointer.formats.memory import memory_at, read_exactly
+from checkpointer.formats.mapped_memory import can_map
+from checkpointer.formats.one_pass_memory import PIECE, SMALL, Layout, new_storage
+from checkpointer.formats.tensor_bytes import memory_at, read_exactly
 
 
 class SafetensorsLayout(Layout):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpointer.cli import options, output
-from checkpointer.cli.choosing import best_first, choose
+from checkpointer.cli.choose_run import best_first, choose
 
 
 def last_command(
