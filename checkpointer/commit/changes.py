@@ -23,6 +23,8 @@ from checkpointer.storage.reader import read_small
 CHANGES: Final = ".checkpointer/changes"
 MAX_CHANGES_BYTES: Final = 64 * MAX_RECORD_BYTES
 """A file of changes that is larger (bytes) is refused unread."""
+_BLOCK: Final = 1024
+"""The smallest block (bytes) of an ext4 disk. After a power loss a file in one block has all its bytes, or zeros."""
 
 
 @attrs.frozen(kw_only=True)
@@ -80,11 +82,16 @@ def changes_in(files: Mapping[str, Stat]) -> list[str]:
 
 
 def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> None:
-    """Announce changes. If one of them removes or replaces a payload, they are durable on return."""
+    """Announce changes. If one of them removes or replaces a payload, they are durable on return.
+
+    Aliases alone are not: if the power goes, this writer ends, so its announcement is not needed any more. But then it
+    must not look like a damaged one. So it is durable too if it takes more than a block.
+    """
     entries = [entry.to_dict() for entry in changes.entries]
     data: dict[str, Any] = {"schema": SCHEMA, "owner": changes.owner, "entries": entries, "aliases": changes.aliases}
     data["term"] = changes.term
-    _put(storage, changes_path(changes.owner), to_json(signed(data, trust)), durable=bool(entries))
+    text = to_json(signed(data, trust))
+    _put(storage, changes_path(changes.owner), text, durable=bool(entries) or len(text) > _BLOCK)
 
 
 def clear_changes(storage: Storage, owner: str) -> None:
@@ -114,6 +121,8 @@ def read_changes(storage: Storage, path: str, trust: HMACKey | None) -> Changes 
         return None
     if not data:
         return None
+    if not data.strip(b"\0"):  # Aliases were announced, and a power loss took the bytes.
+        return Changes(owner=path[len(CHANGES) + 1 : -len(".json")])
     found = parse_json(data, path, MAX_CHANGES_BYTES)
     check_signature(found, path, trust)
     changes = Changes.from_dict(found, path)

@@ -23,7 +23,10 @@ from checkpointer import (
     Naming,
     Policy,
 )
+from checkpointer.commit.changes import Changes, changes_path, write_changes
 from checkpointer.errors import SaveError
+from checkpointer.storage import LocalStorage
+from checkpointer.storage.owner import new_owner
 from checkpointer.testing import MemoryStorage, die
 
 EVERY = EverySteps(1)
@@ -305,3 +308,45 @@ def test_slot_whose_new_metric_makes_it_the_best_is_kept() -> None:
     assert [("epoch=0-step=2.ckpt", 2), ("last.ckpt", 3)] == run.live()
     assert run.manager.best is not None
     assert 2 == run.manager.best.step
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_file_of_changes_whose_bytes_a_power_loss_took_stops_no_training(tmp_path: Path, saved: int) -> None:
+    """Aliases are announced without fsync. After a power loss ext4 may have the size of the file, and zeros in it."""
+    policy = Policy(EVERY, [KeepLast(1)])
+    if saved:
+        first = Run(tmp_path, policy)
+        first.observe(1)
+        first.manager.close()
+    owner = new_owner()
+    zeros = tmp_path / changes_path(owner)
+    zeros.parent.mkdir(parents=True, exist_ok=True)
+    zeros.write_bytes(bytes(200))
+    die(owner)
+    run = Run(tmp_path, policy)
+    restored = run.manager.restore()
+    assert saved == (restored.step if restored else 0)
+    assert run.observe(saved + 1)
+    run.manager.close()
+    following = Run(tmp_path, policy)
+    assert following.manager.restore() is not None
+    following.manager.close()
+    assert not zeros.exists()
+
+
+def test_changes_that_a_power_loss_could_cut_in_two_are_durable(tmp_path: Path) -> None:
+    """What fits in one block of the disk is there or is not; a longer announcement is not written as a scratch file."""
+    for count, durable in ((1, False), (100, True)):
+        storage = CountingStorage(tmp_path, "")
+        write_changes(storage, Changes(owner="me", aliases=("last.ckpt",) * count), None)
+        assert durable == (storage.scratches == 0)
+
+
+class CountingStorage(LocalStorage):
+    """A folder that counts what is written without fsync."""
+
+    scratches = 0
+
+    def write_scratch(self, path: str, data: bytes) -> None:
+        self.scratches += 1
+        super().write_scratch(path, data)
