@@ -22,7 +22,7 @@ help:
 	@echo "make servers     install the servers and fault tools that some tests use"
 	@echo "make docs        build the documentation into docs/_build, offline"
 	@echo "make hosts       install the frameworks that some tests and pages use"
-	@echo "make ray         install Ray Train into .venv-ray, and run its tests, its example and its page; ten minutes"
+	@echo "make ray         run every test of Ray Train and its page; ten minutes"
 	@echo "make bench       measure beside the raw operations"
 	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; half an hour"
@@ -48,14 +48,11 @@ servers: venv
 	PYTHON="$(BIN)/python" .ci/install-servers
 
 hosts: venv
-	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts,pages]'
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,hosts,pages,ray]'
 
-# Apart from .venv, and not in CI: Ray has 500 MB, and each of its runs takes half a minute.
-ray:
-	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet -c constraints.txt pip setuptools
-	.venv-ray/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,servers,ray]'
-	.venv-ray/bin/python -m pytest -n 0 tests/hosts/test_ray.py docs/ray.md
+# CI runs the page, and of the tests the one that kills workers, once.
+ray: servers hosts
+	"$(BIN)/python" -m pytest -n 0 tests/hosts/test_ray.py docs/ray.md
 
 # Apart from .venv, because the tests must not depend on what is installed here.
 PEERS := $(abspath .venv-peers)
@@ -111,7 +108,7 @@ check: venv
 			{ echo "$$example skipped: needs torch-checkpointer[lightning]"; continue; };; \
 		*transformers*|*accelerate*) "$(BIN)/python" -c "import accelerate, transformers" 2>/dev/null || \
 			{ echo "$$example skipped: needs torch-checkpointer[transformers]"; continue; };; \
-		*_ray*) echo "$$example skipped: make ray runs it"; continue;; esac; \
+		*_ray*) echo "$$example skipped: tests/hosts/test_ray.py runs it"; continue;; esac; \
 		echo "$$example"; \
 		folder=$$(mktemp -d); \
 		(cd "$$folder" && for again in 1 2; do "$(BIN)/python" "$(CURDIR)/$$example" || exit 1; done); \
@@ -168,4 +165,4 @@ format: venv
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-ray .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build docs/reference *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-lightning-* .venv-lowest-direct* .venv-highest* build dist docs/_build docs/reference *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from support.sampling import EVERY, FIRST, third
 from support.servers.fixtures import Serve
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, Policy
@@ -23,6 +24,20 @@ EXAMPLE = Path(__file__).parents[2] / "examples/digits_ray.py"
 PATIENCE_S = 300.0
 EPOCHS = 6
 POLICY = Policy(EverySteps(1), [KeepBest(3, "val_loss", mode="min")])
+PLACES = ["folder", "bucket"]
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # It asks its workers as often whether they live.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    # Each of them starts processes that no test needs.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+"""Of Ray's processes here. One run takes some 30 s of CPU time: each of its 18 processes imports what it needs anew."""
 
 
 @attrs.frozen
@@ -43,7 +58,7 @@ class Run:
         while len(_saved(self.directory) - seen) < number:
             assert self.driver.poll() is None, self.output.read_text()
             assert time.monotonic() < give_up, "the training does not save"
-            time.sleep(0.005)
+            time.sleep(0.05)  # Each look at a bucket takes CPU time from the training.
 
     def end(self) -> tuple[int, str]:
         """Return the driver's exit code and all that was printed."""
@@ -60,7 +75,7 @@ def start(folder: Path, directory: str | None = None) -> Run:
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            env={**os.environ, "RAY_DEDUP_LOGS": "0", "RAY_AUTH_MODE": "disabled"},
+            env={**os.environ, **ENVIRONMENT},
         )
     return Run(driver, directory, output)
 
@@ -111,7 +126,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights(output)
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=PLACES if EVERY == 1 else [PLACES[FIRST % 2]])
 def place(request: pytest.FixtureRequest, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> str:
     """A directory on disk, or one in a bucket that all processes find by their environment."""
     if request.param == "folder":
@@ -128,21 +143,22 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, serve: Serve, monkeypa
 def test_killed_workers_are_started_again_and_end_with_the_same_weights(
     tmp_path: Path, unbroken: str, place: str
 ) -> None:
-    """First one of them is killed, then the other one, then both. Ray finds the best checkpoint."""
-    run = start(tmp_path, place)
-    for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
+    """First one of them is killed, then the other one, then both; in CI one of the three. Ray finds the best one."""
+    run, strikes = start(tmp_path, place), third([slice(0, 1), slice(1, 2), slice(0, 2)])
+    for which in strikes:
         run.wait_for_save(2)
         for pid in run.workers()[which]:
             os.kill(pid, signal.SIGKILL)
     code, output = run.end()
     assert 0 == code, output
     assert unbroken == weights(output)
-    assert 4 == len(set(begins(output))), output
+    assert 1 + len(strikes) == len(set(begins(output))), output
     best = CheckpointManager(place, POLICY).best
     assert best is not None
     assert f"best: {best.name}" in output.splitlines()
 
 
+@pytest.mark.skipif(EVERY > 1, reason="a minute and a half for each of the two: make ray runs them")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_was_stopped_goes_on_when_it_runs_again(
     tmp_path: Path, unbroken: str, number: signal.Signals
