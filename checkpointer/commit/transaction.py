@@ -464,7 +464,7 @@ def _inside(path: str, storage: Storage) -> dict[str, int]:
 
 def _check_copied(record: Record, found: tuple[int, str] | None, where: str) -> None:
     if found != (record.size, record.digest):
-        msg = f"{where} has other bytes than its record says; nothing was copied"
+        msg = f"{where} has other bytes than its record says; it was not copied"
         raise CorruptError(msg)
 
 

@@ -173,7 +173,7 @@ def test_init_writes_a_policy_that_is_right_and_replaces_nothing(tmp_path: Path)
     assert 0 == command("policy", "check", file).code
     before = snapshot(tmp_path)
     said = command("policy", "init", file)
-    assert (2, True) == (said.code, "exists already, and is not replaced" in said.err)
+    assert (2, True) == (said.code, "is there already; choose another name" in said.err)
     assert before == snapshot(tmp_path)
     full = re.sub(r"^(\s*)# (- |name:|best:)", r"\1\2", START, flags=re.MULTILINE)
     policy, problems = check_policy(full.encode())
