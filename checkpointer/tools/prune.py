@@ -54,7 +54,8 @@ def plan_pruning(
     """
     reasons = {name: "; ".join(why) for name, why in explain(policy, manifest).items()}
     for alias, name in (aliases or {}).items():
-        if name:
+        # If the policy itself keeps what `last` points to, its reason says so.
+        if name and not (name in reasons and policy.last and alias == policy.name.last_file):
             reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} points to it")))
     kept: dict[str, str] = {}
     going: dict[str, str] = {}

@@ -555,7 +555,7 @@ def test_a_picture_or_page_is_not_written_under_another_extension(
 ) -> None:
     """The extension is the format, so one that cannot be written is refused before anything is drawn."""
     said = command(verb, run, tmp_path / name)
-    assert (2, True) == (said.code, "which is what is written; name such a file" in said.err)
+    assert (2, True) == (said.code, "is not one that this command writes; expected one of ." in said.err)
     assert not (tmp_path / name).exists()
 
 
