@@ -15,6 +15,7 @@ import attrs
 import yaml
 
 from checkpointer._display import some_of
+from checkpointer._new_file import new_file
 from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
 from checkpointer.commit.directory import Directory, created
@@ -470,8 +471,8 @@ class CheckpointManager:
             self._directory.journal.check_term()
             self._directory.storage.write("best_k_models.yaml", text.encode())
         else:
-            with open(path, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with new_file(path, replaces=True) as stream:
+                stream.write(text.encode())
         return scores
 
     def close(self, error: BaseException | None = None, *, timeout: float | None = None) -> None:

@@ -334,7 +334,7 @@ def check_out(path: str, access: Access, *known: str) -> None:
                 msg = f"{path} is a checkpoint of {folder}, which is not replaced; name a new file"
                 raise NameTakenError(msg)
     if known and not path.lower().endswith(known):
-        msg = f"the extension of {path!r} is not {' or '.join(known)}, which is what is written; name such a file"
+        msg = f"the extension of {path!r} is not one that this command writes; expected one of {', '.join(known)}"
         raise PolicyError(msg)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import typer
 
-from checkpointer._display import count_text, escaped_json, one_line
+from checkpointer._display import count_text, escaped_json, one_line, size_text
 from checkpointer.cli.messages import flush as flush
 from checkpointer.cli.messages import print_line as print_line
 from checkpointer.cli.messages import say as say
@@ -81,6 +81,15 @@ def say_damaged(catalog: Catalog) -> bool:
     if half_way:
         say(f"half-way: {', '.join(half_way)}; a running writer finishes it; if it ended, run 'checkpointer sweep'")
     return bool(catalog.damaged)
+
+
+def would_remove(records: Sequence[Record], more: str = "") -> str:
+    """Return the line of a command that removes nothing without ``--apply``."""
+    if not records:
+        return f"nothing to remove{more}"
+    size = size_text(sum(record.size for record in records))
+    them = "it" if len(records) == 1 else "them"
+    return f"would remove {count_text(len(records), 'checkpoint')} ({size}){more}; --apply removes {them}"
 
 
 def leave_if(bad: bool) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from checkpointer.errors import NameTakenError, PolicyError, SaveError
+from checkpointer._new_file import new_file
+from checkpointer.errors import PolicyError, SaveError
 from checkpointer.formats.inspection.pickle import Persistent
 from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
@@ -69,6 +68,7 @@ def write_weights(
         NameTakenError: If the file is there.
         PolicyError: If the extension stands for no format, and ``format`` is None.
         SaveError: If a dtype has no name in safetensors.
+        StorageError: If the file cannot be written, for example because the disk is full.
 
     Example:
         >>> import tempfile, torch
@@ -78,29 +78,10 @@ def write_weights(
         >>> torch.load(path, weights_only=True)
         {'w': tensor([1., 1.])}
     """
-    target = Path(path)
-    if os.path.lexists(target):
-        msg = f"{target} is there already; choose another name, or remove it first"
-        raise NameTakenError(msg)
     format = format or format_by_name(path)
-    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(staged, "xb") as stream:
-            (_write_safetensors if format == "safetensors" else _write_torch)(stream, tensors, read)
-            stream.flush()
-            os.fsync(stream.fileno())
-        size = staged.stat().st_size
-        # A link never replaces a file that appeared meanwhile. A disk without links has a short race here.
-        try:
-            os.link(staged, target)
-        except FileExistsError:
-            msg = f"{target} appeared while it was written; it was left as it is"
-            raise NameTakenError(msg) from None
-        except OSError:
-            os.replace(staged, target)
-        return size
-    finally:
-        staged.unlink(missing_ok=True)
+    with new_file(path, replaces=False) as stream:
+        (_write_safetensors if format == "safetensors" else _write_torch)(stream, tensors, read)
+        return stream.tell()
 
 
 def _write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read) -> None:

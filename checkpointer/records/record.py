@@ -22,6 +22,8 @@ SCHEMA: Final = 1
 
 ADOPTED: Final = "adopted: "
 """How the reason of a record begins whose payload another program wrote."""
+NO_EPOCH: Final = ", without an epoch"
+"""How its reason ends if that program did not say the epoch."""
 
 MAX_WRITTEN_BYTES: Final = MAX_RECORD_BYTES * 2 // 5
 """No record larger than this (bytes) is written: a pending one may hold two, and must be read again."""
@@ -233,6 +235,11 @@ class Record:
         return self.reason.startswith(ADOPTED)
 
     @property
+    def is_epoch_known(self) -> bool:
+        """Whether ``epoch`` is a number of the training, and not a 0 in place of an unknown one."""
+        return not (self.is_adopted and self.reason.endswith(NO_EPOCH))
+
+    @property
     def progress(self) -> Progress:
         """The record on the scales that triggers count on."""
         return Progress(step=self.step, epochs=self.epoch + self.epoch_end, time=self.time, metrics=self.metrics)
@@ -253,7 +260,7 @@ class Record:
         weights = "weights only" if self.contents == "weights" else ""
         metrics = ", ".join(f"{name}={number_text(value)}" for name, value in self.metrics.items())
         return [
-            ("progress", f"step {self.step}, epoch {self.epoch}"),
+            ("progress", f"step {self.step}{f', epoch {self.epoch}' if self.is_epoch_known else ''}"),
             ("metrics", metrics),
             ("size", size_text(self.size)),
             ("kind", ", ".join(text for text in (rescue, weights, "pinned" if self.pinned else "") if text)),

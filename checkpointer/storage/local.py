@@ -211,8 +211,11 @@ class LocalStorage:
 
     def free_space(self) -> int | None:
         """See `SupportsFreeSpace.free_space`."""
+        root = self._root
+        while not root.exists() and root != root.parent:  # It is made at the first write, on the same filesystem.
+            root = root.parent
         try:
-            usage = os.statvfs(self._root)
+            usage = os.statvfs(root)
         except (OSError, AttributeError):
             return None
         return usage.f_bavail * usage.f_frsize
@@ -242,11 +245,7 @@ class LocalStorage:
                 staged.write_bytes(bytes(4096))
                 os.replace(staged, renamed)
         except OSError as error:
-            what = "free some space" if error.errno in FULL else "choose a directory that this process may write to"
-            if error.errno == errno.EACCES:
-                what = permission_advice(error.filename or self._root)
-            msg = f"cannot write to {self._root}: {error.strerror}; {what}"
-            raise StorageError(msg) from error
+            raise cannot_write(self._root, error) from error
 
     def sweep(self) -> int:
         """See `SupportsSweep.sweep`."""
@@ -325,6 +324,14 @@ class LocalStorage:
         staged = self._within(f"{STAGING}/{self._staging.name}/{uuid.uuid4().hex[:12]}")
         put_into(self._staging, lambda: None)
         return staged
+
+
+def cannot_write(place: object, error: OSError) -> StorageError:
+    """Return the error of a directory that this process cannot write to, with what to do."""
+    what = "free some space" if error.errno in FULL else "choose a directory that this process may write to"
+    if error.errno == errno.EACCES:
+        what = permission_advice(error.filename or str(place))
+    return StorageError(f"cannot write to {place}: {error.strerror}; {what}")
 
 
 def _owner_of(folder: Path) -> str:

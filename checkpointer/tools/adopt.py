@@ -13,7 +13,7 @@ from typing import Final
 import attrs
 
 from checkpointer._display import some_of
-from checkpointer.commit.aliases import mark
+from checkpointer.commit.aliases import mark, read_marker
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
@@ -21,7 +21,7 @@ from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, PolicyError, SaveError, reading
 from checkpointer.ports import Storage, SupportsPaths, SupportsSweep
 from checkpointer.records.names import has_surrogate
-from checkpointer.records.record import ADOPTED, Record, check_readable
+from checkpointer.records.record import ADOPTED, NO_EPOCH, Record, check_readable
 from checkpointer.tools.adopt_files import Said, Units, find_units, read_file, read_folder
 from checkpointer.tools.adopt_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 from checkpointer.tools.catalog import Catalog
@@ -79,7 +79,8 @@ def find_foreign(
             the number of a name became a step.
     """
     steps = steps or {}
-    taken = {record.name for record in catalog.records} | set(catalog.aliases)
+    lost = _lost_aliases(catalog)
+    taken = {record.name for record in catalog.records} | set(catalog.aliases).difference(lost)
     units = find_units(catalog.files, taken | {entry.record.name for entry in catalog.unfinished})
     _check_steps({name: step for name, step in steps.items() if name not in taken}, units)
     names = (*units.folders, *units.files)
@@ -110,7 +111,7 @@ def find_foreign(
                 refused[item.name] = problem
     found = [item for item in found if item.name not in refused]
     aliases, beside = _copies(catalog, found)
-    kept = [item for item in found if item.name not in aliases and item.name not in beside]
+    kept = [item for item in found if not any(item.name in some for some in (aliases, beside, lost))]
     there = {record.name for record in catalog.records} | {item.name for item in kept}
     aliases |= {link: target for link, target in links.items() if target in there}
     refused |= {
@@ -118,11 +119,18 @@ def find_foreign(
     }
     return Adoption(
         found=tuple(sorted(kept, key=lambda item: (item.step, item.name))),
-        refused=refused,
+        refused={name: why for name, why in refused.items() if name not in lost},
         aliases=aliases,
         beside=units.left | beside,
         unused=unused,
     )
+
+
+def _lost_aliases(catalog: Catalog) -> set[str]:
+    """Return the aliases that were adopted and whose file is another one now, such as a copy by ``cp -r``."""
+    journal = Journal(catalog.storage, "", catalog.trust)
+    unknown = [alias for alias, target in catalog.aliases.items() if not target]
+    return {alias for alias in unknown if read_marker(journal, alias).get("target")}
 
 
 def _found(said: Said) -> Found:
@@ -402,7 +410,7 @@ def _draft(catalog: Catalog, item: Found, *, run: str, serial: int) -> Record:
         time=_time(catalog, item.name),
         size=0,
         digest="",
-        reason=f"{ADOPTED}written by {item.writer}",
+        reason=f"{ADOPTED}written by {item.writer}{'' if item.is_epoch_known else NO_EPOCH}",
         run=run,
         serial=serial,
         token=uuid.uuid4().hex,

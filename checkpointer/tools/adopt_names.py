@@ -192,7 +192,7 @@ def matches(
 
     for pattern in patterns:
         if not any(pattern.match(name) is not None for name in (*names, *adopted)):
-            there = ", ".join(sorted(names)[:4]) or "no file that could be adopted"
+            there = ", ".join(sorted(names or adopted)[:4]) or "no file that could be adopted"
             msg = f"no name fits the pattern {pattern.text!r}; there are: {there}"
             raise PolicyError(msg)
     return dict(found())

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import attrs
 
@@ -278,7 +279,7 @@ def _aliases(
     storage: Storage, listing: index.Listing, records: Sequence[Record], trust: HMACKey | None
 ) -> dict[str, str]:
     """Return the aliases that this library made and that are still there."""
-    names = {record.name for record in records}
+    sizes = {record.name: record.size for record in records}
     # A folder has files, and a link or copy of one has them too.
     tops = {path.partition("/")[0] for path in listing.files}
     aliases: dict[str, str] = {}
@@ -291,12 +292,24 @@ def _aliases(
             alias = data.get("alias") if isinstance(data, dict) else None
             if not isinstance(alias, str) or path != f"{_ALIASES}{index.json_name(alias)}":
                 continue  # This library did not write it.
-            if alias not in names and (alias in listing.files or alias in tops):
+            if alias not in sizes and (alias in listing.files or alias in tops):
                 there = listing.files.get(alias)
-                is_same = there is not None and data.get("version") == there.version != ""
-                copied = data.get("target") if is_same else None
-                aliases[alias] = copied if copied in names else _target(storage, alias, listing, records)
+                copied = data.get("target") if there is not None and _is_same(storage, there, data, sizes) else None
+                aliases[alias] = copied if copied in sizes else _target(storage, alias, listing, records)
     return dict(sorted(aliases.items(), reverse=True))
+
+
+def _is_same(storage: Storage, there: Stat, marker: dict[str, Any], sizes: Mapping[str, int]) -> bool:
+    """Return whether the file of an adopted alias is the one that was looked at, or its copy by ``cp -a``.
+
+    On a disk its version is its time and its inode. A copy of the directory has other inodes.
+    """
+    version = marker.get("version")
+    if version == there.version != "":
+        return True
+    if not isinstance(version, str) or not isinstance(storage, SupportsPaths):
+        return False
+    return there.size == sizes.get(marker.get("target", "")) and version.split("-")[0] == there.version.split("-")[0]
 
 
 def _target(storage: Storage, alias: str, listing: index.Listing, records: Sequence[Record]) -> str:

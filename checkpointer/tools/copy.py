@@ -21,6 +21,8 @@ from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import CorruptError, NameTakenError, NotEnoughSpaceError, RecordError, StorageError
 from checkpointer.ports import Storage, SupportsFreeSpace, SupportsLinks, SupportsSweep
 from checkpointer.records.record import Record, commit_order
+from checkpointer.storage.local import cannot_write
+from checkpointer.storage.local_upload import FULL
 from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.storage.same_place import SamePlaceError, refuse_same
@@ -97,6 +99,7 @@ def copy(
     trust: HMACKey | None = None,
     on_plan: Callable[[Copying], object] = lambda plan: None,
     on_bytes: Callable[[int], object] = lambda count: None,
+    on_bad: Callable[[Record, CorruptError], object] | None = None,
 ) -> Copying:
     """Copy checkpoints to another storage, each by the steps of a commit, so that each is there whole or not at all.
 
@@ -111,6 +114,8 @@ def copy(
         trust: The key of signed records, for both sides.
         on_plan: Called with the plan before anything is copied.
         on_bytes: Called with the number of bytes after each read.
+        on_bad: Called with a checkpoint that is not what its record says, and with the error. It is left out, and the
+            others are copied. None: the error is raised.
 
     Returns:
         What was done.
@@ -120,8 +125,8 @@ def copy(
         NotEnoughSpaceError: If the destination has too little space. Nothing was changed.
         NameTakenError: If it has something else under such a name. Nothing was changed.
         AliasInUseError: If a process writes to the destination, or may do so on another machine. Nothing was changed.
-        CorruptError: If a payload is not what its record says. It is not copied; what was before it is. If a running
-            process has retired the checkpoint meanwhile, it is left out instead.
+        CorruptError: If a payload is not what its record says, and there is no ``on_bad``. It is not copied; what was
+            before it is. If a running process has retired the checkpoint meanwhile, it is left out instead.
         UntrustedError: If records on either side are signed, and there is no key. Nothing was changed.
 
     Example:
@@ -154,7 +159,7 @@ def copy(
     if _clear(source, target, plan, journal):
         target = look_at(storage, trust)
         plan = plan_copying(source, target, records)
-    plan = _copy_payloads(source, target, plan, journal, on_bytes)
+    plan = _copy_payloads(source, target, plan, journal, on_bytes, on_bad)
     limits = [path for path in source.files if path.startswith(f"{TERMS}/") and path.endswith(".limits")]
     for path in (_CREATED, *limits):
         if path in source.files and path not in target.files:
@@ -171,25 +176,37 @@ def copy(
 
 
 def _copy_payloads(
-    source: Catalog, target: Catalog, plan: Copying, journal: Journal, on_bytes: Callable[[int], object]
+    source: Catalog,
+    target: Catalog,
+    plan: Copying,
+    journal: Journal,
+    on_bytes: Callable[[int], object],
+    on_bad: Callable[[Record, CorruptError], object] | None,
 ) -> Copying:
-    """Copy the payloads and records; return the plan without what a running process has retired meanwhile."""
+    """Copy the payloads and records; return the plan without what is bad, or was retired by a running process."""
     counted = CountingStorage(source.storage, on_bytes)
     without_payload = {record.name: record for record in target.missing}
     transaction, now = Transaction(journal), source
     retired: list[Record] = []
+    bad: list[Record] = []
     for record in plan.missing:
         if now is not source and now.lacks(record):
             retired.append(record)
             continue
         try:
             transaction.copy_in(record, counted, record.name, replaces=without_payload.get(record.name))
-        except (CorruptError, OSError):
+        except (CorruptError, OSError) as error:
             now = source.again()
-            if not now.lacks(record):
+            if now.lacks(record):
+                retired.append(record)
+            elif on_bad is not None and isinstance(error, CorruptError):
+                on_bad(record, error)
+                bad.append(record)
+            elif isinstance(error, OSError) and error.errno in FULL:
+                raise cannot_write(target.place, error) from error
+            else:
                 raise
-            retired.append(record)
-    gone = {record.name for record in retired}
+    gone = {record.name for record in (*retired, *bad)}
     return attrs.evolve(
         plan,
         missing=tuple(record for record in plan.missing if record.name not in gone),

@@ -135,7 +135,7 @@ def similar(path: Path, *, folders: bool = False) -> str:
         names = [entry.name for entry in parent.parent.iterdir() if not folders or entry.is_dir()]
     except OSError:
         return ""
-    close = difflib.get_close_matches(parent.name, names, n=1)
+    close = difflib.get_close_matches(parent.name, names, n=1, cutoff=0.65)
     return f" (did you mean {parent.parent / close[0]}?)" if close else ""
 
 

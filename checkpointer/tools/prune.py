@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -9,16 +10,18 @@ import attrs
 from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.lease import LEASE_S, as_lease
+from checkpointer.commit.payload_names import location
 from checkpointer.commit.retirement import retire
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.writer_marks import refuse_if_live
-from checkpointer.errors import NameTakenError, RestoreError
+from checkpointer.errors import NameTakenError, RestoreError, StorageError
 from checkpointer.policy.decide import explain
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest, KeepLast, Rule
-from checkpointer.ports import SupportsSweep
+from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Entry, Record
+from checkpointer.storage.local_upload import FULL
 from checkpointer.tools.catalog import Catalog
 
 
@@ -51,7 +54,8 @@ def plan_pruning(
     """
     reasons = {name: "; ".join(why) for name, why in explain(policy, manifest).items()}
     for alias, name in (aliases or {}).items():
-        if name:
+        # If the policy itself keeps what `last` points to, its reason says so.
+        if name and not (name in reasons and policy.last and alias == policy.name.last_file):
             reasons[name] = "; ".join(filter(None, (reasons.get(name, ""), f"{alias} points to it")))
     kept: dict[str, str] = {}
     going: dict[str, str] = {}
@@ -168,16 +172,32 @@ def _refuse(catalog: Catalog, journal: Journal) -> None:
 
 def _remove(records: Sequence[Record], journal: Journal) -> tuple[Record, ...]:
     """Remove checkpoints of one run."""
-    if isinstance(journal.storage, SupportsSweep):
-        journal.storage.prepare()
     if not records:
         return ()
+    if isinstance(journal.storage, SupportsSweep):
+        with _saying_how_on_a_full_disk(journal.storage, records[0]):
+            journal.storage.prepare()
     with holding(journal, records[0].run, records[0].label, as_lease(LEASE_S, None)):
         going = [record for record in records if _is_there(journal, record)]
         entries = [Entry(record=record, status="retired", owner=journal.owner) for record in going]
         with journal.changing(*entries) as failed:
             retire(journal, going, failed)
     return tuple(going)
+
+
+@contextlib.contextmanager
+def _saying_how_on_a_full_disk(storage: Storage, record: Record) -> Iterator[None]:
+    """If the block fails because the disk is full, say how to remove a checkpoint there all the same."""
+    try:
+        yield
+    except StorageError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in FULL:
+            raise
+        msg = (
+            f"{error}. Each removal is noted first, which takes a few kB: delete one file yourself, such as "
+            f"{location(storage, record.name)}, and run the command again"
+        )
+        raise StorageError(msg) from error
 
 
 def _is_there(journal: Journal, record: Record) -> bool:

@@ -57,6 +57,8 @@ class Watched:
     free: int | None = None
     full_in_s: float | None = None
     """Seconds until the storage is full, if the run goes on to grow as it has since it began."""
+    others: tuple[str, ...] = ()
+    """Ids of the other runs, if none is being trained and none was named."""
     problems: tuple[str, ...] = ()
     """Records that are damaged, half-way or without a payload."""
 
@@ -96,9 +98,12 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         for found in (claims.values() if run is not None else held)
         if run in (None, found.claim.run, f"{found.claim.run}/{found.claim.label}")
     ]
-    if not wanted and run is None and catalog.records:
-        newest = catalog.records[-1]
-        wanted = [claims.get(key_of(newest.run, newest.label)) or _Held(Claim(run=newest.run, label=newest.label), 0)]
+    others: tuple[str, ...] = ()
+    if not wanted and catalog.records:
+        # An adopted run has no term.
+        own = catalog.named(run)[-1] if run is not None else (catalog.records[-1].run, catalog.records[-1].label)
+        others = tuple(catalog.id_of(*one) for one in catalog.runs if one != own and run is None)
+        wanted = [claims.get(key_of(*own)) or _Held(Claim(run=own[0], label=own[1]), 0)]
     if not wanted and run is None:
         wanted = [_Held(Claim(owner=owner), 0) for owner in writers_in(storage, catalog.files)]
     if not wanted:
@@ -110,7 +115,7 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
         msg = f"{catalog.place} has {what}"
         raise NotFoundError(msg)
     policies = Policies(catalog)
-    return tuple(_watched(catalog, found, policies, now) for found in wanted)
+    return tuple(attrs.evolve(_watched(catalog, found, policies, now), others=others) for found in wanted)
 
 
 @attrs.frozen
@@ -182,7 +187,7 @@ def _watched(catalog: Catalog, held: _Held, policies: Policies, now: float) -> W
         due=due if state == "alive" else "",
         due_in_s=due_in_s if state == "alive" else None,
         free=free,
-        full_in_s=_full_in_s(catalog, size, free, now),
+        full_in_s=_full_in_s(catalog, size, free, now) if state == "alive" else None,
         problems=tuple(_problems(catalog)),
     )
 
@@ -227,9 +232,13 @@ def lines_of(seen: Watched, now: float) -> list[tuple[str, str]]:
     """Return what there is to say of a run, a line each."""
     status, newest = seen.status, seen.newest
     said = f", {age_text(now - status.time)} ago" if status is not None else ""
+    is_adopted = newest is not None and newest.is_adopted and not seen.is_alive
+    how = "adopted; nothing is known of the program that wrote it" if is_adopted else _STATES[seen.state]
+    others = f"{some_of(seen.others)}; --run ID shows one"
     lines = [
-        ("run", f"{seen.run or 'not saved yet'}{f' ({seen.label})' if seen.label else ''}: {_STATES[seen.state]}"),
-        ("process", seen.process),
+        ("run", f"{seen.run or 'not saved yet'}{f' ({seen.label})' if seen.label else ''}: {how}"),
+        ("others", others if seen.others else ""),
+        ("process", "" if is_adopted else seen.process),
         ("step", f"{status.step}{said}" if status is not None and status.step >= 0 else ""),
         ("saved", f"{newest.name}, step {newest.step}, {age_text(now - newest.time)} ago" if newest else "nothing yet"),
         ("writing", _writing(status) if status is not None and seen.is_alive else ""),

@@ -279,14 +279,19 @@ def test_a_folder_is_copied_and_gone_on_with_where_there_are_only_files(tmp_path
     assert 0 == command("diff", tmp_path / "run", 1, 1, "--in", tmp_path / "back").code
 
 
-def test_copy_takes_nothing_that_is_damaged(run: Path, tmp_path: Path) -> None:
-    """What came before it is there, and nothing half."""
-    payload = run / "epoch=2-step=30.ckpt"
+def test_copy_brings_all_but_what_is_damaged(tmp_path: Path) -> None:
+    """Also what is newer: a person copies from a disk that dies."""
+    run = train(tmp_path / "run", 0.9, 0.2, 0.5, policy=ALL_LINKED)
+    payload = run / "epoch=1-step=20.ckpt"
     payload.write_bytes(b"?" + payload.read_bytes()[1:])
     said = command("copy", run, tmp_path / "copy")
-    assert (2, True) == (said.code, "has other bytes than its record says" in said.err)
-    assert [10, 20] == [item["step"] for item in command("ls", tmp_path / "copy", "--json").data]
+    assert 1 == said.code
+    assert f"damaged: epoch=1-step=20.ckpt in {run} has other bytes than its record says; it was not copied" in said.err
+    assert "best.ckpt was not copied: epoch=1-step=20.ckpt is damaged" in said.err
+    assert [10, 30] == [item["step"] for item in command("ls", tmp_path / "copy", "--json").data]
     assert 0 == command("verify", tmp_path / "copy").code
+    again = command("copy", run, tmp_path / "copy", "--json")
+    assert (1, ["epoch=1-step=20.ckpt"], []) == (again.code, again.data["damaged"], again.data["copied"])
 
 
 def test_copy_replaces_nothing(run: Path, tmp_path: Path) -> None:
@@ -550,7 +555,7 @@ def test_a_picture_or_page_is_not_written_under_another_extension(
 ) -> None:
     """The extension is the format, so one that cannot be written is refused before anything is drawn."""
     said = command(verb, run, tmp_path / name)
-    assert (2, True) == (said.code, "which is what is written; name such a file" in said.err)
+    assert (2, True) == (said.code, "is not one that this command writes; expected one of ." in said.err)
     assert not (tmp_path / name).exists()
 
 

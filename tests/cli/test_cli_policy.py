@@ -33,7 +33,7 @@ def test_ones_own_run_needs_no_flags(run: Path, tmp_path: Path) -> None:
     said = command("average", run, "--best", 2, "-o", out)
     assert (0, True) == (said.code, "epoch=1-step=20.ckpt" in said.out and "epoch=2-step=30.ckpt" in said.out)
     said = command("prune", run)
-    assert (0, True) == (said.code, "would remove 0 checkpoints" in said.out)
+    assert (0, True) == (said.code, "nothing to remove, keep 3" in said.out)
     assert "noted: save every step; keep the best 2 by loss (min) and the newest" in said.err
     assert {"#1 of the best 2 by loss (min)", "#2 of the best 2 by loss (min)", "the newest"} == {
         one["why"] for one in command("ls", run, "--json").data
@@ -87,7 +87,7 @@ def test_a_manager_without_rules_notes_nothing(run: Path) -> None:
     """Its policy would be advice to remove everything."""
     with CheckpointManager(run, state=dict) as manager:
         manager.restore()
-    assert "would remove 0 checkpoints" in command("prune", run).out
+    assert "nothing to remove" in command("prune", run).out
 
 
 def test_without_a_policy_the_reason_says_that_it_is_an_old_one(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_init_writes_a_policy_that_is_right_and_replaces_nothing(tmp_path: Path)
     assert 0 == command("policy", "check", file).code
     before = snapshot(tmp_path)
     said = command("policy", "init", file)
-    assert (2, True) == (said.code, "exists already, and is not replaced" in said.err)
+    assert (2, True) == (said.code, "is there already; choose another name" in said.err)
     assert before == snapshot(tmp_path)
     full = re.sub(r"^(\s*)# (- |name:|best:)", r"\1\2", START, flags=re.MULTILINE)
     policy, problems = check_policy(full.encode())

@@ -248,3 +248,15 @@ def test_each_run_and_label_has_an_id_that_finds_only_it(tmp_path: Path) -> None
     catalog = catalog_of(tmp_path)
     assert ["a/", "a/x", "a/x/"] == [catalog.id_of(*one) for one in runs]
     assert [(one,) for one in runs] == [catalog.named(catalog.id_of(*one)) for one in runs]
+
+
+def test_watch_says_that_a_run_was_adopted_and_which_others_there_are(two: Path) -> None:
+    """No manager of it was closed, and nothing is known of the program that wrote it."""
+    runs = runs_of(two)
+    said = command("watch", two, "--once")
+    assert 1 == said.code
+    assert f"{runs[PLAIN[0]]}: adopted; nothing is known of the program that wrote it" in said.out
+    assert f"others  {runs[RANKED[0]]}; --run ID shows one" in said.out
+    assert "process" not in said.out
+    other = command("watch", two, "--once", "--run", runs[RANKED[0]])
+    assert (True, False) == (f"{runs[RANKED[0]]}: adopted" in other.out, "others" in other.out)

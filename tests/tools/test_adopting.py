@@ -313,6 +313,49 @@ def test_a_last_file_with_the_bytes_of_another_is_an_alias(tmp_path: Path, how: 
     assert "30.pt" == Path(tmp_path / "last.pt").resolve().name
 
 
+@pytest.mark.parametrize("how", ["cp -a", "cp -r", "cp -r, and last.pt has other bytes"])
+def test_an_alias_is_known_in_a_copy_of_the_directory(tmp_path: Path, how: str) -> None:
+    """``cp -a`` keeps the time of the file. After another copy ``adopt`` compares the bytes once more."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    save(old / "step_10.pt", {"model": WEIGHTS, "step": 10})
+    shutil.copy(old / "step_10.pt", old / "last.pt")
+    assert 0 == command("adopt", old).code
+    shutil.copytree(old, new, copy_function=shutil.copy2 if how == "cp -a" else shutil.copy)
+    if how.endswith("other bytes"):
+        save(new / "last.pt", {"model": {"w": WEIGHTS["w"] + 1}, "step": 10})
+
+    def aliases() -> list[list[str]]:
+        return [one["aliases"] for one in command("ls", new, "--json").data]
+
+    assert ([["last.pt"]] if how == "cp -a" else [[]]) == aliases()
+    again = command("adopt", new)
+    assert (0, "0 checkpoints adopted, 1 had a record already" in again.out) == (again.code, True)
+    assert ([[]] if how.endswith("other bytes") else [["last.pt"]]) == aliases()
+
+
+def test_an_epoch_that_is_not_known_is_left_out(tmp_path: Path) -> None:
+    """It is not epoch 0."""
+    save(tmp_path / "a" / "step_10.pt", {"model": WEIGHTS, "step": 10})
+    save(tmp_path / "b" / "step_20.pt", {"model": WEIGHTS, "step": 20, "epoch": 0})
+    assert 0 == command("adopt", tmp_path).code
+    assert [None, 0] == [one["epoch"] for one in command("ls", tmp_path, "--json").data]
+    head, first, _, second, _ = command("ls", tmp_path).out.splitlines()[1:]
+    cells = [line[head.index("epoch") : head.index("epoch") + 5].strip() for line in (first, second)]
+    assert ["", "0"] == cells
+    steps = [command("show", tmp_path, step).out.splitlines()[2].split() for step in (10, 20)]
+    assert [["step", "10"], ["step", "20", "(epoch", "0,", "ended)"]] == steps
+    assert [False, True] == [record.is_epoch_known for record in look_at(open_storage(tmp_path, "")).records]
+
+
+def test_what_has_a_record_is_not_adopted_anew_and_adopt_says_so(tmp_path: Path) -> None:
+    """A person notices a wrong step after the adoption."""
+    save(tmp_path / "model_5_0.75.pt")
+    assert 0 == command("adopt", tmp_path, "--pattern", "model_{step}_{acc}.pt").code
+    said = command("adopt", tmp_path, "--pattern", "model_{epochs}_{acc}.pt", "--steps-per-epoch", 8)
+    assert "to adopt a file anew, remove its record, such as .checkpointer/records/model_5_0.75.pt.json" in said.err
+    assert "there are: model_5_0.75.pt" in command("adopt", tmp_path, "--pattern", "x_{step}.pt").err
+
+
 def test_an_alias_whose_file_was_replaced_is_not_believed(tmp_path: Path) -> None:
     """The trainer has written another last file meanwhile."""
     save(tmp_path / "step_10.pt", {"model": WEIGHTS, "step": 10})

@@ -9,6 +9,7 @@ import typer
 
 from checkpointer._display import count_text, number_text, some_of
 from checkpointer.cli import options, output
+from checkpointer.commit.index import record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.errors import NotFoundError, PolicyError
@@ -69,6 +70,9 @@ def adopt_command(
             made, adoption = _adopt(catalog, adoption, Journal(storage, owner, key), run)
     if adoption.unused:
         output.say(adoption.unused)
+    elif (steps or steps_per_epoch or pattern) and catalog.records and not (adoption.found or adoption.aliases):
+        first = record_path(catalog.records[0].name)
+        output.say(f"what has a record is not read again; to adopt a file anew, remove its record, such as {first}")
     if as_json:
         left = {"refused": dict(adoption.refused), "beside": dict(adoption.beside)}
         output.print_json({"adopted": _as_data(adoption, made), "aliases": dict(adoption.aliases), **left})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
+from checkpointer.errors import CorruptError
 from checkpointer.tools.copy import Copying, copy
 
 
@@ -27,12 +29,14 @@ def copy_command(
 ) -> None:
     """Copy checkpoints with their records and aliases, each verified on the way. Run it again to go on.
 
-    Checkpoints that the target has are left alone; damaged ones are not copied, and nothing is ever replaced.
+    Checkpoints that the target has are left alone, and nothing is ever replaced. Damaged ones are not copied; then it
+    exits with 1.
 
     Example: checkpointer copy runs/digits s3://bucket/digits
     """
     catalog = options.look(source, access)
     records = find_all(catalog, only, run) if only else None if run is None else catalog.of(run)
+    bad: dict[str, CorruptError] = {}
     with (
         options.writing(target, options.Access(storage_options=target_options), new=True) as (storage, owner),
         output.progress("copying", 0) as bar,
@@ -45,28 +49,34 @@ def copy_command(
             trust=access.key,
             on_plan=lambda plan: bar(total=plan.bytes),
             on_bytes=bar,
+            on_bad=lambda record, error: bad.update({record.name: error}),
         )
-    _say(done, str(storage), as_json=as_json)
+    _say(done, str(storage), bad, as_json=as_json)
+    for error in bad.values():
+        output.say(f"damaged: {error}")
     made = {alias for alias, *_ in done.aliases}
-    gone = {record.name for record in done.retired}
-    for name in gone:
+    gone = {*bad, *(record.name for record in done.retired)}
+    for name in gone.difference(bad):
         output.say(f"{name} was not copied: a running process has retired it meanwhile")
     for alias, name in catalog.aliases.items():
-        if name and alias not in made and records is None and name not in gone:
+        if name in bad:
+            output.say(f"{alias} was not copied: {name} is damaged")
+        elif name and alias not in made and records is None and name not in gone:
             output.say(f"{alias} was not copied: {storage} has a file of that name, which is not replaced")
         if not name:
             why = f"{catalog.place} does not say which checkpoint it is a copy of"
             output.say(f"{alias} was not copied: {why}; the next save makes it again")
-    output.leave_if(output.say_damaged(catalog) or (records is None and bool(catalog.missing)))
+    output.leave_if(output.say_damaged(catalog) or bool(bad) or (records is None and bool(catalog.missing)))
 
 
-def _say(done: Copying, place: str, *, as_json: bool) -> None:
+def _say(done: Copying, place: str, bad: Iterable[str], *, as_json: bool) -> None:
     if as_json:
         data = {
             "target": place,
             "copied": [record.name for record in done.missing],
             "there": [record.name for record in done.there],
             "retired": [record.name for record in done.retired],
+            "damaged": [*bad],
             "aliases": {alias: name for alias, name, _ in done.aliases},
             "bytes": done.bytes,
         }

@@ -143,7 +143,8 @@ def why(catalog: Catalog, policies: Policies) -> dict[str, str]:
             if abandoned := manifest.why_abandoned(record):
                 reasons[record.name] = abandoned
             elif policy is None:
-                reasons[record.name] = ("pinned; " if record.pinned else "") + f"when it was saved: {record.reason}"
+                when = "" if record.is_adopted else "when it was saved: "
+                reasons[record.name] = f"{'pinned; ' if record.pinned else ''}{when}{record.reason}"
             else:
                 reasons[record.name] = "; ".join(kept.get(record.name, ("no rule keeps it",)))
     return reasons
@@ -159,7 +160,7 @@ def _best(catalog: Catalog, policies: Policies) -> frozenset[str]:
 def as_data(catalog: Catalog, record: Record, reason: str) -> dict[str, Any]:
     """Return a record as JSON shows it."""
     more = {"path": catalog.location(record.name), "aliases": catalog.aliases_of(record), "why": reason}
-    return record.to_dict() | more
+    return record.to_dict() | more | ({} if record.is_epoch_known else {"epoch": None})
 
 
 def _metrics(records: list[Record], policies: Policies) -> list[str]:
@@ -194,7 +195,7 @@ def _columns(catalog: Catalog, records: list[Record], metrics: list[str], *, roo
     now = time.time()
     columns = {
         "step": [str(record.step) for record in records],
-        "epoch": [str(record.epoch) for record in records],
+        "epoch": [str(record.epoch) if record.is_epoch_known else "" for record in records],
         **{
             name: [number_text(r.metrics[name], _DIGITS) if name in r.metrics else "" for r in records]
             for name in metrics

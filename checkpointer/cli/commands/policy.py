@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from checkpointer._display import count_text
+from checkpointer._new_file import new_file
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import choose, not_noted
-from checkpointer.errors import NameTakenError
 from checkpointer.policy.yaml_codec import MAX_YAML_BYTES
 from checkpointer.tools.policies import noted_text
 from checkpointer.tools.policy_file import START, check_policy
@@ -63,12 +63,8 @@ def init(
     if not file:
         output.write(START)
         return
-    try:
-        with open(file, "x", encoding="utf-8") as stream:
-            stream.write(START)
-    except FileExistsError as error:
-        msg = f"{file} exists already, and is not replaced; name a new file"
-        raise NameTakenError(msg) from error
+    with new_file(file, replaces=False) as stream:
+        stream.write(START.encode())
     output.print_line(f"{file}: written; edit it, then try 'checkpointer policy check {file}'")
 
 

@@ -75,8 +75,9 @@ def _print(pruning: Pruning, removed: int | None) -> None:
         output.print_line(f"keep  {name}: {why}")
     for name, why in pruning.going.items():
         output.print_line(f"{'drop' if removed is None else 'gone'}  {name}: {why}")
-    size, count, kept = size_text(pruning.bytes), len(pruning.going), len(pruning.kept)
-    if removed is None:
-        output.print_line(f"would remove {count_text(count, 'checkpoint')} ({size}), keep {kept}; --apply removes them")
+    kept = len(pruning.kept)
+    if removed is None or not pruning.records:
+        output.print_line(output.would_remove(pruning.records, f", keep {kept}"))
     else:
-        output.print_line(f"removed {removed} of {count_text(count, 'checkpoint')} ({size}), kept {kept}")
+        what = f"{count_text(len(pruning.records), 'checkpoint')} ({size_text(pruning.bytes)})"
+        output.print_line(f"removed {removed} of {what}, kept {kept}")

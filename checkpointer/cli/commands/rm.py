@@ -51,11 +51,11 @@ def _print(catalog: Catalog, records: list[Record], stay: dict[str, str], *, is_
         else:
             output.print_line(f"{'gone ' if is_done else 'drop '}  {record.name}: step {record.step}")
     going = [record for record in records if record.name not in stay]
-    what = f"{count_text(len(going), 'checkpoint')} ({size_text(sum(record.size for record in going))})"
     if is_done:
-        output.print_line(f"removed {what}")
+        size = size_text(sum(record.size for record in going))
+        output.print_line(f"removed {count_text(len(going), 'checkpoint')} ({size})")
         return
-    output.print_line(f"would remove {what}; --apply removes them")
+    output.print_line(output.would_remove(going))
     for run, label in dict.fromkeys((record.run, record.label) for record in going):
         newest = catalog.manifest(run, label).newest
         if newest in going:

@@ -65,7 +65,9 @@ def show_command(
     record = find(catalog, name, run, policy)
     reason = why(catalog, options.policies(catalog, policy))[record.name]
     lines = _lines_of(record, catalog.location(record.name))
-    lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason, "saved": record.reason}
+    lines |= {"aliases": ", ".join(catalog.aliases_of(record)), "why": reason}
+    if reason.endswith(record.reason):
+        lines["saved"] = ""
     shown = as_data(catalog, record, reason) if as_json else lines
     _show(_of_record(catalog, record), shown, match, as_json=as_json)
 
@@ -148,11 +150,12 @@ def _where(contents: Tensors) -> str:
 def _lines_of(record: Record, path: str) -> dict[str, str]:
     """Return what a record says, as lines."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.time))
+    epoch = f" (epoch {record.epoch}{', ended' if record.epoch_end else ''})"
     return {
         "name": record.name,
         "path": path,
         "aliases": "",
-        "step": f"{record.step} (epoch {record.epoch}{', ended' if record.epoch_end else ''})",
+        "step": f"{record.step}{epoch if record.is_epoch_known else ''}",
         "metrics": ", ".join(f"{name}={number_text(value)}" for name, value in record.metrics.items()),
         "time": f"{when} ({age_text(time.time() - record.time)} ago)",
         "size": f"{size_text(record.size)} ({record.size} bytes)",

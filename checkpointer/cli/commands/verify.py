@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from checkpointer._display import count_text, size_text
+from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
 from checkpointer.errors import NotFoundError, PolicyError
@@ -103,6 +103,6 @@ def _print(finding: Finding) -> None:
     if finding.is_retired:
         output.print_line(f"gone  {finding.name}: retired meanwhile")
         return
-    calls = f"  (unpickling it would call {', '.join(finding.calls)})" if finding.calls else ""
+    calls = f"  (unpickling it would call {some_of(finding.calls, 3)})" if finding.calls else ""
     by = f": {finding.by}" if finding.by else ""
     output.print_line(f"ok    {finding.name}{by}{calls}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from importlib import resources
-from pathlib import Path
 
 from checkpointer._display import escaped_json
+from checkpointer._new_file import new_file
 from checkpointer.tools.chart.data import Chart
 
 
@@ -35,5 +35,6 @@ def report(chart: Chart, path: str | os.PathLike[str] | None = None) -> str:
     data = escaped_json(data)
     page = template.replace("__CHART__", data)
     if path is not None:
-        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
+        with new_file(path, replaces=True) as stream:
+            stream.write(page.encode(errors="backslashreplace"))
     return page

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from checkpointer._display import number_text, one_line, size_text
+from checkpointer._new_file import new_file
 from checkpointer.errors import PolicyError
 from checkpointer.tools.chart.data import Chart, ChartItem
 
@@ -73,7 +74,8 @@ def plot(chart: Chart, path: str | os.PathLike[str] | None = None) -> bytes:
     figure.savefig(buffer, format=form)
     data = buffer.getvalue()
     if path is not None:
-        Path(path).write_bytes(data)
+        with new_file(path, replaces=True) as stream:
+            stream.write(data)
     return data
 
 
