@@ -29,7 +29,7 @@ from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import ConflictError, FencedError, RecordError, UntrustedError, warn
 from checkpointer.policy.policy import Policy, noted
-from checkpointer.ports import Clock, Storage, SupportsDiscard, SupportsSweep
+from checkpointer.ports import Clock, Storage, SupportsSweep
 from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
@@ -207,8 +207,6 @@ class Directory:
         owner, policy = journal.owner, self._noted
         term = claim_term(self.storage, run, label, owner, self._lease, journal.trust, is_new=is_new, policy=policy)
         journal.term = term
-        if term.before and not is_dead(term.before) and isinstance(self.storage, SupportsDiscard):
-            self.storage.discard(term.before)
         self._heartbeat = Heartbeat(term, self._open_again, self.status)
 
     def let_go(self) -> None:

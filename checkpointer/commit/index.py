@@ -154,8 +154,8 @@ def _load(storage: Storage, trust: HMACKey | None, writers: Iterable[str]) -> Li
         # A live manager may have removed the one checkpoint that was listed, and committed the next one.
         if entries or not gone:
             break
-    runs = {(entry.record.run, entry.record.label) for entry in entries.values()}
-    limits, announced, unknown = read_limits(storage, files, runs, trust)
+    records = (entry.record for entry in entries.values())
+    limits, announced, unknown = read_limits(storage, files, records, trust)
     return Listing(
         entries=entries,
         damaged=refused | damaged | unknown,

@@ -16,7 +16,7 @@ import attrs
 from checkpointer.commit.signing import HMACKey, signed
 from checkpointer.commit.terms import TERMS, Claim, Term, TermFiles, key_of, read_beat, read_claim
 from checkpointer.errors import PolicyError, RunInUseError, StorageError
-from checkpointer.ports import Storage
+from checkpointer.ports import Storage, SupportsDiscard
 from checkpointer.records.record import SCHEMA
 from checkpointer.storage.owner import is_dead, is_live, machine
 
@@ -73,7 +73,8 @@ def claim_term(
 ) -> Term:
     """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
 
-    The claim contains the ``policy`` (YAML), so that commands need not be given it.
+    What a holder that is replaced has staged is removed from a disk. The claim contains the ``policy`` (YAML), so that
+    commands need not be given it.
 
     Raises:
         RunInUseError: If another process holds the run, and sends a heartbeat within the lease.
@@ -90,6 +91,8 @@ def claim_term(
                 continue
         term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust, holder.owner)
         if _create(term, policy):
+            if term.before and not is_dead(term.before) and isinstance(storage, SupportsDiscard):
+                storage.discard(term.before)
             return term
         is_new = False
         refused[term.number] += 1

@@ -68,7 +68,7 @@ from checkpointer.errors import FencedError, RecordError
 from checkpointer.ports import Storage, SupportsScratch
 from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
-from checkpointer.records.record import SCHEMA
+from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.owner import has_ended, host_of, is_here, is_of_host
 from checkpointer.storage.reader import read_small
 
@@ -92,8 +92,8 @@ class TermFiles:
     """Every term that was claimed, the highest first."""
     ended: frozenset[int] = frozenset()
     """Terms that were released."""
-    limiting: int = 0
-    """The highest term that has limits; 0 if there is none."""
+    limiting: tuple[int, ...] = ()
+    """Every term that has limits, the highest first."""
 
     @classmethod
     def of(cls, paths: Iterable[str], key: str) -> TermFiles:
@@ -105,14 +105,14 @@ class TermFiles:
         return cls(
             claimed=tuple(sorted((term for term, kind in found if kind == "json"), reverse=True)),
             ended=frozenset(term for term, kind in found if kind == "end"),
-            limiting=max((term for term, kind in found if kind == "limits"), default=0),
+            limiting=tuple(sorted((term for term, kind in found if kind == "limits"), reverse=True)),
         )
 
     @property
     def highest(self) -> int:
         """The term that counts; 0 if there is none."""
         if not self.claimed:
-            return self.limiting  # In a copy of a directory.
+            return max(self.limiting, default=0)  # In a copy of a directory.
         numbers = self.claimed[::-1]
         # A file that is beyond a gap was not made by this library.
         return next((n for n, after in itertools.zip_longest(numbers, numbers[1:]) if after != n + 1), 0)
@@ -132,26 +132,39 @@ Announced = dict[tuple[str, str], tuple[int, frozenset[str]]]
 
 
 def read_limits(
-    storage: Storage, files: Iterable[str], runs: Iterable[tuple[str, str]], trust: HMACKey | None
+    storage: Storage, files: Iterable[str], records: Iterable[Record], trust: HMACKey | None
 ) -> tuple[Limits, Announced, dict[str, RecordError]]:
-    """Return which records count after a takeover, what was announced by then, and each file that cannot be read."""
+    """Return which records count after a takeover, what was announced by then, and each file that cannot be read.
+
+    If a file cannot be read, that of the term before counts, and the first record of the term itself: it was committed
+    after the takeover, so a newer record of a lower term was, too.
+    """
     paths = by_key(files)
+    first: dict[tuple[str, str], dict[int, int]] = {}
+    for record in records if paths else ():
+        serials = first.setdefault((record.run, record.label), {})
+        serials[record.term] = min(record.serial, serials.get(record.term, record.serial))
     limits: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {}
     announced: Announced = {}
     damaged: dict[str, RecordError] = {}
-    for run in runs if paths else ():
-        found = TermFiles.of(paths.get(key_of(*run), ()), key_of(*run))
-        if found.limiting:
-            path = f"{TERMS}/{key_of(*run)}/{found.limiting}.limits"
+    for run, serials in first.items():
+        pairs: list[tuple[int, int]] = []
+        for number in TermFiles.of(paths.get(key_of(*run), ()), key_of(*run)).limiting:
+            path = f"{TERMS}/{key_of(*run)}/{number}.limits"
             try:
                 data = _read_json(storage, path, trust, MAX_CHANGES_BYTES)
-                limits[run], names = _limits_of(data, path), _announced_in(data, path)
+                found, names = _limits_of(data, path), _announced_in(data, path)
             except FileNotFoundError:
                 continue
             except RecordError as error:
                 damaged[path] = error
-            else:
-                announced |= {run: (found.limiting, names)} if names is not None else {}
+                since = [serial for term, serial in serials.items() if term >= number]
+                pairs += [(number, min(since) - 1)] if since else []
+                continue
+            pairs = [*found, *reversed(pairs)]
+            announced |= {run: (number, names)} if names is not None else {}
+            break
+        limits |= {run: tuple(pairs)} if pairs else {}
     return limits, announced, damaged
 
 

@@ -10,10 +10,12 @@ from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.lease import Lease
 from checkpointer.commit.recovery import finish_left
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
+from checkpointer.commit.terms import TERMS, TermFiles, key_of, read_claim
 from checkpointer.commit.writer_marks import clear_ended, describe, writers_in
 from checkpointer.errors import ConflictError
 from checkpointer.ports import Storage, SupportsSweep
-from checkpointer.tools.catalog import look_at
+from checkpointer.storage.owner import is_live
+from checkpointer.tools.catalog import Catalog, look_at
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +54,8 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
     left: set[str] = set()
     finished: set[str] = set()
     lease = Lease(takeover=True) if force else None
-    for run in dict.fromkeys((entry.record.run, entry.record.label) for entry in before.unfinished):
+    runs = [(entry.record.run, entry.record.label) for entry in before.unfinished]
+    for run in dict.fromkeys([*runs, *_held_elsewhere(before)] if force else runs):
         names = {entry.record.name for entry in before.unfinished if (entry.record.run, entry.record.label) == run}
         try:
             with holding(journal, *run, lease):
@@ -77,3 +80,15 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
         left=tuple(sorted(left)),
         writers=tuple(describe(other) for other in writers),
     )
+
+
+def _held_elsewhere(catalog: Catalog) -> list[tuple[str, str]]:
+    """Return the runs that a process on another machine may train. A run has no record before its first save."""
+    runs = []
+    for key, paths in catalog.terms.items():
+        found = TermFiles.of(paths, key)
+        if found.highest and found.highest not in found.ended:
+            claim = read_claim(catalog.storage, f"{TERMS}/{key}", found.highest, catalog.trust)
+            is_of_run = key == key_of(claim.run, claim.label)
+            runs += [(claim.run, claim.label)] if is_of_run and not is_live(claim.owner) else []
+    return runs

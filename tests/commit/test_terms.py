@@ -214,6 +214,31 @@ def test_what_a_replaced_writer_on_another_host_had_staged_is_gone_at_once(tmp_p
         assert "old" not in {reader.restore(r.name).state["writer"] for r in reader.records if r.step > 1}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("saved", [[], [1]], ids=["first save", "later save"])
+def test_sweep_with_force_removes_what_a_writer_on_another_host_had_staged(tmp_path: Path, saved: list[int]) -> None:
+    """The user says that this writer has ended. If it goes on, it is fenced, and publishes nothing."""
+    with started(tmp_path, LAST, "other", run="another run") as other:
+        save(other, 1)
+    payload = InterruptedFolder(makes_again=True)
+    old = started(tmp_path, LAST, "old", host="node1", run="r", format=payload)
+    for step in saved:
+        save(old, step)
+    staging, owner = tmp_path / ".checkpointer/staging", old.session._directory.journal.owner
+
+    def end() -> None:
+        payload.meanwhile = lambda: None
+        for options, is_left in (([], True), (["--force"], False)):
+            assert 0 == command("sweep", tmp_path, *options).code
+            assert is_left == any(staging.rglob(f"{owner}-*"))
+
+    payload.meanwhile = end
+    with pytest.raises(FencedError):
+        save(old, 2)
+    with started(tmp_path, LAST, "new", run="r", lease_s=600, format=payload) as new:
+        assert saved == [record.step for record in new.session.manifest.live]
+    old.close()
+
+
 def states(place: Storage | Path, steps: list[int] | None = None) -> list[dict[str, Any]]:
     """Return the states of the newest run's checkpoints that count."""
     with CheckpointManager(place, format=PlainFormat()) as reader:
@@ -808,6 +833,31 @@ def test_limits_without_the_key_hide_no_signed_checkpoint(tmp_path: Path) -> Non
         restored = second.restore()
         assert restored is not None
         assert 1 == restored.record.step
+
+
+@pytest.mark.parametrize("damaged", [2, 3])
+def test_a_checkpoint_that_came_too_late_does_not_count_if_the_limits_are_damaged(damaged: int) -> None:
+    """The limits of the term before count, and no record of a lower term that is newer than the first of the term."""
+    storage = MemoryStorage()
+    managers = [started(storage, ALL, "old", "alpha", run="r")]
+    save(managers[0], 1)
+    (first,) = managers[0].records
+    for step, name in enumerate(["beta", "gamma"][: damaged - 1], start=2):
+        managers.append(started(storage, ALL, name, name, run="r", takeover=True))
+        assert managers[-1].restore() is not None
+        if step == 2:  # The first writer had looked before the takeover, and commits after it.
+            storage.hardlink(first.name, "late")
+            late = attrs.evolve(first, name="late", step=9, serial=2, token="late")
+            managers[0].session._directory.journal.put(Entry(record=late))
+        save(managers[-1], step)
+    storage.write(f"{terms.TERMS}/{terms.key_of('r', '')}/{damaged}.limits", b"junk")
+
+    with CheckpointManager(storage, ALL, format=PlainFormat(), run="r") as reader:
+        assert [*range(1, damaged + 1)] == [
+            record.step for record in reader.records if reader.session.manifest.counts(record)
+        ]
+    for manager in managers:
+        manager.close()
 
 
 class Pausing(MemoryStorage):
