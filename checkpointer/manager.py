@@ -18,7 +18,8 @@ from checkpointer._display import some_of
 from checkpointer._new_file import new_file
 from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
-from checkpointer.commit.directory import Directory, created
+from checkpointer.commit.created import created
+from checkpointer.commit.directory import Directory
 from checkpointer.commit.lease import LEASE_S, as_lease
 from checkpointer.commit.payload_names import location
 from checkpointer.commit.signing import HMACKey, has_key
@@ -31,8 +32,6 @@ from checkpointer.errors import (
     warn,
 )
 from checkpointer.formats import open_format
-from checkpointer.formats.snapshot import Snapshots
-from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.mirror.mirror import open_mirror
 from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue, manifest_html
@@ -44,20 +43,17 @@ from checkpointer.ports import (
     FolderFormat,
     Format,
     Listener,
-    Snapshotting,
     Storage,
     SupportsCapabilities,
     SupportsPaths,
-    SupportsSnapshots,
 )
 from checkpointer.records.record import Progress, Record
 from checkpointer.restore import resume
 from checkpointer.restore.load import Restored, Verify
 from checkpointer.restore.load import load as load_verified
-from checkpointer.save.background import Background, Busy, as_busy, copies_of
+from checkpointer.save.background import Busy, as_busy
 from checkpointer.save.executor import KeepAlive, SaveExecutor
 from checkpointer.save.saver import FOLDER, Saver
-from checkpointer.save.writer_process import WriterProcess
 from checkpointer.session import Session
 from checkpointer.storage.opening import Where, open_storage
 from checkpointer.storage.owner import new_owner, release
@@ -140,8 +136,7 @@ class CheckpointManager:
         clock: Clock | None = None,
         verbose: bool = False,
     ) -> None:
-        busy = as_busy(background)
-        _check_functions(state, weights, save, copies=busy is not None)
+        _check_functions(state, weights, save, copies=as_busy(background) is not None)
         if trust is not None and not isinstance(trust, HMACKey):
             msg = f"trust is a {type(trust).__name__}; pass HMACKey.from_env(name) or HMACKey.from_file(path)"
             raise PolicyError(msg)
@@ -176,57 +171,39 @@ class CheckpointManager:
             lease=lease,
             open_again=again,
         )
-        weakref.finalize(keep_alive, opened.stop_heartbeat)
+        weakref.finalize(keep_alive, opened.holder.stop_heartbeat)
         me = weakref.ref(self)
-        opened.status.read = functools.partial(_status_of, me)
+        opened.holder.status.read = functools.partial(_status_of, me)
         if self._mirror is not None:
             self._mirror.check = opened.journal.check_term
-            self._mirror.beat_status.read = opened.status.read
-        self._report_below()
+            self._mirror.beat_status.read = opened.holder.status.read
         on_change = self._mirror.update if self._mirror else None
-        self._saver = Saver(self._directory, self._format, save, tuple(listeners), on_change)
-        self._background = None
-        snapshots: Snapshotting | None = None
-        process: WriterProcess | None = None
-        if busy is not None:
-            self._background = Background(busy, lambda: opened.manifest, self._schedule.wake)
-            own = self._format.snapshots if isinstance(self._format, SupportsSnapshots) else Snapshots
-            snapshots = own(copies_of(busy))
-            process = WriterProcess(self._format) if type(self._format) is TorchFormat else None
+        self._saver = Saver(opened, self._format, save, tuple(listeners), on_change)
         self._executor = SaveExecutor(
-            self._saver,
-            self._schedule,
-            self._clock,
-            capture,
-            tolerated,
-            self._background,
-            snapshots,
-            process,
-            keep_alive,
+            self._saver, self._schedule, self._clock, capture, tolerated, as_busy(background), keep_alive
         )
         level = logging.INFO if verbose else logging.DEBUG
-        self.session = Session(self._directory, self._schedule, self._executor, self._mirror, self._clock, level)
-        if writes and policy.contents == "weights":
-            msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
-            opened.contents.warn_once("weights", msg)
-        _log.info("%s: %s", storage, self.policy)
-        if writes and verbose and isinstance(storage, SupportsCapabilities):
-            _log.info("%s: %s", storage, "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items()))
-        if missing := opened.lines.missing_text:
-            warn(f"{storage}: {missing}")
+        self.session = Session(opened, self._schedule, self._executor, self._mirror, self._clock, level)
+        self._report_opened(verbose=verbose)
         self._schedule.go_on(self._first_progress(), self._clock.time())
         self._saver.notify("on_opened", self)
 
-    def _report_below(self) -> None:
-        below = self._directory.below
-        if not below:
-            return
-        msg = f"{self._directory.storage}: these directories below have checkpoints of their own: {some_of(below)}"
-        if self._directory.manifest.records:
-            _log.info(msg)
-        else:
-            hint = "This one has none yet; if you meant one of them, name it"
-            warn(f"{msg}. {hint}")
+    def _report_opened(self, *, verbose: bool) -> None:
+        directory, storage = self._directory, self._directory.storage
+        if directory.below:
+            msg = f"{storage}: these directories below have checkpoints of their own: {some_of(directory.below)}"
+            if directory.manifest.records:
+                _log.info(msg)
+            else:
+                warn(f"{msg}. This one has none yet; if you meant one of them, name it")
+        if self._writes and self.policy.contents == "weights":
+            msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
+            directory.contents.warn_once("weights", msg)
+        _log.info("%s: %s", storage, self.policy)
+        if self._writes and verbose and isinstance(storage, SupportsCapabilities):
+            _log.info("%s: %s", storage, "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items()))
+        if missing := directory.lines.missing_text:
+            warn(f"{storage}: {missing}")
 
     def _first_progress(self) -> Progress:
         manifest = self._directory.manifest
@@ -288,7 +265,7 @@ class CheckpointManager:
         Raises:
             SaveError: If a checkpoint could not be written; older ones are untouched.
         """
-        done = self._background is None or self._background.wait(timeout)
+        done = self._executor.settle(timeout)
         self._executor.collect()
         return done
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator
 
@@ -13,26 +12,25 @@ from checkpointer._display import some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
-from checkpointer.commit.changes import Changes
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.deleted_by_others import Looks
-from checkpointer.commit.heartbeat import Heartbeat, Status
-from checkpointer.commit.journal import Journal, aborting
-from checkpointer.commit.lease import Lease, claim_term
+from checkpointer.commit.heartbeat import Status
+from checkpointer.commit.holder import Holder
+from checkpointer.commit.journal import Journal
+from checkpointer.commit.lease import Lease
 from checkpointer.commit.payload_names import Names
 from checkpointer.commit.recovery import finish_run, recover
 from checkpointer.commit.retirement import retire
 from checkpointer.commit.run_to_continue import Lines
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.terms import Term
+from checkpointer.commit.takeover import take_over
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
-from checkpointer.errors import ConflictError, FencedError, RecordError, UntrustedError, warn
+from checkpointer.errors import ConflictError, FencedError, UntrustedError, warn
 from checkpointer.policy.policy import Policy, noted
 from checkpointer.ports import Clock, Storage, SupportsSweep
-from checkpointer.records.codec import as_number
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import SCHEMA, Entry, Record, check_readable
+from checkpointer.records.record import Entry, Record, check_readable
 from checkpointer.storage.opening import advising
 from checkpointer.storage.owner import is_dead, is_of_host
 
@@ -75,16 +73,13 @@ class Directory:
         self.storage = storage
         self.journal = journal = Journal(storage, owner, trust)
         self.writes = writes
-        self._noted = noted(policy)
-        self.status = status or Status()
-        self._lease = lease or Lease()
-        self._open_again = open_again or (lambda: storage)
-        self._heartbeat: Heartbeat | None = None
+        again = open_again or (lambda: storage)
+        self.holder = Holder(journal, noted(policy), lease or Lease(), again, status or Status())
         self._is_sure = False
         if writes and run is not None:
             if trust is None:  # A claim is a change, so a signed directory is refused before it.
                 refuse_unsigned(_listing(journal).signed, storage, trust)
-            self._claim(run, label, is_new=False)
+            self.holder.claim(run, label, is_new=False)
         listing = _listing(journal)
         self.below = index.directories_below(listing.files, index.RECORDS)
         self.contents = contents = Contents(
@@ -143,7 +138,7 @@ class Directory:
         manifest = manifest.without_payload(*found.missing, there=listing.sizes)
         contents.manifest = manifest if contents.is_on_line else manifest.on_newest_line(manifest.run)
         if term is not None and term.number > 1:
-            self._take_over(announced, term)
+            take_over(contents, self.names, announced, term)
 
     def hold(self, run: str) -> bool:
         """Claim the next term of a run, unless this writer holds one; return whether the directory was read again.
@@ -156,7 +151,7 @@ class Directory:
             term.check()
             return False
         is_new = run == self.manifest.run and not contents.is_claimed and not self.manifest.own
-        self._claim(run, self.manifest.label, is_new=is_new)
+        self.holder.claim(run, self.manifest.label, is_new=is_new)
         assert self.journal.term is not None, "claimed above"
         contents.manifest = attrs.evolve(self.manifest, term=self.journal.term.number)
         if is_new and self.journal.term.number == 1:
@@ -180,7 +175,7 @@ class Directory:
         try:
             yield
         finally:
-            self.let_go()
+            self.holder.let_go()
             self.journal.term = None
 
     def look_again(self) -> bool:
@@ -197,53 +192,6 @@ class Directory:
         contents.aliases.forget()
         self._take_in(listing)
         contents.is_begun = False
-
-    def _claim(self, run: str, label: str, *, is_new: bool) -> None:
-        journal = self.journal
-        if journal.term is not None:
-            journal.term.release()  # If that fails, this writer keeps its run: it must not hold two.
-        self.stop_heartbeat()
-        journal.term = None
-        owner, policy = journal.owner, self._noted
-        term = claim_term(self.storage, run, label, owner, self._lease, journal.trust, is_new=is_new, policy=policy)
-        journal.term = term
-        self._heartbeat = Heartbeat(term, self._open_again, self.status)
-
-    def let_go(self) -> None:
-        """Release the term, so that the next process goes on at once."""
-        self.stop_heartbeat()
-        if self.journal.term is not None:
-            with contextlib.suppress(OSError):
-                self.journal.term.release()
-
-    def stop_heartbeat(self) -> None:
-        """Send no heartbeat any more: after the lease another process may take over."""
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-
-    def _take_over(self, announced: Iterable[Changes], term: Term) -> None:
-        """Make what counts independent of other writers of the run, which may be alive and finish what they began.
-
-        If the record or payload of a checkpoint may still change, it gets another name.
-        """
-        contents, run = self.contents, (term.run, term.label)
-        poisoned = contents.aliases.poisoned
-        replacing = {entry.record.name: entry.record for one in announced for entry in one.entries}
-        manifest = self.manifest
-        before = [r for r in manifest.records if (r.run, r.label) == run and manifest.is_of_holder(r)]
-        for record in [r for r in before if r.name in poisoned]:
-            by = [replacing[record.name]] if record.name in replacing else []
-            moved = self.names.move_slot(record, maybe=[record, *by])
-            if moved is None and by:
-                moved = self.names.move_slot(by[0], maybe=by)  # It was replaced since it was read.
-            if moved is None and record.name in self.manifest.by_name:
-                contents.manifest = self.manifest.without(record.name)
-        manifest = self.manifest
-        before = [r for r in manifest.everywhere.records if (r.run, r.label) == run and r.term < term.number]
-        own = (r for r in before if not r.is_adopted and r.name not in poisoned and manifest.is_of_holder(r))
-        limits = (*manifest.limits.get(run, ()), (term.number, max((r.serial for r in own), default=0)))
-        term.limit(limits, (entry.record.name for one in announced for entry in one.entries))
-        contents.manifest = attrs.evolve(manifest, limits={**manifest.limits, run: limits})
 
     @property
     def manifest(self) -> Manifest:
@@ -388,7 +336,7 @@ class Directory:
                 self._write_index()
                 with self.journal.changing(aliases=self.policy.aliases if term is not None else ()):
                     release(self.journal, self.policy.aliases)
-        self.let_go()
+        self.holder.let_go()
         unmark(self.storage, self.journal.owner)
         with contextlib.suppress(OSError):
             if isinstance(self.storage, SupportsSweep):
@@ -404,40 +352,6 @@ class Directory:
         if self._num_unindexed:
             index.save(self.storage, index.load(self.storage, self.journal.trust))
             self._num_unindexed = 0
-
-
-def created(directory: Directory, clock: Clock) -> float:
-    """Return the time from which a time trigger counts if nothing was ever saved: the start of the first writer."""
-    storage, path = directory.storage, f"{index.HOME}/directory.json"
-    found = _read_created(storage, path)
-    if found is not None or not directory.contents.is_prepared:
-        return clock.time() if found is None else found
-    now = clock.time()
-    data = f'{{"schema": {SCHEMA}, "created": {now!r}}}'.encode()
-    try:
-        with aborting(storage.upload(path)) as upload:
-            upload.write(data)
-            upload.finish()
-            upload.publish(replace=False)
-    except OSError as error:
-        # Another writer may have created it at this very moment.
-        found = _read_created(storage, path)
-        if found is not None:
-            return found
-        if not isinstance(error, FileExistsError):
-            raise
-        with contextlib.suppress(IsADirectoryError, PermissionError):  # A foreign folder or file is left.
-            storage.write(path, data)  # The file is damaged.
-    return now
-
-
-def _read_created(storage: Storage, path: str) -> float | None:
-    with contextlib.suppress(FileNotFoundError, RecordError):
-        data = index.parse_json(index.read_bounded(storage, path), path)
-        found = as_number(data.get("created")) if isinstance(data, dict) else None
-        if found is not None and math.isfinite(found):
-            return found
-    return None
 
 
 def _listing(journal: Journal) -> index.Listing:

@@ -211,7 +211,7 @@ class MirrorThread:
             _log.warning("mirror %s: %s%s", self, self._error, again)
         # The next try lists the mirror again, as a new owner, so that it may finish what this one left.
         if self._directory is not None:
-            self._directory.stop_heartbeat()
+            self._directory.holder.stop_heartbeat()
         self._directory = None
         release(self._owner)
 

@@ -12,13 +12,15 @@ from typing import Any, Final
 import attrs
 
 from checkpointer.errors import ConflictError, SaveError, warn
+from checkpointer.formats.snapshot import Snapshots
+from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.policy.decide import Attach, Decision, Save, Skip
 from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.swapped_weights import marked, ranking_doubt, states_in
-from checkpointer.ports import Clock, Snapshotting, Taken
+from checkpointer.ports import Clock, Snapshotting, SupportsSnapshots, Taken
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Observation
-from checkpointer.save.background import Background, Job, Outcome
+from checkpointer.save.background import Background, Busy, Job, Outcome, copies_of
 from checkpointer.save.saver import Saver
 from checkpointer.save.writer_process import WriterProcess
 from checkpointer.storage.opening import access_advice
@@ -41,13 +43,15 @@ class SaveExecutor:
     """Returns the state or the weights; None if a trainer writes its checkpoints itself."""
     tolerated: int
     """How many saves in a row may fail with a warning."""
-    background: Background | None
-    """Writes on its thread; None if the loop writes."""
-    snapshots: Snapshotting | None
-    """Copies what the background writes."""
-    process: WriterProcess | None
-    """Writes large snapshots in place of the thread."""
+    busy: Busy | None
+    """What the writer thread does if a save is due while another is unfinished; None if the loop writes."""
     keep_alive: KeepAlive
+    background: Background | None = attrs.field(default=None, init=False)
+    """Writes on its thread; None if the loop writes."""
+    snapshots: Snapshotting = attrs.field(init=False)
+    """Copies what the background writes."""
+    process: WriterProcess | None = attrs.field(default=None, init=False)
+    """Writes large snapshots in place of the thread."""
     saving: Save | None = attrs.field(default=None, init=False)
     """The save whose state is being taken: a host's state that contains ours is taken as if it were done."""
     saved_steps: set[int] = attrs.field(factory=set, init=False)
@@ -55,6 +59,14 @@ class SaveExecutor:
     reported: frozenset[str] = attrs.field(default=frozenset(), init=False)
     """Names of the metrics that were reported so far."""
     _failures: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.busy is not None:
+            directory, format = self.saver.directory, self.saver.format
+            self.background = Background(self.busy, lambda: directory.manifest, self.schedule.wake)
+            snapshots = format.snapshots if isinstance(format, SupportsSnapshots) else Snapshots
+            self.snapshots = snapshots(copies_of(self.busy))
+            self.process = WriterProcess(format) if type(format) is TorchFormat else None
 
     def outlook(self) -> Manifest:
         """Return the records as they will be once every unfinished save is done."""
@@ -99,7 +111,6 @@ class SaveExecutor:
 
     def _submit(self, decision: Save, background: Background) -> Decision:
         """Copy the state and let the writer thread write it."""
-        assert self.snapshots is not None, "the manager passes both"
         self.saved_steps.difference_update(background.make_room(decision.observation.step))
         self.collect()
         with self._as_if_done(decision):

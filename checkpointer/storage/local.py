@@ -259,8 +259,8 @@ class LocalStorage:
         for folder in self._staging_folders():
             if not folder.is_symlink() and not folder.name.startswith(CLAIM) and _owner_of(folder) == owner:
                 # It leaves in one step, because the owner may be about to publish a folder that lies in it.
-                gone = self._new_staged()
                 with contextlib.suppress(OSError):
+                    gone = self._new_staged()
                     os.rename(folder, gone)
                     shutil.rmtree(gone, ignore_errors=True)
 

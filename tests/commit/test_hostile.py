@@ -26,7 +26,8 @@ from checkpointer import (
     Policy,
 )
 from checkpointer.clock import SystemClock
-from checkpointer.commit.directory import Directory, created
+from checkpointer.commit.created import created
+from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import load, record_path
 from checkpointer.errors import (
     NamingError,

@@ -29,6 +29,7 @@ from support.sampling import third
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
 from checkpointer.commit import directory, index, lease, retirement, transaction
+from checkpointer.commit import holder as holder_module
 from checkpointer.commit import journal as journal_module
 from checkpointer.commit.aliases import Aliases
 from checkpointer.commit.changes import clear_changes
@@ -441,7 +442,7 @@ def list_first(patch: pytest.MonkeyPatch) -> None:
         early, storage.early = getattr(storage, "early", None), None
         return early or listing(journal)
 
-    patch.setattr(directory, "claim_term", claim_late)
+    patch.setattr(holder_module, "claim_term", claim_late)
     patch.setattr(directory, "_listing", listed_early)
 
 
@@ -486,7 +487,7 @@ def keep_alias(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_dead(patch: pytest.MonkeyPatch) -> None:
-    for module in (journal_module, directory, transaction):
+    for module in (journal_module, directory, holder_module, transaction):
         patch.setattr(module, "is_dead", lambda owner: not is_live(owner))
 
 

@@ -73,7 +73,7 @@ def started(storage: Storage | Path, policy: Policy, name: str, host: str = "", 
     finally:
         owners._host = before
     if host:
-        manager.session._directory._open_again = _hang
+        manager.session._directory.holder.open_again = _hang
     manager.state = state  # type: ignore[attr-defined]
     return manager
 
@@ -258,7 +258,7 @@ def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
     )
     beats.start()
     new = started(tmp_path, LAST, "new")
-    new.session._directory._lease = lease.Lease(seconds=30)
+    new.session._directory.holder.lease = lease.Lease(seconds=30)
     try:
         with pytest.raises(
             RunInUseError, match=r"on host node1 .*last heartbeat came .*takeover=True.*CHECKPOINTER_TAKEOVER"
@@ -707,7 +707,7 @@ def test_a_replacement_without_a_record_counts_after_a_change_of_another_run() -
     save(old, 4)
     storage.end = ""
     assert old.restore("other-step=1.ckpt") is not None
-    old.session._directory.stop_heartbeat()
+    old.session._directory.holder.stop_heartbeat()
 
     with CheckpointManager(storage, ONE_NAME, format=PlainFormat(), run="r") as reader:
         restored = reader.restore()

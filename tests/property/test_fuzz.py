@@ -23,7 +23,8 @@ from support.sampling import instants
 from checkpointer import CheckpointerError, CheckpointManager, EverySteps, HMACKey, KeepLast, Policy
 from checkpointer.clock import SystemClock
 from checkpointer.commit import aliases
-from checkpointer.commit.directory import Directory, created
+from checkpointer.commit.created import created
+from checkpointer.commit.directory import Directory
 from checkpointer.commit.index import INDEX, load, record_path, save
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import signed

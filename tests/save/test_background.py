@@ -206,8 +206,8 @@ def test_a_failed_save_reaches_the_loop_at_the_next_observe_due_or_not() -> None
     training.observe(step=9)
     training.storage.broken = OSError(5, "the disk is on fire")
     assert training.observe(step=10)
-    assert training.manager._background is not None
-    training.manager._background.wait()
+    assert training.manager._executor.background is not None
+    training.manager._executor.background.wait()
     with pytest.raises(SaveError, match=r"step=10.ckpt was not saved \(OSError: .*on fire"):
         training.observe(step=11)
     training.storage.broken = None
@@ -291,7 +291,7 @@ def test_the_writers_death_is_never_silent(caplog: pytest.LogCaptureFixture) -> 
 def test_a_thread_that_is_gone_is_found_out() -> None:
     """If it vanishes silently, a wait ends with an error."""
     training = Training()
-    background: Any = training.manager._background
+    background: Any = training.manager._executor.background
     thread = threading.Thread(target=lambda: None)
     thread.start()
     thread.join()
@@ -354,8 +354,8 @@ def test_rescue_at_the_step_that_is_under_way_writes_nothing_unless_that_failed(
     assert "saved already" in training.manager.rescue("a signal").reason
     training.storage.broken = OSError(5, "the disk is on fire")
     training.observe_and_hold(0.4)
-    assert training.manager._background is not None
-    training.manager._background.wait()
+    assert training.manager._executor.background is not None
+    training.manager._executor.background.wait()
     training.storage.broken = None
     assert training.manager.rescue("a signal")
     with pytest.raises(SaveError, match="on fire"):
@@ -385,7 +385,7 @@ def test_leaving_the_with_block_by_an_exception_shows_that_exception() -> None:
         with training.manager:
             training.storage.broken = OSError(5, "the disk is on fire")
             training.observe_and_hold(0.5)
-            training.manager._background.wait()  # type: ignore[union-attr]
+            training.manager._executor.background.wait()  # type: ignore[union-attr]
             training.storage.broken = None
             raise ZeroDivisionError
 
@@ -530,7 +530,7 @@ def test_a_manager_that_is_dropped_exists_until_its_save_is_done() -> None:
     training = Training()
     owner = training.manager._owner
     training.observe_and_hold(0.5)
-    thread = training.manager._background._thread  # type: ignore[union-attr]
+    thread = training.manager._executor.background._thread  # type: ignore[union-attr]
     del training.manager
     assert is_live(owner)
     training.storage.open_gate()
@@ -721,7 +721,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_save(tmp_path: Path) -> None:
     """The manager stays usable, and what was under way is there in the end."""
     code = """
 import time
-waiting = manager._background._condition
+waiting = manager._executor.background._condition
 wait = waiting.wait
 def interrupt(timeout=None):
     waiting.wait = wait

@@ -86,5 +86,5 @@ class _Opening(threading.Condition):
 
 def open_when_waited_for(manager: CheckpointManager, storage: GatedStorage) -> None:
     """Open the gate at the moment when the loop waits for the writer, not earlier."""
-    assert manager._background is not None
-    manager._background._condition = _Opening(storage, manager._background._lock)
+    assert manager._executor.background is not None
+    manager._executor.background._condition = _Opening(storage, manager._executor.background._lock)
