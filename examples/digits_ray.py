@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     directory = args.directory if "://" in args.directory else str(Path(args.directory).resolve())
 
-    ray.init("local", num_cpus=2, include_dashboard=False)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+    else:
+        ray.init("local", num_cpus=2, include_dashboard=False)
     trainer = TorchTrainer(
         train,
         train_loop_config={"directory": directory, "epochs": args.epochs},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -73,8 +74,8 @@ def claim_term(
 ) -> Term:
     """Claim the next term of a run (step 4). ``is_new`` is a run that no other process can know, so nothing is listed.
 
-    What a holder that is replaced has staged is removed from a disk. The claim contains the ``policy`` (YAML), so that
-    commands need not be given it.
+    What a holder that is replaced has staged is removed, on a disk or S3. The claim contains the ``policy`` (YAML), so
+    that commands need not be given it.
 
     Raises:
         RunInUseError: If another process holds the run, and sends a heartbeat within the lease.
@@ -92,7 +93,8 @@ def claim_term(
         term = Term(storage, run, label, found.highest + 1, owner, lease.seconds / BEATS, trust, holder.owner)
         if _create(term, policy):
             if term.before and not is_dead(term.before) and isinstance(storage, SupportsDiscard):
-                storage.discard(term.before)
+                with contextlib.suppress(OSError):  # The term is claimed. What stays is swept a day later.
+                    storage.discard(term.before)
             return term
         is_new = False
         refused[term.number] += 1

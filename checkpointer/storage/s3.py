@@ -26,7 +26,7 @@ from checkpointer.records.codec import parse_json
 from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import SILENCE_S, is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
-from checkpointer.storage.publish import Publisher
+from checkpointer.storage.publish import Publisher, owner_of
 from checkpointer.storage.ranges import Target, parts_of, read_parts
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import BufferedUpload, FsspecStorage
@@ -284,6 +284,17 @@ class S3Storage(FsspecStorage):
         for upload in self._connection.call("list_multipart_uploads", Prefix=key).get("Uploads", ()):
             if f"{upload['Key']}/".startswith(f"{key}/"):
                 self._connection.abort(upload["Key"], upload["UploadId"])
+
+    def discard(self, owner: str) -> None:
+        """See `SupportsDiscard.discard`: abort this writer's uploads.
+
+        Their markers stay: the server may keep a part that it receives meanwhile, so `sweep` aborts them once more.
+        """
+        for path in self._connection.find(STAGING):
+            if path.endswith(_MARKER) and owner_of(path) == owner:
+                target, upload = _read_marker(self._connection, path)
+                if upload:
+                    self._connection.abort(self._connection.key(target), upload)
 
     def _sweep_one(self, path: str) -> None:
         if path.endswith(_MARKER):

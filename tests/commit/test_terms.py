@@ -15,6 +15,8 @@ import attrs
 import pytest
 from support.commands import command
 from support.plain_format import PlainFormat
+from support.s3_tools import LargeFormat, unfinished
+from support.servers.fixtures import Serve
 
 from checkpointer import (
     CheckpointManager,
@@ -57,7 +59,9 @@ ONE_NAME = Policy(EverySteps(1), [KeepLast(1)], name="model")
 POLICIES = {"last": LAST, "slot": SLOT, "copies": Policy(EverySteps(1), [KeepLast(1)], last="copy"), "all": ALL}
 
 
-def started(storage: Storage | Path, policy: Policy, name: str, host: str = "", **options: Any) -> CheckpointManager:
+def started(
+    storage: Storage | Path | str, policy: Policy, name: str, host: str = "", **options: Any
+) -> CheckpointManager:
     """Return a manager whose state says who wrote it; on another host if one is named."""
     state = {"writer": name, "step": 0}
     before = owners._host
@@ -237,6 +241,69 @@ def test_sweep_with_force_removes_what_a_writer_on_another_host_had_staged(tmp_p
     with started(tmp_path, LAST, "new", run="r", lease_s=600, format=payload) as new:
         assert saved == [record.step for record in new.session.manifest.live]
     old.close()
+
+
+class NoDiscard(LocalStorage):
+    """Cannot remove what another writer has staged."""
+
+    def discard(self, owner: str) -> None:
+        raise StorageError(f"{owner} has files that cannot be removed")
+
+
+def test_a_takeover_goes_on_if_what_was_staged_cannot_be_removed(tmp_path: Path) -> None:
+    """The term is claimed by then: an error would leave a run that this process holds and does not know of."""
+    old = started(tmp_path, LAST, "old", host="node1")
+    save(old, 1)
+    with started(NoDiscard(tmp_path, new_owner()), LAST, "new", run=old.session.manifest.run) as new:
+        save(new, 2)
+        assert [1, 2] == [record.step for record in new.records]
+    old.close()
+
+
+class InterruptedUpload(LargeFormat):
+    """Calls a function when all but the last byte is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def write(self, state: Any, stream: Any) -> None:
+        super().write(state, stream)
+        self.meanwhile()
+        stream.write(b" ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s3", "rclone"])
+@pytest.mark.parametrize("policy", [LAST, SLOT], ids=["file", "slot"])
+def test_the_upload_of_a_replaced_writer_on_another_host_is_gone_at_once(
+    serve: Serve, name: str, policy: Policy
+) -> None:
+    """It was paused in a save. When it goes on that save fails, and what it had acknowledged before is there."""
+    server, payload, news = serve(name), InterruptedUpload(), list[CheckpointManager]()
+    url = server.fresh()
+    how: dict[str, Any] = {"format": payload, "storage_options": server.storage_options}
+    old = started(url, policy, "old", host="node1", **how)
+    save(old, 1)
+
+    def take_over() -> None:
+        payload.meanwhile = lambda: None
+        assert 1 == len(unfinished(server, url))
+        news.append(started(url, policy, "new", run=old.session.manifest.run, **how))
+        assert [] == unfinished(server, url)
+
+    payload.meanwhile = take_over
+    for step in (2, 3):
+        with pytest.raises(FencedError):
+            save(old, step)
+    [new] = news
+    restored = new.restore()
+    assert restored is not None
+    assert (1, "old") == (restored.step, restored.state["writer"])
+    save(new, 2)
+    assert [1, 2] == [record.step for record in new.records]
+    new.close()
+    assert [] == unfinished(server, url)
 
 
 def states(place: Storage | Path, steps: list[int] | None = None) -> list[dict[str, Any]]:

@@ -65,8 +65,11 @@ class Run:
         return self.driver.wait(PATIENCE_S), self.output.read_text()
 
 
-def start(folder: Path, directory: str | None = None) -> Run:
-    """Start the example. Without a directory it saves into the folder, where its output is."""
+def start(folder: Path, directory: str | None = None, cluster: str = "") -> Run:
+    """Start the example. Without a directory it saves into the folder, where its output is.
+
+    Without the address of a cluster it starts one of its own.
+    """
     directory, output = directory or str(folder / "run"), folder / f"output-{time.monotonic()}.txt"
     command = [sys.executable, str(EXAMPLE), "--directory", directory, "--storage", str(folder / "ray")]
     with output.open("wb") as stream:
@@ -75,7 +78,7 @@ def start(folder: Path, directory: str | None = None) -> Run:
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT} | ({"RAY_ADDRESS": cluster} if cluster else {}),
         )
     return Run(driver, directory, output)
 
@@ -173,3 +176,27 @@ def test_a_driver_that_was_stopped_goes_on_when_it_runs_again(
     assert 0 == code, output
     assert 0 < min(begins(output))
     assert unbroken == weights(output)
+
+
+@pytest.mark.skipif(EVERY > 1, reason="two minutes: make ray runs it")
+def test_when_its_node_is_lost_a_training_goes_on_on_another_one(
+    tmp_path: Path, unbroken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The raylet of the node is killed, which takes the workers with it."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        first = cluster.add_node(num_cpus=2)
+        run = start(tmp_path, cluster=cluster.address)
+        run.wait_for_save(2)
+        cluster.add_node(num_cpus=2)
+        first.kill_raylet()
+        code, output = run.end()
+    finally:
+        cluster.shutdown()
+    assert 0 == code, output
+    assert unbroken == weights(output)
+    assert 2 == len(set(begins(output))), output

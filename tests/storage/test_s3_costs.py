@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import attrs
@@ -20,12 +23,14 @@ from support.servers.fixtures import Serve
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Policy
 from checkpointer.commit import index
+from checkpointer.commit.journal import aborting
 from checkpointer.commit.writer_marks import mark, unmark
 from checkpointer.records.record import Entry
 from checkpointer.storage import open_storage
 from checkpointer.storage.owner import new_owner
+from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import FsspecStorage
-from checkpointer.storage.s3 import S3Storage
+from checkpointer.storage.s3 import S3Storage, _Multipart
 from checkpointer.testing import die
 
 pytestmark = pytest.mark.slow
@@ -248,6 +253,40 @@ def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:
     uploads[1].publish(replace=False)
     assert {"a.ckpt": 33 * MIB} == {path: stat.size for path, stat in other.list("a.ckpt").items()}
     assert 0 == unfinished()
+
+
+@pytest.mark.parametrize("name", ["s3", "rclone"])
+def test_an_upload_is_whole_or_not_there_if_another_process_discards_it_meanwhile(serve: Serve, name: str) -> None:
+    """The writer gets an error, or its object is there."""
+    server = serve(name)
+    url, options = server.fresh(), server.storage_options
+    owner, ended = "node1_0000_1~1~1~000000000000", Counter[bool]()
+    writer, other = (open_storage(url, each, options) for each in (owner, new_owner()))
+    assert isinstance(writer, S3Storage)
+    assert isinstance(other, S3Storage)
+    with ThreadPoolExecutor(1) as beside:
+        for number in range(-4, 26):
+            path, content = f"{number}.ckpt", bytes([number % 256]) * 100_000
+            with aborting(_Multipart(writer._connection, writer._publisher, path)) as upload:
+                upload.write(content)
+                upload.finish()
+                discarding = beside.submit(other.discard, owner)
+                if number < 0:
+                    discarding.result()
+                time.sleep(max(0, number) / 1000)
+                try:
+                    upload.publish(replace=True)
+                except OSError:
+                    assert {} == other.list(path)
+                    ended[False] += 1
+                else:
+                    discarding.result()
+                    assert content == read_whole(functools.partial(other.open, path), len(content) + 1)
+                    ended[True] += 1
+                discarding.result()
+    assert ended[False] >= 4
+    assert ended[True], "each of them was discarded first"
+    assert 30 == sum(ended.values())
 
 
 def test_a_second_storage_reads_no_description_of_the_service_again(serve: Serve) -> None:
