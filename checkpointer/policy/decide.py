@@ -18,7 +18,7 @@ from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
 from checkpointer.policy.triggers import Trigger
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Kind, Observation, Progress, Record, commit_order
+from checkpointer.records.record import Kind, Observation, Ordered, Progress, Record, commit_order
 
 MAX_RELIED_ON: Final = 32
 """How many checkpoints are looked at before others are retired."""
@@ -282,7 +282,7 @@ class Reasons:
         history, slot = self.manifest.history, self.policy.name.last_file
         if not self.policy.last or slot not in self.manifest.by_name:
             return history
-        return tuple(record for record in history if record.name != slot)
+        return Ordered([record for record in history if record.name != slot])
 
     @cached_property
     def _newest(self) -> dict[str, str]:
@@ -306,7 +306,7 @@ class Reasons:
         dropped: set[str] = set()
         for limit in self.policy.limits:
             names = self._ruled - dropped
-            kept = [record for record in self._history if record.name in names]
+            kept = Ordered([record for record in self._history if record.name in names])
             going = limit.drop(kept, self.policy.best_rule)
             dropped.update(record.name for record in kept if record.name in going and not record.pinned)
         return dropped

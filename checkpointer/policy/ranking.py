@@ -11,7 +11,7 @@ import attrs
 
 from checkpointer._validation import one_of
 from checkpointer.errors import ObservationError, PolicyError
-from checkpointer.records.record import Observation, Record, as_metrics, commit_order
+from checkpointer.records.record import Observation, Record, as_metrics, in_commit_order
 
 Score = Callable[[Mapping[str, float]], Any]
 
@@ -99,14 +99,13 @@ class Metric:
 
     def ranked(self, records: Iterable[Record]) -> list[Record]:
         """Return the records that have the metric, best first."""
-        scored = self.scored(records)
-        proper = [one for one in scored if one[0] > -math.inf]
-        if len({score for score, _ in proper}) < len(scored):
-            # A sort leaves equals in the order in which they are, so ties are settled first.
-            scored.sort(key=lambda one: commit_order(one[1]), reverse=self.ties == "newest")
-            return [record for _, record in sorted(scored, key=lambda one: place(one[0]))]
-        proper.sort(key=itemgetter(0))
-        return [record for _, record in proper]
+        scored = self.scored(in_commit_order(records))
+        if self.ties == "newest":
+            scored.reverse()
+        # A sort leaves equals in the order in which they are.
+        proper = sorted([one for one in scored if one[0] > -math.inf], key=itemgetter(0))
+        others = sorted([one for one in scored if not one[0] > -math.inf], key=lambda one: place(one[0]))
+        return [record for _, record in (*proper, *others)]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.mode})"

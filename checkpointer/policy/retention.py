@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import attrs
@@ -12,7 +12,7 @@ from checkpointer._display import every_text, size_text
 from checkpointer._validation import as_seconds, named_function, whole_number
 from checkpointer.errors import ObservationError, PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties, place
-from checkpointer.records.record import Record
+from checkpointer.records.record import Ordered, Record, in_commit_order
 
 
 @runtime_checkable
@@ -87,7 +87,8 @@ class KeepBest:
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; best first."""
         best = [record.name for record in self.top(history)]
-        return _Places(str(self), best) if self.k > 1 else dict.fromkeys(best, str(self))
+        rule = str(self)
+        return {name: f"#{place} of {rule}" if self.k > 1 else rule for place, name in enumerate(best, start=1)}
 
     def top(self, history: Iterable[Record]) -> list[Record]:
         """Return the records this rule keeps, best first; ``history`` is oldest first."""
@@ -105,7 +106,9 @@ class KeepBest:
 
     def eligible(self, records: Iterable[Record]) -> Iterable[Record]:
         """Return the records that may be ranked, if they have the metric."""
-        return [record for record in records if record.step > self.after_step] if self.after_step else records
+        if not self.after_step:
+            return records
+        return Ordered([record for record in in_commit_order(records) if record.step > self.after_step])
 
     def _incumbents(self, history: Iterable[Record]) -> list[Record]:
         """Return the records that hold a place among the best if an equal takes none, in any order."""
@@ -122,26 +125,6 @@ class KeepBest:
     def __str__(self) -> str:
         after = f" after step {self.after_step}" if self.after_step else ""
         return f"the best{f' {self.k}' if self.k > 1 else ''} by {self.metric}{after}"
-
-
-class _Places(Mapping[str, str]):
-    """The names that a `KeepBest` keeps, best first. The text of a place is made when it is asked for."""
-
-    def __init__(self, rule: str, best: Iterable[str]) -> None:
-        self._rule = rule
-        self._places = {name: place for place, name in enumerate(best, start=1)}
-
-    def __getitem__(self, name: str) -> str:
-        return f"#{self._places[name]} of {self._rule}"
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 @attrs.frozen

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import attrs
 
-from checkpointer.records.record import Line, Observation, Progress, Record, commit_order
+from checkpointer.records.record import Line, Observation, Ordered, Progress, Record, commit_order, in_commit_order
 
 Limits = Mapping[tuple[str, str], tuple[tuple[int, int], ...]]
 """By run and label ``(term, serial)``: the records of lower terms count up to this serial."""
-
-
-class _Sorted(tuple[Record, ...]):
-    """Records that are in commit order, so that they are not sorted again."""
-
-    __slots__ = ()
-
-
-def _in_order(records: Iterable[Record]) -> tuple[Record, ...]:
-    return records if isinstance(records, _Sorted) else _Sorted(sorted(records, key=commit_order))
 
 
 def _num_adopted(records: Sequence[Record]) -> int:
@@ -41,7 +31,7 @@ class Manifest:
     abandoned follows from the records themselves, whatever was retired or interrupted in between.
     """
 
-    records: tuple[Record, ...] = attrs.field(default=(), converter=_in_order)
+    records: tuple[Record, ...] = attrs.field(default=(), converter=in_commit_order)
     """Committed records of every run and label, in commit order."""
     run: str = ""
     """Id of the run that looks; its own records are the only ones it may retire."""
@@ -53,7 +43,7 @@ class Manifest:
     """Names of payloads that no committed record names: never touched, never reused."""
     seen: frozenset[str] = frozenset()
     """Names of metrics reported so far, saved or not."""
-    aside: tuple[Record, ...] = attrs.field(default=(), converter=_in_order)
+    aside: tuple[Record, ...] = attrs.field(default=(), converter=in_commit_order)
     """Records that do not count, because their payload is gone or is not what was written. Their names stay taken."""
     elsewhere: tuple[Record, ...] = ()
     """Records that only a mirror holds. Like those `aside`, they do not count, but forks and serials pass them."""
@@ -67,7 +57,7 @@ class Manifest:
     @cached_property
     def own(self) -> tuple[Record, ...]:
         """Records this run wrote under this label, in commit order."""
-        return tuple([r for r in self.records if r.run == self.run and r.label == self.label])
+        return Ordered([r for r in self.records if r.run == self.run and r.label == self.label])
 
     @cached_property
     def live(self) -> tuple[Record, ...]:
@@ -76,14 +66,14 @@ class Manifest:
         term = max((term for term, _ in limits), default=0)
         serial = min((serial for _, serial in limits), default=0)
         # `counts` is not called for most of many records: they are on the line, and new enough or old enough.
-        return tuple(
+        return Ordered(
             [r for r in self.own if (r.line == line and (r.term >= term or r.serial <= serial)) or self.counts(r)]
         )
 
     @cached_property
     def history(self) -> tuple[Record, ...]:
         """Own records that count: neither abandoned nor a rescue."""
-        return tuple([record for record in self.live if record.kind == "regular"])
+        return Ordered([record for record in self.live if record.kind == "regular"])
 
     @property
     def abandoned(self) -> tuple[Record, ...]:
@@ -190,14 +180,14 @@ class Manifest:
         is_newest = not others.records or commit_order(others.records[-1]) < commit_order(record)
         records = (*others.records, record)
         foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
-        return attrs.evolve(others, records=_Sorted(records) if is_newest else records, foreign=foreign)
+        return attrs.evolve(others, records=Ordered(records) if is_newest else records, foreign=foreign)
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""
         if self.by_name.keys().isdisjoint(names) and not any(record.name in names for record in self.aside):
             return self
-        records = _Sorted([record for record in self.records if record.name not in names])
-        aside = _Sorted([record for record in self.aside if record.name not in names])
+        records = Ordered([record for record in self.records if record.name not in names])
+        aside = Ordered([record for record in self.aside if record.name not in names])
         return attrs.evolve(self, records=records, aside=aside)
 
     def without_payload(self, *records: Record, there: Container[str] = ()) -> Manifest:

@@ -294,6 +294,17 @@ def commit_order(record: Record) -> tuple[bool, int, float, str, str]:
     return not record.is_adopted, record.serial, record.time, record.token, record.name
 
 
+class Ordered(tuple[Record, ...]):
+    """Records that are in commit order, so that they are not sorted again."""
+
+    __slots__ = ()
+
+
+def in_commit_order(records: Iterable[Record]) -> Ordered:
+    """Return the records in commit order."""
+    return records if isinstance(records, Ordered) else Ordered(sorted(records, key=commit_order))
+
+
 @attrs.frozen(kw_only=True)
 class Entry:
     """One record file: a record and how far its write or removal has come.

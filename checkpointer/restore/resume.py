@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -38,13 +38,8 @@ def go_to(
     with _fenced_first(directory):
         view = directory.lines.widened(found.records.values())
         policy = directory.policy
-        try:
+        with _naming(found.problems):
             candidates = select(which, policy, view, contents, damaged=directory.damaged)
-        except NotFoundError as error:
-            if not found.problems:
-                raise
-            msg = f"{error}; not looked at: {'; '.join(found.problems)}"
-            raise NotFoundError(msg) from error
         if candidates and not _is_name(which, policy):
             directory.lines.say_chosen(candidates[0])
         holds = directory.hold(candidates[0].run) if candidates and directory.writes else False
@@ -98,6 +93,18 @@ def _warn_of_abandoned(directory: Directory) -> None:
             "taken over their run. To go on from one of them, restore it by its name or step"
         )
         directory.contents.warn_once("abandoned", msg)
+
+
+@contextlib.contextmanager
+def _naming(problems: Sequence[str]) -> Iterator[None]:
+    """If a checkpoint is not found, say what could not be looked at."""
+    try:
+        yield
+    except NotFoundError as error:
+        if not problems:
+            raise
+        msg = f"{error}; not looked at: {'; '.join(problems)}"
+        raise NotFoundError(msg) from error
 
 
 @contextlib.contextmanager

@@ -83,20 +83,8 @@ def find_foreign(
     taken = {record.name for record in catalog.records} | set(catalog.aliases).difference(lost)
     units = find_units(catalog.files, taken | {entry.record.name for entry in catalog.unfinished})
     _check_steps({name: step for name, step in steps.items() if name not in taken}, units)
-    names = (*units.folders, *units.files)
-    named = matches([*map(Pattern.parse, patterns)], names, taken)
-    read: list[Said] = []
-    links: dict[str, str] = {}
-    refused = dict(units.refused)
-    for name in names:
-        try:
-            with reading(name):
-                if target := _link(catalog.storage, name):
-                    links[name] = target
-                    continue
-                read.append(_with_fields(_read(catalog.storage, name, units), named.get(name, {})))
-        except (CheckpointerError, OSError) as error:
-            refused[name] = str(error).removeprefix(f"{name}: ")
+    named = matches([*map(Pattern.parse, patterns)], (*units.folders, *units.files), taken)
+    read, links, refused = _read_all(catalog.storage, units, named)
     numbered = _with_numbers(read)
     unused = "" if steps_per_epoch is None else _why_unused(numbered, steps, steps_per_epoch)
     said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in numbered]
@@ -131,6 +119,25 @@ def _lost_aliases(catalog: Catalog) -> set[str]:
     journal = Journal(catalog.storage, "", catalog.trust)
     unknown = [alias for alias, target in catalog.aliases.items() if not target]
     return {alias for alias in unknown if read_marker(journal, alias).get("target")}
+
+
+def _read_all(
+    storage: Storage, units: Units, named: Mapping[str, Mapping[str, float]]
+) -> tuple[list[Said], dict[str, str], dict[str, str]]:
+    """Return what each file or folder says, the target of each link, and why a name is refused."""
+    read: list[Said] = []
+    links: dict[str, str] = {}
+    refused = dict(units.refused)
+    for name in (*units.folders, *units.files):
+        try:
+            with reading(name):
+                if target := _link(storage, name):
+                    links[name] = target
+                else:
+                    read.append(_with_fields(_read(storage, name, units), named.get(name, {})))
+        except (CheckpointerError, OSError) as error:
+            refused[name] = str(error).removeprefix(f"{name}: ")
+    return read, links, refused
 
 
 def _found(said: Said) -> Found:

@@ -117,14 +117,9 @@ def chart_of_records(
         for record in manifest.own
     )
     gone = _gone(manifest)
-    there = f"{count_text(len(items), 'survivor')} of {len(items) + gone} checkpoints"
-    subtitle = str(policy) if policy else there if gone else count_text(len(items), "checkpoint")
-    if gone:
-        were, are = ("was", "is") if gone == 1 else ("were", "are")
-        subtitle += f"; {gone} more {were} retired, or {were} not copied, and {are} not known"
     return Chart(
         title=title,
-        subtitle=subtitle,
+        subtitle=_subtitle(policy, len(items), gone),
         metric=name,
         mode=metric.mode if metric else "",
         line=line,
@@ -134,6 +129,14 @@ def chart_of_records(
         first_step=min(steps, default=0),
         last_step=last,
     )
+
+
+def _subtitle(policy: Policy | None, there: int, gone: int) -> str:
+    if not gone:
+        return str(policy) if policy else count_text(there, "checkpoint")
+    were, are = ("was", "is") if gone == 1 else ("were", "are")
+    what = str(policy) if policy else f"{count_text(there, 'survivor')} of {there + gone} checkpoints"
+    return f"{what}; {gone} more {were} retired, or {were} not copied, and {are} not known"
 
 
 def chart_of_timeline(title: str, timeline: Timeline, history: History) -> Chart:
