@@ -41,7 +41,7 @@ So the old or the new checkpoint is there.
 A crash after step 5 leaves a checkpoint that counts. The next save computes aliases and retirement from the records.
 A crash after step 6 leaves the file of changes. If a checkpoint that it names as ``retired`` has lost its payload, the
 next process deletes its record. If the payload is whole, an alias may still lead to it, so the checkpoint counts again.
-If the file names aliases only, it is not durable. After a power loss it may be empty, or have zeros instead of text.
+If the file names aliases only, it is not durable. After a power loss it may be empty, or hold zeros instead of text.
 Then it announces nothing, because its writer has ended with the machine.
 The manager deletes or replaces only payloads that its own records name, and staging folders of ended writers.
 `checkpointer.commit.terms` argues that this also holds if another process takes over the run at any moment.

@@ -35,7 +35,7 @@ with CheckpointManager(sys.argv[1], policy, state=lambda: {"w": 1}, lease_s=0.4,
         manager.observe({"loss": 1 / step}, step=step, epoch=0, epoch_end=False)
         if step >= 250:
             print(step, flush=True)
-            time.sleep(0.05)
+            time.sleep(0.5)
 """
 
 
@@ -52,7 +52,8 @@ def training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def eventually(look: Any) -> Any:
     """Return what a look returns, as soon as it is true."""
-    for _ in range(200):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         if found := look():
             return found
         time.sleep(0.05)
@@ -160,11 +161,12 @@ def test_a_heartbeat_holds_no_manager() -> None:
         from checkpointer.testing import MemoryStorage
         manager = CheckpointManager(MemoryStorage(), Policy(EverySteps(1), [KeepLast(1)]), state=dict, lease_s=0.1)
         manager.observe({}, step=1, epoch=0)
-        time.sleep(0.2)
         assert "checkpointer-heartbeat" in [thread.name for thread in threading.enumerate()]
         del manager
         gc.collect()
-        time.sleep(0.3)
+        end = time.monotonic() + 30
+        while threading.active_count() > 1 and time.monotonic() < end:
+            time.sleep(0.01)
         print([thread.name for thread in threading.enumerate()])
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -56,11 +56,11 @@ def _bounded_time() -> Iterator[None]:
     """No test here may hang: an attack on time must fail, not stop the suite."""
 
     def give_up(*_: object) -> None:
-        msg = "it took more than 20 s"
+        msg = "it took more than 60 s"
         raise TimeoutError(msg)
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 20)
+    signal.setitimer(signal.ITIMER_REAL, 60)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)

@@ -47,7 +47,9 @@ def test_killed_at_random_instants_nothing_acknowledged_is_lost(
     foreign = tmp_path / "theirs.bin"
     foreign.write_bytes(b"mine")
     acknowledged = 0
-    for _ in range(kills):
+    for kill in range(10 * kills):
+        if acknowledged and kill >= kills:  # On a loaded machine the first kills may come before the first save.
+            break
         restored, newest = run_and_kill(tmp_path, last, dice.uniform(0.0, 0.15), *more)
         # One save may have become durable without its line being read.
         assert restored in (acknowledged, acknowledged + 1)

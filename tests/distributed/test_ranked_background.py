@@ -613,9 +613,10 @@ def test_a_rescue_waits_for_the_shards_under_way_and_is_durable_on_return(tmp_pa
 
 def leave(rank: int, directory: Path) -> Any:
     training = Training(seed=7)
-    save = FolderModule.save
+    save, leaving = FolderModule.save, threading.Event()
 
     def late(*args: Any, **options: Any) -> Any:
+        assert leaving.wait(PATIENCE_S)
         time.sleep(0.5)
         return save(*args, **options)
 
@@ -623,6 +624,7 @@ def leave(rank: int, directory: Path) -> Any:
     manager = DistributedManager(directory, POLICY, state=training.state_dict, format="dcp", background="wait")
     manager.observe({}, 3, 0, epoch_end=False)
     assert not manager.wait(0.0)
+    leaving.set()
     raise KeyboardInterrupt
 
 

@@ -371,4 +371,4 @@ def test_a_rank_with_another_program_is_an_error_on_all_ranks_at_once(tmp_path: 
         assert len(texts) == len(said)
         for text, (found, took_s) in zip(texts, said, strict=True):
             assert found.startswith(text)
-            assert took_s < 2.0
+            assert took_s < 60.0  # Without the check a rank waits for the other one until gloo gives up, 120 s.

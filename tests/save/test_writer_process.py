@@ -38,7 +38,7 @@ from checkpointer.storage.owner import new_owner
 
 pytestmark = pytest.mark.skipif(not shared_memory.is_possible(), reason="needs Linux, and two cores")
 LARGE = {"w": torch.arange(17 << 20, dtype=torch.float32), "odd": torch.ones(300_001), "one": torch.ones(())}
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 OTHER = r"printf '\005\000\000\000\000\000\000\000z\0030.0' >&0; exec sleep 20"
 """A program that says that its version is 0.0."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from support.servers.fixtures import lacks
 
 MIB = 1 << 20
+PATIENCE_S = 60.0
 Mount = Callable[[Path], contextlib.AbstractContextManager[Path]]
 
 
@@ -53,8 +54,8 @@ def _mount(*command: object) -> None:
 
 
 def unmount(target: Path) -> None:
-    """Unmount. If the mount is in use, try again for 10 s, and then detach it."""
-    deadline = time.monotonic() + 10
+    """Unmount. If the mount is in use, try again for a minute, and then detach it."""
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             sh("umount", target)
@@ -71,7 +72,7 @@ def wait_detached(image: object) -> None:
 
     Else the next mount of the image would show the old contents.
     """
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while sh("losetup", "-j", image):
         assert time.monotonic() < deadline, f"{image} is still attached"
         time.sleep(0.02)

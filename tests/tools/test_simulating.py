@@ -318,11 +318,11 @@ def test_the_policy_files_of_the_examples_can_be_read() -> None:
 )
 def test_very_many_columns_take_time_by_their_number_not_its_square(text: str) -> None:
     """The limit of time is that of the corpus: see `test_limits.py`."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     with contextlib.suppress(ObservationError):
         (now,) = read_history(text.encode(), "f").observations
         assert 20_000 == len(now.metrics)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(("column", "value"), [("step", "1e300"), ("epoch", str(2**63)), ("time", "1e300")])
