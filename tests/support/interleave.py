@@ -14,11 +14,13 @@ sleeps until a write has changed what it reads. It never reads later with the sa
 which is visited anyway: the one where it has read at once, and then the others did the same writes. Writes are tried in
 every order.
 
-No writer sees where another one sleeps. So a state of the search has for each writer the set of the nodes where it
-may be, after what all have written so far. What one writer may have read does not depend on what the others have read.
-So every combination of nodes from these sets is possible, and no other one is. A write moves all nodes of the set that
-are about to do it. So what the storage holds, and what the writers have noted, is found in each combination that is
-possible: `Model.search` with ``reduced=False`` tries every order of all operations, and finds the same ones.
+No writer sees where another one sleeps. So a state of the search has for each writer the set of the nodes where it may
+be, after what all have written so far. What one writer may have read does not depend on what the others have read. So
+every combination of nodes from these sets is possible, and no other one is. A write moves all nodes of the set that are
+about to do it. A state is left out if another one has the same world, and for each writer at least the same nodes,
+because all that may happen from it may happen there. So what the storage holds, and what the writers have noted, is
+found in each combination that is possible: `Model.search` with ``reduced=False`` tries every order of all operations,
+and finds the same ones.
 """
 
 from __future__ import annotations
@@ -943,6 +945,8 @@ class _Search:
         self._model, self._reduced, self._report = model, reduced, model.report
         self._before: dict[Places, tuple[Places, Action] | None] = {}
         """Each state that was visited, with the state before it and what was done there."""
+        self._there: dict[tuple[World, int, int], list[tuple[frozenset[Node], ...]]] = {}
+        """Where the writers may be in the states that were visited."""
         self._same: dict[frozenset[Node], frozenset[Node]] = {}
         self._woken: dict[tuple[frozenset[Node], World, World], frozenset[Node]] = {}
         self.todo: deque[tuple[Places, int]] = deque()
@@ -950,11 +954,15 @@ class _Search:
         world, nodes, lost, failed = model.first()
         self._first = nodes
         places = tuple(self._place(world, i, [node]) for i, node in enumerate(nodes))
+        self._there[world, lost, failed] = [places]
         self._visit(None, (world, places, lost, failed), -1)
 
     def go_on(self) -> None:
         """Do all that may happen next in one state."""
         state, last = self.todo.popleft()
+        world, places, lost, failed = state
+        if self._reduced and places not in self._there[world, lost, failed]:
+            return  # Since then a state was found that covers it.
         actions = [*self._actions(state)]
         self._report.ends += not actions
         for action in sorted(actions, key=lambda one: (one.writer == last, one.what == "run")):
@@ -962,8 +970,21 @@ class _Search:
             self._report.steps += 1
             if broken is not None:
                 self._model.found(broken, self._schedule((state, action), after, [min(p, key=id) for p in after[1]]))
-            elif after not in self._before:
+            elif after not in self._before and not (self._reduced and self._is_covered(after)):
                 self._visit((state, action), after, last)
+
+    def _is_covered(self, state: Places) -> bool:
+        """Return whether a state was visited that differs only in that the writers may be in more places.
+
+        All that may happen next may happen there, too.
+        """
+        world, places, lost, failed = state
+        visited = self._there.setdefault((world, lost, failed), [])
+        is_covered = any(all(map(frozenset.issubset, places, one)) for one in visited)
+        if not is_covered:
+            visited[:] = [one for one in visited if not all(map(frozenset.issubset, one, places))]
+            visited.append(places)
+        return is_covered
 
     def _visit(self, before: tuple[Places, Action] | None, after: Places, last: int) -> None:
         world, places, lost, failed = after
