@@ -42,7 +42,7 @@ from checkpointer.restore import load as restoring
 from checkpointer.storage.owner import is_live
 from checkpointer.testing import FakeClock
 
-BOUND = os.environ.get("CHECKPOINTER_STATES", "6000")
+BOUND = os.environ.get("CHECKPOINTER_STATES", "500")
 STATES = None if BOUND == "all" else int(BOUND)
 """How many states of each scenario are visited; those with the fewest changes of the writer come first."""
 RUN = "r"
@@ -361,10 +361,10 @@ def scenario(name: str, writers: str = "AB", **kw: Any) -> Scenario:
     return Scenario(name=name, writers=dict.fromkeys(writers, training), **kw)
 
 
-def one_restores(name: str) -> Scenario:
-    """Return a training that saves twice, and one that takes over, restores and ends."""
-    one = scenario(name, links=False)
-    return attrs.evolve(one, writers={"A": Training(POLICIES[name]), "B": Training(POLICIES[name], saves=0)})
+def of_saves(name: str, *saves: int, **kw: Any) -> Scenario:
+    """Return trainings that save so often each. One that saves 0 times takes over, restores and ends."""
+    writers = {writer: Training(POLICIES[name], saves=count) for writer, count in zip(NAMES, saves, strict=False)}
+    return attrs.evolve(scenario(name, links=False, in_order=True, **kw), writers=writers)
 
 
 def model_of(scenario: Scenario) -> Model:
@@ -574,7 +574,7 @@ SCENARIOS = {
     "again, far": scenario("again", links=False),
     "late, links": scenario("late"),
     "late, far": scenario("late", links=False),
-    "last, one restores": one_restores("last"),
+    "last, one restores": of_saves("last", 2, 0),
     "last, one host, killed": scenario("last", hosts=ONE_HOST, crashes=1, takeover=False),
     "best, one host, killed": scenario("best", hosts=ONE_HOST, crashes=1, takeover=False, links=False),
     "name, one host, killed": scenario("name", hosts=ONE_HOST, crashes=1, takeover=False),
@@ -582,19 +582,23 @@ SCENARIOS = {
     "best, a reply lost": scenario("best", lost=1, links=False),
     "name, a reply lost": scenario("name", lost=1),
     "last, a request failed": scenario("last", failed=1, links=False),
-    "last, three": scenario("last", "ABC", saves=1, links=False),
-    "name, three": scenario("name", "ABC", saves=1),
+    "last, one save, a reply lost": of_saves("last", 1, 1, lost=1),
+    "name, one save, a request failed": of_saves("name", 1, 1, failed=1),
+    "name, three, two restore": of_saves("name", 1, 0, 0),
+    "last, three": of_saves("last", 1, 1, 1),
+    "name, three": of_saves("name", 1, 1, 1),
     "alone, a reply lost": scenario("best", "A", lost=2, links=False),
     "alone, a request failed": scenario("name", "A", failed=2, links=False),
 }
 
 COMPLETE = frozenset(name for name in SCENARIOS if name.startswith("alone") or name.endswith("killed"))
 """Scenarios that are small enough to visit every state each time."""
-LARGE = frozenset(
-    name for name, one in SCENARIOS.items() if name not in COMPLETE and (one.lost or one.failed or len(one.writers) > 2)
-)
-"""Scenarios that have too many states to visit each, in any time."""
-MANY = 100_000
+LARGE = frozenset(name for name in SCENARIOS if name.endswith(("a reply lost", "a request failed", "three"))) - {
+    *COMPLETE,
+    *(name for name in SCENARIOS if "one save" in name),
+}
+"""Scenarios that have too many states to visit each."""
+MANY = 10_000
 
 
 def bound_of(name: str) -> int | None:
@@ -656,7 +660,7 @@ def test_a_defect_of_the_protocol_is_found(name: str, monkeypatch: pytest.Monkey
     mutation = MUTATIONS[name]
     mutation.apply(monkeypatch)
 
-    report = search(SCENARIOS[mutation.scenario], first_only=True, max_states=120_000)
+    report = search(SCENARIOS[mutation.scenario], first_only=True, max_states=12_000)
 
     print(f"{name}: {report}")
     assert report.violations, mutation.why
@@ -672,4 +676,4 @@ def test_a_schedule_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("ignore")
         model.replay(found.schedule)
 
-    assert [found.law] == [violation.law for violation in model.report.violations.values()]
+    assert found.law in [violation.law for violation in model.report.violations.values()]

@@ -34,8 +34,11 @@ def hosts(booted: tuple[Trainings, Trainings]) -> Iterator[tuple[Trainings, Trai
         trainings.clear()
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["one process", "two ranks"])
-@pytest.mark.parametrize("way", ["loop", "transformers", "lightning"])
+WAYS = [(way, ranks) for way in ("loop", "transformers", "lightning") for ranks in (1, 2)]
+IN_PLACE = ("transformers, not attached", 2)
+
+
+@pytest.mark.parametrize(("way", "ranks"), [*WAYS, IN_PLACE])
 def test_a_training_that_was_taken_over_ends_with_an_error_that_names_the_other(
     hosts: tuple[Trainings, Trainings], tmp_path: Path, way: str, ranks: int
 ) -> None:
@@ -48,8 +51,8 @@ def test_a_training_that_was_taken_over_ends_with_an_error_that_names_the_other(
     first = alpha.start(tmp_path / "first.log", directory=str(directory), gate=GATE, **training)
     assert ["waits"] == first.read_until("waits"), first.errors
     first.stop()
-    # By the lease, or by the environment.
-    training["takeover"] = way == "lightning"
+    # By the environment, or by the lease.
+    training["takeover"] = (way, ranks) == IN_PLACE
     second = beta.start(tmp_path / "second.log", directory=str(directory), gate=GATE + 2, **training)
     assert ["waits"] == second.read_until("waits"), second.errors
     first.go_on()
@@ -75,14 +78,14 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("at", OPERATIONS)
+@pytest.mark.parametrize(("at", "ranks"), [*((at, 1) for at in OPERATIONS), ("before the Trainer writes it", 2)])
 def test_a_trainer_that_is_stopped_in_its_own_save_harms_nothing(
-    hosts: tuple[Trainings, Trainings], tmp_path: Path, at: str
+    hosts: tuple[Trainings, Trainings], tmp_path: Path, at: str, ranks: int
 ) -> None:
     """The Trainer writes checkpoint-8 in place, and ends that late. No other training relies on it."""
     alpha, beta = hosts
     directory = tmp_path / "run"
-    training: dict[str, Any] = {"way": "transformers, not attached", "directory": str(directory)}
+    training: dict[str, Any] = {"way": "transformers, not attached", "ranks": ranks, "directory": str(directory)}
     alone = beta.start(tmp_path / "alone.log", **{**training, "directory": str(tmp_path / "alone")})
     assert 0 == alone.wait(), alone.errors
     first = alpha.start(tmp_path / "first.log", stop_at=OPERATIONS[at], **training)
@@ -97,7 +100,7 @@ def test_a_trainer_that_is_stopped_in_its_own_save_harms_nothing(
     assert ["waits"] == third.read_until("waits"), third.errors
     third.open_gate()
     assert 0 == third.wait(), third.errors
-    assert [[6], [6]] == [second.steps("begins"), third.steps("begins")]
+    assert [[6] * ranks] * 2 == [second.steps("begins"), third.steps("begins")]
     assert result(alone) == result(third)
     assert str(directory / "checkpoint-12") == last_valid_checkpoint(directory)
     for record in (manager := CheckpointManager(directory)).records:

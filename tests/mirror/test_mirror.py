@@ -17,6 +17,7 @@ from support.plain_format import PlainFormat
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepBest, KeepLast, Mirror, Policy
 from checkpointer.errors import (
     CheckpointerError,
+    FencedError,
     RestoreError,
     StorageError,
 )
@@ -187,6 +188,26 @@ def test_attached_metrics_reach_the_mirror_without_a_second_upload() -> None:
     assert {2, 4} == set(records)
     assert 0.1 == records[2].metrics["val"]
     assert len(set(there.uploaded)) == len(there.uploaded)
+
+
+def test_a_process_whose_mirror_another_one_has_taken_over_ends_and_harms_nothing_there(tmp_path: Path) -> None:
+    """Each has a disk of its own, and both have one mirror. The first one learns of the second by the mirror."""
+    first = Run(tmp_path / "first", ALL, mirror=tmp_path / "there", run="r")
+    first.save(0.5)
+    first.mirrored()
+    with Run(tmp_path / "second", ALL, mirror=tmp_path / "there", run="r", takeover=True) as second:
+        assert 1 == second.restore()
+        second.save(0.4)
+        second.mirrored()
+        first.save(0.3)
+        eventually(lambda: first.manager.session.mirror_status.error != "")  # type: ignore[union-attr]
+        with pytest.raises(FencedError, match=r"has taken over run 'r' in .*there"):
+            first.save(0.2)
+        second.save(0.1)
+    with pytest.warns(CheckpointerWarning, match="has taken over run 'r'"):
+        first.manager.close()
+    assert [1, 2, 3] == steps(tmp_path / "there")
+    assert [0.5, 0.4, 0.1] == [r.metrics["loss"] for r in CheckpointManager(tmp_path / "there", ALL, run="r").records]
 
 
 def test_pin_reaches_the_mirror() -> None:

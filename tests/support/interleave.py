@@ -12,8 +12,15 @@ The search is reduced. A read changes nothing, so only its result matters: the o
 if the write changes that result. So a writer that is about to read does one of two things: it reads at once, or it
 sleeps until a write has changed what it reads. It never reads later with the same result, because that leads to a state
 which is visited anyway: the one where it has read at once, and then the others did the same writes. Writes are tried in
-every order. So what the storage holds, and what the writers have noted, is found in each combination that is possible:
-`Model.search` with ``reduced=False`` tries every order of all operations, and finds the same ones.
+every order.
+
+No writer sees where another one sleeps. So a state of the search has for each writer the set of the nodes where it may
+be, after what all have written so far. What one writer may have read does not depend on what the others have read. So
+every combination of nodes from these sets is possible, and no other one is. A write moves all nodes of the set that are
+about to do it. A state is left out if another one has the same world, and for each writer at least the same nodes,
+because all that may happen from it may happen there. So what the storage holds, and what the writers have noted, is
+found in each combination that is possible: `Model.search` with ``reduced=False`` tries every order of all operations,
+and finds the same ones.
 """
 
 from __future__ import annotations
@@ -599,6 +606,9 @@ class Scenario:
     """How many replies may be lost: the operation is done, and raises `OSError`."""
     failed: int = 0
     """How many operations may raise `OSError` without an effect."""
+    in_order: bool = False
+    """Whether writers with equal scripts take the run over in this order, each for the first time. In another order
+    they do the same under other names; only the order in which a listing shows their files differs."""
 
 
 @attrs.define(eq=False)
@@ -615,7 +625,7 @@ class World:
     """Writers that were killed."""
     results: dict[Operation, int] = attrs.field(factory=dict)
     """What each read returns, as a number."""
-    changes: dict[Node, tuple[World, int, str | None]] = attrs.field(factory=dict)
+    changes: dict[tuple[int, Operation], tuple[World, int, str | None]] = attrs.field(factory=dict)
     """What each change leads to: the world after it, its result as a number, and the law that it breaks."""
     chains: dict[Node, list[Node]] = attrs.field(factory=dict)
     """A writer at each of its next reads, and then at its next change, or its end."""
@@ -649,12 +659,23 @@ class Moment:
         return len(self.world.gone) == len(self.nodes)
 
 
+What = Literal["run", "crash", "lost", "failed"]
+
+
 @attrs.frozen
 class Action:
     """One step of the schedule."""
 
     writer: int
-    what: Literal["run", "crash", "lost", "failed"] = "run"
+    what: What = "run"
+    operation: Operation | None = None
+    """What the writer does; None if it is killed."""
+
+
+Step = tuple[int, What]
+"""A writer, and what happens to it."""
+Places = tuple[World, tuple[frozenset[Node], ...], int, int]
+"""A state of the search: the world, where each writer may be, and the number of lost replies and failed requests."""
 
 
 class Violation(AssertionError):  # noqa: N818
@@ -767,16 +788,14 @@ class Model:
             number = world.results[operation] = self._results.of(result)
         return number
 
-    def _change(self, world: World, i: int, node: Node) -> tuple[World, int, str | None]:
+    def _change(self, world: World, i: int, operation: Operation) -> tuple[World, int, str | None]:
         """Return the world after a change, the number of its result, and the law that it breaks."""
-        known = world.changes.get(node)
+        known = world.changes.get((i, operation))
         if known is None:
-            known = world.changes[node] = self._changed(world, i, node)
+            known = world.changes[i, operation] = self._changed(world, i, operation)
         return known
 
-    def _changed(self, world: World, i: int, node: Node) -> tuple[World, int, str | None]:
-        operation = node.operation
-        assert operation is not None
+    def _changed(self, world: World, i: int, operation: Operation) -> tuple[World, int, str | None]:
         if operation.what == "release":
             after = self._world(world.disk, world.claims, world.gone | {i}, world.dead)
             return after, self._results.of(None), None
@@ -787,30 +806,38 @@ class Model:
         after = self._world(disk, claims, world.gone, world.dead)
         return after, self._results.of(result), self._on_step(world, i, operation)
 
-    def act(self, state: State, action: Action) -> tuple[State, str | None]:
-        """Return the state after an action, and the law that it breaks."""
-        world, nodes, lost, failed = state
-        i = action.writer
-        node, broken = nodes[i], None
-        if action.what == "crash":
-            return (
-                self._world(world.disk, world.claims, world.gone | {i}, world.dead | {i}),
-                nodes,
-                lost,
-                failed,
-            ), None
-        assert node.operation is not None
+    def outcome(self, world: World, action: Action) -> tuple[World, int, str | None]:
+        """Return the world after an action, the number of its result, and the law that it breaks."""
+        i, operation = action.writer, action.operation
+        if operation is None:
+            return self._world(world.disk, world.claims, world.gone | {i}, world.dead | {i}), -1, None
         if action.what == "failed":
-            failed, result = failed + 1, self._failure(node.operation)
-        elif node.is_read:
-            result = self.read(world, node.operation)
-        else:
-            world, result, broken = self._change(world, i, node)
-        if action.what == "lost":
-            lost += 1
-            result = result if isinstance(self._results.values[result], Failure) else self._failure(node.operation)
-        after = self._programs[i].after(node, result)
-        return (world, (*nodes[:i], after, *nodes[i + 1 :]), lost, failed), broken
+            return world, self._failure(operation), None
+        if operation.is_read:
+            return world, self.read(world, operation), None
+        world, result, broken = self._change(world, i, operation)
+        if action.what == "lost" and not isinstance(self._results.values[result], Failure):
+            result = self._failure(operation)
+        return world, result, broken
+
+    def is_early(self, world: World, i: int, operation: Operation) -> bool:
+        """Return whether a writer takes the run over before another one with the same script that has to come first."""
+        if not self.scenario.in_order or i in world.claims or not self._is_claim(operation):
+            return False
+        scripts = [*self.scenario.writers.values()]
+        return any(script == scripts[i] and j not in world.claims for j, script in enumerate(scripts[:i]))
+
+    def after(self, i: int, node: Node, result: int) -> Node:
+        """Return a writer after its next operation has had this result; -1 if it was killed."""
+        return node if result == -1 else self._programs[i].after(node, result)
+
+    def act(self, state: State, writer: int, what: What) -> tuple[State, str | None]:
+        """Return the state after a writer's next operation, and the law that it breaks."""
+        world, nodes, lost, failed = state
+        node = nodes[writer]
+        after, result, broken = self.outcome(world, Action(writer, what, None if what == "crash" else node.operation))
+        nodes = (*nodes[:writer], self.after(writer, node, result), *nodes[writer + 1 :])
+        return (after, nodes, lost + (what == "lost"), failed + (what == "failed")), broken
 
     def _failure(self, operation: Operation) -> int:
         return self._results.of(Failure(OSError, f"injected: {operation.what} {operation.path}"))
@@ -857,64 +884,59 @@ class Model:
         self.checked.add(key)
         return self._check(self, Moment(*state))
 
-    def found(self, law: str, actions: Sequence[Action]) -> None:
+    def found(self, law: str, steps: Sequence[Step]) -> None:
         """Keep the first schedule for each kind of violation."""
         kind = "".join(char for char in law if not char.isdigit())[:50]
         if kind not in self.report.violations:
-            lines = [line for step in self._steps(actions) for line in self._lines(*step)]
-            self.report.violations[kind] = Violation(law, self._text(actions), "\n".join(lines))
+            self.report.violations[kind] = Violation(law, self._text(steps), "\n".join(self._lines(steps)))
 
     # Schedules as text
 
-    def _text(self, actions: Sequence[Action]) -> str:
+    def _text(self, steps: Sequence[Step]) -> str:
         """Return a schedule such as ``"A*12 B*3 A!lost"``: replay it with `replay`."""
         parts: list[str] = []
-        for action, group in itertools.groupby(actions):
+        for (writer, what), group in itertools.groupby(steps):
             count = len([*group])
-            suffix = "" if action.what == "run" else f"!{action.what}"
-            parts.append(f"{self.names[action.writer]}{suffix}" + (f"*{count}" if count > 1 else ""))
+            suffix = "" if what == "run" else f"!{what}"
+            parts.append(f"{self.names[writer]}{suffix}" + (f"*{count}" if count > 1 else ""))
         return " ".join(parts)
 
     def replay(self, schedule: str) -> None:
         """Do what a schedule says, and check the laws of each state on the way; violations are in the report."""
         try:
-            actions: list[Action] = []
+            steps: list[Step] = []
             state = self.first()
-            for action in _actions_of(schedule, self.names):
-                actions.append(action)
-                state, broken = self.act(state, action)
+            for step in _steps_of(schedule, self.names):
+                steps.append(step)
+                state, broken = self.act(state, *step)
                 broken = broken or self.broken(state)
                 if broken is not None:
-                    self.found(broken, actions)
+                    self.found(broken, steps)
         finally:
             self.close()
 
-    def _steps(self, actions: Iterable[Action]) -> Iterator[tuple[State, Action, State]]:
-        state = self.first()
-        for action in actions:
-            after, _ = self.act(state, action)
-            yield state, action, after
-            state = after
-
-    def _lines(self, before: State, action: Action, after: State) -> Iterator[str]:
+    def _lines(self, steps: Iterable[Step]) -> Iterator[str]:
         """Yield a line for an operation that changes something or lists everything, and for each note."""
-        name, node = self.names[action.writer], before[1][action.writer]
-        operation = node.operation
-        assert operation is not None
-        if action.what != "run":
-            yield f"  {name} {operation}  [{action.what}]"
-        elif not operation.is_read or operation.path == "":
-            yield f"  {name} {operation}"
-        for note in after[1][action.writer].notes[len(node.notes) :]:
-            yield f"  {name}     ---- {' '.join(map(str, note))}"
+        state = self.first()
+        for i, what in steps:
+            name, node = self.names[i], state[1][i]
+            state, _ = self.act(state, i, what)
+            operation = node.operation
+            assert operation is not None
+            if what != "run":
+                yield f"  {name} {operation}  [{what}]"
+            elif not operation.is_read or operation.path == "":
+                yield f"  {name} {operation}"
+            for note in state[1][i].notes[len(node.notes) :]:
+                yield f"  {name}     ---- {' '.join(map(str, note))}"
 
 
-def _actions_of(schedule: str, names: Sequence[str]) -> Iterator[Action]:
+def _steps_of(schedule: str, names: Sequence[str]) -> Iterator[Step]:
     for part in schedule.split():
         text, _, count = part.partition("*")
         name, _, what = text.partition("!")
         kind: Any = what or "run"
-        yield from [Action(names.index(name), kind)] * int(count or 1)
+        yield from [(names.index(name), kind)] * int(count or 1)
 
 
 class _Search:
@@ -922,66 +944,115 @@ class _Search:
 
     def __init__(self, model: Model, *, reduced: bool) -> None:
         self._model, self._reduced, self._report = model, reduced, model.report
-        self._before: dict[State, tuple[State, Action] | None] = {}
+        self._before: dict[Places, tuple[Places, Action] | None] = {}
         """Each state that was visited, with the state before it and what was done there."""
-        self.todo: deque[tuple[State, int]] = deque()
+        self._there: dict[tuple[World, int, int], list[tuple[frozenset[Node], ...]]] = {}
+        """Where the writers may be in the states that were visited."""
+        self._same: dict[frozenset[Node], frozenset[Node]] = {}
+        self._woken: dict[tuple[frozenset[Node], World, World], frozenset[Node]] = {}
+        self.todo: deque[tuple[Places, int]] = deque()
         """What is not searched yet: a state, and the writer that changed something last."""
-        self._visit(None, Action(-1), model.first(), -1)
+        world, nodes, lost, failed = model.first()
+        self._first = nodes
+        places = tuple(self._place(world, i, [node]) for i, node in enumerate(nodes))
+        self._there[world, lost, failed] = [places]
+        self._visit(None, (world, places, lost, failed), -1)
 
     def go_on(self) -> None:
         """Do all that may happen next in one state."""
         state, last = self.todo.popleft()
+        world, places, lost, failed = state
+        if self._reduced and places not in self._there[world, lost, failed]:
+            return  # Since then a state was found that covers it.
         actions = [*self._actions(state)]
         self._report.ends += not actions
         for action in sorted(actions, key=lambda one: (one.writer == last, one.what == "run")):
-            after, broken = self._model.act(state, action)
+            after, broken = self._after(state, action)
             self._report.steps += 1
             if broken is not None:
-                self._model.found(broken, self._schedule(state, action, after))
-            else:
-                self._visit(state, action, after, last)
+                self._model.found(broken, self._schedule((state, action), after, [min(p, key=id) for p in after[1]]))
+            elif after not in self._before and not (self._reduced and self._is_covered(after)):
+                self._visit((state, action), after, last)
 
-    def _visit(self, before: State | None, action: Action, after: State, last: int) -> None:
-        add = self.todo.appendleft if action.writer == last else self.todo.append
-        for state in self._settled(before, action.writer, after) if self._reduced else [after]:
-            broken = self._model.broken(state)
-            if broken is not None:
-                self._model.found(broken, self._schedule(before, action, state))
-            if state not in self._before and (not self._reduced or self._goes_on(state)):
-                self._before[state] = None if before is None else (before, action)
-                self._report.states += 1
-                add((state, action.writer))
+    def _is_covered(self, state: Places) -> bool:
+        """Return whether a state was visited that differs only in that the writers may be in more places.
 
-    def _actions(self, state: State) -> Iterator[Action]:
-        """Yield what may happen next. In a reduced search, each writer that is about to read sleeps."""
-        (world, nodes, lost, failed), scenario = state, self._model.scenario
-        for i, node in enumerate(nodes):
-            if node.operation is None or i in world.dead:
-                continue
-            if not (node.is_read and self._reduced):
-                yield Action(i)
-            # A kill before a read has the same effect as a kill before the next change.
-            if len(world.dead) < scenario.crashes and not node.is_read:
-                yield Action(i, "crash")
-            if node.operation.what in SILENT:
-                continue
-            if lost < scenario.lost and not node.is_read:
-                yield Action(i, "lost")
-            if failed < scenario.failed:
-                yield Action(i, "failed")
-
-    def _settled(self, before: State | None, acted: int, state: State) -> Iterator[State]:
-        """Yield a state with each choice of the writers that are about to read: read on, or sleep.
-
-        A writer that slept before goes on sleeping, unless what it reads has changed.
+        All that may happen next may happen there, too.
         """
-        world, nodes, lost, failed = state
-        chains = []
-        for i, node in enumerate(nodes):
-            wakes = before is None or i == acted or self._reads_other(before[0], world, node)
-            chains.append(self._model.chain(world, i, node) if wakes and i not in world.dead else [node])
-        for chosen in itertools.product(*chains):
-            yield world, chosen, lost, failed
+        world, places, lost, failed = state
+        visited = self._there.setdefault((world, lost, failed), [])
+        is_covered = any(all(map(frozenset.issubset, places, one)) for one in visited)
+        if not is_covered:
+            visited[:] = [one for one in visited if not all(map(frozenset.issubset, one, places))]
+            visited.append(places)
+        return is_covered
+
+    def _visit(self, before: tuple[Places, Action] | None, after: Places, last: int) -> None:
+        world, places, lost, failed = after
+        self._before[after] = before
+        self._report.states += 1
+        # The laws see what a writer has noted, and not where it is.
+        for nodes in itertools.product(*({node.notes_id: node for node in place}.values() for place in places)):
+            broken = self._model.broken((world, nodes, lost, failed))
+            if broken is not None:
+                self._model.found(broken, self._schedule(before, after, nodes))
+        writer = -1 if before is None else before[1].writer
+        add = self.todo.appendleft if writer == last else self.todo.append
+        add((after, writer))
+
+    def _actions(self, state: Places) -> Iterator[Action]:
+        """Yield what may happen next. In a reduced search, a writer that is about to read sleeps."""
+        (world, places, lost, failed), scenario = state, self._model.scenario
+        for i, place in enumerate(places):
+            if i in world.dead:
+                continue
+            operations = {node.operation: None for node in place if node.operation is not None}
+            operations = {one: None for one in operations if not self._model.is_early(world, i, one)}
+            # A kill before a read has the same effect as a kill before the next change.
+            if len(world.dead) < scenario.crashes and not all(one.is_read for one in operations):
+                yield Action(i, "crash")
+            for operation in operations:
+                if not (operation.is_read and self._reduced):
+                    yield Action(i, "run", operation)
+                if operation.what in SILENT:
+                    continue
+                if lost < scenario.lost and not operation.is_read:
+                    yield Action(i, "lost", operation)
+                if failed < scenario.failed:
+                    yield Action(i, "failed", operation)
+
+    def _after(self, state: Places, action: Action) -> tuple[Places, str | None]:
+        """Return the state after an action, and the law that it breaks."""
+        world, places, lost, failed = state
+        i, (now, result, broken) = action.writer, self._model.outcome(world, action)
+        nodes = [self._model.after(i, node, result) for node in self._acting(places[i], action)]
+        acted = self._place(now, i, nodes)
+        after = tuple(acted if j == i else self._wake(world, now, j, place) for j, place in enumerate(places))
+        return (now, after, lost + (action.what == "lost"), failed + (action.what == "failed")), broken
+
+    def _acting(self, place: Iterable[Node], action: Action) -> list[Node]:
+        """Return where a writer is if it does this, of the places where it may be."""
+        if action.operation is None:
+            return [node for node in place if node.operation is not None and not node.is_read]
+        return [node for node in place if node.operation == action.operation]
+
+    def _place(self, world: World, i: int, nodes: Iterable[Node]) -> frozenset[Node]:
+        """Return where a writer may be that was at one of these nodes: it reads on, or sleeps."""
+        return self._one(frozenset(one for node in nodes for one in self._chain(world, i, node)))
+
+    def _one(self, place: frozenset[Node]) -> frozenset[Node]:
+        return self._same.setdefault(place, place)
+
+    def _chain(self, world: World, i: int, node: Node) -> list[Node]:
+        return self._model.chain(world, i, node) if self._reduced and i not in world.dead else [node]
+
+    def _wake(self, then: World, now: World, i: int, place: frozenset[Node]) -> frozenset[Node]:
+        """Return where a writer may be after a change: if what it is about to read has changed, it may read on."""
+        key = (place, then, now)
+        if key not in self._woken:
+            awake = [node for node in place if self._reads_other(then, now, node)]
+            self._woken[key] = self._one(place | self._place(now, i, awake)) if awake else place
+        return self._woken[key]
 
     def _reads_other(self, then: World, now: World, node: Node) -> bool:
         """Return whether what a writer is about to read has changed."""
@@ -989,26 +1060,31 @@ class _Search:
             return False
         return self._model.read(then, node.operation) != self._model.read(now, node.operation)
 
-    def _goes_on(self, state: State) -> bool:
-        """Return whether a writer is awake, or all have ended. If all sleep, nothing wakes them."""
-        world, nodes, _, failed = state
-        left = [node for i, node in enumerate(nodes) if node.operation is not None and i not in world.dead]
-        return not left or failed < self._model.scenario.failed or any(not node.is_read for node in left)
+    def _schedule(self, before: tuple[Places, Action] | None, state: Places, nodes: Iterable[Node]) -> list[Step]:
+        """Return all that happens until each writer is at its node of a state, each read included."""
+        steps: list[Step] = []
+        while before is not None:
+            (then, places, _, _), action = before
+            was = []
+            for i, node in enumerate(nodes):
+                origin, reads = self._origin(then, state[0], i, places[i], node, action)
+                steps += [(i, "run")] * reads
+                was.append(origin)
+            steps.append((action.writer, action.what))
+            nodes, state = was, before[0]
+            before = self._before[state]
+        reads_first = [self._chain(state[0], i, self._first[i]).index(node) for i, node in enumerate(nodes)]
+        return [(i, "run") for i, reads in enumerate(reads_first) for _ in range(reads)] + steps[::-1]
 
-    def _schedule(self, before: State | None, action: Action, state: State) -> list[Action]:
-        """Return all that happens up to a state, each read included."""
-        actions: list[Action] = []
-        while True:
-            after = self._model.first() if before is None else self._model.act(before, action)[0]
-            reads = [
-                Action(i)
-                for i, (one, other) in enumerate(zip(after[1], state[1], strict=True))
-                if one is not other
-                for _ in range(self._model.chain(state[0], i, one).index(other))
-            ]
-            actions += reads[::-1]
-            if before is None:
-                return actions[::-1]
-            actions.append(action)
-            state, found = before, self._before[before]
-            before, action = found or (None, action)
+    def _origin(
+        self, then: World, now: World, i: int, place: Iterable[Node], node: Node, action: Action
+    ) -> tuple[Node, int]:
+        """Return where a writer was before an action, and how often it has read since."""
+        if i == action.writer:
+            result = self._model.outcome(then, action)[1]
+            ways = [(one, self._model.after(i, one, result)) for one in self._acting(place, action)]
+        else:
+            ways = [(one, one) for one in place if one is node or self._reads_other(then, now, one)]
+            ways.sort(key=lambda way: way[0] is not node)
+        found = ((one, self._chain(now, i, after)) for one, after in ways)
+        return next((one, chain.index(node)) for one, chain in found if node in chain)

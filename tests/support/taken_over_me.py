@@ -86,7 +86,7 @@ def by_loop(directory: str, gate: Gate) -> None:
 
 
 class StopsAt:
-    """Stops this process before the first operation on a path that ends with ``end``, once it is armed."""
+    """Stops the training before the first operation on a path that ends with ``end``, once it is armed."""
 
     def __init__(self, end: str) -> None:
         self.is_armed = False
@@ -98,12 +98,22 @@ class StopsAt:
             paths = [str(one) for one in arguments[:2] if isinstance(one, (str, Path))]
             if any(fnmatch(path, f"*/{self._end}") for path in paths):
                 self.is_armed = False
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop_training()
+
+
+def stop_training() -> None:
+    """Stop each rank, and their parent; this process comes last."""
+    parent, others = os.getppid(), list[int]()
+    if "RANK" in os.environ:
+        ranks = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        others = [parent, *(int(pid) for pid in ranks if int(pid) != os.getpid())]
+    for pid in (*others, os.getpid()):
+        os.kill(pid, signal.SIGSTOP)
 
 
 def by_trainer(directory: str, gate: Gate, *, attached: bool = True, stop_at: str = "") -> None:
-    """Train 12 steps by the HF Trainer; in the save of step 8 stop before an operation on a path like ``stop_at``."""
-    stops = StopsAt(stop_at) if stop_at else None
+    """Train 12 steps by the HF Trainer; in the save of step 8 stop before rank 0 uses a path like ``stop_at``."""
+    stops = StopsAt(stop_at) if stop_at and os.environ.get("RANK", "0") == "0" else None
 
     class Gates(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,7 +144,7 @@ def by_lightning(directory: str, gate: Gate) -> None:
             gate(trainer.global_step + 1)
 
     policy = Policy(EveryEpochs(1), [KeepLast(2)], last="link")
-    callback = CheckpointCallback(directory, policy)
+    callback = CheckpointCallback(directory, policy, lease_s=LEASE_S)
     resume = "last" if any(Path(directory).glob("*.ckpt")) else None
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     changes = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
