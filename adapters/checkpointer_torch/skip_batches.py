@@ -21,6 +21,8 @@ from checkpointer_torch.random_state import put_random_state, same_random_state,
 _log: Final = logging.getLogger("checkpointer.torch")
 _MARKED: Final = 8
 """Values of a batch that are remembered, to compare it with the one that is read again."""
+_LEAVES: Final = (int, float, str, bytes, torch.Tensor)
+"""Looked for first: to ask whether a batch is a `Mapping` takes as long as the rest of a step."""
 
 Make = Callable[[], Any]
 """Makes the iterator of a ``DataLoader``."""
@@ -272,7 +274,7 @@ def mark_of(batch: Any) -> str:
         >>> mark_of({"x": torch.arange(100.0), "y": 1})
         '[0.0, 12.0, 24.0, 36.0, 48.0, 60.0, 72.0, 84.0]'
     """
-    while isinstance(batch, (Mapping, list, tuple)) and batch:
+    while not isinstance(batch, _LEAVES) and isinstance(batch, (Mapping, list, tuple)) and batch:
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     if isinstance(batch, (str, bytes)):
         return repr(batch[:100])

@@ -180,7 +180,19 @@ class Manifest:
         is_newest = not others.records or commit_order(others.records[-1]) < commit_order(record)
         records = (*others.records, record)
         foreign = self.foreign - {record.name} if record.name in self.foreign else self.foreign
-        return attrs.evolve(others, records=Ordered(records) if is_newest else records, foreign=foreign)
+        manifest = attrs.evolve(others, records=Ordered(records) if is_newest else records, foreign=foreign)
+        if is_newest:
+            manifest._extend(others, record)
+        return manifest
+
+    def _extend(self, others: Manifest, newest: Record) -> None:
+        """Add the newest record to what is known of the others: a pass through many records takes long."""
+        is_own = (newest.run, newest.label) == (self.run, self.label)
+        is_live = is_own and self.counts(newest)
+        object.__setattr__(self, "by_name", others.by_name | {newest.name: newest})
+        for name, takes in (("own", is_own), ("live", is_live), ("history", is_live and newest.kind == "regular")):
+            known = getattr(others, name)
+            object.__setattr__(self, name, Ordered((*known, newest)) if takes else known)
 
     def without(self, *names: str) -> Manifest:
         """Return the manifest after these records were retired."""

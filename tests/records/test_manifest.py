@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
 from support.factories import RUN, manifest, record
 
 from checkpointer.records.manifest import Manifest
@@ -142,6 +145,37 @@ def test_with_record_replaces_the_one_of_its_name() -> None:
     assert [("a", 2), ("b", 3)] == [(r.name, r.step) for r in seen.records]
     assert frozenset() == seen.foreign
     assert ["b"] == names(seen.without("a", "never-there").records)
+
+
+records = st.builds(
+    record,
+    name=st.sampled_from("abcd"),
+    step=st.integers(1, 6),
+    serial=st.integers(1, 9),
+    run=st.sampled_from([RUN, "run-b"]),
+    label=st.sampled_from(["", "x"]),
+    line=st.sampled_from([(), ((1, 3),), ((1, 3), (2, 4))]),
+    kind=st.sampled_from(["regular", "rescue"]),
+    term=st.integers(0, 2),
+    reason=st.sampled_from(["", "adopted: torch.save"]),
+)
+
+
+@given(
+    st.lists(records, max_size=6),
+    records,
+    st.sampled_from([(), ((1, 3),)]),
+    st.sampled_from([{}, {(RUN, ""): ((2, 4),)}]),
+)
+def test_a_manifest_that_got_a_record_is_as_one_made_of_all(
+    before: list[Record], new: Record, line: tuple[tuple[int, int], ...], limits: dict[tuple[str, str], Any]
+) -> None:
+    """What was known of the others is not computed again, and the result is the same."""
+    there = {one.name: one for one in before}
+    got = manifest([*there.values()], line=line, limits=limits).with_record(new)
+    made = manifest([*(there | {new.name: new}).values()], line=line, limits=limits)
+    for known in ("records", "own", "live", "history", "by_name", "abandoned", "next_serial"):
+        assert getattr(made, known) == getattr(got, known), known
 
 
 def test_at_step_takes_the_newest_of_a_step() -> None:
