@@ -490,8 +490,8 @@ class CheckpointManager:
             self._release()
         else:  # The writer thread still uses the directory. Both end with the process.
             msg = (
-                f"after {timeout:.1f} s {self._executor.unfinished} is still being written, and close() waits no "
-                "longer. If the process ends before that, the run goes on from the checkpoint before it"
+                f"after {timeout:.1f} s {self._executor.unfinished} is still being written, and close() stops waiting. "
+                "If the process ends before the save does, the run goes on from the previous checkpoint"
             )
             warn(msg)
         self.session.is_closed = True

@@ -202,7 +202,7 @@ class DropIn(CallbackBase):
         have = ", ".join(sorted(seen - {"epoch", "step", ONLY_LAST})) or "none"
         for key in (key for key in naming.keys if key not in known):
             self._unknown |= {key}
-            msg = f"the template {self.filename!r} asks for {key!r}, which was not reported (have: {have}): it reads 0"
+            msg = f"the template {self.filename!r} asks for {key!r}, which was not reported (have: {have}): it is 0"
             warn(msg)
 
     def _message(self, trainer: Any, decision: Decision, attributes: Attributes) -> str:
@@ -275,7 +275,7 @@ def _before_step(captured: Any, dump: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(captured.keys() - weights.keys())
     msg = (
         f"module.saved_models has {', '.join(map(repr, unknown[:3]))}, which neither the module nor its layer has; "
-        "what is saved is the state after the optimizer stepped"
+        "the state after the optimizer's step is saved instead"
     )
     warn(msg)
     return dump

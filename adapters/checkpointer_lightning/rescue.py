@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from checkpointer import Decision, Save
-from checkpointer.distributed.team import all_come
+from checkpointer.distributed.team import BARRIER_S, all_come
 from checkpointer.errors import ConflictError, warn
 from checkpointer_lightning.session import TrainingSession
 from checkpointer_lightning.several_callbacks import ours
@@ -38,7 +38,8 @@ def rescue(session: TrainingSession, exception: BaseException) -> None:
             session.io.is_alone = True
         elif not all_come(session.ranks, session.trainer.global_step):
             if session.ranks.rank == 0:
-                _warn("no rescue checkpoint: saving takes all ranks, and not all of them came")
+                step = session.trainer.global_step
+                _warn(f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s")
             return
     name = type(exception).__name__
     saved = _rescue_together(session, f"{name}: {exception}")

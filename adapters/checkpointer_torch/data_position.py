@@ -71,7 +71,7 @@ class DataPosition:
             return used
         text = ", ".join(f"{name} {there!r} then, {here!r} now" for name, (there, here) in other.items())
         if not state.get("within"):
-            origin.warn(f"the data is not the data of the epoch before: {text}; the new epoch begins with it")
+            origin.warn(f"the data differs from that of the previous epoch: {text}; the new epoch uses the new data")
             self._left_off = {**state, "differs": True}
             return used
         what = f"{_batches(used)} of this epoch {'was' if used == 1 else 'were'} read from other data: {text}"

@@ -38,12 +38,12 @@ def open_training(
         training = TrainingState(objects, ranks, config)
         shards, format = training.objects.shards, options.get("format", "dcp")
         if shards and ranks.size == 1:
-            msg = f"{shards[0]} is a shard, and other processes hold the others: pass their ranks, not {ranks!r}"
+            msg = f"{shards[0]} is a shard, and other processes hold the other shards: pass their ranks, not {ranks!r}"
             raise PolicyError(msg)
         if shards and format != "dcp":
             msg = (
-                f"{shards[0]} is a shard, and other processes hold the others: format {format!r} would hold one of "
-                "them alone. Leave format out of options=, or pass 'dcp'"
+                f"{shards[0]} is a shard, and other processes hold the other shards: format {format!r} would save "
+                "only this one. Leave format out of options=, or pass 'dcp'"
             )
             raise PolicyError(msg)
         opened.append(training)

@@ -51,7 +51,7 @@ def put_random_state(state: Mapping[str, Any]) -> None:
     devices = state.get("cuda", [])
     here = torch.cuda.device_count() if devices else 0
     if len(devices) > here:
-        msg = f"not exact: the checkpoint has random states of {len(devices)} CUDA devices, and {here} are here"
+        msg = f"not exact: the checkpoint has random states of {len(devices)} CUDA devices, and this process has {here}"
         warn(msg)
     for device, of_device in enumerate(devices[:here]):
         torch.cuda.set_rng_state(of_device, device)

@@ -154,10 +154,10 @@ class ResumeSource:
         training.position.begin_at(record)
         modules = training.objects.modules
         others = [name for name in training.objects.names if name not in modules]
-        anew = f"; these begin anew, unless map= says where they are in it: {', '.join(others)}" if others else ""
+        anew = f". These begin anew: {', '.join(others)}; map= can name their places in the file" if others else ""
         msg = (
-            f"{record.name} was adopted, so another program wrote it. Loaded were the weights of {', '.join(modules)}, "
-            f"and step {record.step} of its record. The training begins with epoch {training.position.epoch}{anew}"
+            f"{record.name} was adopted, so another program wrote it. The weights of {', '.join(modules)} and the step "
+            f"{record.step} of its record were loaded. The training begins with epoch {training.position.epoch}{anew}"
         )
         warn(msg)
 
@@ -165,5 +165,5 @@ class ResumeSource:
 def _warn_of(differences: Differences, source: str) -> None:
     if differences:
         untaken = f"; not loaded at all: {', '.join(differences.untaken)}" if differences.untaken else ""
-        msg = f"{source} does not fit, and what did was loaded: {differences}{untaken}"
+        msg = f"{source} does not fit, so only a part was loaded: {differences}{untaken}"
         warn(msg)

@@ -157,9 +157,9 @@ class DataPass:
         last = _read(batches, used - 1) if used > 1 else last
         if not same_random_state(first, take_random_state()):
             self.origin.warn(
-                f"{used} batches were read again to find the place, and reading them drew random numbers: if their "
-                "order depends on those, it is not the order of before. Give the data a generator of its own, or "
-                "state_dict and load_state_dict"
+                f"{used} batches were read again to find the place, and reading them drew random numbers. If the order "
+                "of the batches depends on random numbers, it is not the same as before. Give the data a generator of "
+                "its own, or state_dict and load_state_dict"
             )
         elif mark and mark != mark_of(last):
             self.origin.warn(

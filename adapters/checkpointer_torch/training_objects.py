@@ -209,7 +209,7 @@ def _part_of(name: str, thing: Any) -> parts.Part:
     msg = (
         f"{name} is a {type(thing).__name__}, and nothing of it can be saved: it has no state_dict and no "
         "load_state_dict; pass an object that has them, a tensor, a dataclass, a dict, a namespace or a plain value. A "
-        f"value that the program binds anew is given as a function: {name}=lambda: {name}. Settings go into config="
+        f"value that the program assigns again is given as a function: {name}=lambda: {name}. Settings go into config="
     )
     raise PolicyError(msg)
 

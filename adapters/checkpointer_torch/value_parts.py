@@ -63,8 +63,8 @@ class HeldPart(Part):
         if self._was_shared and sys.getrefcount(self._thing) <= _OWN_REFERENCES:
             name = self._name
             msg = (
-                f"{name!r} is saved as the object that was given to the Loop, and the program has no reference to that "
-                f"object any more: if it has bound the name to another one, that one is not saved. Pass "
+                f"the Loop saves the object that it was given as {name!r}, but the program does not hold this object "
+                "any more. If the program has assigned another object to the name, that one is not saved. Pass "
                 f"{name}=lambda: {name}, and read loop[{name!r}] after resume()"
             )
             warn(msg)
@@ -206,8 +206,8 @@ class FunctionPart(Part):
     def take(self) -> Any:
         if not self._is_read:
             msg = (
-                f"{self._name!r} was put back by resume(), and the program has not read it: it went on with another "
-                f"value, which is not exact. Read loop[{self._name!r}] after resume()"
+                f"resume() restored {self._name!r}, but the program has not read it and went on with another value. "
+                f"This is not exact. Read loop[{self._name!r}] after resume()"
             )
             warn(msg)
         self._restored, self._is_read = [], True

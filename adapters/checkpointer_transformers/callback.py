@@ -282,9 +282,9 @@ class CheckpointCallback(TrainerCallback):
             training.commit(state, kwargs.get("optimizer"), is_written=True)
         else:
             msg = (
-                f"checkpoint-{state.global_step} was written because another callback set should_save after this one, "
-                "and the policy did not ask for it: it is neither ranked nor removed, and if it was there before, its "
-                "record no longer fits it. Put CheckpointCallback behind that callback, or attach(trainer)"
+                f"checkpoint-{state.global_step} was written because another callback set should_save after this one. "
+                "The policy did not ask for it, so it is neither ranked nor removed. If it existed before, its record "
+                "no longer fits. Pass CheckpointCallback after that callback, or call attach(trainer)"
             )
             warn(msg)
 

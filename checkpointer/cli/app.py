@@ -33,7 +33,7 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "rm": ("rm", "Remove named checkpoints; shows it first."),
         "pin": ("pin_unpin", "Keep a checkpoint, whatever the rules say."),
         "unpin": ("pin_unpin", "Let the rules decide about a checkpoint again."),
-        "sweep": ("sweep", "Remove what dead processes left unfinished."),
+        "sweep": ("sweep", "Finish or remove what ended processes left."),
         "copy": ("copy", "Copy a directory to another storage."),
         "adopt": ("adopt", "Make records for checkpoints of other programs."),
         "export": ("export_average", "Write the weights of a checkpoint as one file."),
@@ -42,7 +42,7 @@ COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Plan": {
         "doctor": ("doctor", "Try a directory or URL before a long run."),
         "policy": ("policy", "Write a policy file, check it, or show a run's own."),
-        "simulate": ("simulate", "Play a policy over the metrics of a training."),
+        "simulate": ("simulate", "Apply a policy to the metrics of a training."),
         "version": ("version", "Print the versions of this installation."),
     },
 }

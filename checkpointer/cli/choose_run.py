@@ -101,7 +101,7 @@ def best_first(chosen: Chosen, ranking: options.Ranking) -> list[Record]:
     if metric is None and ranking.policy is not None:
         policy = options.read_policy(ranking.policy)
         if policy.best_rule is None:
-            msg = f"{ranking.policy} has no KeepBest, so no best; pass --by METRIC --mode min or max"
+            msg = f"{ranking.policy} has no KeepBest, so it ranks nothing; pass --by METRIC --mode min or max"
             raise PolicyError(msg)
         _check_metric(policy.best_rule.metric, chosen)
         return policy.best_first(history)

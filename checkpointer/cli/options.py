@@ -74,7 +74,7 @@ StorageOptions = Annotated[
     typer.Option(
         "--storage-options",
         metavar="JSON",
-        help="What fsspec needs besides the URL, as JSON or @FILE; its configuration and environment count too.",
+        help="Options for fsspec, as JSON or @FILE. fsspec also reads its own configuration and environment.",
     ),
 ]
 KeyEnv = Annotated[
@@ -90,7 +90,7 @@ RequiredPolicyFile = Annotated[
 ]
 Run = Annotated[
     str | None,
-    typer.Option("--run", metavar="ID", help="The run, or RUN/LABEL; else that of the newest checkpoint."),
+    typer.Option("--run", metavar="ID", help="The run, or RUN/LABEL. Without it: the run of the newest checkpoint."),
 ]
 Among = Annotated[str | None, typer.Option("--run", metavar="ID", help="Only checkpoints of this run, or RUN/LABEL.")]
 
@@ -136,7 +136,7 @@ class Ranking:
         ),
     ] = None
     mode: Annotated[
-        Literal["min", "max"] | None, typer.Option("--mode", help="Whether its smallest or its largest value is.")
+        Literal["min", "max"] | None, typer.Option("--mode", help="Whether the smallest or the largest value is best.")
     ] = None
     policy: PolicyFile = None
 
@@ -331,10 +331,10 @@ def check_out(path: str, access: Access, *known: str) -> None:
             refuse_unsigned(catalog.signed, folder, key)
             name = place.relative_to(folder).as_posix()
             if name in catalog.aliases or (folder / record_path(name)).exists():
-                msg = f"{path} is a checkpoint of {folder}, which is not replaced; name a new file"
+                msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
                 raise NameTakenError(msg)
     if known and not path.lower().endswith(known):
-        msg = f"the extension of {path!r} is not one that this command writes; expected one of {', '.join(known)}"
+        msg = f"the extension of {path!r} is not {' or '.join(known)}; name a file with such an extension"
         raise PolicyError(msg)
 
 

@@ -153,7 +153,7 @@ class MirrorThread:
         if self._here is not self._done:
             names = ", ".join(self.status.behind) or "nothing but records or aliases"
             why = f" ({self._error})" if self._error else ""
-            msg = f"the mirror {self} is behind{why}; not mirrored: {names}. The run's next process goes on with it"
+            msg = f"the mirror {self} is behind{why}; not mirrored: {names}. The run's next process copies the rest"
             warn(msg)
 
     def stop(self) -> None:

@@ -58,8 +58,8 @@ def load_first_valid(
                 on_bad(record)
             continue
         if problems:
-            instead = f"restored {record.name} (step {record.step}) instead of what is newer or better"
-            warn(f"{instead}: {_few(problems)}")
+            why = f"newer or better ones could not be used: {_few(problems)}"
+            warn(f"restored {record.name} (step {record.step}), because {why}")
         return restored
     if problems:
         way_out = "restore one by name, or use an empty directory"

@@ -95,7 +95,7 @@ def check_size(storage: Storage, record: Record) -> Mapping[str, int]:
     if problem := difference(record, files):
         raise CorruptError(problem)
     if size != record.size:
-        msg = f"{record.name} has {size} bytes where its record says {record.size}"
+        msg = f"{record.name} has {size} bytes, and its record says {record.size}"
         raise CorruptError(msg)
     return files
 

@@ -292,7 +292,10 @@ class Saver:
         try:
             self.directory.looks.before_retiring(sure=sure)
         except OSError as error:
-            msg = f"no checkpoint is retired, because the look at the kept ones failed ({error}); the next save retries"
+            msg = (
+                f"no old checkpoint is removed, because the kept ones could not be checked ({error}); "
+                "the next save tries again"
+            )
             warn(msg)
             return False
         return True

@@ -224,7 +224,7 @@ def test_verify_finds_a_flipped_byte_a_cut_file_and_one_that_is_gone(run: Path) 
     said = command("verify", run)
     assert 1 == said.code
     assert f"BAD   {flipped.name}: has other bytes than were written" in said.out
-    assert f"BAD   {cut.name}: has {cut.stat().st_size} bytes where its record says" in said.out
+    assert f"BAD   {cut.name}: has {cut.stat().st_size} bytes, and its record says" in said.out
     assert f"BAD   {gone.name}: is gone, though its record is there" in said.out
     assert "0 of 3 whole, 3 bad" in said.out
     quick = command("verify", run, "--quick", "--json").data

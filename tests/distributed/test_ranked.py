@@ -248,7 +248,7 @@ def test_damaged_shards_are_found_and_the_older_checkpoint_is_restored_by_all(tm
     """One flipped byte of one rank's file; and a state that is another one's is an error that names the difference."""
     first, second = together(2, damage_and_restore, tmp_path / "run")
 
-    warned = ["restored epoch=0-step=3.dcp (step 3) instead of what is newe"]
+    warned = ["restored epoch=0-step=3.dcp (step 3), because newer or bette"]
     differs = "the checkpoint does not fit the state: model.other is not in the checkpoint; model.0.bi"
     assert (3, 3, warned) == first[:3]
     assert (3, 3, []) == second[:3]

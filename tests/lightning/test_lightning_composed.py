@@ -207,7 +207,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     fit(CheckpointCallback(tmp_path, policy), max_epochs=2)
     broken = tmp_path / "epoch=1.ckpt"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
-    with pytest.warns(UserWarning, match=r"restored epoch=0.ckpt \(step 4\) instead of what is newer"):
+    with pytest.warns(UserWarning, match=r"restored epoch=0.ckpt \(step 4\), because newer or better ones"):
         fit(CheckpointCallback(tmp_path, policy), max_epochs=2, resume="last")
     assert ["epoch=0.ckpt", "epoch=1-v1.ckpt", "epoch=1.ckpt"] == files(tmp_path)
     assert 8 == step_of(tmp_path / "epoch=1-v1.ckpt")

@@ -296,7 +296,7 @@ def test_63_a_corrupt_last_is_passed_over(tmp_path: Path) -> None:
     fit(ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, save_last=True), max_epochs=2)
     broken = tmp_path / "last.ckpt"
     broken.write_bytes(broken.read_bytes()[:-100] + b"x" * 100)
-    with pytest.warns(UserWarning, match=r"restored epoch=0-step=4.ckpt \(step 4\) instead of what is newer or better"):
+    with pytest.warns(UserWarning, match=r"restored epoch=0-step=4.ckpt \(step 4\), because newer or better ones"):
         training = fit(ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, save_last=True), max_epochs=2, resume="last")
     assert 8 == training.global_step
 

@@ -119,7 +119,7 @@ def test_a_stopped_training_waits_for_the_writer_no_longer_than_the_grace(tmp_pa
     try:
         with (
             pytest.warns(CheckpointerWarning, match=r"no rescue .* is still being written, so no rescue was begun"),
-            pytest.warns(CheckpointerWarning, match=r"is still being written, and close\(\) waits no longer"),
+            pytest.warns(CheckpointerWarning, match=r"is still being written, and close\(\) stops waiting"),
             pytest.raises(SystemExit),
         ):
             fit([callback], model=Signalled(0), max_epochs=10_000)

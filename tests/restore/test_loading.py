@@ -66,7 +66,7 @@ def test_a_changed_byte_is_found_by_the_digest_and_not_by_the_size(tmp_path: Pat
     assert restored is not None
     assert 1 == int((restored.state["w"] != torch.arange(100_000.0)).sum())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptError, match="bytes where its record says"):
+    with pytest.raises(CorruptError, match="bytes, and its record says"):
         manager.restore(1, mmap=mmap, verify="size")
 
 

@@ -102,7 +102,7 @@ def test_unknown_name_or_step_lists_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "has 8 bytes where its record says 11"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "has 8 bytes, and its record says 11"),
         (lambda path: path.write_bytes(b"\x00" + path.read_bytes()[1:]), "its digest differs"),
         (lambda path: path.unlink(), "is gone, though its record is there"),
     ],
@@ -114,7 +114,7 @@ def test_bad_payload_falls_back_to_the_next_newest_and_says_why(tmp_path: Path, 
     damage(payload(tmp_path, 3))
     missing = "digest" not in why
     with opened(tmp_path, missing=missing) as manager:
-        with pytest.warns(CheckpointerWarning, match=f"restored epoch=0-step=2.ckpt .step 2. instead of .*{why}"):
+        with pytest.warns(CheckpointerWarning, match=f"restored epoch=0-step=2.ckpt .step 2., because newer .*{why}"):
             restored = manager.restore()
         assert restored is not None
         assert 2 == restored.step

@@ -193,7 +193,7 @@ def test_write_that_lies_about_its_length_is_noticed(tmp_path: Path) -> None:
             assert record.step == restored.state["step"], clue
         if look_at(LocalStorage(directory, "")).damaged:
             noticed.add("record")
-            with pytest.warns(CheckpointerWarning, match=r"restored .* instead of what is newer or better"):
+            with pytest.warns(CheckpointerWarning, match=r"restored .* because newer or better ones could not be used"):
                 run.manager.restore()
         run.manager.close()
     assert {"payload", "record"} == noticed

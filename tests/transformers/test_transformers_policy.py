@@ -461,7 +461,7 @@ def test_none_valid_is_an_error_and_nothing_is_none(tmp_path: Path) -> None:
     assert last_valid_checkpoint(tmp_path / "none") is None
     make_trainer(tmp_path, Policy(EverySteps(5), [KeepLast(1)])).train()
     os.truncate(tmp_path / "checkpoint-10/optimizer.pt", 10)
-    with pytest.raises(NoValidCheckpointError, match=r"checkpoint-10 has .* bytes where its record says"):
+    with pytest.raises(NoValidCheckpointError, match=r"checkpoint-10 has .* bytes, and its record says"):
         last_valid_checkpoint(tmp_path)
 
 

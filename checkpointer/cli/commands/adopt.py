@@ -25,7 +25,10 @@ Steps = Annotated[
 StepsPerEpoch = Annotated[
     int | None,
     typer.Option(
-        "--steps-per-epoch", metavar="N", min=1, help="For files with an epoch and no step: N for each finished epoch."
+        "--steps-per-epoch",
+        metavar="N",
+        min=1,
+        help="For files with an epoch and no step: N steps for each finished epoch.",
     ),
 ]
 Patterns = Annotated[
@@ -33,12 +36,12 @@ Patterns = Annotated[
     typer.Option(
         "--pattern",
         metavar="PATTERN",
-        help="What names say, such as 'model_{step}_{acc}.pt'; also {epoch} (from 0) and {epochs} (finished ones). "
+        help="How names are built, such as 'model_{step}_{acc}.pt'; {epoch} counts from 0, {epochs} finished ones. "
         "May be given again.",
     ),
 ]
 NewRun = Annotated[
-    str | None, typer.Option("--run", metavar="ID", help="The run of the records; else a new run for each folder.")
+    str | None, typer.Option("--run", metavar="ID", help="Run of the records. Without it: a new run for each folder.")
 ]
 
 

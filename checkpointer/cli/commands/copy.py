@@ -15,8 +15,8 @@ from checkpointer.tools.copy import Copying, copy
 
 
 def copy_command(
-    source: Annotated[str, options.argument("SOURCE", "Where from: a path or URL.")],
-    target: Annotated[str, options.argument("TARGET", "Where to; it need not exist.")],
+    source: Annotated[str, options.argument("SOURCE", "Copy from this path or URL.")],
+    target: Annotated[str, options.argument("TARGET", "Copy to this path or URL; it need not exist.")],
     access: options.Access,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")
@@ -27,10 +27,10 @@ def copy_command(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Copy checkpoints with their records and aliases, each verified on the way. Run it again to go on.
+    """Copy checkpoints with their records and aliases. Each one is verified. Run it again after an interruption.
 
-    Checkpoints that the target has are left alone, and nothing is ever replaced. Damaged ones are not copied; then it
-    exits with 1.
+    A checkpoint that the target has already is not copied again. A damaged one is not copied, and then the command
+    exits with 1. No file is replaced.
 
     Example: checkpointer copy runs/digits s3://bucket/digits
     """

@@ -28,9 +28,9 @@ def diff_command(
     ],
     access: options.Access,
     other: Annotated[
-        str | None, typer.Option("--in", metavar="DIRECTORY", help="Where B is, if not in the same directory.")
+        str | None, typer.Option("--in", metavar="DIRECTORY", help="The directory of B, if it is another one.")
     ] = None,
-    match: Annotated[str, typer.Option("--match", help="Only what has this in its name.")] = "",
+    match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
     run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:

@@ -29,14 +29,14 @@ class File:
 
     format: Annotated[
         WeightsFormat | None,
-        typer.Option("--format", help="Else OUT's extension decides: .safetensors; .pt, .pth, .ckpt, .bin for torch."),
+        typer.Option("--format", help="Without it OUT's extension decides (.safetensors; .pt, .pth, .ckpt, .bin)."),
     ] = None
     only: Annotated[
         str | None,
         typer.Option(
             "--only",
             metavar="KEY",
-            help="Where the weights are: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
+            help="The place of the weights: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
         ),
     ] = None
     as_json: options.Json = False
@@ -81,7 +81,7 @@ def average_command(
     ranking: options.Ranking,
     names: Annotated[
         list[str] | None,
-        options.argument("[NAME]...", "Names, steps or aliases; or else --best.", options.complete_name),
+        options.argument("[NAME]...", "Names, steps or aliases; or use --best.", options.complete_name),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
     best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,

@@ -9,7 +9,7 @@ from checkpointer.cli.choose_run import best_first, choose
 def last_command(
     directory: options.Directory, access: options.Access, run: options.Run = None, as_json: options.Json = False
 ) -> None:
-    """Print the path of the newest checkpoint that counts, rescues included, and nothing else.
+    """Print only the path of the newest checkpoint that counts, also if it is a rescue.
 
     Example: checkpointer last runs/digits
     """
@@ -27,10 +27,11 @@ def best_command(
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print the path of the best checkpoint, and nothing else.
+    """Print only the path of the best checkpoint.
 
-    A metric (--by and --mode) or the first KeepBest of a policy ranks them. Without both, the policy counts that the
-    run noted in the directory; if it noted none, the `best` alias is followed, or an adopted file of that name.
+    --by and --mode rank by a metric; --policy ranks by its first KeepBest. Without them the policy ranks that the run
+    noted in the directory. If the run noted none, it is the checkpoint that the alias `best` points to, or an adopted
+    file of that name.
 
     Example: checkpointer best runs/digits --by val_loss --mode min
     """

@@ -32,14 +32,14 @@ Sort = Annotated[
         "--sort",
         "-s",
         metavar="FIELD",
-        help="A field (step, size, time, ...) or a metric, the smallest first; else the oldest first.",
+        help="Sort by a field (step, size, time, ...) or a metric, smallest first. Without it: oldest first.",
         autocompletion=options.complete_field,
     ),
 ]
 Reverse = Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")]
 Where = Annotated[
     list[str] | None,
-    typer.Option("--where", "-w", metavar="CONDITION", help="Such as 'val_loss<0.1'; may be given again."),
+    typer.Option("--where", "-w", metavar="CONDITION", help="Only matching ones, such as 'val_loss<0.1'; repeatable."),
 ]
 Metrics = Annotated[
     list[str] | None,
@@ -47,13 +47,13 @@ Metrics = Annotated[
         "--metric",
         "-m",
         metavar="METRIC",
-        help="To show; may be given again.",
+        help="Show this metric; may be given again.",
         autocompletion=options.complete_metric,
     ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most so many; the newest, without --sort."),
+    typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most N. Without --sort: the newest N."),
 ]
 Names = Annotated[bool, typer.Option("--names", "-1", help="Print only the names, one on each line.")]
 
@@ -73,9 +73,9 @@ def ls_command(
 ) -> None:
     """List checkpoints: name, step, epoch, metrics, size, age, aliases and why.
 
-    "Why" is what keeps each one now, by --policy or by the policy that the run noted in the directory. If there is
-    neither, it is why each one was saved. If a process may be training a run, it is named. If only the directories
-    below have checkpoints, it lists those directories.
+    "Why" names the rules that keep a checkpoint now. They are those of --policy, or of the policy that the run noted
+    in the directory. Without a policy, "why" is the reason of the save. If a process may be training a run, the last
+    line names it. If only directories below this one have checkpoints, ls lists those directories.
 
     Example: checkpointer ls runs/digits -n 5 --where 'val_loss<0.1'
     """

@@ -22,7 +22,7 @@ def pin_command(
 ) -> None:
     """Pin checkpoints: no rule, no limit and no command removes them until they are unpinned.
 
-    While a training runs, its own manager pins: manager.pin(name).
+    While a training runs, only its own manager can pin: manager.pin(name).
 
     Example: checkpointer pin runs/digits 190
     """

@@ -19,7 +19,7 @@ from checkpointer.tools.chart.picture import FORMATS, plot
 from checkpointer.tools.history import history_at
 from checkpointer.tools.simulate import simulate
 
-Source = Annotated[str, options.argument("SOURCE", "A directory; or a file of metrics, to play --policy over.")]
+Source = Annotated[str, options.argument("SOURCE", "A directory, or a file of metrics (with --policy).")]
 
 
 @attrs.frozen(kw_only=True)
@@ -28,7 +28,7 @@ class Drawing:
 
     metrics: Annotated[
         str | None,
-        typer.Option("--metrics", metavar="FILE", help="All that was measured, for the line of the metric."),
+        typer.Option("--metrics", metavar="FILE", help="A file with all measured values, for the line of the metric."),
     ] = None
     size: Size = "0"
     run: options.Run = None
@@ -39,16 +39,18 @@ def plot_command(
     out: Annotated[
         str,
         options.argument(
-            "OUT", "The picture; its extension is the format: .png, .svg, .pdf, .jpg or .webp. Replaced if there."
+            "OUT",
+            "The picture. Its extension sets the format: .png, .svg, .pdf, .jpg, .webp. An old file is replaced.",
         ),
     ],
     ranking: options.Ranking,
     drawing: Drawing,
     access: options.Access,
 ) -> None:
-    """Draw a run: the metric and what was kept of it, each checkpoint from save to end, bytes on disk.
+    """Draw a run: the metric, each checkpoint from its save to its removal, and the bytes on disk.
 
-    If SOURCE is a directory, it shows what is there; if it is a file of metrics, what --policy would have saved.
+    If SOURCE is a directory, the picture shows its checkpoints. If SOURCE is a file of metrics, the picture shows what
+    --policy would have saved.
 
     Example: checkpointer plot runs/digits digits.png
     """
@@ -59,12 +61,14 @@ def plot_command(
 
 def report_command(
     source: Source,
-    out: Annotated[str, options.argument("OUT.html", "The page; replaced if there.")],
+    out: Annotated[str, options.argument("OUT.html", "The page. An old file is replaced.")],
     ranking: options.Ranking,
     drawing: Drawing,
     access: options.Access,
 ) -> None:
-    """Make one HTML page of a run, which needs no network: as plot, with details, a table to sort, light and dark.
+    """Write one HTML page about a run: the picture of plot, details, and a table that you can sort.
+
+    The page needs no network. It has a light and a dark mode.
 
     Example: checkpointer report runs/digits digits.html
     """

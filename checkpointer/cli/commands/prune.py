@@ -30,8 +30,8 @@ def prune_command(
 ) -> None:
     """Show which checkpoints of a run a policy would remove, and why; with --apply remove them.
 
-    Without --policy it is the policy that the run noted in the directory.
-    Other runs, files that no record names, what is pinned and what an alias names are never removed.
+    Without --policy it uses the policy that the run noted in the directory. It never removes checkpoints of other
+    runs, files without a record, pinned checkpoints, and checkpoints that an alias points to.
 
     Example: checkpointer prune runs/digits --policy policy.yaml
     """

@@ -25,7 +25,7 @@ def rm_command(
 ) -> None:
     """Show the checkpoints of these names; with --apply remove them, payload and record.
 
-    What is pinned and what an alias points to stays, and then nothing is removed.
+    If one of them is pinned, or an alias points to it, nothing is removed.
 
     Example: checkpointer rm runs/digits 190
     """

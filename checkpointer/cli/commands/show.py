@@ -38,7 +38,7 @@ def show_command(
     run: Annotated[
         str | None,
         typer.Option(
-            "--run", metavar="ID", help="NAME is of this run. Without NAME: show which processes have held the run."
+            "--run", metavar="ID", help="The run of NAME. Without NAME: show which processes have held this run."
         ),
     ] = None,
     match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",

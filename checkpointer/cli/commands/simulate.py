@@ -35,9 +35,9 @@ def simulate_command(
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
-    """Play a policy over a history, and print what it would save, keep and retire.
+    """Apply a policy to the metrics of a training, and print what it would save, keep and remove.
 
-    It calls the same decision that a manager calls. "at risk" is the number of steps that a crash just before the
+    It decides with the function that a manager uses. "at risk" is the number of steps that a crash just before the
     checkpoint of that step would lose.
 
     Example: checkpointer simulate metrics.csv --policy policy.yaml --size 2.4GB

@@ -18,10 +18,11 @@ def sweep_command(
     force: Annotated[bool, typer.Option("--force", help="Count processes on other machines as ended too.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Remove unfinished writes of processes that are provably dead, and finish what they had begun.
+    """Finish or remove what ended processes have left unfinished.
 
-    The files of a running process, or of one on another machine less than a day ago, are not touched. With --force
-    processes on other machines count as ended, and their marks, which block prune and copy, are removed.
+    It does not touch the files of a running process. It does not touch files that a process on another machine wrote
+    less than a day ago, unless you pass --force. --force counts processes on other machines as ended, and removes
+    their marks, which block prune and copy.
 
     Example: checkpointer sweep runs/digits
     """

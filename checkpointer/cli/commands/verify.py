@@ -20,7 +20,8 @@ def verify_command(
     place: Annotated[str, options.argument("PLACE", "A directory of checkpoints, or any file or folder.")],
     access: options.Access,
     names: Annotated[
-        list[str] | None, options.argument("[NAME]...", "Names, steps or aliases; none: all.", options.complete_name)
+        list[str] | None,
+        options.argument("[NAME]...", "Names, steps or aliases; default: all.", options.complete_name),
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,

@@ -14,7 +14,7 @@ _PACKAGES = (
 
 
 def version_command(as_json: options.Json = False) -> None:
-    """Print the versions of this library, Python, torch and what else of it is installed. Imports none of them.
+    """Print the versions of this library, of Python, of torch and of the drivers and hosts. Imports none of them.
 
     Example: checkpointer version
     """

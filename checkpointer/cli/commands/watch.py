@@ -21,10 +21,10 @@ def watch_command(
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show how far a training is that another process runs: last step, what is written, next save, mirror, disk.
+    """Show the state of a training in another process: last step, running save, next save, mirror, disk.
 
-    It reads only. The training writes its state every 15 seconds, so that is how old it may be. It goes on until the
-    training ends. Exits with 0 if the training is alive, with 1 if it has ended or its machine is silent.
+    It changes nothing. The training writes its state every 15 seconds, so what you see may be 15 seconds old. Watch
+    ends when the training ends. Exits with 0 if the training is alive, with 1 if it has ended or its machine is silent.
 
     Example: checkpointer watch runs/digits --once
     """
