@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpointer._display import some_of
+from checkpointer.errors import warn
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.inspection.find_weights import WRAPPERS
-from checkpointer_torch.state_differences import Differences, compared
+from checkpointer_torch.state_differences import Differences, are_alike, compared
 from checkpointer_torch.tensor_layouts import fitted
 
 _LIKE_PARAMETER: Final = frozenset(
@@ -27,6 +29,7 @@ _SCHEDULE: Final = frozenset(
     ("T_0", "T_max", "_milestones", "base_lrs", "milestones", "step_size", "total_iters", "total_steps")
 )
 """Settings in the state of a scheduler of torch that say how long and how high it is."""
+_SHOWN: Final = 5
 Keys = tuple[Any, ...]
 
 
@@ -97,7 +100,13 @@ class ModulePart(Part):
                 del wrapped[key]
         versions, paths = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
         wrapped._metadata = {path: versions[name(path)] for path in paths if name(path) in versions}  # type: ignore[attr-defined]
-        self.module.load_state_dict(fitted(own, wrapped), strict=False)
+        left = self.module.load_state_dict(fitted(own, wrapped), strict=False).unexpected_keys
+        if lost := [key for key in left if not are_alike((own[key], wrapped[key]))]:
+            msg = (
+                f"the {type(self.module).__name__} saves {some_of(lost, _SHOWN)}, and its load_state_dict does not "
+                "take them: it keeps the values that it has now, and they are not the saved ones"
+            )
+            warn(msg)
 
     def likes(self) -> Callable[[Keys], Any]:
         return functools.partial(state_at, self.take())
@@ -160,7 +169,11 @@ class OptimizerPart(Part):
         )
         counts = [(key, count, there.get(key, count)) for key, count in here.items()]
         reshaped = {key: f"here {ours}, there {theirs}" for key, ours, theirs in counts if ours != theirs}
-        return (attrs.evolve(compared(here, there), reshaped=reshaped) or self._compare_shapes(state)).all_or_nothing()
+        # Torch ignores a state whose number is a text, as some conversions write it.
+        texts = tuple(f"state[{key!r}]" for key in state["state"] if isinstance(key, str) and key.isdigit())
+        found = attrs.evolve(compared(here, there), reshaped=reshaped)
+        found = attrs.evolve(found, unexpected=(*found.unexpected, *texts))
+        return (found or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:
         differences = Differences()

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from checkpointer.errors import warn
+from checkpointer_torch.foreign_loaders import is_stateful
+from checkpointer_torch.prepared import unwrapped
 
 _SAVES: Final = 8
 """Saves of a process at which the values are compared: what a training changes has changed by then."""
@@ -43,15 +45,47 @@ class _Value:
             return is_alike and (now is not self.first or now._version > self.version)
         return bool(now != self.first)
 
+    def is_saved(self, keys: Collection[str], leaves: Collection[Any]) -> bool:
+        # A number may be saved under another name: one that is equal counts.
+        return self.attribute in keys or (_is_number(self.now) and self.now in leaves)
+
+    @property
+    def how_to_give(self) -> str:
+        return (
+            f", or pass {self.attribute}=lambda: {self.name} to the Loop and set {self.name} = "
+            f"loop[{self.attribute!r}] after resume()"
+        )
+
     def __str__(self) -> str:
         if isinstance(self.first, torch.Tensor):
             return f"{self.name} (a tensor, not a buffer)"
         return f"{self.name} ({self.first!r} -> {self.now!r})"
 
 
+@attrs.frozen
+class _InnerStates:
+    """The states of an optimizer that another object holds, such as the base optimizer of a SAM."""
+
+    name: str
+    attribute: str
+    optimizer: torch.optim.Optimizer
+    how_to_give: str = ""
+
+    @property
+    def has_changed(self) -> bool:
+        return bool(self.optimizer.state)
+
+    def is_saved(self, keys: Collection[str], leaves: Collection[Any]) -> bool:
+        return all(str(key) in keys for state in self.optimizer.state.values() for key in state)
+
+    def __str__(self) -> str:
+        return f"{self.name} (the states of an optimizer)"
+
+
 class OutsideState:
     """Watches the numbers, texts and tensors that objects have as attributes, at the first saves of a process.
 
+    It also watches those of an object within that has a ``state_dict``, and the states of an optimizer within.
     Attributes of torch's own classes and those with a leading underscore are left out, and so is what was not there
     when the training began, such as the activations of the last batch.
     """
@@ -60,14 +94,14 @@ class OutsideState:
         self._objects = objects
         self._saved = saved
         """Names of all that is saved; a value of that name was given to the loop by itself."""
-        self._values: dict[str, list[_Value]] = {}
+        self._values: dict[str, list[_Value | _InnerStates]] = {}
         self._saves = 0
 
     def begin(self) -> None:
         """Remember the values as the first ones."""
-        self._values = {
-            name: found for name, thing in self._objects.items() if (found := list(_values_of(name, thing)))
-        }
+        given = {id(thing) for thing in self._objects.values()}
+        every = {name: list(_values_of(name, thing, given)) for name, thing in self._objects.items()}
+        self._values = {name: found for name, found in every.items() if found}
 
     def check(self, states: Mapping[str, Any]) -> None:
         """Warn once of each value that has changed and is not in the state of its object."""
@@ -86,42 +120,50 @@ class OutsideState:
         self._values = {name: [one for one in all_ if id(one) not in gone] for name, all_ in self._values.items()}
         named = ", ".join(map(str, lost[:_MOST_NAMED]))
         more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-        example = lost[0]
         msg = (
             f"the training has changed {named}{more}, and no state_dict() holds it: a resume begins with the first "
             "value again. If the training needs it, make it a buffer (register_buffer; persistent(True) for a metric "
-            f"of torchmetrics), put it into the state_dict(), or pass {example.attribute}=lambda: {example.name} to "
-            f"the Loop and set {example.name} = loop[{example.attribute!r}] after resume()"
+            f"of torchmetrics), put it into the state_dict(){lost[0].how_to_give}"
         )
         warn(msg)
 
 
-def _values_of(name: str, thing: Any) -> Iterator[_Value]:
+def _values_of(name: str, thing: Any, given: Collection[int]) -> Iterator[_Value | _InnerStates]:
     holders = thing.named_modules() if isinstance(thing, nn.Module) else [("", thing)]
     for path, holder in holders:
         if type(holder).__module__.partition(".")[0] == "torch" or not hasattr(holder, "__dict__"):
             continue
-        for attribute, value in vars(holder).items():
-            if attribute.startswith("_") or attribute in _FLAGS:
+        here = ".".join(filter(None, (name, path)))
+        yield from _attributes(here, holder)
+        for attribute, inner in vars(holder).items():
+            if attribute.startswith("_") or isinstance(inner, (nn.Module, type)):
                 continue
-            full = ".".join(filter(None, (name, path, attribute)))
-            if isinstance(value, (bool, int, float, str)):
-                yield _Value(full, holder, attribute, value)
-            elif type(value) is torch.Tensor and not value.requires_grad:
-                yield _Value(full, holder, attribute, value, value._version)
+            if not is_stateful(inner) or id(unwrapped(inner)) in given:
+                continue
+            if isinstance(inner, torch.optim.Optimizer):
+                yield _InnerStates(f"{here}.{attribute}", attribute, inner)
+            elif hasattr(inner, "__dict__"):
+                yield from _attributes(f"{here}.{attribute}", inner)
 
 
-def _lost(values: list[_Value], state: Any) -> list[_Value]:
+def _attributes(name: str, holder: Any) -> Iterator[_Value]:
+    for attribute, value in vars(holder).items():
+        if attribute.startswith("_") or attribute in _FLAGS:
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            yield _Value(f"{name}.{attribute}", holder, attribute, value)
+        elif type(value) is torch.Tensor and not value.requires_grad:
+            yield _Value(f"{name}.{attribute}", holder, attribute, value, value._version)
+
+
+def _lost(values: list[_Value | _InnerStates], state: Any) -> list[_Value | _InnerStates]:
     changed = [value for value in values if value.has_changed]
     if not changed:
         return []
     keys: set[str] = set()
     leaves: set[Any] = set()
     _collect(state, keys, leaves.add)
-    # A number may be saved under another name: one that is equal counts.
-    return [
-        value for value in changed if not (value.attribute in keys or (_is_number(value.now) and value.now in leaves))
-    ]
+    return [value for value in changed if not value.is_saved(keys, leaves)]
 
 
 def _collect(state: Any, keys: set[str], add: Callable[[Any], None]) -> None:

@@ -52,7 +52,9 @@ class Differences:
 
 def compared(wanted: Mapping[str, Any], state: Mapping[str, Any], *, types: bool = False) -> Differences:
     """Compare keys, and the shapes of tensors; with ``types`` also whether the wanted type can hold the numbers."""
-    both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in wanted if key in state]
+    own_kind = "_extra_state"  # Its module decides what it takes.
+    shaped = [key for key in wanted if key in state and not str(key).endswith(own_kind)]
+    both = [(key, *_shapes(wanted[key], state[key], types=types)) for key in shaped]
     return Differences(
         missing=tuple(key for key in wanted if key not in state),
         unexpected=tuple(str(key) for key in state if key not in wanted),
@@ -79,10 +81,11 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:
+    shapes = _shape(here), _shape(there)
     are_tensors = isinstance(here, torch.Tensor) and isinstance(there, torch.Tensor)
-    if types and are_tensors and here.shape == there.shape and not holds(here.dtype, there.dtype):
+    if types and are_tensors and shapes[0] == shapes[1] and not holds(here.dtype, there.dtype):
         return str(here.dtype), str(there.dtype)
-    return _shape(here), _shape(there)
+    return shapes
 
 
 def _shape(value: Any) -> str:

@@ -60,6 +60,31 @@ class Counter:
         self.count = state["n"]
 
 
+class Patient:
+    """A scheduler around one of torch, which saves a part of its state, as timm's PlateauLRScheduler does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.inner = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.inner.best, "last_epoch": self.inner.last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self.inner).update(state)
+
+
+class Sharp(torch.optim.Optimizer):
+    """An optimizer that steps with another one and saves its own states only, as many a SAM does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+
 def said(directory: Path, steps: int = 1, *, change: Any, **objects: Any) -> list[str]:
     """Return the warnings of a training in which ``change`` is called at each step."""
     with warnings.catch_warnings(record=True) as caught, Loop(directory, POLICY, **objects) as loop:
@@ -120,6 +145,35 @@ def test_a_number_that_is_saved_under_another_name_is_not_named(tmp_path: Path) 
     assert said(tmp_path, change=change, counter=counter) == []
     (message,) = said(tmp_path, 3, change=lambda step: setattr(counter, "mode", True), counter=counter)
     assert "counter.mode (False -> True)" in message
+
+
+def test_a_count_of_an_object_within_that_is_not_saved_is_named(tmp_path: Path) -> None:
+    """The wrapper saves the best metric. The number of bad epochs begins again at a resume."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = Patient(optimizer)
+    (message,) = said(
+        tmp_path, 3, change=lambda step: scheduler.inner.step(float(step > 0)), optimizer=optimizer, scheduler=scheduler
+    )
+    assert "scheduler.inner.num_bad_epochs (0 -> " in message
+
+
+def test_the_states_of_an_optimizer_within_that_are_not_saved_are_named(tmp_path: Path) -> None:
+    """Its momentum begins with zeros at a resume. If the optimizer is given too, its states are saved."""
+    model = nn.Linear(1, 1)
+
+    def train(optimizer: Sharp) -> Any:
+        def step(number: int) -> None:
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+
+        return step
+
+    sharp = Sharp(model.parameters())
+    (message,) = said(tmp_path / "lost", 2, change=train(sharp), model=model, optimizer=sharp)
+    assert "optimizer.base (the states of an optimizer)" in message
+    sharp = Sharp(model.parameters())
+    assert [] == said(tmp_path / "given", 2, change=train(sharp), model=model, base=sharp.base, optimizer=sharp)
 
 
 def test_what_a_resume_puts_back_is_no_change(tmp_path: Path) -> None:

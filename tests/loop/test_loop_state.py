@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpointer_torch import Loop
-from checkpointer_torch.object_parts import ModulePart
+from checkpointer_torch import Loop, load_weights
+from checkpointer_torch.object_parts import ModulePart, OptimizerPart
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from small import POLICY, Small, make_net
 from torch import nn
@@ -319,6 +319,81 @@ def test_a_module_that_takes_another_shape_by_itself_goes_on(tmp_path: Path) -> 
     one_step(tmp_path / "norm", model=nn.Sequential(nn.BatchNorm1d(2)))
     with pytest.raises(MismatchError, match=r"model.0.running_mean \(here \[3\], there \[2\]\)"):
         resumed(tmp_path / "norm", model=nn.Sequential(nn.BatchNorm1d(3)))
+
+
+def test_a_lazy_module_goes_on_before_its_first_batch(tmp_path: Path) -> None:
+    """The saved weights give it its shapes, at a resume and as weights to start from."""
+
+    def made() -> dict[str, Any]:
+        model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+        return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+
+    first, second, third = made(), made(), made()
+    first["model"](torch.rand(4, 2)).square().mean().backward()
+    first["optimizer"].step()
+    one_step(tmp_path, **first)
+    resumed(tmp_path, **second)
+    load_weights(third["model"], tmp_path)
+    states = [objects["model"].state_dict() for objects in (first, second, third)]
+    assert all(torch.equal(value, other[key]) for other in states[1:] for key, value in states[0].items())
+    buffers = [
+        [one["momentum_buffer"].tolist() for one in objects["optimizer"].state.values()] for objects in (first, second)
+    ]
+    assert buffers[0] == buffers[1] != []
+
+
+class Growing(nn.Linear):
+    """A module whose extra state is a tensor that becomes longer, as that of a Transformer Engine layer may."""
+
+    history = torch.zeros(0)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.history
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.history = state
+
+
+def test_an_extra_state_may_have_another_shape(tmp_path: Path) -> None:
+    """Its module takes it. This is so at a resume, and for weights to start from."""
+    first, second, third = (Growing(2, 1) for _ in range(3))
+    first.history = torch.ones(3)
+    one_step(tmp_path, model=first)
+    resumed(tmp_path, model=second)
+    load_weights(third, tmp_path)
+    assert [[1.0, 1.0, 1.0]] * 2 == [second.history.tolist(), third.history.tolist()]
+
+
+class Quantised(nn.Linear):
+    """A layer that saves its scale and does not take it back, as a Linear4bit of bitsandbytes."""
+
+    scale = 1.0
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.scale"] = torch.tensor(self.scale)
+
+
+def test_a_value_that_a_module_saves_and_does_not_take_back_is_named(tmp_path: Path) -> None:
+    """If it is the same as before, nothing is lost and nothing is said."""
+    one_step(tmp_path, model=nn.Sequential(Quantised(2, 1)))
+    resumed(tmp_path, model=nn.Sequential(Quantised(2, 1)))
+    other = Quantised(2, 1)
+    other.scale = 2.0
+    with pytest.warns(CheckpointerWarning, match=r"saves 0\.weight\.scale, and its load_state_dict does not take"):
+        resumed(tmp_path, model=nn.Sequential(other))
+
+
+def test_states_of_an_optimizer_with_texts_for_numbers_are_refused(tmp_path: Path) -> None:
+    """Torch ignores them, so the optimizer would begin anew. Conversions of a DCP checkpoint write such states."""
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    texts = {**state, "state": {str(key): value for key, value in state["state"].items()}}
+    assert ("state['0']", "state['1']") == OptimizerPart(optimizer).compare(texts).unexpected
+    assert not OptimizerPart(optimizer).compare(state)
 
 
 class Around(torch.optim.Optimizer):
