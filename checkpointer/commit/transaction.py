@@ -25,9 +25,9 @@ another run, and no process takes over from a term that was released.
 On S3 a payload of several parts is staged as an upload, which step 4 completes. Before the writer sends a part, it
 notes the upload's id under its own name. The process that takes over aborts the uploads with these ids. For the server
 it is one step to complete an upload, and one to abort it, so the same argument holds. If step 4 fails, the writer looks
-whether the object has the token of this upload, because a reply may be lost. Other servers rename or copy what is
-staged. If the reply to that is lost, a writer that finds its file gone takes it for renamed. So nothing is removed
-there within a day.
+whether the object has the token of this upload, because a reply may be lost. Else the payload under the name decides,
+as after a crash. Other servers rename or copy what is staged. If the reply to that is lost, a writer that finds its
+file gone takes it for renamed. So nothing is removed there within a day.
 
 Folders at a URL are not staged: `checkpointer.commit.killed_saves` has their steps, and argues when files are removed.
 

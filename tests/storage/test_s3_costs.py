@@ -257,7 +257,7 @@ def test_unfinished_uploads_of_dead_writers_are_swept(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["s3", "rclone"])
 def test_an_upload_is_whole_or_not_there_if_another_process_discards_it_meanwhile(serve: Serve, name: str) -> None:
-    """The writer gets an error, or its object is there."""
+    """If its writer gets no error, it is there."""
     server = serve(name)
     url, options = server.fresh(), server.storage_options
     owner, ended = "node1_0000_1~1~1~000000000000", Counter[bool]()
@@ -277,13 +277,14 @@ def test_an_upload_is_whole_or_not_there_if_another_process_discards_it_meanwhil
                 try:
                     upload.publish(replace=True)
                 except OSError:
-                    assert {} == other.list(path)
-                    ended[False] += 1
+                    is_published = False
                 else:
-                    discarding.result()
-                    assert content == read_whole(functools.partial(other.open, path), len(content) + 1)
-                    ended[True] += 1
+                    is_published = True
                 discarding.result()
+            # rclone may put the object in its place, and report an error then.
+            if is_published or other.list(path):
+                assert content == read_whole(functools.partial(other.open, path), len(content) + 1)
+            ended[is_published] += 1
     assert ended[False] >= 4
     assert ended[True], "each of them was discarded first"
     assert 30 == sum(ended.values())
