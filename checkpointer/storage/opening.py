@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from checkpointer._secrets import without_secrets
 from checkpointer.errors import StorageError
 from checkpointer.ports import Storage, SupportsPaths
 from checkpointer.storage.local import LocalStorage
@@ -23,6 +24,7 @@ def open_storage(directory: Where | None, owner: str, storage_options: Mapping[s
     if directory is None:
         return MemoryStorage()
     if isinstance(directory, (str, os.PathLike)):
+        _refuse_cached(directory)
         path = os.fspath(directory)
         if not path:
             msg = "the directory is ''; name a folder such as 'runs/digits', or None to keep checkpoints in memory"
@@ -42,6 +44,16 @@ def open_storage(directory: Where | None, owner: str, storage_options: Mapping[s
         return directory
     msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"
     raise StorageError(msg)
+
+
+def _refuse_cached(directory: str | os.PathLike[str]) -> None:
+    """Refuse an object whose text is a URL, such as a ``CloudPath``: its path is a cache on this disk."""
+    url = str(directory)
+    protocol, separator, _ = url.partition("://")
+    if separator and not isinstance(directory, str) and protocol not in ("file", "local"):
+        kind = type(directory).__name__
+        msg = f"the directory is a {kind}, and its path is a cache on this disk; pass its URL, {without_secrets(url)!r}"
+        raise StorageError(msg)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pytest
@@ -832,3 +832,19 @@ def test_die_makes_an_owner_dead() -> None:
     die(owner)
     die(owner)
     assert is_dead(owner)
+
+
+class CloudPath(PurePosixPath):
+    """A path as cloudpathlib has them: its text is a URL, and `os.fspath` names its cache on this disk."""
+
+    def __str__(self) -> str:
+        return "s3://bucket/runs"
+
+    def __fspath__(self) -> str:
+        return "/cache/bucket/runs"
+
+
+def test_a_path_that_is_a_cache_of_a_url_is_refused() -> None:
+    """What is saved in a cache is never uploaded, and cloudpathlib removes it at the end of the process."""
+    with pytest.raises(StorageError, match="its path is a cache on this disk; pass its URL, 's3://bucket/runs'"):
+        open_storage(CloudPath(), "owner")
