@@ -17,7 +17,9 @@ def ahead(act: Callable[[int], object], count: int) -> Iterator[int]:
     """Call ``act`` with each number below ``count``, on as many threads as there are cores.
 
     Yield how many of the first numbers are done. While the next one is not, the caller's thread works too. All threads
-    have ended when the iterator is exhausted, is closed, or raises what ``act`` has raised.
+    have ended when the iterator is exhausted, is closed, or raises what ``act`` has raised. Only if a signal handler
+    raises while they are waited for, a thread may still be busy. It holds ``act``, so ``act`` has to hold the memory
+    and files that it uses.
     """
     done = bytearray(count)
     todo = iter(range(count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any, BinaryIO, Final
 
@@ -49,11 +50,16 @@ Move = tuple[int, int, int]
 """Address of the target, address of the source, bytes."""
 
 
-def move(moves: Sequence[Move]) -> None:
+def move(moves: Sequence[Move], owners: object) -> None:
     """Copy bytes, large copies on as many threads as there are cores. Each takes the next piece when it has done one.
 
     torch gives each of its threads the same share of a tensor, and waits for all of them after each tensor. If another
     program uses one of the cores, that takes several times as long as one thread takes.
+
+    Args:
+        moves: What to copy.
+        owners: Objects that own this memory. If a second Ctrl-C interrupts the wait for a thread, the thread finishes
+            its piece after this function has ended. It holds the owners, so the memory is not freed before.
     """
     large = []
     for target, source, size in moves:
@@ -61,7 +67,11 @@ def move(moves: Sequence[Move]) -> None:
             large += [(target + n, source + n, min(_PIECE, size - n)) for n in range(0, size, _PIECE)]
         else:
             _move_with_gil(target, source, size)
-    collections.deque(ahead(lambda number: ctypes.memmove(*large[number]), len(large)), maxlen=0)
+    collections.deque(ahead(functools.partial(_move_piece, large, owners), len(large)), maxlen=0)
+
+
+def _move_piece(pieces: Sequence[Move], owners: object, number: int) -> None:
+    ctypes.memmove(*pieces[number])
 
 
 _move_with_gil: Final = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(

@@ -205,18 +205,19 @@ class Memory:
             every = len(layout.whole) == len(tensors)
             # One call, which releases the GIL once.
             torch._foreach_copy_(layout.whole_copies, tensors if every else [tensors[place] for place in layout.whole])
-        moves = []
+        moves, owners = [], []
         for part in layout.rest:
             if _place_of(part, sources) == "meta":
                 continue
             storage, buffer = _source_of(part, sources), self.buffer(part.number)
             if storage.device.type == "cpu":
                 moves.append((buffer.data_ptr(), storage.data_ptr() + part.start, part.size))
+                owners.append((buffer, storage))
                 continue
             source = _bytes_of(storage, part.start, part.size)
             with streams.of(storage.device):
                 _bytes_of(buffer, 0, part.size).copy_(source, non_blocking=part.is_cuda)
-        move(moves)
+        move(moves, owners)
         return layout.copies
 
     def forget_tensors(self) -> None:
