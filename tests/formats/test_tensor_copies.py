@@ -61,6 +61,12 @@ def _set(state: State, name: str, value: Any) -> None:
     state[name] = value
 
 
+def _negate(state: State, name: str) -> None:
+    if state[name].is_quantized:  # torch cannot save what that makes, and ends the process.
+        raise TypeError
+    state[name] = torch._neg_view(state[name])
+
+
 CHANGES: dict[str, Callable[[State], object]] = {
     "nothing": lambda state: None,
     "values": lambda state: [part.add_(1) for part in (state["weight"].data, state["step"], state["halves"][1])],
@@ -82,7 +88,7 @@ CHANGES: dict[str, Callable[[State], object]] = {
     "the same object twice": lambda state: _set(state, "tied", state["weight"]),
     "halves swapped": lambda state: state["halves"].reverse(),
     "conjugate": lambda state: _set(state, "complex", state["complex"].conj()),
-    "negative": lambda state: _set(state, "half", torch._neg_view(state["half"])),
+    "negative": lambda state: _negate(state, "half"),
     "a note": lambda state: setattr(state["weight"], "note", "mine"),
     "subclass": lambda state: _set(state, "ids", state["ids"].as_subclass(Named)),
     "sparse": lambda state: _set(state, "flag", state["flag"].to_sparse()),

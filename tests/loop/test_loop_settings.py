@@ -271,7 +271,7 @@ def test_what_the_program_has_bound_anew_is_said_at_the_save(tmp_path: Path) -> 
     batch, stats, kept = torch.zeros(2), {"n": 0}, torch.zeros(2)
     with Loop(tmp_path, EVERY, batch=batch, stats=stats, kept=kept, noise=torch.ones(2)) as loop:
         batch, stats = torch.ones(2), {"n": 1}
-        with pytest.warns(CheckpointerWarning, match="is saved as the object that was given") as caught:
+        with pytest.warns(CheckpointerWarning, match="the Loop saves the object that it was given as") as caught:
             loop.step()
     assert {"batch", "stats"} == {str(warning.message).split("'")[1] for warning in caught}
     assert (2, 1, 0) == (float(batch.sum()), stats["n"], float(kept.sum()))

@@ -589,7 +589,7 @@ def test_between_epochs_other_data_is_a_warning(in_memory: Path) -> None:
     """The new epoch begins with it, from its beginning."""
     train(in_memory, EXACT["stateful, stateful stream"], SAVING[1])
     (end,) = in_memory.glob("epoch=0*.ckpt")
-    with pytest.warns(CheckpointerWarning, match="num_workers 0 then, 1 now; the new epoch begins with it"):
+    with pytest.warns(CheckpointerWarning, match="num_workers 0 then, 1 now; the new epoch uses the new data"):
         given = train(None, lambda: stateful()(StatefulStream(), SIZE, num_workers=1), NOT_SAVING, source=end)
     assert BATCHES == len(given)
 
