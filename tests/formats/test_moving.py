@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointer._ahead import ahead
-from checkpointer.formats.memory import move
+from checkpointer._parallel import ahead
+from checkpointer.formats.tensor_bytes import move
 
 MB = 1 << 20
 
