@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpointer_torch import Loop
@@ -289,3 +291,37 @@ def test_a_resumed_epoch_whose_batches_do_not_come_from_the_loop_warns_at_its_fi
             assert __file__ == said[0].filename
             loop.step()
             break
+
+
+class Augmented:
+    """Draws from two generators of its own, as a transform of albumentations does."""
+
+    def __init__(self) -> None:
+        self.rng, self.python_rng = np.random.default_rng(7), random.Random(7)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> float:
+        return index + self.rng.random() + self.python_rng.random()
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_an_augmentation_is_exact_if_the_loop_has_its_generators(tmp_path: Path, stop: int) -> None:
+    """Within an epoch and at its end, although no batch is read again to get there."""
+
+    def train(folder: str, stop: int = 8) -> list[float]:
+        data, seen = Augmented(), []
+        loader: Any = DataLoader(data, 1)  # type: ignore[arg-type]
+        with Loop(tmp_path / folder, EVERY, rng=data.rng, python_rng=data.python_rng) as loop:
+            loop.resume()
+            for _ in loop.epochs(2):
+                for batch in loop.batches(loader):
+                    seen.append(batch.item())
+                    loop.step()
+                    if loop.progress.step == stop:
+                        return seen
+        return seen
+
+    whole = train("whole")
+    assert whole == train("broken", stop) + train("broken")
