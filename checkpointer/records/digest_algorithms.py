@@ -13,6 +13,6 @@ DIGESTS: Final[dict[str, Callable[..., Any]]] = {"xxh3-128": xxhash.xxh3_128, "s
 ALGORITHM: Final = "xxh3-128"
 """A save uses this one. It detects every accidental change, at the speed of memory."""
 CRYPTOGRAPHIC: Final = "sha256"
-"""A save uses this one if records are signed: nobody can make other bytes with the same digest."""
+"""A save uses this one if records are signed, because other bytes with the same digest cannot be made."""
 OF_FILES: Final = "files-"
 """Before the name of an algorithm: the digest of a folder is the digest of its files' digests."""
