@@ -201,7 +201,8 @@ class CheckpointManager:
         if self._writes and self.policy.contents == "weights":
             msg = "contents='weights': these checkpoints cannot resume a run, only load weights"
             directory.contents.warn_once("weights", msg)
-        _log.info("%s: %s", storage, self.policy)
+        if self._writes:
+            _log.info("%s: %s", storage, self.policy)
         if self._writes and verbose and isinstance(storage, SupportsCapabilities):
             _log.info("%s: %s", storage, "; ".join(f"{what}: {how}" for what, how in storage.capabilities().items()))
         if missing := directory.lines.missing_text:
@@ -339,7 +340,8 @@ class CheckpointManager:
 
         Raises:
             NoValidCheckpointError: If there are checkpoints, but none is valid: a training never starts over silently.
-            NotFoundError: If there is no checkpoint of that name or step.
+            NotFoundError: If there is no checkpoint of that name or step, or if several runs have one of that step, and
+                none of them was chosen.
             CorruptError: If the checkpoint of that name or step is not as it was written.
             UnsafePayloadError: If it holds objects that a safe load refuses.
             UntrustedError: If the checkpoint of that name is not signed with the manager's key.

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 
 import attrs
 
+from checkpointer._display import some_of
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.missing_message import missing_text
 from checkpointer.commit.payload_names import Names
+from checkpointer.errors import NotFoundError
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Line, Record, commit_order
 
@@ -55,6 +57,20 @@ class Lines:
             f"{contents.storage} has checkpoints of {len(others) + 1} runs; taken is {record.name} of the newest run, "
             f"{record.run}. To take another run pass run=, or name a checkpoint. The other runs: {text}",
         )
+
+    def check_step(self, which: str | int | None, run: str) -> None:
+        """Raise `NotFoundError` if this is a step that several runs have, and ``run`` was chosen by its age alone."""
+        contents = self._contents
+        manifest = contents.manifest
+        if not isinstance(which, int) or contents.is_claimed or manifest.own:
+            return
+        same = [record for record in manifest.records if (record.step, record.label) == (which, manifest.label)]
+        found = [record for record in same if manifest.on_newest_line(record.run).counts(record)]
+        if any(record.run == run for record in found) and any(record.run != run for record in found):
+            names = some_of([f"{record.name} (run {record.run})" for record in found])
+            where = f"{contents.storage} has {len(found)} checkpoints of step {which}"
+            msg = f"{where}: {names}; name one of them, or pass run="
+            raise NotFoundError(msg)
 
     @property
     def missing_text(self) -> str:

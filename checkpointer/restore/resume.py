@@ -38,6 +38,7 @@ def go_to(
     with _fenced_first(directory):
         view = directory.lines.widened(found.records.values())
         policy = directory.policy
+        directory.lines.check_step(which, view.run)
         with _naming(found.problems):
             candidates = select(which, policy, view, contents, damaged=directory.damaged)
         if candidates and not _is_name(which, policy):
@@ -73,7 +74,9 @@ def go_to(
 
 def find(which: str | int | None, directory: Directory) -> Record | None:
     """Return the checkpoint of the directory that `go_to` would try first, weights included. Changes nothing."""
-    found = select(which, directory.policy, directory.lines.view, "any", damaged=directory.damaged)
+    view = directory.lines.view
+    directory.lines.check_step(which, view.run)
+    found = select(which, directory.policy, view, "any", damaged=directory.damaged)
     if found and not _is_name(which, directory.policy):
         directory.lines.say_chosen(found[0])
     return found[0] if found else None

@@ -47,8 +47,7 @@ def select(
         return tuple(r for r in reversed(manifest.live) if contents == "any" or r.contents == "full")
     if which == "best":
         if policy.ranking is None:
-            msg = "there is no best: no rule of the policy ranks; add KeepBest(k, metric, mode=...) to keep"
-            raise RestoreError(msg)
+            raise _nothing_ranks(manifest)
         return tuple(policy.best_first(r for r in manifest.history if contents == "any" or r.contents == "full"))
     record = _named(which, policy, manifest, damaged)
     if contents == "full" and record.contents == "weights":
@@ -77,6 +76,18 @@ def _named(which: str | int | None, policy: Policy, manifest: Manifest, damaged:
         have = "; ".join(f"run {r.run} has {r.name}: pass run={r.run!r}, or this name" for r in others)
     msg = f"no checkpoint {'at step ' if isinstance(which, int) else ''}{which!r}; {have}{refused}"
     raise NotFoundError(msg)
+
+
+def _nothing_ranks(manifest: Manifest) -> RestoreError:
+    """Return the error of a policy without a ranking: what the caller can do, and which metrics there are."""
+    metrics = dict.fromkeys(name for record in manifest.live for name in record.metrics)
+    have = f"the checkpoints have {some_of([*metrics])}" if metrics else "no checkpoint has a metric"
+    msg = (
+        "there is no best: no policy with a KeepBest says which metric counts. Name a checkpoint or its step "
+        "('checkpointer ls DIRECTORY --sort METRIC' puts them in order), or pass a policy with "
+        f"KeepBest(k, METRIC, mode='min' or 'max'); {have}"
+    )
+    return RestoreError(msg)
 
 
 def _ranked_elsewhere(policy: Policy, manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from support.commands import command
 from torch import nn
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
-from checkpointer.errors import MismatchError, NotFoundError
+from checkpointer.errors import MismatchError, NotFoundError, RestoreError
 
 POLICY = Policy(EverySteps(1), [KeepLast(2)])
 
@@ -231,3 +232,43 @@ def test_the_run_that_was_chosen_among_several_is_named(tmp_path: Path, caplog: 
         pytest.warns(CheckpointerWarning, match="old_10.pt was adopted"),
     ):
         assert 10 == loop.resume("best").step
+
+
+def test_a_step_that_two_runs_have_is_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    """As the commands do: both checkpoints are named, and nothing is loaded. A name or the run says which is meant."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        torch.save({"model": filled().state_dict(), "step": 10}, tmp_path / folder / "old_10.pt")
+    assert 0 == command("adopt", tmp_path).code
+    runs = {one["name"]: one["run"] for one in command("ls", tmp_path, "--json").data}
+    model = nn.Linear(2, 1)
+    weight = model.weight.tolist()
+    said = (
+        rf"has 2 checkpoints of step 10: .*{runs['a/old_10.pt']}.*{runs['b/old_10.pt']}.*name one of them, or pass run="
+    )
+    for take in (
+        lambda: load_weights(model, tmp_path, 10),
+        lambda: CheckpointManager(tmp_path).restore(10),
+        lambda: trained(tmp_path, 0, 10),
+    ):
+        with pytest.raises(NotFoundError, match=said):
+            take()
+    assert weight == model.weight.tolist()
+    assert load_weights(model, tmp_path, 10, run=runs["a/old_10.pt"]).source.endswith("a/old_10.pt")
+    assert load_weights(model, tmp_path, "b/old_10.pt").source.endswith("b/old_10.pt")
+    assert 10 == trained(tmp_path, 0, "a/old_10.pt")
+
+
+def test_without_a_ranking_best_says_what_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a Loop nor `load_weights` guesses a metric. A call that only reads logs no plan of saves."""
+    for step in (10, 20):
+        torch.save({"model": filled().state_dict(), "step": step, "loss": 1 / step}, tmp_path / f"old_{step}.pt")
+    assert 0 == command("adopt", tmp_path).code
+    caplog.set_level(logging.INFO, "checkpointer")
+    said = r"no policy with a KeepBest.*Name a checkpoint or its step.*ls DIRECTORY --sort METRIC.*have loss"
+    with pytest.raises(RestoreError, match=said):
+        load_weights(nn.Linear(2, 1), tmp_path, "best")
+    assert load_weights(nn.Linear(2, 1), tmp_path, "old_20.pt").loaded
+    assert "save never" not in caplog.text
+    with pytest.raises(RestoreError, match=said):
+        trained(tmp_path, 0, "best")
