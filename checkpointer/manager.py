@@ -74,7 +74,8 @@ class CheckpointManager:
         save: Instead of ``state``: writes a checkpoint (a file or folder) to the path that it gets. If the directory is
             a URL, it gets a URL with an unused name.
         format: ``"torch"``, ``"safetensors"`` (weights), ``"dcp"`` (a folder) or a `checkpointer.ports.Format`.
-        run: Id of the run to go on with; None starts a new one, until `restore` adopts the one it finds.
+        run: Id of the run to go on with. With None, `restore` goes on with the run of the checkpoint that it finds. If
+            there is none, or `restore` is not called, a new run begins.
         label: Distinguishes managers that share a directory.
         listeners: Called when a checkpoint is durable or gone.
         tolerate_failures: How many writes in a row may fail with a warning before `SaveError` is raised: saves, and
@@ -89,7 +90,8 @@ class CheckpointManager:
             one that has not begun. Listeners are called on that thread. None writes in the loop.
         takeover: Go on with the run even if another process trains it. That process gets a `FencedError` at its
             next save. None takes it from the environment variable ``CHECKPOINTER_TAKEOVER``.
-        lease_s: If such a process sends no heartbeat for so many seconds, this one goes on with the run.
+        lease_s: Seconds without a heartbeat after which another process counts as dead. If the process that trains the
+            run sends no heartbeat for that long, this manager takes over the run.
         clock: Returns the time.
         verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
 
@@ -401,11 +403,25 @@ class CheckpointManager:
     def pin(self, name: str) -> None:
         """Never retire this checkpoint, also after a restart.
 
-        A manager that does not train the run holds it meanwhile.
+        If this manager does not train the run, it holds the run until the pin is written. During that time a process
+        that starts to train the run gets a `RunInUseError`.
+
+        Args:
+            name: Name of a checkpoint of the run, as in `Record.name`.
 
         Raises:
             NotFoundError: If the run does not have the checkpoint.
-            RunInUseError: If another process trains the run: it would remove the checkpoint nevertheless.
+            RunInUseError: If another process trains the run, because that process would remove the checkpoint anyway.
+
+        Example:
+            >>> from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
+            >>> with CheckpointManager(None, Policy(EverySteps(1), [KeepLast(1)]), state=dict) as manager:
+            ...     for step in (1, 2, 3):
+            ...         _ = manager.observe({}, step, epoch=0, epoch_end=False)
+            ...         if step == 1:
+            ...             manager.pin(manager.last.name)
+            >>> [record.name for record in manager.records]
+            ['epoch=0-step=1.ckpt', 'epoch=0-step=3.ckpt']
         """
         self._set_pinned(name, pinned=True)
 

@@ -1,7 +1,8 @@
 """Checkpoints for Lightning: the composed policy as a callback, and a drop-in for its ``ModelCheckpoint``.
 
-The names here belong to ``lightning``, or to ``pytorch_lightning`` if only that is installed. With both installed,
-``checkpointer_lightning.for_pytorch_lightning`` has those for a Trainer of ``pytorch_lightning``.
+If the package ``lightning`` is installed, the classes here are for its Trainer. If only ``pytorch_lightning`` is
+installed, they are for the Trainer of ``pytorch_lightning``. If both are installed, and your Trainer is one of
+``pytorch_lightning``, import the classes from ``checkpointer_lightning.for_pytorch_lightning``.
 """
 
 from __future__ import annotations

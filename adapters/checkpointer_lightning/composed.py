@@ -23,28 +23,34 @@ from checkpointer_lightning.several_callbacks import is_local
 class Composed(CallbackBase):
     """Saves by a `checkpointer.Policy`: any triggers, any rules, several such callbacks in one Trainer.
 
-    A training batch, a validation, the end of an epoch and the end of the training are each reported. If a step is
-    saved before its validation, it is ranked after it. A metric counts only for the step it was measured at. At the end
-    of the training the state is saved if a rule keeps it.
+    The callback reports each training batch, each validation, the end of each epoch and the end of the training. If a
+    step is saved before its validation, the checkpoint is ranked after the validation. A metric counts only for the
+    step at which it was measured. At the end of the training the state is saved if a rule keeps it.
 
     Args:
         directory: A folder or an fsspec URL; None takes the logger's, or ``checkpoints`` in the Trainer's root.
-        policy: When to save, what to keep and how to name; or the path of a YAML file of `Policy.to_yaml`, or its text.
+        policy: When to save, what to keep and how to name. Or a policy as YAML (`Policy.to_yaml`): a path, or the text.
         listeners: Called on rank 0 when a checkpoint is durable or retired.
-        tolerate_failures: How many saves in a row may fail with a warning.
+        tolerate_failures: How many saves in a row may fail with a warning before the training ends with an error.
         storage_options: What fsspec needs besides a URL, such as credentials; never logged or stored. The Trainer does
-            not have them: ``ckpt_path="last"`` uses a copy on this machine, and for a URL fsspec reads the environment.
-        trust: A key that signs each record.
-        mirror: A second place, to which checkpoints are copied in the background, and from which ``"last"`` fetches:
-            a path, a URL or a storage, or a `checkpointer.Mirror`.
-        background: ``"wait"`` or ``"skip"`` copies the state and goes on with the training, while a thread writes it,
-            as for `checkpointer.CheckpointManager`. Lightning's ``AsyncCheckpointIO`` asks for ``"wait"``. Listeners
+            not get these options. For ``ckpt_path="last"`` the callback makes a copy on this machine. If you pass a URL
+            as ``ckpt_path``, fsspec takes the credentials from the environment.
+        trust: A key that signs each record. A record without its signature is neither restored nor changed.
+        mirror: A second place: a path, a URL, a storage or a `checkpointer.Mirror`. Checkpoints are copied there in the
+            background. ``ckpt_path="last"`` fetches missing checkpoints from it.
+        background: ``"wait"`` or ``"skip"``, as for `checkpointer.CheckpointManager`: the state is copied, a thread
+            writes the copy, and the training goes on. Lightning's ``AsyncCheckpointIO`` sets ``"wait"``. Listeners
             are called on that thread.
-        grace_s: Seconds between SIGTERM and the kill that follows it, if known. The end of a stopped training waits for
-            the mirror no longer than that. The count begins at the end of the batch, where Lightning stops.
-        takeover: Go on with the run even if another process trains it.
-        lease_s: If such a process sends no heartbeat for so many seconds, this one goes on with the run.
-        verbose: Log each decision.
+        grace_s: Seconds between SIGTERM and the kill that follows it, if known. If SIGTERM stops the training, the end
+            of the training waits for the mirror at most that long, counted from the end of the batch.
+        takeover: Go on with the run even if another process trains it. That process gets a `FencedError` at its next
+            save. None takes it from the environment variable ``CHECKPOINTER_TAKEOVER``.
+        lease_s: Seconds without a heartbeat after which another process counts as dead. If the process that trains the
+            run sends no heartbeat for that long, this training takes over the run.
+        verbose: Log each decision at INFO instead of DEBUG (logger ``checkpointer``).
+
+    Raises:
+        PolicyError: If ``policy`` is YAML that is not a policy.
 
     Example:
         >>> from checkpointer import AnyOf, EveryEpochs, EverySteps, KeepBest, KeepLast, Policy

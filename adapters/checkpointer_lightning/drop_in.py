@@ -31,24 +31,35 @@ from checkpointer_lightning.session import Moment
 class DropIn(CallbackBase):
     """Replaces Lightning's ``ModelCheckpoint``: it has the same arguments, attributes, names and state.
 
-    It differs only where Lightning loses data or misleads. ``docs/lightning.md`` lists each difference.
+    It behaves differently only if Lightning would lose data, or show a wrong value. ``docs/lightning.md`` lists each
+    difference.
 
     Args:
-        dirpath: Folder; None takes the logger's, or ``checkpoints`` in the Trainer's root.
+        dirpath: Folder for the checkpoints; None takes the logger's, or ``checkpoints`` in the Trainer's root.
         filename: Template; None means ``{epoch}-{step}``.
         monitor: Metric to rank by.
-        verbose: Log what is saved, and what is not.
-        save_last: Let ``last`` name the newest state: a copy without bytes of its own, or a link (``"link"``).
+        verbose: Log each decision, to save or not to save.
+        save_last: Make an alias ``last`` of the newest checkpoint. True makes a hard link on a disk and a server-side
+            copy in a bucket; ``"link"`` makes a symlink.
         save_top_k: How many of the best to keep; -1 all, 0 none.
         save_on_exception: Save when an exception ends the training, under a name of its own.
-        save_weights_only: Leave out what only a resume needs.
+        save_weights_only: Save the weights without the optimizers, schedulers and loops. A resume needs all of them.
         mode: ``"min"`` or ``"max"``.
         auto_insert_metric_name: Write ``name=value`` in names.
         every_n_train_steps: Optimizer steps between saves.
-        train_time_interval: Time between saves.
+        train_time_interval: Time between saves, as a `datetime.timedelta`.
         every_n_epochs: Epochs between saves.
-        save_on_train_epoch_end: Save at the end of the epoch, or of the validation; None decides by the Trainer.
-        enable_version_counter: Add ``-v1`` to a name that is taken, instead of replacing this run's.
+        save_on_train_epoch_end: True saves at the end of the epoch, False at the end of the validation. With None, the
+            Trainer's settings decide.
+        enable_version_counter: If a name is taken, True adds ``-v1`` to the new name. False replaces the earlier
+            checkpoint of this run.
+
+    Raises:
+        MisconfigurationException: For the same arguments as Lightning's ``ModelCheckpoint``, such as two of the three
+            intervals together.
+
+    Example:
+        >>> ModelCheckpoint("runs/digits", monitor="val_loss", save_top_k=3, save_last=True)  # doctest: +SKIP
     """
 
     _is_asking: bool = False

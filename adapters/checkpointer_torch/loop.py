@@ -222,12 +222,26 @@ class Loop:
     def steps(self, count: int | None = None) -> Iterator[int]:
         """Yield the index of each step that is left, for a training by iterations.
 
-        The body ends with `step`. A body without `step` counts as a step too. If a validation draws random numbers, or
-        changes what is saved, it comes before `step`, which gets its metrics; another one may also `report` after it.
-        Leave the loop after `step`: the state within a step is not saved.
+        Call `step` at the end of the body. If the body does not call `step`, the body counts as one step. If a
+        validation draws random numbers or changes the saved state, run it before `step`, and pass its metrics to
+        `step`. Any other validation may run after `step`, and pass its metrics to `report`. Leave the loop after
+        `step`, because the state in the middle of a step is not saved.
 
         Args:
-            count: How many the training has in all; None goes on until a ``break``.
+            count: Steps of the whole training, those before a resume included; None goes on until a ``break``.
+
+        Raises:
+            ObservationError: If the Loop is used outside of its ``with`` block.
+
+        Example:
+            >>> import torch
+            >>> from checkpointer import EverySteps, KeepLast, Policy
+            >>> from checkpointer_torch import Loop
+            >>> with Loop(None, Policy(EverySteps(2), [KeepLast(1)]), model=torch.nn.Linear(1, 1)) as loop:
+            ...     for index in loop.steps(4):
+            ...         _ = loop.step({"loss": 1.0})
+            >>> loop.progress.step
+            4
         """
         position = self._position
         self._check_entered()
@@ -436,21 +450,22 @@ class Loop:
     ) -> LoopProgress:
         """Go on with the newest valid checkpoint, if the directory has one, and return the place of the training.
 
-        If ``checkpointer adopt`` made its record, another program wrote it: its weights are loaded, step and epoch are
-        those of the record, and a warning lists the objects that begin anew.
+        If ``checkpointer adopt`` made the record of this checkpoint, another program wrote the checkpoint. Then its
+        weights are loaded, step and epoch are those of the record, and a warning lists the objects that begin anew.
 
         Args:
-            from_: None or ``"last"`` for the newest, ``"best"``, a name, a step; or the path or URL of a checkpoint or
-                directory elsewhere, to start this directory: it is ignored once this directory has checkpoints.
-            map: For a file at ``from_`` that another program has saved: the key of each object's state in it, such as
-                ``{"model": "state_dict", "optimizer": "optimizer_states.0", "epoch": "epoch"}``, or a function of the
-                file's content. If it is a folder, a key begins with the name of a file in it, such as
-                ``"optimizer.pt"``. ``"epoch"`` is the next epoch (0-based), ``"step"`` counts finished steps; without
-                them those of an adopted record, else 0.
-                Other objects in the file, such as a Namespace, are not unpickled, and refused only if the map names
-                them.
-            strict: Whether every object must fit, and the data that `batches` is given; False takes the states that
-                fit, and warns of the rest.
+            from_: None or ``"last"`` for the newest, ``"best"``, a name, or a step. Or the path or URL of a checkpoint
+                or directory elsewhere, to begin with its state. Once this directory has checkpoints, the path or URL is
+                ignored.
+            map: For a file at ``from_`` that another program has saved: where the file has the state of each object,
+                such as ``{"model": "state_dict", "optimizer": "optimizer_states.0", "epoch": "epoch"}``. Or a function
+                that takes the content of the file, and returns such states. If ``from_`` is a folder, each value of the
+                map begins with the name of a file in the folder, such as ``"optimizer.pt"``. ``"epoch"`` is the next
+                epoch (0-based), ``"step"`` the number of finished steps. If the map does not name them, those of an
+                adopted record are taken, and 0 if there is no such record. Other objects in the file, such as a
+                Namespace, are not unpickled. They raise an error only if the map names them.
+            strict: If True, every object and the loader passed to `batches` must fit the checkpoint. False loads the
+                states that fit, and warns about the others.
             weights_only: Unpickle only plain data; pass False only for a file you trust.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Checkpoints for the Hugging Face Trainer: it writes them, and a policy decides when and which of them stay."""
+"""Checkpoints of the Hugging Face Trainer: the Trainer writes them, a policy decides when, and which of them stay."""
 
 from __future__ import annotations
 

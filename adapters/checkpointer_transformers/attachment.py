@@ -26,18 +26,19 @@ _LOADERS: Final = ("get_train_dataloader", "get_eval_dataloader")
 def attach(trainer: Any, *, signals: Iterable[int] = (signal.SIGTERM,)) -> None:
     """Let a Trainer's `CheckpointCallback` replace methods of the Trainer; call it before ``train``, on every rank.
 
-    From then on a checkpoint is staged, and gets its name in one rename. After a signal on any rank, all ranks save at
-    the same step and stop. Once ``train`` has cleaned up, every rank raises the signal again for its earlier handler.
-    If the signal comes within an evaluation of the training, the evaluation ends after a batch, and the next training
-    runs it again. After an exception in a training of one process a rescue is saved, unless weights and optimizer
-    were changing, and the exception goes on unchanged. The end of the training is saved if a rule keeps it.
+    After this call a checkpoint is staged, and gets its name in one rename. If a signal comes on any rank, all ranks
+    save at the same step and stop. When ``train`` has cleaned up, every rank raises the signal again for its earlier
+    handler. If the signal comes during an evaluation of the training, the evaluation ends after the current batch, and
+    the next training runs the evaluation again. If a training of one process ends with an exception, a rescue is saved,
+    and the exception is raised unchanged. There is no rescue if the exception came while the optimizer changed the
+    weights. The end of the training is saved if a rule keeps it.
 
     Args:
-        trainer: The Trainer.
-        signals: Numbers of the signals to rescue on.
+        trainer: A Trainer that has a `CheckpointCallback`.
+        signals: Numbers of the signals after which to save and stop.
 
     Raises:
-        PolicyError: If the Trainer has no `CheckpointCallback`, or is attached to it already.
+        PolicyError: If the Trainer does not have a `CheckpointCallback`, or if `attach` was called before.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[CheckpointCallback(policy)])  # doctest: +SKIP

@@ -31,22 +31,23 @@ _CALLBACKS: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 class CheckpointCallback(TrainerCallback):
     """Lets a `checkpointer.Policy` decide when the Trainer saves, and which of its checkpoints stay.
 
-    The Trainer itself writes ``checkpoint-<step>`` into its ``output_dir``, so it can still save and resume all that
-    it could before. It needs ``save_strategy="no"``, and ``save_total_limit`` left out. Once all ranks have written a
-    checkpoint it gets a record, and counts. An unfinished checkpoint of a killed training is renamed when the next
-    Trainer is made, so that ``resume_from_checkpoint=True`` is safe. `attach` adds what a callback cannot do.
+    The Trainer still writes the folders ``checkpoint-<step>`` into its ``output_dir``, with the same content as without
+    this callback. Set ``save_strategy="no"``, and leave ``save_total_limit`` out. When all ranks have written a
+    checkpoint, the checkpoint gets a record, and counts from then on. If a training was killed during a save, the
+    unfinished folder is renamed when the next Trainer is made, so that ``resume_from_checkpoint=True`` is safe.
+    `attach` adds what a callback cannot do.
 
     Args:
-        policy: When to save and what to keep. Names are the Trainer's; the template is not used.
-        directory: The Trainer's ``output_dir``, if you want to name it here too.
-        grace_s: Seconds between a signal and the kill that follows it, if known. With `attach`, the end of a stopped
-            training waits for the mirror no longer than that.
-        clock: Rank 0's clock.
+        policy: When to save and what to keep. The Trainer names the checkpoints; the policy's template is not used.
+        directory: The Trainer's ``output_dir``, or None. Another directory is an error.
+        grace_s: Seconds between a signal and the kill that follows it, if known. With `attach`, if a signal stops the
+            training, its end waits for the mirror at most that long.
+        clock: Returns the time. Only rank 0's clock is used.
         **options: Further options of `checkpointer.CheckpointManager`, such as ``listeners``, ``trust``, ``mirror``.
 
     Raises:
-        PolicyError: For an option that `checkpointer.CheckpointManager` does not have. When the Trainer is made, if
-            its arguments contradict the callback; the message names each change to make.
+        PolicyError: If `checkpointer.CheckpointManager` does not have an option. Also when the Trainer is made, if the
+            Trainer's arguments contradict the callback; the message names each change to make.
 
     Example:
         >>> from checkpointer import EverySteps, KeepBest, KeepLast, Policy

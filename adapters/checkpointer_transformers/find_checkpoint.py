@@ -34,20 +34,25 @@ _ASIDE: Final = f"{HOME}/aside"
 def last_valid_checkpoint(directory: str | os.PathLike[str], *, trust: HMACKey | None = None) -> str | None:
     """Return the path of the newest whole ``checkpoint-<step>`` in a Trainer's directory; changes nothing.
 
-    One that a `CheckpointCallback` has committed is compared with its digest. One without a record was written by a
-    Trainer without this callback, and counts if all its files are there and none is torn. It does not count with a key,
-    nor if others are signed. Pass it on:
-    ``trainer.train(resume_from_checkpoint=last_valid_checkpoint(args.output_dir))``.
+    If a checkpoint has a record, its bytes are compared with the digest of the record. A checkpoint without a record
+    counts if all its files are there and each one is complete. It does not count if ``trust`` is given, or if other
+    checkpoints of the directory are signed.
 
     Args:
         directory: The Trainer's ``output_dir``.
-        trust: The key, if the records are signed.
+        trust: The key that signed the records; None if they are not signed.
 
     Returns:
-        The path, or None if there is nothing to resume from.
+        The path, or None if the directory has no checkpoint to resume from.
 
     Raises:
-        NoValidCheckpointError: If checkpoints were committed, or there is a key, and none is whole and signed.
+        NoValidCheckpointError: If no checkpoint is valid, and at least one of them has a record, or lacks only the
+            signature.
+
+    Example:
+        >>> from checkpointer_transformers import last_valid_checkpoint
+        >>> last_valid_checkpoint("runs/of-no-trainer")  # None: the directory does not exist.
+        >>> trainer.train(resume_from_checkpoint=last_valid_checkpoint("runs/bert"))  # doctest: +SKIP
     """
     folder = Path(directory)
     if not folder.is_dir():

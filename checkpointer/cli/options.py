@@ -221,13 +221,17 @@ def policies(catalog: Catalog, path: str | None) -> Policies:
     return Policies(catalog, None if path is None else read_policy(path))
 
 
-def look(directory: str, access: Access, *, below: bool = False) -> Catalog:
-    """Look at a directory. It must have a record; if ``below`` is set, a directory below it may have it."""
+def look(directory: str, access: Access, *, below: bool = False, begun: bool = False) -> Catalog:
+    """Look at a directory. It must have a record, or, if ``below`` is set, one of the directories below it.
+
+    If ``begun`` is set, it is enough that a first save had begun there.
+    """
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
     announced(catalog)
-    if not catalog.has_records and not (below and catalog.below):
+    is_begun = begun and any(path.startswith(f"{HOME}/") for path in catalog.files)
+    if not (catalog.has_records or is_begun or (below and catalog.below)):
         raise StorageError(_what_is_there(catalog))
     return catalog
 

@@ -18,12 +18,12 @@ from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.holder import Holder
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.lease import Lease
+from checkpointer.commit.limits import take_over
 from checkpointer.commit.payload_names import Names
 from checkpointer.commit.recovery import finish_run, recover
 from checkpointer.commit.retirement import retire
 from checkpointer.commit.run_to_continue import Lines
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
-from checkpointer.commit.takeover import take_over
 from checkpointer.commit.transaction import Transaction
 from checkpointer.commit.writer_marks import mark, unmark, writers_in
 from checkpointer.errors import ConflictError, FencedError, UntrustedError, warn

@@ -15,8 +15,9 @@ from checkpointer.commit.terms import Term
 from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, SupportsLinks, Upload
 from checkpointer.records.codec import to_json
+from checkpointer.records.digest_algorithms import ALGORITHM, CRYPTOGRAPHIC
 from checkpointer.records.record import Entry, Record
-from checkpointer.storage.digests import ALGORITHM, CRYPTOGRAPHIC, size_of
+from checkpointer.storage.digests import size_of
 from checkpointer.storage.owner import is_dead, is_live
 
 

@@ -48,7 +48,7 @@ from collections.abc import Iterable
 from checkpointer.commit.changes import Changes
 from checkpointer.commit.journal import Journal
 from checkpointer.ports import Storage, SupportsPaths, SupportsUploads
-from checkpointer.records.codec import DIGESTS, OF_FILES
+from checkpointer.records.digest_algorithms import DIGESTS, OF_FILES
 from checkpointer.records.record import Entry, Record
 
 

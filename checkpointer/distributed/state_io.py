@@ -11,8 +11,8 @@ from checkpointer.distributed.team import Team
 from checkpointer.errors import PolicyError
 from checkpointer.formats import open_format
 from checkpointer.ports import FolderFormat, Format, Mailbox, Ranks, SupportsFileDigests, SupportsMailbox
+from checkpointer.records.digest_algorithms import ALGORITHM
 from checkpointer.save.background import Busy, copies_of
-from checkpointer.storage.digests import ALGORITHM
 
 if TYPE_CHECKING:
     from checkpointer.formats.dcp_folder import DcpFormat

@@ -27,7 +27,8 @@ from checkpointer.formats.archive_reader import OtherLayoutError
 from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.formats.torch_one_pass import TorchLayout
-from checkpointer.records.codec import DIGESTS, METADATA
+from checkpointer.records.codec import METADATA
+from checkpointer.records.digest_algorithms import DIGESTS
 
 _CHUNK: Final = 1 << 20
 """Bytes that are digested and written at a time: they stay in the processor's cache."""

@@ -44,6 +44,7 @@ from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.tensor_storage import check_stored
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.ports import Snapshotting, Taken
+from checkpointer.records.digest_algorithms import ALGORITHM
 
 _PRIMITIVES: Final = (str, bytes, int, float, complex, type(None))
 
@@ -54,9 +55,6 @@ _WITHIN_A_VALUE: Final = (
 
 _STORAGE_ONLY: Final = ("retry",)
 """Options that are the storage's own, not fsspec's."""
-
-_ALGORITHM: Final = "xxh3-128"
-"""The digest of shards if no record says which one it needs."""
 
 MAX_PROBLEMS: Final = 10
 
@@ -125,7 +123,7 @@ class DcpFormat:
             SaveError: If the state is not a dict, the storage of a tensor was freed or cut, the process group is gone,
                 or without one a tensor is a shard; or if a rank does not see the folder that the first rank has made.
         """
-        self.write_digested(state, path, algorithm=_ALGORITHM)
+        self.write_digested(state, path, algorithm=ALGORITHM)
 
     def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]]:
         """See `SupportsFileDigests.write_digested`. Only the first rank gets the digests of all files."""

@@ -125,10 +125,11 @@ class Naming:
         version_counter: If off, a checkpoint that has the same name is replaced (old or new, never neither), whether
             this run wrote it or an earlier one. It is not replaced if it is pinned, was resumed from, is an abandoned
             one of this run, or belongs to a manager of another label. A file without a record is never replaced.
-        missing: ``"error"`` for a field that was never reported, or ``"zero"`` as Lightning has it; a metric that is
-            only not there yet is left out either way.
-        rescue: ``"own"`` names a rescue ``rescue-step=N``. ``"template"`` names it as a regular checkpoint if that
-            name is free, and else ``rescue-step=N``.
+        missing: What to do with a field that was not reported. ``"error"`` raises a `NamingError`, ``"zero"`` writes 0,
+            as Lightning does. If a rule names the metric, it may be reported later. Then the part is left out of the
+            name, with both settings.
+        rescue: ``"own"`` names a rescue ``rescue-step=N``. ``"template"`` names a rescue as a regular checkpoint. If
+            that name is taken, the rescue is named ``rescue-step=N``.
         slashes: ``"replace"`` makes ``val/loss`` in a name ``val_loss``; ``"keep"`` makes folders of it. A slash
             that the template itself has outside a field always makes a folder.
 

@@ -60,10 +60,10 @@ class Policy:
             (``"copy"``); it always names the newest state, so with it every due observation is saved.
         best: A ``best`` alias for the best by the first `KeepBest`, in the same two ways.
         contents: ``"weights"`` for checkpoints that cannot resume a run.
-        rescue: Save when an exception leaves the manager's ``with`` block, under the last observation's step. The
-            state is that of the moment: if the exception struck within a step, so is the state. Where a resume must
-            be bit-exact, pass False, or call ``manager.rescue(step=...)`` at a step boundary, as
-            ``checkpointer_torch.Loop`` does for signals.
+        rescue: Save if an exception leaves the manager's ``with`` block. The rescue has the step of the last
+            observation, and the state at the moment of the exception. If the exception was raised in the middle of a
+            step, the saved state is from the middle of that step. If your resume must be bit-exact, pass False, or call
+            ``manager.rescue(step=...)`` at a step boundary. ``checkpointer_torch.Loop`` does that for signals.
 
     Raises:
         PolicyError: If an argument is none of these, or ``best`` is asked for without a `KeepBest`.

@@ -46,9 +46,14 @@ class KeepBest:
         k: How many, at least 1.
         metric: A metric's name, a named function of the metrics that returns a score, or a whole `Metric`.
         mode: ``"min"`` or ``"max"``; left out with a `Metric`, which says it.
-        ties: Which of two equals stays, ``"older"`` or ``"newest"``. ``"incumbent"``: a new one takes no place from its
-            equal, but of the equals that are kept the older goes first when a better one comes.
+        ties: Which of two records with equal scores ranks better: ``"older"`` or ``"newest"``. With ``"incumbent"`` a
+            new record does not replace a kept record of the same score. When a better record comes, and the worst kept
+            records are equal, the oldest of them is removed.
         after_step: Records up to and including this step are not ranked (warm-up).
+
+    Raises:
+        PolicyError: If ``mode`` is missing, if ``mode`` or ``ties`` is given beside a `Metric`, or if a number is out
+            of its range.
 
     Example:
         >>> from checkpointer import KeepBest
@@ -156,11 +161,11 @@ def _as_seconds(value: Any) -> float:
 
 @attrs.frozen(kw_only=True)
 class KeepEvery:
-    """Keep one record per interval for good, thinning a long history evenly.
+    """Keep one record of each interval for good, so that a long history stays evenly spaced.
 
-    Per ``steps`` (or finished ``epochs``): the first record at or past each multiple. Per ``seconds``: the first
-    record, and then each one at least that much later than the one kept before, or before it: a clock that was set
-    back begins anew, where it would else keep nothing until it has caught up.
+    With ``steps`` or ``epochs`` the first record at or after each multiple is kept. With ``seconds`` the first record
+    is kept, and then each record that is at least ``seconds`` later than the last kept one. If the clock was set back,
+    a record may be earlier than the last kept one. Then this record is kept, and the interval begins anew.
 
     Args:
         steps: Steps per interval, at least 1.
@@ -297,12 +302,16 @@ class KeepAll:
 class Budget:
     """Limit the bytes kept: the worst-ranked go first, never the newest, the best or a pinned one.
 
-    Ranked by the first `KeepBest` of the policy, unranked records behind the ranked and the oldest of them first;
-    without a `KeepBest` the oldest go first. A save is decided before its size is known: it is taken to be as large
-    as the one before, and the budget holds again at the next save.
+    If the policy has a `KeepBest`, the first one ranks the records. Records that it does not rank are removed first,
+    the oldest before the newer ones. Then the ranked records are removed, the worst first. Without a `KeepBest` the
+    oldest are removed first. A save is decided before its size is known, so it is counted with the size of the save
+    before it. If it is larger, the budget is exceeded until the next save.
 
     Args:
-        bytes: Bytes of payloads, at least 1.
+        bytes: Bytes of all payloads together, at least 1.
+
+    Raises:
+        PolicyError: If ``bytes`` is not a whole number of at least 1.
 
     Example:
         >>> from checkpointer import Budget

@@ -154,11 +154,15 @@ class EveryEpochs:
 class DuringEpochs:
     """Due at each report of every ``n``-th epoch, however many reports there are in it.
 
-    Where `EveryEpochs` is due once an epoch, and catches up on one that it missed, this asks of each report only
-    whether the count of finished epochs is a multiple of ``n``: report with ``epoch_end=True`` alone.
+    At each report this trigger checks one thing: is the number of finished epochs a multiple of ``n``? If an epoch has
+    several reports, it is due at each of them. So report only with ``epoch_end=True``. `EveryEpochs` differs in two
+    ways: it is due once in an epoch, and if an epoch was not reported, it is due at the next report.
 
     Args:
-        n: Epochs between the epochs that count, at least 1.
+        n: Epochs from one due epoch to the next, at least 1.
+
+    Raises:
+        PolicyError: If ``n`` is not a whole number of at least 1.
 
     Example:
         >>> from checkpointer import DuringEpochs, Progress
@@ -314,13 +318,17 @@ def _as_fraction(value: Any) -> float:
 
 @attrs.frozen
 class EveryFraction:
-    """Due whenever another such part of a training of known length is finished: ten times with ``0.1``.
+    """Due each time a fraction of the whole training is finished: with ``0.1``, ten times in the training.
 
-    If a part is not a whole number of steps, it is rounded up to one. Beyond the end it goes on at the same distance.
+    The due steps are the multiples of ``fraction * of``. If a multiple is not a whole step, it is rounded up. If the
+    training goes on after step ``of``, the trigger stays due at the same interval.
 
     Args:
-        fraction: The part between saves, more than 0 and at most 1.
+        fraction: Part of the training between two saves, more than 0 and at most 1.
         of: Steps of the whole training, at least 1.
+
+    Raises:
+        PolicyError: If an argument is out of its range.
 
     Example:
         >>> from checkpointer import EveryFraction, Progress

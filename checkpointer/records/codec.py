@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn, cast
-
-import xxhash
 
 from checkpointer._validation import brief
 from checkpointer.errors import RecordError
+from checkpointer.records.digest_algorithms import DIGESTS, OF_FILES
 from checkpointer.records.names import has_surrogate, name_problem
 
 MAX_RECORD_BYTES: Final = 1 << 20
@@ -29,10 +27,6 @@ _MISSING: Final = object()
 _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _HEX: Final = re.compile(r"[0-9a-f]{1,128}")
 _DIGEST: Final = re.compile(r"([a-z0-9-]+):([0-9a-f]+)")
-DIGESTS: Final[dict[str, Callable[..., Any]]] = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-"""The digest algorithms there are."""
-OF_FILES: Final = "files-"
-"""Before the name of an algorithm: the digest of a folder is the digest of its files' digests."""
 METADATA: Final = ".metadata"
 """The file of a DCP folder that has the digest of each shard."""
 _HEX_DIGITS: Final = {name: 2 * new().digest_size for name, new in DIGESTS.items()}

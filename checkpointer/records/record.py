@@ -14,7 +14,8 @@ import attrs
 from checkpointer._display import lines_html, number_text, size_text
 from checkpointer._validation import as_index, brief
 from checkpointer.errors import MetricError, ObservationError, RecordError, SaveError, SchemaError
-from checkpointer.records.codec import DIGESTS, MAX_RECORD_BYTES, Reader, parse_json, to_json, to_plain_float
+from checkpointer.records.codec import MAX_RECORD_BYTES, Reader, parse_json, to_json, to_plain_float
+from checkpointer.records.digest_algorithms import DIGESTS
 from checkpointer.records.names import has_surrogate
 
 SCHEMA: Final = 1

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Final
 from checkpointer._display import shard_text, some_of
 from checkpointer.errors import CheckpointerError
 from checkpointer.ports import Storage
-from checkpointer.records.codec import DIGESTS, METADATA
+from checkpointer.records.codec import METADATA
+from checkpointer.records.digest_algorithms import DIGESTS
 from checkpointer.records.record import Record
 from checkpointer.storage.digests import algorithm_of_files, digest_of_files
 

@@ -29,7 +29,7 @@ from checkpointer.ports import (
     SupportsPaths,
     SupportsURLs,
 )
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.digest_algorithms import DIGESTS
 from checkpointer.records.record import Record
 from checkpointer.restore.damaged_tensors import damage_in
 from checkpointer.restore.folders import difference, other_files

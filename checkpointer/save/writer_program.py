@@ -24,7 +24,7 @@ from typing import Any, Final
 from checkpointer._write_back import WRITE_BACK, begin_write_back
 from checkpointer.formats.archive import CHUNK, Archive
 from checkpointer.formats.shared_memory import BLOCK
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.digest_algorithms import DIGESTS
 
 REPORT_S: Final = 1.0
 """Seconds between two reports of how much is written."""

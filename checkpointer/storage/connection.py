@@ -24,21 +24,14 @@ from checkpointer.storage.drivers import (
     is_link,
     unescaped,
 )
+from checkpointer.storage.protocols import EXTRAS, OBJECT_STORES, UNSAFE
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
 from checkpointer.storage.unreadable import is_needed
 
 T = TypeVar("T")
 
-_OBJECT_STORES: Final = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
-
-_UNSAFE: Final = {"smb": '"*:<>?|', "webdav": "#%*?[]", "webhdfs": "#%*?[]{}", "hdfs": "#%*?[]{}"}
-"""Characters that the server refuses, or that the driver does not take as a part of a name."""
 _LARGE: Final = 1 << 20
-_EXTRAS: Final = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
-    "sftp": "sftp", "ssh": "sftp", "smb": "smb", "webdav": "webdav", "hdfs": "hdfs", "webhdfs": "webhdfs",
-}  # fmt: skip
 
 
 class Connection:
@@ -48,9 +41,9 @@ class Connection:
         self.secrets = Secrets(url, options)
         self.retry = attrs.evolve(retry, hide=self.secrets.hide)
         self.protocol = url.partition("://")[0]
-        self.is_object_store = self.protocol in _OBJECT_STORES
+        self.is_object_store = self.protocol in OBJECT_STORES
         """Whether a file appears whole when its upload ends, and the store has neither folders nor renames."""
-        self._unsafe = _UNSAFE.get(self.protocol, "")
+        self._unsafe = UNSAFE.get(self.protocol, "")
         self._url = url
         self._options = options
         self._impatient_until = 0.0
@@ -78,7 +71,7 @@ class Connection:
         try:
             self.fs, self.root = connect(self._url, self._options, self.retry.deadline_s)
         except (ImportError, ValueError) as error:
-            extra = _EXTRAS.get(self.protocol)
+            extra = EXTRAS.get(self.protocol)
             package = f"pip install 'torch-checkpointer[{extra}]'" if extra else "see fsspec's list of filesystems"
             msg = f"no driver for {self.protocol}:// ({error}); install it: {package}"
             raise StorageError(msg) from error

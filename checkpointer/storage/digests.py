@@ -11,13 +11,8 @@ import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
-from checkpointer.records.codec import DIGESTS, OF_FILES
+from checkpointer.records.digest_algorithms import ALGORITHM, CRYPTOGRAPHIC, DIGESTS, OF_FILES
 from checkpointer.storage.reader import SeekableReader
-
-ALGORITHM: Final = "xxh3-128"
-"""Detects every accidental change, at the speed of memory."""
-CRYPTOGRAPHIC: Final = "sha256"
-"""Cannot be forged. It is used under trust, where an attacker may try."""
 
 _CHUNK: Final = 4 << 20
 _BLOCK: Final = 1 << 20

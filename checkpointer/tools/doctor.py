@@ -26,7 +26,8 @@ from checkpointer.ports import (
     SupportsServerTime,
     SupportsSweep,
 )
-from checkpointer.storage.digests import ALGORITHM, DigestWriter
+from checkpointer.records.digest_algorithms import ALGORITHM
+from checkpointer.storage.digests import DigestWriter
 
 Level = Literal["ok", "note", "BAD"]
 TRIES: Final = 5

@@ -1,6 +1,6 @@
-"""Listeners that report durable checkpoints to experiment trackers. Each needs a package, imported when it is made.
+"""Listeners that report durable checkpoints to experiment trackers.
 
-::
+Each listener imports its tracker's package when the listener is created::
 
     from checkpointer.trackers.mlflow_tracker import MLflowTracker
     from checkpointer.trackers.wandb_tracker import WandbTracker

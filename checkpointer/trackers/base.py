@@ -1,4 +1,4 @@
-"""The base of the trackers: it knows its manager, and reports when best or last names another checkpoint."""
+"""The base class of the trackers: it reports each change of the best and the newest checkpoint."""
 
 from __future__ import annotations
 

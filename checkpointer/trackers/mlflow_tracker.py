@@ -13,18 +13,21 @@ class MLflowTracker(Following):
     """Puts committed checkpoints into an MLflow run, once they are durable.
 
     The tags ``checkpoint.best`` and ``checkpoint.last`` name the best and the newest checkpoint. A checkpoint at a URL
-    is not uploaded again: the tag ``checkpoint.<name>`` has its URL. When a checkpoint is retired, its artifact goes.
+    is not uploaded again: the tag ``checkpoint.<name>`` has its URL. When a checkpoint is retired, its artifact is
+    deleted.
 
     Args:
-        run_id: The run; None takes the active one, and starts one if there is none.
-        upload: Which checkpoints become artifacts.
+        run_id: Id of the MLflow run; None takes the active run. If MLflow has no active run, a run is started.
+        upload: Which checkpoints become artifacts: ``"all"``, ``"best"`` (those that are the best when they are saved
+            or ranked), or ``"none"``.
         artifact_path: The folder among the run's artifacts.
-        client: An ``mlflow.MlflowClient``; None makes one for the tracking URI in force.
+        client: An ``mlflow.MlflowClient``; None makes one for MLflow's current tracking URI.
 
     Raises:
         ImportError: If mlflow is not installed; the message names the extra.
 
     Example:
+        >>> from checkpointer.trackers.mlflow_tracker import MLflowTracker
         >>> tracker = MLflowTracker(upload="best")  # doctest: +SKIP
         >>> CheckpointManager("runs/a", policy, state=state, listeners=[tracker])  # doctest: +SKIP
     """

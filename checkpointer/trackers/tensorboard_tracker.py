@@ -1,4 +1,4 @@
-"""TensorBoard: markers where checkpoints were saved, and which is best and last."""
+"""TensorBoard: a marker at each saved step, and the steps of the best and the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from checkpointer.trackers.base import Following
 
 
 class TensorBoardTracker(Following):
-    """Marks committed checkpoints in TensorBoard; no file is copied there.
+    """Writes a marker for each durable checkpoint into TensorBoard's log. No checkpoint is copied.
 
-    ``checkpoint/last`` and ``checkpoint/best`` are scalars: at each step that was saved, the step that the alias names.
-    The text ``checkpoint`` says name and reason.
+    When the best or the newest checkpoint changes, the scalar ``checkpoint/best`` or ``checkpoint/last`` gets a point:
+    its x is the saved step, its y the step of the best or newest checkpoint. The text ``checkpoint`` has the name and
+    the reason of each save.
 
     Args:
         writer: A ``torch.utils.tensorboard.SummaryWriter``, or the folder for a new one.
 
     Raises:
         ImportError: If tensorboard is not installed; the message names the extra.
+
+    Example:
+        >>> from checkpointer.trackers.tensorboard_tracker import TensorBoardTracker
+        >>> tracker = TensorBoardTracker("runs/a/tensorboard")  # doctest: +SKIP
+        >>> CheckpointManager("runs/a", policy, state=state, listeners=[tracker])  # doctest: +SKIP
     """
 
     def __init__(self, writer: Any) -> None:

@@ -12,18 +12,25 @@ from checkpointer.trackers.base import Following, Upload
 class WandbTracker(Following):
     """Logs committed checkpoints as versions of one W&B artifact, once they are durable; works offline.
 
-    Each version has the record as its metadata, and the aliases that it had when it was logged. If a metric that is
-    attached later moves an alias to an older version, the run's summary says so (``checkpoint/best``,
-    ``checkpoint/last``), offline too. Nothing is removed from W&B.
+    Each version has the record as its metadata, and the aliases that the checkpoint had at that time. A metric that is
+    reported after the save may make an older checkpoint the best. The aliases of the versions do not change then. The
+    run's summary always has the current names, as ``checkpoint/best`` and ``checkpoint/last``. Nothing is removed from
+    W&B.
 
     Args:
         run: A ``wandb`` run; None takes the active one.
-        upload: Which checkpoints become artifacts.
+        upload: Which checkpoints become artifacts: ``"all"``, ``"best"`` (those that are the best when they are saved
+            or ranked), or ``"none"``.
         name: The artifact's name; None takes ``checkpoint-`` and the run's id.
 
     Raises:
         ImportError: If wandb is not installed; the message names the extra.
-        RuntimeError: If there is no active run.
+        RuntimeError: If ``run`` is None and W&B has no active run.
+
+    Example:
+        >>> from checkpointer.trackers.wandb_tracker import WandbTracker
+        >>> tracker = WandbTracker(upload="best")  # doctest: +SKIP
+        >>> CheckpointManager("runs/a", policy, state=state, listeners=[tracker])  # doctest: +SKIP
     """
 
     def __init__(self, run: Any = None, *, upload: Upload = "all", name: str | None = None) -> None:

@@ -197,8 +197,10 @@ manager.observe({}, step=1, epoch=0)
 """
 
 
-def test_sweep_removes_what_a_killed_process_left(run: Path) -> None:
-    """Killed while it wrote: an unfinished payload, which no record names."""
+@pytest.mark.parametrize("is_first", [False, True])
+def test_sweep_removes_what_a_killed_process_left(run: Path, tmp_path: Path, *, is_first: bool) -> None:
+    """Killed while it wrote, also in the first save of all: an unfinished payload, which no record names."""
+    run = tmp_path / "new" if is_first else run
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", _DIE, str(run)], timeout=120)
     assert -signal.SIGKILL == killed.returncode
     staging = run / ".checkpointer" / "staging"
@@ -206,7 +208,7 @@ def test_sweep_removes_what_a_killed_process_left(run: Path) -> None:
     said = command("sweep", run)
     assert (0, "1 unfinished write removed, 0 finished, 0 left\n") == (said.code, said.out)
     assert not any(path.is_file() for path in staging.rglob("*"))
-    assert 0 == command("verify", run).code
+    assert is_first or 0 == command("verify", run).code
 
 
 # copy

@@ -28,9 +28,10 @@ from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, HMA
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import CorruptError, RestoreError, SaveError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.records.digest_algorithms import ALGORITHM
 from checkpointer.restore.load import Verify
 from checkpointer.storage import LocalStorage
-from checkpointer.storage.digests import ALGORITHM, digest_of
+from checkpointer.storage.digests import digest_of
 from checkpointer.tools.catalog import look_at
 from checkpointer.tools.verify import verify_all
 

@@ -28,7 +28,7 @@ from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.errors import CheckpointerError
 from checkpointer.formats.dcp_folder import DcpFormat
-from checkpointer.records.codec import DIGESTS
+from checkpointer.records.digest_algorithms import DIGESTS
 
 pytestmark = pytest.mark.slow
 

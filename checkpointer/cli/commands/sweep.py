@@ -27,7 +27,7 @@ def sweep_command(
     Example: checkpointer sweep runs/digits
     """
     key = access.key
-    options.look(directory, access)
+    options.look(directory, access, begun=True)
     with options.writing(directory, access) as (storage, owner):
         swept = sweep(storage, owner, key, force=force)
     if as_json:
