@@ -471,7 +471,7 @@ def test_nothing_is_retired_while_the_storage_does_not_answer() -> None:
     with opened(storage, Policy(EverySteps(1), [KeepBest(1, "loss", mode="min"), KeepLast(1)])) as manager:
         save(manager, 0.1, 0.2)
         storage.error = OSError("no route to host")
-        with pytest.warns(CheckpointerWarning, match="no checkpoint is retired, .*no route to host"):
+        with pytest.warns(CheckpointerWarning, match="no old checkpoint is removed, .*no route to host"):
             save(manager, 0.3, start=3)
         storage.error = None
         save(manager, 0.4, start=4)
