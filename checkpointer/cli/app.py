@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from checkpointer._display import without_errno
-from checkpointer.cli.messages import flush, say
+from checkpointer.cli.streams import flush, say
 from checkpointer.errors import CheckpointerError, CheckpointerWarning
 
 COMMANDS: Final[dict[str, dict[str, tuple[str, str]]]] = {

@@ -15,10 +15,10 @@ from typing import Any, Final
 import typer
 
 from checkpointer._display import count_text, escaped_json, one_line, size_text
-from checkpointer.cli.messages import flush as flush
-from checkpointer.cli.messages import print_line as print_line
-from checkpointer.cli.messages import say as say
-from checkpointer.cli.messages import write as write
+from checkpointer.cli.streams import flush as flush
+from checkpointer.cli.streams import print_line as print_line
+from checkpointer.cli.streams import say as say
+from checkpointer.cli.streams import write as write
 from checkpointer.commit.missing_message import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.codec import to_plain_float

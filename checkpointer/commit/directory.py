@@ -18,7 +18,7 @@ from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.holder import Holder
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.lease import Lease
-from checkpointer.commit.limits import take_over
+from checkpointer.commit.lower_terms import take_over
 from checkpointer.commit.payload_names import Names
 from checkpointer.commit.recovery import finish_run, recover
 from checkpointer.commit.retirement import retire

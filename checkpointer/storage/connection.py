@@ -24,10 +24,10 @@ from checkpointer.storage.drivers import (
     is_link,
     unescaped,
 )
-from checkpointer.storage.protocols import EXTRAS, OBJECT_STORES, UNSAFE
 from checkpointer.storage.reader import reader
 from checkpointer.storage.retry import Retry, is_transient
 from checkpointer.storage.unreadable import is_needed
+from checkpointer.storage.url_protocols import EXTRAS, OBJECT_STORES, UNSAFE
 
 T = TypeVar("T")
 
