@@ -487,7 +487,7 @@ def keep_alias(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_dead(patch: pytest.MonkeyPatch) -> None:
-    for module in (journal_module, directory, holder_module, transaction):
+    for module in (journal_module, directory, lease, transaction):
         patch.setattr(module, "is_dead", lambda owner: not is_live(owner))
 
 
