@@ -14,7 +14,7 @@ from checkpointer.errors import NameTakenError, StorageError
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str], *, replaces: bool) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block ends, and is durable then. If the block fails, there is no file.
+    """Open a file that gets its name when the block ends; its bytes are on the disk then. If the block fails, there is none.
 
     Raises:
         NameTakenError: If the file is there, unless this one ``replaces`` it.
