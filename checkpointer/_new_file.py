@@ -14,7 +14,9 @@ from checkpointer.errors import NameTakenError, StorageError
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str], *, replaces: bool) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block ends; its bytes are on the disk then. If the block fails, there is none.
+    """Open a file that gets its name when the block ends; its bytes are on the disk then.
+
+    If the block fails, there is no file.
 
     Raises:
         NameTakenError: If the file is there, unless this one ``replaces`` it.

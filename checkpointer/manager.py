@@ -340,8 +340,8 @@ class CheckpointManager:
 
         Raises:
             NoValidCheckpointError: If there are checkpoints, but none is valid: a training never starts over silently.
-            NotFoundError: If there is no checkpoint of that name or step. Also if several runs have one of that step, and
-                none of them was chosen.
+            NotFoundError: If there is no checkpoint of that name or step. Also if several runs have one of that step,
+                and none of them was chosen.
             CorruptError: If the checkpoint of that name or step is not as it was written.
             UnsafePayloadError: If it holds objects that a safe load refuses.
             UntrustedError: If the checkpoint of that name is not signed with the manager's key.
