@@ -18,6 +18,7 @@ import typer
 from checkpointer._display import count_text, some_of
 from checkpointer.cli import output
 from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.errors import CheckpointerError, NameTakenError, NotFoundError, PolicyError, StorageError
 from checkpointer.policy.policy import Policy
@@ -82,6 +83,8 @@ KeyEnv = Annotated[
 ]
 KeyFile = Annotated[str | None, typer.Option("--key-file", metavar="FILE", help="File with the key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Apply = Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")]
+Match = Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")]
 PolicyFile = Annotated[
     str | None, typer.Option("--policy", "-p", metavar="FILE", help="A policy as YAML, as Policy.to_yaml writes it.")
 ]
@@ -229,18 +232,17 @@ def look(directory: str, access: Access, *, below: bool = False, begun: bool = F
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    announced(catalog)
+    _announce(catalog)
     is_begun = begun and any(path.startswith(f"{HOME}/") for path in catalog.files)
     if not (catalog.has_records or is_begun or (below and catalog.below)):
         raise StorageError(_what_is_there(catalog))
     return catalog
 
 
-def announced(catalog: Catalog) -> Catalog:
-    """Return the directory, and say if its signatures were not checked."""
+def _announce(catalog: Catalog) -> None:
+    """Say if the signatures of a directory were not checked."""
     if unchecked := unchecked_text(catalog):
         output.say(f"{catalog.place}: {unchecked}")
-    return catalog
 
 
 def payload(place: str, access: Access, usage: str) -> Payload:
@@ -260,7 +262,7 @@ def payload_alone(place: str, access: Access) -> Payload | None:
     """Return the file or folder at a path or URL; None if it is a directory of checkpoints."""
     found = payload_at(place, lambda directory: open_place(directory, access), access.key)
     if found is not None and found.catalog is not None:
-        announced(found.catalog)
+        _announce(found.catalog)
     return found
 
 
@@ -340,6 +342,14 @@ def check_out(path: str, access: Access, *known: str) -> None:
     if known and not path.lower().endswith(known):
         msg = f"the extension of {path!r} is not {' or '.join(known)}; name a file with such an extension"
         raise PolicyError(msg)
+
+
+@contextlib.contextmanager
+def changing(directory: str, access: Access) -> Iterator[tuple[Catalog, Journal]]:
+    """Open a directory to change its records; yields what is there, and the journal that writes them."""
+    key = access.key
+    with writing(directory, access) as (storage, owner):
+        yield look_at(storage, key), Journal(storage, owner, key)
 
 
 @contextlib.contextmanager

@@ -94,10 +94,12 @@ def find_foreign(
         if item.step is None:
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
-            found.append(_found(item))
-            if problem := _problem(catalog, found[-1]):
-                refused[item.name] = problem
-    found = [item for item in found if item.name not in refused]
+            one = _found(item)
+            try:
+                check_readable(_draft(catalog, one, run="", serial=1))
+                found.append(one)
+            except (SaveError, OSError) as error:
+                refused[item.name] = str(error)
     aliases, beside = _copies(catalog, found)
     kept = [item for item in found if not any(item.name in some for some in (aliases, beside, lost))]
     there = {record.name for record in catalog.records} | {item.name for item in kept}
@@ -170,15 +172,6 @@ def _with_numbers(read: Sequence[Said]) -> list[Said]:
     own = {folder_of(item.name) for item in read if item.step is not None and not copy_of(item.name)}
     is_step = [item.step is None and folder_of(item.name) not in own for item in read]
     return [attrs.evolve(item, step=item.number) if takes else item for item, takes in zip(read, is_step, strict=True)]
-
-
-def _problem(catalog: Catalog, item: Found) -> str:
-    """Return why a record of an item could not be read again; empty if it could."""
-    try:
-        check_readable(_draft(catalog, item, run="", serial=1))
-    except (SaveError, OSError) as error:
-        return str(error)
-    return ""
 
 
 def _check_steps(steps: Mapping[str, int], units: Units) -> None:

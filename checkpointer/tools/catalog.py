@@ -76,13 +76,13 @@ class Catalog:
         """Return the directory as it is now."""
         return attrs.evolve(look_at(self.storage, self.trust), place=self.place)
 
-    def current(self, record: Record) -> Record | None:
-        """Return the record that has the name of this one now; None if it was retired, or is being removed."""
-        return next((one for one in (*self.records, *self.missing) if one.name == record.name), None)
+    def current(self, name: str) -> Record | None:
+        """Return the record that has a name; None if it was retired, or is being removed."""
+        return next((one for one in (*self.records, *self.missing) if one.name == name), None)
 
     def lacks(self, record: Record) -> bool:
         """Return whether a running process has retired or replaced a checkpoint of an earlier look."""
-        found = self.current(record)
+        found = self.current(record.name)
         if found is None:
             return index.record_path(record.name) not in self.damaged
         return (found.token, found.digest) != (record.token, record.digest)
@@ -244,13 +244,15 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
     """
-    listing = _load(storage, trust)
+    with advising(storage, "read"):
+        listing = index.load(storage, trust)
     signed, total, trust = listing.signed, listing.total, listing.trust
     journal = Journal(storage, "", trust)
     found = recover(journal, listing)
     if found.missing:
         # A live run may have retired them since they were listed.
-        listing = _load(storage, trust)
+        with advising(storage, "read"):
+            listing = index.load(storage, trust)
         found = recover(journal, listing)
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
@@ -268,11 +270,6 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         trust=trust,
         limits=listing.limits,
     )
-
-
-def _load(storage: Storage, trust: HMACKey | None) -> index.Listing:
-    with advising(storage, "read"):
-        return index.load(storage, trust)
 
 
 def _aliases(

@@ -40,6 +40,11 @@ class Payload:
     catalog: Catalog | None = attrs.field(default=None, repr=False)
     """The directory of its record, if it has one that this library looked for."""
 
+    @classmethod
+    def of(cls, catalog: Catalog, record: Record) -> Payload:
+        """Return a checkpoint of a directory."""
+        return cls(place=catalog.place, storage=catalog.storage, name=record.name, record=record, trust=catalog.trust)
+
 
 @contextlib.contextmanager
 def opened(payload: Payload) -> Iterator[Tensors]:
@@ -141,14 +146,11 @@ def similar(path: Path, *, folders: bool = False) -> str:
 
 def _with_record(payload: Payload) -> Payload:
     """Return the payload with what its directory says about it, if it has a record there."""
-    storage, path = payload.storage, record_path(payload.name)
+    name, storage, path = payload.name, payload.storage, record_path(payload.name)
     if path not in storage.list(path):
         return payload
     catalog = look_at(storage, payload.trust)
-    record = next((one for one in (*catalog.records, *catalog.missing) if one.name == payload.name), None)
-    problem = ""
-    if record is None:
-        problem = str(
-            catalog.damaged.get(path, f"{payload.name} is not committed: its record says that it is half-way")
-        )
+    record = catalog.current(name)
+    half_way = f"{name} is not committed: its record says that it is half-way"
+    problem = "" if record is not None else str(catalog.damaged.get(path, half_way))
     return attrs.evolve(payload, record=record, problem=problem, trust=catalog.trust, catalog=catalog)

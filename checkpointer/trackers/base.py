@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from checkpointer.ports import Listener
 from checkpointer.records.record import Record
@@ -26,6 +27,14 @@ class Following(Listener):
         """The checkpoints that the tracker has, by `_identity`."""
         self._step = 0
         """Step of the checkpoint that was saved or ranked last."""
+
+    def _package(self, module: str, extra: str) -> Any:
+        """Import the tracker's package; if it is not installed, the error names the extra."""
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            msg = f"{type(self).__name__} needs {extra}: pip install 'torch-checkpointer[{extra}]'"
+            raise ImportError(msg) from error
 
     def _identity(self, record: Record) -> str:
         return record.token

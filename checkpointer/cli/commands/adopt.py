@@ -15,7 +15,7 @@ from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.records.record import Record
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
-from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.catalog import Catalog
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the records that would be made.")]
 Steps = Annotated[
@@ -62,15 +62,14 @@ def adopt_command(
 
     Example: checkpointer adopt lightning_logs/version_0/checkpoints --dry-run
     """
-    steps, key = dict(map(_step, step or ())), access.key
+    steps = dict(map(_step, step or ()))
     made: list[Record] = []
-    with options.writing(directory, access) as (storage, owner):
-        catalog = look_at(storage, key)
-        refuse_unsigned(catalog.signed, catalog.place, key)
+    with options.changing(directory, access) as (catalog, journal):
+        refuse_unsigned(catalog.signed, catalog.place, journal.trust)
         adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch, patterns=pattern or ())
         _check_any(catalog, adoption)
         if not dry_run:
-            made, adoption = _adopt(catalog, adoption, Journal(storage, owner, key), run)
+            made, adoption = _adopt(catalog, adoption, journal, run)
     if adoption.unused:
         output.say(adoption.unused)
     elif (steps or steps_per_epoch or pattern) and catalog.records and not (adoption.found or adoption.aliases):

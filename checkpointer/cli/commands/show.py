@@ -41,7 +41,7 @@ def show_command(
             "--run", metavar="ID", help="The run of NAME. Without NAME: show which processes have held this run."
         ),
     ] = None,
-    match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
+    match: options.Match = "",
     policy: options.PolicyFile = None,
     as_json: options.Json = False,
 ) -> None:
