@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
@@ -69,35 +68,33 @@ def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None 
     return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
 
 
+def option(names: str, help: str, complete: Callable[..., list[str]] | None = None, **more: Any) -> Any:
+    """Return an option of a command; ``names`` are as in its help: ``--sort -s FIELD``."""
+    words = names.split()
+    flags = [word for word in words if word.startswith("-")]
+    metavar = next((word for word in words if not word.startswith("-")), None)
+    return typer.Option(*flags, metavar=metavar, help=help, autocompletion=complete, **more)
+
+
 Directory = Annotated[str, argument("DIRECTORY", "A path or an fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
-    typer.Option(
-        "--storage-options",
-        metavar="JSON",
-        help="Options for fsspec, as JSON or @FILE. fsspec also reads its own configuration and environment.",
+    option(
+        "--storage-options JSON",
+        "Options for fsspec, as JSON or @FILE. fsspec also reads its own configuration and environment.",
     ),
 ]
-KeyEnv = Annotated[
-    str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with the key of signed records.")
-]
-KeyFile = Annotated[str | None, typer.Option("--key-file", metavar="FILE", help="File with the key.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Apply = Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")]
-Match = Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")]
-PolicyFile = Annotated[
-    str | None, typer.Option("--policy", "-p", metavar="FILE", help="A policy as YAML, as Policy.to_yaml writes it.")
-]
-RequiredPolicyFile = Annotated[
-    str, typer.Option("--policy", "-p", metavar="FILE", help="The policy, as YAML.", show_default=False)
-]
-Run = Annotated[
-    str | None,
-    typer.Option("--run", metavar="ID", help="The run, or RUN/LABEL. Without it: the run of the newest checkpoint."),
-]
-Among = Annotated[str | None, typer.Option("--run", metavar="ID", help="Only checkpoints of this run, or RUN/LABEL.")]
+KeyEnv = Annotated[str | None, option("--key-env NAME", "Environment variable with the key of signed records.")]
+KeyFile = Annotated[str | None, option("--key-file FILE", "File with the key.")]
+Json = Annotated[bool, option("--json", "Print JSON, for scripts.")]
+Apply = Annotated[bool, option("--apply", "Remove them. Without this they are only shown.")]
+Match = Annotated[str, option("--match", "Only tensors and values whose name contains this.")]
+PolicyFile = Annotated[str | None, option("--policy -p FILE", "A policy as YAML, as Policy.to_yaml writes it.")]
+RequiredPolicyFile = Annotated[str, option("--policy -p FILE", "The policy, as YAML.", show_default=False)]
+Run = Annotated[str | None, option("--run ID", "The run, or RUN/LABEL. Without it: the run of the newest checkpoint.")]
+Among = Annotated[str | None, option("--run ID", "Only checkpoints of this run, or RUN/LABEL.")]
 
-_mixed: Final[ContextVar[list[str]]] = ContextVar("mixed")
+_mixed: Final[list[str]] = []
 """Directories of this command that have signed records and others, and were read without the key."""
 PATIENCE_S: Final = 30.0
 """Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
@@ -130,16 +127,10 @@ class Ranking:
     """Options that say which checkpoint is best."""
 
     by: Annotated[
-        str | None,
-        typer.Option(
-            "--by",
-            metavar="METRIC",
-            help="The metric that says which checkpoint is best.",
-            autocompletion=complete_metric,
-        ),
+        str | None, option("--by METRIC", "The metric that says which checkpoint is best.", complete_metric)
     ] = None
     mode: Annotated[
-        Literal["min", "max"] | None, typer.Option("--mode", help="Whether the smallest or the largest value is best.")
+        Literal["min", "max"] | None, option("--mode", "Whether the smallest or the largest value is best.")
     ] = None
     policy: PolicyFile = None
 
@@ -160,10 +151,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         made = {name: kind(**{f.name: given.pop(f.name) for f in attrs.fields(kind)}) for name, kind in groups.items()}
-        mixed: list[str] = []
-        _mixed.set(mixed)
+        _mixed.clear()
         command(**given, **made)
-        output.leave_if(bool(mixed))
+        output.leave_if(bool(_mixed))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -273,9 +263,8 @@ def unchecked_text(catalog: Catalog) -> str:
     """
     if not catalog.is_unchecked:
         return ""
-    mixed = _mixed.get(None)
-    if catalog.is_mixed and mixed is not None:
-        mixed.append(catalog.place)
+    if catalog.is_mixed:
+        _mixed.append(catalog.place)
     are = "record is" if catalog.total == 1 else "records are"
     return (
         f"{catalog.signed} of {catalog.total} {are} signed, and no signature was checked: pass --key-env or --key-file"

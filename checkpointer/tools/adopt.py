@@ -30,20 +30,11 @@ _CHUNK: Final = 1 << 22
 
 
 @attrs.frozen(kw_only=True)
-class Found(Said):
-    """A file or folder that says its step, or is given it."""
-
-    step: int
-    epoch: int = 0
-    is_epoch_known: bool = True
-
-
-@attrs.frozen(kw_only=True)
 class Adoption:
     """Files and folders that can be adopted, and those that cannot."""
 
-    found: tuple[Found, ...]
-    """In the order of their steps."""
+    found: tuple[Said, ...]
+    """In the order of their steps: each has one, its own or one that it was given."""
     refused: Mapping[str, str]
     """Checkpoints that could not be adopted, each with the reason."""
     aliases: Mapping[str, str] = attrs.field(factory=dict)
@@ -94,10 +85,9 @@ def find_foreign(
         if item.step is None:
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
-            one = _found(item)
             try:
-                check_readable(_draft(catalog, one, run="", serial=1))
-                found.append(one)
+                check_readable(_draft(catalog, item, run="", serial=1))
+                found.append(item)
             except (SaveError, OSError) as error:
                 refused[item.name] = str(error)
     aliases, beside = _copies(catalog, found)
@@ -140,13 +130,6 @@ def _read_all(
         except (CheckpointerError, OSError) as error:
             refused[name] = str(error).removeprefix(f"{name}: ")
     return read, links, refused
-
-
-def _found(said: Said) -> Found:
-    """Return what has a step. If its epoch is not known, the record says that none has ended."""
-    known = said.epoch is not None
-    progress = {"epoch": said.epoch or 0, "epoch_end": said.epoch_end and known, "is_epoch_known": known}
-    return Found(**(attrs.asdict(said, recurse=False) | progress))
 
 
 def _with_fields(said: Said, fields: Mapping[str, float]) -> Said:
@@ -302,13 +285,13 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     return parts
 
 
-def _copies(catalog: Catalog, found: Sequence[Found]) -> tuple[dict[str, str], dict[str, str]]:
+def _copies(catalog: Catalog, found: Sequence[Said]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the files that are called last or best and repeat another checkpoint of the same step.
 
     If they have its bytes, they are aliases of it. Else a file that is called last has a reason. A best file is a
     checkpoint of its own then: it may have been saved before the validation.
     """
-    there: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    there: defaultdict[tuple[str, int | None], list[str]] = defaultdict(list)
     steps = [(item.name, item.step) for item in found if not copy_of(item.name)]
     for name, step in [*((record.name, record.step) for record in catalog.records), *steps]:
         there[folder_of(name), step].append(name)
@@ -403,14 +386,17 @@ def adopt(
             mark(journal, alias, made[target].label, "", copy=(target, catalog.files.get(alias)))
 
 
-def _draft(catalog: Catalog, item: Found, *, run: str, serial: int) -> Record:
-    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
+def _draft(catalog: Catalog, item: Said, *, run: str, serial: int) -> Record:
+    said = ("name", "step", "metrics", "format", "contents")
+    is_epoch_known = item.epoch is not None
     return Record(
         **{field: getattr(item, field) for field in said},
+        epoch=item.epoch or 0,
+        epoch_end=item.epoch_end and is_epoch_known,
         time=_time(catalog, item.name),
         size=0,
         digest="",
-        reason=f"{ADOPTED}written by {item.writer}{'' if item.is_epoch_known else NO_EPOCH}",
+        reason=f"{ADOPTED}written by {item.writer}{'' if is_epoch_known else NO_EPOCH}",
         run=run,
         serial=serial,
         token=uuid.uuid4().hex,

@@ -19,7 +19,7 @@ from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
 from checkpointer.commit.terms import by_key
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, UntrustedError
 from checkpointer.ports import Stat, Storage, SupportsPaths
-from checkpointer.records.manifest import Limits, Manifest
+from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import advising
 from checkpointer.tools.query import name_like
@@ -28,7 +28,7 @@ _ALIASES = f"{index.HOME}/aliases/"
 
 
 @attrs.frozen(kw_only=True)
-class Catalog:
+class Catalog(index.Listing):
     """The content of a directory when `look_at` read it."""
 
     place: str
@@ -42,20 +42,6 @@ class Catalog:
     """Each alias that is there, and the name of the checkpoint it stands for; empty if that is not known."""
     unfinished: tuple[Entry, ...] = ()
     """Records of writes and removals that were left half-way, or go on right now."""
-    damaged: Mapping[str, RecordError] = attrs.field(factory=dict)
-    """Record files that cannot be read or believed, by path."""
-    files: Mapping[str, Stat] = attrs.field(factory=dict, repr=False)
-    """Every file."""
-    foreign: frozenset[str] = frozenset()
-    """Names in use that no record names."""
-    signed: int = 0
-    """Number of records with a signature."""
-    total: int = 0
-    """Number of records that can be read, with a signature or without."""
-    trust: HMACKey | None = attrs.field(default=None, repr=False)
-    """The key; `UNCHECKED` if there are signed records, and no key was given."""
-    limits: Limits = attrs.field(factory=dict, repr=False)
-    """Which records count after another process took over a run: see `Manifest.limits`."""
 
     @property
     def has_records(self) -> bool:
@@ -244,31 +230,21 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
     """
-    with advising(storage, "read"):
-        listing = index.load(storage, trust)
-    signed, total, trust = listing.signed, listing.total, listing.trust
-    journal = Journal(storage, "", trust)
-    found = recover(journal, listing)
-    if found.missing:
-        # A live run may have retired them since they were listed.
+    for _ in range(2):
         with advising(storage, "read"):
             listing = index.load(storage, trust)
-        found = recover(journal, listing)
+        found = recover(Journal(storage, "", listing.trust), listing)
+        if not found.missing:
+            break  # Else a live run may have retired them since they were listed.
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
+        **attrs.asdict(listing, recurse=False),
         place=str(storage),
         storage=storage,
         records=records,
-        aliases=_aliases(storage, listing, records, trust),
+        aliases=_aliases(storage, listing, records, listing.trust),
         missing=tuple(sorted(found.missing, key=commit_order)),
         unfinished=(*found.left, *found.announced),
-        damaged=listing.damaged,
-        files=listing.files,
-        foreign=listing.foreign,
-        signed=signed,
-        total=total,
-        trust=trust,
-        limits=listing.limits,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import attrs
-import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
@@ -27,9 +26,7 @@ def diff_command(
         ),
     ],
     access: options.Access,
-    other: Annotated[
-        str | None, typer.Option("--in", metavar="DIRECTORY", help="The directory of B, if it is another one.")
-    ] = None,
+    other: Annotated[str | None, options.option("--in DIRECTORY", "The directory of B, if it is another one.")] = None,
     match: options.Match = "",
     run: options.Among = None,
     as_json: options.Json = False,

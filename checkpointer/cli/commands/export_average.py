@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
@@ -26,14 +25,13 @@ class File:
 
     format: Annotated[
         WeightsFormat | None,
-        typer.Option("--format", help="Without it OUT's extension decides (.safetensors; .pt, .pth, .ckpt, .bin)."),
+        options.option("--format", "Without it OUT's extension decides (.safetensors; .pt, .pth, .ckpt, .bin)."),
     ] = None
     only: Annotated[
         str | None,
-        typer.Option(
-            "--only",
-            metavar="KEY",
-            help="The place of the weights: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
+        options.option(
+            "--only KEY",
+            "The place of the weights: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
         ),
     ] = None
     as_json: options.Json = False
@@ -81,8 +79,8 @@ def average_command(
         list[str] | None,
         options.argument("[NAME]...", "Names, steps or aliases; or use --best.", options.complete_name),
     ] = None,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
-    best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
+    out: Annotated[str, options.option("--out -o OUT", "The new file.", show_default=False)] = "",
+    best: Annotated[int | None, options.option("--best K", "The best K.", min=1)] = None,
     run: options.Run = None,
 ) -> None:
     """Average the weights of the named checkpoints, or of the best K by a metric. Each is verified first.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import Chosen, choose, lacking, not_noted
@@ -21,7 +19,7 @@ def prune_command(
     policy: options.PolicyFile = None,
     apply: options.Apply = False,
     abandoned: Annotated[
-        bool, typer.Option("--abandoned", help="Also abandoned checkpoints, which do not count in the run any more.")
+        bool, options.option("--abandoned", "Also abandoned checkpoints, which do not count in the run any more.")
     ] = False,
     run: options.Run = None,
     as_json: options.Json = False,

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
-import typer
-
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find
@@ -37,9 +35,7 @@ def show_command(
     ] = "",
     run: Annotated[
         str | None,
-        typer.Option(
-            "--run", metavar="ID", help="The run of NAME. Without NAME: show which processes have held this run."
-        ),
+        options.option("--run ID", "The run of NAME. Without NAME: show which processes have held this run."),
     ] = None,
     match: options.Match = "",
     policy: options.PolicyFile = None,
