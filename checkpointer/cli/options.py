@@ -27,7 +27,7 @@ from checkpointer.storage import open_storage
 from checkpointer.storage.owner import temporary_owner
 from checkpointer.storage.retry import Retry
 from checkpointer.tools.catalog import Catalog, look_at
-from checkpointer.tools.payloads import Payload, payload_at, similar
+from checkpointer.tools.payloads import Payload, directories_above, payload_at, similar
 from checkpointer.tools.policies import Policies
 from checkpointer.tools.policy_file import check_policy
 from checkpointer.tools.query import FIELDS, metric_names
@@ -70,9 +70,9 @@ def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None 
 
 def option(names: str, help: str, complete: Callable[..., list[str]] | None = None, **more: Any) -> Any:
     """Return an option of a command; ``names`` are as in its help: ``--sort -s FIELD``."""
-    words = names.split()
-    flags = [word for word in words if word.startswith("-")]
-    metavar = next((word for word in words if not word.startswith("-")), None)
+    parts = names.split()
+    flags = [part for part in parts if part.startswith("-")]
+    metavar = next((part for part in parts if part not in flags), None)
     return typer.Option(*flags, metavar=metavar, help=help, autocompletion=complete, **more)
 
 
@@ -293,10 +293,8 @@ def _records_above(catalog: Catalog, files: list[str]) -> str:
     """Return where the records of these files are, if they are in a directory above; else an empty text."""
     if not isinstance(catalog.storage, SupportsPaths):
         return ""
-    folder = Path(os.path.abspath(catalog.storage.local_path("")))
-    for above in folder.parents:
-        names = [(folder / name).relative_to(above).as_posix() for name in files]
-        recorded = [name for name in names if (above / record_path(name)).exists()]
+    for above, folder in directories_above(Path(os.path.abspath(catalog.storage.local_path("")))):
+        recorded = [name for name in (f"{folder}/{file}" for file in files) if (above / record_path(name)).exists()]
         if recorded:
             place = os.path.relpath(above) if not os.path.isabs(catalog.place) else str(above)
             found = look_at(open_storage(str(above), ""), catalog.trust)
@@ -320,14 +318,12 @@ def check_out(path: str, access: Access, *known: str) -> None:
         hint = similar(place.parent, folders=True)
         msg = f"there is no directory {place.parent} to write {place.name} to{hint}; make it first"
         raise StorageError(msg)
-    for folder in place.parents:
-        if (folder / HOME).is_dir():
-            catalog = look_at(open_place(str(folder), Access()), key)
-            refuse_unsigned(catalog.signed, folder, key)
-            name = place.relative_to(folder).as_posix()
-            if name in catalog.aliases or (folder / record_path(name)).exists():
-                msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
-                raise NameTakenError(msg)
+    for folder, name in directories_above(place):
+        catalog = look_at(open_place(str(folder), Access()), key)
+        refuse_unsigned(catalog.signed, folder, key)
+        if name in catalog.aliases or (folder / record_path(name)).exists():
+            msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
+            raise NameTakenError(msg)
     if known and not path.lower().endswith(known):
         msg = f"the extension of {path!r} is not {' or '.join(known)}; name a file with such an extension"
         raise PolicyError(msg)

@@ -8,13 +8,14 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import attrs
 
 from checkpointer._display import some_of
 from checkpointer.commit.aliases import mark, read_marker
-from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.index import record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
@@ -25,6 +26,7 @@ from checkpointer.records.record import ADOPTED, NO_EPOCH, Record, check_readabl
 from checkpointer.tools.adopt_files import Said, Units, find_units, read_file, read_folder
 from checkpointer.tools.adopt_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.payloads import directories_above
 
 _CHUNK: Final = 1 << 22
 
@@ -178,8 +180,7 @@ def _read(storage: Storage, name: str, units: Units) -> Said:
         msg = "its name is not valid Unicode, so a record could not have it; rename it"
         raise CorruptError(msg)
     if isinstance(storage, SupportsPaths):
-        path = storage.local_path(name)
-        owner = _directory_above(path, storage.local_path("").rstrip("/"))
+        owner = _directory_above(storage.local_path(""), name)
         if owner:
             msg = f"it is a checkpoint of the directory {owner}, which has a record of it"
             raise CorruptError(msg)
@@ -202,14 +203,12 @@ def _link(storage: Storage, name: str) -> str:
     return target
 
 
-def _directory_above(path: str, root: str) -> str:
-    """Return the directory above ``root`` that has a record of what lies at ``path``; empty if there is none."""
-    while (above := os.path.dirname(root)) != root:
-        root = above
-        parts = os.path.relpath(path, root).replace(os.sep, "/").split("/")
-        names = ("/".join(parts[: count + 1]) for count in range(len(parts)))
-        if os.path.isdir(f"{root}/{HOME}") and any(os.path.exists(f"{root}/{record_path(name)}") for name in names):
-            return root
+def _directory_above(root: str, name: str) -> str:
+    """Return the directory above ``root`` that has a record of a file in ``root``; empty if there is none."""
+    for above, inside in directories_above(Path(root)):
+        path = PurePosixPath(inside, name)
+        if any((above / record_path(str(one))).exists() for one in (path, *path.parents[:-1])):
+            return str(above)
     return ""
 
 

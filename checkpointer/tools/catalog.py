@@ -73,6 +73,17 @@ class Catalog(index.Listing):
             return index.record_path(record.name) not in self.damaged
         return (found.token, found.digest) != (record.token, record.digest)
 
+    @contextlib.contextmanager
+    def naming_retired(self, record: Record) -> Iterator[None]:
+        """If the block fails because a running process has retired this checkpoint, say so."""
+        try:
+            yield
+        except (CorruptError, OSError) as error:
+            if not self.again().lacks(record):
+                raise
+            msg = f"a running process has retired {record.name} meanwhile; choose a checkpoint that is there now"
+            raise NotFoundError(msg) from error
+
     @cached_property
     def terms(self) -> Mapping[str, Sequence[str]]:
         """The files of the terms of each run and label, by `checkpointer.commit.terms.key_of`."""
@@ -203,20 +214,6 @@ class Catalog(index.Listing):
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-@contextlib.contextmanager
-def naming_retired(storage: Storage, trust: HMACKey | None, *records: Record) -> Iterator[None]:
-    """If the block fails because a running process has retired one of these checkpoints, say so."""
-    try:
-        yield
-    except (CorruptError, OSError) as error:
-        now = look_at(storage, trust)
-        gone = [record.name for record in records if now.lacks(record)]
-        if not gone:
-            raise
-        msg = f"a running process has retired {some_of(gone)} meanwhile; choose a checkpoint that is there now"
-        raise NotFoundError(msg) from error
 
 
 def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
