@@ -164,7 +164,7 @@ class Said:
     """The step, epoch and scores in a file or folder."""
 
     name: str
-    step: int | None
+    step: int | None = None
     """None if it is not there."""
     epoch: int | None = None
     """None if it is not there."""
@@ -174,7 +174,7 @@ class Said:
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     format: str = "torch"
     contents: Contents = "full"
-    writer: str
+    writer: str = "a trainer"
     """``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
 
 
@@ -193,7 +193,7 @@ def read_folder(storage: Storage, name: str) -> Said:
         return _hugging_face(storage, name, files)
     in_name = numbers_in(name)
     inside = [path for path in files if path.endswith(SUFFIXES)]
-    said = Said(name=name, step=None, writer="a trainer")
+    said = Said(name=name)
     if "CKPT.yaml" in files:
         said = _speechbrain(storage, name, files)
     elif len(inside) == 1 and ".metadata" not in files:
@@ -235,7 +235,6 @@ def _speechbrain(storage: Storage, name: str, files: Collection[str]) -> Said:
         epoch=epochs - 1 if epochs else None,
         epoch_end=ends,
         metrics=metrics,
-        writer="a trainer",
     )
 
 

@@ -99,7 +99,7 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
     others: tuple[str, ...] = ()
     if not wanted and catalog.records:
         # An adopted run has no term.
-        own = catalog.named(run)[-1] if run is not None else (catalog.records[-1].run, catalog.records[-1].label)
+        own = catalog.named(run)[-1]
         others = tuple(catalog.id_of(*one) for one in catalog.runs if one != own and run is None)
         wanted = [claims.get(key_of(*own)) or _Held(Claim(run=own[0], label=own[1]))]
     if not wanted and run is None:

@@ -51,13 +51,6 @@ class Following(Listener):
 
     def on_saved(self, record: Record) -> None:
         """See `Listener.on_saved`."""
-        self._follow(record)
-
-    def on_attached(self, record: Record) -> None:
-        """See `Listener.on_attached`."""
-        self._follow(record)
-
-    def _follow(self, record: Record) -> None:
         manager = self._manager() if self._manager is not None else None
         if manager is None:
             return
@@ -72,3 +65,5 @@ class Following(Listener):
             if target is not None and self._reported.get(alias) != target.token:
                 self._reported[alias] = target.token
                 self._point(alias, target)
+
+    on_attached = on_saved
