@@ -654,6 +654,20 @@ def test_a_search_that_lets_readers_sleep_finds_what_one_of_every_order_finds(
 
 
 @pytest.mark.slow
+def test_a_search_of_few_changes_of_the_writer_leaves_out_no_order_that_has_so_few() -> None:
+    """It visits all that a search of every order visits in which reads, too, count as changes of the writer."""
+    model = model_of(SMALL["two, one save"][0])
+    with deterministic(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        few, found = model.search(max_switches=2), model.checked
+        every = model.search(reduced=False, max_switches=2)
+
+    print(f"{few}\nin every order: {every}")
+    assert few.switches == every.switches == 3
+    assert found > model.checked
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", third(MUTATIONS))
 def test_a_defect_of_the_protocol_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With each of these defects there is an order that breaks the promise, and the search finds it."""

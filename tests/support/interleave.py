@@ -703,11 +703,16 @@ class Report:
     """How often the code of a writer was started."""
     violations: dict[str, Violation] = attrs.field(factory=dict)
     """The first schedule that breaks each law, by a shortened text of the law."""
-    is_complete: bool = True
-    """Whether every state within the bounds was reached."""
+    switches: int | None = None
+    """Every order was tried in which the writer changes less often; None if every order was tried."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether every state within the scenario was reached."""
+        return self.switches is None
 
     def __str__(self) -> str:
-        end = "" if self.is_complete else ", stopped at its bound"
+        end = "" if self.switches is None else f", every order with fewer than {self.switches} changes of the writer"
         counts = f"{self.states} states, {self.steps} steps, {self.ends} ends, {self.disks} disks, {self.checks} checks"
         return f"{counts}, {self.runs} runs{end}"
 
@@ -856,17 +861,29 @@ class Model:
 
     # All steps
 
-    def search(self, *, reduced: bool = True, first_only: bool = False, max_states: int | None = None) -> Report:
-        """Visit every state. Schedules with few changes of the writer come first. It can be called again."""
+    def search(
+        self,
+        *,
+        reduced: bool = True,
+        first_only: bool = False,
+        max_states: int | None = None,
+        max_switches: int | None = None,
+    ) -> Report:
+        """Visit every state. Schedules with few changes of the writer come first. It can be called again.
+
+        Only operations that change something are counted: a writer that reads meanwhile does not change the writer.
+        """
         self.report, self.checked = Report(), set()
         gc.disable()  # A finalizer must not run in the thread of another writer.
         try:
-            search = _Search(self, reduced=reduced)
-            while search.todo and not (first_only and self.report.violations):
+            search = _Search(self, reduced=reduced, is_bounded=(max_states, max_switches) != (None, None))
+            while search.has_more and not (first_only and self.report.violations):
                 if max_states and self.report.states >= max_states:
                     break
+                if max_switches is not None and search.switches > max_switches:
+                    break
                 search.go_on()
-            self.report.is_complete = not search.todo
+            self.report.switches = search.switches if search.has_more else None
             self.report.disks = len({world.disk_id for world, *_ in self.checked})
             self.report.checks, self.report.runs = len(self.checked), sum(one.runs for one in self._programs)
             return self.report
@@ -942,52 +959,87 @@ def _steps_of(schedule: str, names: Sequence[str]) -> Iterator[Step]:
 class _Search:
     """One way through the states of a model."""
 
-    def __init__(self, model: Model, *, reduced: bool) -> None:
-        self._model, self._reduced, self._report = model, reduced, model.report
+    def __init__(self, model: Model, *, reduced: bool, is_bounded: bool) -> None:
+        self._model, self._reduced, self._is_bounded, self._report = model, reduced, is_bounded, model.report
         self._before: dict[Places, tuple[Places, Action] | None] = {}
         """Each state that was visited, with the state before it and what was done there."""
-        self._there: dict[tuple[World, int, int], list[tuple[frozenset[Node], ...]]] = {}
+        self._there: dict[tuple[Any, ...], list[tuple[frozenset[Node], ...]]] = {}
         """Where the writers may be in the states that were visited."""
         self._same: dict[frozenset[Node], frozenset[Node]] = {}
         self._woken: dict[tuple[frozenset[Node], World, World], frozenset[Node]] = {}
-        self.todo: deque[tuple[Places, int]] = deque()
+        self.switches = 0
+        """How often the writer has changed in the orders that are tried now."""
+        self._todo: list[tuple[Places, int]] = []
         """What is not searched yet: a state, and the writer that changed something last."""
+        self._now: deque[tuple[Places, Action]] = deque()
+        """Where another writer goes on, after so many changes of the writer, and what it does."""
+        self._later: list[tuple[Places, Action]] = []
+        """The same, after one more change of the writer."""
         world, nodes, lost, failed = model.first()
         self._first = nodes
         places = tuple(self._place(world, i, [node]) for i, node in enumerate(nodes))
-        self._there[world, lost, failed] = [places]
-        self._visit(None, (world, places, lost, failed), -1)
+        self._visit(None, (world, places, lost, failed))
+
+    @property
+    def has_more(self) -> bool:
+        """Return whether something was not searched yet."""
+        return bool(self._todo or self._now or self._later)
 
     def go_on(self) -> None:
         """Do all that may happen next in one state."""
-        state, last = self.todo.popleft()
-        world, places, lost, failed = state
-        if self._reduced and places not in self._there[world, lost, failed]:
+        if self._todo:
+            self._go_on_in(*self._todo.pop())
+        elif self._now:
+            self._do(*self._now.popleft())
+        else:
+            self.switches += 1
+            self._now, self._later = deque(self._later), []
+
+    def _go_on_in(self, state: Places, last: int) -> None:
+        if state[1] not in self._there[self._key(state, last)]:
             return  # Since then a state was found that covers it.
         actions = [*self._actions(state)]
         self._report.ends += not actions
-        for action in sorted(actions, key=lambda one: (one.writer == last, one.what == "run")):
-            after, broken = self._after(state, action)
-            self._report.steps += 1
-            if broken is not None:
-                self._model.found(broken, self._schedule((state, action), after, [min(p, key=id) for p in after[1]]))
-            elif after not in self._before and not (self._reduced and self._is_covered(after)):
-                self._visit((state, action), after, last)
+        for action in sorted(actions, key=lambda one: one.what != "run"):
+            if last in (action.writer, -1):
+                self._do(state, action)
+            else:
+                self._later.append((state, action))
 
-    def _is_covered(self, state: Places) -> bool:
+    def _do(self, state: Places, action: Action) -> None:
+        after, broken = self._after(state, action)
+        self._report.steps += 1
+        if broken is None:
+            self._visit((state, action), after)
+        else:
+            self._model.found(broken, self._schedule((state, action), after, [min(p, key=id) for p in after[1]]))
+
+    def _key(self, state: Places, last: int) -> tuple[Any, ...]:
+        """Return what two states have in common if one of them may cover the other."""
+        world, _, lost, failed = state
+        # The writer that was last goes on without a change of the writer. If all is searched, this does not matter.
+        return (world, lost, failed, last if self._is_bounded else -1)
+
+    def _is_covered(self, state: Places, last: int) -> bool:
         """Return whether a state was visited that differs only in that the writers may be in more places.
 
         All that may happen next may happen there, too.
         """
-        world, places, lost, failed = state
-        visited = self._there.setdefault((world, lost, failed), [])
+        places, visited = state[1], self._there.setdefault(self._key(state, last), [])
         is_covered = any(all(map(frozenset.issubset, places, one)) for one in visited)
         if not is_covered:
             visited[:] = [one for one in visited if not all(map(frozenset.issubset, one, places))]
             visited.append(places)
         return is_covered
 
-    def _visit(self, before: tuple[Places, Action] | None, after: Places, last: int) -> None:
+    def _visit(self, before: tuple[Places, Action] | None, after: Places) -> None:
+        """Check a state, and search it later, if it was not visited before."""
+        writer = -1 if before is None else before[1].writer
+        if self._is_covered(after, writer):
+            return
+        self._todo.append((after, writer))
+        if after in self._before:
+            return
         world, places, lost, failed = after
         self._before[after] = before
         self._report.states += 1
@@ -996,9 +1048,6 @@ class _Search:
             broken = self._model.broken((world, nodes, lost, failed))
             if broken is not None:
                 self._model.found(broken, self._schedule(before, after, nodes))
-        writer = -1 if before is None else before[1].writer
-        add = self.todo.appendleft if writer == last else self.todo.append
-        add((after, writer))
 
     def _actions(self, state: Places) -> Iterator[Action]:
         """Yield what may happen next. In a reduced search, a writer that is about to read sleeps."""
