@@ -29,16 +29,10 @@ from checkpointer.errors import (
     SaveError,
     reading,
 )
-from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
+from checkpointer.formats.dcp_digests import DigestingWriter
+from checkpointer.formats.dcp_reader import Check, Portable, Reader, UrlReader, as_they_are, expect_no_group
 from checkpointer.formats.dtypes import holds
-from checkpointer.formats.inspection.dcp_reader import (
-    Portable,
-    Reader,
-    UrlReader,
-    as_they_are,
-    bytes_of,
-    expect_no_group,
-)
+from checkpointer.formats.inspection.dcp_metadata import bytes_of
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.tensor_storage import check_stored
@@ -172,7 +166,7 @@ class DcpFormat:
         return self._read(path, check, weights_only=weights_only, map_location=map_location)
 
     def _read(self, path: str, check: Check | None, *, weights_only: bool, map_location: Any) -> Any:
-        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
+        reader = UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only, reader.check = weights_only, check
         with reading(path):
             state = _whole(reader.read_metadata(), reader.held()) if self._template is None else self._template()
@@ -296,20 +290,10 @@ class _UrlWriter(Portable, _FolderWriter, FsspecWriter):
         super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
-class _Reader(VerifyingReader, Reader):  # type: ignore[misc]
-    """Reads a path, and verifies what it reads."""
-
-
-class _UrlReader(VerifyingReader, UrlReader):  # type: ignore[misc]
-    """Reads a URL, and verifies what it reads."""
-
-    is_near = False
-
-
 class _Planner(Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
-    reader: _Reader | _UrlReader | None = None
+    reader: Reader | UrlReader | None = None
     """Its error is raised here, because DCP would pass on its text only."""
 
     def __init__(self, *, weights_only: bool, is_exact: bool = True, error: Exception | None = None) -> None:
@@ -333,7 +317,7 @@ class _Planner(Portable, DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
-def _contents(reader: _Reader | _UrlReader) -> FolderContents:
+def _contents(reader: Reader | UrlReader) -> FolderContents:
     """Return what a folder holds."""
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata.items()
@@ -348,7 +332,7 @@ def _contents(reader: _Reader | _UrlReader) -> FolderContents:
     )
 
 
-def _value(reader: _Reader | _UrlReader, metadata: Metadata, name: str) -> Any:
+def _value(reader: Reader | UrlReader, metadata: Metadata, name: str) -> Any:
     content = io.BytesIO(reader.bytes_of_item(metadata.storage_data[MetadataIndex(name)]))
     return TorchFormat().read(content, weights_only=reader.weights_only, map_location="cpu")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpointer._validation import brief
-from checkpointer.errors import CorruptError, UnsafePayloadError
+from checkpointer.errors import CorruptError, NamingError, RestoreError, UnsafePayloadError
 from checkpointer.formats.inspection.pickle import MAX_SAME_HASHES, Call, Global, Persistent, read_made
 from checkpointer.formats.inspection.tensors import MAX_ELEMENTS, as_shape, as_sizes
 from checkpointer.formats.inspection.work_limit import Work
@@ -240,3 +242,42 @@ def _info(value: Any, place: str) -> _StorageInfo:
     if isinstance(digest, str):
         setattr(found, ITEM_DIGEST, digest)
     return found
+
+
+# The folder
+
+
+def folder_metadata(stream: BinaryIO, folder: str, *, weights_only: bool = True) -> Metadata:
+    """Return the metadata of a DCP folder. An error names the folder."""
+    try:
+        metadata = read_dcp_metadata(stream) if weights_only else pickle.load(stream)
+        _check_folder(metadata)
+    except CorruptError as error:
+        msg = f"{folder}: {error}"
+        raise CorruptError(msg) from error
+    except (OSError, MemoryError, RestoreError):
+        raise
+    except NamingError as error:
+        msg = f"{folder}: its metadata names a file outside of it: {error}"
+        raise CorruptError(msg) from error
+    except Exception as error:  # Damaged bytes fail anywhere in an unpickler.
+        msg = f"{folder}: its metadata cannot be read: {type(error).__name__}: {error}"
+        raise CorruptError(msg) from error
+    return cast(Metadata, metadata)
+
+
+def bytes_of(stored: TensorStorageMetadata) -> int:
+    """Return how many bytes a tensor takes."""
+    return math.prod(stored.size) * stored.properties.dtype.itemsize
+
+
+def _check_folder(metadata: Metadata) -> None:
+    """Raise unless the metadata stays inside its folder, and names all of each tensor."""
+    for name, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            here, all_ = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
+            if here < all_:
+                msg = f"it holds {here} of the {all_} elements of {name}: the shards of other processes are missing"
+                raise CorruptError(msg)
+    for info in metadata.storage_data.values():
+        check_name(info.relative_path)
