@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
 
 import attrs
@@ -83,11 +83,14 @@ class _Computed:
 
 
 class DigestWriter(_Digest):
-    """Writes bytes to a stream, and digests and counts them."""
+    """Writes bytes to a stream, and digests and counts them. ``note`` is called with their number so far."""
 
-    def __init__(self, stream: Writable, algorithm: str = ALGORITHM) -> None:
+    def __init__(
+        self, stream: Writable, algorithm: str = ALGORITHM, note: Callable[[int], object] = lambda size: None
+    ) -> None:
         super().__init__(algorithm)
         self._stream = stream
+        self._note = note
         self.error: BaseException | None = None
         """The stream's first exception, because a serialiser may raise another one in its place."""
 
@@ -103,6 +106,7 @@ class DigestWriter(_Digest):
             except BaseException as error:
                 self.error = self.error or error
                 raise
+            self._note(self.size)
         return len(view)
 
     def flush(self) -> None:
@@ -115,11 +119,12 @@ class DigestWriter(_Digest):
 
     def count_to(self, size: int) -> None:
         """See `SupportsDescriptor.count_to`."""
-        self._stream.count_to(size)  # type: ignore[attr-defined]  # It has a descriptor.
+        self._note(size)
 
     def start_over(self) -> None:
         """See `SupportsDescriptor.start_over`."""
         self._stream.start_over()  # type: ignore[attr-defined]  # It has a descriptor.
+        self._note(0)
 
     def take_over(self, size: int, hexdigest: str) -> None:
         """See `SupportsDescriptor.take_over`."""
