@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from checkpointer.errors import CorruptError
 from checkpointer.formats.inspection.dcp_metadata import bytes_of, folder_metadata
 from checkpointer.formats.inspection.tensors import Branch, Leaf, Part, TensorInfo, Tensors, parts_in
-from checkpointer.formats.inspection.torch_file import open_zip
+from checkpointer.formats.inspection.torch_file import open_torch
 from checkpointer.ports import Storage
 from checkpointer.records.codec import METADATA
 
@@ -89,7 +89,7 @@ class DcpContents(Tensors):
             msg = f"it was written through {info.transform_descriptors}, which is not undone here"
             raise CorruptError(msg)
         with self._storage.open(self._prefix + info.relative_path) as stream:
-            return cast(torch.Tensor, open_zip(cast(BinaryIO, _Slice(stream, info.offset, info.length))).state())
+            return cast(torch.Tensor, open_torch(cast(BinaryIO, _Slice(stream, info.offset, info.length))).state())
 
     @cached_property
     def _held(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import attrs
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent, names_in, read_made, read_pickle
+from checkpointer.formats.inspection.pickle import Call, Global, Persistent, read_made, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import (
     MAX_REPEATED,
     MAX_REPEATED_BYTES,
@@ -55,30 +55,24 @@ _sound: Final = set[tuple[bytes, frozenset[tuple[str, int]]]]()
 
 
 class TorchContents(Tensors):
-    """An opened torch file: its pickle from `read_pickle`, and where the bytes of each storage lie, by its key."""
+    """An opened torch file."""
 
-    def __init__(
-        self,
-        stream: BinaryIO,
-        root: Any,
-        ranges: Mapping[str, _Range],
-        *,
-        names: Iterable[Global | Persistent] = (),
-        size: int = 0,
-    ) -> None:
+    def __init__(self, stream: BinaryIO, parsed: _Parsed) -> None:
         super().__init__()
         self._stream = stream
-        self._root = root
-        self._ranges = ranges
+        self._root = parsed.root
+        self._ranges = parsed.ranges
+        self._sizes = parsed.sizes
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
         self._following: dict[tuple[int, str], int] = {}
-        self._work = Work.for_bytes(size)
-        held = sum(where.size for where in ranges.values())
-        self._left = max(MAX_REPEATED_BYTES, MAX_REPEATED * held)
+        self._work = Work.for_bytes(parsed.size)
+        self._left = max(MAX_REPEATED_BYTES, MAX_REPEATED * sum(parsed.sizes.values()))
         """Bytes of tensors that may still be read: many tensors may share the bytes of one storage."""
-        self.calls = tuple(sorted(str(name) for name in names if isinstance(name, Global) and not is_known(name)))
-        tree = tree_of(root, self._children, self._add, self._work)
+        named = (one.what if isinstance(one, Call) else one for one in parsed.made)
+        names = {name for name in named if isinstance(name, Global)}
+        self.calls = tuple(sorted(str(name) for name in names if not is_known(name)))
+        tree = tree_of(parsed.root, self._children, self._add, self._work)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
     def _children(self, key: str, value: Any) -> tuple[Branch, Entries] | None:
@@ -149,10 +143,6 @@ class TorchContents(Tensors):
         for name, stored in self._stored.items():
             yield from claims(name, stored, self._sizes)
 
-    @property
-    def _sizes(self) -> Mapping[str, int]:
-        return {key: where.size for key, where in self._ranges.items()}
-
     def names_by_storage(self) -> dict[str, list[str]]:
         """Return the names of the tensors that have bytes in each storage, by the storage's key."""
         names: dict[str, list[str]] = {}
@@ -214,21 +204,18 @@ class _Parsed:
     size: int
     """Bytes of the pickle."""
 
-    def contents(self, stream: BinaryIO) -> TorchContents:
-        return TorchContents(stream, self.root, self.ranges, names=names_in(self.made), size=self.size)
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each storage."""
+        return {key: where.size for key, where in self.ranges.items()}
 
 
-def open_zip(stream: BinaryIO) -> TorchContents:
-    """Open what ``torch.save`` writes since 1.6; the stream is closed with it."""
-    return _parsed_zip(stream).contents(stream)
-
-
-def open_legacy(stream: BinaryIO) -> TorchContents:
-    """Open what ``torch.save`` wrote before 1.6, under Python 2 too, or any other pickle.
+def open_torch(stream: BinaryIO) -> TorchContents:
+    """Open what ``torch.save`` writes, or wrote before 1.6, under Python 2 too, or any other pickle.
 
     The stream is closed with it.
     """
-    return _parsed_legacy(stream).contents(stream)
+    return TorchContents(stream, _parsed(stream))
 
 
 def check_sound(stream: BinaryIO) -> None:
@@ -236,11 +223,8 @@ def check_sound(stream: BinaryIO) -> None:
 
     The stream is at its start afterwards.
     """
-    stream.seek(0)
-    is_zip = stream.read(len(_ZIP)) == _ZIP
-    stream.seek(0)
-    parsed = _parsed_zip(stream) if is_zip else _parsed_legacy(stream)
-    _check_claims(parsed.made, {key: where.size for key, where in parsed.ranges.items()})
+    parsed = _parsed(stream)
+    _check_claims(parsed.made, parsed.sizes)
     stream.seek(0)
 
 
@@ -266,6 +250,13 @@ def _check_claims(made: Iterable[Any], sizes: Mapping[str, int]) -> None:
             problem = "a storage or tensor in it has a shape, number or name that none has"
         if problem:
             raise CorruptError(problem)
+
+
+def _parsed(stream: BinaryIO) -> _Parsed:
+    stream.seek(0)
+    is_zip = stream.read(len(_ZIP)) == _ZIP
+    stream.seek(0)
+    return _parsed_zip(stream) if is_zip else _parsed_legacy(stream)
 
 
 def _parsed_zip(stream: BinaryIO) -> _Parsed:
