@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint._traverse import traverse_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_map
@@ -29,8 +25,8 @@ from checkpointer.errors import (
     SaveError,
     reading,
 )
-from checkpointer.formats.dcp_digests import DigestingWriter
 from checkpointer.formats.dcp_reader import Check, Portable, Reader, UrlReader, as_they_are, expect_no_group
+from checkpointer.formats.dcp_writer import UrlWriter, Writer
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.inspection.dcp_metadata import bytes_of
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
@@ -121,7 +117,7 @@ class DcpFormat:
 
     def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]]:
         """See `SupportsFileDigests.write_digested`. Only the first rank gets the digests of all files."""
-        writer = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
+        writer = UrlWriter(path, **self._options) if "://" in path else Writer(path)
         writer.digest_by(algorithm)
         plain: dict[str, Any] = {}
         error: Exception | None = None
@@ -248,46 +244,6 @@ class _SavePlanner(Portable, DefaultSavePlanner):
         if self._error is not None:
             raise self._error
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
-
-
-class _FolderWriter(DigestingWriter):
-    """A writer of a folder that the first rank makes, and that can be moved: its staging path is not recorded."""
-
-    save_id: str
-    _makes_folder = True
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._makes_folder = is_coordinator
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)  # type: ignore[misc]
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return cast(SavePlan, super().prepare_local_plan(plan)) if self._makes_folder else plan  # type: ignore[misc]
-
-
-class _Writer(Portable, _FolderWriter, FileSystemWriter):
-    """Writes to a path, which all ranks have to see."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        if not os.path.isdir(self.path):
-            msg = (
-                f"this rank ({socket.gethostname()}) does not see {os.fspath(self.path)}, which the first rank has "
-                "made; all ranks have to use one directory, on a disk that they share"
-            )
-            raise SaveError(msg)
-        return super().write_data(plan, planner)
-
-
-class _UrlWriter(Portable, _FolderWriter, FsspecWriter):
-    """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
-
-    DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
-    """
-
-    def __init__(self, url: str, **options: Any) -> None:
-        super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
 
 
 class _Planner(Portable, DefaultLoadPlanner):

@@ -33,7 +33,7 @@ from checkpointer import (
 from checkpointer.distributed import shard_writer as writers
 from checkpointer.distributed.ranks import OneRank, TorchMailbox, TorchRanks
 from checkpointer.errors import PolicyError
-from checkpointer.formats import dcp_folder
+from checkpointer.formats import dcp_folder, dcp_writer
 from checkpointer.ports import Listener
 
 POLICY = Policy(EverySteps(3), [KeepLast(2)], last="link")
@@ -41,6 +41,7 @@ PATIENCE_S = 60.0
 
 # Of no type, to be taken apart in the processes of a test.
 FolderModule: Any = dcp_folder
+WriterModule: Any = dcp_writer
 ShardWriterModule: Any = writers
 ShardWriterClass: Any = writers.ShardWriter
 
@@ -316,7 +317,7 @@ class UnsendableError(Exception):
 
 def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
     for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
-        writer = FolderModule.FileSystemWriter.write_data
+        writer = WriterModule.FileSystemWriter.write_data
 
         def fail(*args: Any, failure: Exception = failure) -> Any:
             raise failure
@@ -324,12 +325,12 @@ def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
         how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp", "background": background}
         with DistributedManager(directory, Policy(EverySteps(1), [KeepAll()]), **how) as manager:
             if rank == 1:
-                FolderModule.FileSystemWriter.write_data = fail
+                WriterModule.FileSystemWriter.write_data = fail
             manager.restore()
             step = 1 + (manager.last.step if manager.last else 0)
             with pytest.raises(Exception, match="no bucket"):
                 save_and_wait(manager, step)
-            FolderModule.FileSystemWriter.write_data = writer
+            WriterModule.FileSystemWriter.write_data = writer
             torch.distributed.barrier()
             save_and_wait(manager, step + 1)
     return "done"
@@ -480,7 +481,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
     def fail(*args: Any, **options: Any) -> Any:
         raise OSError(28, "no space left on device")
 
-    FolderModule.FileSystemWriter.write_data = fail
+    WriterModule.FileSystemWriter.write_data = fail
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointerWarning)
         try:

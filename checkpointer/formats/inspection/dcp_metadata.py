@@ -29,7 +29,7 @@ from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.records.names import check_name
 
 ITEM_DIGEST: Final = "checkpointer_digest"
-"""Attribute of an item's ``_StorageInfo``, which DCP's own reader ignores: see `checkpointer.formats.dcp_digests`."""
+"""Attribute of an item's ``_StorageInfo``, which DCP's own reader ignores: see `checkpointer.formats.dcp_writer`."""
 MAX_METADATA_BYTES: Final = 1 << 30
 MAX_LEVELS: Final = 64
 """Keys on the way to an entry of the state."""

@@ -1,4 +1,4 @@
-"""The digests of a DCP folder: each process takes those of its shards as it writes them.
+"""Writes DCP folders: each process takes the digests of its shards as it writes them.
 
 A folder's record has the digest of each file, and of the files' digests together. DCP's metadata, which is one of these
 files, has the digest of each *item*: a shard of a tensor, or a value, which is a range of bytes of a file. So a process
@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from checkpointer._write_back import WRITE_BACK, begin_write_back
+from checkpointer.errors import SaveError
+from checkpointer.formats.dcp_reader import Portable
 from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST
 from checkpointer.records.codec import METADATA
 from checkpointer.records.digest_algorithms import DIGESTS
 
 _CHUNK: Final = 1 << 20
 """Bytes that are digested and written at a time: they stay in the processor's cache."""
-
-Item = tuple[str, int, int]
-"""A range of bytes: the file's name, the offset and the end."""
 
 
 class _DigestingStream:
@@ -73,7 +77,8 @@ class DigestingFiles:
         self._algorithm = algorithm
         self.written: dict[str, tuple[int, str]] = {}
         """Size (bytes) and digest (hex digits) of each file that this process has written."""
-        self.items: dict[Item, str] = {}
+        self.items: dict[tuple[str, int, int], str] = {}
+        """Digest of each range of bytes: by the file's name, the offset and the end."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -120,17 +125,20 @@ def _name(path: str | os.PathLike[str]) -> str:
     return os.fspath(path).rpartition("/")[2]
 
 
-class DigestingWriter:
+class _FolderWriter(Portable):
     """A writer of DCP that digests what it writes. DCP itself sends the digests to rank 0, with the results.
 
-    It comes before the writer among the base classes.
+    The first rank makes the folder. It can be moved, because its staging path is not recorded. This class comes before
+    the writer among the base classes.
     """
 
     fs: Any
     path: Any
+    save_id: str
     sync_files: bool
     files: Mapping[str, tuple[int, str]]
     """After the save, on the first rank: size (bytes) and digest (hex digits) of each file of all ranks."""
+    _makes_folder = True
 
     def digest_by(self, algorithm: str) -> None:
         """Digest what is written from now on."""
@@ -138,7 +146,17 @@ class DigestingWriter:
         self.fs = files(self.fs, algorithm, are_local=self.sync_files)
         self.files = {}
 
-    def write_data(self, plan: Any, planner: Any) -> Future[Any]:
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._makes_folder = is_coordinator
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return cast(SavePlan, super().prepare_local_plan(plan)) if self._makes_folder else plan  # type: ignore[misc]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
         """Write this rank's shards, and add the digest of each item to the metadata."""
         results = super().write_data(plan, planner).wait()  # type: ignore[misc]
         for result in results:
@@ -159,3 +177,27 @@ class DigestingWriter:
         self.files = {**everywhere, METADATA: self.fs.written[METADATA]}
         # DCP sends this object to all ranks, which do not need it: it names each shard of each rank.
         metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data = {}, None, None
+
+
+class Writer(_FolderWriter, FileSystemWriter):
+    """Writes to a path, which all ranks have to see."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """See ``StorageWriter.write_data``. Raise `SaveError` if this rank does not see the folder."""
+        if not os.path.isdir(self.path):
+            msg = (
+                f"this rank ({socket.gethostname()}) does not see {os.fspath(self.path)}, which the first rank has "
+                "made; all ranks have to use one directory, on a disk that they share"
+            )
+            raise SaveError(msg)
+        return super().write_data(plan, planner)
+
+
+class UrlWriter(_FolderWriter, FsspecWriter):
+    """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
+
+    DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
