@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Callable
-from typing import Final
+from typing import BinaryIO, Final
 
 import attrs
 
-Read = Callable[[int, int], bytes]
-"""Returns bytes of a file: from where, and how many."""
+from checkpointer.formats.tensor_bytes import read_exactly
 
 MAX_DIRECTORY_BYTES: Final = 1 << 28
 _TAIL: Final = 1 << 16
@@ -63,23 +62,27 @@ class Archive:
     """The directory: the last bytes of the file, as they were read."""
 
     @classmethod
-    def of(cls, read: Read, size: int) -> Archive | None:
+    def of(cls, stream: BinaryIO) -> Archive | None:
         """Return the archive; None if it is not one that ``torch.save`` writes, whatever else it may be.
 
         Nothing larger than the directory is read, and nothing in it is trusted: each number is compared with the size
         of the file first.
         """
-        tail = read(max(0, size - _TAIL), min(size, _TAIL))
+        size = stream.seek(0, io.SEEK_END)
+        tail = _read(stream, max(0, size - _TAIL), size)
         found = _directory(tail, size)
         if found is None:
             return None
         start, count = found
         length = size - start
-        directory = tail[-length:] if length <= len(tail) else read(start, length)
-        if len(directory) != length:
-            return None
+        directory = tail[-length:] if length <= len(tail) else _read(stream, start, size)
         members = _members(directory, start, count)
         return None if members is None else cls(members, size, directory)
+
+
+def _read(stream: BinaryIO, start: int, end: int) -> bytes:
+    stream.seek(start)
+    return bytes(read_exactly(stream, end - start, "its directory"))
 
 
 def agrees(member: Member, buffer: bytes | memoryview, offset: int) -> bool:

@@ -19,7 +19,6 @@ from checkpointer.formats.inspection.torch_file import check_pickle
 from checkpointer.formats.load_errors import raising_unreadable
 from checkpointer.formats.mapped_memory import MappedFile, can_map
 from checkpointer.formats.one_pass_memory import Layout
-from checkpointer.formats.tensor_bytes import read_exactly
 
 _PICKLE: Final = "data.pkl"
 _DATA: Final = "data/"
@@ -54,7 +53,8 @@ class TorchLayout(Layout):
         With ``is_mapped``, the stream is a file on this machine. Its storages are the file's own pages, and all else is
         read now.
         """
-        archive = _archive_of(stream) if can_unpickle() and (can_map() or not is_mapped) else None
+        archive = Archive.of(stream) if can_unpickle() and (can_map() or not is_mapped) else None
+        stream.seek(0)
         return cls(stream, archive, is_mapped=is_mapped) if archive is not None else None
 
     def _map(self, mapped: MappedFile) -> None:
@@ -178,13 +178,3 @@ class _Taken:
 
 def _is_storage(member: Member) -> bool:
     return member.name.startswith(_DATA)
-
-
-def _archive_of(stream: BinaryIO) -> Archive | None:
-    def read(offset: int, length: int) -> bytes:
-        stream.seek(offset)
-        return bytes(read_exactly(stream, length, "its directory"))
-
-    archive = Archive.of(read, stream.seek(0, io.SEEK_END))
-    stream.seek(0)
-    return archive

@@ -32,7 +32,7 @@ def damage_in(stream: BinaryIO) -> str:
     """
     if stream.read(2) != b"PK":
         return ""
-    archive = Archive.of(lambda offset, length: _read(stream, offset, length), stream.seek(0, 2))
+    archive = Archive.of(stream)
     if archive is None:
         return "the directory at its end is damaged"
     if not any(member.crc for member in archive.members):

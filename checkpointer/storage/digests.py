@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
-
-import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
@@ -31,11 +30,6 @@ def algorithm_of_files(digest: str) -> str:
 def is_cryptographic(digest: str) -> bool:
     """Return whether it is infeasible to make other bytes with the same digest."""
     return algorithm_of_files(digest) == CRYPTOGRAPHIC
-
-
-def is_of_files(digest: str) -> bool:
-    """Return whether a folder's digest is that of its files' digests."""
-    return digest.startswith(OF_FILES)
 
 
 def digest_of_files(files: Mapping[str, tuple[int, str]], algorithm: str) -> tuple[int, str]:
@@ -70,16 +64,6 @@ class _Digest:
     def digest(self) -> str:
         """The digest so far."""
         return f"{self.algorithm}:{self._hash.hexdigest()}"
-
-
-@attrs.frozen
-class _Computed:
-    """Stands for the hash of bytes that another process has digested."""
-
-    digits: str
-
-    def hexdigest(self) -> str:
-        return self.digits
 
 
 class DigestWriter(_Digest):
@@ -129,7 +113,7 @@ class DigestWriter(_Digest):
     def take_over(self, size: int, hexdigest: str) -> None:
         """See `SupportsDescriptor.take_over`."""
         self.count_to(size)
-        self.size, self._hash = size, _Computed(hexdigest)
+        self.size, self._hash = size, types.SimpleNamespace(hexdigest=lambda: hexdigest)
 
 
 class FolderDigest(_Digest):
@@ -137,7 +121,7 @@ class FolderDigest(_Digest):
 
     def __init__(self, algorithm: str) -> None:
         super().__init__(algorithm.removeprefix(OF_FILES))
-        self._is_of_files = is_of_files(algorithm)
+        self._is_of_files = algorithm.startswith(OF_FILES)
         self._files: dict[str, tuple[int, str]] = {}
         self._inside, self._begun = "", 0
 
