@@ -7,7 +7,6 @@ to the stream while it is in the processor's cache.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import io
 import math
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import xxhash
 
 from checkpointer.errors import SaveError
+from checkpointer.formats.tensor_bytes import memory_at
 
 if TYPE_CHECKING:  # The writer process needs nothing else of it.
     from checkpointer.ports import Writable
@@ -46,12 +46,6 @@ _MAX_PADDING: Final = 1 << 15
 """An extra field has less than 64 kB."""
 _VERSION: Final = "3\n"
 _MASK: Final = (1 << 64) - 1
-
-_READ: Final = 0x100
-_view: Final = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
-"""Makes a view of memory; torch can be installed without numpy."""
 
 try:
     from zlib_ng.zlib_ng import crc32 as _crc32
@@ -221,7 +215,7 @@ def memory(data: Any, size: int) -> memoryview:
         return memoryview(data.encode())
     if isinstance(data, (bytes, memoryview)):
         return memoryview(data)
-    return _view(data.data_ptr(), size, _READ) if size else memoryview(b"")  # `data` outlives the view.
+    return memory_at(data.data_ptr(), size)  # `data` outlives the view.
 
 
 def _padding(start: int, alignment: int) -> bytes:

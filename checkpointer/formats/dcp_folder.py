@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
@@ -12,7 +11,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint._traverse import traverse_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
@@ -20,15 +19,21 @@ from torch.utils._pytree import tree_map
 
 from checkpointer.errors import (
     CheckpointerError,
-    CorruptError,
     RestoreError,
     SaveError,
     reading,
 )
-from checkpointer.formats.dcp_reader import Check, Portable, Reader, UrlReader, as_they_are, expect_no_group
+from checkpointer.formats.dcp_reader import (
+    Check,
+    FolderReader,
+    Portable,
+    Reader,
+    UrlReader,
+    as_they_are,
+    expect_no_group,
+)
 from checkpointer.formats.dcp_writer import UrlWriter, Writer
 from checkpointer.formats.dtypes import holds
-from checkpointer.formats.inspection.dcp_metadata import bytes_of
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.tensor_storage import check_stored
@@ -49,23 +54,11 @@ _STORAGE_ONLY: Final = ("retry",)
 MAX_PROBLEMS: Final = 10
 
 
-@attrs.frozen
-class FolderContents:
-    """What a folder holds, before its tensors are read."""
-
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """The shape and the dtype of each tensor, by name."""
-    value: Callable[[str], Any]
-    """Reads one value that is not a tensor, by name, without communication."""
-    whole: Callable[[], dict[str, Any]]
-    """Returns a template of whole tensors for all that the folder holds."""
-
-
 @runtime_checkable
 class Target(Protocol):
     """A template that depends on what a folder holds. All ranks read, each what its target wants."""
 
-    def wanted(self, folder: FolderContents) -> dict[str, Any]:
+    def wanted(self, folder: FolderReader) -> dict[str, Any]:
         """Return the tensors to read into, under names of the folder; not all names have to be there."""
         ...
 
@@ -165,12 +158,12 @@ class DcpFormat:
         reader = UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only, reader.check = weights_only, check
         with reading(path):
-            state = _whole(reader.read_metadata(), reader.held()) if self._template is None else self._template()
+            state = reader.whole() if self._template is None else self._template()
         target = state if isinstance(state, Target) else None
         error: Exception | None = None
         if target is not None:
             try:
-                state = target.wanted(_contents(reader))
+                state = target.wanted(reader)
             except Exception as failure:
                 state, error = {}, failure
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
@@ -271,42 +264,6 @@ class _Planner(Portable, DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = TorchFormat().read(cast(BinaryIO, value), weights_only=self._weights_only, map_location="cpu")
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
-
-
-def _contents(reader: Reader | UrlReader) -> FolderContents:
-    """Return what a folder holds."""
-    metadata = reader.read_metadata()
-    stored = metadata.state_dict_metadata.items()
-    return FolderContents(
-        {
-            name: (tuple(one.size), one.properties.dtype)
-            for name, one in stored
-            if isinstance(one, TensorStorageMetadata)
-        },
-        functools.partial(_value, reader, metadata),
-        lambda: _whole(metadata, reader.held()),
-    )
-
-
-def _value(reader: Reader | UrlReader, metadata: Metadata, name: str) -> Any:
-    content = io.BytesIO(reader.bytes_of_item(metadata.storage_data[MetadataIndex(name)]))
-    return TorchFormat().read(content, weights_only=reader.weights_only, map_location="cpu")
-
-
-def _whole(metadata: Metadata, held: int) -> dict[str, Any]:
-    """Return a template of whole tensors for all that a folder holds, which is ``held`` bytes at most."""
-    stored = metadata.state_dict_metadata
-    tensors = {name: one for name, one in stored.items() if isinstance(one, TensorStorageMetadata)}
-    claimed = sum(bytes_of(one) for one in tensors.values())
-    if claimed > held:
-        msg = f"its metadata names tensors of {claimed} bytes, and its files have {held}"
-        raise CorruptError(msg)
-    state: dict[str, Any] = {}
-    for name in stored:
-        one = tensors.get(name)
-        value = None if one is None else torch.empty(one.size, dtype=one.properties.dtype)
-        set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
-    return state
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final, cast
 
@@ -14,10 +16,11 @@ import attrs
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._nested_dict import set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
@@ -120,7 +123,7 @@ def share_out(plans: Iterable[LoadPlan], storage_data: Mapping[Any, Any]) -> lis
     return plans
 
 
-class SafeReader(Portable):
+class FolderReader(Portable):
     """A reader of DCP that compares each item with its digest as it reads it. Each item is read once.
 
     It runs nothing that its folder might hold, and reads nothing outside of the folder. It comes before the reader
@@ -200,7 +203,38 @@ class SafeReader(Portable):
             msg = f"{os.fspath(self.path)} has no {shard_text(name)}, {what}"
             raise CorruptError(msg) from error
 
-    def held(self) -> int:
+    # What the folder holds, before its tensors are read
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and the dtype of each tensor, by name."""
+        stored = self.read_metadata().state_dict_metadata.items()
+        return {
+            name: (tuple(one.size), one.properties.dtype)
+            for name, one in stored
+            if isinstance(one, TensorStorageMetadata)
+        }
+
+    def value(self, name: str) -> Any:
+        """Return one value that is not a tensor, by name, without communication."""
+        content = io.BytesIO(self._bytes_of_item(self.read_metadata().storage_data[MetadataIndex(name)]))
+        return TorchFormat().read(content, weights_only=self.weights_only, map_location="cpu")
+
+    def whole(self) -> dict[str, Any]:
+        """Return a template of whole tensors for all that the folder holds."""
+        metadata, tensors = self.read_metadata(), self.tensors
+        claimed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+        held = self._held()
+        if claimed > held:
+            msg = f"its metadata names tensors of {claimed} bytes, and its files have {held}"
+            raise CorruptError(msg)
+        state: dict[str, Any] = {}
+        for name in metadata.state_dict_metadata:
+            value = torch.empty(tensors[name][0], dtype=tensors[name][1]) if name in tensors else None
+            set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
+        return state
+
+    def _held(self) -> int:
         """Return how many bytes of tensors the folder can hold at most."""
         if isinstance(self.fs, FileSystem):
             names = {info.relative_path for info in self.read_metadata().storage_data.values()}
@@ -210,7 +244,7 @@ class SafeReader(Portable):
 
     # The items
 
-    def bytes_of_item(self, info: Any) -> bytes:
+    def _bytes_of_item(self, info: Any) -> bytes:
         """Return the bytes of one value that is not a tensor, compared with its digest if the reader verifies."""
         with self._opened(info.relative_path) as stream:
             try:
@@ -310,11 +344,11 @@ class SafeReader(Portable):
         return taken
 
 
-class Reader(SafeReader, FileSystemReader):  # type: ignore[misc]
+class Reader(FolderReader, FileSystemReader):  # type: ignore[misc]
     """Reads a path."""
 
 
-class UrlReader(SafeReader, FsspecReader):  # type: ignore[misc]
+class UrlReader(FolderReader, FsspecReader):  # type: ignore[misc]
     """Reads a URL."""
 
     is_near = False
