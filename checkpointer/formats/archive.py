@@ -15,7 +15,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
@@ -147,39 +147,26 @@ class Archive:
             self._pending = bytearray()
 
 
-class Record(NamedTuple):
-    """A record that is to be written. Its arguments are those of `Archive.write_record`."""
-
-    name: str
-    data: Any
-    size: int
-
-
-class _Records(list[Record]):
+class _Records(list[tuple[str, Any, int]]):
     """Takes the place of an `Archive`, and keeps its records."""
 
     def write_record(self, name: str, data: Any, size: int) -> None:
-        self.append(Record(name, data, size))
+        self.append((name, data, size))
 
     def write_record_metadata(self, name: str, size: int) -> None:
         raise _left_out(name, size)
 
 
-class Plan(NamedTuple):
-    """The records that torch would write for a state, and how it would write them. See `Archive`."""
+def plan(state: Any, pickle_module: Any) -> tuple[list[tuple[str, Any, int]], int, bool]:
+    """Return what `save` would write; only after `is_like_torch` has returned true.
 
-    records: list[Record]
-    alignment: int
-    has_crc32: bool
-
-
-def plan(state: Any, pickle_module: Any) -> Plan:
-    """Return what `save` would write; only after `is_like_torch` has returned true."""
+    Return the arguments of `Archive.write_record` for each record, and ``alignment`` and ``has_crc32`` of `Archive`.
+    """
     import torch.serialization as its
 
     records = _Records()
     its._save(state, records, pickle_module, its.DEFAULT_PROTOCOL, False)  # type: ignore[no-untyped-call]
-    return Plan(records, its._get_storage_alignment(), its.get_crc32_options())
+    return records, its._get_storage_alignment(), its.get_crc32_options()
 
 
 def save(state: Any, stream: Writable, pickle_module: Any, *, identity: str = "") -> None:

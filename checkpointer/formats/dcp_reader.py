@@ -397,48 +397,47 @@ class _Part:
         self._stream = stream
         self._offset: int = info.offset
         self._length: int = info.length
-        self._digest = digest
         self._new = new
-        self._hash = new()
+        self._digest = digest
 
     def skim(self) -> None:
         """Compare the bytes with their digest."""
+        digest = self._new()
         self._stream.seek(self._offset)
-        _digested(self._stream, self._length, self._hash)
-        self._compare()
+        _digested(self._stream, self._length, digest)
+        self._compare(digest)
 
     def whole(self) -> bytearray:
         """Return the verified bytes."""
-        self._hash = self._new()
-        self._stream.seek(self._offset)
         data = bytearray(self._length)
-        self._fill(memoryview(data))
-        self._compare()
+        self._fill([memoryview(data)])
         return data
 
     def tensor(self, *, is_near: bool) -> torch.Tensor:
         """Return the verified tensor. If the file is near, its bytes go into their final memory."""
         layout = TorchLayout.of(cast(BinaryIO, self), is_mapped=False) if is_near else None
         if layout is not None:
-            self._stream.seek(self._offset)
-            for _, view in layout.pieces:
-                self._fill(view)
-            self._compare()
+            self._fill(view for _, view in layout.pieces)
             with contextlib.suppress(OtherLayoutError):
                 return cast(torch.Tensor, layout.state(weights_only=True, map_location="cpu"))
         stream: Any = io.BytesIO(self.whole())
         return cast(torch.Tensor, TorchFormat().read(stream, weights_only=True, map_location="cpu"))
 
-    def _fill(self, view: memoryview) -> None:
-        while view:
-            count = self._stream.readinto(view[:_CHUNK])
-            if not count:
-                raise _OtherBytesError
-            self._hash.update(view[:count])
-            view = view[count:]
+    def _fill(self, views: Iterable[memoryview]) -> None:
+        """Fill buffers with all bytes, and compare these with their digest."""
+        digest = self._new()
+        self._stream.seek(self._offset)
+        for view in views:
+            while view:
+                count = self._stream.readinto(view[:_CHUNK])
+                if not count:
+                    raise _OtherBytesError
+                digest.update(view[:count])
+                view = view[count:]
+        self._compare(digest)
 
-    def _compare(self) -> None:
-        if self._digest != self._hash.hexdigest():
+    def _compare(self, digest: Any) -> None:
+        if self._digest != digest.hexdigest():
             raise _OtherBytesError
 
     # What `TorchLayout.of` needs of a stream

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, Final
 
+import torch
+
 from checkpointer.formats.archive_reader import Member
 from checkpointer.formats.mapped_memory import HUGE_PAGE, MappedFile, use_huge_pages
 from checkpointer.formats.tensor_bytes import memory_at, read_exactly
@@ -114,8 +116,6 @@ class Layout:
 
 def new_storage(size: int) -> Any:
     """Return memory on the CPU, with huge pages if it is large."""
-    import torch
-
     kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
     storage = kind(size, device="cpu")
     if size >= HUGE_PAGE:

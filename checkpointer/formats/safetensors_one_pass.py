@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO
 
+import torch
+
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Member, OtherLayoutError
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
@@ -61,8 +63,6 @@ class SafetensorsLayout(Layout):
         return {name: tensors.pop(name).to(map_location) for name in self._tensors}
 
     def _tensor(self, name: str) -> Any:
-        import torch
-
         info = self._tensors[name]
         tensor: Any = torch.empty(0, dtype=dtype_named(info.dtype), device="cpu")
         return tensor.set_(self.take(name, info.bytes), 0, info.shape)

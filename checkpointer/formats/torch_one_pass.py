@@ -13,6 +13,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
@@ -28,8 +31,6 @@ _PARAMETERS: Final = ("zip_file", "map_location", "pickle_module")
 @functools.cache
 def can_unpickle() -> bool:
     """Return whether the installed torch has the functions that this module calls. They are private."""
-    import torch
-
     load = getattr(torch.serialization, "_load", None)
     parameters = tuple(inspect.signature(load).parameters) if load is not None else ()
     return parameters[:3] == _PARAMETERS and hasattr(torch.serialization, "_weights_only_unpickler")
@@ -73,8 +74,6 @@ class TorchLayout(Layout):
 
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
         """See `Layout.state`. The bytes may lie in another way than the directory made expect."""
-        import torch
-
         directory = self._buffers[-1][1][-len(self._archive.directory) :]
         headers = ((one, buffer, one.header - start) for start, buffer, members in self._buffers for one in members)
         if directory != self._archive.directory or not all(itertools.starmap(agrees, headers)):
@@ -122,8 +121,6 @@ class _Reader:
 
     def check_sizes(self) -> None:
         """Raise `CorruptError` if a tensor has needed more bytes than its storage has. torch makes it larger then."""
-        import torch
-
         for name, reference, size in self._taken:
             storage: Any = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # None if it is freed.
             if storage is not None and storage.nbytes() != size:
@@ -158,8 +155,6 @@ class _Reader:
         if size > has:
             msg = f"a tensor needs {size} bytes of {name}, which has {has}"
             raise CorruptError(msg)
-        from torch.multiprocessing.reductions import StorageWeakRef
-
         storage = self._take(name, size)
         taken = storage if storage.nbytes() == size else storage[:size]
         self._taken.append((name, StorageWeakRef(taken), size))  # type: ignore[no-untyped-call]

@@ -112,19 +112,11 @@ def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
     return value
 
 
-def _checked(read: Callable[[Any], Any], value: Any, place: str, expected: str) -> Any:
+def _size(read: Callable[[Any], tuple[int, ...] | None], value: Any, place: str, expected: str) -> torch.Size:
     found = read(value)
     if found is None:
         raise _bad(value, place, expected)
-    return found
-
-
-def _shape(value: Any, place: str) -> torch.Size:
-    return torch.Size(_checked(as_shape, value, place, "a shape"))
-
-
-def _offsets(value: Any, place: str) -> torch.Size:
-    return torch.Size(_checked(as_sizes, value, place, "offsets"))
+    return torch.Size(found)
 
 
 def _whole(value: Any, place: str) -> int:
@@ -140,7 +132,8 @@ def _stored(value: Any, place: str) -> TensorStorageMetadata | BytesStorageMetad
     if isinstance(value, Call) and isinstance(value.what, Global) and value.what.name == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(value, "TensorStorageMetadata", place)
-    size, chunks = _shape(fields.get("size"), f"the size of {place}"), fields.get("chunks")
+    size = _size(as_shape, fields.get("size"), f"the size of {place}", "a shape")
+    chunks = fields.get("chunks")
     if not isinstance(chunks, list):
         raise _bad(chunks, f"the chunks of {place}", "a list")
     return TensorStorageMetadata(
@@ -161,7 +154,8 @@ def _dtype(value: Any, place: str) -> torch.dtype:
 
 def _chunk(value: Any, dimensions: int, place: str) -> ChunkStorageMetadata:
     fields = _fields(value, "ChunkStorageMetadata", f"a chunk of {place}")
-    sizes, offsets = _shape(fields.get("sizes"), f"a chunk of {place}"), _offsets(fields.get("offsets"), place)
+    sizes = _size(as_shape, fields.get("sizes"), f"a chunk of {place}", "a shape")
+    offsets = _size(as_sizes, fields.get("offsets"), place, "offsets")
     if not len(sizes) == len(offsets) == dimensions:
         raise _bad((offsets, sizes), f"a chunk of {place}", f"{dimensions} offsets and sizes")
     return ChunkStorageMetadata(offsets=offsets, sizes=sizes)
@@ -212,7 +206,7 @@ def _places(places: Mapping[Any, Any]) -> dict[MetadataIndex, _StorageInfo]:
             raise _bad(name, "a name in storage_data", "text")
         place = MetadataIndex(
             name,
-            None if offset is None else _offsets(offset, f"the offset of {name!r:.200}"),
+            None if offset is None else _size(as_sizes, offset, f"the offset of {name!r:.200}", "offsets"),
             None if index is None else _whole(index, f"the index of {name!r:.200}"),
         )
         hashes[hash(place)] += 1

@@ -47,8 +47,6 @@ _COUNT_BYTES: Final = 8
 _ZIP: Final = b"PK"
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _EXTRA: Final = "_extra_state"
-
-
 _MOST_SOUND: Final = 16
 _sound: Final = set[tuple[bytes, frozenset[tuple[str, int]]]]()
 """Pickles that `check_pickle` has found sound, with the sizes of their storages."""
@@ -117,7 +115,6 @@ class TorchContents(Tensors):
             raise CorruptError(msg) from error
 
     def _read(self, name: str) -> Any:
-
         def read(ref: StorageRef, start: int, length: int) -> bytearray:
             self._left -= length
             if self._left < 0:
