@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import BinaryIO, Final
+from collections.abc import Iterator
+from typing import BinaryIO, Final, NamedTuple
 
 import attrs
 
@@ -30,8 +31,7 @@ class OtherLayoutError(Exception):
     """Raised if a payload must be read with `Format.read`. It may be whole."""
 
 
-@attrs.frozen
-class Member:
+class Member(NamedTuple):
     """A file in the archive, stored as it is."""
 
     name: str
@@ -70,14 +70,16 @@ class Archive:
         """
         size = stream.seek(0, io.SEEK_END)
         tail = _read(stream, max(0, size - _TAIL), size)
-        found = _directory(tail, size)
-        if found is None:
+        try:
+            start, count = _directory(tail, size)
+            directory = tail[start - size :] if size - start <= len(tail) else _read(stream, start, size)
+            return cls(_members(directory, start, count), size, directory)
+        except (_OtherArchiveError, struct.error, UnicodeDecodeError):
             return None
-        start, count = found
-        length = size - start
-        directory = tail[-length:] if length <= len(tail) else _read(stream, start, size)
-        members = _members(directory, start, count)
-        return None if members is None else cls(members, size, directory)
+
+
+class _OtherArchiveError(Exception):
+    """Raised if a directory is not as ``torch.save`` writes it."""
 
 
 def _read(stream: BinaryIO, start: int, end: int) -> bytes:
@@ -105,14 +107,12 @@ def start_of(header: int, name: int, size: int) -> int:
     return -(-start // _ALIGNMENT) * _ALIGNMENT
 
 
-def _directory(tail: bytes, size: int) -> tuple[int, int] | None:
+def _directory(tail: bytes, size: int) -> tuple[int, int]:
     """Return where the directory begins, and the number of its entries."""
     at = len(tail) - _END.size
-    if at < 0:
-        return None
     signature, disk, first_disk, here, count, length, start, comment = _END.unpack_from(tail, at)
     if signature != b"PK\5\6" or disk or first_disk or comment or here != count:
-        return None
+        raise _OtherArchiveError
     end = size - _END.size
     if at >= _LOCATOR.size + _END64.size and tail[at - _LOCATOR.size :].startswith(b"PK\6\7"):
         at -= _LOCATOR.size + _END64.size
@@ -120,66 +120,59 @@ def _directory(tail: bytes, size: int) -> tuple[int, int] | None:
         signature, rest, disk, first_disk, here64, count64, length64, start64 = _END64.unpack_from(tail, at)
         is_known = signature == b"PK\6\6" and rest == _END64.size - 12 and not disk and not first_disk
         if not is_known or _LOCATOR.unpack_from(tail, at + _END64.size)[1:] != (0, end, 1) or here64 != count64:
-            return None
+            raise _OtherArchiveError
         same = ((count, count64, _MAX16), (length, length64, _MAX32), (start, start64, _MAX32))
         if any(short not in (long, mark) for short, long, mark in same):
-            return None
+            raise _OtherArchiveError
         count, length, start = count64, length64, start64
-    fits = start + length == end and length <= MAX_DIRECTORY_BYTES and count * _ENTRY.size <= length
-    return (start, count) if fits else None
+    if start + length != end or length > MAX_DIRECTORY_BYTES or count * _ENTRY.size > length:
+        raise _OtherArchiveError
+    return start, count
 
 
-def _members(directory: bytes, end: int, count: int) -> tuple[Member, ...] | None:
+def _members(directory: bytes, end: int, count: int) -> tuple[Member, ...]:
     """Return the members; ``end`` is where the directory begins, so all of them end before it."""
-    entries = []
+    members = list[Member]()
+    root, before = b"", 0
+    for name, header, size, crc in _entries(directory, count):
+        root = root or name.partition(b"/")[0] + b"/"
+        start = start_of(header, len(name), size)
+        if header < before or start + size > end or not name.startswith(root):
+            raise _OtherArchiveError
+        before = start + size
+        members.append(Member(name[len(root) :].decode(), header, start, size, crc))
+    names = {member.name for member in members}
+    if len(names) < len(members) or "data.pkl" not in names or "constants.pkl" in names:
+        raise _OtherArchiveError
+    return tuple(members)
+
+
+def _entries(directory: bytes, count: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yield the name of each file, where its header begins, its size and its CRC32."""
     at = 0
     for _ in range(count):
-        if at + _ENTRY.size > len(directory):
-            return None
         signature, flags, method, crc, packed, size, named, extra, comment, disk, header = _ENTRY.unpack_from(
             directory, at
         )
-        name = directory[at + _ENTRY.size : at + _ENTRY.size + named]
-        at += _ENTRY.size + named
+        at += _ENTRY.size
+        name = directory[at : at + named]
+        at += named
         if _MAX32 in (packed, size, header):
-            long = _long(directory[at : at + extra], size, packed, header)
-            if long is None:
-                return None
-            size, packed, header = long
+            size, packed, header = _long(directory[at : at + extra], size, packed, header)
         at += extra + comment
-        if signature != b"PK\1\2" or flags & ~_KNOWN_FLAGS or method or disk or packed != size or not name:
-            return None
-        entries.append((name, header, start_of(header, named, size), size, crc))
-    return _checked(entries, end)
+        is_known = signature == b"PK\1\2" and not flags & ~_KNOWN_FLAGS
+        if not is_known or method or disk or packed != size or len(name) < max(named, 1):
+            raise _OtherArchiveError
+        yield name, header, size, crc
 
 
-def _checked(entries: list[tuple[bytes, int, int, int, int]], end: int) -> tuple[Member, ...] | None:
-    root = entries[0][0].partition(b"/")[0] + b"/" if entries else b""
-    before = 0
-    members = []
-    for name, header, start, size, crc in entries:
-        if header < before or start + size > end or not name.startswith(root):
-            return None
-        before = start + size
-        try:
-            members.append(Member(name[len(root) :].decode(), header, start, size, crc))
-        except UnicodeDecodeError:
-            return None
-    names = {member.name for member in members}
-    is_torch = len(names) == len(members) and "data.pkl" in names and "constants.pkl" not in names
-    return tuple(members) if is_torch else None
-
-
-def _long(extra: bytes, *short: int) -> tuple[int, ...] | None:
+def _long(extra: bytes, *short: int) -> tuple[int, ...]:
     """Return the numbers, the ones that do not fit into 32 bits from the field that has them."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<HH", extra)
         if kind == 1:
-            field = extra[4 : 4 + length]
             missing = sum(number == _MAX32 for number in short)
-            if len(field) != 8 * missing:
-                return None
-            numbers = iter(struct.unpack(f"<{missing}Q", field))
+            numbers = iter(struct.unpack(f"<{missing}Q", extra[4 : 4 + length]))
             return tuple(next(numbers) if number == _MAX32 else number for number in short)
         extra = extra[4 + length :]
-    return None
+    raise _OtherArchiveError
