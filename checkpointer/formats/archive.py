@@ -53,6 +53,12 @@ except ImportError:  # It is five times as fast as Python's own, and has no whee
     _crc32 = zlib.crc32
 
 
+def _refuse_left_out(name: str, size: int) -> None:
+    """Raise `SaveError`, because a record would have no bytes."""
+    msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
+    raise SaveError(msg)
+
+
 class Archive:
     """A zip file that is written front to back. `torch.serialization._save` writes its records.
 
@@ -101,9 +107,7 @@ class Archive:
         seed = self._contents
         self._contents = seed ^ ((crc + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & _MASK)
 
-    def write_record_metadata(self, name: str, size: int) -> None:
-        """Raise `SaveError`, because the record would have no bytes."""
-        raise _left_out(name, size)
+    write_record_metadata = staticmethod(_refuse_left_out)
 
     def close(self, identity: str = "") -> None:
         """Write what follows the last record. ``identity`` takes the place of the file's fingerprint."""
@@ -153,8 +157,7 @@ class _Records(list[tuple[str, Any, int]]):
     def write_record(self, name: str, data: Any, size: int) -> None:
         self.append((name, data, size))
 
-    def write_record_metadata(self, name: str, size: int) -> None:
-        raise _left_out(name, size)
+    write_record_metadata = staticmethod(_refuse_left_out)
 
 
 def plan(state: Any, pickle_module: Any) -> tuple[list[tuple[str, Any, int]], int, bool]:
@@ -209,11 +212,6 @@ def _padding(start: int, alignment: int) -> bytes:
     """Return an extra field after which a record's bytes are aligned."""
     count = -(start + 4) % alignment
     return b"FB" + struct.pack("<H", count & 0xFFFF) + b"Z" * count
-
-
-def _left_out(name: str, size: int) -> SaveError:
-    msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
-    return SaveError(msg)
 
 
 def _wide(start: int, size: int, stored: int) -> bytes:

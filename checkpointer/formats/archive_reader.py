@@ -16,12 +16,12 @@ _TAIL: Final = 1 << 16
 """Bytes that are read first: the directory of some 800 members fits."""
 _ALIGNMENT: Final = 64
 _HEADER: Final = struct.Struct("<4s22xHH")
-_HEADER_BYTES: Final = 30
+HEADER_BYTES: Final = 30
 _ENTRY: Final = struct.Struct("<4s4xHH4xLLLHHHH6xL")
 _END: Final = struct.Struct("<4sHHHHLLH")
 _LOCATOR: Final = struct.Struct("<4sLQL")
 _END64: Final = struct.Struct("<4sQ4xLLQQQQ")
-_KNOWN_FLAGS: Final = 0x808
+KNOWN_FLAGS: Final = 0x808
 """The sizes follow the content, and the name is UTF-8. Any other flag means encryption or a patch."""
 _MAX16: Final = 0xFFFF
 _MAX32: Final = 0xFFFFFFFF
@@ -90,7 +90,7 @@ def _read(stream: BinaryIO, start: int, end: int) -> bytes:
 def agrees(member: Member, buffer: bytes | memoryview, offset: int) -> bool:
     """Return whether a member's header, at an offset in a buffer, says that its content begins where it should."""
     signature, name, extra = _HEADER.unpack_from(buffer, offset)
-    return bool(signature == b"PK\3\4" and member.header + _HEADER_BYTES + name + extra == member.start)
+    return bool(signature == b"PK\3\4" and member.header + HEADER_BYTES + name + extra == member.start)
 
 
 def start_of(header: int, name: int, size: int) -> int:
@@ -101,7 +101,7 @@ def start_of(header: int, name: int, size: int) -> int:
         name: Length of its name (bytes).
         size: Length of its content (bytes).
     """
-    start = header + _HEADER_BYTES + name + 4
+    start = header + HEADER_BYTES + name + 4
     if size >= _MAX32 or header >= _MAX32:
         start += 4 + (16 if size >= _MAX32 else 0) + (8 if header >= _MAX32 else 0)
     return -(-start // _ALIGNMENT) * _ALIGNMENT
@@ -160,7 +160,7 @@ def _entries(directory: bytes, count: int) -> Iterator[tuple[bytes, int, int, in
         if _MAX32 in (packed, size, header):
             size, packed, header = _long(directory[at : at + extra], size, packed, header)
         at += extra + comment
-        is_known = signature == b"PK\1\2" and not flags & ~_KNOWN_FLAGS
+        is_known = signature == b"PK\1\2" and not flags & ~KNOWN_FLAGS
         if not is_known or method or disk or packed != size or len(name) < max(named, 1):
             raise _OtherArchiveError
         yield name, header, size, crc

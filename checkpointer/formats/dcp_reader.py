@@ -190,11 +190,15 @@ class FolderReader(Portable):
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        """Open a file in the folder. If the file is missing, say on which rank."""
+        with self._finding(name) as path, self.fs.create_stream(path, "rb") as stream:
+            yield stream
+
+    @contextlib.contextmanager
+    def _finding(self, name: str) -> Iterator[Any]:
+        """Yield the path of a file in the folder. If the file is missing, say on which rank."""
         path = self.fs.concat_path(self.path, name)
         try:
-            with self.fs.create_stream(path, "rb") as stream:
-                yield stream
+            yield path
         except FileNotFoundError as error:
             if self.rank:  # Rank 0 has found all of them.
                 msg = f"rank {self.rank} does not find {os.fspath(path)}, which rank 0 sees; {_ALIKE}"
@@ -262,7 +266,8 @@ class FolderReader(Portable):
         """See ``StorageReader.read_data``."""
         done: Future[None] = Future()
         if self.check is None and not self.weights_only:  # It may have been written through transforms.
-            done = super().read_data(plan, planner)  # type: ignore[misc]
+            with self._finding("file"):
+                done = super().read_data(plan, planner)  # type: ignore[misc]
             return done
         wanted: dict[Any, list[ReadItem]] = {index: [] for index in plan.storage_data or ()}
         for item in plan.items:

@@ -25,8 +25,6 @@ class Layout:
     def __init__(self, stream: BinaryIO, size: int, *, is_mapped: bool) -> None:
         self._stream = stream
         self._mapped = MappedFile(stream, size) if is_mapped else None
-        self._on_pages: set[int] = set()
-        """Which pieces are pages of the mapped file."""
         self.pieces: list[tuple[int, memoryview]] = []
         """Offsets in the file, and buffers for the bytes from there on. Together they are the whole file, in order."""
         self._storages: dict[str, Any] = {}
@@ -37,9 +35,9 @@ class Layout:
         """Buffers, where each begins in the file, and the members whose headers it has."""
 
     def populate(self, number: int) -> None:
-        """Bring the piece of that number into memory if it is a part of the mapped file. Raises `OSError` as a read."""
+        """Bring the pages of that piece into memory if the file is mapped. Raises `OSError` as a read."""
         offset, view = self.pieces[number]
-        if self._mapped is not None and number in self._on_pages:
+        if self._mapped is not None:
             self._mapped.populate(offset, len(view))
 
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
@@ -109,9 +107,7 @@ class Layout:
     def _add_pages(self, start: int, end: int) -> None:
         """Add a range of bytes of the mapped file, as they are there."""
         assert self._mapped is not None, "the file is mapped"
-        first = len(self.pieces)
         self._add(start, self._mapped.memory[start:end], MAPPED_PIECE)
-        self._on_pages.update(range(first, len(self.pieces)))
 
 
 def new_storage(size: int) -> Any:

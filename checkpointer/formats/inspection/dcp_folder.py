@@ -110,12 +110,6 @@ class _Slice(io.RawIOBase):
         self._length = length
         stream.seek(start)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def tell(self) -> int:
         return self._stream.tell() - self._start
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Final
 import attrs
 
 from checkpointer.errors import CorruptError
+from checkpointer.formats.archive_reader import HEADER_BYTES, KNOWN_FLAGS
 from checkpointer.formats.inspection.pickle import Call, Global, Persistent, read_made, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import (
     MAX_REPEATED,
@@ -39,9 +40,6 @@ from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.formats.tensor_bytes import read_exactly
 
 MAX_PICKLE_BYTES: Final = 1 << 28
-_LOCAL_HEADER: Final = 30
-_KNOWN_FLAGS: Final = 0x808
-"""The sizes follow the content, and the name is UTF-8. Any other flag means encryption or a patch."""
 _CHUNK: Final = 1 << 20
 _COUNT_BYTES: Final = 8
 _ZIP: Final = b"PK"
@@ -178,9 +176,9 @@ class _Range:
         begin = self.where
         if self.has_header:
             stream.seek(self.where)
-            header = read_exactly(stream, _LOCAL_HEADER, "the header of a member")
+            header = read_exactly(stream, HEADER_BYTES, "the header of a member")
             names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            begin += _LOCAL_HEADER + names
+            begin += HEADER_BYTES + names
         if begin + self.size > self.end:
             msg = f"a member at byte {self.where} reaches into what comes after it; torch.save writes none that overlap"
             raise CorruptError(msg)
@@ -324,9 +322,9 @@ def _problem(member: zipfile.ZipInfo, end: int, *, is_double: bool) -> str:
     """Return what torch would not have done to a member that has to end at a byte; empty if it is sound."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         return "is compressed"
-    if member.flag_bits & ~_KNOWN_FLAGS:
+    if member.flag_bits & ~KNOWN_FLAGS:
         return "is encrypted or a patch"
-    if member.header_offset < 0 or member.header_offset + _LOCAL_HEADER + member.file_size > end:
+    if member.header_offset < 0 or member.header_offset + HEADER_BYTES + member.file_size > end:
         return "overlaps what comes after it"
     return "is there twice" if is_double else ""
 
