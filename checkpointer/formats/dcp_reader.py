@@ -310,7 +310,8 @@ class FolderReader(Portable):
             for item in items:
                 planner.load_bytes(item, io.BytesIO(data))
         else:
-            tensor = part.tensor(is_near=self.is_near)
+            # Without a check the bytes may be read from anywhere straight into their final memory.
+            tensor = part.tensor(is_near=self.is_near or self.check is None)
             for item in items:
                 _copy_into(planner, item, tensor)
 
