@@ -28,6 +28,7 @@ from torch.futures import Future
 from checkpointer._display import shard_text, some_of
 from checkpointer.errors import CheckpointerError, CorruptError, RestoreError, portable
 from checkpointer.formats.archive_reader import OtherLayoutError
+from checkpointer.formats.inspection.dcp_folder import Slice
 from checkpointer.formats.inspection.dcp_metadata import ITEM_DIGEST, folder_metadata
 from checkpointer.formats.torch_file import TorchFormat
 from checkpointer.formats.torch_one_pass import TorchLayout
@@ -421,7 +422,8 @@ class _Part:
 
     def tensor(self, *, is_near: bool) -> torch.Tensor:
         """Return the verified tensor. If the file is near, its bytes go into their final memory."""
-        layout = TorchLayout.of(cast(BinaryIO, self), is_mapped=False) if is_near else None
+        item = Slice(self._stream, self._offset, self._length)
+        layout = TorchLayout.of(cast(BinaryIO, item), is_mapped=False) if is_near else None
         if layout is not None:
             self._fill(view for _, view in layout.pieces)
             with contextlib.suppress(OtherLayoutError):
@@ -445,15 +447,3 @@ class _Part:
     def _compare(self, digest: Any) -> None:
         if self._digest != digest.hexdigest():
             raise _OtherBytesError
-
-    # What `TorchLayout.of` needs of a stream
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move within the item."""
-        start = self._length if whence == os.SEEK_END else 0
-        position: int = self._stream.seek(self._offset + start + offset)
-        return position - self._offset
-
-    def read(self, size: int) -> bytes:
-        """Read on, unverified."""
-        return bytes(self._stream.read(size))

@@ -89,7 +89,7 @@ class DcpContents(Tensors):
             msg = f"it was written through {info.transform_descriptors}, which is not undone here"
             raise CorruptError(msg)
         with self._storage.open(self._prefix + info.relative_path) as stream:
-            return cast(torch.Tensor, open_torch(cast(BinaryIO, _Slice(stream, info.offset, info.length))).state())
+            return cast(torch.Tensor, open_torch(cast(BinaryIO, Slice(stream, info.offset, info.length))).state())
 
     @cached_property
     def _held(self) -> int:
@@ -101,8 +101,8 @@ class DcpContents(Tensors):
         return None
 
 
-class _Slice(io.RawIOBase):
-    """Some bytes of a file. That of torch cannot seek from its end."""
+class Slice(io.RawIOBase):
+    """Some bytes of a file: an item of a DCP folder."""
 
     def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
         self._stream = stream
@@ -111,13 +111,16 @@ class _Slice(io.RawIOBase):
         stream.seek(start)
 
     def tell(self) -> int:
+        """See `io.RawIOBase`."""
         return self._stream.tell() - self._start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `io.RawIOBase`."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
         return self._stream.seek(self._start + max(base + offset, 0)) - self._start
 
     def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`."""
         data = self._stream.read(min(len(buffer), max(self._length - self.tell(), 0)))
         buffer[: len(data)] = data
         return len(data)
