@@ -19,7 +19,7 @@ from checkpointer_torch.tensor_layouts import Layout, Saved, room_for
 from checkpointer_torch.training_objects import TrainingObjects
 
 if TYPE_CHECKING:  # It imports torch.distributed.checkpoint, which takes a second.
-    from checkpointer.formats.dcp_folder import FolderContents
+    from checkpointer.formats.dcp_reader import FolderReader
 
 KEY: Final = "loop"
 """The loop's own state is under this key, beside the objects."""
@@ -79,7 +79,7 @@ class ShardedState:
             self._is_reading = False
             self._shared, self._own, self._rooms = None, [], {}
 
-    def wanted(self, folder: FolderContents) -> dict[str, Any]:
+    def wanted(self, folder: FolderReader) -> dict[str, Any]:
         """See `Target.wanted`."""
         self._shared, self._rooms = None, {}
         try:
@@ -94,7 +94,7 @@ class ShardedState:
             (self._own[rank],) = folder.value(f"{KEY}.{_RANKS}.{rank}")
         return self._make_room(folder)
 
-    def _make_room(self, folder: FolderContents) -> dict[str, Any]:
+    def _make_room(self, folder: FolderReader) -> dict[str, Any]:
         objects = self._source.objects
         like, meshes = objects.likes(), objects.meshes
         wanted: dict[str, dict[str, Any]] = {}

@@ -120,8 +120,8 @@ class Transaction:
         the estimated size (bytes), for the log.
         """
         with aborting(self.storage.upload(draft.name)) as upload:
-            self.transfer = transfer = Transfer(upload, draft.name, self.clock, expected=expected)
-            stream = DigestWriter(transfer, self.journal.algorithm)
+            self.transfer = transfer = Transfer(draft.name, self.clock, expected=expected)
+            stream = DigestWriter(upload, self.journal.algorithm, transfer.note)
             try:
                 write(stream)  # 1
             except Exception:
@@ -231,8 +231,8 @@ class Transaction:
             copy_folder = self._stage_folder if isinstance(self.storage, SupportsPaths) else self._upload_folder
             return copy_folder(record, source, path, replaces)
         with aborting(self.storage.upload(record.name)) as upload:
-            transfer = Transfer(upload, record.name, self.clock, expected=record.size, is_copy=True)
-            stream = DigestWriter(transfer, algorithm_of(record.digest))
+            transfer = Transfer(record.name, self.clock, expected=record.size, is_copy=True)
+            stream = DigestWriter(upload, algorithm_of(record.digest), transfer.note)
             for chunk in _read_chunks(source, path):  # 1
                 stream.write(chunk)
             _check_copied(record, (stream.size, stream.digest), f"{path} in {source}")

@@ -7,7 +7,6 @@ to the stream while it is in the processor's cache.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import io
 import math
@@ -16,11 +15,12 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from checkpointer.errors import SaveError
+from checkpointer.formats.tensor_bytes import memory_at
 
 if TYPE_CHECKING:  # The writer process needs nothing else of it.
     from checkpointer.ports import Writable
@@ -47,16 +47,16 @@ _MAX_PADDING: Final = 1 << 15
 _VERSION: Final = "3\n"
 _MASK: Final = (1 << 64) - 1
 
-_READ: Final = 0x100
-_view: Final = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
-"""Makes a view of memory; torch can be installed without numpy."""
-
 try:
     from zlib_ng.zlib_ng import crc32 as _crc32
 except ImportError:  # It is five times as fast as Python's own, and has no wheels for rare platforms.
     _crc32 = zlib.crc32
+
+
+def _refuse_left_out(name: str, size: int) -> None:
+    """Raise `SaveError`, because a record would have no bytes."""
+    msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
+    raise SaveError(msg)
 
 
 class Archive:
@@ -107,9 +107,7 @@ class Archive:
         seed = self._contents
         self._contents = seed ^ ((crc + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & _MASK)
 
-    def write_record_metadata(self, name: str, size: int) -> None:
-        """Raise `SaveError`, because the record would have no bytes."""
-        raise _left_out(name, size)
+    write_record_metadata = staticmethod(_refuse_left_out)
 
     def close(self, identity: str = "") -> None:
         """Write what follows the last record. ``identity`` takes the place of the file's fingerprint."""
@@ -153,39 +151,25 @@ class Archive:
             self._pending = bytearray()
 
 
-class Record(NamedTuple):
-    """A record that is to be written. Its arguments are those of `Archive.write_record`."""
-
-    name: str
-    data: Any
-    size: int
-
-
-class _Records(list[Record]):
+class _Records(list[tuple[str, Any, int]]):
     """Takes the place of an `Archive`, and keeps its records."""
 
     def write_record(self, name: str, data: Any, size: int) -> None:
-        self.append(Record(name, data, size))
+        self.append((name, data, size))
 
-    def write_record_metadata(self, name: str, size: int) -> None:
-        raise _left_out(name, size)
-
-
-class Plan(NamedTuple):
-    """The records that torch would write for a state, and how it would write them. See `Archive`."""
-
-    records: list[Record]
-    alignment: int
-    has_crc32: bool
+    write_record_metadata = staticmethod(_refuse_left_out)
 
 
-def plan(state: Any, pickle_module: Any) -> Plan:
-    """Return what `save` would write; only after `is_like_torch` has returned true."""
+def plan(state: Any, pickle_module: Any) -> tuple[list[tuple[str, Any, int]], int, bool]:
+    """Return what `save` would write; only after `is_like_torch` has returned true.
+
+    Return the arguments of `Archive.write_record` for each record, and ``alignment`` and ``has_crc32`` of `Archive`.
+    """
     import torch.serialization as its
 
     records = _Records()
     its._save(state, records, pickle_module, its.DEFAULT_PROTOCOL, False)  # type: ignore[no-untyped-call]
-    return Plan(records, its._get_storage_alignment(), its.get_crc32_options())
+    return records, its._get_storage_alignment(), its.get_crc32_options()
 
 
 def save(state: Any, stream: Writable, pickle_module: Any, *, identity: str = "") -> None:
@@ -221,18 +205,13 @@ def memory(data: Any, size: int) -> memoryview:
         return memoryview(data.encode())
     if isinstance(data, (bytes, memoryview)):
         return memoryview(data)
-    return _view(data.data_ptr(), size, _READ) if size else memoryview(b"")  # `data` outlives the view.
+    return memory_at(data.data_ptr(), size)  # `data` outlives the view.
 
 
 def _padding(start: int, alignment: int) -> bytes:
     """Return an extra field after which a record's bytes are aligned."""
     count = -(start + 4) % alignment
     return b"FB" + struct.pack("<H", count & 0xFFFF) + b"Z" * count
-
-
-def _left_out(name: str, size: int) -> SaveError:
-    msg = f"torch.serialization.skip_data is active, so {name} ({size} bytes) would be left out; save outside of it"
-    return SaveError(msg)
 
 
 def _wide(start: int, size: int, stored: int) -> bytes:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Iterator
+from typing import BinaryIO, Final, NamedTuple
 
 import attrs
 
-Read = Callable[[int, int], bytes]
-"""Returns bytes of a file: from where, and how many."""
+from checkpointer.formats.tensor_bytes import read_exactly
 
 MAX_DIRECTORY_BYTES: Final = 1 << 28
 _TAIL: Final = 1 << 16
 """Bytes that are read first: the directory of some 800 members fits."""
 _ALIGNMENT: Final = 64
 _HEADER: Final = struct.Struct("<4s22xHH")
-_HEADER_BYTES: Final = 30
+HEADER_BYTES: Final = 30
 _ENTRY: Final = struct.Struct("<4s4xHH4xLLLHHHH6xL")
 _END: Final = struct.Struct("<4sHHHHLLH")
 _LOCATOR: Final = struct.Struct("<4sLQL")
 _END64: Final = struct.Struct("<4sQ4xLLQQQQ")
-_KNOWN_FLAGS: Final = 0x808
+KNOWN_FLAGS: Final = 0x808
 """The sizes follow the content, and the name is UTF-8. Any other flag means encryption or a patch."""
 _MAX16: Final = 0xFFFF
 _MAX32: Final = 0xFFFFFFFF
@@ -31,8 +31,7 @@ class OtherLayoutError(Exception):
     """Raised if a payload must be read with `Format.read`. It may be whole."""
 
 
-@attrs.frozen
-class Member:
+class Member(NamedTuple):
     """A file in the archive, stored as it is."""
 
     name: str
@@ -63,29 +62,35 @@ class Archive:
     """The directory: the last bytes of the file, as they were read."""
 
     @classmethod
-    def of(cls, read: Read, size: int) -> Archive | None:
+    def of(cls, stream: BinaryIO) -> Archive | None:
         """Return the archive; None if it is not one that ``torch.save`` writes, whatever else it may be.
 
         Nothing larger than the directory is read, and nothing in it is trusted: each number is compared with the size
         of the file first.
         """
-        tail = read(max(0, size - _TAIL), min(size, _TAIL))
-        found = _directory(tail, size)
-        if found is None:
+        size = stream.seek(0, io.SEEK_END)
+        tail = _read(stream, max(0, size - _TAIL), size)
+        try:
+            start, count = _directory(tail, size)
+            directory = tail[start - size :] if size - start <= len(tail) else _read(stream, start, size)
+            return cls(_members(directory, start, count), size, directory)
+        except (_OtherArchiveError, struct.error, UnicodeDecodeError):
             return None
-        start, count = found
-        length = size - start
-        directory = tail[-length:] if length <= len(tail) else read(start, length)
-        if len(directory) != length:
-            return None
-        members = _members(directory, start, count)
-        return None if members is None else cls(members, size, directory)
+
+
+class _OtherArchiveError(Exception):
+    """Raised if a directory is not as ``torch.save`` writes it."""
+
+
+def _read(stream: BinaryIO, start: int, end: int) -> bytes:
+    stream.seek(start)
+    return bytes(read_exactly(stream, end - start, "its directory"))
 
 
 def agrees(member: Member, buffer: bytes | memoryview, offset: int) -> bool:
     """Return whether a member's header, at an offset in a buffer, says that its content begins where it should."""
     signature, name, extra = _HEADER.unpack_from(buffer, offset)
-    return bool(signature == b"PK\3\4" and member.header + _HEADER_BYTES + name + extra == member.start)
+    return bool(signature == b"PK\3\4" and member.header + HEADER_BYTES + name + extra == member.start)
 
 
 def start_of(header: int, name: int, size: int) -> int:
@@ -96,20 +101,18 @@ def start_of(header: int, name: int, size: int) -> int:
         name: Length of its name (bytes).
         size: Length of its content (bytes).
     """
-    start = header + _HEADER_BYTES + name + 4
+    start = header + HEADER_BYTES + name + 4
     if size >= _MAX32 or header >= _MAX32:
         start += 4 + (16 if size >= _MAX32 else 0) + (8 if header >= _MAX32 else 0)
     return -(-start // _ALIGNMENT) * _ALIGNMENT
 
 
-def _directory(tail: bytes, size: int) -> tuple[int, int] | None:
+def _directory(tail: bytes, size: int) -> tuple[int, int]:
     """Return where the directory begins, and the number of its entries."""
     at = len(tail) - _END.size
-    if at < 0:
-        return None
     signature, disk, first_disk, here, count, length, start, comment = _END.unpack_from(tail, at)
     if signature != b"PK\5\6" or disk or first_disk or comment or here != count:
-        return None
+        raise _OtherArchiveError
     end = size - _END.size
     if at >= _LOCATOR.size + _END64.size and tail[at - _LOCATOR.size :].startswith(b"PK\6\7"):
         at -= _LOCATOR.size + _END64.size
@@ -117,66 +120,59 @@ def _directory(tail: bytes, size: int) -> tuple[int, int] | None:
         signature, rest, disk, first_disk, here64, count64, length64, start64 = _END64.unpack_from(tail, at)
         is_known = signature == b"PK\6\6" and rest == _END64.size - 12 and not disk and not first_disk
         if not is_known or _LOCATOR.unpack_from(tail, at + _END64.size)[1:] != (0, end, 1) or here64 != count64:
-            return None
+            raise _OtherArchiveError
         same = ((count, count64, _MAX16), (length, length64, _MAX32), (start, start64, _MAX32))
         if any(short not in (long, mark) for short, long, mark in same):
-            return None
+            raise _OtherArchiveError
         count, length, start = count64, length64, start64
-    fits = start + length == end and length <= MAX_DIRECTORY_BYTES and count * _ENTRY.size <= length
-    return (start, count) if fits else None
+    if start + length != end or length > MAX_DIRECTORY_BYTES or count * _ENTRY.size > length:
+        raise _OtherArchiveError
+    return start, count
 
 
-def _members(directory: bytes, end: int, count: int) -> tuple[Member, ...] | None:
+def _members(directory: bytes, end: int, count: int) -> tuple[Member, ...]:
     """Return the members; ``end`` is where the directory begins, so all of them end before it."""
-    entries = []
+    members = list[Member]()
+    root, before = b"", 0
+    for name, header, size, crc in _entries(directory, count):
+        root = root or name.partition(b"/")[0] + b"/"
+        start = start_of(header, len(name), size)
+        if header < before or start + size > end or not name.startswith(root):
+            raise _OtherArchiveError
+        before = start + size
+        members.append(Member(name[len(root) :].decode(), header, start, size, crc))
+    names = {member.name for member in members}
+    if len(names) < len(members) or "data.pkl" not in names or "constants.pkl" in names:
+        raise _OtherArchiveError
+    return tuple(members)
+
+
+def _entries(directory: bytes, count: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yield the name of each file, where its header begins, its size and its CRC32."""
     at = 0
     for _ in range(count):
-        if at + _ENTRY.size > len(directory):
-            return None
         signature, flags, method, crc, packed, size, named, extra, comment, disk, header = _ENTRY.unpack_from(
             directory, at
         )
-        name = directory[at + _ENTRY.size : at + _ENTRY.size + named]
-        at += _ENTRY.size + named
+        at += _ENTRY.size
+        name = directory[at : at + named]
+        at += named
         if _MAX32 in (packed, size, header):
-            long = _long(directory[at : at + extra], size, packed, header)
-            if long is None:
-                return None
-            size, packed, header = long
+            size, packed, header = _long(directory[at : at + extra], size, packed, header)
         at += extra + comment
-        if signature != b"PK\1\2" or flags & ~_KNOWN_FLAGS or method or disk or packed != size or not name:
-            return None
-        entries.append((name, header, start_of(header, named, size), size, crc))
-    return _checked(entries, end)
+        is_known = signature == b"PK\1\2" and not flags & ~KNOWN_FLAGS
+        if not is_known or method or disk or packed != size or len(name) < max(named, 1):
+            raise _OtherArchiveError
+        yield name, header, size, crc
 
 
-def _checked(entries: list[tuple[bytes, int, int, int, int]], end: int) -> tuple[Member, ...] | None:
-    root = entries[0][0].partition(b"/")[0] + b"/" if entries else b""
-    before = 0
-    members = []
-    for name, header, start, size, crc in entries:
-        if header < before or start + size > end or not name.startswith(root):
-            return None
-        before = start + size
-        try:
-            members.append(Member(name[len(root) :].decode(), header, start, size, crc))
-        except UnicodeDecodeError:
-            return None
-    names = {member.name for member in members}
-    is_torch = len(names) == len(members) and "data.pkl" in names and "constants.pkl" not in names
-    return tuple(members) if is_torch else None
-
-
-def _long(extra: bytes, *short: int) -> tuple[int, ...] | None:
+def _long(extra: bytes, *short: int) -> tuple[int, ...]:
     """Return the numbers, the ones that do not fit into 32 bits from the field that has them."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<HH", extra)
         if kind == 1:
-            field = extra[4 : 4 + length]
             missing = sum(number == _MAX32 for number in short)
-            if len(field) != 8 * missing:
-                return None
-            numbers = iter(struct.unpack(f"<{missing}Q", field))
+            numbers = iter(struct.unpack(f"<{missing}Q", extra[4 : 4 + length]))
             return tuple(next(numbers) if number == _MAX32 else number for number in short)
         extra = extra[4 + length :]
-    return None
+    raise _OtherArchiveError

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import os
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element  # type: ignore[attr-defined]
 from torch.distributed.checkpoint._traverse import traverse_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_map
 
 from checkpointer.errors import (
     CheckpointerError,
-    CorruptError,
     RestoreError,
     SaveError,
     reading,
 )
-from checkpointer.formats.dcp_digests import Check, DigestingWriter, VerifyingReader
-from checkpointer.formats.dtypes import holds
-from checkpointer.formats.inspection.dcp_reader import (
+from checkpointer.formats.dcp_reader import (
+    Check,
+    FolderReader,
     Portable,
     Reader,
     UrlReader,
     as_they_are,
-    bytes_of,
     expect_no_group,
 )
+from checkpointer.formats.dcp_writer import UrlWriter, Writer
+from checkpointer.formats.dtypes import holds
 from checkpointer.formats.pickler import by_value, check_summed, check_whole, refuse_shards_in
 from checkpointer.formats.snapshot import Snapshots
 from checkpointer.formats.tensor_storage import check_stored
@@ -59,23 +54,11 @@ _STORAGE_ONLY: Final = ("retry",)
 MAX_PROBLEMS: Final = 10
 
 
-@attrs.frozen
-class FolderContents:
-    """What a folder holds, before its tensors are read."""
-
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """The shape and the dtype of each tensor, by name."""
-    value: Callable[[str], Any]
-    """Reads one value that is not a tensor, by name, without communication."""
-    whole: Callable[[], dict[str, Any]]
-    """Returns a template of whole tensors for all that the folder holds."""
-
-
 @runtime_checkable
 class Target(Protocol):
     """A template that depends on what a folder holds. All ranks read, each what its target wants."""
 
-    def wanted(self, folder: FolderContents) -> dict[str, Any]:
+    def wanted(self, folder: FolderReader) -> dict[str, Any]:
         """Return the tensors to read into, under names of the folder; not all names have to be there."""
         ...
 
@@ -127,7 +110,7 @@ class DcpFormat:
 
     def write_digested(self, state: Any, path: str, *, algorithm: str) -> Mapping[str, tuple[int, str]]:
         """See `SupportsFileDigests.write_digested`. Only the first rank gets the digests of all files."""
-        writer = _UrlWriter(path, **self._options) if "://" in path else _Writer(path)
+        writer = UrlWriter(path, **self._options) if "://" in path else Writer(path)
         writer.digest_by(algorithm)
         plain: dict[str, Any] = {}
         error: Exception | None = None
@@ -172,15 +155,15 @@ class DcpFormat:
         return self._read(path, check, weights_only=weights_only, map_location=map_location)
 
     def _read(self, path: str, check: Check | None, *, weights_only: bool, map_location: Any) -> Any:
-        reader = _UrlReader(path, **self._options) if "://" in path else _Reader(path)
+        reader = UrlReader(path, **self._options) if "://" in path else Reader(path)
         reader.weights_only, reader.check = weights_only, check
         with reading(path):
-            state = _whole(reader.read_metadata(), reader.held()) if self._template is None else self._template()
+            state = reader.whole() if self._template is None else self._template()
         target = state if isinstance(state, Target) else None
         error: Exception | None = None
         if target is not None:
             try:
-                state = target.wanted(_contents(reader))
+                state = target.wanted(reader)
             except Exception as failure:
                 state, error = {}, failure
         # An error on one rank has to be raised within DCP's own steps, which send it to the others.
@@ -256,60 +239,10 @@ class _SavePlanner(Portable, DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
 
-class _FolderWriter(DigestingWriter):
-    """A writer of a folder that the first rank makes, and that can be moved: its staging path is not recorded."""
-
-    save_id: str
-    _makes_folder = True
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._makes_folder = is_coordinator
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)  # type: ignore[misc]
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return cast(SavePlan, super().prepare_local_plan(plan)) if self._makes_folder else plan  # type: ignore[misc]
-
-
-class _Writer(Portable, _FolderWriter, FileSystemWriter):
-    """Writes to a path, which all ranks have to see."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        if not os.path.isdir(self.path):
-            msg = (
-                f"this rank ({socket.gethostname()}) does not see {os.fspath(self.path)}, which the first rank has "
-                "made; all ranks have to use one directory, on a disk that they share"
-            )
-            raise SaveError(msg)
-        return super().write_data(plan, planner)
-
-
-class _UrlWriter(Portable, _FolderWriter, FsspecWriter):
-    """Writes to a URL: closing a file makes it durable there, and its stream has nothing that could be synced.
-
-    DCP would sync every disk of this machine instead, and torch 2.14 warns of it.
-    """
-
-    def __init__(self, url: str, **options: Any) -> None:
-        super().__init__(url, sync_files=url.startswith(("file://", "local://")), **options)
-
-
-class _Reader(VerifyingReader, Reader):  # type: ignore[misc]
-    """Reads a path, and verifies what it reads."""
-
-
-class _UrlReader(VerifyingReader, UrlReader):  # type: ignore[misc]
-    """Reads a URL, and verifies what it reads."""
-
-    is_near = False
-
-
 class _Planner(Portable, DefaultLoadPlanner):
     """Reads into a template if it is what was saved, and what is not a tensor as safely as a torch file is read."""
 
-    reader: _Reader | _UrlReader | None = None
+    reader: Reader | UrlReader | None = None
     """Its error is raised here, because DCP would pass on its text only."""
 
     def __init__(self, *, weights_only: bool, is_exact: bool = True, error: Exception | None = None) -> None:
@@ -331,42 +264,6 @@ class _Planner(Portable, DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = TorchFormat().read(cast(BinaryIO, value), weights_only=self._weights_only, map_location="cpu")
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
-
-
-def _contents(reader: _Reader | _UrlReader) -> FolderContents:
-    """Return what a folder holds."""
-    metadata = reader.read_metadata()
-    stored = metadata.state_dict_metadata.items()
-    return FolderContents(
-        {
-            name: (tuple(one.size), one.properties.dtype)
-            for name, one in stored
-            if isinstance(one, TensorStorageMetadata)
-        },
-        functools.partial(_value, reader, metadata),
-        lambda: _whole(metadata, reader.held()),
-    )
-
-
-def _value(reader: _Reader | _UrlReader, metadata: Metadata, name: str) -> Any:
-    content = io.BytesIO(reader.bytes_of_item(metadata.storage_data[MetadataIndex(name)]))
-    return TorchFormat().read(content, weights_only=reader.weights_only, map_location="cpu")
-
-
-def _whole(metadata: Metadata, held: int) -> dict[str, Any]:
-    """Return a template of whole tensors for all that a folder holds, which is ``held`` bytes at most."""
-    stored = metadata.state_dict_metadata
-    tensors = {name: one for name, one in stored.items() if isinstance(one, TensorStorageMetadata)}
-    claimed = sum(bytes_of(one) for one in tensors.values())
-    if claimed > held:
-        msg = f"its metadata names tensors of {claimed} bytes, and its files have {held}"
-        raise CorruptError(msg)
-    state: dict[str, Any] = {}
-    for name in stored:
-        one = tensors.get(name)
-        value = None if one is None else torch.empty(one.size, dtype=one.properties.dtype)
-        set_element(state, (metadata.planner_data or {}).get(name, (name,)), value)
-    return state
 
 
 def _check_same(state: Mapping[str, Any], metadata: Metadata) -> None:

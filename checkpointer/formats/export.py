@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, Literal
 
 from checkpointer._new_file import new_file
 from checkpointer.errors import PolicyError, SaveError
+from checkpointer.formats.archive import Archive
 from checkpointer.formats.inspection.pickle import Persistent
 from checkpointer.formats.inspection.pickled_tensors import STORAGES
 from checkpointer.formats.inspection.safetensors_file import entry, write_safetensors
@@ -23,9 +23,6 @@ WeightsFormat = Literal["safetensors", "torch"]
 _TORCH: Final = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 
 _STORAGES: Final = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNED: Final = 64
-_LOCAL_HEADER: Final = 30
-_ZIP64_EXTRA: Final = 20
 
 Read = Callable[[str], Any]
 
@@ -96,27 +93,16 @@ def _write_torch(stream: BinaryIO, tensors: Mapping[str, TensorInfo], read: Read
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump({name: info if info.is_dense else read(name).cpu() for name, info in tensors.items()})
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.writestr("archive/data.pkl", buffer.getvalue())
-        archive.writestr("archive/byteorder", "little")
-        for number, storage in enumerate(pickler.storages):
-            is_info = isinstance(storage, TensorInfo)
-            member = zipfile.ZipInfo(f"archive/data/{number}")
-            member.file_size = storage.bytes if is_info else storage.nbytes()
-            member.extra = _padding(stream.tell(), member)
-            with archive.open(member, "w") as part:
-                part.write(
-                    memory_of(read(storage.name)) if is_info else memory_at(storage.data_ptr(), member.file_size)
-                )
-        archive.writestr("archive/version", "3\n")
-
-
-def _padding(position: int, member: zipfile.ZipInfo) -> bytes:
-    """Return the extra field that lets the bytes begin where memory can be mapped, as torch does it."""
-    is_large = member.file_size * 1.05 > zipfile.ZIP64_LIMIT
-    start = position + _LOCAL_HEADER + len(member.filename) + 4 + (_ZIP64_EXTRA if is_large else 0)
-    count = -start % _ALIGNED
-    return b"FB" + count.to_bytes(2, "little") + b"Z" * count
+    archive = Archive(stream)
+    archive.write_record("data.pkl", buffer.getvalue(), buffer.tell())
+    archive.write_record("byteorder", "little", len("little"))
+    for number, storage in enumerate(pickler.storages):
+        if isinstance(storage, TensorInfo):
+            data = memory_of(read(storage.name))
+        else:
+            data = memory_at(storage.data_ptr(), storage.nbytes())
+        archive.write_record(f"data/{number}", data, len(data))
+    archive.close()
 
 
 class _Pickler(pickle.Pickler):

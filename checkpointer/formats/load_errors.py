@@ -70,7 +70,7 @@ def unsafe_globals(stream: BinaryIO) -> list[str]:
 
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-    except Exception:  # No zip file, or a torch before 2.5: then the error of the load has to name them.
+    except Exception:  # No zip file: then the error of the load has to name them.
         return []
 
 

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
+import torch
+
 from checkpointer.formats.tensor_bytes import memory_at
 
 HUGE_PAGE: Final = 2 << 20
@@ -23,8 +25,6 @@ class MappedFile:
     """The pages of a file, as they are now. If they are changed in memory, the file stays as it is."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
-        import torch
-
         # By the descriptor, because another file may have the name by now.
         self.storage: Any = torch.UntypedStorage.from_file(f"/proc/self/fd/{stream.fileno()}", False, size)
         """All of its bytes, as torch has them."""

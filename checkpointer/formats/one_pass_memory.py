@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, Final
 
+import torch
+
+from checkpointer.formats.archive_reader import Member
 from checkpointer.formats.mapped_memory import HUGE_PAGE, MappedFile, use_huge_pages
 from checkpointer.formats.tensor_bytes import memory_at, read_exactly
 
@@ -21,15 +25,19 @@ class Layout:
     def __init__(self, stream: BinaryIO, size: int, *, is_mapped: bool) -> None:
         self._stream = stream
         self._mapped = MappedFile(stream, size) if is_mapped else None
-        self._on_pages: set[int] = set()
-        """Which pieces are pages of the mapped file."""
         self.pieces: list[tuple[int, memoryview]] = []
         """Offsets in the file, and buffers for the bytes from there on. Together they are the whole file, in order."""
+        self._storages: dict[str, Any] = {}
+        """Storages by the name of their member."""
+        self._small: dict[str, memoryview] = {}
+        """The content of all other members."""
+        self._buffers: list[tuple[int, memoryview, Sequence[Member]]] = []
+        """Buffers, where each begins in the file, and the members whose headers it has."""
 
     def populate(self, number: int) -> None:
-        """Bring the piece of that number into memory if it is a part of the mapped file. Raises `OSError` as a read."""
+        """Bring the pages of that piece into memory if the file is mapped. Raises `OSError` as a read."""
         offset, view = self.pieces[number]
-        if self._mapped is not None and number in self._on_pages:
+        if self._mapped is not None:
             self._mapped.populate(offset, len(view))
 
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
@@ -40,6 +48,32 @@ class Layout:
             CorruptError, UnsafePayloadError: As `Format.read`.
         """
         raise NotImplementedError
+
+    def take(self, name: str, size: int) -> Any:
+        """Return a storage with the first ``size`` bytes of a member, and no longer hold it: once a name."""
+        storage = self._storages.pop(name, None)
+        if storage is None:
+            storage = new_storage(size)
+            if size:  # torch asks again for a storage that has no memory.
+                memory_at(storage.data_ptr(), size)[:] = self._small.pop(name)[:size]
+        return storage
+
+    def _place(
+        self, members: Iterable[Member], start: int, end: int, is_storage: Callable[[Member], bool] = lambda _: True
+    ) -> None:
+        """Add memory for a range of bytes: large storages get their own, and what lies between them shares buffers."""
+        group = list[Member]()
+        for member in members:
+            if member.size >= SMALL and is_storage(member):
+                self._add_buffer(start, member.start, [*group, member])
+                self._storages[member.name] = self._add_storage(member.start, member.size)
+                start, group = member.end, []
+            elif group and member.end - start > PIECE:
+                self._add_buffer(start, member.header, group)
+                start, group = member.header, [member]
+            else:
+                group.append(member)
+        self._add_buffer(start, end, group)
 
     def _add(self, start: int, view: memoryview, step: int = PIECE) -> None:
         for offset in range(0, len(view), step):
@@ -56,27 +90,28 @@ class Layout:
         self._add(start + first, memory[first:])
         return storage
 
-    def _add_buffer(self, start: int, end: int) -> memoryview:
-        """Add a buffer for a range of bytes. Of a mapped file they are read now."""
+    def _add_buffer(self, start: int, end: int, members: Sequence[Member] = ()) -> memoryview:
+        """Add a buffer for a range of bytes, which has some members, or the header alone of the last one.
+
+        Of a mapped file the bytes are read now.
+        """
         buffer = memoryview(bytearray(end - start))
         if self._mapped is not None and buffer:
             self._stream.seek(start)
             buffer[:] = read_exactly(self._stream, len(buffer), "the file")
         self._add(start, buffer)
+        self._buffers.append((start, buffer, members))
+        self._small |= {one.name: buffer[one.start - start : one.end - start] for one in members if one.end <= end}
         return buffer
 
     def _add_pages(self, start: int, end: int) -> None:
         """Add a range of bytes of the mapped file, as they are there."""
         assert self._mapped is not None, "the file is mapped"
-        first = len(self.pieces)
         self._add(start, self._mapped.memory[start:end], MAPPED_PIECE)
-        self._on_pages.update(range(first, len(self.pieces)))
 
 
 def new_storage(size: int) -> Any:
     """Return memory on the CPU, with huge pages if it is large."""
-    import torch
-
     kind: Any = torch.UntypedStorage  # It has no default device, unlike torch.empty.
     storage = kind(size, device="cpu")
     if size >= HUGE_PAGE:

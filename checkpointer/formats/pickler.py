@@ -125,19 +125,15 @@ def _is_reference(tensor: Any) -> bool:
     if own is torch.Tensor.__reduce_ex__:
         return False
     try:
-        has_bytes = tensor.untyped_storage().nbytes() > 0
+        has_bytes = bool(tensor.untyped_storage().nbytes())
     except Exception:  # It has none, or it is in other tensors. Classes raise what they like here.
         return False
-    return has_bytes and not _names_memory(tensor)
-
-
-def _names_memory(tensor: Any) -> bool:
     dry = _Dry()
     try:
         dry.dump(tensor)
     except Exception:
-        return False
-    return dry.names_memory
+        return has_bytes
+    return has_bytes and not dry.names_memory
 
 
 class _Dry(pickle.Pickler):

@@ -29,6 +29,7 @@ _ALWAYS: Final = frozenset(
     }
 )
 """Dtypes that every version of safetensors holds."""
+_ADVICE: Final = "pass weights=model.state_dict with contents='weights', or use format='torch'"
 
 
 class SafetensorsFormat:
@@ -98,10 +99,7 @@ class SafetensorsFormat:
 
 def _tensors(state: Any) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping):
-        msg = (
-            f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors: pass "
-            "weights=model.state_dict with contents='weights', or use format='torch'"
-        )
+        msg = f"the state is a {type(state).__name__}; safetensors holds a flat mapping of names to tensors: {_ADVICE}"
         raise SaveError(msg)
     # A DTensor that is whole in this process is its own memory.
     tensors = {key: value.to_local() if is_whole_dtensor(value) else value for key, value in state.items()}
@@ -116,10 +114,7 @@ def _check(key: Any, value: Any) -> None:
         what = (
             f"state[{key!r}] is a {type(value).__name__}" if is_text else f"the key {key!r} is a {type(key).__name__}"
         )
-        msg = (
-            f"{what}; safetensors holds only tensors under text names: pass "
-            "weights=model.state_dict with contents='weights', or use format='torch'"
-        )
+        msg = f"{what}; safetensors holds only tensors under text names: {_ADVICE}"
         raise SaveError(msg)
     if key == "__metadata__":
         msg = f"the key {key!r} is reserved in safetensors; rename it, or use format='torch'"

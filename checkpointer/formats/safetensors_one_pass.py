@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO
 
+import torch
+
 from checkpointer.errors import CorruptError
-from checkpointer.formats.archive_reader import OtherLayoutError
+from checkpointer.formats.archive_reader import Member, OtherLayoutError
 from checkpointer.formats.inspection.safetensors_file import SafetensorsContents
 from checkpointer.formats.inspection.tensors import ITEM_SIZES, dtype_named
 from checkpointer.formats.mapped_memory import can_map
-from checkpointer.formats.one_pass_memory import PIECE, SMALL, Layout, new_storage
-from checkpointer.formats.tensor_bytes import memory_at, read_exactly
+from checkpointer.formats.one_pass_memory import Layout
+from checkpointer.formats.tensor_bytes import read_exactly
 
 
 class SafetensorsLayout(Layout):
@@ -23,17 +25,16 @@ class SafetensorsLayout(Layout):
         stream.seek(0)
         self._header = read_exactly(stream, contents.start, "its header")
         self._read_header = self._add_buffer(0, contents.start)
-        self._storages: dict[str, Any] = {}
-        """Storages by the name of their tensor."""
-        self._small: dict[str, memoryview] = {}
-        """The bytes of all other tensors."""
         begin = contents.start
-        places = {name: (begin + start, begin + end) for name, (start, end) in contents.offsets.items() if start < end}
+        places = sorted(
+            (begin + start, end - start, name) for name, (start, end) in contents.offsets.items() if start < end
+        )
+        members = [Member(name, start, start, size, crc=0) for start, size, name in places]
         if self._mapped is not None:
-            self._storages = {name: self._mapped.storage[start:end] for name, (start, end) in places.items()}
+            self._storages = {one.name: self._mapped.storage[one.start : one.end] for one in members}
             self._add_pages(begin, size)
         else:
-            self._place(sorted((*place, name) for name, place in places.items()), begin, size)
+            self._place(members, begin, size)
 
     @classmethod
     def of(cls, stream: BinaryIO, *, is_mapped: bool) -> SafetensorsLayout | None:
@@ -51,42 +52,17 @@ class SafetensorsLayout(Layout):
             return None
         return cls(stream, contents, is_mapped=is_mapped)
 
-    def _place(self, places: list[tuple[int, int, str]], start: int, size: int) -> None:
-        """Add memory for all tensors, in their order in the file. ``start`` is where the first may begin."""
-        small = list[tuple[int, int, str]]()
-        for begin, end, name in places:
-            if end - begin >= SMALL:
-                self._add_small(start, begin, small)
-                self._storages[name] = self._add_storage(begin, end - begin)
-                start, small = end, []
-                continue
-            if small and end - start > PIECE:
-                self._add_small(start, begin, small)
-                start, small = begin, []
-            small.append((begin, end, name))
-        self._add_small(start, size, small)
-
-    def _add_small(self, start: int, end: int, places: list[tuple[int, int, str]]) -> None:
-        buffer = self._add_buffer(start, end)
-        for begin, finish, name in places:
-            self._small[name] = buffer[begin - start : finish - start]
-
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
         """See `Layout.state`. The file may have been replaced since its header was read."""
         if self._read_header != self._header:
             raise OtherLayoutError
+        self._buffers.clear()  # Each is freed when its last member is taken.
         tensors = {name: self._tensor(name) for name in self._tensors}
         if map_location in (None, "cpu"):
             return tensors
         return {name: tensors.pop(name).to(map_location) for name in self._tensors}
 
     def _tensor(self, name: str) -> Any:
-        import torch
-
         info = self._tensors[name]
-        small = self._small.pop(name, None)
-        storage = self._storages.pop(name) if small is None and info.bytes else new_storage(info.bytes)
-        if small is not None:
-            memory_at(storage.data_ptr(), info.bytes)[:] = small
         tensor: Any = torch.empty(0, dtype=dtype_named(info.dtype), device="cpu")
-        return tensor.set_(storage, 0, info.shape)
+        return tensor.set_(self.take(name, info.bytes), 0, info.shape)

@@ -8,20 +8,16 @@ from the last copy as far as their sizes fit.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final
 
 import attrs
 
 from checkpointer.formats.shared_memory import LARGE, Arena, arena_for
 from checkpointer.formats.tensor_bytes import move
 from checkpointer.formats.tensor_storage import cut, span
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 UNUSED: Final = 1 << 20
 """Bytes of a storage that no tensor of the state uses, from which on they are not copied."""
@@ -77,7 +73,8 @@ class _Part:
     """First byte."""
     size: int
     """Bytes."""
-    is_cuda: bool
+    place: str
+    """Where the copy is, as in `_Key`."""
     fits: bool
     """Whether the tensor holds these bytes in their order, and is copied instead of them, because they are few."""
 
@@ -106,17 +103,13 @@ class _Layout:
     """All other parts."""
 
 
-def _without_overrides(call: Callable[_P, _R]) -> Callable[_P, _R]:
+@contextlib.contextmanager
+def _without_overrides() -> Iterator[None]:
     """Call torch itself for each operation: no mode, such as a default device, takes a part in it."""
+    import torch
 
-    @functools.wraps(call)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        import torch
-
-        with torch._C.DisableTorchFunction():
-            return call(*args, **kwargs)
-
-    return wrapper
+    with torch._C.DisableTorchFunction():
+        yield
 
 
 class Memory:
@@ -130,7 +123,7 @@ class Memory:
         self._addresses: tuple[list[int], list[int]] | None = None
         """Those of the storages when they last matched: of `Sources.storages`, and of each tensor's."""
 
-    @_without_overrides
+    @_without_overrides()
     def matches(self, sources: Sources) -> bool:
         """Return whether the tensors of the last copy can take the bytes of these."""
         layout = self._layout
@@ -152,14 +145,14 @@ class Memory:
         self._addresses = addresses
         return True
 
-    @_without_overrides
+    @_without_overrides()
     def arrange(self, sources: Sources) -> None:
         """Make tensors and buffers for these sources. All tensors must be plain."""
         self._layout = self._addresses = None  # Before new memory is allocated, free what does not fit.
         tensors, storages = sources.tensors, _storages_of(sources.tensors)
         on = _numbered(storages, sources)
         parts = [*_whole_storages(sources), *_parts(tensors, storages, on, len(sources.storages))]
-        keys = [(part.size, _place_of(part, sources)) for part in parts]
+        keys = [(part.size, part.place) for part in parts]
         self._allocate(keys)
         starts = {part.number: part.start for part in parts}
         copies = [_on(self.buffer(n), tensor, starts[n]) for n, tensor in zip(on, tensors, strict=True)]
@@ -194,7 +187,7 @@ class Memory:
         others = iter(_allocate_again([key for key in keys if key[1] != "cpu"], self._buffers))
         self._buffers = [(key, next(shared)) if key[1] == "cpu" else next(others) for key in keys]
 
-    @_without_overrides
+    @_without_overrides()
     def copy(self, sources: Sources, streams: Streams) -> list[Any]:
         """Copy the bytes of sources that match; return the copies of the tensors."""
         import torch
@@ -207,7 +200,7 @@ class Memory:
             torch._foreach_copy_(layout.whole_copies, tensors if every else [tensors[place] for place in layout.whole])
         moves, owners = [], []
         for part in layout.rest:
-            if _place_of(part, sources) == "meta":
+            if part.place == "meta":
                 continue
             storage, buffer = _source_of(part, sources), self.buffer(part.number)
             if storage.device.type == "cpu":
@@ -216,7 +209,7 @@ class Memory:
                 continue
             source = _bytes_of(storage, part.start, part.size)
             with streams.of(storage.device):
-                _bytes_of(buffer, 0, part.size).copy_(source, non_blocking=part.is_cuda)
+                _bytes_of(buffer, 0, part.size).copy_(source, non_blocking=part.place == "pinned")
         move(moves, owners)
         return layout.copies
 
@@ -329,8 +322,8 @@ def _key_of(storage: Any) -> _Key:
 
 def _whole_storages(sources: Sources) -> Iterator[_Part]:
     for number, storage in enumerate(sources.storages):
-        is_cuda = storage.device.type == "cuda"
-        yield _Part(number, None, 0, storage.nbytes(), is_cuda=is_cuda, fits=False)
+        place = {"cuda": "pinned", "meta": "meta"}.get(storage.device.type, "cpu")
+        yield _Part(number, None, 0, storage.nbytes(), place, fits=False)
 
 
 def _parts(tensors: Sequence[Any], storages: Sequence[Any], on: Sequence[int], first: int) -> Iterator[_Part]:
@@ -352,7 +345,7 @@ def _parts(tensors: Sequence[Any], storages: Sequence[Any], on: Sequence[int], f
             fits = _fits(tensors[place], start, size)
         # A copy of bool values would change bytes other than 0 and 1.
         fits = fits and size < LARGE and not is_cuda and tensors[place].dtype is not torch.bool
-        yield _Part(number, place, start, size, is_cuda=is_cuda, fits=fits)
+        yield _Part(number, place, start, size, "pinned" if is_cuda else "cpu", fits=fits)
 
 
 def _used(tensors: Sequence[Any], size: int) -> tuple[int, int]:
@@ -374,12 +367,6 @@ def _source_of(part: _Part, sources: Sources) -> Any:
     if part.tensor is None:
         return sources.storages[part.number]
     return sources.tensors[part.tensor].untyped_storage()
-
-
-def _place_of(part: _Part, sources: Sources) -> str:
-    if part.is_cuda:
-        return "pinned"
-    return "meta" if part.tensor is None and sources.storages[part.number].device.type == "meta" else "cpu"
 
 
 # Buffers

@@ -10,16 +10,18 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Final
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
 from checkpointer.formats.load_errors import raising_unreadable
 from checkpointer.formats.mapped_memory import MappedFile, can_map
-from checkpointer.formats.one_pass_memory import PIECE, SMALL, Layout, new_storage
-from checkpointer.formats.tensor_bytes import memory_at, read_exactly
+from checkpointer.formats.one_pass_memory import Layout
 
 _PICKLE: Final = "data.pkl"
 _DATA: Final = "data/"
@@ -29,8 +31,6 @@ _PARAMETERS: Final = ("zip_file", "map_location", "pickle_module")
 @functools.cache
 def can_unpickle() -> bool:
     """Return whether the installed torch has the functions that this module calls. They are private."""
-    import torch
-
     load = getattr(torch.serialization, "_load", None)
     parameters = tuple(inspect.signature(load).parameters) if load is not None else ()
     return parameters[:3] == _PARAMETERS and hasattr(torch.serialization, "_weights_only_unpickler")
@@ -42,17 +42,10 @@ class TorchLayout(Layout):
     def __init__(self, stream: BinaryIO, archive: Archive, *, is_mapped: bool) -> None:
         super().__init__(stream, archive.size, is_mapped=is_mapped)
         self._archive = archive
-        self._storages: dict[str, Any] = {}
-        """Storages by the name of their member."""
-        self._small: dict[str, memoryview] = {}
-        """The content of all other members."""
-        self._headers: list[tuple[Member, memoryview, int]] = []
-        """Each member, a buffer that has its header, and where the header begins there."""
-        self._directory = memoryview(b"")
         if self._mapped is not None:
             self._map(self._mapped)
         else:
-            self._place()
+            self._place(archive.members, 0, archive.size, _is_storage)
 
     @classmethod
     def of(cls, stream: BinaryIO, *, is_mapped: bool) -> TorchLayout | None:
@@ -61,24 +54,9 @@ class TorchLayout(Layout):
         With ``is_mapped``, the stream is a file on this machine. Its storages are the file's own pages, and all else is
         read now.
         """
-        archive = _archive_of(stream) if can_unpickle() and (can_map() or not is_mapped) else None
+        archive = Archive.of(stream) if can_unpickle() and (can_map() or not is_mapped) else None
+        stream.seek(0)
         return cls(stream, archive, is_mapped=is_mapped) if archive is not None else None
-
-    # Where the bytes go
-
-    def _place(self) -> None:
-        start, members = 0, list[Member]()
-        for member in self._archive.members:
-            if _is_storage(member) and member.size >= SMALL:
-                self._add_members(start, member.start, members, member)
-                self._storages[member.name] = self._add_storage(member.start, member.size)
-                start, members = member.end, []
-                continue
-            if members and member.end - start > PIECE:
-                self._add_members(start, member.header, members)
-                start, members = member.header, []
-            members.append(member)
-        self._add_members(start, self._archive.size, members)
 
     def _map(self, mapped: MappedFile) -> None:
         directory = self._archive.size - len(self._archive.directory)
@@ -88,30 +66,22 @@ class TorchLayout(Layout):
             if is_mapped:
                 for member in group:
                     self._storages[member.name] = mapped.storage[member.start : member.end]
-                    self._headers.append((member, mapped.memory, member.header))
+                self._buffers.append((0, mapped.memory, group))
                 self._add_pages(start, end)
             else:
-                self._add_members(start, end, group)
-        self._add_members(directory, self._archive.size, [])
-
-    def _add_members(self, start: int, end: int, members: Sequence[Member], last: Member | None = None) -> None:
-        """Add a buffer for a range, which has some members from header to end, and the header of ``last`` alone."""
-        buffer = self._add_buffer(start, end)
-        for member in members:
-            self._small[member.name] = buffer[member.start - start : member.end - start]
-        for member in (*members, *([last] if last else ())):
-            self._headers.append((member, buffer, member.header - start))
-        self._directory = buffer[max(0, len(buffer) - len(self._archive.directory)) :]
+                self._add_buffer(start, end, group)
+        self._add_buffer(directory, self._archive.size)
 
     def state(self, *, weights_only: bool, map_location: Any) -> Any:
         """See `Layout.state`. The bytes may lie in another way than the directory made expect."""
-        import torch
-
-        if self._directory != self._archive.directory or not all(itertools.starmap(agrees, self._headers)):
+        directory = self._buffers[-1][1][-len(self._archive.directory) :]
+        headers = ((one, buffer, one.header - start) for start, buffer, members in self._buffers for one in members)
+        if directory != self._archive.directory or not all(itertools.starmap(agrees, headers)):
             raise OtherLayoutError
+        self._buffers.clear()  # Each is freed when its last member is taken.
         if not weights_only and os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):  # torch.load knows what it means.
             raise OtherLayoutError
-        reader = _Reader(self._archive.members, self._storages, self._small)
+        reader = _Reader(self._archive.members, self._small, self.take)
         serialization: Any = torch.serialization
         module = serialization._weights_only_unpickler if weights_only else pickle
         with raising_unreadable(self._pickle, weights_only=weights_only):
@@ -140,17 +110,17 @@ class TorchLayout(Layout):
 class _Reader:
     """Does what the file reader of torch does. It hands out each storage once, and no longer holds it then."""
 
-    def __init__(self, members: Sequence[Member], storages: dict[str, Any], small: dict[str, memoryview]) -> None:
+    def __init__(
+        self, members: Sequence[Member], small: Mapping[str, memoryview], take: Callable[[str, int], Any]
+    ) -> None:
         self._members = {member.name: member for member in members}
-        self._storages = storages
         self._small = small
+        self._take = take
         self._taken: list[tuple[str, Any, int]] = []
         """Name, weak reference and size of each storage that was handed out: one that moved to a device is freed."""
 
     def check_sizes(self) -> None:
         """Raise `CorruptError` if a tensor has needed more bytes than its storage has. torch makes it larger then."""
-        import torch
-
         for name, reference, size in self._taken:
             storage: Any = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # None if it is freed.
             if storage is not None and storage.nbytes() != size:
@@ -185,13 +155,7 @@ class _Reader:
         if size > has:
             msg = f"a tensor needs {size} bytes of {name}, which has {has}"
             raise CorruptError(msg)
-        from torch.multiprocessing.reductions import StorageWeakRef
-
-        storage = self._storages.pop(name, None)
-        if storage is None:
-            storage = new_storage(size)
-            if size:  # torch asks again for a storage that has no memory.
-                memory_at(storage.data_ptr(), size)[:] = self._small.pop(name)[:size]
+        storage = self._take(name, size)
         taken = storage if storage.nbytes() == size else storage[:size]
         self._taken.append((name, StorageWeakRef(taken), size))  # type: ignore[no-untyped-call]
         return _Taken(taken)
@@ -209,13 +173,3 @@ class _Taken:
 
 def _is_storage(member: Member) -> bool:
     return member.name.startswith(_DATA)
-
-
-def _archive_of(stream: BinaryIO) -> Archive | None:
-    def read(offset: int, length: int) -> bytes:
-        stream.seek(offset)
-        return bytes(read_exactly(stream, length, "its directory"))
-
-    archive = Archive.of(read, stream.seek(0, io.SEEK_END))
-    stream.seek(0)
-    return archive

@@ -9,7 +9,7 @@ from typing import BinaryIO, Final
 from checkpointer._display import some_of
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, agrees
-from checkpointer.formats.inspection.torch_file import open_zip
+from checkpointer.formats.inspection.torch_file import open_torch
 from checkpointer.formats.tensor_bytes import read_exactly
 
 _CHUNK: Final = 4 << 20
@@ -32,7 +32,7 @@ def damage_in(stream: BinaryIO) -> str:
     """
     if stream.read(2) != b"PK":
         return ""
-    archive = Archive.of(lambda offset, length: _read(stream, offset, length), stream.seek(0, 2))
+    archive = Archive.of(stream)
     if archive is None:
         return "the directory at its end is damaged"
     if not any(member.crc for member in archive.members):
@@ -78,7 +78,7 @@ def _tensors(stream: BinaryIO) -> Mapping[str, Sequence[str]]:
     """Return the names of the tensors in each storage. Nothing is unpickled for it."""
     stream.seek(0)
     try:
-        return open_zip(stream).names_by_storage()
+        return open_torch(stream).names_by_storage()
     except CorruptError:
         return {}
 

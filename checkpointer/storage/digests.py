@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final
-
-import attrs
 
 from checkpointer.errors import CorruptError
 from checkpointer.ports import Storage, SupportsLinks, Writable
@@ -31,11 +30,6 @@ def algorithm_of_files(digest: str) -> str:
 def is_cryptographic(digest: str) -> bool:
     """Return whether it is infeasible to make other bytes with the same digest."""
     return algorithm_of_files(digest) == CRYPTOGRAPHIC
-
-
-def is_of_files(digest: str) -> bool:
-    """Return whether a folder's digest is that of its files' digests."""
-    return digest.startswith(OF_FILES)
 
 
 def digest_of_files(files: Mapping[str, tuple[int, str]], algorithm: str) -> tuple[int, str]:
@@ -72,22 +66,15 @@ class _Digest:
         return f"{self.algorithm}:{self._hash.hexdigest()}"
 
 
-@attrs.frozen
-class _Computed:
-    """Stands for the hash of bytes that another process has digested."""
-
-    digits: str
-
-    def hexdigest(self) -> str:
-        return self.digits
-
-
 class DigestWriter(_Digest):
-    """Writes bytes to a stream, and digests and counts them."""
+    """Writes bytes to a stream, and digests and counts them. ``note`` is called with their number so far."""
 
-    def __init__(self, stream: Writable, algorithm: str = ALGORITHM) -> None:
+    def __init__(
+        self, stream: Writable, algorithm: str = ALGORITHM, note: Callable[[int], object] = lambda size: None
+    ) -> None:
         super().__init__(algorithm)
         self._stream = stream
+        self._note = note
         self.error: BaseException | None = None
         """The stream's first exception, because a serialiser may raise another one in its place."""
 
@@ -103,6 +90,7 @@ class DigestWriter(_Digest):
             except BaseException as error:
                 self.error = self.error or error
                 raise
+            self._note(self.size)
         return len(view)
 
     def flush(self) -> None:
@@ -115,16 +103,17 @@ class DigestWriter(_Digest):
 
     def count_to(self, size: int) -> None:
         """See `SupportsDescriptor.count_to`."""
-        self._stream.count_to(size)  # type: ignore[attr-defined]  # It has a descriptor.
+        self._note(size)
 
     def start_over(self) -> None:
         """See `SupportsDescriptor.start_over`."""
         self._stream.start_over()  # type: ignore[attr-defined]  # It has a descriptor.
+        self._note(0)
 
     def take_over(self, size: int, hexdigest: str) -> None:
         """See `SupportsDescriptor.take_over`."""
         self.count_to(size)
-        self.size, self._hash = size, _Computed(hexdigest)
+        self.size, self._hash = size, types.SimpleNamespace(hexdigest=lambda: hexdigest)
 
 
 class FolderDigest(_Digest):
@@ -132,7 +121,7 @@ class FolderDigest(_Digest):
 
     def __init__(self, algorithm: str) -> None:
         super().__init__(algorithm.removeprefix(OF_FILES))
-        self._is_of_files = is_of_files(algorithm)
+        self._is_of_files = algorithm.startswith(OF_FILES)
         self._files: dict[str, tuple[int, str]] = {}
         self._inside, self._begun = "", 0
 

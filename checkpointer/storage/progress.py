@@ -1,4 +1,4 @@
-"""How far a long transfer is: a writer that logs it, and a storage that reports the bytes read from it."""
+"""How far a long transfer is: what logs it, and a storage that reports the bytes read from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
-from checkpointer.ports import Clock, Stat, Storage, SupportsLinks, SupportsPaths, Upload, Writable
+from checkpointer.ports import Clock, Stat, Storage, SupportsLinks, SupportsPaths, Upload
 from checkpointer.storage.reader import SeekableReader
 
 _log = logging.getLogger("checkpointer")
@@ -17,15 +17,12 @@ EVERY_S: Final = 10.0
 
 
 class Transfer:
-    """Writes bytes to a stream, and every `EVERY_S` logs at INFO how many were written and how quickly.
+    """Knows how much of a payload is written, and every `EVERY_S` logs it at INFO, with the speed.
 
     ``expected`` is the payload's size in bytes, or None if unknown. It is an estimate, unless the payload is a copy.
     """
 
-    def __init__(
-        self, stream: Writable, name: str, clock: Clock, *, expected: int | None = None, is_copy: bool = False
-    ) -> None:
-        self._stream = stream
+    def __init__(self, name: str, clock: Clock, *, expected: int | None = None, is_copy: bool = False) -> None:
         self.name = name
         self._clock = clock
         self.expected = expected or 0
@@ -33,27 +30,8 @@ class Transfer:
         self.bytes = 0
         self._begun = self._logged = clock.time()
 
-    def write(self, data: Any) -> int:
-        """Write all of ``data`` and return its length in bytes."""
-        count = self._stream.write(data)
-        self._note(self.bytes + count)
-        return count
-
-    @property
-    def descriptor(self) -> int | None:
-        """See `SupportsDescriptor.descriptor`."""
-        return getattr(self._stream, "descriptor", None)
-
-    def count_to(self, size: int) -> None:
-        """See `SupportsDescriptor.count_to`."""
-        self._note(size)
-
-    def start_over(self) -> None:
-        """See `SupportsDescriptor.start_over`."""
-        self._stream.start_over()  # type: ignore[attr-defined]  # It has a descriptor.
-        self.bytes = 0
-
-    def _note(self, size: int) -> None:
+    def note(self, size: int) -> None:
+        """Note that ``size`` bytes are written so far."""
         self.bytes = size
         now = self._clock.time()
         if now - self._logged >= EVERY_S:

@@ -17,53 +17,18 @@ PARTS_READ_AT_ONCE: Final = 8
 _PART: Final = 16 << 20
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Part:
-    """Adjacent bytes of a file, which one request reads."""
+    """Adjacent bytes of a file, which one request reads. A request that was cut goes on at ``position``."""
 
-    start: int
-    """Offset of the first byte."""
-    views: tuple[memoryview, ...]
+    position: int
+    """Offset in the file of the next byte."""
+    end: int
+    """Offset behind the last byte."""
+    _views: deque[memoryview]
     """The buffers to fill, in order."""
     num_filled: int
     """How many of the caller's pieces are filled when this part and all before it are."""
-
-    @property
-    def end(self) -> int:
-        """Offset behind the last byte."""
-        return self.start + sum(map(len, self.views))
-
-
-def parts_of(pieces: Sequence[tuple[int, memoryview]], size: int = _PART) -> list[Part]:
-    """Cut and join pieces to parts of at most ``size`` bytes. A gap between two pieces begins a new part."""
-    parts: list[Part] = []
-    start, end = 0, 0
-    views: list[memoryview] = []
-    for number, (offset, buffer) in enumerate(pieces):
-        view = buffer.cast("B")
-        while view:
-            if views and (offset != end or end - start == size):
-                parts.append(Part(start, tuple(views), number))
-                views = []
-            if not views:
-                start = end = offset
-            taken = view[: size - (end - start)]
-            views.append(taken)
-            view = view[len(taken) :]
-            offset += len(taken)
-            end = offset
-    return [*parts, Part(start, tuple(views), len(pieces))] if pieces else []
-
-
-class Target:
-    """The buffers of a part, and how far they are filled. A request that was cut goes on there."""
-
-    def __init__(self, part: Part) -> None:
-        self._views = deque(part.views)
-        self.position = part.start
-        """Offset in the file of the next byte."""
-        self.end: Final = part.end
-        """Offset behind the last byte."""
 
     def write(self, data: bytes) -> None:
         """Fill the next bytes; raise `OSError` if there are more than requested."""
@@ -81,15 +46,36 @@ class Target:
             chunk = chunk[len(taken) :]
 
 
+def parts_of(pieces: Sequence[tuple[int, memoryview]], size: int = _PART) -> list[Part]:
+    """Cut and join pieces to parts of at most ``size`` bytes. A gap between two pieces begins a new part."""
+    parts: list[Part] = []
+    start, end = 0, 0
+    views = deque[memoryview]()
+    for number, (offset, buffer) in enumerate(pieces):
+        view = buffer.cast("B")
+        while view:
+            if views and (offset != end or end - start == size):
+                parts.append(Part(start, end, views, number))
+                views = deque()
+            if not views:
+                start = end = offset
+            taken = view[: size - (end - start)]
+            views.append(taken)
+            view = view[len(taken) :]
+            offset += len(taken)
+            end = offset
+    return [*parts, Part(start, end, views, len(pieces))] if pieces else []
+
+
 def read_parts(
-    loop: asyncio.AbstractEventLoop, parts: Sequence[Part], fill: Callable[[Target], Awaitable[None]]
+    loop: asyncio.AbstractEventLoop, parts: Sequence[Part], fill: Callable[[Part], Awaitable[None]]
 ) -> Iterator[int]:
     """Fill the parts on an event loop of another thread; see `SupportsPieces.read_pieces` for what is yielded."""
     slots = asyncio.Semaphore(PARTS_READ_AT_ONCE)
 
     async def limited(part: Part) -> None:
         async with slots:
-            await fill(Target(part))
+            await fill(part)
 
     async def begin() -> list[asyncio.Task[None]]:
         return [asyncio.create_task(limited(part)) for part in parts]

@@ -8,6 +8,8 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Final, cast
 
+import attrs
+
 from checkpointer.errors import RecordError
 from checkpointer.ports import Storage, SupportsPaths
 from checkpointer.storage.retry import Retry, is_transient
@@ -77,26 +79,21 @@ class SeekableReader(io.RawIOBase):
         return True
 
 
+@attrs.define(eq=False, repr=False, slots=False)
 class _ResumingReader(SeekableReader):
-    def __init__(
-        self,
-        begin: Callable[[], Any],
-        path: str,
-        retry: Retry,
-        turn: contextlib.AbstractContextManager[Any],
-        hidden: Callable[[], contextlib.AbstractContextManager[None]],
-    ) -> None:
-        self._hidden = hidden
-        self._begin = begin
-        self._path = path
-        self._retry = retry
-        self._turn = turn
-        self._stream: Any = None
-        self._stream = retry(begin, f"opening {path}")
+    _begin: Callable[[], Any]
+    _path: str
+    _retry: Retry
+    _turn: contextlib.AbstractContextManager[Any]
+    _hidden: Callable[[], contextlib.AbstractContextManager[None]]
+    _stream: Any = attrs.field(default=None, init=False)
+    _position: int = attrs.field(default=0, init=False)
+    _has_read: bool = attrs.field(default=False, init=False)
+    _is_cut: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._stream = self._retry(self._begin, f"opening {self._path}")
         self._identity = _identity(self._stream)
-        self._position = 0
-        self._has_read = False
-        self._is_cut = False
 
     def tell(self) -> int:
         return self._position

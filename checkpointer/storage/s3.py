@@ -27,7 +27,7 @@ from checkpointer.storage.connection import Connection
 from checkpointer.storage.drivers import SILENCE_S, is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
 from checkpointer.storage.publish import Publisher, owner_of
-from checkpointer.storage.ranges import Target, parts_of, read_parts
+from checkpointer.storage.ranges import Part, parts_of, read_parts
 from checkpointer.storage.reader import read_whole
 from checkpointer.storage.remote import BufferedUpload, FsspecStorage
 from checkpointer.storage.retry import Retry, is_transient
@@ -135,31 +135,31 @@ class _S3Connection(Connection):
             msg = f"{what} was not answered within {self.limit_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, msg) from error
 
-    async def fill(self, path: str, identity: tuple[str, int], target: Target) -> None:
+    async def fill(self, path: str, identity: tuple[str, int], part: Part) -> None:
         """Read a part of an object. After a cut, go on with the next byte."""
         what = f"reading {path}"
         with self.retrying(what) as retry:
-            while target.position < target.end:
+            while part.position < part.end:
                 # Bytes that arrived begin a new deadline.
-                await retry.run(lambda: self._fill_some(path, identity, target), f"{what} in {self}")
+                await retry.run(lambda: self._fill_some(path, identity, part), f"{what} in {self}")
 
-    async def _fill_some(self, path: str, identity: tuple[str, int], target: Target) -> None:
-        begin = target.position
+    async def _fill_some(self, path: str, identity: tuple[str, int], part: Part) -> None:
+        begin = part.position
         try:
-            reply = await self._call("get_object", {"Key": self.key(path), "Range": f"bytes={begin}-{target.end - 1}"})
+            reply = await self._call("get_object", {"Key": self.key(path), "Range": f"bytes={begin}-{part.end - 1}"})
             try:
                 if not reply.get("ContentRange", "bytes 0-").startswith(f"bytes {begin}-"):
                     raise OSError(errno.ENOTSUP, "the server ignores the requested range of bytes", path)
                 if _identity(reply) != identity:
                     raise OSError(errno.ESTALE, "the file was replaced while it was read", path)
-                await self._limited(_copy_body(reply["Body"], target), what=f"the body of {path}")
+                await self._limited(_copy_body(reply["Body"], part), what=f"the body of {path}")
             finally:
                 reply["Body"].close()
         except Exception as error:
-            if target.position == begin or not is_transient(error):
+            if part.position == begin or not is_transient(error):
                 raise
             text = self.secrets.hide(str(error))
-            _log.warning("reading %s was cut at byte %d (%s); it goes on there", path, target.position, text)
+            _log.warning("reading %s was cut at byte %d (%s); it goes on there", path, part.position, text)
 
     def find(self, prefix: str) -> dict[str, Mapping[str, Any]]:
         """See `Connection.find`. A name costs one request, a whole directory one request per 1000 objects."""
@@ -373,13 +373,13 @@ class Body:
         raise StopAsyncIteration
 
 
-async def _copy_body(body: Any, target: Target) -> None:
-    while target.position < target.end:
-        chunk = await body.read(min(_CHUNK, target.end - target.position))
+async def _copy_body(body: Any, part: Part) -> None:
+    while part.position < part.end:
+        chunk = await body.read(min(_CHUNK, part.end - part.position))
         if not chunk:
-            msg = f"the reply ended at byte {target.position} of the requested {target.end}"
+            msg = f"the reply ended at byte {part.position} of the requested {part.end}"
             raise OSError(errno.EIO, msg)
-        target.write(chunk)
+        part.write(chunk)
 
 
 def _identity(reply: Mapping[str, Any]) -> tuple[str, int]:

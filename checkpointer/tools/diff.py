@@ -56,11 +56,11 @@ def diff(before: Tensors, after: Tensors, match: str = "") -> Iterator[Change]:
 
     Example:
         >>> import io, torch
-        >>> from checkpointer.formats.inspection.torch_file import open_zip
+        >>> from checkpointer.formats.inspection.torch_file import open_torch
         >>> def opened(state):
         ...     stream = io.BytesIO()
         ...     torch.save(state, stream)
-        ...     return open_zip(stream)
+        ...     return open_torch(stream)
         >>> (change,) = diff(opened({"w": torch.zeros(4)}), opened({"w": torch.ones(4)}))
         >>> change.kind, change.norm, change.max
         ('changed', 2.0, 1.0)
@@ -76,8 +76,8 @@ def diff_values(before: Tensors, after: Tensors, match: str = "") -> dict[str, t
     """Return what differs and is not a tensor, before and after; None where it is not there.
 
     Example:
-        >>> from checkpointer.formats.inspection.torch_file import TorchContents
-        >>> before, after = (TorchContents(None, {"lr": lr, "seed": 7}, {}) for lr in (0.1, 0.2))
+        >>> from checkpointer.formats.inspection.memory_state import StateContents
+        >>> before, after = (StateContents({"lr": lr, "seed": 7}) for lr in (0.1, 0.2))
         >>> diff_values(before, after)
         {'lr': (0.1, 0.2)}
     """

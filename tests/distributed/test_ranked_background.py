@@ -33,7 +33,7 @@ from checkpointer import (
 from checkpointer.distributed import shard_writer as writers
 from checkpointer.distributed.ranks import OneRank, TorchMailbox, TorchRanks
 from checkpointer.errors import PolicyError
-from checkpointer.formats import dcp_folder
+from checkpointer.formats import dcp_folder, dcp_reader, dcp_writer
 from checkpointer.ports import Listener
 
 POLICY = Policy(EverySteps(3), [KeepLast(2)], last="link")
@@ -41,6 +41,8 @@ PATIENCE_S = 60.0
 
 # Of no type, to be taken apart in the processes of a test.
 FolderModule: Any = dcp_folder
+ReaderModule: Any = dcp_reader
+WriterModule: Any = dcp_writer
 ShardWriterModule: Any = writers
 ShardWriterClass: Any = writers.ShardWriter
 
@@ -316,7 +318,7 @@ class UnsendableError(Exception):
 
 def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
     for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
-        writer = FolderModule.FileSystemWriter.write_data
+        writer = WriterModule.FileSystemWriter.write_data
 
         def fail(*args: Any, failure: Exception = failure) -> Any:
             raise failure
@@ -324,12 +326,12 @@ def fail_unsendably(rank: int, directory: Path, background: Any) -> Any:
         how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp", "background": background}
         with DistributedManager(directory, Policy(EverySteps(1), [KeepAll()]), **how) as manager:
             if rank == 1:
-                FolderModule.FileSystemWriter.write_data = fail
+                WriterModule.FileSystemWriter.write_data = fail
             manager.restore()
             step = 1 + (manager.last.step if manager.last else 0)
             with pytest.raises(Exception, match="no bucket"):
                 save_and_wait(manager, step)
-            FolderModule.FileSystemWriter.write_data = writer
+            WriterModule.FileSystemWriter.write_data = writer
             torch.distributed.barrier()
             save_and_wait(manager, step + 1)
     return "done"
@@ -352,17 +354,17 @@ def fail_to_read(rank: int, directory: Path) -> Any:
     how: Any = {"state": lambda: {"w": sharded(rank)}, "format": "dcp"}
     with DistributedManager(directory, POLICY, **how) as manager:
         manager.observe({}, 3, 0, epoch_end=False)
-        read = FolderModule.VerifyingReader.read_data
+        read = ReaderModule.FolderReader.read_data
         for failure in (UnsendableError("no bucket", threading.Lock()), UnsendableError("no bucket", 1)):
 
             def fail(*args: Any, failure: Exception = failure) -> Any:
                 raise failure
 
             if rank == 1:
-                FolderModule.VerifyingReader.read_data = fail
+                ReaderModule.FolderReader.read_data = fail
             with pytest.raises(Exception, match="no bucket"):
                 manager.restore(3)
-            FolderModule.VerifyingReader.read_data = read
+            ReaderModule.FolderReader.read_data = read
             torch.distributed.barrier()
         restored = manager.restore()
         assert restored is not None
@@ -480,7 +482,7 @@ def fail_and_leave(rank: int, directory: Path) -> Any:
     def fail(*args: Any, **options: Any) -> Any:
         raise OSError(28, "no space left on device")
 
-    FolderModule.FileSystemWriter.write_data = fail
+    WriterModule.FileSystemWriter.write_data = fail
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointerWarning)
         try:

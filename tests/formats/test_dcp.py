@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from io import UnsupportedOperation
+from copy import deepcopy
+from io import BytesIO, UnsupportedOperation
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from support.factories import record
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepAll, KeepLast, Policy
@@ -26,6 +34,7 @@ from checkpointer.errors import CorruptError, FencedError, RestoreError, RunInUs
 from checkpointer.formats.dcp_folder import DcpFormat
 from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.records.record import Record
+from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.owner import new_owner
 from checkpointer.testing import MemoryStorage, die
 from checkpointer.tools import sweep as sweeping
@@ -330,3 +339,60 @@ def test_a_folder_is_looked_into_on_any_storage(folder: Path) -> None:
     with open_contents(storage, "a.dcp") as contents:
         assert [] == list(contents.problems())
         assert torch.equal(STATE["model"]["w"], contents.read("model.w"))
+
+
+def shards(folder: Path, *parts: torch.Tensor, **info: Any) -> None:
+    """Write a folder with a tensor ``w`` of four elements, each half of which is a shard."""
+    properties, size = TensorProperties(dtype=torch.float32), torch.Size([2])
+    offsets = [torch.Size([start]) for start in (0, 2)]
+    chunks = [ChunkStorageMetadata(offset, size) for offset in offsets]
+    data = []
+    for part in parts:
+        stream = BytesIO()
+        torch.save(part, stream)
+        data.append(stream.getvalue())
+    places = {
+        MetadataIndex("w", offset): _StorageInfo("a.distcp", start, len(one), **info)
+        for offset, start, one in zip(offsets, (0, len(data[0])), data, strict=True)
+    }
+    (folder / "a.distcp").write_bytes(b"".join(data))
+    stored = TensorStorageMetadata(properties, torch.Size([4]), chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"w": stored}, storage_data=places)))
+
+
+def test_the_shards_of_a_tensor_are_put_together_for_a_look(tmp_path: Path) -> None:
+    """As a restore does it."""
+    shards(tmp_path, torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert [1.0, 2.0, 3.0, 4.0] == read(tmp_path)["w"].tolist()
+    with open_contents(LocalStorage(tmp_path, ""), "") as contents:
+        assert [1.0, 2.0, 3.0, 4.0] == contents.read("w").tolist()
+
+
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """One element is not taken for two."""
+    shards(tmp_path, torch.ones(2), torch.ones(1))
+    with pytest.raises(CorruptError, match=r"w: .*does not fit"):
+        read(tmp_path)
+    with open_contents(LocalStorage(tmp_path, ""), "") as contents, pytest.raises(CorruptError, match="does not fit"):
+        contents.read("w")
+
+
+def test_a_shard_that_was_written_through_a_transform_is_refused_by_a_safe_load(tmp_path: Path) -> None:
+    """What would undo it is code that the metadata names."""
+    shards(tmp_path, torch.ones(2), torch.ones(2), transform_descriptors=["stream.zstd"])
+    with pytest.raises(CorruptError, match=r"w.* was written through \['stream.zstd'\]"):
+        read(tmp_path)
+    with (
+        open_contents(LocalStorage(tmp_path, ""), "") as contents,
+        pytest.raises(CorruptError, match="written through"),
+    ):
+        contents.read("w")
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_missing_file_of_a_folder_is_named(folder: Path, weights_only: bool) -> None:
+    """Whichever reader reads it, what is missing is damage."""
+    next(folder.glob("*.distcp")).unlink()
+    into = DcpFormat(template=lambda: deepcopy(STATE))
+    with pytest.raises(CorruptError, match="it is gone"):
+        into.read_folder(str(folder), weights_only=weights_only, map_location="cpu")

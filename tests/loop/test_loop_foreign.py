@@ -18,7 +18,7 @@ from torch import nn
 from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer.errors import MismatchError, RestoreError, UnsafePayloadError
 from checkpointer.formats.inspection.rebuild import unread_in
-from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
+from checkpointer.formats.inspection.torch_file import open_torch
 
 EVERY: Final = Policy(EverySteps(1), [KeepLast(1)])
 FOREIGN: Final = Path(__file__).parents[1] / "foreign/files"
@@ -194,7 +194,7 @@ def test_what_is_read_without_unpickling_is_what_torch_loads(tmp_path: Path, is_
     torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not is_legacy)
     torch.save({**state, "foreign": defaultdict(list, a=[1])}, tmp_path / "b.pt", pickle_protocol=protocol)
     with path.open("rb") as stream:
-        found = (open_legacy if is_legacy else open_zip)(stream).state()
+        found = open_torch(stream).state()
     expected = torch.load(path, weights_only=False)
     assert found["tied"][0] is found["tied"][1]
     assert all(torch.equal(one, two) for one, two in zip(expected["tied"], found["tied"], strict=True))
@@ -206,4 +206,4 @@ def test_what_is_read_without_unpickling_is_what_torch_loads(tmp_path: Path, is_
     assert expected["net"]._metadata == found["net"]._metadata
     assert [] == [*unread_in(found)]
     with (tmp_path / "b.pt").open("rb") as stream:
-        assert {"a": [1]} == open_zip(stream).state()["foreign"]
+        assert {"a": [1]} == open_torch(stream).state()["foreign"]

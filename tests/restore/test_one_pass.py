@@ -42,7 +42,7 @@ class ByTorch(TorchFormat):
 
 
 def archive_of(data: bytes) -> Archive | None:
-    return Archive.of(lambda offset, length: data[offset : offset + length], len(data))
+    return Archive.of(io.BytesIO(data))
 
 
 def loaded(data: bytes) -> Any:

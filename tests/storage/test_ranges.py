@@ -15,7 +15,7 @@ from support.servers.fixtures import Serve
 
 from checkpointer.ports import SupportsPieces
 from checkpointer.storage import open_storage
-from checkpointer.storage.ranges import Target, parts_of
+from checkpointer.storage.ranges import parts_of
 from checkpointer.storage.retry import Retry
 from checkpointer.storage.s3 import S3Storage
 
@@ -33,8 +33,8 @@ def test_parts_cover_the_pieces_and_only_them(shape: list[tuple[int, int]], size
         offset += gap + length
     file = random.Random(0).randbytes(offset)
     for part in parts_of([(start, memoryview(buffer)) for start, buffer in pieces], size):
-        assert part.end - part.start <= size
-        Target(part).write(file[part.start : part.end])
+        assert part.end - part.position <= size
+        part.write(file[part.position : part.end])
         for start, buffer in pieces[: part.num_filled]:
             assert file[start : start + len(buffer)] == buffer
 
@@ -45,7 +45,7 @@ def test_more_bytes_than_requested_are_an_error() -> None:
     """They would be those of the next part."""
     [part] = parts_of([(0, memoryview(bytearray(3)))])
     with pytest.raises(OSError, match="more than the bytes up to 3"):
-        Target(part).write(b"1234")
+        part.write(b"1234")
 
 
 @attrs.frozen

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -20,14 +22,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpointer._validation import brief
-from checkpointer.errors import CorruptError, UnsafePayloadError
+from checkpointer.errors import CorruptError, NamingError, RestoreError, UnsafePayloadError
 from checkpointer.formats.inspection.pickle import MAX_SAME_HASHES, Call, Global, Persistent, read_made
 from checkpointer.formats.inspection.tensors import MAX_ELEMENTS, as_shape, as_sizes
 from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.records.names import check_name
 
 ITEM_DIGEST: Final = "checkpointer_digest"
-"""Attribute of an item's ``_StorageInfo``, which DCP's own reader ignores: see `checkpointer.formats.dcp_digests`."""
+"""Attribute of an item's ``_StorageInfo``, which DCP's own reader ignores: see `checkpointer.formats.dcp_writer`."""
 MAX_METADATA_BYTES: Final = 1 << 30
 MAX_LEVELS: Final = 64
 """Keys on the way to an entry of the state."""
@@ -110,19 +112,11 @@ def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
     return value
 
 
-def _checked(read: Callable[[Any], Any], value: Any, place: str, expected: str) -> Any:
+def _size(read: Callable[[Any], tuple[int, ...] | None], value: Any, place: str, expected: str) -> torch.Size:
     found = read(value)
     if found is None:
         raise _bad(value, place, expected)
-    return found
-
-
-def _shape(value: Any, place: str) -> torch.Size:
-    return torch.Size(_checked(as_shape, value, place, "a shape"))
-
-
-def _offsets(value: Any, place: str) -> torch.Size:
-    return torch.Size(_checked(as_sizes, value, place, "offsets"))
+    return torch.Size(found)
 
 
 def _whole(value: Any, place: str) -> int:
@@ -138,7 +132,8 @@ def _stored(value: Any, place: str) -> TensorStorageMetadata | BytesStorageMetad
     if isinstance(value, Call) and isinstance(value.what, Global) and value.what.name == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(value, "TensorStorageMetadata", place)
-    size, chunks = _shape(fields.get("size"), f"the size of {place}"), fields.get("chunks")
+    size = _size(as_shape, fields.get("size"), f"the size of {place}", "a shape")
+    chunks = fields.get("chunks")
     if not isinstance(chunks, list):
         raise _bad(chunks, f"the chunks of {place}", "a list")
     return TensorStorageMetadata(
@@ -159,7 +154,8 @@ def _dtype(value: Any, place: str) -> torch.dtype:
 
 def _chunk(value: Any, dimensions: int, place: str) -> ChunkStorageMetadata:
     fields = _fields(value, "ChunkStorageMetadata", f"a chunk of {place}")
-    sizes, offsets = _shape(fields.get("sizes"), f"a chunk of {place}"), _offsets(fields.get("offsets"), place)
+    sizes = _size(as_shape, fields.get("sizes"), f"a chunk of {place}", "a shape")
+    offsets = _size(as_sizes, fields.get("offsets"), place, "offsets")
     if not len(sizes) == len(offsets) == dimensions:
         raise _bad((offsets, sizes), f"a chunk of {place}", f"{dimensions} offsets and sizes")
     return ChunkStorageMetadata(offsets=offsets, sizes=sizes)
@@ -210,7 +206,7 @@ def _places(places: Mapping[Any, Any]) -> dict[MetadataIndex, _StorageInfo]:
             raise _bad(name, "a name in storage_data", "text")
         place = MetadataIndex(
             name,
-            None if offset is None else _offsets(offset, f"the offset of {name!r:.200}"),
+            None if offset is None else _size(as_sizes, offset, f"the offset of {name!r:.200}", "offsets"),
             None if index is None else _whole(index, f"the index of {name!r:.200}"),
         )
         hashes[hash(place)] += 1
@@ -240,3 +236,42 @@ def _info(value: Any, place: str) -> _StorageInfo:
     if isinstance(digest, str):
         setattr(found, ITEM_DIGEST, digest)
     return found
+
+
+# The folder
+
+
+def folder_metadata(stream: BinaryIO, folder: str, *, weights_only: bool = True) -> Metadata:
+    """Return the metadata of a DCP folder. An error names the folder."""
+    try:
+        metadata = read_dcp_metadata(stream) if weights_only else pickle.load(stream)
+        _check_folder(metadata)
+    except CorruptError as error:
+        msg = f"{folder}: {error}"
+        raise CorruptError(msg) from error
+    except (OSError, MemoryError, RestoreError):
+        raise
+    except NamingError as error:
+        msg = f"{folder}: its metadata names a file outside of it: {error}"
+        raise CorruptError(msg) from error
+    except Exception as error:  # Damaged bytes fail anywhere in an unpickler.
+        msg = f"{folder}: its metadata cannot be read: {type(error).__name__}: {error}"
+        raise CorruptError(msg) from error
+    return cast(Metadata, metadata)
+
+
+def bytes_of(stored: TensorStorageMetadata) -> int:
+    """Return how many bytes a tensor takes."""
+    return math.prod(stored.size) * stored.properties.dtype.itemsize
+
+
+def _check_folder(metadata: Metadata) -> None:
+    """Raise unless the metadata stays inside its folder, and names all of each tensor."""
+    for name, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            here, all_ = sum(math.prod(chunk.sizes) for chunk in stored.chunks), math.prod(stored.size)
+            if here < all_:
+                msg = f"it holds {here} of the {all_} elements of {name}: the shards of other processes are missing"
+                raise CorruptError(msg)
+    for info in metadata.storage_data.values():
+        check_name(info.relative_path)

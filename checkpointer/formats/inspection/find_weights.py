@@ -64,10 +64,10 @@ def weights_of(contents: Tensors, part: str | None = None) -> Weights:
 
     Example:
         >>> import io, torch
-        >>> from checkpointer.formats.inspection.torch_file import open_zip
+        >>> from checkpointer.formats.inspection.torch_file import open_torch
         >>> stream = io.BytesIO()
         >>> torch.save({"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(2)}}, stream)
-        >>> weights = weights_of(open_zip(stream))
+        >>> weights = weights_of(open_torch(stream))
         >>> weights.prefix, list(weights.tensors)
         ('model', ['w'])
     """
@@ -207,10 +207,10 @@ def weights_for(
 
     Example:
         >>> import io, torch
-        >>> from checkpointer.formats.inspection.torch_file import open_zip
+        >>> from checkpointer.formats.inspection.torch_file import open_torch
         >>> stream = io.BytesIO()
         >>> torch.save({"net": {"head.w": torch.ones(2), "body.w": torch.ones(3)}}, stream)
-        >>> weights_for(open_zip(stream), [{"w": (3,)}]).prefix
+        >>> weights_for(open_torch(stream), [{"w": (3,)}]).prefix
         'net.body'
     """
     parts = _candidates(contents) if part is None else {part: _below(contents, part)}

@@ -13,7 +13,7 @@ import attrs
 from checkpointer.errors import CheckpointerError, CorruptError, NotFoundError, reading
 from checkpointer.formats.inspection.safetensors_file import MAX_HEADER_BYTES, SafetensorsContents
 from checkpointer.formats.inspection.tensors import Part, TensorInfo, Tensors
-from checkpointer.formats.inspection.torch_file import open_legacy, open_zip
+from checkpointer.formats.inspection.torch_file import open_torch
 from checkpointer.ports import Storage
 
 DCP: Final = ".metadata"
@@ -101,12 +101,7 @@ def open_stream(stream: BinaryIO, name: str) -> Tensors:
             if stream.read(len(_HDF5)) == _HDF5:
                 msg = "it is an HDF5 file, as keras writes, which is not read here"
                 raise CorruptError(msg)
-            if sniff(stream) != "torch":
-                contents: Tensors = SafetensorsContents(stream)
-            else:
-                is_zip = stream.read(len(_ZIP)) == _ZIP
-                stream.seek(0)
-                contents = open_zip(stream) if is_zip else open_legacy(stream)
+            contents: Tensors = open_torch(stream) if sniff(stream) == "torch" else SafetensorsContents(stream)
     except BaseException:
         stream.close()
         raise
@@ -228,22 +223,18 @@ class _FolderContents(Tensors):
         return {key: part for key, part in found.items() if "/" not in key} or found or self.parts
 
     def problems(self) -> Iterator[str]:
-        """See `Tensors.problems`."""
         for inside, part in self._files.items():
             yield from (f"{inside}: {problem}" for problem in part.problems())
 
     def read(self, name: str) -> Any:
-        """See `Tensors.read`: the error names the file."""
         opened, inner = self._inner[name]
-        return opened.read(inner)
+        return opened.read(inner)  # Its error names the file.
 
     def value(self, name: str) -> Any:
-        """See `Tensors.value`."""
         opened, inner = self._inner.get(name, (None, ""))
         return None if opened is None else opened.value(inner)
 
     def close(self) -> None:
-        """See `Tensors.close`."""
         for part in self._files.values():
             part.close()
 

@@ -87,12 +87,6 @@ def read_pickle(stream: BinaryIO) -> Any:
     return read_made(stream, Work.for_bytes(0))[0]
 
 
-def names_in(made: Iterable[Any]) -> list[Global | Persistent]:
-    """Return every class, function and reference to the outside of what `read_made` returns, each once."""
-    found = (one.what if isinstance(one, Call) else one for one in made)
-    return [*dict.fromkeys(name for name in found if isinstance(name, (Global, Persistent)))]
-
-
 def read_made(stream: BinaryIO, work: Work) -> tuple[Any, list[Any]]:
     """Return what `read_pickle` does; and every `Global`, `Call` and `Persistent`, in the order of the pickle."""
     stack: list[Any] = []

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, Final
 import attrs
 
 from checkpointer.errors import CorruptError
-from checkpointer.formats.inspection.pickle import Call, Global, Persistent, names_in, read_made, read_pickle
+from checkpointer.formats.archive_reader import HEADER_BYTES, KNOWN_FLAGS
+from checkpointer.formats.inspection.pickle import Call, Global, Persistent, read_made, read_pickle
 from checkpointer.formats.inspection.pickled_tensors import (
     MAX_REPEATED,
     MAX_REPEATED_BYTES,
@@ -39,46 +40,35 @@ from checkpointer.formats.inspection.work_limit import Work
 from checkpointer.formats.tensor_bytes import read_exactly
 
 MAX_PICKLE_BYTES: Final = 1 << 28
-_LOCAL_HEADER: Final = 30
-_KNOWN_FLAGS: Final = 0x808
-"""The sizes follow the content, and the name is UTF-8. Any other flag means encryption or a patch."""
 _CHUNK: Final = 1 << 20
 _COUNT_BYTES: Final = 8
 _ZIP: Final = b"PK"
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _EXTRA: Final = "_extra_state"
-
-
 _MOST_SOUND: Final = 16
 _sound: Final = set[tuple[bytes, frozenset[tuple[str, int]]]]()
 """Pickles that `check_pickle` has found sound, with the sizes of their storages."""
 
 
 class TorchContents(Tensors):
-    """An opened torch file: its pickle from `read_pickle`, and where the bytes of each storage lie, by its key."""
+    """An opened torch file."""
 
-    def __init__(
-        self,
-        stream: BinaryIO,
-        root: Any,
-        ranges: Mapping[str, _Range],
-        *,
-        names: Iterable[Global | Persistent] = (),
-        size: int = 0,
-    ) -> None:
+    def __init__(self, stream: BinaryIO, parsed: _Parsed) -> None:
         super().__init__()
         self._stream = stream
-        self._root = root
-        self._ranges = ranges
+        self._root = parsed.root
+        self._ranges = parsed.ranges
+        self._sizes = parsed.sizes
         self._stored: dict[str, Stored] = {}
         self._values: dict[str, Any] = {}
         self._following: dict[tuple[int, str], int] = {}
-        self._work = Work.for_bytes(size)
-        held = sum(where.size for where in ranges.values())
-        self._left = max(MAX_REPEATED_BYTES, MAX_REPEATED * held)
+        self._work = Work.for_bytes(parsed.size)
+        self._left = max(MAX_REPEATED_BYTES, MAX_REPEATED * sum(parsed.sizes.values()))
         """Bytes of tensors that may still be read: many tensors may share the bytes of one storage."""
-        self.calls = tuple(sorted(str(name) for name in names if isinstance(name, Global) and not is_known(name)))
-        tree = tree_of(root, self._children, self._add, self._work)
+        named = (one.what if isinstance(one, Call) else one for one in parsed.made)
+        names = {name for name in named if isinstance(name, Global)}
+        self.calls = tuple(sorted(str(name) for name in names if not is_known(name)))
+        tree = tree_of(parsed.root, self._children, self._add, self._work)
         self.parts = parts_in(tree, lambda name: self.tensors[name].numel > 1 and self.tensors[name].dtype != "uint8")
 
     def _children(self, key: str, value: Any) -> tuple[Branch, Entries] | None:
@@ -123,7 +113,6 @@ class TorchContents(Tensors):
             raise CorruptError(msg) from error
 
     def _read(self, name: str) -> Any:
-
         def read(ref: StorageRef, start: int, length: int) -> bytearray:
             self._left -= length
             if self._left < 0:
@@ -148,10 +137,6 @@ class TorchContents(Tensors):
         """See `Tensors.problems`."""
         for name, stored in self._stored.items():
             yield from claims(name, stored, self._sizes)
-
-    @property
-    def _sizes(self) -> Mapping[str, int]:
-        return {key: where.size for key, where in self._ranges.items()}
 
     def names_by_storage(self) -> dict[str, list[str]]:
         """Return the names of the tensors that have bytes in each storage, by the storage's key."""
@@ -191,9 +176,9 @@ class _Range:
         begin = self.where
         if self.has_header:
             stream.seek(self.where)
-            header = read_exactly(stream, _LOCAL_HEADER, "the header of a member")
+            header = read_exactly(stream, HEADER_BYTES, "the header of a member")
             names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            begin += _LOCAL_HEADER + names
+            begin += HEADER_BYTES + names
         if begin + self.size > self.end:
             msg = f"a member at byte {self.where} reaches into what comes after it; torch.save writes none that overlap"
             raise CorruptError(msg)
@@ -214,21 +199,18 @@ class _Parsed:
     size: int
     """Bytes of the pickle."""
 
-    def contents(self, stream: BinaryIO) -> TorchContents:
-        return TorchContents(stream, self.root, self.ranges, names=names_in(self.made), size=self.size)
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each storage."""
+        return {key: where.size for key, where in self.ranges.items()}
 
 
-def open_zip(stream: BinaryIO) -> TorchContents:
-    """Open what ``torch.save`` writes since 1.6; the stream is closed with it."""
-    return _parsed_zip(stream).contents(stream)
-
-
-def open_legacy(stream: BinaryIO) -> TorchContents:
-    """Open what ``torch.save`` wrote before 1.6, under Python 2 too, or any other pickle.
+def open_torch(stream: BinaryIO) -> TorchContents:
+    """Open what ``torch.save`` writes, or wrote before 1.6, under Python 2 too, or any other pickle.
 
     The stream is closed with it.
     """
-    return _parsed_legacy(stream).contents(stream)
+    return TorchContents(stream, _parsed(stream))
 
 
 def check_sound(stream: BinaryIO) -> None:
@@ -236,11 +218,8 @@ def check_sound(stream: BinaryIO) -> None:
 
     The stream is at its start afterwards.
     """
-    stream.seek(0)
-    is_zip = stream.read(len(_ZIP)) == _ZIP
-    stream.seek(0)
-    parsed = _parsed_zip(stream) if is_zip else _parsed_legacy(stream)
-    _check_claims(parsed.made, {key: where.size for key, where in parsed.ranges.items()})
+    parsed = _parsed(stream)
+    _check_claims(parsed.made, parsed.sizes)
     stream.seek(0)
 
 
@@ -266,6 +245,13 @@ def _check_claims(made: Iterable[Any], sizes: Mapping[str, int]) -> None:
             problem = "a storage or tensor in it has a shape, number or name that none has"
         if problem:
             raise CorruptError(problem)
+
+
+def _parsed(stream: BinaryIO) -> _Parsed:
+    stream.seek(0)
+    is_zip = stream.read(len(_ZIP)) == _ZIP
+    stream.seek(0)
+    return _parsed_zip(stream) if is_zip else _parsed_legacy(stream)
 
 
 def _parsed_zip(stream: BinaryIO) -> _Parsed:
@@ -336,9 +322,9 @@ def _problem(member: zipfile.ZipInfo, end: int, *, is_double: bool) -> str:
     """Return what torch would not have done to a member that has to end at a byte; empty if it is sound."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         return "is compressed"
-    if member.flag_bits & ~_KNOWN_FLAGS:
+    if member.flag_bits & ~KNOWN_FLAGS:
         return "is encrypted or a patch"
-    if member.header_offset < 0 or member.header_offset + _LOCAL_HEADER + member.file_size > end:
+    if member.header_offset < 0 or member.header_offset + HEADER_BYTES + member.file_size > end:
         return "overlaps what comes after it"
     return "is there twice" if is_double else ""
 

@@ -16,7 +16,6 @@ ENTRY: Final = 128
 """Units of an entry that gets a name. Each character of the name and of a text under it takes one more."""
 COPY: Final = 32
 """Units of an item that is copied or hashed."""
-
 STEP: Final = 2
 """Units of a step in the search for the place of a key; see `checkpointer.formats.inspection.key_search`."""
 
