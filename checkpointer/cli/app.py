@@ -100,17 +100,13 @@ def _root(
     """
 
 
-def _named() -> None:
-    """Stand for a command that is not imported yet."""
-
-
 for _group in COMMANDS.values():
     for _name, (_, _what) in _group.items():
-        app.command(_name, help=_what)(_named)
+        # It stands for a command that is not imported yet.
+        app.command(_name, help=_what)(lambda: None)
 
 
 def _load(name: str) -> Any:
-    """Import a command."""
     from checkpointer.cli.options import expanded
 
     module = importlib.import_module(f"checkpointer.cli.commands.{_PLACES[name]}")
@@ -123,21 +119,17 @@ def _load(name: str) -> Any:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    code = _run(argv)
-    flush()
-    return code
-
-
-def _run(argv: Sequence[str] | None) -> int:
+    code = 0
     try:
         with _warnings_on_stderr():
             app(args=None if argv is None else list(argv), prog_name="checkpointer")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else CANNOT
+        code = end.code if isinstance(end.code, int) else CANNOT
     except (CheckpointerError, OSError, ImportError, UnicodeError) as error:
         say(f"checkpointer: {_text_of(error)}")
-        return CANNOT
-    return 0
+        code = CANNOT
+    flush()
+    return code
 
 
 def _text_of(error: Exception) -> str:

@@ -141,13 +141,6 @@ def lacking(metric: Metric, chosen: Chosen) -> str:
     return f"no checkpoint of run {chosen.id} has the metric {metric.name!r}{hint}"
 
 
-def noted_policy(chosen: Chosen) -> Policy:
-    """Return the policy that a run has noted; raise an error that names other runs if it has noted none."""
-    if chosen.policy is None:
-        raise not_noted(chosen, "; pass --policy FILE")
-    return chosen.policy
-
-
 def not_noted(chosen: Chosen, hint: str = "") -> NotFoundError:
     """Return the error of a run that has not noted its policy; it names the other runs that have."""
     others = chosen.others(lambda one: one.policy, "noted one")

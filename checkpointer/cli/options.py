@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
@@ -18,6 +17,7 @@ import typer
 from checkpointer._display import count_text, some_of
 from checkpointer.cli import output
 from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.errors import CheckpointerError, NameTakenError, NotFoundError, PolicyError, StorageError
 from checkpointer.policy.policy import Policy
@@ -27,7 +27,7 @@ from checkpointer.storage import open_storage
 from checkpointer.storage.owner import temporary_owner
 from checkpointer.storage.retry import Retry
 from checkpointer.tools.catalog import Catalog, look_at
-from checkpointer.tools.payloads import Payload, payload_at, similar
+from checkpointer.tools.payloads import Payload, directories_above, payload_at, similar
 from checkpointer.tools.policies import Policies
 from checkpointer.tools.policy_file import check_policy
 from checkpointer.tools.query import FIELDS, metric_names
@@ -68,33 +68,33 @@ def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None 
     return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
 
 
+def option(names: str, help: str, complete: Callable[..., list[str]] | None = None, **more: Any) -> Any:
+    """Return an option of a command; ``names`` are as in its help: ``--sort -s FIELD``."""
+    parts = names.split()
+    flags = [part for part in parts if part.startswith("-")]
+    metavar = next((part for part in parts if part not in flags), None)
+    return typer.Option(*flags, metavar=metavar, help=help, autocompletion=complete, **more)
+
+
 Directory = Annotated[str, argument("DIRECTORY", "A path or an fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
-    typer.Option(
-        "--storage-options",
-        metavar="JSON",
-        help="Options for fsspec, as JSON or @FILE. fsspec also reads its own configuration and environment.",
+    option(
+        "--storage-options JSON",
+        "Options for fsspec, as JSON or @FILE. fsspec also reads its own configuration and environment.",
     ),
 ]
-KeyEnv = Annotated[
-    str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with the key of signed records.")
-]
-KeyFile = Annotated[str | None, typer.Option("--key-file", metavar="FILE", help="File with the key.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-PolicyFile = Annotated[
-    str | None, typer.Option("--policy", "-p", metavar="FILE", help="A policy as YAML, as Policy.to_yaml writes it.")
-]
-RequiredPolicyFile = Annotated[
-    str, typer.Option("--policy", "-p", metavar="FILE", help="The policy, as YAML.", show_default=False)
-]
-Run = Annotated[
-    str | None,
-    typer.Option("--run", metavar="ID", help="The run, or RUN/LABEL. Without it: the run of the newest checkpoint."),
-]
-Among = Annotated[str | None, typer.Option("--run", metavar="ID", help="Only checkpoints of this run, or RUN/LABEL.")]
+KeyEnv = Annotated[str | None, option("--key-env NAME", "Environment variable with the key of signed records.")]
+KeyFile = Annotated[str | None, option("--key-file FILE", "File with the key.")]
+Json = Annotated[bool, option("--json", "Print JSON, for scripts.")]
+Apply = Annotated[bool, option("--apply", "Remove them. Without this they are only shown.")]
+Match = Annotated[str, option("--match", "Only tensors and values whose name contains this.")]
+PolicyFile = Annotated[str | None, option("--policy -p FILE", "A policy as YAML, as Policy.to_yaml writes it.")]
+RequiredPolicyFile = Annotated[str, option("--policy -p FILE", "The policy, as YAML.", show_default=False)]
+Run = Annotated[str | None, option("--run ID", "The run, or RUN/LABEL. Without it: the run of the newest checkpoint.")]
+Among = Annotated[str | None, option("--run ID", "Only checkpoints of this run, or RUN/LABEL.")]
 
-_mixed: Final[ContextVar[list[str]]] = ContextVar("mixed")
+_mixed: Final[list[str]] = []
 """Directories of this command that have signed records and others, and were read without the key."""
 PATIENCE_S: Final = 30.0
 """Seconds that a server may be away. A training waits longer; at a terminal the cause is often a typo in the host."""
@@ -127,16 +127,10 @@ class Ranking:
     """Options that say which checkpoint is best."""
 
     by: Annotated[
-        str | None,
-        typer.Option(
-            "--by",
-            metavar="METRIC",
-            help="The metric that says which checkpoint is best.",
-            autocompletion=complete_metric,
-        ),
+        str | None, option("--by METRIC", "The metric that says which checkpoint is best.", complete_metric)
     ] = None
     mode: Annotated[
-        Literal["min", "max"] | None, typer.Option("--mode", help="Whether the smallest or the largest value is best.")
+        Literal["min", "max"] | None, option("--mode", "Whether the smallest or the largest value is best.")
     ] = None
     policy: PolicyFile = None
 
@@ -157,10 +151,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         made = {name: kind(**{f.name: given.pop(f.name) for f in attrs.fields(kind)}) for name, kind in groups.items()}
-        mixed: list[str] = []
-        _mixed.set(mixed)
+        _mixed.clear()
         command(**given, **made)
-        output.leave_if(bool(mixed))
+        output.leave_if(bool(_mixed))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -229,18 +222,17 @@ def look(directory: str, access: Access, *, below: bool = False, begun: bool = F
     catalog = look_at(open_place(directory, access), access.key)
     if isinstance(catalog.storage, SupportsPaths):
         catalog = attrs.evolve(catalog, place=directory)  # As it was typed.
-    announced(catalog)
+    _announce(catalog)
     is_begun = begun and any(path.startswith(f"{HOME}/") for path in catalog.files)
     if not (catalog.has_records or is_begun or (below and catalog.below)):
         raise StorageError(_what_is_there(catalog))
     return catalog
 
 
-def announced(catalog: Catalog) -> Catalog:
-    """Return the directory, and say if its signatures were not checked."""
+def _announce(catalog: Catalog) -> None:
+    """Say if the signatures of a directory were not checked."""
     if unchecked := unchecked_text(catalog):
         output.say(f"{catalog.place}: {unchecked}")
-    return catalog
 
 
 def payload(place: str, access: Access, usage: str) -> Payload:
@@ -260,7 +252,7 @@ def payload_alone(place: str, access: Access) -> Payload | None:
     """Return the file or folder at a path or URL; None if it is a directory of checkpoints."""
     found = payload_at(place, lambda directory: open_place(directory, access), access.key)
     if found is not None and found.catalog is not None:
-        announced(found.catalog)
+        _announce(found.catalog)
     return found
 
 
@@ -271,9 +263,8 @@ def unchecked_text(catalog: Catalog) -> str:
     """
     if not catalog.is_unchecked:
         return ""
-    mixed = _mixed.get(None)
-    if catalog.is_mixed and mixed is not None:
-        mixed.append(catalog.place)
+    if catalog.is_mixed:
+        _mixed.append(catalog.place)
     are = "record is" if catalog.total == 1 else "records are"
     return (
         f"{catalog.signed} of {catalog.total} {are} signed, and no signature was checked: pass --key-env or --key-file"
@@ -302,10 +293,8 @@ def _records_above(catalog: Catalog, files: list[str]) -> str:
     """Return where the records of these files are, if they are in a directory above; else an empty text."""
     if not isinstance(catalog.storage, SupportsPaths):
         return ""
-    folder = Path(os.path.abspath(catalog.storage.local_path("")))
-    for above in folder.parents:
-        names = [(folder / name).relative_to(above).as_posix() for name in files]
-        recorded = [name for name in names if (above / record_path(name)).exists()]
+    for above, folder in directories_above(Path(os.path.abspath(catalog.storage.local_path("")))):
+        recorded = [name for name in (f"{folder}/{file}" for file in files) if (above / record_path(name)).exists()]
         if recorded:
             place = os.path.relpath(above) if not os.path.isabs(catalog.place) else str(above)
             found = look_at(open_storage(str(above), ""), catalog.trust)
@@ -329,17 +318,23 @@ def check_out(path: str, access: Access, *known: str) -> None:
         hint = similar(place.parent, folders=True)
         msg = f"there is no directory {place.parent} to write {place.name} to{hint}; make it first"
         raise StorageError(msg)
-    for folder in place.parents:
-        if (folder / HOME).is_dir():
-            catalog = look_at(open_place(str(folder), Access()), key)
-            refuse_unsigned(catalog.signed, folder, key)
-            name = place.relative_to(folder).as_posix()
-            if name in catalog.aliases or (folder / record_path(name)).exists():
-                msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
-                raise NameTakenError(msg)
+    for folder, name in directories_above(place):
+        catalog = look_at(open_place(str(folder), Access()), key)
+        refuse_unsigned(catalog.signed, folder, key)
+        if name in catalog.aliases or (folder / record_path(name)).exists():
+            msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
+            raise NameTakenError(msg)
     if known and not path.lower().endswith(known):
         msg = f"the extension of {path!r} is not {' or '.join(known)}; name a file with such an extension"
         raise PolicyError(msg)
+
+
+@contextlib.contextmanager
+def changing(directory: str, access: Access) -> Iterator[tuple[Catalog, Journal]]:
+    """Open a directory to change its records; yields what is there, and the journal that writes them."""
+    key = access.key
+    with writing(directory, access) as (storage, owner):
+        yield look_at(storage, key), Journal(storage, owner, key)
 
 
 @contextlib.contextmanager

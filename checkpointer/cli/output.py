@@ -30,6 +30,7 @@ FOUND_BAD: Final = 1
 
 Cell = str | Sequence[tuple[str, str]]
 """Text, or lines of it, each with a style."""
+_Column = list[list[tuple[str, str]]]
 
 _GAP: Final = "  "
 _LEAST: Final = 20
@@ -153,62 +154,54 @@ def print_table(
         right: Names of the columns that are aligned to the right.
         folded: Numbers of the columns that are folded if there is no room, the widest one first.
     """
-    table = zip([[(name, "bold")] for name in head], *rows, strict=True)
-    shown = [_lines_of(column) for column in table]
-    widths = [
-        max(map(_measure(texts), texts)) for texts in ([t for cell in column for t, _ in cell] for column in shown)
-    ]
-    wanted = [*widths]
+    shown = [_lines_of(column) for column in zip([[(name, "bold")] for name in head], *rows, strict=True)]
+    wanted = [_width_of(column) for column in shown]
+    widths = [*wanted]
     _narrow(widths, folded, width() - len(_GAP) * (len(widths) - 1))
     for at in (at for at in folded if widths[at] < wanted[at]):
-        size, fold = widths[at], _folder(widths[at])
+        fold = _folder(widths[at])
         shown[at] = [[(part, style) for text, style in cell for part in fold(text)] for cell in shown[at]]
-        texts = [text for cell in shown[at] for text, _ in cell]
-        widths[at] = max(size, *map(_measure(texts), texts))
+        widths[at] = max(widths[at], _width_of(shown[at]))
     columns = [
         _padded(column, size, right=name in right) for name, size, column in zip(head, widths, shown, strict=True)
     ]
     empty = [" " * size for size in widths]
     lines = []
     for cells in itertools.islice(zip(*columns, strict=True), 0 if any(head) else 1, None):
-        for number in range(max(map(len, cells))):
-            line = [cell[number] if number < len(cell) else blank for cell, blank in zip(cells, empty, strict=True)]
+        for parts in itertools.zip_longest(*cells):
+            line = [blank if part is None else part for part, blank in zip(parts, empty, strict=True)]
             lines.append(_GAP.join(line).rstrip() + "\n")
     write("".join(lines))
 
 
-def _lines_of(cells: Sequence[Cell]) -> list[list[tuple[str, str]]]:
+def _lines_of(cells: Sequence[Cell]) -> _Column:
     """Return the lines of each cell of a column, each with its style, without control characters."""
-    split = [[(cell, "")] if isinstance(cell, str) else [*cell] for cell in cells]
-    texts = [text for cell in split for text, _ in cell]
-    # One look at all of them, because there may be ten thousand.
-    whole = "\n".join(texts)
-    if whole.isascii() and whole.count("\n") == len(texts) - 1 and whole.replace("\n", "").isprintable():
-        return split
+    split = ([(cell, "")] if isinstance(cell, str) else cell for cell in cells)
     return [[(one_line(text), style) for text, style in cell] for cell in split]
 
 
-def _padded(column: list[list[tuple[str, str]]], size: int, *, right: bool) -> list[list[str]]:
+def _width_of(column: _Column) -> int:
+    return max(_length(text) for cell in column for text, _ in cell)
+
+
+def _padded(column: _Column, size: int, *, right: bool) -> list[list[str]]:
     """Return the lines of each cell of a column, all of one width, and in colours on a terminal."""
-    length = _measure([text for cell in column for text, _ in cell])
-    if length is len and not is_coloured():
-        pad = str.rjust if right else str.ljust
-        return [[pad(text, size) for text, _ in cell] for cell in column]
+    has_colours = is_coloured()
 
     def padded(text: str, style: str) -> str:
-        room, shown = " " * (size - length(text)), _styled(text, style if is_coloured() else "")
+        room, shown = " " * (size - _length(text)), _styled(text, style if has_colours else "")
         return room + shown if right else shown + room
 
     return [[padded(*line) for line in cell] for cell in column]
 
 
-def _measure(texts: Sequence[str]) -> Callable[[str], int]:
-    """Return what measures how many columns of a terminal one of these texts takes."""
-    if "".join(texts).isascii():
-        return len
+def _length(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len
 
-    return cell_len
+    return cell_len(text)
 
 
 def _narrow(widths: list[int], folded: Sequence[int], room: int) -> None:

@@ -96,7 +96,7 @@ class Listing:
                 sizes[name] = sizes.get(name, 0) + stat.size
         return sizes
 
-    @property
+    @cached_property
     def foreign(self) -> frozenset[str]:
         """The name of each file and folder that no record names."""
         known = {entry.record.name for entry in self.entries.values()}

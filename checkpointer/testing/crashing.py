@@ -6,35 +6,23 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, Final, Literal, NoReturn, TypeVar, cast, get_args
 
-from checkpointer.ports import (
-    Stat,
-    Storage,
-    SupportsCapabilities,
-    SupportsCopy,
-    SupportsFreeSpace,
-    SupportsLinks,
-    SupportsPaths,
-    SupportsScratch,
-    SupportsSweep,
-    SupportsUploads,
-    SupportsURLs,
-    Upload,
-)
+from checkpointer import ports
+from checkpointer.ports import Stat, Storage, Upload
 from checkpointer.storage.owner import release
 
 T = TypeVar("T")
 When = Literal["before", "halfway", "after"]
 
 _OPTIONAL: Final = (
-    SupportsLinks,
-    SupportsCopy,
-    SupportsFreeSpace,
-    SupportsPaths,
-    SupportsScratch,
-    SupportsSweep,
-    SupportsCapabilities,
-    SupportsURLs,
-    SupportsUploads,
+    ports.SupportsLinks,
+    ports.SupportsCopy,
+    ports.SupportsFreeSpace,
+    ports.SupportsPaths,
+    ports.SupportsScratch,
+    ports.SupportsSweep,
+    ports.SupportsCapabilities,
+    ports.SupportsURLs,
+    ports.SupportsUploads,
 )
 _UNCOUNTED: Final = {"free_space", "local_path", "url", "close", "capabilities"}
 

@@ -8,13 +8,14 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import attrs
 
 from checkpointer._display import some_of
 from checkpointer.commit.aliases import mark, read_marker
-from checkpointer.commit.index import HOME, record_path
+from checkpointer.commit.index import record_path
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.transaction import Transaction
@@ -25,25 +26,17 @@ from checkpointer.records.record import ADOPTED, NO_EPOCH, Record, check_readabl
 from checkpointer.tools.adopt_files import Said, Units, find_units, read_file, read_folder
 from checkpointer.tools.adopt_names import COUNTERS, Pattern, as_pattern, copy_of, folder_of, matches, stem_of
 from checkpointer.tools.catalog import Catalog
+from checkpointer.tools.payloads import directories_above
 
 _CHUNK: Final = 1 << 22
-
-
-@attrs.frozen(kw_only=True)
-class Found(Said):
-    """A file or folder that says its step, or is given it."""
-
-    step: int
-    epoch: int = 0
-    is_epoch_known: bool = True
 
 
 @attrs.frozen(kw_only=True)
 class Adoption:
     """Files and folders that can be adopted, and those that cannot."""
 
-    found: tuple[Found, ...]
-    """In the order of their steps."""
+    found: tuple[Said, ...]
+    """In the order of their steps: each has one, its own or one that it was given."""
     refused: Mapping[str, str]
     """Checkpoints that could not be adopted, each with the reason."""
     aliases: Mapping[str, str] = attrs.field(factory=dict)
@@ -94,10 +87,11 @@ def find_foreign(
         if item.step is None:
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
-            found.append(_found(item))
-            if problem := _problem(catalog, found[-1]):
-                refused[item.name] = problem
-    found = [item for item in found if item.name not in refused]
+            try:
+                check_readable(_draft(catalog, item, run="", serial=1))
+                found.append(item)
+            except (SaveError, OSError) as error:
+                refused[item.name] = str(error)
     aliases, beside = _copies(catalog, found)
     kept = [item for item in found if not any(item.name in some for some in (aliases, beside, lost))]
     there = {record.name for record in catalog.records} | {item.name for item in kept}
@@ -140,13 +134,6 @@ def _read_all(
     return read, links, refused
 
 
-def _found(said: Said) -> Found:
-    """Return what has a step. If its epoch is not known, the record says that none has ended."""
-    known = said.epoch is not None
-    progress = {"epoch": said.epoch or 0, "epoch_end": said.epoch_end and known, "is_epoch_known": known}
-    return Found(**(attrs.asdict(said, recurse=False) | progress))
-
-
 def _with_fields(said: Said, fields: Mapping[str, float]) -> Said:
     """Return what a pattern says of a name, and the rest from the file."""
     if not fields:
@@ -172,15 +159,6 @@ def _with_numbers(read: Sequence[Said]) -> list[Said]:
     return [attrs.evolve(item, step=item.number) if takes else item for item, takes in zip(read, is_step, strict=True)]
 
 
-def _problem(catalog: Catalog, item: Found) -> str:
-    """Return why a record of an item could not be read again; empty if it could."""
-    try:
-        check_readable(_draft(catalog, item, run="", serial=1))
-    except (SaveError, OSError) as error:
-        return str(error)
-    return ""
-
-
 def _check_steps(steps: Mapping[str, int], units: Units) -> None:
     there = (*units.folders, *units.files)
     for name in steps:
@@ -202,8 +180,7 @@ def _read(storage: Storage, name: str, units: Units) -> Said:
         msg = "its name is not valid Unicode, so a record could not have it; rename it"
         raise CorruptError(msg)
     if isinstance(storage, SupportsPaths):
-        path = storage.local_path(name)
-        owner = _directory_above(path, storage.local_path("").rstrip("/"))
+        owner = _directory_above(storage.local_path(""), name)
         if owner:
             msg = f"it is a checkpoint of the directory {owner}, which has a record of it"
             raise CorruptError(msg)
@@ -226,14 +203,12 @@ def _link(storage: Storage, name: str) -> str:
     return target
 
 
-def _directory_above(path: str, root: str) -> str:
-    """Return the directory above ``root`` that has a record of what lies at ``path``; empty if there is none."""
-    while (above := os.path.dirname(root)) != root:
-        root = above
-        parts = os.path.relpath(path, root).replace(os.sep, "/").split("/")
-        names = ("/".join(parts[: count + 1]) for count in range(len(parts)))
-        if os.path.isdir(f"{root}/{HOME}") and any(os.path.exists(f"{root}/{record_path(name)}") for name in names):
-            return root
+def _directory_above(root: str, name: str) -> str:
+    """Return the directory above ``root`` that has a record of a file in ``root``; empty if there is none."""
+    for above, inside in directories_above(Path(root)):
+        path = PurePosixPath(inside, name)
+        if any((above / record_path(str(one))).exists() for one in (path, *path.parents[:-1])):
+            return str(above)
     return ""
 
 
@@ -309,13 +284,13 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     return parts
 
 
-def _copies(catalog: Catalog, found: Sequence[Found]) -> tuple[dict[str, str], dict[str, str]]:
+def _copies(catalog: Catalog, found: Sequence[Said]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the files that are called last or best and repeat another checkpoint of the same step.
 
     If they have its bytes, they are aliases of it. Else a file that is called last has a reason. A best file is a
     checkpoint of its own then: it may have been saved before the validation.
     """
-    there: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    there: defaultdict[tuple[str, int | None], list[str]] = defaultdict(list)
     steps = [(item.name, item.step) for item in found if not copy_of(item.name)]
     for name, step in [*((record.name, record.step) for record in catalog.records), *steps]:
         there[folder_of(name), step].append(name)
@@ -410,14 +385,17 @@ def adopt(
             mark(journal, alias, made[target].label, "", copy=(target, catalog.files.get(alias)))
 
 
-def _draft(catalog: Catalog, item: Found, *, run: str, serial: int) -> Record:
-    said = ("name", "step", "epoch", "epoch_end", "metrics", "format", "contents")
+def _draft(catalog: Catalog, item: Said, *, run: str, serial: int) -> Record:
+    said = ("name", "step", "metrics", "format", "contents")
+    is_epoch_known = item.epoch is not None
     return Record(
         **{field: getattr(item, field) for field in said},
+        epoch=item.epoch or 0,
+        epoch_end=item.epoch_end and is_epoch_known,
         time=_time(catalog, item.name),
         size=0,
         digest="",
-        reason=f"{ADOPTED}written by {item.writer}{'' if item.is_epoch_known else NO_EPOCH}",
+        reason=f"{ADOPTED}written by {item.writer}{'' if is_epoch_known else NO_EPOCH}",
         run=run,
         serial=serial,
         token=uuid.uuid4().hex,

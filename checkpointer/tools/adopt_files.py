@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Final
 
@@ -129,7 +130,7 @@ def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
         if not path.endswith(_IN_FOLDERS):
             continue
         folder, _, name = path.rpartition("/")
-        unit = next((it for it in above if _is_unit(it, beside[it])), "")
+        unit = next((it for it in above if _NAMED.fullmatch(it.rpartition("/")[2]) or ".metadata" in beside[it]), "")
         reason = "" if unit else _belongs(name, beside[folder])
         if unit or (reason and folder):
             folders[unit or folder] = None
@@ -138,10 +139,6 @@ def find_units(files: Iterable[str], taken: Collection[str] = ()) -> Units:
         elif path.endswith(SUFFIXES):
             alone.append(path)
     return Units(files=tuple(alone), folders=tuple(folders), left=left, refused=refused)
-
-
-def _is_unit(folder: str, inside: Container[str]) -> bool:
-    return bool(_NAMED.fullmatch(folder.rpartition("/")[2])) or ".metadata" in inside
 
 
 def _belongs(name: str, beside: Iterable[str]) -> str:
@@ -167,7 +164,7 @@ class Said:
     """The step, epoch and scores in a file or folder."""
 
     name: str
-    step: int | None
+    step: int | None = None
     """None if it is not there."""
     epoch: int | None = None
     """None if it is not there."""
@@ -177,7 +174,7 @@ class Said:
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     format: str = "torch"
     contents: Contents = "full"
-    writer: str
+    writer: str = "a trainer"
     """``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
 
 
@@ -196,7 +193,7 @@ def read_folder(storage: Storage, name: str) -> Said:
         return _hugging_face(storage, name, files)
     in_name = numbers_in(name)
     inside = [path for path in files if path.endswith(SUFFIXES)]
-    said = Said(name=name, step=None, writer="a trainer")
+    said = Said(name=name)
     if "CKPT.yaml" in files:
         said = _speechbrain(storage, name, files)
     elif len(inside) == 1 and ".metadata" not in files:
@@ -227,7 +224,10 @@ def _speechbrain(storage: Storage, name: str, files: Collection[str]) -> Said:
         with storage.open(f"{name}/counter.ckpt") as stream:
             counted = stream.read(_EXPONENT * 4)
         epochs = int(counted) if counted.strip().isdigit() else 0
-    scores = {key: number for key, value in lines.items() if (number := _text_number(value)) is not None}
+    scores: dict[str, float] = {}
+    for key, value in lines.items():
+        with contextlib.suppress(ValueError):
+            scores[key] = float(value)
     metrics = {key: number for key, number in scores.items() if key not in (*_BESIDE, "unixtime")}
     return Said(
         name=name,
@@ -235,16 +235,7 @@ def _speechbrain(storage: Storage, name: str, files: Collection[str]) -> Said:
         epoch=epochs - 1 if epochs else None,
         epoch_end=ends,
         metrics=metrics,
-        writer="a trainer",
     )
-
-
-def _text_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number
 
 
 # Lightning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -176,23 +176,17 @@ def _problem(fields: Collection[str], literals: list[str]) -> str:
 
 
 def matches(
-    patterns: Collection[Pattern], names: Collection[str], adopted: Collection[str] = ()
+    patterns: Sequence[Pattern], names: Collection[str], adopted: Collection[str] = ()
 ) -> Mapping[str, Mapping[str, float]]:
     """Return what the first pattern that fits says of each name.
 
     Raises:
         PolicyError: If a pattern fits no name, not even one that was adopted before.
     """
-
-    def found() -> Iterator[tuple[str, Mapping[str, float]]]:
-        for name in names:
-            said = next((said for one in patterns if (said := one.match(name)) is not None), None)
-            if said is not None:
-                yield name, said
-
     for pattern in patterns:
         if not any(pattern.match(name) is not None for name in (*names, *adopted)):
             there = ", ".join(sorted(names or adopted)[:4]) or "no file that could be adopted"
             msg = f"no name fits the pattern {pattern.text!r}; there are: {there}"
             raise PolicyError(msg)
-    return dict(found())
+    # Of several patterns that fit a name, the first one remains.
+    return {name: said for one in reversed(patterns) for name in names if (said := one.match(name)) is not None}

@@ -19,7 +19,7 @@ from checkpointer.commit.signing import UNCHECKED, HMACKey, check_signature
 from checkpointer.commit.terms import by_key
 from checkpointer.errors import CorruptError, NotFoundError, RecordError, UntrustedError
 from checkpointer.ports import Stat, Storage, SupportsPaths
-from checkpointer.records.manifest import Limits, Manifest
+from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Entry, Record, commit_order
 from checkpointer.storage.opening import advising
 from checkpointer.tools.query import name_like
@@ -28,7 +28,7 @@ _ALIASES = f"{index.HOME}/aliases/"
 
 
 @attrs.frozen(kw_only=True)
-class Catalog:
+class Catalog(index.Listing):
     """The content of a directory when `look_at` read it."""
 
     place: str
@@ -42,20 +42,6 @@ class Catalog:
     """Each alias that is there, and the name of the checkpoint it stands for; empty if that is not known."""
     unfinished: tuple[Entry, ...] = ()
     """Records of writes and removals that were left half-way, or go on right now."""
-    damaged: Mapping[str, RecordError] = attrs.field(factory=dict)
-    """Record files that cannot be read or believed, by path."""
-    files: Mapping[str, Stat] = attrs.field(factory=dict, repr=False)
-    """Every file."""
-    foreign: frozenset[str] = frozenset()
-    """Names in use that no record names."""
-    signed: int = 0
-    """Number of records with a signature."""
-    total: int = 0
-    """Number of records that can be read, with a signature or without."""
-    trust: HMACKey | None = attrs.field(default=None, repr=False)
-    """The key; `UNCHECKED` if there are signed records, and no key was given."""
-    limits: Limits = attrs.field(factory=dict, repr=False)
-    """Which records count after another process took over a run: see `Manifest.limits`."""
 
     @property
     def has_records(self) -> bool:
@@ -76,16 +62,27 @@ class Catalog:
         """Return the directory as it is now."""
         return attrs.evolve(look_at(self.storage, self.trust), place=self.place)
 
-    def current(self, record: Record) -> Record | None:
-        """Return the record that has the name of this one now; None if it was retired, or is being removed."""
-        return next((one for one in (*self.records, *self.missing) if one.name == record.name), None)
+    def current(self, name: str) -> Record | None:
+        """Return the record that has a name; None if it was retired, or is being removed."""
+        return next((one for one in (*self.records, *self.missing) if one.name == name), None)
 
     def lacks(self, record: Record) -> bool:
         """Return whether a running process has retired or replaced a checkpoint of an earlier look."""
-        found = self.current(record)
+        found = self.current(record.name)
         if found is None:
             return index.record_path(record.name) not in self.damaged
         return (found.token, found.digest) != (record.token, record.digest)
+
+    @contextlib.contextmanager
+    def naming_retired(self, record: Record) -> Iterator[None]:
+        """If the block fails because a running process has retired this checkpoint, say so."""
+        try:
+            yield
+        except (CorruptError, OSError) as error:
+            if not self.again().lacks(record):
+                raise
+            msg = f"a running process has retired {record.name} meanwhile; choose a checkpoint that is there now"
+            raise NotFoundError(msg) from error
 
     @cached_property
     def terms(self) -> Mapping[str, Sequence[str]]:
@@ -219,20 +216,6 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-@contextlib.contextmanager
-def naming_retired(storage: Storage, trust: HMACKey | None, *records: Record) -> Iterator[None]:
-    """If the block fails because a running process has retired one of these checkpoints, say so."""
-    try:
-        yield
-    except (CorruptError, OSError) as error:
-        now = look_at(storage, trust)
-        gone = [record.name for record in records if now.lacks(record)]
-        if not gone:
-            raise
-        msg = f"a running process has retired {some_of(gone)} meanwhile; choose a checkpoint that is there now"
-        raise NotFoundError(msg) from error
-
-
 def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
     """Read the records and the listing of a directory. Nothing is written, locked, claimed, loaded or unpickled.
 
@@ -244,35 +227,22 @@ def look_at(storage: Storage, trust: HMACKey | None = None) -> Catalog:
         SchemaError: If a record was written by a newer version of this library.
         StorageError: If the place cannot be read.
     """
-    listing = _load(storage, trust)
-    signed, total, trust = listing.signed, listing.total, listing.trust
-    journal = Journal(storage, "", trust)
-    found = recover(journal, listing)
-    if found.missing:
-        # A live run may have retired them since they were listed.
-        listing = _load(storage, trust)
-        found = recover(journal, listing)
+    for _ in range(2):
+        with advising(storage, "read"):
+            listing = index.load(storage, trust)
+        found = recover(Journal(storage, "", listing.trust), listing)
+        if not found.missing:
+            break  # Else a live run may have retired them since they were listed.
     records = tuple(sorted(found.records, key=commit_order))
     return Catalog(
+        **attrs.asdict(listing, recurse=False),
         place=str(storage),
         storage=storage,
         records=records,
-        aliases=_aliases(storage, listing, records, trust),
+        aliases=_aliases(storage, listing, records, listing.trust),
         missing=tuple(sorted(found.missing, key=commit_order)),
         unfinished=(*found.left, *found.announced),
-        damaged=listing.damaged,
-        files=listing.files,
-        foreign=listing.foreign,
-        signed=signed,
-        total=total,
-        trust=trust,
-        limits=listing.limits,
     )
-
-
-def _load(storage: Storage, trust: HMACKey | None) -> index.Listing:
-    with advising(storage, "read"):
-        return index.load(storage, trust)
 
 
 def _aliases(

@@ -13,10 +13,9 @@ from checkpointer.ports import Storage
 from checkpointer.tools.verify import Finding, check_sums
 
 _ALGORITHMS: Final = ("sha256", "sha512", "sha1", "md5")
-_OF_ONE: Final = re.compile(rf"(.+)\.({'|'.join(_ALGORITHMS)})(?:sum)?", re.IGNORECASE)
-"""The name of a checksum file for one file: ``model.pt.sha256``."""
-_OF_MANY: Final = re.compile(rf"({'|'.join(_ALGORITHMS)})(?:sums?)?(?:\.txt)?", re.IGNORECASE)
-"""The name of one for the files of a folder: ``SHA256SUMS``."""
+_ANY: Final = "|".join(_ALGORITHMS)
+_SUMS: Final = re.compile(rf"(.+)\.({_ANY})(?:sum)?|({_ANY})(?:sums?)?(?:\.txt)?", re.IGNORECASE)
+"""The name of a checksum file for one file (``model.pt.sha256``), or for the files of a folder (``SHA256SUMS``)."""
 _NAMES: Final = ("SHA256SUMS", "sha256sums", "SHA256SUMS.txt", "sha256sum.txt", "SHA512SUMS", "SHA1SUMS", "MD5SUMS")
 _LINE: Final = re.compile(r"([0-9a-fA-F]{32,128})(?:\s+\*?(.+))?|\w+ \((.+)\) = ([0-9a-fA-F]{32,128})")
 """A line of sha256sum, or of BSD's."""
@@ -48,7 +47,7 @@ def verify_files(storage: Storage, name: str) -> Iterator[Finding]:
     files = storage.list(name)
     is_file = name in files
     folder = name.rpartition("/")[0] if is_file else name
-    beside = _beside(name, folder) if is_file else [path for path in files if _is_sums(path)]
+    beside = _beside(name, folder) if is_file else [path for path in files if _sums_of(path)[1]]
     sums = _read_sums(storage, beside)
     if not is_file and (f"{name}/{_METADATA}" if name else _METADATA) in files:
         yield _looked_into(storage, name)  # A DCP folder is one payload, and its files have no format of their own.
@@ -59,9 +58,11 @@ def verify_files(storage: Storage, name: str) -> Iterator[Finding]:
             yield _by_format(storage, path)
 
 
-def _is_sums(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return bool(_OF_ONE.fullmatch(name) or _OF_MANY.fullmatch(name))
+def _sums_of(path: str) -> tuple[str, str]:
+    """Return for a checksum file its only file, if its name says one, and the algorithm; both empty for other files."""
+    match = _SUMS.fullmatch(path.rpartition("/")[2])
+    file, of_one, of_many = match.groups(default="") if match else ("", "", "")
+    return file, (of_one or of_many).lower()
 
 
 def _beside(name: str, folder: str) -> list[str]:
@@ -80,16 +81,12 @@ def _read_sums(storage: Storage, paths: Iterable[str]) -> Mapping[str, tuple[str
         except FileNotFoundError:
             continue
         folder, slash, own = path.rpartition("/")
-        one = _OF_ONE.fullmatch(own)
-        many = _OF_MANY.fullmatch(own)
-        algorithm = (one[2] if one else many[1] if many else "").lower()
-        for line in text.splitlines():
-            match = _LINE.fullmatch(line.strip())
-            if match is None:
-                continue
+        file, algorithm = _sums_of(path)
+        size = 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size
+        for match in filter(None, (_LINE.fullmatch(line.strip()) for line in text.splitlines())):
             name, digest = (match[2], match[1]) if match[1] else (match[3], match[4])
-            name = (name or (one[1] if one else "")).removeprefix("./")
-            if name and algorithm and len(digest) == 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size:
+            name = (name or file).removeprefix("./")
+            if name and len(digest) == size:
                 found[f"{folder}{slash}{name}"] = algorithm, digest.lower(), own
     return found
 

@@ -11,7 +11,8 @@ import attrs
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.commit.aliases import duplicate, mark
-from checkpointer.commit.index import HOME, read_bounded
+from checkpointer.commit.created import CREATED
+from checkpointer.commit.index import read_bounded
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.recovery import settle
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
@@ -27,8 +28,6 @@ from checkpointer.storage.owner import is_dead
 from checkpointer.storage.progress import CountingStorage
 from checkpointer.storage.same_place import SamePlaceError, refuse_same
 from checkpointer.tools.catalog import Catalog, look_at
-
-_CREATED = f"{HOME}/directory.json"
 
 
 @attrs.frozen(kw_only=True)
@@ -161,7 +160,7 @@ def copy(
         plan = plan_copying(source, target, records)
     plan = _copy_payloads(source, target, plan, journal, on_bytes, on_bad)
     limits = [path for path in source.files if path.startswith(f"{TERMS}/") and path.endswith(".limits")]
-    for path in (_CREATED, *limits):
+    for path in (CREATED, *limits):
         if path in source.files and path not in target.files:
             with contextlib.suppress(FileNotFoundError, RecordError):  # It is a folder, or a link that leads nowhere.
                 storage.write(path, read_bounded(source.storage, path))

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
@@ -146,14 +146,11 @@ def _filesystem(root: str) -> Iterator[Found]:
     kind = _kind_of(root)
     if kind:
         what = _KINDS.get(kind, "")
-        yield Found("note" if what else "ok", "filesystem", f"{kind}{f' {what}' if what else ''}")
+        yield Found("note" if what else "ok", "filesystem", f"{kind} {what}".rstrip())
     seconds = statistics.median(_sync_times(root))
-    how = f"fsync of 4 kB took {_ms(seconds)}"
-    if seconds < _QUICK_SYNC_S and kind not in ("tmpfs", "ramfs"):
-        how += ": quicker than a disk can be, so a power failure may lose what was acknowledged"
-        yield Found("note", "fsync", how)
-    else:
-        yield Found("ok", "fsync", how)
+    is_odd = seconds < _QUICK_SYNC_S and kind not in ("tmpfs", "ramfs")
+    then = ": quicker than a disk can be, so a power failure may lose what was acknowledged" if is_odd else ""
+    yield Found("note" if is_odd else "ok", "fsync", f"fsync of 4 kB took {_ms(seconds)}{then}")
 
 
 def _sync_times(root: str) -> Iterator[float]:
@@ -185,11 +182,13 @@ def _small_files(storage: Storage, folder: str) -> Generator[Found, None, float]
     writes, reads = [], []
     for number in range(TRIES):
         data, path = os.urandom(SMALL), f"{folder}/small-{number}"
-        writes.append(_timed(lambda data=data, path=path: storage.write(path, data)))  # type: ignore[misc]
         began = time.perf_counter()
+        storage.write(path, data)
+        wrote = time.perf_counter()
         with storage.open(path) as stream:
             found = stream.read()
-        reads.append(time.perf_counter() - began)
+        writes.append(wrote - began)
+        reads.append(time.perf_counter() - wrote)
         if found != data:
             yield Found("BAD", "small files", f"{path} was read with other bytes than were written")
     missing = [path for number in range(TRIES) if (path := f"{folder}/small-{number}") not in storage.list(path)]
@@ -250,29 +249,16 @@ def _space(free: int, size: int | None) -> Iterator[Found]:
 
 def packages() -> Iterator[Found]:
     """Yield what is wrong with this installation."""
-    other = _other_checkpointer()
-    if other:
-        text = (
-            f"the unrelated package 'checkpointer' {other} is installed too, and both have the import name "
-            "checkpointer; run 'pip uninstall checkpointer', then install torch-checkpointer again"
-        )
-        yield Found("BAD", "packages", text)
-    else:
-        yield Found("ok", "packages", "no other package has the import name checkpointer")
-
-
-def _other_checkpointer() -> str:
-    """Return the version of the caching package of that name, if it is installed."""
     try:
-        return metadata.version("checkpointer")
+        other = metadata.version("checkpointer")
     except metadata.PackageNotFoundError:
-        return ""
-
-
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+        yield Found("ok", "packages", "no other package has the import name checkpointer")
+        return
+    text = (
+        f"the unrelated package 'checkpointer' {other} is installed too, and both have the import name "
+        "checkpointer; run 'pip uninstall checkpointer', then install torch-checkpointer again"
+    )
+    yield Found("BAD", "packages", text)
 
 
 def _ms(seconds: float) -> str:

@@ -16,7 +16,7 @@ from checkpointer.commit.signing import HMACKey
 from checkpointer.errors import CorruptError, NotFoundError
 from checkpointer.ports import Storage
 from checkpointer.records.record import Record
-from checkpointer.tools.catalog import Catalog, look_at, naming_retired
+from checkpointer.tools.catalog import Catalog, look_at
 
 if TYPE_CHECKING:
     from checkpointer.formats.inspection.tensors import Tensors
@@ -35,34 +35,36 @@ class Payload:
     """Its record, if it is a checkpoint of a directory."""
     problem: str = ""
     """Why its record cannot be read or believed; empty if it can, or if there is none."""
-    trust: HMACKey | None = attrs.field(default=None, repr=False)
-    """The key of the directory, if it has one."""
     catalog: Catalog | None = attrs.field(default=None, repr=False)
     """The directory of its record, if it has one that this library looked for."""
 
+    @classmethod
+    def of(cls, catalog: Catalog, record: Record) -> Payload:
+        """Return a checkpoint of a directory."""
+        return cls(place=catalog.place, storage=catalog.storage, name=record.name, record=record, catalog=catalog)
+
 
 @contextlib.contextmanager
-def opened(payload: Payload) -> Iterator[Tensors]:
-    """Open a payload. If it has a record, what is read from it are bytes that were compared with the record.
+def opened(payload: Payload, *, verifies: bool = True) -> Iterator[Tensors]:
+    """Open a payload. If it has a record and is verified, what is read are bytes that were compared with the record.
 
     Raises:
         CorruptError: If the payload differs from its record, or the record cannot be read or believed.
         NotFoundError: If a running process has retired it meanwhile.
     """
-    # Commands that only list would wait for these modules.
+    # Commands that only list would wait for this module, and those that only look for the next one.
     from checkpointer.formats.inspection.payload import open_contents
-    from checkpointer.restore.verified import open_verified
 
-    if payload.problem:
+    storage, record, catalog = payload.storage, payload.record, payload.catalog
+    if payload.problem and verifies:
         raise CorruptError(payload.problem)
-    if payload.record is None:
-        with open_contents(payload.storage, payload.name) as contents:
-            yield contents
-        return
-    with (
-        naming_retired(payload.storage, payload.trust, payload.record),
-        open_verified(payload.storage, payload.record) as contents,
-    ):
+    retired = catalog.naming_retired(record) if catalog and record else contextlib.nullcontext()
+    opening = open_contents(storage, payload.name)
+    if record is not None and verifies:
+        from checkpointer.restore.verified import open_verified
+
+        opening = open_verified(storage, record)
+    with retired, opening as contents:
         yield contents
 
 
@@ -101,7 +103,7 @@ def payload_at(place: str, open: Callable[[str], Storage], trust: HMACKey | None
     home = f"/{HOME}/" if not name else f"{name}/{HOME}/"
     if name not in files and any(home in f"/{path}" for path in files):
         return None
-    return _with_record(Payload(place=place, storage=storage, name=name, trust=trust))
+    return _with_record(Payload(place=place, storage=storage, name=name), trust)
 
 
 def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey | None) -> Payload | None:
@@ -117,13 +119,18 @@ def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey
         return None
     if real.is_dir() and any(f"/{HOME}/" in f"/{path}" for path in open(str(real)).list()):
         return None
-    for folder in real.parents:
-        if (folder / RECORDS).is_dir():
-            name = real.relative_to(folder).as_posix()
-            found = _with_record(Payload(place=place, storage=open(str(folder)), name=name, trust=trust))
-            if found.record is not None or found.problem:
-                return found
+    for folder, name in directories_above(real):
+        found = _with_record(Payload(place=place, storage=open(str(folder)), name=name), trust)
+        if found.record is not None or found.problem:
+            return found
     return Payload(place=place, storage=open(str(real.parent)), name=real.name)
+
+
+def directories_above(path: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each directory above a path that has records, the closest first, and the path within it."""
+    for folder in path.parents:
+        if (folder / RECORDS).is_dir():
+            yield folder, path.relative_to(folder).as_posix()
 
 
 def similar(path: Path, *, folders: bool = False) -> str:
@@ -139,16 +146,13 @@ def similar(path: Path, *, folders: bool = False) -> str:
     return f" (did you mean {parent.parent / close[0]}?)" if close else ""
 
 
-def _with_record(payload: Payload) -> Payload:
+def _with_record(payload: Payload, trust: HMACKey | None) -> Payload:
     """Return the payload with what its directory says about it, if it has a record there."""
-    storage, path = payload.storage, record_path(payload.name)
+    name, storage, path = payload.name, payload.storage, record_path(payload.name)
     if path not in storage.list(path):
         return payload
-    catalog = look_at(storage, payload.trust)
-    record = next((one for one in (*catalog.records, *catalog.missing) if one.name == payload.name), None)
-    problem = ""
-    if record is None:
-        problem = str(
-            catalog.damaged.get(path, f"{payload.name} is not committed: its record says that it is half-way")
-        )
-    return attrs.evolve(payload, record=record, problem=problem, trust=catalog.trust, catalog=catalog)
+    catalog = look_at(storage, trust)
+    record = catalog.current(name)
+    half_way = f"{name} is not committed: its record says that it is half-way"
+    problem = "" if record is not None else str(catalog.damaged.get(path, half_way))
+    return attrs.evolve(payload, record=record, problem=problem, catalog=catalog)

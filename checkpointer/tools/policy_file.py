@@ -72,7 +72,8 @@ def check_policy(data: bytes) -> tuple[Policy | None, list[Problem]]:
         plain = config.parse_yaml(data)
         root = yaml.compose(data.decode(), Loader=yaml.SafeLoader)
     except PolicyError as error:
-        return None, [Problem(_one_line(str(error)), _marked_line(error))]
+        mark = getattr(error.__cause__, "problem_mark", None)  # Only errors of the YAML parser have one.
+        return None, [Problem(_one_line(str(error)), 0 if mark is None else mark.line + 1)]
     problems = sorted((Problem(text, _line_of(root, text)) for text in _problems(plain)), key=lambda one: one.line)
     if problems:
         return None, problems
@@ -86,21 +87,21 @@ def _problems(plain: Any) -> list[str]:
     """Return the errors of the parts of a policy, each part for itself."""
     found: list[str] = []
 
-    def attempt(call: Callable[[], object]) -> None:
+    def attempt(call: Callable[..., object], *values: Any) -> None:
         try:
-            call()
+            call(*values)
         except PolicyError as error:
             found.append(str(error))
 
-    attempt(lambda: config.mapping(Policy, plain, "policy"))
+    attempt(config.mapping, Policy, plain, "policy")
     if not isinstance(plain, dict):
         return found
     if "when" in plain:
-        attempt(lambda: config.from_plain(plain["when"], "when", {}))
+        attempt(config.from_plain, plain["when"], "when", {})
     keep = plain.get("keep", [])
     for number, rule in enumerate(keep if isinstance(keep, list) else ()):
-        attempt(lambda rule=rule, number=number: config.from_plain(rule, f"keep[{number}]", {}))  # type: ignore[misc]
-    attempt(lambda: config.naming_from_plain(plain.get("name"), "name"))
+        attempt(config.from_plain, rule, f"keep[{number}]", {})
+    attempt(config.naming_from_plain, plain.get("name"), "name")
     return found
 
 
@@ -125,12 +126,6 @@ def _line_of(root: Any, text: str) -> int:
             break
         line = node.start_mark.line + 1
     return line
-
-
-def _marked_line(error: PolicyError) -> int:
-    """Return the line of an error of the YAML parser; 0 if it is not one."""
-    mark = getattr(error.__cause__, "problem_mark", None)
-    return 0 if mark is None else mark.line + 1
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import attrs
 
 from checkpointer.commit.changes import CHANGES, changes_path
@@ -57,12 +59,10 @@ def sweep(storage: Storage, owner: str, trust: HMACKey | None = None, *, force: 
     runs = [(entry.record.run, entry.record.label) for entry in before.unfinished]
     for run in dict.fromkeys([*runs, *_held_elsewhere(before)] if force else runs):
         names = {entry.record.name for entry in before.unfinished if (entry.record.run, entry.record.label) == run}
-        try:
-            with holding(journal, *run, lease):
-                done = finish_left(journal, load(storage, trust), run, force=force)
-            finished |= done
-        except ConflictError:
-            done = frozenset()
+        done: frozenset[str] = frozenset()
+        with contextlib.suppress(ConflictError), holding(journal, *run, lease):
+            done = finish_left(journal, load(storage, trust), run, force=force)
+        finished |= done
         left |= {name for name in names - done if (entry := journal.find(name)) and entry.status != "committed"}
     listing = load(storage, trust)
     left |= {str(error) for path, error in listing.damaged.items() if path.startswith(f"{CHANGES}/")}

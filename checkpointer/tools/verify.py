@@ -114,7 +114,7 @@ def _looked_at_again(
         for record, finding in before:
             if not now.lacks(record):
                 yield finding
-            elif (found := now.current(record)) is None:
+            elif (found := now.current(record.name)) is None:
                 yield Finding(name=record.name, is_retired=True)
             elif again := verify_one(storage, found, depth):
                 yield again

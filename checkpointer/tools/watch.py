@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import calendar
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -12,15 +11,14 @@ from typing import Final, Literal
 import attrs
 
 from checkpointer._display import age_text, count_text, size_text, some_of
-from checkpointer.commit.index import HOME, parse_json, read_bounded
+from checkpointer.commit.created import read_created
 from checkpointer.commit.lease import BEATS
 from checkpointer.commit.signing import HMACKey
 from checkpointer.commit.terms import TERMS, Claim, TermFiles, key_of, read_claim, read_status
 from checkpointer.commit.writer_marks import describe, writers_in
-from checkpointer.errors import NotFoundError, RecordError
+from checkpointer.errors import NotFoundError
 from checkpointer.policy.triggers import horizon_of
 from checkpointer.ports import Storage, SupportsFreeSpace
-from checkpointer.records.codec import as_number
 from checkpointer.records.record import Record
 from checkpointer.records.status import TrainingStatus
 from checkpointer.storage.owner import is_dead, is_live
@@ -101,11 +99,11 @@ def watch(storage: Storage, now: float, trust: HMACKey | None = None, *, run: st
     others: tuple[str, ...] = ()
     if not wanted and catalog.records:
         # An adopted run has no term.
-        own = catalog.named(run)[-1] if run is not None else (catalog.records[-1].run, catalog.records[-1].label)
+        own = catalog.named(run)[-1]
         others = tuple(catalog.id_of(*one) for one in catalog.runs if one != own and run is None)
-        wanted = [claims.get(key_of(*own)) or _Held(Claim(run=own[0], label=own[1]), 0)]
+        wanted = [claims.get(key_of(*own)) or _Held(Claim(run=own[0], label=own[1]))]
     if not wanted and run is None:
-        wanted = [_Held(Claim(owner=owner), 0) for owner in writers_in(storage, catalog.files)]
+        wanted = [_Held(Claim(owner=owner)) for owner in writers_in(storage, catalog.files)]
     if not wanted:
         there = ", ".join(dict.fromkeys(name for name, _ in catalog.runs)) or "none"
         below = (
@@ -123,8 +121,6 @@ class _Held:
     """The newest term of a run."""
 
     claim: Claim
-    number: int
-    """0 if the run has no term."""
     is_released: bool = False
     status: TrainingStatus | None = None
 
@@ -132,15 +128,14 @@ class _Held:
 def _claim(catalog: Catalog, key: str) -> _Held | None:
     """Return the newest term of a training. Commands claim terms too, and note no policy."""
     found, folder = TermFiles.of(catalog.terms.get(key, ()), key), f"{TERMS}/{key}"
+    newest = None
     for number in found.claimed[:8]:
         claim = read_claim(catalog.storage, folder, number, catalog.trust)
         if claim.policy or number not in found.ended:
             status = TrainingStatus.from_json(read_status(catalog.storage, folder, number))
-            return _Held(claim, number, number in found.ended, status)
-    if not found.claimed:
-        return None
-    newest = found.claimed[0]
-    return _Held(read_claim(catalog.storage, folder, newest, catalog.trust), newest, is_released=True)
+            return _Held(claim, number in found.ended, status)
+        newest = newest or _Held(claim, is_released=True)
+    return newest
 
 
 def _state(held: _Held, now: float) -> State:
@@ -167,12 +162,12 @@ def _since_s(claim: Claim) -> float:
 def _watched(catalog: Catalog, held: _Held, policies: Policies, now: float) -> Watched:
     claim, status = held.claim, held.status
     own = [r for r in catalog.records if (r.run, r.label) == (claim.run, claim.label)]
-    manifest = catalog.manifest(claim.run, claim.label) if own else None
-    newest = manifest.newest if manifest is not None else None
-    due, due_in_s = _due(newest, status, policies, claim, now)
+    newest = catalog.manifest(claim.run, claim.label).newest if own else None
+    state = _state(held, now)
+    is_alive = state == "alive"
+    due, due_in_s = _due(newest, status, policies, claim, now) if is_alive else ("", None)
     size = sum(record.size for record in own)
     free = catalog.storage.free_space() if isinstance(catalog.storage, SupportsFreeSpace) else None
-    state = _state(held, now)
     process = str(claim) if claim.since != Claim().since else describe(claim.owner) if claim.owner else "not known"
     return Watched(
         place=catalog.place,
@@ -184,10 +179,10 @@ def _watched(catalog: Catalog, held: _Held, policies: Policies, now: float) -> W
         newest=newest,
         checkpoints=len(own),
         bytes=size,
-        due=due if state == "alive" else "",
-        due_in_s=due_in_s if state == "alive" else None,
+        due=due,
+        due_in_s=due_in_s,
         free=free,
-        full_in_s=_full_in_s(catalog, size, free, now) if state == "alive" else None,
+        full_in_s=_full_in_s(catalog, size, free, now) if is_alive else None,
         problems=tuple(_problems(catalog)),
     )
 
@@ -212,11 +207,7 @@ def _due(
 
 def _full_in_s(catalog: Catalog, size: int, free: int | None, now: float) -> float | None:
     """Return when the storage is full, at the average growth since the directory was begun."""
-    created = None
-    with contextlib.suppress(FileNotFoundError, RecordError):
-        path = f"{HOME}/directory.json"
-        data = parse_json(read_bounded(catalog.storage, path), path)
-        created = as_number(data.get("created")) if isinstance(data, dict) else None
+    created = read_created(catalog.storage)
     if free is None or created is None or not size or now <= created:
         return None
     return free * (now - created) / size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from checkpointer.ports import Listener
 from checkpointer.records.record import Record
@@ -27,6 +28,14 @@ class Following(Listener):
         self._step = 0
         """Step of the checkpoint that was saved or ranked last."""
 
+    def _package(self, module: str, extra: str) -> Any:
+        """Import the tracker's package; if it is not installed, the error names the extra."""
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            msg = f"{type(self).__name__} needs {extra}: pip install 'torch-checkpointer[{extra}]'"
+            raise ImportError(msg) from error
+
     def _identity(self, record: Record) -> str:
         return record.token
 
@@ -42,13 +51,6 @@ class Following(Listener):
 
     def on_saved(self, record: Record) -> None:
         """See `Listener.on_saved`."""
-        self._follow(record)
-
-    def on_attached(self, record: Record) -> None:
-        """See `Listener.on_attached`."""
-        self._follow(record)
-
-    def _follow(self, record: Record) -> None:
         manager = self._manager() if self._manager is not None else None
         if manager is None:
             return
@@ -63,3 +65,5 @@ class Following(Listener):
             if target is not None and self._reported.get(alias) != target.token:
                 self._reported[alias] = target.token
                 self._point(alias, target)
+
+    on_attached = on_saved

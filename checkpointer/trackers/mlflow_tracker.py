@@ -41,11 +41,7 @@ class MLflowTracker(Following):
         client: Any = None,
     ) -> None:
         super().__init__(upload)
-        try:
-            import mlflow
-        except ImportError as error:
-            msg = "MLflowTracker needs mlflow: pip install 'torch-checkpointer[mlflow]'"
-            raise ImportError(msg) from error
+        mlflow = self._package("mlflow", "mlflow")
         active = mlflow.active_run() if run_id is None else None
         self._run = run_id or (active or mlflow.start_run()).info.run_id
         self._client = client or mlflow.MlflowClient()

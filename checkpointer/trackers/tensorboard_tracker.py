@@ -30,12 +30,7 @@ class TensorBoardTracker(Following):
     def __init__(self, writer: Any) -> None:
         super().__init__()
         if isinstance(writer, str) or hasattr(writer, "__fspath__"):
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                msg = "TensorBoardTracker needs tensorboard: pip install 'torch-checkpointer[tensorboard]'"
-                raise ImportError(msg) from error
-            writer = SummaryWriter(writer)
+            writer = self._package("torch.utils.tensorboard", "tensorboard").SummaryWriter(writer)
         self._writer = writer
 
     def _put(self, record: Record, where: str, aliases: list[str]) -> None:

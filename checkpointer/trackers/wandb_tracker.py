@@ -35,16 +35,11 @@ class WandbTracker(Following):
 
     def __init__(self, run: Any = None, *, upload: Upload = "all", name: str | None = None) -> None:
         super().__init__(upload)
-        try:
-            import wandb
-        except ImportError as error:
-            msg = "WandbTracker needs wandb: pip install 'torch-checkpointer[wandb]'"
-            raise ImportError(msg) from error
-        active: Any = run or wandb.run
-        if active is None:
+        wandb = self._package("wandb", "wandb")
+        self._run = run or wandb.run
+        if self._run is None:
             msg = "there is no active W&B run; call wandb.init() first, or pass run="
             raise RuntimeError(msg)
-        self._run = active
         self._artifact = wandb.Artifact
         self._name = name or f"checkpoint-{self._run.id}"
 

@@ -32,9 +32,9 @@ def found_in(folder: Path, **steps: Any) -> Adoption:
     return find_foreign(look_at(open_storage(folder, "")), **steps)
 
 
-def said_by(folder: Path) -> dict[str, tuple[int, int, dict[str, float]]]:
+def said_by(folder: Path) -> dict[str, tuple[int | None, int, dict[str, float]]]:
     """Step, epoch and metrics by name."""
-    return {item.name: (item.step, item.epoch, dict(item.metrics)) for item in found_in(folder).found}
+    return {item.name: (item.step, item.epoch or 0, dict(item.metrics)) for item in found_in(folder).found}
 
 
 def save(path: Path, state: Any = WEIGHTS) -> None:

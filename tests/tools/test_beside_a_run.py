@@ -18,7 +18,7 @@ from checkpointer.records.record import Entry
 from checkpointer.storage import open_storage
 from checkpointer.storage.memory import MemoryStorage
 from checkpointer.storage.owner import new_owner, release
-from checkpointer.tools.catalog import look_at, naming_retired
+from checkpointer.tools.catalog import look_at
 from checkpointer.tools.copy import copy
 from checkpointer.tools.verify import verify_all
 
@@ -126,11 +126,11 @@ def test_the_error_of_a_reader_says_that_the_checkpoint_was_retired(storage: Sto
     message = f"a running process has retired {first.name} meanwhile; choose"
     with (
         pytest.raises(NotFoundError, match=message),
-        naming_retired(storage, None, first, second),
+        catalog.naming_retired(first),
         storage.open(first.name),
     ):
         pass
-    with pytest.raises(FileNotFoundError, match="other"), naming_retired(storage, None, second):
+    with pytest.raises(FileNotFoundError, match="other"), catalog.naming_retired(second):
         raise FileNotFoundError("other")
 
 

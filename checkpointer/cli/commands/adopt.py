@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer._display import count_text, number_text, some_of
 from checkpointer.cli import options, output
@@ -15,40 +14,32 @@ from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.errors import NotFoundError, PolicyError
 from checkpointer.records.record import Record
 from checkpointer.tools.adopt import Adoption, adopt, find_foreign
-from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.catalog import Catalog
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the records that would be made.")]
 Steps = Annotated[
-    list[str] | None,
-    typer.Option("--step", metavar="NAME=STEP", help="The step of a file that has none; may be given again."),
+    list[str] | None, options.option("--step NAME=STEP", "The step of a file that has none; may be given again.")
 ]
 StepsPerEpoch = Annotated[
     int | None,
-    typer.Option(
-        "--steps-per-epoch",
-        metavar="N",
-        min=1,
-        help="For files with an epoch and no step: N steps for each finished epoch.",
+    options.option(
+        "--steps-per-epoch N", "For files with an epoch and no step: N steps for each finished epoch.", min=1
     ),
 ]
 Patterns = Annotated[
     list[str] | None,
-    typer.Option(
-        "--pattern",
-        metavar="PATTERN",
-        help="How names are built, such as 'model_{step}_{acc}.pt'; {epoch} counts from 0, {epochs} finished ones. "
+    options.option(
+        "--pattern PATTERN",
+        "How names are built, such as 'model_{step}_{acc}.pt'; {epoch} counts from 0, {epochs} finished ones. "
         "May be given again.",
     ),
 ]
-NewRun = Annotated[
-    str | None, typer.Option("--run", metavar="ID", help="Run of the records. Without it: a new run for each folder.")
-]
+NewRun = Annotated[str | None, options.option("--run ID", "Run of the records. Without it: a new run for each folder.")]
 
 
 def adopt_command(
     directory: options.Directory,
     access: options.Access,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, options.option("--dry-run", "Only show the records that would be made.")] = False,
     step: Steps = None,
     steps_per_epoch: StepsPerEpoch = None,
     pattern: Patterns = None,
@@ -62,15 +53,14 @@ def adopt_command(
 
     Example: checkpointer adopt lightning_logs/version_0/checkpoints --dry-run
     """
-    steps, key = dict(map(_step, step or ())), access.key
+    steps = dict(map(_step, step or ()))
     made: list[Record] = []
-    with options.writing(directory, access) as (storage, owner):
-        catalog = look_at(storage, key)
-        refuse_unsigned(catalog.signed, catalog.place, key)
+    with options.changing(directory, access) as (catalog, journal):
+        refuse_unsigned(catalog.signed, catalog.place, journal.trust)
         adoption = find_foreign(catalog, steps, steps_per_epoch=steps_per_epoch, patterns=pattern or ())
         _check_any(catalog, adoption)
         if not dry_run:
-            made, adoption = _adopt(catalog, adoption, Journal(storage, owner, key), run)
+            made, adoption = _adopt(catalog, adoption, journal, run)
     if adoption.unused:
         output.say(adoption.unused)
     elif (steps or steps_per_epoch or pattern) and catalog.records and not (adoption.found or adoption.aliases):
@@ -119,14 +109,16 @@ def _step(text: str) -> tuple[str, int]:
 def _as_data(adoption: Adoption, made: list[Record]) -> list[dict[str, object]]:
     if made:
         return [record.to_dict() for record in made]
-    fields = ("name", "step", "epoch", "metrics", "writer")
-    return [{field: getattr(item, field) for field in fields} for item in adoption.found]
+    return [
+        {"name": one.name, "step": one.step, "epoch": one.epoch or 0, "metrics": one.metrics, "writer": one.writer}
+        for one in adoption.found
+    ]
 
 
 def _print(adoption: Adoption, *, dry_run: bool, before: int) -> None:
     for item in adoption.found:
         scores = ", ".join(f"{name}={number_text(value)}" for name, value in item.metrics.items())
-        epoch = f", epoch {item.epoch}" if item.is_epoch_known else ""
+        epoch = f", epoch {item.epoch}" if item.epoch is not None else ""
         what = f"step {item.step}{epoch}{f', {scores}' if scores else ''}"
         output.print_line(f"{'would adopt' if dry_run else 'adopted'}  {item.name}: {what} ({item.writer})")
     for name, target in adoption.aliases.items():

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-import typer
-
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
@@ -19,11 +17,11 @@ def copy_command(
     target: Annotated[str, options.argument("TARGET", "Copy to this path or URL; it need not exist.")],
     access: options.Access,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="NAME", help="Only this checkpoint; may be given again.")
+        list[str] | None, options.option("--only NAME", "Only this checkpoint; may be given again.")
     ] = None,
     run: options.Among = None,
     target_options: Annotated[
-        str | None, typer.Option("--target-options", metavar="JSON", help="As --storage-options, for the target.")
+        str | None, options.option("--target-options JSON", "As --storage-options, for the target.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import attrs
-import typer
 
 from checkpointer._display import count_text, number_text
 from checkpointer.cli import options, output
@@ -27,10 +26,8 @@ def diff_command(
         ),
     ],
     access: options.Access,
-    other: Annotated[
-        str | None, typer.Option("--in", metavar="DIRECTORY", help="The directory of B, if it is another one.")
-    ] = None,
-    match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
+    other: Annotated[str | None, options.option("--in DIRECTORY", "The directory of B, if it is another one.")] = None,
+    match: options.Match = "",
     run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:
@@ -60,21 +57,16 @@ def diff_command(
 
 
 def _sides(items: list[str], other: str | None, access: options.Access, run: str | None) -> tuple[Payload, Payload]:
-    """Return the two payloads."""
     if len(items) == 2 and other is None:
-        one, two = (options.payload(place, access, "diff DIRECTORY A B") for place in items)
-        return one, two
+        first, second = (options.payload(place, access, "diff DIRECTORY A B") for place in items)
+        return first, second
     if len(items) != 3:
         msg = f"diff takes two files, or a directory and two checkpoints; {len(items)} were given: {' '.join(items)}"
         raise PolicyError(msg)
     here = options.look(items[0], access)
     there = here if other is None else options.look(other, access)
-    records = (find(here, items[1], run), find(there, items[2], run if other is None else None))
-    one, two = (
-        Payload(place=catalog.place, storage=catalog.storage, name=record.name, record=record, trust=catalog.trust)
-        for catalog, record in zip((here, there), records, strict=True)
-    )
-    return one, two
+    one, two = find(here, items[1], run), find(there, items[2], run if other is None else None)
+    return Payload.of(here, one), Payload.of(there, two)
 
 
 def _print(changes: list[Change], values: dict[str, tuple[Any, Any]]) -> None:

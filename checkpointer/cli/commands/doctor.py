@@ -6,7 +6,6 @@ import contextlib
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.commands.simulate import as_bytes
@@ -18,7 +17,7 @@ def doctor_command(
     directory: options.Directory,
     access: options.Access,
     size: Annotated[
-        str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 20GB.", show_default=False)
+        str, options.option("--size BYTES", "Size of a checkpoint, such as 20GB.", show_default=False)
     ] = "",
     as_json: options.Json = False,
 ) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
@@ -17,9 +15,7 @@ from checkpointer.errors import PolicyError, RestoreError
 from checkpointer.formats.export import WeightsFormat, format_by_name, write_weights
 from checkpointer.formats.inspection.find_weights import Weights, weights_of
 from checkpointer.formats.inspection.tensors import Tensors
-from checkpointer.records.record import Record
 from checkpointer.tools.average import average
-from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.payloads import Payload, opened
 
 
@@ -29,14 +25,13 @@ class File:
 
     format: Annotated[
         WeightsFormat | None,
-        typer.Option("--format", help="Without it OUT's extension decides (.safetensors; .pt, .pth, .ckpt, .bin)."),
+        options.option("--format", "Without it OUT's extension decides (.safetensors; .pt, .pth, .ckpt, .bin)."),
     ] = None
     only: Annotated[
         str | None,
-        typer.Option(
-            "--only",
-            metavar="KEY",
-            help="The place of the weights: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
+        options.option(
+            "--only KEY",
+            "The place of the weights: a key such as model or state_dict.encoder, or a file; '' for all tensors.",
         ),
     ] = None
     as_json: options.Json = False
@@ -62,16 +57,17 @@ def export_command(
     if len(items) not in (2, 3):
         msg = f"export takes FILE OUT, or DIRECTORY NAME OUT; {len(items)} were given: {' '.join(items)}"
         raise PolicyError(msg)
-    out = items[-1]
+    place, out = items[0], items[-1]
     options.check_out(out, access)
-    if len(items) == 2:
-        found = options.payload(items[0], access, f"export {items[0]} NAME {out}")
-        _write([found], out, file, lambda sources: sources[0][1])
-        return
-    catalog = options.look(items[0], access)
-    _write(_payloads(catalog, [find(catalog, items[1], run)]), out, file, lambda sources: sources[0][1])
-    # The checkpoint that an alias was meant for may be among these.
-    output.say_damaged(catalog)
+    catalog = options.look(place, access) if len(items) == 3 else None
+    if catalog is None:
+        payload = options.payload(place, access, f"export {place} NAME {out}")
+    else:
+        payload = Payload.of(catalog, find(catalog, items[1], run))
+    _write([payload], out, file, lambda sources: sources[0][1])
+    if catalog is not None:
+        # The checkpoint that an alias was meant for may be among these.
+        output.say_damaged(catalog)
 
 
 def average_command(
@@ -83,8 +79,8 @@ def average_command(
         list[str] | None,
         options.argument("[NAME]...", "Names, steps or aliases; or use --best.", options.complete_name),
     ] = None,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="The new file.", show_default=False)] = "",
-    best: Annotated[int | None, typer.Option("--best", metavar="K", min=1, help="The best K.")] = None,
+    out: Annotated[str, options.option("--out -o OUT", "The new file.", show_default=False)] = "",
+    best: Annotated[int | None, options.option("--best K", "The best K.", min=1)] = None,
     run: options.Run = None,
 ) -> None:
     """Average the weights of the named checkpoints, or of the best K by a metric. Each is verified first.
@@ -108,10 +104,9 @@ def average_command(
         records = best_first(choose(catalog, run), ranking)[:best]
         if len(records) < best:
             output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
-    _write(_payloads(catalog, records), out, file, average)
-    if not file.as_json:
-        for record in records:
-            output.print_line(f"  {record.name}")
+    _write([Payload.of(catalog, record) for record in records], out, file, average)
+    for record in () if file.as_json else records:
+        output.print_line(f"  {record.name}")
 
 
 def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
@@ -123,25 +118,14 @@ def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
         raise type(error)(msg) from error
 
 
-def _payloads(catalog: Catalog, records: list[Record]) -> list[Payload]:
-    of = functools.partial(Payload, place=catalog.place, storage=catalog.storage, trust=catalog.trust)
-    return [of(name=record.name, record=record) for record in records]
-
-
 def _write(
-    payloads: list[Payload],
-    out: str,
-    file: File,
-    combined: Callable[[list[tuple[str, Weights]]], Weights],
+    payloads: list[Payload], out: str, file: File, combined: Callable[[list[tuple[str, Weights]]], Weights]
 ) -> None:
     """Verify what has a record, write the combined weights, and say what was written."""
     format = file.format or format_by_name(out)
     with contextlib.ExitStack() as stack:
-        sources = [
-            (payload.name, _weights(stack.enter_context(opened(payload)), file.only, payload.name))
-            for payload in payloads
-        ]
-        weights = combined(sources)
+        opening = ((payload.name, stack.enter_context(opened(payload))) for payload in payloads)
+        weights = combined([(name, _weights(contents, file.only, name)) for name, contents in opening])
         advance = stack.enter_context(output.progress("writing", sum(info.bytes for info in weights.tensors.values())))
 
         def read(name: str) -> object:
@@ -149,10 +133,9 @@ def _write(
             return weights.read(name)
 
         size = write_weights(out, weights.tensors, read, format=format)
-    left_out, count = [*weights.values], len(weights.tensors)
+    left_out, count, names = [*weights.values], len(weights.tensors), [payload.name for payload in payloads]
     if file.as_json:
-        of = [payload.name for payload in payloads]
-        data = {"path": out, "bytes": size, "tensors": count, "key": weights.prefix, "of": of, "left_out": left_out}
+        data = {"path": out, "bytes": size, "tensors": count, "key": weights.prefix, "of": names, "left_out": left_out}
         output.print_json(data)
         return
     if left_out:

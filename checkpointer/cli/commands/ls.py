@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-import typer
-
 from checkpointer._display import age_text, count_text, number_text, size_text, some_of
 from checkpointer._secrets import shown_place
 from checkpointer.cli import options, output
@@ -28,34 +26,20 @@ _REASON = 40
 
 Sort = Annotated[
     str | None,
-    typer.Option(
-        "--sort",
-        "-s",
-        metavar="FIELD",
-        help="Sort by a field (step, size, time, ...) or a metric, smallest first. Without it: oldest first.",
-        autocompletion=options.complete_field,
+    options.option(
+        "--sort -s FIELD",
+        "Sort by a field (step, size, time, ...) or a metric, smallest first. Without it: oldest first.",
+        options.complete_field,
     ),
 ]
-Reverse = Annotated[bool, typer.Option("--reverse", "-r", help="Largest first.")]
 Where = Annotated[
-    list[str] | None,
-    typer.Option("--where", "-w", metavar="CONDITION", help="Only matching ones, such as 'val_loss<0.1'; repeatable."),
+    list[str] | None, options.option("--where -w CONDITION", "Only matching ones, such as 'val_loss<0.1'; repeatable.")
 ]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option(
-        "--metric",
-        "-m",
-        metavar="METRIC",
-        help="Show this metric; may be given again.",
-        autocompletion=options.complete_metric,
-    ),
+    options.option("--metric -m METRIC", "Show this metric; may be given again.", options.complete_metric),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option("--limit", "-n", metavar="N", min=1, help="Show at most N. Without --sort: the newest N."),
-]
-Names = Annotated[bool, typer.Option("--names", "-1", help="Print only the names, one on each line.")]
+Limit = Annotated[int | None, options.option("--limit -n N", "Show at most N. Without --sort: the newest N.", min=1)]
 
 
 def ls_command(
@@ -63,11 +47,11 @@ def ls_command(
     access: options.Access,
     policy: options.PolicyFile = None,
     sort: Sort = None,
-    reverse: Reverse = False,
+    reverse: Annotated[bool, options.option("--reverse -r", "Largest first.")] = False,
     where: Where = None,
     metric: Metrics = None,
     limit: Limit = None,
-    names: Names = False,
+    names: Annotated[bool, options.option("--names -1", "Print only the names, one on each line.")] = False,
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:

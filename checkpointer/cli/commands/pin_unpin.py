@@ -6,8 +6,6 @@ from typing import Annotated
 
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
-from checkpointer.commit.journal import Journal
-from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import set_pinned
 
 Names = Annotated[list[str], options.argument("NAME...", "Names, steps or aliases.", options.complete_name)]
@@ -46,12 +44,10 @@ def unpin_command(
 def _set_pinned(
     directory: str, names: list[str], access: options.Access, *, run: str | None, pinned: bool, as_json: bool
 ) -> None:
-    key = access.key
     options.look(directory, access)
-    with options.writing(directory, access) as (storage, owner):
-        catalog = look_at(storage, key)
+    with options.changing(directory, access) as (catalog, journal):
         records = find_all(catalog, names, run)
-        changed = set_pinned(catalog, records, Journal(storage, owner, key), pinned=pinned)
+        changed = set_pinned(catalog, records, journal, pinned=pinned)
     what = "pinned" if pinned else "unpinned"
     if as_json:
         output.print_json({what: [record.name for record in records], "changed": [record.name for record in changed]})

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import choose, metric_of
@@ -27,8 +26,7 @@ class Drawing:
     """Options that say what a chart shows."""
 
     metrics: Annotated[
-        str | None,
-        typer.Option("--metrics", metavar="FILE", help="A file with all measured values, for the line of the metric."),
+        str | None, options.option("--metrics FILE", "A file with all measured values, for the line of the metric.")
     ] = None
     size: Size = "0"
     run: options.Run = None

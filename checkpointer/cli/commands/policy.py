@@ -16,17 +16,13 @@ from checkpointer.tools.policies import noted_text
 from checkpointer.tools.policy_file import START, check_policy
 
 policy_commands = typer.Typer(
+    help="Write a policy file, check it, or show the one that a run has noted.",
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 """The commands below ``checkpointer policy``."""
-
-
-@policy_commands.callback()
-def policy() -> None:
-    """Write a policy file, check it, or show the one that a run has noted."""
 
 
 def check(

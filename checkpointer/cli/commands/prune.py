@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
-from checkpointer.cli.choose_run import Chosen, choose, lacking, noted_policy
-from checkpointer.commit.journal import Journal
+from checkpointer.cli.choose_run import Chosen, choose, lacking, not_noted
 from checkpointer.errors import PolicyError
 from checkpointer.policy.policy import Policy
 from checkpointer.policy.retention import KeepBest
-from checkpointer.tools.catalog import look_at
 from checkpointer.tools.prune import Pruning, plan_pruning, prune
 
 
@@ -21,9 +17,9 @@ def prune_command(
     directory: options.Directory,
     access: options.Access,
     policy: options.PolicyFile = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
+    apply: options.Apply = False,
     abandoned: Annotated[
-        bool, typer.Option("--abandoned", help="Also abandoned checkpoints, which do not count in the run any more.")
+        bool, options.option("--abandoned", "Also abandoned checkpoints, which do not count in the run any more.")
     ] = False,
     run: options.Run = None,
     as_json: options.Json = False,
@@ -35,15 +31,13 @@ def prune_command(
 
     Example: checkpointer prune runs/digits --policy policy.yaml
     """
-    key = access.key
     chosen = choose(options.look(directory, access), run)
     by = _policy(chosen, policy)
-    with options.writing(directory, access) as (storage, owner):
-        catalog = look_at(storage, key)
+    with options.changing(directory, access) as (catalog, journal):
         now = chosen.again(catalog)
         _check_metrics(by, now)
         pruning = plan_pruning(by, now.manifest, catalog.aliases, abandoned=abandoned)
-        gone = prune(catalog, pruning, Journal(storage, owner, key)) if apply else ()
+        gone = prune(catalog, pruning, journal) if apply else ()
     names = [record.name for record in gone]
     if as_json:
         data = {"kept": dict(pruning.kept), "going": dict(pruning.going), "bytes": pruning.bytes, "removed": names}
@@ -54,10 +48,11 @@ def prune_command(
 
 
 def _policy(chosen: Chosen, path: str | None) -> Policy:
-    """Return the policy to prune by."""
     if path is not None:
         return options.read_policy(path)
-    noted = noted_policy(chosen)
+    noted = chosen.policy
+    if noted is None:
+        raise not_noted(chosen, "; pass --policy FILE")
     output.say(f"by the policy that run {chosen.id} noted: {noted}")
     return noted
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from checkpointer._display import count_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
-from checkpointer.commit.journal import Journal
 from checkpointer.records.record import Record
-from checkpointer.tools.catalog import Catalog, look_at
+from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.prune import remove, why_not_removed
 
 
@@ -19,7 +16,7 @@ def rm_command(
     directory: options.Directory,
     names: Annotated[list[str], options.argument("NAME...", "Names or steps.", options.complete_name)],
     access: options.Access,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without this they are only shown.")] = False,
+    apply: options.Apply = False,
     run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:
@@ -29,13 +26,11 @@ def rm_command(
 
     Example: checkpointer rm runs/digits 190
     """
-    key = access.key
     options.look(directory, access)
-    with options.writing(directory, access) as (storage, owner):
-        catalog = look_at(storage, key)
+    with options.changing(directory, access) as (catalog, journal):
         records = find_all(catalog, names, run)
         stay = {record.name: why for record in records if (why := why_not_removed(catalog, record))}
-        gone = remove(catalog, records, Journal(storage, owner, key)) if apply else ()
+        gone = remove(catalog, records, journal) if apply else ()
     if as_json:
         going = [record.name for record in records if record.name not in stay]
         output.print_json({"going": going, "stay": stay, "removed": [record.name for record in gone]})

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Annotated, Any
-
-import typer
 
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
@@ -18,12 +13,11 @@ from checkpointer.cli.commands.ls import as_data, why
 from checkpointer.commit.payload_names import location
 from checkpointer.errors import CheckpointerError, PolicyError, RestoreError
 from checkpointer.formats.inspection.find_weights import weights_of
-from checkpointer.formats.inspection.payload import open_contents
 from checkpointer.formats.inspection.tensors import Tensors
 from checkpointer.records.record import Record
-from checkpointer.tools.catalog import Catalog, naming_retired
+from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.holders import terms_of
-from checkpointer.tools.payloads import Payload
+from checkpointer.tools.payloads import Payload, opened
 
 
 def show_command(
@@ -37,11 +31,9 @@ def show_command(
     ] = "",
     run: Annotated[
         str | None,
-        typer.Option(
-            "--run", metavar="ID", help="The run of NAME. Without NAME: show which processes have held this run."
-        ),
+        options.option("--run ID", "The run of NAME. Without NAME: show which processes have held this run."),
     ] = None,
-    match: Annotated[str, typer.Option("--match", help="Only tensors and values whose name contains this.")] = "",
+    match: options.Match = "",
     policy: options.PolicyFile = None,
     as_json: options.Json = False,
 ) -> None:
@@ -69,16 +61,7 @@ def show_command(
     if reason.endswith(record.reason):
         lines["saved"] = ""
     shown = as_data(catalog, record, reason) if as_json else lines
-    _show(_of_record(catalog, record), shown, match, as_json=as_json)
-
-
-@contextlib.contextmanager
-def _of_record(catalog: Catalog, record: Record) -> Iterator[Tensors]:
-    with (
-        naming_retired(catalog.storage, catalog.trust, record),
-        open_contents(catalog.storage, record.name) as contents,
-    ):
-        yield contents
+    _show(Payload.of(catalog, record), shown, match, as_json=as_json)
 
 
 def _show_payload(found: Payload, match: str, *, as_json: bool) -> None:
@@ -93,14 +76,14 @@ def _show_payload(found: Payload, match: str, *, as_json: bool) -> None:
         shown = _lines_of(found.record, path)
     else:
         shown = {"path": path, "size": f"{size_text(size)} ({size} bytes)", "record": "none"}
-    _show(open_contents(found.storage, found.name), shown, match, as_json=as_json)
+    _show(found, shown, match, as_json=as_json)
     output.leave_if(bool(found.problem))
 
 
-def _show(opening: AbstractContextManager[Tensors], shown: dict[str, Any], match: str, *, as_json: bool) -> None:
+def _show(payload: Payload, shown: dict[str, Any], match: str, *, as_json: bool) -> None:
     """Print what is known of a payload, then its tensors."""
     try:
-        with opening as contents:
+        with opened(payload, verifies=False) as contents:
             if as_json:
                 output.print_json(shown | _as_data(contents, match))
             else:

@@ -7,8 +7,6 @@ import sys
 from itertools import compress
 from typing import Annotated, Any
 
-import typer
-
 from checkpointer._display import age_text, count_text, number_text, size_text
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import choose
@@ -18,9 +16,7 @@ from checkpointer.tools.history import MAX_BYTES, History, history_at, history_o
 from checkpointer.tools.simulate import Moment, Timeline, simulate
 
 Source = Annotated[str, options.argument("METRICS", "CSV or JSON lines, - for stdin, or the directory of an old run.")]
-Size = Annotated[
-    str, typer.Option("--size", metavar="BYTES", help="Size of a checkpoint, such as 2.4GB, if it is not known.")
-]
+Size = Annotated[str, options.option("--size BYTES", "Size of a checkpoint, such as 2.4GB, if it is not known.")]
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -29,9 +25,7 @@ def simulate_command(
     policy: options.RequiredPolicyFile,
     access: options.Access,
     size: Size = "0",
-    everything: Annotated[
-        bool, typer.Option("--all", help="Print every observation, even if nothing was due.")
-    ] = False,
+    everything: Annotated[bool, options.option("--all", "Print every observation, even if nothing was due.")] = False,
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:

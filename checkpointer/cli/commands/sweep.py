@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import attrs
-import typer
 
 from checkpointer._display import count_text
 from checkpointer.cli import options, output
@@ -15,7 +14,7 @@ from checkpointer.tools.sweep import sweep
 def sweep_command(
     directory: options.Directory,
     access: options.Access,
-    force: Annotated[bool, typer.Option("--force", help="Count processes on other machines as ended too.")] = False,
+    force: Annotated[bool, options.option("--force", "Count processes on other machines as ended too.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Finish or remove what ended processes have left unfinished.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-import typer
-
 from checkpointer._display import count_text, size_text, some_of
 from checkpointer.cli import options, output
 from checkpointer.cli.choose_run import find_all
@@ -23,8 +21,8 @@ def verify_command(
         list[str] | None,
         options.argument("[NAME]...", "Names, steps or aliases; default: all.", options.complete_name),
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Look into each payload too, without unpickling it.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only, and read no payload.")] = False,
+    deep: Annotated[bool, options.option("--deep", "Look into each payload too, without unpickling it.")] = False,
+    quick: Annotated[bool, options.option("--quick", "Compare sizes only, and read no payload.")] = False,
     run: options.Among = None,
     as_json: options.Json = False,
 ) -> None:

@@ -7,7 +7,6 @@ import time
 from typing import Annotated, Any
 
 import attrs
-import typer
 
 from checkpointer.cli import options, output
 from checkpointer.tools.watch import Watched, lines_of, watch
@@ -16,8 +15,8 @@ from checkpointer.tools.watch import Watched, lines_of, watch
 def watch_command(
     directory: options.Directory,
     access: options.Access,
-    once: Annotated[bool, typer.Option("--once", help="Print once, and exit.")] = False,
-    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look.")] = 5.0,
+    once: Annotated[bool, options.option("--once", "Print once, and exit.")] = False,
+    every: Annotated[float, options.option("--every SECONDS", "How often to look.", min=0.1)] = 5.0,
     run: options.Run = None,
     as_json: options.Json = False,
 ) -> None:
