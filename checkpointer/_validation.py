@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
 import attrs
 
-from checkpointer.errors import PolicyError
+from checkpointer.errors import ObservationError, PolicyError
 
 MAX_BRIEF: Final = 160
 
@@ -70,6 +71,15 @@ def named_function(instance: object, field: attrs.Attribute[Any], value: Any) ->
     if not callable(value) or getattr(value, "__name__", "<lambda>") == "<lambda>":
         msg = f"{type(instance).__name__}.{field.name} is {brief(value)}; expected a function made with def"
         raise PolicyError(msg)
+
+
+def ask(predicate: Callable[[Any], object], about: Any) -> bool:
+    """Return whether a function of the user says so; raise an `ObservationError` if it fails."""
+    try:
+        return bool(predicate(about))
+    except Exception as error:
+        msg = f"{predicate.__name__} failed on {getattr(about, 'name', brief(about))}: {error!r}; fix the function"
+        raise ObservationError(msg) from error
 
 
 def check_function(value: Any, what: str, error: type[Exception]) -> None:

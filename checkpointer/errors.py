@@ -50,35 +50,6 @@ _BETWEEN: Final = frozenset({
 })  # fmt: skip
 """Packages whose lines a warning does not show, because the user wrote none of them."""
 
-__all__ = [
-    "AliasInUseError",
-    "CheckpointerError",
-    "CheckpointerWarning",
-    "ClosedError",
-    "ConflictError",
-    "CorruptError",
-    "FencedError",
-    "MetricError",
-    "MismatchError",
-    "NameTakenError",
-    "NamingError",
-    "NoValidCheckpointError",
-    "NotEnoughSpaceError",
-    "NotFoundError",
-    "ObservationError",
-    "PolicyError",
-    "RanksError",
-    "RecordError",
-    "RestoreError",
-    "RunInUseError",
-    "SaveError",
-    "SchemaError",
-    "StorageError",
-    "UnknownValueError",
-    "UnsafePayloadError",
-    "UntrustedError",
-]
-
 
 class CheckpointerError(Exception):
     """The root: ``except CheckpointerError`` catches every error that this library raises."""
@@ -184,6 +155,9 @@ class ClosedError(CheckpointerError, RuntimeError):
 
 class CheckpointerWarning(UserWarning):
     """Training goes on, but the user should act."""
+
+
+__all__ = [name for name in dir() if name.endswith(("Error", "Warning"))]
 
 
 def portable(error: Exception) -> Exception:

@@ -19,7 +19,7 @@ from checkpointer._new_file import new_file
 from checkpointer._validation import as_index, check_function
 from checkpointer.clock import SystemClock
 from checkpointer.commit.created import created
-from checkpointer.commit.directory import Directory
+from checkpointer.commit.directory import Directory, held
 from checkpointer.commit.lease import LEASE_S, as_lease
 from checkpointer.commit.payload_names import location
 from checkpointer.commit.signing import HMACKey, has_key
@@ -32,7 +32,7 @@ from checkpointer.errors import (
     warn,
 )
 from checkpointer.formats import open_format
-from checkpointer.mirror.mirror import open_mirror
+from checkpointer.mirror.mirror import MirrorThread
 from checkpointer.mirror.plan import Mirror
 from checkpointer.policy.decide import Decision, Save, Skip, decide_rescue, manifest_html
 from checkpointer.policy.policy import Policy
@@ -155,8 +155,10 @@ class CheckpointManager:
         self._writes = writes = capture is not None or save is not None
         storage = open_storage(directory, owner, storage_options)
         lease = as_lease(lease_s, takeover)
-        self._mirror = open_mirror(mirror, policy, storage, trust=trust, copies=writes, lease=lease)
-        if self._mirror is not None:
+        status = functools.partial(_status_of, weakref.ref(self))
+        self._mirror: MirrorThread | None = None
+        if mirror is not None:
+            self._mirror = MirrorThread(mirror, policy, storage, trust, writes, lease, status)
             weakref.finalize(keep_alive, self._mirror.stop)
         # A connection may not be used by two threads at once.
         is_url = isinstance(directory, str) and not isinstance(storage, SupportsPaths)
@@ -172,13 +174,11 @@ class CheckpointManager:
             clock=self._clock,
             lease=lease,
             open_again=again,
+            status=status,
         )
         weakref.finalize(keep_alive, opened.holder.stop_heartbeat)
-        me = weakref.ref(self)
-        opened.holder.status.read = functools.partial(_status_of, me)
         if self._mirror is not None:
             self._mirror.check = opened.journal.check_term
-            self._mirror.beat_status.read = opened.holder.status.read
         on_change = self._mirror.update if self._mirror else None
         self._saver = Saver(opened, self._format, save, tuple(listeners), on_change)
         self._executor = SaveExecutor(
@@ -438,7 +438,7 @@ class CheckpointManager:
             msg = f"the run has no checkpoint {name!r} (have: {', '.join(r.name for r in own) or 'none'})"
             raise NotFoundError(msg)
         directory = self._directory
-        with directory.held(record.run):
+        with held(directory, record.run):
             # If the run was taken over for this, the checkpoint may have another name now.
             record = next((one for one in directory.manifest.records if one.token == record.token), None)
             if record is not None and pinned and record.name in self.policy.aliases:

@@ -7,37 +7,6 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import attrs
 
-__all__ = [
-    "Clock",
-    "FolderFormat",
-    "Format",
-    "Listener",
-    "Mailbox",
-    "Ranks",
-    "Snapshotting",
-    "Stat",
-    "Storage",
-    "SupportsCapabilities",
-    "SupportsCopy",
-    "SupportsDescriptor",
-    "SupportsFileDigests",
-    "SupportsFreeSpace",
-    "SupportsLinks",
-    "SupportsMailbox",
-    "SupportsMapping",
-    "SupportsPaths",
-    "SupportsPieces",
-    "SupportsScratch",
-    "SupportsServerTime",
-    "SupportsSnapshots",
-    "SupportsSweep",
-    "SupportsURLs",
-    "SupportsUploads",
-    "Taken",
-    "Upload",
-    "Writable",
-]
-
 
 @attrs.frozen
 class Stat:

@@ -148,7 +148,9 @@ class Session:
                 decision = again(apart, manifest)
         # A slot is declined by every rule, and saved only for the alias.
         declined = decision.due if isinstance(decision, Skip) else decision.name in self._directory.policy.aliases
-        if declined and not isinstance(decision, Attach) and self._executor.look_before_declining(now):
+        # While a save is unfinished the writer thread changes the records, and looks itself before it retires.
+        may_look = declined and not isinstance(decision, Attach) and self._executor.settle(0)
+        if may_look and self._directory.looks.before_declining(now):
             decision = again(now, self._executor.outlook())
         if isinstance(decision, Save) or (isinstance(decision, Skip) and decision.due):
             self._warn_of_absent(now, manifest.seen)

@@ -19,7 +19,7 @@ from checkpointer.cli.streams import flush as flush
 from checkpointer.cli.streams import print_line as print_line
 from checkpointer.cli.streams import say as say
 from checkpointer.cli.streams import write as write
-from checkpointer.commit.missing_message import few_names
+from checkpointer.commit.deleted_by_others import few_names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.codec import to_plain_float
 from checkpointer.records.record import Record

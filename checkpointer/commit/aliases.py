@@ -7,22 +7,23 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
 from checkpointer.commit.index import HOME, Listing, json_name, read_bounded, record_path
-from checkpointer.commit.journal import Journal
+from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.signing import check_signature, signed
-from checkpointer.commit.transaction import duplicate
 from checkpointer.errors import AliasInUseError, RecordError, warn
 from checkpointer.policy.policy import Policy
-from checkpointer.ports import Stat, SupportsLinks, SupportsPaths
+from checkpointer.ports import Stat, Storage, SupportsCopy, SupportsLinks, SupportsPaths
 from checkpointer.records.codec import parse_json
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import SCHEMA, Record
 from checkpointer.storage.digests import algorithm_of, digest_of
 from checkpointer.storage.owner import is_live
+
+_CHUNK: Final = 4 << 20
 
 
 @attrs.define
@@ -80,11 +81,16 @@ class Aliases:
         return found
 
     def point(self, pointings: Iterable[Pointing]) -> list[str]:
-        """Point aliases to their checkpoints; return the names of the slots that they have replaced."""
+        """Point aliases to their checkpoints (step 7); return the names of the slots that they have replaced.
+
+        The change must be announced.
+        """
         replaced = []
         for one in pointings:
             try:
-                make_alias(self.journal, one.alias, one.target, one.how, slot=one.slot)
+                duplicate(self.journal.storage, one.target.name, one.alias, one.how)
+                if one.slot is not None:  # A newer checkpoint is committed, and the alias has replaced this one.
+                    self.journal.delete(one.slot.name)
             except OSError as error:
                 msg = f"the alias {one.alias} could not be made ({error}); {one.target.name} itself is saved"
                 warn(msg)
@@ -131,7 +137,7 @@ class Aliases:
             return True
         if alias in self.yielding or not self._is_taken(alias, manifest):
             return False
-        if alias not in self._claimed and record is None and not is_marked(self.journal, alias):
+        if alias not in self._claimed and record is None and not read_marker(self.journal, alias):
             return True
         return not self._is_ours(alias, manifest)
 
@@ -140,7 +146,7 @@ class Aliases:
 
         If a look costs a request, the answer is False; then the write of the marker fails.
         """
-        if not self._is_near:
+        if not self.journal.is_near:
             return False
         try:
             read_bounded(self.journal.storage, marker_path(alias))
@@ -152,23 +158,19 @@ class Aliases:
 
     def _is_taken(self, alias: str, manifest: Manifest) -> bool:
         listed = self.journal.storage.list
-        if self._is_near:
+        if self.journal.is_near:
             return bool(listed(alias))
         # If the storage ignores case, only the storage can say whether a name is taken.
         folded = alias.casefold()
         foreign = manifest.foreign
         return alias in foreign or (any(name.casefold() == folded for name in foreign) and bool(listed(alias)))
 
-    @property
-    def _is_near(self) -> bool:
-        return isinstance(self.journal.storage, SupportsLinks)
-
     def _is_ours(self, alias: str, manifest: Manifest) -> bool:
         """Return whether the file at an alias is a checkpoint, or a link or copy of one.
 
         If a look costs a request, only the size counts that the file had when the directory was opened.
         """
-        if not self._is_near:
+        if not self.journal.is_near:
             found = self.listing.files.get(alias)
             known = self._known(manifest)
             return found is None or alias in self._claimed or any(record.size == found.size for record in known)
@@ -209,7 +211,7 @@ class Aliases:
         return chain(manifest.records, manifest.aside, (entry.record for entry in entries), replaced)
 
     def _remember(self, alias: str) -> None:
-        there = self.journal.storage.list(alias).get(alias) if self._is_near and alias in self._claimed else None
+        there = self.journal.storage.list(alias).get(alias) if self.journal.is_near and alias in self._claimed else None
         if there is not None:
             self._made[alias] = there
 
@@ -246,16 +248,31 @@ class _Blocked:
         return is_blocked or self.aliases.has_foreign_marker(name)
 
 
-def make_alias(
-    journal: Journal, alias: str, target: Record, how: Literal["link", "copy"], *, slot: Record | None = None
-) -> None:
-    """Point ``alias`` to the target's payload (step 7). ``slot``: the checkpoint that has this very name now.
+def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "copy", "hardlink"]) -> None:
+    """Give a payload a second name, in one step.
 
-    The change must be announced. Then a slot is retired: a newer checkpoint is committed, and the alias replaces it.
+    ``"link"`` makes a symlink if it can. ``"copy"`` makes a hard link or copy; a folder has no hard links, so it gets a
+    symlink. ``"hardlink"`` never makes a symlink, because the old name will hold something else.
     """
-    duplicate(journal.storage, target.name, alias, how)
-    if slot is not None:
-        journal.delete(slot.name)
+    ways: list[Callable[[str, str], None]] = []
+    if isinstance(storage, SupportsLinks):
+        ways += [storage.symlink, storage.hardlink] if how == "link" else [storage.hardlink]
+    if isinstance(storage, SupportsCopy):
+        ways.append(storage.copy)
+    if isinstance(storage, SupportsLinks) and how != "hardlink":
+        ways.append(storage.symlink)
+    for way in ways:
+        try:
+            way(source, path)
+        except (OSError, NotImplementedError):
+            continue
+        return
+    with aborting(storage.upload(path)) as upload:
+        with storage.open(source) as stream:
+            while chunk := stream.read(_CHUNK):
+                upload.write(chunk)
+        upload.finish()
+        upload.publish(replace=True)
 
 
 # Markers: a small file for each alias that names its owner
@@ -299,11 +316,6 @@ def release(journal: Journal, aliases: Iterable[str]) -> None:
         marker = read_marker(journal, alias)
         if marker.get("owner") == journal.owner:
             mark(journal, alias, marker.get("label", ""), "")
-
-
-def is_marked(journal: Journal, alias: str) -> bool:
-    """Return whether this library made the alias."""
-    return bool(read_marker(journal, alias))
 
 
 def mark(journal: Journal, alias: str, label: str, owner: str, *, copy: tuple[str, Stat | None] = ("", None)) -> None:

@@ -91,7 +91,7 @@ def write_changes(storage: Storage, changes: Changes, trust: HMACKey | None) -> 
     data: dict[str, Any] = {"schema": SCHEMA, "owner": changes.owner, "entries": entries, "aliases": changes.aliases}
     data["term"] = changes.term
     text = to_json(signed(data, trust))
-    _put(storage, changes_path(changes.owner), text, durable=bool(entries) or len(text) > _BLOCK)
+    put(storage, changes_path(changes.owner), text, durable=bool(entries) or len(text) > _BLOCK)
 
 
 def clear_changes(storage: Storage, owner: str) -> None:
@@ -102,7 +102,8 @@ def clear_changes(storage: Storage, owner: str) -> None:
         storage.write(changes_path(owner), b"")
 
 
-def _put(storage: Storage, path: str, data: bytes, *, durable: bool) -> None:
+def put(storage: Storage, path: str, data: bytes, *, durable: bool) -> None:
+    """Write a small file. If it need not be ``durable``, the storage may be quicker."""
     if not durable and isinstance(storage, SupportsScratch):
         storage.write_scratch(path, data)
     else:

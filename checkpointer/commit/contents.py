@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -13,11 +12,9 @@ from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.writer_marks import clear_ended, mark
 from checkpointer.errors import warn
 from checkpointer.policy.policy import Policy
-from checkpointer.ports import Storage, SupportsLinks, SupportsSweep
+from checkpointer.ports import Storage, SupportsSweep
 from checkpointer.records.manifest import Manifest
 from checkpointer.records.record import Record
-
-_log = logging.getLogger("checkpointer")
 
 
 @attrs.define(kw_only=True)
@@ -48,11 +45,6 @@ class Contents:
         """Where the files are."""
         return self.journal.storage
 
-    @property
-    def is_near(self) -> bool:
-        """Whether a look at a file costs no request."""
-        return isinstance(self.storage, SupportsLinks)
-
     def check_key(self) -> None:
         """Raise `UntrustedError` if the directory is signed, and there is no key to change it with."""
         refuse_unsigned(self.num_signed, self.storage, self.journal.trust)
@@ -76,7 +68,7 @@ class Contents:
 
     def spare_aliases(self) -> bool:
         """If other programs have replaced alias files, choose other alias names; return whether that is so."""
-        if not (self.is_begun and self.is_near):
+        if not (self.is_begun and self.journal.is_near):
             return False
         replaced = [name for name in self.policy.aliases if self.aliases.is_blocked(name, self.manifest, slots=True)]
         if not replaced:
@@ -94,19 +86,18 @@ class Contents:
         else:
             self.add_foreign(record.name)
 
+    def note(self, metrics: frozenset[str]) -> None:
+        """Remember which metrics were reported."""
+        if not self.manifest.seen.issuperset(metrics):
+            self.manifest = attrs.evolve(self.manifest, seen=self.manifest.seen.union(metrics))
+
     def add_foreign(self, *names: str) -> None:
         """Count these names as taken by files of others."""
         if not self.manifest.foreign.issuperset(names):
             self.manifest = attrs.evolve(self.manifest, foreign=self.manifest.foreign.union(names))
 
-    def warn_once(self, key: str, msg: str) -> None:
-        """Warn, unless there was a message with this key before."""
+    def warn_once(self, key: str, msg: str, say: Callable[[str], None] = warn) -> None:
+        """Warn, unless there was a message with this key before; ``say`` may log it instead."""
         if key not in self._said:
             self._said.add(key)
-            warn(msg)
-
-    def log_once(self, key: str, msg: str) -> None:
-        """Log a warning, unless there was a message with this key before."""
-        if key not in self._said:
-            self._said.add(key)
-            _log.warning("%s", msg)
+            say(msg)

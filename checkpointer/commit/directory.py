@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import attrs
 
@@ -14,14 +14,12 @@ from checkpointer.commit import index
 from checkpointer.commit.aliases import Aliases, release
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.deleted_by_others import Looks
-from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.holder import Holder
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.lease import Lease
 from checkpointer.commit.lower_terms import take_over
 from checkpointer.commit.payload_names import Names
 from checkpointer.commit.recovery import finish_run, recover
-from checkpointer.commit.retirement import retire
 from checkpointer.commit.run_to_continue import Lines
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction
@@ -52,7 +50,7 @@ class Directory:
         clock: Decides when a transfer is slow enough to be logged.
         lease: When the run may be taken over from another process.
         open_again: Opens the storage again. The heartbeat's thread uses that one.
-        status: What the heartbeats say of the training.
+        status: Returns what a heartbeat says of the training, one line.
     """
 
     def __init__(
@@ -68,13 +66,13 @@ class Directory:
         clock: Clock | None = None,
         lease: Lease | None = None,
         open_again: Callable[[], Storage] | None = None,
-        status: Status | None = None,
+        status: Callable[[], str] = str,
     ) -> None:
         self.storage = storage
         self.journal = journal = Journal(storage, owner, trust)
         self.writes = writes
         again = open_again or (lambda: storage)
-        self.holder = Holder(journal, noted(policy), lease or Lease(), again, status or Status())
+        self.holder = Holder(journal, noted(policy), lease or Lease(), again, status)
         self._is_sure = False
         if writes and run is not None:
             if trust is None:  # A claim is a change, so a signed directory is refused before it.
@@ -93,7 +91,7 @@ class Directory:
         contents.manifest = Manifest(run=run or uuid.uuid4().hex[:12], label=label)
         self.transaction = Transaction(journal, clock or SystemClock())
         self.looks = Looks(contents)
-        self.names = Names(contents, self.looks, self.transaction)
+        self.names = Names(contents, self.looks)
         self.lines = Lines(contents, self.names)
         if writes:
             contents.prepare(marks=False)
@@ -158,25 +156,6 @@ class Directory:
             return False
         self._read_again()
         return True
-
-    @contextlib.contextmanager
-    def held(self, run: str) -> Iterator[None]:
-        """Hold a run while its records are changed, and no longer than that if this manager does not train it.
-
-        Raises:
-            RunInUseError: If another process trains the run.
-        """
-        term = self.journal.term
-        if term is not None and term.run == run:
-            yield
-            return
-        self.contents.prepare()
-        self.hold(run)
-        try:
-            yield
-        finally:
-            self.holder.let_go()
-            self.journal.term = None
 
     def look_again(self) -> bool:
         """Read the directory once more, because a live run may change it; return False if that was done before."""
@@ -252,12 +231,6 @@ class Directory:
         if must_stay or self.policy.last == "link":
             self.names.move_slot(slot)
 
-    def note(self, metrics: Iterable[str]) -> None:
-        """Remember which metrics were reported."""
-        seen = self.manifest.seen.union(metrics)
-        if seen != self.manifest.seen:
-            self.contents.manifest = attrs.evolve(self.manifest, seen=seen)
-
     def add(self, record: Record) -> None:
         """Add a committed record."""
         self.contents.manifest = self.manifest.with_record(record)
@@ -297,11 +270,11 @@ class Directory:
         going = {record.name: record for record in waiting} | {
             name: later.by_name[name] for name in surplus if name not in spare
         }
-        entries = [self.transaction.retiring(record) for record in (*going.values(), *slots)]
+        entries = [journal.retiring(record) for record in (*going.values(), *slots)]
         try:
             with journal.changing(*entries, aliases=[one.alias for one in pointings]) as failed:
                 replaced = contents.aliases.point(pointings)
-                retire(journal, going.values(), failed)
+                journal.retire(going.values(), failed)
         except ConflictError:
             raise
         except OSError as error:
@@ -319,19 +292,12 @@ class Directory:
         self._count_changes(len(retired))
         return retired
 
-    def disown(self, record: Record) -> None:
-        """Remove a record whose payload was replaced by another file; the name stays taken."""
-        with self.journal.changing(aliases=[record.name]):
-            self.journal.delete(record.name)
-        self.contents.manifest = self.manifest.without(record.name)
-        self.contents.add_foreign(record.name)
-
     def close(self) -> None:
         """Write the index, release the aliases, remove this writer's mark and its staging folder."""
         if not self.contents.is_prepared:
             return
         term = self.journal.term
-        if term is None or not term.is_fenced:
+        if term is None or not term.fenced:
             with contextlib.suppress(OSError, FencedError, UntrustedError):
                 self._write_index()
                 with self.journal.changing(aliases=self.policy.aliases if term is not None else ()):
@@ -352,6 +318,26 @@ class Directory:
         if self._num_unindexed:
             index.save(self.storage, index.load(self.storage, self.journal.trust))
             self._num_unindexed = 0
+
+
+@contextlib.contextmanager
+def held(directory: Directory, run: str) -> Iterator[None]:
+    """Hold a run while its records are changed, and no longer than that if this manager does not train it.
+
+    Raises:
+        RunInUseError: If another process trains the run.
+    """
+    term = directory.journal.term
+    if term is not None and term.run == run:
+        yield
+        return
+    directory.contents.prepare()
+    directory.hold(run)
+    try:
+        yield
+    finally:
+        directory.holder.let_go()
+        directory.journal.term = None
 
 
 def _listing(journal: Journal) -> index.Listing:

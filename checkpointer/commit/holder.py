@@ -1,16 +1,23 @@
-"""Holds the run of one writer: claims its term, sends the heartbeats, and releases it."""
+"""Holds the run of one writer: claims its term, sends the heartbeats, and releases it.
+
+`BEATS` in `checkpointer.commit.lease` is the number of heartbeats in one lease.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Callable
 
 import attrs
 
-from checkpointer.commit.heartbeat import Heartbeat, Status
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.lease import Lease, claim_term
+from checkpointer.commit.terms import Term
 from checkpointer.ports import Storage
+
+_log = logging.getLogger("checkpointer")
 
 
 @attrs.define
@@ -23,9 +30,9 @@ class Holder:
     lease: Lease
     open_again: Callable[[], Storage]
     """Opens the storage for the heartbeat's thread."""
-    status: Status
-    """What the heartbeats say of the training."""
-    _heartbeat: Heartbeat | None = attrs.field(default=None, init=False)
+    _status: Callable[[], str]
+    """Returns one line for each heartbeat. It refers to no manager, because the thread must not keep one alive."""
+    _ended: threading.Event = attrs.field(factory=threading.Event, init=False)
 
     def claim(self, run: str, label: str, *, is_new: bool) -> None:
         """Claim the next term of a run, and release the one before.
@@ -40,8 +47,9 @@ class Holder:
         journal.term = None
         owner, storage = journal.owner, journal.storage
         term = claim_term(storage, run, label, owner, self.lease, journal.trust, is_new=is_new, policy=self._policy)
-        journal.term = term
-        self._heartbeat = Heartbeat(term, self.open_again, self.status)
+        journal.term, self._ended = term, threading.Event()
+        work = (self._ended, term, self.open_again, self._status)
+        threading.Thread(target=_keep_beating, args=work, name="checkpointer-heartbeat", daemon=True).start()
 
     def let_go(self) -> None:
         """Release the term, so that the next process goes on at once."""
@@ -52,5 +60,27 @@ class Holder:
 
     def stop_heartbeat(self) -> None:
         """Send no heartbeat any more: after the lease another process may take over."""
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        self._ended.set()
+
+
+def _keep_beating(ended: threading.Event, term: Term, open: Callable[[], Storage], status: Callable[[], str]) -> None:
+    storage: Storage | None = None
+    number = 0
+    while not ended.wait(term.beat_s):
+        number += 1
+        try:
+            storage = storage or open()
+            term.beat(storage, number, _read(status))
+        except Exception as error:  # Without a heartbeat another process may take over. Training goes on.
+            _log.debug("no heartbeat could be written: %r", error)
+            storage = None
+        except BaseException:  # The process ends.
+            return
+
+
+def _read(status: Callable[[], str]) -> str:
+    try:
+        return status()
+    except Exception as error:  # The heartbeat matters more than what it says.
+        _log.debug("the heartbeat has no status: %r", error)
+        return ""

@@ -12,7 +12,7 @@ from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.lease import Lease, claim_term
 from checkpointer.commit.signing import HMACKey, signed
 from checkpointer.commit.terms import Term
-from checkpointer.errors import FencedError, NameTakenError, RecordError
+from checkpointer.errors import FencedError, NameTakenError, RecordError, warn
 from checkpointer.ports import Storage, SupportsLinks, Upload
 from checkpointer.records.codec import to_json
 from checkpointer.records.digest_algorithms import ALGORITHM, CRYPTOGRAPHIC
@@ -61,11 +61,24 @@ class Journal:
         except RecordError:
             return True
         # A link that leads nowhere, or a pipe, has no record; but no record can be created under its name.
-        return isinstance(self.storage, SupportsLinks) and bool(self.storage.list(record_path(name)))
+        return self.is_near and bool(self.storage.list(record_path(name)))
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a look at a file costs no request."""
+        return isinstance(self.storage, SupportsLinks)
 
     def has_payload(self, record: Record) -> bool:
         """Return whether a payload of the recorded size exists. Reads no bytes."""
         return size_of(self.storage, record.name, record.size) == record.size
+
+    def pending(self, record: Record, previous: Record | None = None) -> Entry:
+        """Return the announcement that a payload is written, or replaced if there is a ``previous`` one."""
+        return Entry(record=record, status="pending", previous=previous, owner=self.owner)
+
+    def retiring(self, record: Record) -> Entry:
+        """Return the announcement that a checkpoint is removed."""
+        return Entry(record=record, status="retired", owner=self.owner)
 
     def put(self, entry: Entry) -> None:
         """Write or replace a record file."""
@@ -140,6 +153,23 @@ class Journal:
     def delete(self, name: str) -> None:
         """Delete a record file; does nothing if it does not exist."""
         self.storage.delete(record_path(name))
+
+    def remove(self, record: Record) -> None:
+        """Delete a payload, then its record."""
+        # If the size differs, the file is not our payload: another program has replaced it.
+        if self.has_payload(record):
+            self.storage.delete(record.name)
+        self.delete(record.name)
+
+    def retire(self, records: Iterable[Record], failed: set[str]) -> None:
+        """Remove checkpoints that are announced as retired (step 8). Add to ``failed`` what fails, and warn."""
+        for record in records:
+            try:
+                self.remove(record)
+            except OSError as error:
+                failed.add(record.name)
+                msg = f"{record.name} could not be deleted ({error}); the next save tries again"
+                warn(msg)
 
     def _encode(self, entry: Entry) -> bytes:
         return to_json(signed(entry.to_dict(), self.trust))

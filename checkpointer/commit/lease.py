@@ -138,11 +138,9 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
     if lease.takeover:
         return True
     if is_live(holder.owner) and holder.owner.split("~")[1] == str(os.getpid()):
-        raise RunInUseError(
-            _in_use(storage, run, number, holder, "it is another manager of this process; close() that one")
-        )
+        raise _in_use(storage, run, number, holder, "it is another manager of this process; close() that one")
     if not lease.waits:
-        raise RunInUseError(_in_use(storage, run, number, holder, "it may be alive"))
+        raise _in_use(storage, run, number, holder, "it may be alive")
     # The holder may have a longer lease, and sends heartbeats less often then.
     patience_s = max(lease.seconds, BEATS / 2 * min(holder.beat_s, MAX_BEAT_S))
     text = (
@@ -158,14 +156,14 @@ def _may_replace(storage: Storage, folder: str, number: int, holder: Claim, leas
             return False
         if read_beat(storage, folder, number) != first:
             text = f"its last heartbeat came {lease.now() - began:.0f} s after this process had begun to wait"
-            raise RunInUseError(_in_use(storage, run, number, holder, text))
+            raise _in_use(storage, run, number, holder, text)
     text = "%s: %s sent no heartbeat for %g s; this process takes over run %r"
     _log.warning(text, storage, holder, patience_s, run)
     return True
 
 
-def _in_use(storage: Storage, run: str, number: int, holder: Claim, why: str) -> str:
-    return (
+def _in_use(storage: Storage, run: str, number: int, holder: Claim, why: str) -> RunInUseError:
+    return RunInUseError(
         f"{holder} trains run {run!r} in {storage} (term {number}): {why}. Two processes must not train one run. "
         "Stop one of them; or, if the other one is to be replaced, pass takeover=True or set CHECKPOINTER_TAKEOVER=1 "
         "(then the other one ends at its next save)"

@@ -7,9 +7,10 @@ from collections.abc import Container, Iterable, Sequence
 
 import attrs
 
+from checkpointer.commit.aliases import duplicate
 from checkpointer.commit.contents import Contents
 from checkpointer.commit.deleted_by_others import Looks
-from checkpointer.commit.transaction import Transaction
+from checkpointer.commit.recovery import is_payload_of
 from checkpointer.errors import NameTakenError, StorageError
 from checkpointer.policy.decide import own_name
 from checkpointer.ports import Storage, SupportsPaths, SupportsURLs
@@ -22,7 +23,6 @@ class Names:
 
     _contents: Contents
     _looks: Looks
-    _transaction: Transaction
 
     def is_free(self, name: str) -> bool:
         """Return whether the storage has nothing of this name now. If it has, the name is remembered as taken."""
@@ -63,7 +63,7 @@ class Names:
     def move_slot(self, slot: Record, *, maybe: Sequence[Record] = ()) -> Record | None:
         """Give a checkpoint that was written under the alias a name of its own; None if its payload is gone.
 
-        ``maybe``: see `Transaction.relocate`.
+        If another writer may replace the payload meanwhile, ``maybe`` has what it can be.
         """
         if self._looks.any_gone([slot]):
             return None
@@ -74,7 +74,7 @@ class Names:
         while True:
             name = self.free(slot)
             try:
-                moved = self._transaction.relocate(slot, attrs.evolve(slot, name=name, term=term), maybe)
+                moved = self._relocate(slot, attrs.evolve(slot, name=name, term=term), maybe)
                 break
             except NameTakenError:
                 # Another manager has taken the name since the check.
@@ -87,6 +87,48 @@ class Names:
         if moved is not None:
             self._replace(slot, moved)
         return moved
+
+    def _relocate(self, record: Record, moved: Record, maybe: Sequence[Record]) -> Record | None:
+        """Give a checkpoint the name of ``moved`` by a copy or hard link. After a crash both names may have it.
+
+        With ``maybe`` the digest of the copy decides before any record is changed. Returns None if the copy is none of
+        them.
+        """
+        journal, name = self._contents.journal, moved.name
+        journal.announce(journal.pending(moved))
+        try:
+            duplicate(journal.storage, record.name, name, "hardlink")
+        except FileNotFoundError:
+            journal.delete(name)
+            raise
+        if maybe:
+            copies = (attrs.evolve(one, name=name, term=moved.term) for one in maybe)
+            proved = next((copy for copy in copies if is_payload_of(journal, copy)), None)
+            if proved is None:
+                with journal.changing(journal.retiring(moved)):
+                    journal.storage.delete(name)
+                    journal.delete(name)
+                return None
+            moved = proved
+        with journal.changing(aliases=[record.name]):
+            return self._replace_record(record, moved)
+
+    def _rename(self, storage: SupportsPaths, record: Record, name: str) -> Record:
+        """Rename a checkpoint on a disk. After a crash exactly one name has it.
+
+        Both records exist for a moment, with the same token. `recover` takes the one that has a payload.
+        """
+        journal, moved = self._contents.journal, attrs.evolve(record, name=name)
+        journal.announce(journal.pending(moved))
+        with journal.changing(aliases=[record.name]):
+            os.rename(storage.local_path(record.name), storage.local_path(name))
+            storage.sync(name)
+            return self._replace_record(record, moved)
+
+    def _replace_record(self, old: Record, new: Record) -> Record:
+        self._contents.journal.put(Entry(record=new))
+        self._contents.journal.delete(old.name)
+        return new
 
     def _replace(self, old: Record, new: Record) -> None:
         manifest = self._contents.manifest
@@ -120,7 +162,7 @@ class Names:
                 os.rename(storage.local_path(name), storage.local_path(new))
             contents.manifest = attrs.evolve(contents.manifest, foreign=(contents.manifest.foreign - {name}) | {new})
             return new
-        self._replace(record, self._transaction.move(record, new))
+        self._replace(record, self._rename(storage, record, new))
         contents.aliases.forget()
         return new
 
@@ -136,6 +178,14 @@ class Names:
             contents.journal.put(Entry(record=moved))
             contents.journal.delete(name)
         contents.manifest = contents.manifest.without(name).without_payload(moved)
+
+    def disown(self, record: Record) -> None:
+        """Remove a record whose payload was replaced by another file; the name stays taken."""
+        contents = self._contents
+        with contents.journal.changing(aliases=[record.name]):
+            contents.journal.delete(record.name)
+        contents.manifest = contents.manifest.without(record.name)
+        contents.add_foreign(record.name)
 
     def _unused(self, stem: str) -> str:
         while True:

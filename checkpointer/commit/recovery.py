@@ -163,7 +163,7 @@ def _applies(entry: Entry, there: Entry | None) -> bool:
 
 
 def _moved(journal: Journal, records: Sequence[Record]) -> list[Record]:
-    """Return the old record of each checkpoint for which `Transaction.move` was interrupted after the rename."""
+    """Return the old record of each checkpoint for which `Names.make_way` was interrupted after the rename."""
     twice = {token for token, count in Counter(r.token for r in records).items() if count > 1}
     there = {r.token for r in records if r.token in twice and journal.has_payload(r)}
     return [r for r in records if r.token in there and size_of(journal.storage, r.name, r.size) is None]

@@ -9,7 +9,7 @@ import attrs
 
 from checkpointer._display import some_of
 from checkpointer.commit.contents import Contents
-from checkpointer.commit.missing_message import missing_text
+from checkpointer.commit.deleted_by_others import missing_text
 from checkpointer.commit.payload_names import Names
 from checkpointer.errors import NotFoundError
 from checkpointer.records.manifest import Manifest
@@ -52,11 +52,11 @@ class Lines:
         if others.pop(record.run, None) is None or not others or contents.is_claimed:
             return
         text = ", ".join(f"{run} (newest {other.name}, step {other.step})" for run, other in [*others.items()][-4:])
-        contents.log_once(
-            "runs",
+        msg = (
             f"{contents.storage} has checkpoints of {len(others) + 1} runs; taken is {record.name} of the newest run, "
-            f"{record.run}. To take another run pass run=, or name a checkpoint. The other runs: {text}",
+            f"{record.run}. To take another run pass run=, or name a checkpoint. The other runs: {text}"
         )
+        contents.warn_once("runs", msg, _log.warning)
 
     def check_step(self, which: str | int | None, run: str) -> None:
         """Raise `NotFoundError` if this is a step that several runs have, and ``run`` was chosen by its age alone."""

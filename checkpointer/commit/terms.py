@@ -62,10 +62,10 @@ from typing import Any, Final
 import attrs
 import xxhash
 
-from checkpointer.commit.changes import MAX_CHANGES_BYTES
+from checkpointer.commit.changes import MAX_CHANGES_BYTES, put
 from checkpointer.commit.signing import HMACKey, check_signature, signed
 from checkpointer.errors import FencedError, RecordError
-from checkpointer.ports import Storage, SupportsScratch
+from checkpointer.ports import Storage
 from checkpointer.records.codec import MAX_RECORD_BYTES, as_number, parse_json
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import SCHEMA, Record
@@ -208,7 +208,8 @@ class Term:
     trust: HMACKey | None = None
     before: str = ""
     """Owner of the term before, if that was not released: its changes are read even if no listing shows them yet."""
-    _fenced: str = ""
+    fenced: str = attrs.field(default="", init=False)
+    """Why this process must end, once a check has found a higher term."""
 
     @property
     def folder(self) -> str:
@@ -217,9 +218,9 @@ class Term:
 
     def check(self) -> None:
         """Raise `FencedError` if another process holds a higher term."""
-        if self._fenced or self.storage.list(f"{self.folder}/{self.number + 1}.json"):
-            self._fenced = self._fenced or self._fenced_text()
-            raise FencedError(self._fenced)
+        if self.fenced or self.storage.list(f"{self.folder}/{self.number + 1}.json"):
+            self.fenced = self.fenced or self._fenced_text()
+            raise FencedError(self.fenced)
 
     def check_listed(self, files: Iterable[str]) -> None:
         """Do as `check` if a listing has a higher term."""
@@ -251,11 +252,6 @@ class Term:
         claims = (read_claim(self.storage, self.folder, n, self.trust) for n in found.claimed if n < self.number)
         return next((claim for claim in claims if claim.owner == owner), None)
 
-    @property
-    def is_fenced(self) -> bool:
-        """Whether a check has found a higher term. Sends no request."""
-        return bool(self._fenced)
-
     def limit(self, limits: Iterable[tuple[int, int]], announced: Iterable[str]) -> None:
         """Let the records of lower terms count up to these serials only: ``(term, serial)``, with those of before.
 
@@ -266,16 +262,13 @@ class Term:
 
     def release(self) -> None:
         """Let the next process go on at once."""
-        if not self._fenced:
+        if not self.fenced:
             self.storage.write(f"{self.folder}/{self.number}.end", b"")
 
     def beat(self, storage: Storage, number: int, status: str = "") -> None:
         """Write a heartbeat, through a storage that this thread may use. ``status`` is one line for people."""
-        path, data = f"{self.folder}/{self.number}.beat", f"{number}\n{status}".rstrip().encode()
-        if isinstance(storage, SupportsScratch):
-            storage.write_scratch(path, data)
-        else:
-            storage.write(path, data)
+        data = f"{number}\n{status}".rstrip().encode()
+        put(storage, f"{self.folder}/{self.number}.beat", data, durable=False)
 
 
 @attrs.frozen

@@ -51,8 +51,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import attrs
 
@@ -60,10 +60,9 @@ from checkpointer._display import shard_text, some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.killed_saves import is_begun, no_digest, remove_files
-from checkpointer.commit.recovery import is_payload_of, settle
-from checkpointer.commit.retirement import remove
+from checkpointer.commit.recovery import settle
 from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
-from checkpointer.ports import Clock, Storage, SupportsCopy, SupportsLinks, SupportsPaths, Upload, Writable
+from checkpointer.ports import Clock, Storage, SupportsPaths, Upload, Writable
 from checkpointer.records.codec import METADATA
 from checkpointer.records.names import check_name
 from checkpointer.records.record import Entry, Record
@@ -91,7 +90,7 @@ WritePath = Callable[[str], "Files | None"]
 
 @attrs.define
 class Transaction:
-    """Steps 1 to 5 of a save, and the changes of a checkpoint's name."""
+    """Steps 1 to 5 of a save."""
 
     journal: Journal
     clock: Clock = attrs.field(factory=SystemClock)
@@ -158,8 +157,7 @@ class Transaction:
                 path, upload = self.storage.stage(draft.name)
                 os.rename(written, path)
             upload.finish()  # 2
-            parent, _, name = path.rpartition("/")
-            record = self._digested(draft, LocalStorage(parent, self.journal.owner), name, files)
+            record = self._digested(draft, *self._staged(path), files)
             return self._publish(upload, record, replaces, over_alias)
         finally:
             upload.abort()
@@ -174,7 +172,7 @@ class Transaction:
             FencedError: If another process has taken over the run meanwhile. It may have removed the files.
         """
         draft = attrs.evolve(draft, size=0, digest=no_digest(self.journal.algorithm))
-        self.journal.announce(self._pending(draft))  # 3
+        self.journal.announce(self.journal.pending(draft))  # 3
         try:
             files = write()  # 1, 2, 4
             record = self._digested(draft, self.storage, draft.name, files)
@@ -217,7 +215,7 @@ class Transaction:
         if replaced is None and self.journal.read(record.name) is None:
             self.journal.announce(Entry(record=record))
             return record
-        with self.journal.changing(self._pending(record, replaced)):
+        with self.journal.changing(self.journal.pending(record, replaced)):
             return self._commit(record)
 
     def copy_in(self, record: Record, source: Storage, path: str, *, replaces: Record | None = None) -> Record:
@@ -250,16 +248,16 @@ class Transaction:
                     for chunk in _read_chunks(source, f"{path}/{inside}"):
                         stream.write(chunk)
             upload.finish()  # 2
-            _check_copied(record, self._measure_staged(staged, algorithm_of(record.digest)), f"{path} in {source}")
+            _check_copied(record, _measure(*self._staged(staged), algorithm_of(record.digest)), f"{path} in {source}")
             return self._publish(upload, record, replaces, over_alias=False)
 
     def _upload_folder(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
         """Upload the files of a folder one by one. They count when the record is committed."""
         if replaces is None:
-            self.journal.announce(self._pending(record))  # 3
+            self.journal.announce(self.journal.pending(record))  # 3
         else:
             self._check_replaced(record, replaces, over_alias=False)
-        with self.journal.changing(*([self._pending(record, replaces)] if replaces else [])):
+        with self.journal.changing(*([self.journal.pending(record, replaces)] if replaces else [])):
             return self._upload_files(record, source, path, replaces)
 
     def _upload_files(self, record: Record, source: Storage, path: str, replaces: Record | None) -> Record:
@@ -291,7 +289,7 @@ class Transaction:
     def _publish(self, upload: Upload, record: Record, replaces: Record | None, over_alias: bool) -> Record:
         replaces = self._check_replaced(record, replaces, over_alias)
         is_new = replaces is None and not over_alias
-        pending = self._pending(record, replaces)
+        pending = self.journal.pending(record, replaces)
         if is_new:
             self.journal.announce(pending)  # 3
         with self.journal.changing(*([] if is_new else [pending])) as failed:  # 3
@@ -312,21 +310,14 @@ class Transaction:
             except OSError as error:
                 if is_new:
                     # Another process may have taken over, and count it.
-                    with self.journal.changing(self.retiring(record)):
-                        remove(self.journal, record)
+                    with self.journal.changing(self.journal.retiring(record)):
+                        self.journal.remove(record)
                     raise
                 # The old payload is gone, and the announced change proves the new one.
                 failed.add(record.name)
                 msg = f"{record.name} was replaced, but its record could not be marked as committed ({error})"
                 warn(msg)
         return record
-
-    def _pending(self, record: Record, previous: Record | None = None) -> Entry:
-        return Entry(record=record, status="pending", previous=previous, owner=self.journal.owner)
-
-    def retiring(self, record: Record) -> Entry:
-        """Return the announcement that a checkpoint is removed."""
-        return Entry(record=record, status="retired", owner=self.journal.owner)
 
     def _commit(self, record: Record) -> Record:
         self.journal.put(Entry(record=record))
@@ -365,81 +356,10 @@ class Transaction:
             with self.journal.changing(entry):
                 settle(self.journal, entry, write=True)
 
-    def _measure_staged(self, path: str, algorithm: str) -> tuple[int, str]:
+    def _staged(self, path: str) -> tuple[Storage, str]:
+        """Return the staging folder as a storage, and the name that a staged file has there."""
         parent, _, name = path.rpartition("/")
-        return _measure(LocalStorage(parent, self.journal.owner), name, algorithm)
-
-    # Other names
-
-    def relocate(self, record: Record, moved: Record, maybe: Sequence[Record] = ()) -> Record | None:
-        """Give a checkpoint the name of ``moved`` by a copy or hard link. After a crash both names may have it.
-
-        If another writer may replace the payload meanwhile, ``maybe`` has what it can be. Then the digest of the copy
-        decides before any record is changed. Returns None if the copy is none of them.
-        """
-        name = moved.name
-        self.journal.announce(self._pending(moved))
-        try:
-            duplicate(self.storage, record.name, name, "hardlink")
-        except FileNotFoundError:
-            self.journal.delete(name)
-            raise
-        if maybe:
-            copies = (attrs.evolve(one, name=name, term=moved.term) for one in maybe)
-            proved = next((copy for copy in copies if is_payload_of(self.journal, copy)), None)
-            if proved is None:
-                with self.journal.changing(self.retiring(moved)):
-                    self.storage.delete(name)
-                    self.journal.delete(name)
-                return None
-            moved = proved
-        with self.journal.changing(aliases=[record.name]):
-            return self._replace_record(record, moved)
-
-    def move(self, record: Record, name: str) -> Record:
-        """Rename a checkpoint on a disk. After a crash exactly one name has it.
-
-        Both records exist for a moment, with the same token. `recover` takes the one that has a payload.
-        """
-        assert isinstance(self.storage, SupportsPaths), "Names.make_way checks it"
-        moved = attrs.evolve(record, name=name)
-        self.journal.announce(self._pending(moved))
-        with self.journal.changing(aliases=[record.name]):
-            os.rename(self.storage.local_path(record.name), self.storage.local_path(name))
-            self.storage.sync(name)
-            return self._replace_record(record, moved)
-
-    def _replace_record(self, old: Record, new: Record) -> Record:
-        self._commit(new)
-        self.journal.delete(old.name)
-        return new
-
-
-def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "copy", "hardlink"]) -> None:
-    """Give a payload a second name, in one step.
-
-    ``"link"`` makes a symlink if it can. ``"copy"`` makes a hard link or copy; a folder has no hard links, so it gets a
-    symlink. ``"hardlink"`` never makes a symlink, because the old name will hold something else.
-    """
-    ways: list[Callable[[str, str], None]] = []
-    if isinstance(storage, SupportsLinks):
-        ways += [storage.symlink, storage.hardlink] if how == "link" else [storage.hardlink]
-    if isinstance(storage, SupportsCopy):
-        ways.append(storage.copy)
-    if isinstance(storage, SupportsLinks) and how != "hardlink":
-        ways.append(storage.symlink)
-    for way in ways:
-        try:
-            way(source, path)
-        except (OSError, NotImplementedError):
-            continue
-        return
-    with aborting(storage.upload(path)) as upload:
-        with storage.open(source) as stream:
-            while chunk := stream.read(_CHUNK):
-                upload.write(chunk)
-        upload.finish()
-        upload.publish(replace=True)
+        return LocalStorage(parent, self.journal.owner), name
 
 
 def _check_written(storage: Storage, name: str, files: Files) -> None:

@@ -13,7 +13,7 @@ import attrs
 from checkpointer._secrets import Secrets
 from checkpointer.errors import RanksError
 from checkpointer.ports import Mailbox, Snapshotting, SupportsFileDigests, Taken
-from checkpointer.save.background import finish_at_exit
+from checkpointer.save.background import wait_at_exit
 
 HEARTBEAT_S: Final = 5.0
 """Seconds between two heartbeats of rank 0."""
@@ -61,7 +61,7 @@ class ShardWriter:
         self._is_closing = False
         self._is_beating = False
         self._heartbeat = 0.0, ""
-        finish_at_exit(self)
+        wait_at_exit(self.finish)
 
     # In the loop
 

@@ -23,7 +23,6 @@ import attrs
 from checkpointer._display import size_text
 from checkpointer._secrets import without_secrets
 from checkpointer.commit.directory import Directory
-from checkpointer.commit.heartbeat import Status
 from checkpointer.commit.index import Listing, load
 from checkpointer.commit.lease import Lease
 from checkpointer.commit.signing import HMACKey
@@ -57,49 +56,54 @@ LOOK_S = 60.0
 _log = logging.getLogger("checkpointer")
 
 
+def _as_mirror(mirror: Mirror | Where) -> Mirror:
+    return mirror if isinstance(mirror, Mirror) else Mirror(mirror)
+
+
+@attrs.define(eq=False, repr=False)
 class MirrorThread:
     """Copies what a directory has on a thread of its own, so that the loop never waits for the mirror's storage.
 
-    ``policy`` has the rules and names on the mirror. Without ``copies`` the mirror is only read.
+    Raises:
+        StorageError: If the mirror is the directory itself, as far as that shows without a connection.
     """
 
-    def __init__(
-        self,
-        mirror: Mirror,
-        policy: Policy,
-        source: Storage,
-        *,
-        trust: HMACKey | None,
-        copies: bool,
-        lease: Lease | None = None,
-    ) -> None:
-        self._mirror = mirror
-        self._policy = policy
-        self._source = source
-        self._trust = trust
-        self._copies = copies
-        self._lease = lease
-        self._pid = os.getpid()
-        self._thread: threading.Thread | None = None
-        # The condition guards these. It is never held during a request to a storage:
-        self._condition = threading.Condition()
-        self._here: Manifest | None = None
-        self._done: Manifest | None = None
-        self._announced: dict[str, Record] = {}
-        self._finishing = False
-        self._stopped = False
-        # Only the thread writes these; other threads read them:
-        self._there = Manifest()
-        self._skipped: frozenset[tuple[str, str]] = frozenset()
-        self._error = ""
-        self._conflict: ConflictError | None = None
-        self.check: Callable[[], None] = lambda: None
-        """Raises if another process has taken over the run; called before the thread claims it on the mirror."""
-        self.beat_status = Status()
-        # Only the thread uses these:
-        self._directory: Directory | None = None
-        self._owner = ""
-        self._logged: set[str] = set()
+    _mirror: Mirror = attrs.field(converter=_as_mirror)
+    _policy: Policy
+    """That of the directory; the thread has one with the mirror's own rules."""
+    _source: Storage
+    _trust: HMACKey | None
+    _copies: bool
+    """If False, the mirror is only read."""
+    _lease: Lease
+    _beat_status: Callable[[], str]
+    """Returns what the heartbeats on the mirror say of the training."""
+    check: Callable[[], None] = attrs.field(default=lambda: None, init=False)
+    """Raises if another process has taken over the run; called before the thread claims it on the mirror."""
+    _pid: int = attrs.field(factory=os.getpid, init=False)
+    _thread: threading.Thread | None = attrs.field(default=None, init=False)
+    # The condition guards these. It is never held during a request to a storage:
+    _condition: threading.Condition = attrs.field(factory=threading.Condition, init=False)
+    _here: Manifest | None = attrs.field(default=None, init=False)
+    _done: Manifest | None = attrs.field(default=None, init=False)
+    _announced: dict[str, Record] = attrs.field(factory=dict, init=False)
+    _finishing: bool = attrs.field(default=False, init=False)
+    _stopped: bool = attrs.field(default=False, init=False)
+    # Only the thread writes these; other threads read them:
+    _there: Manifest = attrs.field(factory=Manifest, init=False)
+    _skipped: frozenset[tuple[str, str]] = attrs.field(default=frozenset(), init=False)
+    _error: str = attrs.field(default="", init=False)
+    _conflict: ConflictError | None = attrs.field(default=None, init=False)
+    # Only the thread uses these:
+    _directory: Directory | None = attrs.field(default=None, init=False)
+    _owner: str = attrs.field(default="", init=False)
+    _logged: set[str] = attrs.field(factory=set, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        refuse_same(self._source, self._mirror.where)
+        if (keep := self._mirror.keep) is not None:
+            ranks = any(isinstance(rule, KeepBest) for rule in keep)
+            self._policy = attrs.evolve(self._policy, keep=keep, best=self._policy.best if ranks else None)
 
     def __str__(self) -> str:
         return without_secrets(str(self._mirror.where))
@@ -265,11 +269,11 @@ class MirrorThread:
                 trust=self._trust,
                 lease=self._lease,
                 open_again=lambda: open_storage(self._mirror.where, self._owner, self._mirror.options),
-                status=self.beat_status,
+                status=self._beat_status,
             )
         self._directory.hold(here.run)
         self._directory.lines.see(here.run, here.line)
-        self._directory.note(here.seen)
+        self._directory.contents.note(here.seen)
         self._directory.begin()
         return self._directory
 
@@ -337,28 +341,3 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
         msg = f"no answer within {seconds:g} s"
         raise TimeoutError(msg)
     return answer.result()
-
-
-def open_mirror(
-    mirror: Mirror | Where | None,
-    policy: Policy,
-    source: Storage,
-    *,
-    trust: HMACKey | None,
-    copies: bool,
-    lease: Lease | None = None,
-) -> MirrorThread | None:
-    """Return the thread of a mirror, or None without one. Does not connect to its storage.
-
-    Raises:
-        StorageError: If the mirror is the directory itself.
-    """
-    if mirror is None:
-        return None
-    if not isinstance(mirror, Mirror):
-        mirror = Mirror(mirror)
-    refuse_same(source, mirror.where)
-    if mirror.keep is not None:
-        ranks = any(isinstance(rule, KeepBest) for rule in mirror.keep)
-        policy = attrs.evolve(policy, keep=mirror.keep, best=policy.best if ranks else None)
-    return MirrorThread(mirror, policy, source, trust=trust, copies=copies, lease=lease)

@@ -1,4 +1,4 @@
-"""A policy composes when to save, what to keep and how to name; `deciding` applies it."""
+"""A policy composes when to save, what to keep and how to name; `checkpointer.policy.decide` applies it."""
 
 from __future__ import annotations
 

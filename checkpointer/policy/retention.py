@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol, overload, runtime_checkable
 import attrs
 
 from checkpointer._display import every_text, size_text
-from checkpointer._validation import as_seconds, named_function, whole_number
-from checkpointer.errors import ObservationError, PolicyError
+from checkpointer._validation import as_seconds, ask, named_function, whole_number
+from checkpointer.errors import PolicyError
 from checkpointer.policy.ranking import Metric, Ranking, Score, Ties, place
 from checkpointer.records.record import Ordered, Record, in_commit_order
 
@@ -267,14 +267,7 @@ class KeepWhere:
 
     def keep(self, history: Sequence[Record]) -> Mapping[str, str]:
         """See `Rule.keep`; newest first."""
-        return {record.name: str(self) for record in reversed(history) if self._holds(record)}
-
-    def _holds(self, record: Record) -> bool:
-        try:
-            return bool(self.predicate(record))
-        except Exception as error:
-            msg = f"{self.predicate.__name__} failed on {record.name}: {error!r}; fix the function"
-            raise ObservationError(msg) from error
+        return {record.name: str(self) for record in reversed(history) if ask(self.predicate, record)}
 
     def __str__(self) -> str:
         return f"each with {self.predicate.__name__}"

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, Protocol, runtime_checkable
 import attrs
 
 from checkpointer._display import count_text, every_text
-from checkpointer._validation import as_seconds, brief, named_function, one_of, whole_number
-from checkpointer.errors import ObservationError, PolicyError
+from checkpointer._validation import as_seconds, ask, brief, named_function, one_of, whole_number
+from checkpointer.errors import PolicyError
 from checkpointer.ports import Clock
 from checkpointer.records.record import Progress
 
@@ -416,18 +416,10 @@ class When:
 
     def due(self, now: Progress, since: Progress) -> str | None:
         """See `Trigger.due`."""
-        return f"{self.predicate.__name__} at step {now.step}" if _answer(self.predicate, now) else None
+        return f"{self.predicate.__name__} at step {now.step}" if ask(self.predicate, now) else None
 
     def __str__(self) -> str:
         return f"when {self.predicate.__name__}"
-
-
-def _answer(predicate: Callable[[Progress], object], now: Progress) -> bool:
-    try:
-        return bool(predicate(now))
-    except Exception as error:
-        msg = f"{predicate.__name__} failed on {brief(now)}: {error!r}; fix the function"
-        raise ObservationError(msg) from error
 
 
 @attrs.frozen

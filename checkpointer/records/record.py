@@ -318,7 +318,7 @@ class Entry:
     status: Status = "committed"
     previous: Record | None = None
     owner: str = ""
-    """Process that is writing (``pending`` only): see `checkpointer.ports.Owner`."""
+    """Process that is writing (``pending`` only): see `checkpointer.storage.owner`."""
     signature: str = ""
     """Of all the rest, as `checkpointer.commit.signing` makes and checks it; empty if it was saved without a key."""
 

@@ -82,7 +82,7 @@ class MirrorSnapshot:
             msg = f"{error}; {failure}"
             raise (CorruptError if isinstance(error, CorruptError) else StorageError)(msg) from error
         if not is_ours:
-            directory.disown(record)
+            directory.names.disown(record)
         return fetched
 
 

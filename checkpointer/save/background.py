@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import attrs
 
@@ -92,7 +92,7 @@ class Background:
         self._waited_s = 0.0
         self._num_skipped = 0
         self._start_over()
-        finish_at_exit(self)
+        wait_at_exit(self.wait)
 
     def _start_over(self) -> None:
         """Begin without jobs. In a forked child the jobs and the thread belong to the parent."""
@@ -204,10 +204,6 @@ class Background:
                 self._wait_a_little(deadline)
         return True
 
-    def finish(self) -> None:
-        """Wait until every job is done; called at the end of the program."""
-        self.wait()
-
     def _wait_a_little(self, deadline: float | None) -> None:
         if self._thread is None or not self._thread.is_alive():
             self._drop_all()
@@ -262,23 +258,18 @@ class Background:
             return None
 
 
-class _Unfinished(Protocol):
-    def finish(self) -> object:
-        """Wait until all work is done."""
-        ...
+_waits: set[weakref.WeakMethod[Callable[[], object]]] = set()
 
 
-_unfinished: weakref.WeakSet[_Unfinished] = weakref.WeakSet()
-
-
-def finish_at_exit(unfinished: _Unfinished) -> None:
-    """Wait for this object's work when the main thread ends, if it still exists then."""
-    _unfinished.add(unfinished)
+def wait_at_exit(wait: Callable[[], object]) -> None:
+    """Call a method that waits for an object's work when the main thread ends, if the object still exists then."""
+    _waits.add(weakref.WeakMethod(wait, _waits.discard))
 
 
 def _finish_all() -> None:
-    for unfinished in list(_unfinished):
-        unfinished.finish()
+    for reference in list(_waits):
+        if (wait := reference()) is not None:
+            wait()
 
 
 # The interpreter also waits for the thread, but shuts executors down before. A storage may need them.

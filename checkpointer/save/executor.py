@@ -19,7 +19,6 @@ from checkpointer.policy.schedule import Schedule
 from checkpointer.policy.swapped_weights import marked, ranking_doubt, states_in
 from checkpointer.ports import Clock, Snapshotting, SupportsSnapshots, Taken
 from checkpointer.records.manifest import Manifest
-from checkpointer.records.record import Observation
 from checkpointer.save.background import Background, Busy, Job, Outcome, copies_of
 from checkpointer.save.saver import Saver
 from checkpointer.save.writer_process import WriterProcess
@@ -72,16 +71,11 @@ class SaveExecutor:
         """Return the records as they will be once every unfinished save is done."""
         directory = self.saver.directory
         if self.background is None:
-            directory.note(self.reported)
+            directory.contents.note(self.reported)
             return directory.manifest
         manifest = self.background.outlook(directory.policy)
         seen = manifest.seen | self.reported
         return manifest if seen == manifest.seen else attrs.evolve(manifest, seen=seen)
-
-    def look_before_declining(self, now: Observation) -> bool:
-        """Set aside what is gone, if the rules decline the observation for it; return whether something is gone."""
-        # While a save is unfinished the writer thread changes the records, and looks itself before it retires.
-        return self.settle(0) and self.saver.directory.looks.before_declining(now)
 
     def execute(self, decision: Save, path: str | os.PathLike[str] | None = None, *, at_once: bool = False) -> Decision:
         """Carry out a save; return it, or a `Skip` if it failed and the failure is tolerated.
@@ -98,8 +92,8 @@ class SaveExecutor:
             state = self._take_state() if path is None and self.saver.save is None else None
             decision = self._marked(decision, state)
             try:
-                self.saver.directory.note(self.reported)
-                record = self.saver.write(decision, state, path)
+                self.saver.directory.contents.note(self.reported)
+                record = self.saver.write(decision, state) if path is None else self.saver.adopt(decision, path)
             except ConflictError:
                 raise
             except Exception as error:  # After any error the older checkpoints are still there.
@@ -136,9 +130,9 @@ class SaveExecutor:
     def _write_snapshot(self, snapshot: Taken, reported: frozenset[str], job: Job) -> None:
         assert isinstance(job.decision, Save), "only a save has a snapshot"
         try:
-            self.saver.directory.note(reported)
+            self.saver.directory.contents.note(reported)
             by = self.process.write if self.process is not None else None
-            record = self.saver.write(job.decision, snapshot.wait(), None, by=by)
+            record = self.saver.write(job.decision, snapshot.wait(), by=by)
             job.is_saved = True
         finally:
             snapshot.release()

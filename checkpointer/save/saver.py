@@ -59,24 +59,25 @@ class Saver:
     on_change: Callable[[Manifest], None] | None
     """Called with the records after each change, as for a mirror; must return at once."""
 
-    def write(
-        self, decision: Save, state: Any, path: str | os.PathLike[str] | None, *, by: WriteState | None = None
-    ) -> Record:
+    def adopt(self, decision: Save, path: str | os.PathLike[str]) -> Record:
+        """Write the record of what a trainer has written to ``path``, and return it."""
+        self.directory.begin()
+        draft = self._adopted(self._draft(decision), os.fspath(path))
+        check_readable(draft)
+        return self.directory.transaction.adopt(draft, replaces=self._rescued(draft))
+
+    def write(self, decision: Save, state: Any, *, by: WriteState | None = None) -> Record:
         """Write a payload and its record (steps 1 to 5 of `checkpointer.commit.transaction`); return the record.
 
-        The payload is ``state``, or what ``save`` writes, or what a trainer has written to ``path``. ``by`` writes the
-        state in place of the format's own ``write``.
+        The payload is ``state``, or what ``save`` writes. ``by`` writes the state in place of the format's own
+        ``write``.
         """
         directory = self.directory
         directory.begin()
         transaction = directory.transaction
-        decision = decision if path is not None else self._with_free_name(decision)
+        decision = self._with_free_name(decision)
         draft = self._draft(decision)
         check_readable(draft)
-        if path is not None:
-            draft = self._adopted(draft, os.fspath(path))
-            check_readable(draft)
-            return transaction.adopt(draft, replaces=self._rescued(draft))
         last_size = self._last_size()
         self._check_space(last_size)
         there = directory.manifest.by_name.get if decision.replaces else directory.names.lost
@@ -112,7 +113,7 @@ class Saver:
             again = attrs.evolve(decision, replaces=False)
             if decision.replaces or over_alias or directory.names.is_free(decision.name):
                 raise
-            return self.write(again, state, None, by=by)
+            return self.write(again, state, by=by)
 
     def _with_free_name(self, decision: Save) -> Save:
         """Return the decision under a name that no other writer has taken since the directory was listed."""

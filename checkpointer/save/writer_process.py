@@ -17,7 +17,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import attrs
 
@@ -106,11 +106,12 @@ class WriterProcess:
         job = _job_of(state, stream.algorithm)
         if job is None:
             return False
+        message, arenas = job
         process: _Process | None = None
         try:
             process = self._running()
-            descriptors = [descriptor, *(arena.descriptor for arena in job.arenas)]
-            writer_program.send(process.connection, job.message, descriptors)
+            descriptors = [descriptor, *(arena.descriptor for arena in arenas)]
+            writer_program.send(process.connection, message, descriptors)
             answer = _answer(process.connection, stream)
         except (EOFError, OSError) as error:
             self._give_up(process, error)
@@ -181,15 +182,11 @@ def _answer(connection: socket.socket, stream: SupportsDescriptor) -> tuple[Any,
     raise TimeoutError(msg)
 
 
-class _Job(NamedTuple):
-    """What the process is to write, and the shared memory that has the tensors."""
+def _job_of(state: Any, algorithm: str) -> tuple[tuple[Any, ...], list[Arena]] | None:
+    """Return what the process is to write, and the shared memory that has the tensors.
 
-    message: tuple[Any, ...]
-    arenas: list[Arena]
-
-
-def _job_of(state: Any, algorithm: str) -> _Job | None:
-    """Return the job; None if the process cannot do it, or if too much of it is outside of the shared memory."""
+    Return None if the process cannot do it, or if too much of it is outside of the shared memory.
+    """
     known = shared_memory.arenas()
     if not known or not archive.is_like_torch():
         return None
@@ -209,7 +206,7 @@ def _job_of(state: Any, algorithm: str) -> _Job | None:
         if sent > _MAX_SENT or not (is_text or size < _SMALL):
             return None
         pieces.append((name, data if is_text else bytes(archive.memory(data, size)), size))
-    return _Job((pieces, alignment, has_crc32, algorithm), [*used]) if used else None
+    return ((pieces, alignment, has_crc32, algorithm), [*used]) if used else None
 
 
 def _place_of(storage: Any, size: int, arenas: Sequence[Arena]) -> tuple[Arena, int] | None:

@@ -168,23 +168,19 @@ class DirectFile:
         return True
 
 
-class _Maps:
-    """The shared memory of the last job, by what identifies it."""
+_Views = dict[tuple[int, int], memoryview]
+"""Shared memory, by what identifies it."""
 
-    def __init__(self) -> None:
-        self._views: dict[tuple[int, int], memoryview] = {}
 
-    def of(self, descriptors: list[int]) -> list[memoryview]:
-        """Return the memory behind each descriptor, and forget all other memory."""
-        kept, self._views = self._views, {}
-        views = []
-        for descriptor in descriptors:
-            info = os.fstat(descriptor)
-            key = info.st_dev, info.st_ino
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            self._views[key] = kept.get(key) or memoryview(mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ))
-            views.append(self._views[key])
-        return views
+def _mapped(descriptors: list[int], before: _Views) -> _Views:
+    """Return the memory behind each descriptor, which all differ; take what was mapped ``before`` from there."""
+    views: _Views = {}
+    for descriptor in descriptors:
+        info = os.fstat(descriptor)
+        key = info.st_dev, info.st_ino
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        views[key] = before.get(key) or memoryview(mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ))
+    return views
 
 
 def _execute(job: Any, file: int, views: list[memoryview], on_write: Callable[[int], object]) -> tuple[str, int, str]:
@@ -224,15 +220,15 @@ def main(connection: socket.socket, trainer: int) -> None:
         if os.getppid() != trainer:
             os._exit(0)
 
-    maps = _Maps()
+    views: _Views = {}
     while True:
         while not select.select([connection], [], [], _IDLE_S)[0]:
             check()
         job, descriptors = receive(connection)
         answer: tuple[Any, ...]
         try:
-            file, views = descriptors[0], maps.of(descriptors[1:])
-            answer = _execute(job, file, views, _reporter(connection, check))
+            file, views = descriptors[0], _mapped(descriptors[1:], views)
+            answer = _execute(job, file, [*views.values()], _reporter(connection, check))
         except Exception as error:  # An error of this process must not fail the save, so the thread tries it too.
             is_full = isinstance(error, OSError) and error.errno in _FULL
             answer = ("failed", *error.args[:2]) if is_full else ("cannot", f"{type(error).__name__}: {error}")

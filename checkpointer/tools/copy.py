@@ -10,7 +10,7 @@ from typing import Literal
 import attrs
 
 from checkpointer._display import count_text, size_text, some_of
-from checkpointer.commit.aliases import make_alias, mark
+from checkpointer.commit.aliases import duplicate, mark
 from checkpointer.commit.created import CREATED
 from checkpointer.commit.index import read_bounded
 from checkpointer.commit.journal import Journal
@@ -169,7 +169,7 @@ def copy(
         if target.aliases.get(alias) == name:
             continue
         with journal.changing(aliases=[alias]):
-            make_alias(journal, alias, by_name[name], how if isinstance(storage, SupportsLinks) else "copy")
+            duplicate(storage, by_name[name].name, alias, how if isinstance(storage, SupportsLinks) else "copy")
         mark(journal, alias, by_name[name].label, "")
     return plan
 

@@ -28,7 +28,7 @@ from support.plain_format import PlainFormat
 from support.sampling import third
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
-from checkpointer.commit import directory, index, lease, retirement, transaction
+from checkpointer.commit import directory, index, lease, payload_names, transaction
 from checkpointer.commit import holder as holder_module
 from checkpointer.commit import journal as journal_module
 from checkpointer.commit.aliases import Aliases
@@ -507,7 +507,7 @@ def record_goes_first(patch: pytest.MonkeyPatch) -> None:
         if there:
             journal.storage.delete(record.name)
 
-    patch.setattr(retirement, "remove", remove)
+    patch.setattr(Journal, "remove", remove)
 
 
 def claim_over(patch: pytest.MonkeyPatch) -> None:
@@ -524,7 +524,7 @@ def keep_name(patch: pytest.MonkeyPatch) -> None:
 
 
 def trust_copy(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(transaction, "is_payload_of", lambda journal, record: True)
+    patch.setattr(payload_names, "is_payload_of", lambda journal, record: True)
 
 
 def announce_over(patch: pytest.MonkeyPatch) -> None:

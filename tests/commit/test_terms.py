@@ -27,7 +27,7 @@ from checkpointer import (
     KeepLast,
     Policy,
 )
-from checkpointer.commit import heartbeat, lease, terms
+from checkpointer.commit import holder, lease, terms
 from checkpointer.commit.changes import Changes, write_changes
 from checkpointer.commit.journal import Journal
 from checkpointer.commit.writer_marks import writers_in
@@ -320,9 +320,7 @@ def test_a_holder_that_sends_heartbeats_is_not_replaced(tmp_path: Path) -> None:
     term = old.session._directory.journal.term
     assert term is not None
     ended = threading.Event()
-    beats = threading.Thread(
-        target=heartbeat._keep_beating, args=(ended, term, lambda: term.storage, heartbeat.Status())
-    )
+    beats = threading.Thread(target=holder._keep_beating, args=(ended, term, lambda: term.storage, str))
     beats.start()
     new = started(tmp_path, LAST, "new")
     new.session._directory.holder.lease = lease.Lease(seconds=30)
@@ -588,7 +586,7 @@ def test_what_a_machine_had_begun_before_it_was_booted_again_is_finished(tmp_pat
     first, second = old.records
     pending = attrs.evolve(second, name="half.ckpt", step=3, serial=3, token="half")
     directory.journal.announce(Entry(record=pending, status="pending", owner=directory.journal.owner))
-    going = directory.transaction.retiring(first)
+    going = directory.journal.retiring(first)
     write_changes(
         directory.storage, Changes(owner=directory.journal.owner, entries=(going,), aliases=("last.ckpt",)), None
     )
@@ -700,7 +698,7 @@ def test_what_a_replaced_writer_announces_too_late_hides_nothing() -> None:
     new = started(storage, ALL, "new", "beta", run="r", takeover=True)
     assert new.restore() is not None
     directory = old.session._directory
-    going = directory.transaction.retiring(first)
+    going = directory.journal.retiring(first)
     write_changes(storage, Changes(owner=directory.journal.owner, entries=(going,), term=1), None)
 
     with CheckpointManager(storage, ALL, format=PlainFormat(), run="r") as reader:
@@ -720,7 +718,7 @@ def test_what_an_ended_writer_announced_too_late_is_finished_by_no_process(tmp_p
     (first,), storage, owner = old.records, old.session._directory.storage, old.session._directory.journal.owner
     new = started(tmp_path, ONE_NAME, "new", run="r", takeover=True)
     assert new.restore() is not None
-    going = old.session._directory.transaction.retiring(first)
+    going = old.session._directory.journal.retiring(first)
     write_changes(storage, Changes(owner=owner, entries=(going,), term=1), None)
     release(owner)
     (tmp_path / first.name).write_bytes(b"replaced, and its record is about to follow")
@@ -835,7 +833,7 @@ def test_a_listing_is_not_older_than_the_announcement_that_it_is_read_with(tmp_p
             if path.startswith(".checkpointer/changes/") and not (tmp_path / "second.ckpt").exists():
                 (tmp_path / "second.ckpt").write_bytes((tmp_path / first.name).read_bytes())
                 journal.announce(Entry(record=second))
-                going = directory.transaction.retiring(first)
+                going = directory.journal.retiring(first)
                 write_changes(journal.storage, Changes(owner=journal.owner, entries=(going,), term=1), None)
             return super().open(path)
 

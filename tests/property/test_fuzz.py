@@ -204,7 +204,7 @@ def read_marker(rng: random.Random) -> None:
     storage.write(".checkpointer/aliases/last.ckpt.json", fuzzed(json.dumps(marker).encode(), rng))
     storage.write(".checkpointer/directory.json", fuzzed(b'{"schema": 1, "created": 1700000000.5}', rng))
     journal = Journal(storage, new_owner())
-    aliases.is_marked(journal, "last.ckpt")
+    aliases.read_marker(journal, "last.ckpt")
     try:
         aliases.claim(journal, "last.ckpt", "", marks=True)
     except AliasInUseError:
