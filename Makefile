@@ -24,7 +24,7 @@ help:
 	@echo "make hosts       install the frameworks that some tests and pages use"
 	@echo "make ray         run every test of Ray Train and its page; ten minutes"
 	@echo "make bench       measure beside the raw operations"
-	@echo "make bench-against REV=...  measure observe and a save beside those of another commit"
+	@echo "make bench-against REV=...  measure steps, saves and opening beside those of another commit; seven minutes"
 	@echo "make bench-cli   measure each command on 10 000 checkpoints and on 2 GB; five minutes"
 	@echo "make bench-storage  measure 1 GB to S3 beside plain s3fs and botocore; needs make servers"
 	@echo "make peers       install what bench-performance compares with, into .venv-peers"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -42,4 +45,16 @@ def test_the_long_table_has_a_row_for_each_side_and_names_what_is_missing(tmp_pa
     assert "|  | DCP + fsync |" in said or "not installed: DCP: " in said  # torch 2.7 has an older one.
     is_missing = find_spec("torch_checkpointing") is None
     assert is_missing == ("not installed: torch-checkpointing: No module named 'torch_checkpointing'" in said)
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not (BENCHMARKS.parent / ".git").exists(), reason="the other commit comes from git")
+def test_each_measure_of_another_commit_has_a_row_with_ratios(tmp_path: Path) -> None:
+    """The other commit is the newest one here; its checkout and the checkpoints are gone afterwards."""
+    rounds = ["--only", "loop", "save", "--rounds", "0.001"]
+    said = _run(tmp_path, "against.py", "HEAD", *rounds, "--folder", str(tmp_path))
+
+    numbers = r" \| \d+\.\d{3}" * 6
+    for what in ("a step of a Loop, not due", "a save of 1 byte", "the same, CPU"):
+        assert re.search(rf"\| {what} \(\w+\){numbers} \|", said), said
     assert [] == list(tmp_path.iterdir())

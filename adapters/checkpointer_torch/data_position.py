@@ -13,7 +13,7 @@ from checkpointer_torch.foreign_loaders import is_stateful
 from checkpointer_torch.loader_facts import facts_of
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, take_random_state
-from checkpointer_torch.skip_batches import DataPass, ResumedFrom, is_over, mark_of, num_iters, put_start
+from checkpointer_torch.skip_batches import DataPass, ResumedFrom, is_over, mark_of, num_iters, put_start, values_of
 
 _OF_A_RANK: Final = {"batches", "dataset length", "replicas"}
 """Facts that change with the number of processes."""
@@ -36,7 +36,10 @@ class DataPosition:
         self._began: Mapping[str, Any] | None = None
         self._within = self._is_over = False
         self._mark: Sequence[Any] = (0, "")
-        """The number of the last batch that was given, and a part of it as text; only of data that is read again."""
+        """The number and the mark of the last batch that was given before the checkpoint."""
+        self._newest: tuple[int, Any] | None = None
+        """The number and a few values of the last batch that was given since; only of data that is read again."""
+        self._is_read_again = False
         self._left_off: dict[str, Any] = {}
         self._origin = ResumedFrom()
         self._before = _Before()
@@ -119,6 +122,7 @@ class DataPosition:
         self._mark = (0, "") if differs else state.get("mark", (0, ""))
         self._left_off = {}
         self._view, self._facts = view, facts_of(view)
+        self._is_read_again, self._newest = not view.is_indexed and view.stateful is None, None
         view.set_epoch(epoch)
         data_pass = DataPass(view, epoch, self._origin, self._before.samples)
         is_within = bool(state.get("within"))
@@ -170,8 +174,8 @@ class DataPosition:
         if self.given > self.used:
             self.is_accumulating = True  # The batch before had no step of its own.
         self.given += 1
-        if self._view is not None and not self._view.is_indexed and self._view.stateful is None:
-            self._mark = self.given, mark_of(batch)
+        if self._is_read_again:
+            self._newest = self.given, values_of(batch)
 
     def run_out(self) -> None:
         """Note that the loader has no more batches."""
@@ -205,7 +209,7 @@ class DataPosition:
             "within": self._within,
             "over": self._is_over,
             "warm": view.is_warm,
-            "mark": list(self._mark),
+            "mark": list(self._mark if self._newest is None else (self._newest[0], mark_of(self._newest[1]))),
             "data": self._facts,
             "iterator": [self._iterator.is_shared, self._iterator.drawn] if self._iterator.is_one else None,
             "before": [self._before.samples, self._before.batches],
@@ -214,7 +218,7 @@ class DataPosition:
     def put(self, state: Mapping[str, Any], origin: ResumedFrom) -> None:
         """Let the next pass go on from there."""
         self.given = self.used
-        self._view = self._began = None
+        self._view, self._began, self._is_read_again = None, None, False
         # "at" is there already if the checkpoint before was resumed, and its data was not asked for.
         self._left_off = {"at": [origin.ranks[0], origin.used], **state}
         self._within, self._origin = False, origin

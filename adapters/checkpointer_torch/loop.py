@@ -103,6 +103,7 @@ class Loop:
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = open_training(objects, self._ranks, config=config, options=options)
         self._position = position = training.position
+        self._accumulates = training.accumulates
         self._directory, self._options, self._when = directory, options, policy.when
         stopwatch = Stopwatch(training)
         kept = {**options, "state": training.take, "weights": training.weights}
@@ -279,14 +280,15 @@ class Loop:
 
     def _batches(self, loader: Iterable[T], limit: float) -> Iterator[T]:
         position, data, interruption = self._position, self._position.data, self._interruption
+        attend = interruption.attend_alone
         self._is_feeding = True
-        interruption.attend_alone()
+        attend()
         interruption.workers.cover(loader)
         # A pass that has had its limit is not begun: a generator would read a batch.
         batches = self._training.batches(loader) if data.used < limit else iter(())
         try:
             while data.given < limit:
-                batch = interruption.fetch(batches, interruption.attend_alone)
+                batch = interruption.fetch(batches, attend)
                 if batch is END:
                     data.run_out()
                     self._check_given(loader)
@@ -295,7 +297,7 @@ class Loop:
                 position.is_within_step = True
                 yield batch
                 if self._requests.is_pending:
-                    interruption.attend_alone()
+                    attend()
         finally:
             self._is_feeding = False
 
@@ -345,10 +347,12 @@ class Loop:
             StopTraining: If a signal asked for the end; the ``with`` block catches it.
             SaveError: If a checkpoint could not be written.
         """
-        position, requests, accumulates = self._position, self._requests, self._training.accumulates
-        if accumulates is not None and accumulates():
+        position, requests = self._position, self._requests
+        if self._accumulates is not None and self._accumulates():
             return _ACCUMULATING
-        position.end_step()
+        position.step += 1
+        position.data.used = position.data.given
+        position.is_within_step = False
         self._metrics, self._reported = metrics, _NO_NAMES
         if requests.since is None:  # As `_observe`, without a call.
             decision = self._saver.observe(metrics, position.step, position.epoch, epoch_end=False)

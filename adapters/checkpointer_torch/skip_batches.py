@@ -161,7 +161,7 @@ class DataPass:
                 "of the batches depends on random numbers, it is not the same as before. Give the data a generator of "
                 "its own, or state_dict and load_state_dict"
             )
-        elif mark and mark != mark_of(last):
+        elif mark and mark != mark_of(values_of(last)):
             self.origin.warn(
                 f"{used} batches were read again to find the place, and the last of them is not the one of before: "
                 f"{self.view.kind} gives its data in another order, so some come twice and others never. Give it a "
@@ -267,26 +267,34 @@ def num_iters(view: LoaderView, *, is_warm: bool = False) -> int:
     return 2 if getattr(view.inner, "num_workers", 0) and not is_warm else 1
 
 
-def mark_of(batch: Any) -> str:
-    """Return a few values of a batch as text. Empty if they cannot be had at no cost, as from another device.
+def mark_of(values: Any) -> str:
+    """Return what `values_of` found in a batch as text; empty for None."""
+    return "" if values is None else repr(values)
+
+
+def values_of(batch: Any) -> Any:
+    """Return a few values of a batch. None if they cannot be had at no cost, as from another device.
+
+    The loop calls this for each batch, because the program may change a batch later.
 
     Example:
-        >>> mark_of({"x": torch.arange(100.0), "y": 1})
-        '[0.0, 12.0, 24.0, 36.0, 48.0, 60.0, 72.0, 84.0]'
+        >>> values_of({"x": torch.arange(100.0), "y": 1})
+        [0.0, 12.0, 24.0, 36.0, 48.0, 60.0, 72.0, 84.0]
     """
     while not isinstance(batch, _LEAVES) and isinstance(batch, (Mapping, list, tuple)) and batch:
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-    if isinstance(batch, (str, bytes)):
-        return repr(batch[:100])
     if isinstance(batch, (int, float)):
-        return repr(batch)
+        return batch
+    if isinstance(batch, (str, bytes)):
+        return batch[:100]
     if type(batch) is not torch.Tensor or batch.device.type != "cpu" or batch.layout != torch.strided:
-        return ""
+        return None
     values = batch.detach()
     while values.dim() > 1:  # Without a copy.
         values = values.view(-1) if values.is_contiguous() else values[0] if len(values) else values.new_empty(0)
     values = values.view(-1)
-    return repr(values[:: max(values.numel() // _MARKED, 1)][:_MARKED].tolist())
+    step = max(values.numel() // _MARKED, 1)
+    return values[: step * _MARKED : step].tolist()
 
 
 def _read(batches: Iterator[Any], count: int) -> Any:

@@ -62,17 +62,12 @@ class TrainingPosition:
         self.go_on(record.name, epoch=record.epoch + record.epoch_end, step=record.step)
         self.data.used = self.data.given = 0
 
-    def end_step(self) -> None:
-        """Count a finished step."""
-        self.step += 1
-        self.data.used = self.data.given
-        self.is_within_step = False
-
     def end_epoch(self) -> int:
         """Go on to the next epoch, and return the one that has ended; without a step it counts as one."""
         data = self.data
         if self.is_unstepped and (data.given or not self.is_fed):
-            self.end_step()  # Else every epoch would be saved as the same step.
+            self.step += 1  # Else every epoch would be saved as the same step.
+            data.used = data.given
         self._left_over = (data.given - data.used, self.step) if data.is_accumulating else (0, 0)
         data.end()
         self.is_within_step = self.is_fed = False

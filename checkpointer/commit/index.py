@@ -28,6 +28,7 @@ HOME: Final = ".checkpointer"
 """Folder of every file that is not a payload or alias."""
 RECORDS: Final = f"{HOME}/records"
 INDEX: Final = f"{HOME}/index.json"
+_IN_RECORDS: Final = f"{RECORDS}/"
 _JSON: Final = ".json"
 MAX_INDEX_BYTES: Final = 1 << 30
 _TRIES: Final = 5
@@ -202,15 +203,16 @@ def _read_entries(
 ) -> tuple[dict[str, Entry], dict[str, RecordError], int, bool]:
     """Return the entries, what cannot be read, how many were read, and whether one was removed since the listing."""
     cached = _cached(storage, files)
+    written = files[INDEX].modified_s if INDEX in files else None
     gone = False
     entries: dict[str, Entry] = {}
     damaged: dict[str, RecordError] = {}
     reads = 0
     for path, stat in files.items():
-        if not path.startswith(f"{RECORDS}/") or not path.endswith(".json"):
+        if not path.startswith(_IN_RECORDS) or not path.endswith(_JSON):
             continue
         try:
-            entry = None if _is_racy(stat, files) else _from_cache(cached, path, stat, trust)
+            entry = None if _is_racy(stat, written) else _from_cache(cached, path, stat, trust)
             reads += entry is None
             entries[path] = entry or read_entry(storage, path, trust)
         except FileNotFoundError:
@@ -258,9 +260,8 @@ def _cached(storage: Storage, files: Mapping[str, Stat]) -> dict[str, Any]:
         return {}
 
 
-def _is_racy(stat: Stat, files: Mapping[str, Stat]) -> bool:
-    """Return whether a record may have been rewritten after the index, although its version is the same."""
-    written = files[INDEX].modified_s if INDEX in files else None
+def _is_racy(stat: Stat, written: float | None) -> bool:
+    """Return whether a record may have been rewritten after the index was written, although its version is the same."""
     return stat.modified_s is not None and (written is None or stat.modified_s >= written)
 
 

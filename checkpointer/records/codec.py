@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, TypeGuard
 
 from checkpointer._validation import brief
 from checkpointer.errors import RecordError
@@ -50,11 +50,15 @@ def parse_json(data: bytes, where: str, limit: int = MAX_RECORD_BYTES) -> Any:
     except (ValueError, RecursionError) as error:
         msg = f"{where} is not valid JSON ({error}); it was cut short or is not a record"
         raise RecordError(msg) from error
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nested = (node.values() if type(node) is dict else node for node in level if type(node) in (dict, list))
-        level = [child for children in nested for child in children]
-        if not level:
+    nested: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [
+            child
+            for node in nested
+            for child in (node.values() if type(node) is dict else node)
+            if type(child) in (dict, list)
+        ]
+        if not nested:
             return value
     msg = f"{where} has objects or lists more than {MAX_DEPTH} deep; it is not a record"
     raise RecordError(msg)
@@ -85,7 +89,7 @@ def as_number(value: object) -> float | None:
         return None
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     # Beyond 64 bits lie numbers with thousands of digits, which Python reads but will not write.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -139,7 +143,7 @@ class Reader:
         """Return a whole number of at least 0 that fits into 63 bits."""
         value = self._data.get(key, default)
         if _is_whole(value):
-            return cast(int, value)
+            return value
         raise self.bad(key, "a whole number of at least 0, and below 2**63")
 
     def time(self, key: str) -> float:

@@ -88,8 +88,11 @@ class LocalStorage:
                 if entry.is_dir(follow_symlinks=False):
                     folders += [] if path == STAGING else [path]
                     continue
-                with _without_unreachable():
+                try:
                     found[path] = _stat(entry.stat(follow_symlinks=False))
+                except OSError as error:
+                    if not _is_unreachable(error):
+                        raise
         if is_empty and above.startswith(_CLAIMS):
             found[name] = UNREADABLE
         return folders
@@ -354,14 +357,16 @@ def _open_file(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _without_unreachable() -> Iterator[None]:
-    """Leave out what is gone by now, or lies so deep that its path is longer than the system takes."""
     try:
         yield
-    except FileNotFoundError:
-        pass
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if not _is_unreachable(error):
             raise
+
+
+def _is_unreachable(error: OSError) -> bool:
+    """Return whether a file is gone by now, or lies so deep that its path is longer than the system takes."""
+    return isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG
 
 
 def _stat(info: os.stat_result) -> Stat:

@@ -178,6 +178,14 @@ def test_json_is_bounded_and_says_one_thing(data: bytes, message: str) -> None:
         parse_json(data, "f")
 
 
+@pytest.mark.parametrize("innermost", [b"", b"1"])
+def test_json_may_be_as_deep_as_the_bound(innermost: bytes) -> None:
+    """The bound itself is allowed, whether or not the innermost list has a value."""
+    parse_json(b"[" * MAX_DEPTH + innermost + b"]" * MAX_DEPTH, "f")
+    with pytest.raises(RecordError, match=f"more than {MAX_DEPTH} deep"):
+        parse_json(b"[" * (MAX_DEPTH + 1) + innermost + b"]" * (MAX_DEPTH + 1), "f")
+
+
 @pytest.mark.parametrize("field", ["step", "epoch", "size", "serial"])
 @pytest.mark.parametrize("value", [1 << 63, 10**4000])
 def test_huge_numbers_are_refused(field: str, value: int) -> None:

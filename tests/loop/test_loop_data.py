@@ -163,6 +163,19 @@ def test_data_that_is_in_another_order_when_it_is_read_again_is_warned_of(tmp_pa
         passes(tmp_path / "other", DataLoader(Reordered(2), 2))
 
 
+def test_a_batch_that_the_program_changes_is_compared_as_it_was_given(tmp_path: Path) -> None:
+    """A step that normalises its batch in place does not make the same data look like other data."""
+    for stop_at in (3, 5):
+        with Loop(tmp_path, EVERY) as loop:
+            loop.resume()
+            for batch in loop.batches(DataLoader(Reordered(1), 2)):
+                batch.zero_()
+                loop.step()
+                if loop.progress.step == stop_at:
+                    break
+    assert 5 == loop.progress.step
+
+
 def test_the_loader_is_left_as_it_was(tmp_path: Path) -> None:
     """Skipping borrows its sampler for a moment."""
     loader = seeded("plain")
