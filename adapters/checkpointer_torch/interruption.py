@@ -78,9 +78,8 @@ class Interruption:
 
     def may_save(self) -> bool:
         """Return whether a save may begin; False after a signal if the save before it does not end within the grace."""
-        if self._requests.stop is None or not self._is_alone:
-            return True
-        return self._grace.left is None or self._saver.wait(self._grace.left)
+        left = self._grace.left if self._is_alone else None
+        return left is None or self._saver.wait(left)
 
     def fetch(self, batches: Iterator[T], attend: Callable[[], object]) -> T:
         """Return the next batch, or `END`; call ``attend`` first if the loader fails."""
@@ -166,10 +165,9 @@ class Interruption:
         try:
             if error is None:
                 save()
-            late = (
-                self._requests.stop if self._answered is None and not self._training.position.is_within_step else None
-            )
-            if late is not None and (error is None or is_answered) and self._is_alone:
+            late, is_within = self._requests.stop, self._training.position.is_within_step
+            is_open = self._answered is None and self._is_alone and not is_within
+            if late is not None and is_open and (error is None or is_answered):
                 self._rescue(signal.Signals(late).name)
         except BaseException:
             self._saver.close(timeout=self._grace.left)

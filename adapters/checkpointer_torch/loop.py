@@ -388,7 +388,7 @@ class Loop:
             self._observe(self._measured(), position.epoch)
 
     def _observe(self, metrics: Mapping[str, Any], epoch: int, *, epoch_end: bool = False, due: str = "") -> Decision:
-        if self._requests.stop is not None and not self._interruption.may_save():
+        if not self._interruption.may_save():
             return Skip(reason="a signal came, and the save before this one does not end within the grace")
         return self._saver.observe(metrics, self._position.step, epoch, epoch_end=epoch_end, due=due)
 
