@@ -246,10 +246,7 @@ class CallbackBase(Base):
             super()._save_checkpoint(trainer, filepath)
             return
         decision = marked(session.pending, trainer.optimizers)
-        if session.ranks.size == 1:
-            session.committed(session.managing.session.commit(decision))
-        else:
-            session.committed(session.io.team.work(lambda: session.managing.session.commit(decision)))
+        session.committed(session.io.team.work(lambda: session.managing.session.commit(decision)))
 
     def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
         """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""

@@ -39,7 +39,7 @@ def rescue(session: TrainingSession, exception: BaseException) -> None:
         elif not all_come(session.ranks, session.trainer.global_step):
             if session.ranks.rank == 0:
                 step = session.trainer.global_step
-                _warn(f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s")
+                warn(f"no rescue checkpoint: not all ranks reached step {step} within {BARRIER_S:g} s")
             return
     name = type(exception).__name__
     saved = _rescue_together(session, f"{name}: {exception}")
@@ -62,7 +62,7 @@ def _rescue_together(session: TrainingSession, why: str) -> Decision | None:
         return act() if session.io.is_alone else session.io.team.work(act)
     except Exception as failure:  # It must not hide what ended the training.
         if trainer.is_global_zero:
-            _warn(f"no rescue checkpoint could be written: {failure!r}")
+            warn(f"no rescue checkpoint could be written: {failure!r}")
         return None
 
 
@@ -81,7 +81,3 @@ def _has_hook(thing: Any) -> bool:
     hook = getattr(type(thing), "on_save_checkpoint", None)
     module = str(getattr(hook, "__module__", ""))
     return hook is not None and module.partition(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-def _warn(msg: str) -> None:
-    warn(msg)

@@ -101,7 +101,7 @@ class TrainingSession:
         """Whether this callback is the last of its Trainer: it acts once for all, after they have reported."""
         return ours(self.trainer.callbacks)[-1] is self.callback
 
-    def is_due(self, *, ends_epoch: bool = False, timed: bool = True) -> bool:
+    def _is_due(self, *, ends_epoch: bool = False, timed: bool = True) -> bool:
         """Return whether the trigger may be due now; without ``timed`` the time is left out."""
         clock = self.callback._clock if timed else None
         return not self.horizon.covers(self.trainer.global_step, self.trainer.current_epoch, ends_epoch, clock)
@@ -151,7 +151,7 @@ class TrainingSession:
     def _decide(self, moment: Moment, metrics: dict[str, Any]) -> tuple[Decision, Attributes]:
         step, epoch = self.trainer.global_step, self.trainer.current_epoch
         ends, due = self.callback._ends_epoch(moment, self.trainer), self.callback._due(moment)
-        if due or self.is_due(ends_epoch=ends):
+        if due or self._is_due(ends_epoch=ends):
             metrics = self.callback._ask(moment, self.trainer, metrics)
         if moment == "epoch":
             self._last_epoch = step, epoch, ends
@@ -271,7 +271,7 @@ class TrainingSession:
         requeues = self.signals.requeue and self.is_last
         # Lightning itself stops a single rank.
         stops = self.signals.noted and self.ranks.size > 1 and self.is_last
-        is_due = reports and self.is_due(timed=False)
+        is_due = reports and self._is_due(timed=False)
         if not self.agreement(is_late or is_ready or requeues or stops):
             return is_due, False, False, False
         flags = self.ranks.highest(*map(float, (is_late, is_ready, requeues, stops)))

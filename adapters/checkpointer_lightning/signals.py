@@ -56,8 +56,8 @@ class Signals:
             lambda: bool(trainer.received_sigterm or self.noted or self.requeue),
         )
         workers.listen()
-        connector = sys.modules[type(trainer._data_connector).__module__]
-        add_seeds = getattr(connector, "_auto_add_worker_init_fn", lambda loader, rank: None)
+        module = sys.modules[type(trainer._data_connector).__module__]
+        add_seeds = getattr(module, "_auto_add_worker_init_fn", lambda loader, rank: None)
         process = trainer.strategy.process_dataloader
 
         def process_and_cover(loader: Any) -> Any:

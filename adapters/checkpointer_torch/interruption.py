@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from checkpointer import CheckpointManager, Decision, Listener, Skip
+from checkpointer import CheckpointManager, Decision, Skip
 from checkpointer.distributed.manager import DistributedManager
 from checkpointer.distributed.ranks import Agreement
 from checkpointer.errors import warn
@@ -21,7 +21,6 @@ from checkpointer.ports import Ranks
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.random_state import put_random_state, take_random_state
 from checkpointer_torch.signals import Requests, StopTraining
-from checkpointer_torch.training_position import TrainingPosition
 from checkpointer_torch.training_state import TrainingState
 
 END: Final[Any] = object()
@@ -30,28 +29,15 @@ _log: Final = logging.getLogger("checkpointer.torch")
 T = TypeVar("T")
 
 
-class Stopwatch(Listener):
-    """Measures how long the last save took, from taking the state until it was durable."""
-
-    def __init__(self, training: TrainingState) -> None:
-        self._training = training
-        self.took_s: float | None = None
-
-    def on_saved(self, record: Any) -> None:
-        """See `Listener.on_saved`."""
-        self.took_s = time.monotonic() - self._training.taken_at
-
-
 @attrs.define(eq=False)
 class Interruption:
     """Answers requests at the boundaries of a training."""
 
     _saver: CheckpointManager | DistributedManager
-    _position: TrainingPosition
+    _training: TrainingState
     _ranks: Ranks
     _requests: Requests
     _grace: Grace
-    _stopwatch: Stopwatch
     _agree: Agreement = attrs.field(init=False)
     _is_alone: bool = attrs.field(init=False)
     _is_fetching: bool = attrs.field(default=False, init=False)
@@ -87,15 +73,13 @@ class Interruption:
 
     def attend_alone(self) -> None:
         """Answer at a boundary that other ranks may not be at."""
-        if self._is_alone and self._requests.is_pending and not self._position.is_within_step:
+        if self._is_alone and self._requests.is_pending and not self._training.position.is_within_step:
             self.attend()
 
     def may_save(self) -> bool:
         """Return whether a save may begin; False after a signal if the save before it does not end within the grace."""
-        if self._requests.since is None or not self._is_alone:
-            return True
-        self._grace.begin(self._requests.since)
-        return self._grace.left is None or self._saver.wait(self._grace.left)
+        left = self._grace.left if self._is_alone else None
+        return left is None or self._saver.wait(left)
 
     def fetch(self, batches: Iterator[T], attend: Callable[[], object]) -> T:
         """Return the next batch, or `END`; call ``attend`` first if the loader fails."""
@@ -119,7 +103,7 @@ class Interruption:
         random, own = take_random_state(), view.take()
 
         def attend(*, is_done: bool = False) -> bool:
-            stops = self._requests.stop is not None and not self._position.is_within_step
+            stops = self._requests.stop is not None and not self._training.position.is_within_step
             if not agreement(stops or is_done):
                 return False
             ranks = self._ranks.gather((stops, is_done))
@@ -147,9 +131,8 @@ class Interruption:
             self._requests.finish_save()
 
     def _stop(self, number: int) -> None:
-        # Clocks of other hosts differ: a rank that got no signal itself counts from now.
-        self._grace.begin(self._requests.since)
-        left, took = self._grace.left, self._stopwatch.took_s
+        self._grace.begin()  # Clocks of other hosts differ: a rank that got no signal itself counts from now.
+        left, took = self._grace.left, self._training.took_s
         if took is not None and left is not None and left < took and self._ranks.rank == 0:
             msg = (
                 f"{left:.1f} s are left of the grace of {self._grace.seconds:g} s, and the last save took "
@@ -159,7 +142,7 @@ class Interruption:
         name = signal.Signals(number).name
         saved = self._rescue(name)
         self._answered = number
-        self.stopped = f"{name} at step {self._position.step}; {saved}"
+        self.stopped = f"{name} at step {self._training.position.step}; {saved}"
         _log.warning("stopped by %s", self.stopped)
         raise StopTraining(self.stopped)
 
@@ -179,13 +162,12 @@ class Interruption:
     def finish(self, error: BaseException | None, save: Callable[[], object]) -> None:
         """Close the saver, after ``save`` or, if an error or a late signal ends the training, after a rescue."""
         is_answered = isinstance(error, StopTraining) or self._is_immediate(error)
-        if self._requests.since is not None:
-            self._grace.begin(self._requests.since)
         try:
             if error is None:
                 save()
-            late = self._requests.stop if self._answered is None and not self._position.is_within_step else None
-            if late is not None and (error is None or is_answered) and self._is_alone:
+            late, is_within = self._requests.stop, self._training.position.is_within_step
+            is_open = self._answered is None and self._is_alone and not is_within
+            if late is not None and is_open and (error is None or is_answered):
                 self._rescue(signal.Signals(late).name)
         except BaseException:
             self._saver.close(timeout=self._grace.left)
@@ -214,4 +196,4 @@ class Interruption:
         return is_stop
 
     def _is_immediate(self, error: BaseException | None) -> bool:
-        return isinstance(error, KeyboardInterrupt) and self._requests.was_immediate
+        return isinstance(error, KeyboardInterrupt) and self._requests.interrupts > 1

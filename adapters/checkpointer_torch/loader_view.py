@@ -96,8 +96,10 @@ class LoaderView(Part):
             return None
         batches = self.inner.batch_sampler
         sampler = getattr(batches, "sampler", None)
-        is_known = all(str(iterates.__module__).startswith(TORCH) for iterates in _iterates(batches, sampler))
-        return sampler if isinstance(sampler, DistributedSampler) and is_known else None
+        if not isinstance(sampler, DistributedSampler):
+            return None
+        is_known = all(str(type(each).__iter__.__module__).startswith(TORCH) for each in (batches, sampler))
+        return sampler if is_known else None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the loader, its samplers and its dataset."""
@@ -170,7 +172,3 @@ class LoaderView(Part):
             self.put_generators(state)
         else:
             self.stateful.load_state_dict(state)
-
-
-def _iterates(*samplers: Any) -> list[Any]:
-    return [type(sampler).__iter__ for sampler in samplers if sampler is not None]

@@ -19,7 +19,7 @@ from checkpointer.hosts.grace import Grace
 from checkpointer.policy.triggers import Trigger, horizon_of
 from checkpointer.ports import Ranks, Storage
 from checkpointer_torch.foreign_loaders import FunctionLoader
-from checkpointer_torch.interruption import END, Interruption, Stopwatch
+from checkpointer_torch.interruption import END, Interruption
 from checkpointer_torch.open_training import open_training
 from checkpointer_torch.resume_from_foreign import StateMap
 from checkpointer_torch.resume_source import ResumeSource
@@ -102,12 +102,10 @@ class Loop:
         self._own_ranks = TorchRanks() if ranks is None and world_size() > 1 else None
         self._ranks: Ranks = self._own_ranks or ranks or OneRank()
         self._training = training = open_training(objects, self._ranks, config=config, options=options)
-        self._position = position = training.position
-        self._accumulates = training.accumulates
-        self._directory, self._options, self._when = directory, options, policy.when
-        stopwatch = Stopwatch(training)
+        self._position, self._accumulates = training.position, training.accumulates
+        self._when = policy.when
         kept = {**options, "state": training.take, "weights": training.weights}
-        kept["listeners"] = (*options.get("listeners", ()), stopwatch)
+        kept["listeners"] = (*options.get("listeners", ()), training)
         if training.sharded is not None:
             kept |= {"state": training.sharded, "format": "dcp"}
         self._saver: CheckpointManager | DistributedManager
@@ -116,13 +114,15 @@ class Loop:
             self._saver = CheckpointManager(directory, policy, **kept)
         else:
             self._saver = DistributedManager(directory, policy, ranks=self._ranks, **kept)
+        self._source = ResumeSource(self._saver, training, directory, options)
         file = request_file(directory) if self._ranks.rank == 0 else None
-        self._requests = Requests(stop_on, save_on, file)
-        self._interruption = Interruption(self._saver, position, self._ranks, self._requests, Grace(grace_s), stopwatch)
+        grace = Grace(grace_s)
+        self._requests = Requests(stop_on, save_on, file, grace=grace)
+        self._interruption = Interruption(self._saver, training, self._ranks, self._requests, grace)
         self._metrics: Mapping[str, Any] = _NOTHING
         self._reported = _NO_NAMES
         """Names of the metrics that `report` was given."""
-        self._start, self._epoch_ended_at = 0, -1
+        self._start = 0
         self._check_at: float = _SILENT_STEPS
         """At this step the loop checks whether its policy can save anything, or whether it sees its batches."""
         self._is_entered = self._is_in_epochs = False
@@ -354,7 +354,7 @@ class Loop:
         position.data.used = position.data.given
         position.is_within_step = False
         self._metrics, self._reported = metrics, _NO_NAMES
-        if requests.since is None:  # As `_observe`, without a call.
+        if requests.stop is None:  # As `_observe`, without a call.
             decision = self._saver.observe(metrics, position.step, position.epoch, epoch_end=False)
         else:
             decision = self._observe(metrics, position.epoch)
@@ -388,7 +388,7 @@ class Loop:
             self._observe(self._measured(), position.epoch)
 
     def _observe(self, metrics: Mapping[str, Any], epoch: int, *, epoch_end: bool = False, due: str = "") -> Decision:
-        if self._requests.since is not None and not self._interruption.may_save():
+        if not self._interruption.may_save():
             return Skip(reason="a signal came, and the save before this one does not end within the grace")
         return self._saver.observe(metrics, self._position.step, epoch, epoch_end=epoch_end, due=due)
 
@@ -405,7 +405,6 @@ class Loop:
         self._add(metrics, anew=position.is_unstepped and not self._is_held)
         self._is_held = self._is_feeding = False
         epoch = position.end_epoch()
-        self._epoch_ended_at = position.step
         decision = self._observe(self._measured(), epoch, epoch_end=True)
         if decision and training.left_over and not self._has_warned_of_left_over:
             self._has_warned_of_left_over = True
@@ -477,8 +476,7 @@ class Loop:
             NotFoundError: If neither a checkpoint nor a path has that name.
             RestoreError: As for `CheckpointManager.restore`.
         """
-        source = ResumeSource(self._saver, self._training, self._directory, self._options)
-        if not source.resume(from_, map, strict=strict, weights_only=weights_only):
+        if not self._source.resume(from_, map, strict=strict, weights_only=weights_only):
             return self.progress
         self._metrics, self._reported = _NOTHING, _NO_NAMES
         self._start = self._position.step
@@ -516,7 +514,7 @@ class Loop:
                     *(position.step + 1, position.step),
                 )
             return
-        ended = position.step == self._epoch_ended_at
+        ended = position.is_unstepped
         decision = self._observe(self._measured(), position.epoch - ended, epoch_end=ended, due="the training ends")
         if self._saver.last is None and math.isfinite(self._check_at):
             self._check_at = position.step

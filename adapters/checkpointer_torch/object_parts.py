@@ -86,7 +86,8 @@ class ModulePart(Part):
         found = compared(self.take(), state, types=True)
         if not found.reshaped:
             return found
-        own = {_namer(self.module)(key): key for key in self.module.state_dict()}
+        keys = list(self.module.state_dict())
+        own = dict(zip(map(_namer(self.module), keys), keys, strict=True))
         reshaped = {
             key: how for key, how in found.reshaped.items() if not _fits_itself(self.module, own[key], state[key])
         }
@@ -167,12 +168,11 @@ class OptimizerPart(Part):
             {f"param_groups[{number}].params": len(group["params"]) for number, group in enumerate(groups)}
             for groups in (self.optimizer.param_groups, state["param_groups"])
         )
-        counts = [(key, count, there.get(key, count)) for key, count in here.items()]
-        reshaped = {key: f"here {ours}, there {theirs}" for key, ours, theirs in counts if ours != theirs}
+        reshaped = {key: f"here {n}, there {there[key]}" for key, n in here.items() if there.get(key, n) != n}
         # Torch ignores a state whose number is a text, as some conversions write it.
         texts = tuple(f"state[{key!r}]" for key in state["state"] if isinstance(key, str) and key.isdigit())
-        found = attrs.evolve(compared(here, there), reshaped=reshaped)
-        found = attrs.evolve(found, unexpected=(*found.unexpected, *texts))
+        found = compared(here, there)
+        found = attrs.evolve(found, reshaped=reshaped, unexpected=(*found.unexpected, *texts))
         return (found or self._compare_shapes(state)).all_or_nothing()
 
     def _compare_shapes(self, state: Any) -> Differences:

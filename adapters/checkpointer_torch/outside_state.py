@@ -9,13 +9,13 @@ import attrs
 import torch
 from torch import nn
 
+from checkpointer._display import some_of
 from checkpointer.errors import warn
 from checkpointer_torch.foreign_loaders import is_stateful
 from checkpointer_torch.prepared import unwrapped
 
 _SAVES: Final = 8
 """Saves of a process at which the values are compared: what a training changes has changed by then."""
-_MOST_NAMED: Final = 5
 _FLAGS: Final = ("training", "initialized")
 """Modes that a program or the first step sets again."""
 
@@ -118,12 +118,10 @@ class OutsideState:
             return
         gone = set(map(id, lost))
         self._values = {name: [one for one in all_ if id(one) not in gone] for name, all_ in self._values.items()}
-        named = ", ".join(map(str, lost[:_MOST_NAMED]))
-        more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
         msg = (
-            f"the training has changed {named}{more}, and no state_dict() holds it: a resume begins with the first "
-            "value again. If the training needs it, make it a buffer (register_buffer; persistent(True) for a metric "
-            f"of torchmetrics), put it into the state_dict(){lost[0].how_to_give}"
+            f"the training has changed {some_of(list(map(str, lost)))}, and no state_dict() holds it: a resume begins "
+            "with the first value again. If the training needs it, make it a buffer (register_buffer; persistent(True) "
+            f"for a metric of torchmetrics), put it into the state_dict(){lost[0].how_to_give}"
         )
         warn(msg)
 

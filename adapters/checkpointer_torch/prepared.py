@@ -41,12 +41,9 @@ def check_scalers(objects: Mapping[str, Any]) -> None:
 
 def accumulation_of(objects: Mapping[str, Any]) -> Callable[[], bool] | None:
     """Return a function that says whether accelerate's optimizers accumulate; None without any of them."""
-    states = [thing.gradient_state for thing in objects.values() if _is_of(thing, "accelerate") and _steps(thing)]
+    prepared = [thing for thing in objects.values() if unwrapped(thing) is not thing and _is_of(thing, "accelerate")]
+    states = [thing.gradient_state for thing in prepared if hasattr(thing, "gradient_state")]
     return (lambda: not states[0].sync_gradients) if states else None  # All share one state.
-
-
-def _steps(thing: Any) -> bool:
-    return isinstance(thing, torch.optim.Optimizer) and hasattr(thing, "gradient_state")
 
 
 def _is_of(thing: Any, *packages: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from checkpointer.errors import warn
+from checkpointer_torch.state_differences import are_alike
 
 
 def take_random_state() -> dict[str, Any]:
@@ -59,9 +60,7 @@ def put_random_state(state: Mapping[str, Any]) -> None:
 
 def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether nothing was drawn between two calls of `take_random_state`, other than on CUDA."""
-    (version, numbers, gauss), there = one["python"], other["python"]
-    same = torch.equal(one["torch"], other["torch"]) and torch.equal(numbers, there[1])
-    return same and (version, gauss) == (there[0], there[2]) and one.get("numpy") == other.get("numpy")
+    return are_alike({**state, "cuda": []} for state in (one, other))
 
 
 def _as_plain(value: Any) -> Any:

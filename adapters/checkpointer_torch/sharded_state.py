@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch
 
 from checkpointer.formats.pickler import is_dtensor
-from checkpointer_torch.tensor_layouts import Layout, Saved, room_for
-from checkpointer_torch.training_objects import TrainingObjects
+from checkpointer_torch.tensor_layouts import Layout, room_for
 
-if TYPE_CHECKING:  # It imports torch.distributed.checkpoint, which takes a second.
+if TYPE_CHECKING:
+    # It imports torch.distributed.checkpoint, which takes a second.
     from checkpointer.formats.dcp_reader import FolderReader
+    from checkpointer_torch.training_state import TrainingState
 
 KEY: Final = "loop"
 """The loop's own state is under this key, beside the objects."""
@@ -32,28 +33,11 @@ _CONTAINERS: Final = (dict, OrderedDict, list, tuple)
 Path = tuple[Any, ...]
 
 
-class Source(Protocol):
-    """What takes the parts of a training's state, and knows where its tensors lie."""
-
-    def take_shared(self) -> dict[str, Any]:
-        """Return what all ranks have alike."""
-        ...
-
-    def take_own(self) -> dict[str, Any]:
-        """Return what this rank alone has."""
-        ...
-
-    @property
-    def objects(self) -> TrainingObjects:
-        """The objects of the training."""
-        ...
-
-
 @attrs.define
 class ShardedState:
     """The state function of a manager with ``format="dcp"``, and the `Target` that a resume reads into."""
 
-    _source: Source
+    _source: TrainingState
     _rank: int
     _size: int
     _is_reading: bool = attrs.field(default=False, init=False)
@@ -104,7 +88,7 @@ class ShardedState:
             if part not in objects.shared:  # A difference, which is reported when the state is put back.
                 self._rooms[name] = torch.empty(shape, dtype=dtype, device="meta")
                 continue
-            room = room_for(Saved(name, layout, shape, dtype), like(path), meshes)
+            room = room_for(name, like(path), meshes, saved=layout, shape=shape, dtype=dtype)
             self._rooms[name] = wanted.setdefault(part, {})[key] = room
         return wanted
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from checkpointer.commit.index import HOME
 from checkpointer.errors import PolicyError
+from checkpointer.hosts.grace import Grace
 from checkpointer.storage import LocalStorage
 
 
@@ -42,22 +43,22 @@ class Requests:
     """Listens to signals, and looks for the file.
 
     A signal is delayed, never swallowed: after the answer `checkpointer.hosts.loader_workers.deliver` passes it to the
-    handler that had it before. Without a ``file`` that asks for a save it looks for none.
+    handler that had it before. Without a ``file`` that asks for a save it looks for none. A signal to stop begins the
+    ``grace``.
     """
 
-    def __init__(self, stop_on: Iterable[int], save_on: Iterable[int], file: str | None) -> None:
+    def __init__(self, stop_on: Iterable[int], save_on: Iterable[int], file: str | None, *, grace: Grace) -> None:
         self._stop_on, self._save_on = _as_signals(stop_on, "stop_on"), _as_signals(save_on, "save_on")
         self.signals = (*self._stop_on, *self._save_on)
         """Numbers of all signals that it listens to."""
-        self._file = file
+        self._file, self._grace = file, grace
         self._earlier: dict[int, Any] = {}
         self.stop: int | None = None
         """The signal to stop that has come, if any."""
-        self.since: float | None = None
-        """When it came (seconds of the monotonic clock)."""
         self._senders: list[str] = []
         """The senders of requests to save since the last `take`."""
-        self._interrupts = 0
+        self.interrupts = 0
+        """How often Ctrl-C has come; the second one ends the training at once."""
         self._pid = os.getpid()
         self._shared = mmap.mmap(-1, 2)
         self._to_pass_on: list[int] = []
@@ -66,8 +67,6 @@ class Requests:
         """Whether a signal has come, or the file was found, since the last `take`."""
         self.look_at = 0.0 if file is not None else float("inf")
         """When to `look` for the file again (seconds of the monotonic clock)."""
-        self.was_immediate = False
-        """Whether a second Ctrl-C ended the training at once."""
 
     # Signals
 
@@ -97,12 +96,12 @@ class Requests:
             self._senders.append(signal.Signals(number).name)
             self._to_pass_on.append(number)
         elif self.stop is None:
-            self.stop, self.since = number, time.monotonic()
+            self.stop = number
+            self._grace.begin()
             self._shared[_STOPPING] = 1
         self.is_pending = True
-        self._interrupts += number == signal.SIGINT
-        if number == signal.SIGINT and self._interrupts > 1:
-            self.was_immediate = True
+        self.interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self.interrupts > 1:
             earlier = self._earlier.get(number)
             if not callable(earlier):
                 raise KeyboardInterrupt

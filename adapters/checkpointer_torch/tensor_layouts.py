@@ -55,24 +55,16 @@ class Layout:
         return cls(tuple(mesh), tuple(known[name](*fields) for name, *fields in described))
 
 
-@attrs.frozen
-class Saved:
-    """A tensor of a checkpoint."""
-
-    name: str
-    layout: Layout | None
-    """None if it was not spread."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def room_for(tensor: Saved, like: Any, meshes: Sequence[Any]) -> Any:
+def room_for(
+    name: str, like: Any, meshes: Sequence[Any], *, saved: Layout | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> Any:
     """Return an empty tensor to read into: one that lies as ``like``, if it has the shape, or as it was saved.
+
+    ``saved`` is None if the tensor was not spread.
 
     Raises:
         MismatchError: If neither is possible.
     """
-    saved, shape, dtype = tensor.layout, tensor.shape, tensor.dtype
     if isinstance(like, torch.Tensor) and tuple(like.shape) == shape and (saved or shape or not is_dtensor(like)):
         here = Layout.of(like)
         if here is None:
@@ -85,7 +77,7 @@ def room_for(tensor: Saved, like: Any, meshes: Sequence[Any]) -> Any:
     mesh = next((mesh for mesh in meshes if mesh.ndim == len(saved.mesh)), None)
     if mesh is None:
         msg = (
-            f"{tensor.name} cannot be moved: it was saved on a mesh of {_sizes(saved.mesh)} processes, and it does not "
+            f"{name} cannot be moved: it was saved on a mesh of {_sizes(saved.mesh)} processes, and it does not "
             f"have the shape of a parameter; this training has a mesh of {_sizes(meshes[0].shape)}"
         )
         raise MismatchError(msg)
@@ -107,20 +99,10 @@ def fitted(own: Any, state: Any) -> Any:
     if isinstance(own, torch.Tensor) and isinstance(state, torch.Tensor):
         return _as(own, state)
     if isinstance(own, Mapping) and isinstance(state, Mapping):
-        changed = {key: fitted(own[key], item) for key, item in state.items() if key in own}
-        if all(item is state[key] for key, item in changed.items()):
-            return state
-        result: Any = copy.copy(state)
-        result.update(changed)
-        return result
+        return _with(state, {key: fitted(own[key], item) for key, item in state.items() if key in own})
     if isinstance(own, _CONTAINERS) and type(state) in _CONTAINERS and len(own) == len(state):
-        items = [fitted(mine, item) for mine, item in zip(own, state, strict=True)]
-        return state if all(map(_is, items, state)) else type(state)(items)
+        return _with(state, dict(enumerate(map(fitted, own, state))))
     return state
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _as(own: Any, tensor: Any) -> Any:
@@ -153,13 +135,18 @@ def whole_of(state: Any) -> Any:
     if is_whole_dtensor(state):
         return state.to_local()
     if isinstance(state, dict):
-        changed = {key: whole_of(item) for key, item in state.items()}
-        if all(item is state[key] for key, item in changed.items()):
-            return state
-        result = copy.copy(state)
-        result.update(changed)
-        return result
+        return _with(state, {key: whole_of(item) for key, item in state.items()})
     if type(state) in _CONTAINERS:
-        items = list(map(whole_of, state))
-        return state if all(map(_is, items, state)) else type(state)(items)
+        return _with(state, dict(enumerate(map(whole_of, state))))
     return state
+
+
+def _with(state: Any, changed: Mapping[Any, Any]) -> Any:
+    """Return a container with changed items by their keys; if none has changed, the container itself."""
+    if all(item is state[key] for key, item in changed.items()):
+        return state
+    if type(state) in _CONTAINERS:
+        return type(state)(changed.values())
+    result = copy.copy(state)
+    result.update(changed)
+    return result

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from checkpointer import Record
 from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
-from checkpointer.ports import Ranks
+from checkpointer.ports import Listener, Ranks
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.measured_weights import MeasuredWeights
 from checkpointer_torch.object_parts import Part, StatefulPart
@@ -31,7 +31,7 @@ SCHEMA: Final = 1
 _log: Final = logging.getLogger("checkpointer.torch")
 
 
-class TrainingState:
+class TrainingState(Listener):
     """Takes and puts back all that an exact resume needs.
 
     Each process has its own random numbers, place in the data, and values of functions.
@@ -49,12 +49,17 @@ class TrainingState:
         self.accumulates = accumulation_of(objects)
         """Says whether accelerate's optimizers accumulate gradients; None without any of them."""
         self.position = TrainingPosition()
-        self.taken_at = 0.0
-        """When the state was last taken (seconds of the monotonic clock)."""
+        self.took_s: float | None = None
+        """Seconds that the last save took, from taking the state until it was durable; None before the first save."""
+        self._taken_at = 0.0
         self._samplers = [thing for thing in objects.values() if hasattr(thing, "set_epoch")]
         self.sharded: ShardedState | None = None
         """What splits the state, if each process writes its shards."""
         self._ranks = ranks
+
+    def on_saved(self, record: Any) -> None:
+        """See `Listener.on_saved`."""
+        self.took_s = time.monotonic() - self._taken_at
 
     def begin(self) -> None:
         """Log what will be saved, and remember which objects the program refers to."""
@@ -104,7 +109,7 @@ class TrainingState:
 
     def take_shared(self) -> dict[str, Any]:
         """Return what all processes have alike, or have shards of."""
-        self.taken_at = time.monotonic()
+        self._taken_at = time.monotonic()
         objects, position = self.objects, self.position
         state: dict[str, Any] = {} if self.config is None else {CONFIG: copy.deepcopy(self.config)}
         state |= {name: part.take() for name, part in objects.shared.items()}
@@ -125,7 +130,7 @@ class TrainingState:
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; each of several modules under its name."""
-        self.taken_at = time.monotonic()
+        self._taken_at = time.monotonic()
         self.measured.note(self.position.step)
         states = {name: self.objects.shared[name].take() for name in self.objects.modules}
         if len(states) == 1:

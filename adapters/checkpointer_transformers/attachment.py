@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from checkpointer.errors import PolicyError, warn
+from checkpointer.errors import PolicyError, failures_as_warnings, warn
 from checkpointer.hosts.loader_workers import Workers, deliver
 from checkpointer_transformers.callback import ASKED, CheckpointCallback
 from checkpointer_transformers.evaluation import EvaluationEnded, Watch
@@ -217,12 +217,10 @@ class _Attachment:
         if obstacle := _obstacle(training):
             warn(f"no rescue checkpoint: {obstacle}")
             return
-        try:
+        # The error that ended the training must be the one that is raised.
+        with failures_as_warnings("no rescue checkpoint could be written"):
             if training.rescue(state, f"{type(error).__name__}: {error}"):
                 self.save_now()
-        except Exception as failure:  # The error that ended the training must be the one that is raised.
-            msg = f"no rescue checkpoint could be written: {failure!r}"
-            warn(msg)
 
 
 def _covered(workers: Workers, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

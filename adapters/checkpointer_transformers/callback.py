@@ -85,7 +85,6 @@ class CheckpointCallback(TrainerCallback):
         """Ends an evaluation of the training after a batch, if the callback is attached and one is running."""
         self._signal = 0
         """Number of the signal that this rank got; 0 without one."""
-        self._grace_s = grace_s
         self._grace = Grace(grace_s)
         self._stopped_by = 0
         """Number of the signal that ended the training, on every rank."""
@@ -117,7 +116,7 @@ class CheckpointCallback(TrainerCallback):
             if other._training is not None and other._training.folder == self._folder(args):
                 other._close()
         self._signal = self._stopped_by = 0
-        self._grace = Grace(self._grace_s)
+        self._grace = Grace(self._grace.seconds)
         self._training = Training(
             self._folder(args), args.output_dir, self.policy, self._open_ranks(args), self._clock, self._options
         )

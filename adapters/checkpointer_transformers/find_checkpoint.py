@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final
 from checkpointer import HMACKey, Record
 from checkpointer.commit.index import HOME, record_path
 from checkpointer.commit.journal import Journal, holding
-from checkpointer.commit.lease import LEASE_S, Lease, as_lease
+from checkpointer.commit.lease import LEASE_S, as_lease
 from checkpointer.errors import CorruptError, NoValidCheckpointError, RunInUseError, warn
 from checkpointer.ports import Storage
 from checkpointer.restore.load import verify
@@ -88,23 +89,23 @@ def clear(folder: Path, options: Mapping[str, Any]) -> None:
             return
         if storage.list(HOME):
             sweep(storage, owner, trust)  # A dead process's unfinished changes are finished or undone first.
-        journal, runs = Journal(storage, owner, trust), {claim.writing: claim.run for claim in reversed(claims)}
-        found = [
-            (record.run if record is not None else runs.get(name, ""))
-            for name, record, problem in _look(storage, folder, claims, trust)
-            if problem is not None
-        ]
-        for run in dict.fromkeys(found):
-            with contextlib.suppress(RunInUseError), _holding(journal, run, lease):
-                for name, record, problem in list(_look(storage, folder, claims, trust)):
-                    if problem is not None and run == (record.run if record is not None else runs.get(name, "")):
-                        with journal.changing(aliases=[name]):
-                            _rename(folder, name, record, problem)
+        journal, broken = Journal(storage, owner, trust), functools.partial(_broken, storage, folder, claims, trust)
+        for run in dict.fromkeys(run for run, *_ in broken()):
+            held = holding(journal, run, "", lease) if run else contextlib.nullcontext()
+            with contextlib.suppress(RunInUseError), held:
+                for _, name, record, problem in [one for one in broken() if one[0] == run]:
+                    with journal.changing(aliases=[name]):
+                        _rename(folder, name, record, problem)
 
 
-def _holding(journal: Journal, run: str, lease: Lease) -> contextlib.AbstractContextManager[None]:
-    """Hold a run; without a run there is nothing to hold, because no `CheckpointCallback` wrote the checkpoint."""
-    return holding(journal, run, "", lease) if run else contextlib.nullcontext()
+def _broken(
+    storage: Storage, folder: Path, claims: Sequence[Claim], trust: HMACKey | None
+) -> Iterator[tuple[str, str, Record | None, str]]:
+    """Yield each checkpoint that is not whole, as `_look` does, after its run: empty if no callback wrote it."""
+    runs = {claim.writing: claim.run for claim in reversed(claims)}
+    for name, record, problem in _look(storage, folder, claims, trust):
+        if problem is not None:
+            yield (record.run if record is not None else runs.get(name, "")), name, record, problem
 
 
 @contextlib.contextmanager

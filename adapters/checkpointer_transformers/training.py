@@ -159,7 +159,7 @@ class Training:
         """Carry out what is pending; ``is_written``: the Trainer has written its final name, on this rank."""
         decision, self.pending = self.pending, None
         assert decision is not None, "something is pending"
-        if is_written and self.ranks.size > 1:
+        if is_written:
             self.ranks.gather(None)  # Another rank may still be writing.
 
         def commit(leader: Leader) -> Decision:

@@ -14,10 +14,10 @@ class Grace:
     """How long a training may still wait, once a signal to stop has come.
 
     Example:
-        >>> grace = Grace(30.0, clock=lambda: 100.0)
+        >>> grace = Grace(30.0, clock=iter([90.0, 100.0]).__next__)
         >>> grace.left is None
         True
-        >>> grace.begin(at=90.0)
+        >>> grace.begin()
         >>> grace.left
         20.0
     """
@@ -27,10 +27,10 @@ class Grace:
     clock: Callable[[], float] = attrs.field(default=time.monotonic, kw_only=True)
     _since: float | None = attrs.field(default=None, init=False)
 
-    def begin(self, at: float | None = None) -> None:
-        """Count from now on, or from ``at`` (seconds of the clock); a second call does nothing."""
+    def begin(self) -> None:
+        """Count from now on; a second call does nothing."""
         if self._since is None:
-            self._since = self.clock() if at is None else at
+            self._since = self.clock()
 
     @property
     def left(self) -> float | None:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import torch
 from checkpointer_torch import Loop, load_weights
-from checkpointer_torch.tensor_layouts import Layout, Saved, room_for
+from checkpointer_torch.tensor_layouts import Layout, room_for
 from support.layouts import BATCH, SAMPLES, Net, Numbered, SpreadTraining
 from support.together import together
 from torch import nn
@@ -162,8 +162,9 @@ def take_two(rank: int, folder: Path) -> Any:
         take_over(streaming(), folder / "stream")
     said["stream"] = str(caught.value)
     layout = Layout((2, 2), (Shard(0), Replicate()))
+    meshes = [init_device_mesh("cpu", (2,))]
     with pytest.raises(MismatchError) as caught:
-        room_for(Saved("optimizer.rows", layout, (4,), torch.float32), None, [init_device_mesh("cpu", (2,))])
+        room_for("optimizer.rows", None, meshes, saved=layout, shape=(4,), dtype=torch.float32)
     said["mesh"] = str(caught.value)
     return taken, left, said
 

@@ -21,6 +21,7 @@ from support.gated import GatedStorage
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepEvery, KeepLast, Policy
 from checkpointer.errors import PolicyError
+from checkpointer.hosts.grace import Grace
 
 RARELY = Policy(EverySteps(1000), [KeepLast(1)])
 
@@ -181,7 +182,7 @@ def test_a_save_can_be_asked_for_without_stopping(tmp_path: Path, how: str) -> N
 def test_the_file_is_looked_for_once_a_second_at_most(tmp_path: Path) -> None:
     """The hot path compares a clock; a file that cannot be removed asks once."""
     file = tmp_path / "save-now"
-    requests = Requests((), (), str(file))
+    requests = Requests((), (), str(file), grace=Grace())
     began = time.monotonic()
     requests.look()
     assert began + 1.0 <= requests.look_at <= time.monotonic() + 1.0
