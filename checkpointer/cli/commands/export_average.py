@@ -111,7 +111,7 @@ def average_command(
     _write(_payloads(catalog, records), out, file, average)
     if not file.as_json:
         for record in records:
-            output.print_line(f"  {record.name}")
+            output.print_written(out, f"  {record.name}")
 
 
 def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
@@ -136,6 +136,9 @@ def _write(
 ) -> None:
     """Verify what has a record, write the combined weights, and say what was written."""
     format = file.format or format_by_name(out)
+    if file.as_json and output.is_stdout(out):
+        msg = f"{out} gets the weights, and --json prints to it too; leave one of them out"
+        raise PolicyError(msg)
     with contextlib.ExitStack() as stack:
         sources = [
             (payload.name, _weights(stack.enter_context(opened(payload)), file.only, payload.name))
@@ -158,4 +161,4 @@ def _write(
     if left_out:
         output.say(f"left out, because they are not tensors: {some_of(left_out)}")
     under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
-    output.print_line(f"{out}: {count_text(count, 'tensor')}, {under}, {size_text(size)}")
+    output.print_written(out, f"{out}: {count_text(count, 'tensor')}, {under}, {size_text(size)}")
