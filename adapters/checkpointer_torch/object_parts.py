@@ -18,6 +18,7 @@ from checkpointer._display import some_of
 from checkpointer.errors import warn
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.inspection.find_weights import WRAPPERS
+from checkpointer_torch.load_hooks import Hooked, hooked
 from checkpointer_torch.state_differences import Differences, are_alike, compared
 from checkpointer_torch.tensor_layouts import fitted
 
@@ -83,6 +84,7 @@ class ModulePart(Part):
     def compare(self, state: Any) -> Differences:
         if not isinstance(state, Mapping):
             return Differences(missing=("*",))
+        state = self.hooked(state).values
         found = compared(self.take(), state, types=True)
         if not found.reshaped:
             return found
@@ -94,23 +96,48 @@ class ModulePart(Part):
         return attrs.evolve(found, reshaped=reshaped)
 
     def put(self, state: Any) -> None:
-        name, own = _namer(self.module), self.module.state_dict()
-        wrapped = OrderedDict((key, state[name(key)]) for key in own if name(key) in state)
-        for key in compared(own, wrapped, types=True).reshaped:
-            if not _fits_itself(self.module, key, wrapped[key]):
-                del wrapped[key]
-        versions, paths = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
-        wrapped._metadata = {path: versions[name(path)] for path in paths if name(path) in versions}  # type: ignore[attr-defined]
+        own, (wrapped, _) = self.module.state_dict(), _wrapped(self.module, state)
+        found = hooked(self.module, wrapped)
+        for key in compared(own, found.values, types=True).reshaped:
+            if not _fits_itself(self.module, key, found.values[key]):
+                # Hooks may need all the names that they take: those get the value that the module has.
+                same = [name for name in found.replaced if wrapped[name] is found.values[key]]
+                wrapped |= dict.fromkeys(same, own[key])
+                wrapped.pop(key, None)
+        for key in wrapped.keys() - own.keys() - found.replaced:
+            del wrapped[key]
         left = self.module.load_state_dict(fitted(own, wrapped), strict=False).unexpected_keys
-        if lost := [key for key in left if not are_alike((own[key], wrapped[key]))]:
+        if lost := [key for key in left if key not in own or not are_alike((own[key], wrapped[key]))]:
             msg = (
                 f"the {type(self.module).__name__} saves {some_of(lost, _SHOWN)}, and its load_state_dict does not "
                 "take them: it keeps the values that it has now, and they are not the saved ones"
             )
             warn(msg)
 
+    def hooked(self, state: Mapping[str, Any]) -> Hooked:
+        """Return a state as the module sees it after its own hooks."""
+        plain = _namer(self.module)
+        wrapped, saved = _wrapped(self.module, state)
+        found = hooked(self.module, wrapped)
+        values = {saved[key] if key in saved else plain(key): value for key, value in found.values.items()}
+        return Hooked(values, frozenset(saved[key] for key in found.replaced))
+
     def likes(self) -> Callable[[Keys], Any]:
         return functools.partial(state_at, self.take())
+
+
+def _wrapped(module: nn.Module, state: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], dict[str, str]]:
+    """Return a state under the names that the module has with its wrappers, and the saved name of each."""
+    plain, own = _namer(module), module.state_dict()
+    saved = {key: plain(key) for key in own if plain(key) in state}
+    paths = {plain(path): path for path, _ in module.named_modules(remove_duplicate=False)}
+    for key in state.keys() - set(saved.values()):
+        path, _, name = str(key).rpartition(".")
+        saved[".".join(filter(None, (paths.get(path, path), name)))] = key
+    wrapped = OrderedDict((key, state[name]) for key, name in saved.items())
+    versions, own_versions = getattr(state, "_metadata", {}), getattr(own, "_metadata", {})
+    wrapped._metadata = {path: versions[plain(path)] for path in own_versions if plain(path) in versions}  # type: ignore[attr-defined]
+    return wrapped, saved
 
 
 def _fits_itself(module: nn.Module, key: str, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ class _Value:
             return False
         if isinstance(now, torch.Tensor):
             is_alike = now.shape == self.first.shape and not now.requires_grad
-            return is_alike and (now is not self.first or now._version > self.version)
+            return is_alike and (now is not self.first or _version(now) > self.version)
         return bool(now != self.first)
 
     def is_saved(self, keys: Collection[str], leaves: Collection[Any]) -> bool:
@@ -51,15 +52,45 @@ class _Value:
 
     @property
     def how_to_give(self) -> str:
-        return (
-            f", or pass {self.attribute}=lambda: {self.name} to the Loop and set {self.name} = "
-            f"loop[{self.attribute!r}] after resume()"
-        )
+        return _how_to_give(self.name, self.attribute)
 
     def __str__(self) -> str:
         if isinstance(self.first, torch.Tensor):
             return f"{self.name} (a tensor, not a buffer)"
         return f"{self.name} ({self.first!r} -> {self.now!r})"
+
+
+@attrs.frozen
+class _ByParameter:
+    """A dict with a tensor for each parameter, by its name and in its shape, as averages and importances are kept."""
+
+    name: str
+    holder: Any
+    attribute: str
+    shapes: Callable[[], Mapping[str, Collection[torch.Size]]]
+    """Returns the shapes that parameters have by the ends of their names."""
+    first: Mapping[str, tuple[int, int]]
+    """The identity and the version of each tensor, when the training began."""
+
+    @property
+    def has_changed(self) -> bool:
+        now = vars(self.holder).get(self.attribute)
+        new = [
+            (key, value.shape)
+            for key, value in (now.items() if isinstance(now, dict) else ())
+            if isinstance(value, torch.Tensor) and self.first.get(key) != _identity(value)
+        ]
+        return any(shape in self.shapes().get(key, ()) for key, shape in new)
+
+    def is_saved(self, keys: Collection[str], leaves: Collection[Any]) -> bool:
+        return self.attribute in keys
+
+    @property
+    def how_to_give(self) -> str:
+        return _how_to_give(self.name, self.attribute)
+
+    def __str__(self) -> str:
+        return f"{self.name} (a dict with tensors of the parameters)"
 
 
 @attrs.frozen
@@ -82,10 +113,14 @@ class _InnerStates:
         return f"{self.name} (the states of an optimizer)"
 
 
+_Watched = _Value | _ByParameter | _InnerStates
+
+
 class OutsideState:
     """Watches the numbers, texts and tensors that objects have as attributes, at the first saves of a process.
 
-    It also watches those of an object within that has a ``state_dict``, and the states of an optimizer within.
+    It also watches those of an object within that has a ``state_dict``, the states of an optimizer within, and dicts
+    of any object within that hold a tensor for each parameter.
     Attributes of torch's own classes and those with a leading underscore are left out, and so is what was not there
     when the training began, such as the activations of the last batch.
     """
@@ -94,7 +129,7 @@ class OutsideState:
         self._objects = objects
         self._saved = saved
         """Names of all that is saved; a value of that name was given to the loop by itself."""
-        self._values: dict[str, list[_Value | _InnerStates]] = {}
+        self._values: dict[str, list[_Watched]] = {}
         self._saves = 0
 
     def begin(self) -> None:
@@ -126,22 +161,56 @@ class OutsideState:
         warn(msg)
 
 
-def _values_of(name: str, thing: Any, given: Collection[int]) -> Iterator[_Value | _InnerStates]:
-    holders = thing.named_modules() if isinstance(thing, nn.Module) else [("", thing)]
-    for path, holder in holders:
+def _values_of(name: str, thing: Any, given: Collection[int]) -> Iterator[_Watched]:
+    is_module = isinstance(thing, nn.Module)
+    shapes = functools.cache(lambda: _shapes_by_ends(thing)) if is_module else dict
+    for path, holder in thing.named_modules() if is_module else [("", thing)]:
         if type(holder).__module__.partition(".")[0] == "torch" or not hasattr(holder, "__dict__"):
             continue
         here = ".".join(filter(None, (name, path)))
         yield from _attributes(here, holder)
+        yield from _dicts(here, holder, shapes)
         for attribute, inner in vars(holder).items():
-            if attribute.startswith("_") or isinstance(inner, (nn.Module, type)):
-                continue
-            if not is_stateful(inner) or id(unwrapped(inner)) in given:
+            if attribute.startswith("_") or isinstance(inner, (nn.Module, type)) or id(unwrapped(inner)) in given:
                 continue
             if isinstance(inner, torch.optim.Optimizer):
                 yield _InnerStates(f"{here}.{attribute}", attribute, inner)
             elif hasattr(inner, "__dict__"):
-                yield from _attributes(f"{here}.{attribute}", inner)
+                if is_stateful(inner):
+                    yield from _attributes(f"{here}.{attribute}", inner)
+                yield from _dicts(f"{here}.{attribute}", inner, shapes)
+
+
+def _dicts(
+    name: str, holder: Any, shapes: Callable[[], Mapping[str, Collection[torch.Size]]]
+) -> Iterator[_ByParameter]:
+    for attribute, value in [*vars(holder).items()]:  # Another thread may write to the object.
+        if isinstance(value, dict) and not attribute.startswith("_"):
+            first = {key: _identity(one) for key, one in value.items() if isinstance(one, torch.Tensor)}
+            yield _ByParameter(f"{name}.{attribute}", holder, attribute, shapes, first)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    return id(tensor), _version(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written in place; 0 for one of ``inference_mode``, which does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _shapes_by_ends(module: nn.Module) -> dict[str, set[torch.Size]]:
+    """Return the shapes by each end of a parameter's name, because a module within counts its names from itself."""
+    shapes: dict[str, set[torch.Size]] = {}
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        for start in range(len(parts) if not torch.nn.parameter.is_lazy(parameter) else 0):
+            shapes.setdefault(".".join(parts[start:]), set()).add(parameter.shape)
+    return shapes
+
+
+def _how_to_give(name: str, attribute: str) -> str:
+    return f", or pass {attribute}=lambda: {name} to the Loop and set {name} = loop[{attribute!r}] after resume()"
 
 
 def _attributes(name: str, holder: Any) -> Iterator[_Value]:
@@ -151,10 +220,10 @@ def _attributes(name: str, holder: Any) -> Iterator[_Value]:
         if isinstance(value, (bool, int, float, str)):
             yield _Value(f"{name}.{attribute}", holder, attribute, value)
         elif type(value) is torch.Tensor and not value.requires_grad:
-            yield _Value(f"{name}.{attribute}", holder, attribute, value, value._version)
+            yield _Value(f"{name}.{attribute}", holder, attribute, value, _version(value))
 
 
-def _lost(values: list[_Value | _InnerStates], state: Any) -> list[_Value | _InnerStates]:
+def _lost(values: list[_Watched], state: Any) -> list[_Watched]:
     changed = [value for value in values if value.has_changed]
     if not changed:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -96,6 +96,8 @@ class PickedWeights:
 
     target: ModulePart
     state: OrderedDict[str, Any]
+    loaded: Sequence[str]
+    """Names in the module."""
     differences: Differences
     source: str
     num_wanted: int
@@ -104,10 +106,10 @@ class PickedWeights:
         """Load them into the module."""
         self.target.put(self.state)
         if self.differences:
-            counts = f"{len(self.state)} of {self.num_wanted} names were loaded"
+            counts = f"{len(self.loaded)} of {self.num_wanted} names were loaded"
             msg = f"{self.source} does not fit, and {counts}: {self.differences}"
             warn(msg)
-        return LoadedWeights(source=self.source, loaded=tuple(self.state), differences=self.differences)
+        return LoadedWeights(source=self.source, loaded=tuple(self.loaded), differences=self.differences)
 
 
 def picked_weights(
@@ -122,18 +124,27 @@ def picked_weights(
     """Read the weights that `load_weights` loads, with its arguments and errors. The module stays as it is."""
     target = ModulePart(module)
     own = target.take()
-    pick = functools.partial(_picked, own=own, part=part, key_map=key_map, strict=strict)
+    pick = functools.partial(_picked, target=target, own=own, part=part, key_map=key_map, strict=strict)
     if isinstance(source, Mapping):
-        (state, differences), where = pick(StateContents(source), "the state"), "the state"
+        (state, loaded, differences), where = pick(StateContents(source), "the state"), "the state"
     else:
         make = functools.partial(pick, where=os.fspath(source))
-        (state, differences), where = attrs.evolve(opener, make=make).open(source)
-    return PickedWeights(target=target, state=state, differences=differences, source=where, num_wanted=len(own))
+        (state, loaded, differences), where = attrs.evolve(opener, make=make).open(source)
+    return PickedWeights(
+        target=target, state=state, loaded=loaded, differences=differences, source=where, num_wanted=len(own)
+    )
 
 
 def _picked(
-    contents: Tensors, where: str, *, own: Mapping[str, Any], part: str | None, key_map: KeyMap | None, strict: bool
-) -> tuple[OrderedDict[str, Any], Differences]:
+    contents: Tensors,
+    where: str,
+    *,
+    target: ModulePart,
+    own: Mapping[str, Any],
+    part: str | None,
+    key_map: KeyMap | None,
+    strict: bool,
+) -> tuple[OrderedDict[str, Any], list[str], Differences]:
     """Pick the module's weights out of a payload, and read those alone."""
     try:
         found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
@@ -141,10 +152,15 @@ def _picked(
         msg = f"{where}: {error}"
         raise MismatchError(msg) from error
     # Tensors without memory stand in for those that are there.
-    there: dict[str, Any] = {name: torch.empty(info.shape, device="meta") for name, info in found.tensors.items()}
+    there: OrderedDict[str, Any] = OrderedDict(
+        (name, torch.empty(info.shape, device="meta")) for name, info in found.tensors.items()
+    )
     there |= {name: value for name, value in found.values.items() if name in own and value is not None}
-    differences = _without_optional(compared(own, there), own, found)
-    loaded = [key for key in own if key in there and key not in differences.reshaped]
+    there._metadata = found.versions  # type: ignore[attr-defined]
+    seen = target.hooked(there)
+    differences = _without_optional(compared(own, seen.values), own, found)
+    taken = there.keys() | (seen.values.keys() if seen.replaced else ())
+    loaded = [key for key in own if key in taken and key in seen.values and key not in differences.reshaped]
     if not loaded:
         msg = (
             f"{where} is of another model: nothing of it fits. It has {some_of(list(found.tensors), 3)}; wanted "
@@ -154,9 +170,10 @@ def _picked(
     if differences and strict:
         msg = f"{where} does not fit, and nothing was loaded: {differences}. Use key_map=, part= or strict=False"
         raise MismatchError(msg)
-    state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in loaded)
+    names = [key for key in there if key in seen.replaced or key in loaded]
+    state = OrderedDict((key, found.read(key) if key in found.tensors else there[key]) for key in names)
     state._metadata = found.versions  # type: ignore[attr-defined]
-    return state, differences
+    return state, loaded, differences
 
 
 def _wanted(own: Mapping[str, Any]) -> list[dict[str, tuple[int, ...] | None]]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import typer
 
 from checkpointer._display import count_text, escaped_json, one_line, size_text
+from checkpointer._new_file import is_stream
 from checkpointer.cli.streams import flush as flush
 from checkpointer.cli.streams import print_line as print_line
 from checkpointer.cli.streams import say as say
@@ -53,6 +54,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def print_written(out: str, text: str) -> None:
+    """Print what was written to OUT; on stderr if OUT is stdout, whose reader gets the bytes alone."""
+    (say if is_stdout(out) else print_line)(text)
+
+
+def is_stdout(out: str) -> bool:
+    """Return whether OUT is this process's stdout, as ``/dev/stdout`` is."""
+    with contextlib.suppress(OSError, ValueError):
+        return is_stream(out) and os.path.samestat(os.stat(out), os.fstat(1))
+    return False
 
 
 def print_path(catalog: Catalog, record: Record, *, as_json: bool) -> None:

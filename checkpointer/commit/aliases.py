@@ -261,14 +261,22 @@ def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "co
         ways.append(storage.copy)
     if isinstance(storage, SupportsLinks) and how != "hardlink":
         ways.append(storage.symlink)
+    refused: list[Exception] = []
     for way in ways:
         try:
             way(source, path)
-        except (OSError, NotImplementedError):
+        except IsADirectoryError:  # A folder has the second name, so another way does not help.
+            raise
+        except (OSError, NotImplementedError) as error:
+            refused.append(error)
             continue
         return
     with aborting(storage.upload(path)) as upload:
-        with storage.open(source) as stream:
+        try:
+            stream = storage.open(source)
+        except IsADirectoryError as error:  # A folder has no other way.
+            raise (refused[0] if refused else error) from error
+        with stream:
             while chunk := stream.read(_CHUNK):
                 upload.write(chunk)
         upload.finish()

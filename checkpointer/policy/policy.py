@@ -11,6 +11,7 @@ import attrs
 import yaml
 
 from checkpointer._display import lines_html
+from checkpointer._new_file import new_file
 from checkpointer._validation import one_of
 from checkpointer.errors import PolicyError
 from checkpointer.policy import yaml_codec as config
@@ -200,7 +201,7 @@ class Policy:
         )
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """Return the policy as YAML, and write it to ``path`` if given. Scores are written by name.
+        """Return the policy as YAML, and write it whole to ``path`` if given. Scores are written by name.
 
         Example:
             >>> from checkpointer import EverySteps, KeepLast, Policy
@@ -222,7 +223,8 @@ class Policy:
                 data[field] = value
         text = config.dump_yaml(data)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            with new_file(path, replaces=True) as stream:
+                stream.write(text.encode())
         return text
 
     @classmethod

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from checkpointer._new_file import sync_folder as sync_folder
+
 _TRIES: Final = 16
 
 
@@ -21,21 +23,6 @@ def sync_file(stream: BinaryIO) -> None:
     with contextlib.suppress(OSError, TypeError):
         os.utime(stream.fileno(), ns=(time.time_ns(),) * 2)
     os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> bool:
-    """Make a folder's entries durable: without it a power loss undoes the rename. Return whether that is possible."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network mounts refuse fsync on a folder, and offer nothing stronger.
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def sync_tree(path: Path) -> None:

@@ -209,7 +209,10 @@ class LocalStorage:
         # The staged link is discarded, because a rename between two names of one file does nothing and keeps both.
         with self._scratch() as staged:
             make(staged)
-            put_into(path.parent, lambda: os.replace(staged, path))
+            try:
+                put_into(path.parent, lambda: os.replace(staged, path))
+            except IsADirectoryError as error:
+                raise IsADirectoryError(error.errno, "a folder has this name; move it away", str(path)) from error
         sync_folder(path.parent)
 
     def free_space(self) -> int | None:

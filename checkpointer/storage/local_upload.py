@@ -133,6 +133,9 @@ class LocalUpload:
 
     def _taken(self) -> NameTakenError:
         msg = f"{self._target} appeared while it was about to be written; nothing was replaced"
+        with contextlib.suppress(OSError):
+            if not self._target.is_symlink() and not any(self._target.iterdir()):
+                msg = f"an empty folder has the name {self._target}; remove it"
         return NameTakenError(msg)
 
     def abort(self) -> None:

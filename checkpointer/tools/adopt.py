@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -29,6 +29,9 @@ from checkpointer.tools.catalog import Catalog
 from checkpointer.tools.payloads import directories_above
 
 _CHUNK: Final = 1 << 22
+_EXPORT: Final = (
+    "it is a model alone, as trainer.save_model() writes it, and has no step; to adopt it too pass --step NAME=STEP"
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -83,7 +86,10 @@ def find_foreign(
     said = [attrs.evolve(item, step=_step(item, steps, steps_per_epoch)) for item in numbered]
     refused |= _parts(read, {*steps, *named}) | _parts(said)
     found = []
+    exports = {item.name: _EXPORT for item in said if item.step is None and item.is_export}
     for item in said:
+        if item.name in exports:
+            continue
         if item.step is None:
             refused.setdefault(item.name, _no_step(item))
         elif item.name not in refused:
@@ -92,7 +98,7 @@ def find_foreign(
                 found.append(item)
             except (SaveError, OSError) as error:
                 refused[item.name] = str(error)
-    aliases, beside = _copies(catalog, found)
+    aliases, beside = _copies(catalog, found, steps)
     kept = [item for item in found if not any(item.name in some for some in (aliases, beside, lost))]
     there = {record.name for record in catalog.records} | {item.name for item in kept}
     aliases |= {link: target for link, target in links.items() if target in there}
@@ -103,7 +109,7 @@ def find_foreign(
         found=tuple(sorted(kept, key=lambda item: (item.step, item.name))),
         refused={name: why for name, why in refused.items() if name not in lost},
         aliases=aliases,
-        beside=units.left | beside,
+        beside=units.left | exports | beside,
         unused=unused,
     )
 
@@ -284,11 +290,11 @@ def _parts(said: Iterable[Said], given: Collection[str] = ()) -> dict[str, str]:
     return parts
 
 
-def _copies(catalog: Catalog, found: Sequence[Said]) -> tuple[dict[str, str], dict[str, str]]:
+def _copies(catalog: Catalog, found: Sequence[Said], given: Container[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the files that are called last or best and repeat another checkpoint of the same step.
 
-    If they have its bytes, they are aliases of it. Else a file that is called last has a reason. A best file is a
-    checkpoint of its own then: it may have been saved before the validation.
+    If they have its bytes, they are aliases of it. Else a file that is called last has a reason, unless its step is
+    ``given``. A best file is a checkpoint of its own then: it may have been saved before the validation.
     """
     there: defaultdict[tuple[str, int | None], list[str]] = defaultdict(list)
     steps = [(item.name, item.step) for item in found if not copy_of(item.name)]
@@ -302,7 +308,7 @@ def _copies(catalog: Catalog, found: Sequence[Said]) -> tuple[dict[str, str], di
         equal = next((other for other in others if _has_bytes_of(catalog, item.name, other)), "")
         if equal:
             aliases[item.name] = equal
-        elif others and "best" not in kind:
+        elif others and "best" not in kind and item.name not in given:
             beside[item.name] = f"it has the same step as {others[0]}, so it is a copy that is called last"
         else:
             others.append(item.name)

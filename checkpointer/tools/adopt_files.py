@@ -174,6 +174,8 @@ class Said:
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     format: str = "torch"
     contents: Contents = "full"
+    is_export: bool = False
+    """Whether it is a folder of a model alone, as ``trainer.save_model()`` writes it."""
     writer: str = "a trainer"
     """``Lightning``, ``the HF Trainer``, ``torch.save`` or ``a trainer``."""
 
@@ -210,8 +212,15 @@ def read_folder(storage: Storage, name: str) -> Said:
         number=None,
         format="dcp" if ".metadata" in files else "folder",
         contents="full" if is_full else "weights",
+        is_export=not is_full and _is_export(files),
         writer="a trainer",
     )
+
+
+def _is_export(files: Iterable[str]) -> bool:
+    tops = [path for path in files if "/" not in path]
+    has_weights = any(_EXPORT.fullmatch(path) or _SHARD.fullmatch(path) for path in tops)
+    return has_weights and any(_EXPORTED.fullmatch(path) or path == "training_args.bin" for path in tops)
 
 
 def _speechbrain(storage: Storage, name: str, files: Collection[str]) -> Said:

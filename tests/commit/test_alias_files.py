@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from support.plain_format import PlainFormat
 
 from checkpointer import CheckpointerWarning, CheckpointManager, EverySteps, KeepBest, KeepLast, Policy
+from checkpointer.commit.aliases import duplicate
+from checkpointer.errors import SaveError
+from checkpointer.storage import LocalStorage
 from checkpointer.testing import MemoryStorage
 
 How = Literal["link", "copy"]
@@ -170,3 +175,57 @@ def test_the_aliases_of_a_copied_directory_are_its_own(tmp_path: Path, how: How)
             save(manager, 0.05, start=3)
         assert ["best.ckpt", "epoch=0-step=3.ckpt", "last.ckpt"] == sorted(path.name for path in copy.glob("*.ckpt"))
         assert b'{"step": 3}' == (copy / "last.ckpt").read_bytes() == (copy / "best.ckpt").read_bytes()
+
+
+@HOWS
+@pytest.mark.parametrize("format", ["torch", "dcp"])
+@pytest.mark.parametrize("alias", ["last", "best"])
+def test_an_empty_folder_in_the_place_of_an_alias_is_named(tmp_path: Path, how: How, format: Any, alias: str) -> None:
+    """No listing shows it. The message names it, and no temporary file; the checkpoint is saved."""
+    state = {"w": torch.ones(2)}
+    name = f"{alias}.{'dcp' if format == 'dcp' else 'ckpt'}"
+    (tmp_path / name).mkdir()
+    message = re.escape(f"the alias {name} could not be made ([Errno 21] a folder has this name; move it away: ")
+    manager = CheckpointManager(tmp_path, policy(how), state=lambda: state, format=format)
+    with pytest.warns(CheckpointerWarning, match=f"{message}'{re.escape(str(tmp_path / name))}'"):
+        manager.observe({"loss": 1.0}, step=1, epoch=0)
+    (tmp_path / name).rmdir()
+    manager.observe({"loss": 0.5}, step=2, epoch=0)
+    manager.close()
+    assert manager.last is not None
+    assert (tmp_path / name).samefile(tmp_path / manager.last.name)
+
+
+@pytest.mark.parametrize("format", ["torch", "dcp"])
+def test_an_empty_folder_in_the_place_of_a_checkpoint_is_named(tmp_path: Path, format: Any) -> None:
+    """It was there before; without the folder the next save goes on."""
+    state = {"w": torch.ones(2)}
+    folder = tmp_path / f"step=1.{'dcp' if format == 'dcp' else 'ckpt'}"
+    folder.mkdir()
+    every = Policy(EverySteps(1), [KeepLast(1)], name="{step}")
+    manager = CheckpointManager(tmp_path, every, state=lambda: state, format=format)
+    with pytest.raises(SaveError, match=re.escape(f"an empty folder has the name {folder}; remove it")):
+        manager.observe({}, step=1, epoch=0)
+    folder.rmdir()
+    manager.observe({}, step=2, epoch=0)
+    manager.close()
+    assert manager.last is not None
+    assert 2 == manager.last.step
+
+
+class WithoutLinks(LocalStorage):
+    """A disk like exFAT, which has no links."""
+
+    def symlink(self, target: str, path: str) -> None:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    hardlink = symlink
+
+
+def test_the_message_for_a_folder_on_a_disk_without_links_names_the_links(tmp_path: Path) -> None:
+    """A folder cannot be copied as a file can, so its only alias is a link."""
+    storage = WithoutLinks(tmp_path, "")
+    (tmp_path / "a.dcp").mkdir()
+    (tmp_path / "a.dcp" / "data").write_bytes(b"1")
+    with pytest.raises(PermissionError, match=r"Operation not permitted: 'last\.dcp'"):
+        duplicate(storage, "a.dcp", "last.dcp", "link")

@@ -204,3 +204,88 @@ def test_the_advice_gives_an_exact_resume(tmp_path: Path) -> None:
 
     assert [0.5, 0.25] == list(taus(2))
     assert [0.125] == list(taus(3))
+
+
+class Shadow:
+    """An average of the weights, without a state_dict, as many programs write it by hand."""
+
+    def __init__(self) -> None:
+        self.shadow: dict[str, torch.Tensor] = {}
+        self.last: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def update(self, model: nn.Module, *, in_place: bool = False) -> None:
+        for name, parameter in model.named_parameters():
+            now = parameter.detach()
+            if in_place and name in self.shadow:
+                self.shadow[name].lerp_(now, 0.1)
+            else:
+                self.shadow[name] = 0.9 * self.shadow.get(name, now) + 0.1 * now
+        self.last["activations"] = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_dict_with_a_tensor_for_each_parameter_is_named(tmp_path: Path, in_place: bool, begun: bool) -> None:
+    """In the module or in an object that it holds. A dict of activations is not: each step makes it anew."""
+    model = Model()
+    model.body.average = Shadow()  # type: ignore[assignment]
+    average: Any = model.body.average
+    if begun:
+        average.update(model.body)
+    (warning,) = said(tmp_path, 3, change=lambda _: average.update(model.body, in_place=in_place), model=model)
+    assert "has changed model.body.average.shadow (a dict with tensors of the parameters), and no state" in warning
+    assert "or pass shadow=lambda: model.body.average.shadow to the Loop and set" in warning
+
+
+def test_the_advice_for_such_a_dict_gives_it_back(tmp_path: Path) -> None:
+    """A function's value is saved at each save."""
+    model = Model()
+    average = Shadow()
+    model.body.average = average  # type: ignore[assignment]
+    given: dict[str, Any] = {"shadow": lambda: average.shadow}
+    assert [] == said(tmp_path, 2, change=lambda _: average.update(model.body), model=model, **given)
+    expected, average.shadow = average.shadow, {}
+    with Loop(tmp_path, POLICY, model=model, **given) as loop:
+        loop.resume()
+        average.shadow = loop["shadow"]
+    assert expected.keys() == average.shadow.keys()
+    assert all(value.equal(average.shadow[key]) for key, value in expected.items())
+
+
+def test_the_importances_of_adalora_are_named(tmp_path: Path) -> None:
+    """Its allocator is a plain object, and its dicts are empty when the training begins."""
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config: dict[str, Any] = {"model_type": "custom"}
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return self.layer(inputs)
+
+    config = peft.AdaLoraConfig(target_modules=["layer"], total_step=20, tinit=2, tfinal=2)
+    model = peft.get_peft_model(Net(), config)
+
+    def train(step: int) -> None:
+        model.zero_grad()
+        model.base_model.model(torch.ones(1, 4)).sum().backward()
+        model.base_model.update_and_allocate(step)
+
+    warnings = said(tmp_path, 3, change=train, model=model)
+    (warning,) = [text for text in warnings if "no state_dict() holds it" in text]
+    assert all(f"model.base_model.rankallocator.{name} (a dict" in warning for name in ("ipt", "exp_avg_ipt"))
+
+
+def test_a_tensor_of_inference_mode_is_no_error(tmp_path: Path) -> None:
+    """Torch does not count how often it is written; a new one is noticed."""
+    model = Model()
+    body: Any = model.body
+    with torch.inference_mode():
+        body.mean = torch.ones(2)
+        body.means = {"layer.bias": torch.ones(1)}
+    assert [] == said(tmp_path / "same", 2, change=lambda _: None, model=model)
+    (warning,) = said(tmp_path / "other", 2, change=lambda _: setattr(body, "mean", torch.zeros(2)), model=model)
+    assert "model.body.mean (a tensor, not a buffer)" in warning

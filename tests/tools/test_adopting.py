@@ -410,7 +410,6 @@ def export(folder: Path) -> None:
         (accelerate, "checkpoint_4"),
         (accelerate, "my_state"),
         (speechbrain, "CKPT+2024-05-01+10-00-00+00"),
-        (export, "bert"),
     ],
 )
 def test_a_folder_is_adopted_as_a_whole_or_left(tmp_path: Path, write: Any, name: str) -> None:
@@ -426,6 +425,40 @@ def test_a_folder_is_adopted_as_a_whole_or_left(tmp_path: Path, write: Any, name
     (record,) = look_at(open_storage(tmp_path, "")).records
     assert (name, "folder", 100) == (record.name, record.format, record.step)
     assert 0 == command("verify", tmp_path).code
+
+
+def saved_model(folder: Path) -> None:
+    """Write what ``trainer.save_model()`` writes."""
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    torch.save({}, folder / "training_args.bin")
+
+
+def trainers_checkpoint(folder: Path, step: int) -> None:
+    """Write what the HF Trainer writes, as far as adopt reads it."""
+    saved_model(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": 1.0, "log_history": []}))
+    torch.save({"state": {}}, folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize("write", [saved_model, export])
+@pytest.mark.parametrize("name", ["final", "bert", "best_model"])
+def test_a_model_alone_beside_checkpoints_is_left_and_is_no_failure(tmp_path: Path, write: Any, name: str) -> None:
+    """It has no step, and no resume could go on from it. A step that is given adopts it, as weights."""
+    trainers_checkpoint(tmp_path / "checkpoint-20", 20)
+    write(tmp_path / name)
+    said = command("adopt", tmp_path)
+    assert (0, True) == (said.code, f"left  {name}: it is a model alone, as trainer.save_model() writes it" in said.out)
+    assert 0 == command("adopt", tmp_path, "--step", f"{name}=20").code
+    records = {record.name: record.contents for record in look_at(open_storage(tmp_path, "")).records}
+    assert {"checkpoint-20": "full", name: "weights"} == records
+
+
+def test_a_directory_with_a_model_alone_has_nothing_to_adopt(tmp_path: Path) -> None:
+    """The exit code says so."""
+    saved_model(tmp_path / "final")
+    assert 1 == command("adopt", tmp_path).code
 
 
 def test_parts_of_the_directory_itself_are_left(tmp_path: Path) -> None:

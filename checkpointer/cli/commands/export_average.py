@@ -106,7 +106,7 @@ def average_command(
             output.say(f"the run has {count_text(len(records), 'ranked checkpoint')}; their mean is taken")
     _write([Payload.of(catalog, record) for record in records], out, file, average)
     for record in () if file.as_json else records:
-        output.print_line(f"  {record.name}")
+        output.print_written(out, f"  {record.name}")
 
 
 def _weights(contents: Tensors, only: str | None, name: str) -> Weights:
@@ -123,6 +123,9 @@ def _write(
 ) -> None:
     """Verify what has a record, write the combined weights, and say what was written."""
     format = file.format or format_by_name(out)
+    if file.as_json and output.is_stdout(out):
+        msg = f"{out} gets the weights, and --json prints to it too; leave one of them out"
+        raise PolicyError(msg)
     with contextlib.ExitStack() as stack:
         opening = ((payload.name, stack.enter_context(opened(payload))) for payload in payloads)
         weights = combined([(name, _weights(contents, file.only, name)) for name, contents in opening])
@@ -141,4 +144,4 @@ def _write(
     if left_out:
         output.say(f"left out, because they are not tensors: {some_of(left_out)}")
     under = f"all under {weights.prefix!r}" if weights.prefix else "all there are"
-    output.print_line(f"{out}: {count_text(count, 'tensor')}, {under}, {size_text(size)}")
+    output.print_written(out, f"{out}: {count_text(count, 'tensor')}, {under}, {size_text(size)}")

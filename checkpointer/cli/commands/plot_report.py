@@ -54,7 +54,7 @@ def plot_command(
     """
     options.check_out(out, access, *(f".{name}" for name in FORMATS))
     plot(_chart(source, ranking, drawing, access), out)
-    output.print_line(out)
+    output.print_written(out, out)
 
 
 def report_command(
@@ -72,7 +72,7 @@ def report_command(
     """
     options.check_out(out, access, ".html", ".htm")
     report(_chart(source, ranking, drawing, access), out)
-    output.print_line(out)
+    output.print_written(out, out)
 
 
 def _chart(source: str, ranking: options.Ranking, drawing: Drawing, access: options.Access) -> Chart:

@@ -48,7 +48,7 @@ def check(
 
 
 def init(
-    file: Annotated[str, options.argument("[FILE]", "The new file; without it, it is printed.")] = "",
+    file: Annotated[str, options.argument("[FILE]", "The new file; without it, or with -, it is printed.")] = "",
 ) -> None:
     """Write a policy file to begin with.
 
@@ -56,7 +56,7 @@ def init(
 
     Example: checkpointer policy init policy.yaml
     """
-    if not file:
+    if file in ("", "-") or output.is_stdout(file):
         output.write(START)
         return
     with new_file(file, replaces=False) as stream:
