@@ -74,7 +74,7 @@ class ModulePart(Part):
     module: nn.Module
 
     def take(self) -> OrderedDict[str, Any]:
-        name, state = _namer(self.module), self.module.state_dict()
+        name, state = plain_names(self.module), self.module.state_dict()
         plain = OrderedDict((name(key), value) for key, value in state.items())
         versions = getattr(state, "_metadata", {})
         plain._metadata = {name(path): value for path, value in versions.items()}  # type: ignore[attr-defined]
@@ -86,14 +86,14 @@ class ModulePart(Part):
         found = compared(self.take(), state, types=True)
         if not found.reshaped:
             return found
-        own = {_namer(self.module)(key): key for key in self.module.state_dict()}
+        own = {plain_names(self.module)(key): key for key in self.module.state_dict()}
         reshaped = {
             key: how for key, how in found.reshaped.items() if not _fits_itself(self.module, own[key], state[key])
         }
         return attrs.evolve(found, reshaped=reshaped)
 
     def put(self, state: Any) -> None:
-        name, own = _namer(self.module), self.module.state_dict()
+        name, own = plain_names(self.module), self.module.state_dict()
         wrapped = OrderedDict((key, state[name(key)]) for key in own if name(key) in state)
         for key in compared(own, wrapped, types=True).reshaped:
             if not _fits_itself(self.module, key, wrapped[key]):
@@ -126,7 +126,7 @@ def _fits_itself(module: nn.Module, key: str, value: Any) -> bool:
     return not compared(trial.state_dict(), {name: value}, types=True).reshaped
 
 
-def _namer(module: nn.Module) -> Callable[[str], str]:
+def plain_names(module: nn.Module) -> Callable[[str], str]:
     """Return a function that takes the names of wrappers out of a key, or out of a path of modules."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     modules = module.named_modules(remove_duplicate=False)
