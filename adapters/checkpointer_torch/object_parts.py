@@ -75,7 +75,7 @@ class ModulePart(Part):
     module: nn.Module
 
     def take(self) -> OrderedDict[str, Any]:
-        name, state = _namer(self.module), self.module.state_dict()
+        name, state = plain_names(self.module), self.module.state_dict()
         plain = OrderedDict((name(key), value) for key, value in state.items())
         versions = getattr(state, "_metadata", {})
         plain._metadata = {name(path): value for path, value in versions.items()}  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ class ModulePart(Part):
         if not found.reshaped:
             return found
         keys = list(self.module.state_dict())
-        own = dict(zip(map(_namer(self.module), keys), keys, strict=True))
+        own = dict(zip(map(plain_names(self.module), keys), keys, strict=True))
         reshaped = {
             key: how for key, how in found.reshaped.items() if not _fits_itself(self.module, own[key], state[key])
         }
@@ -116,7 +116,7 @@ class ModulePart(Part):
 
     def hooked(self, state: Mapping[str, Any]) -> Hooked:
         """Return a state as the module sees it after its own hooks."""
-        plain = _namer(self.module)
+        plain = plain_names(self.module)
         wrapped, saved = _wrapped(self.module, state)
         found = hooked(self.module, wrapped)
         values = {saved[key] if key in saved else plain(key): value for key, value in found.values.items()}
@@ -128,7 +128,7 @@ class ModulePart(Part):
 
 def _wrapped(module: nn.Module, state: Mapping[str, Any]) -> tuple[OrderedDict[str, Any], dict[str, str]]:
     """Return a state under the names that the module has with its wrappers, and the saved name of each."""
-    plain, own = _namer(module), module.state_dict()
+    plain, own = plain_names(module), module.state_dict()
     saved = {key: plain(key) for key in own if plain(key) in state}
     paths = {plain(path): path for path, _ in module.named_modules(remove_duplicate=False)}
     for key in state.keys() - set(saved.values()):
@@ -154,7 +154,7 @@ def _fits_itself(module: nn.Module, key: str, value: Any) -> bool:
     return not compared(trial.state_dict(), {name: value}, types=True).reshaped
 
 
-def _namer(module: nn.Module) -> Callable[[str], str]:
+def plain_names(module: nn.Module) -> Callable[[str], str]:
     """Return a function that takes the names of wrappers out of a key, or out of a path of modules."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     modules = module.named_modules(remove_duplicate=False)

@@ -6,12 +6,15 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from checkpointer.errors import warn
 from checkpointer_torch.state_differences import are_alike
+
+_SEED: Final = "seed_seq"
+"""Where the state of a bit generator has that of its seed sequence."""
 
 
 def take_random_state() -> dict[str, Any]:
@@ -94,5 +97,41 @@ def accessors(thing: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] |
         return lambda: _as_plain(thing.get_state(legacy=False)), lambda state: thing.set_state(_as_numpy(state))
     if numpy and isinstance(thing, numpy.random.Generator):
         bits = thing.bit_generator
-        return lambda: _as_plain(bits.state), lambda state: setattr(bits, "state", _as_numpy(state))
+        return lambda: _bits_as_plain(bits), lambda state: _put_bits(bits, state)
     return None
+
+
+def _bits_as_plain(bits: Any) -> dict[str, Any]:
+    """Return the state of a bit generator of numpy, and that of its seed sequence, which ``spawn`` goes by."""
+    state: dict[str, Any] = _as_plain(bits.state)
+    seed = getattr(bits.seed_seq, "state", None)  # A seed sequence need not be numpy's own.
+    return state if seed is None else {**state, _SEED: {key: _numbers_as_text(value) for key, value in seed.items()}}
+
+
+def _put_bits(bits: Any, state: Mapping[str, Any]) -> None:
+    bits.state = _as_numpy({key: value for key, value in state.items() if key != _SEED})
+    seed, now = state.get(_SEED), _bits_as_plain(bits).get(_SEED)
+    if seed is None or seed == now:
+        return
+    import numpy as np
+
+    sequence = np.random.SeedSequence(
+        _text_as_numbers(seed["entropy"]),
+        spawn_key=_text_as_numbers(seed["spawn_key"]),
+        pool_size=_text_as_numbers(seed["pool_size"]),
+        n_children_spawned=_text_as_numbers(seed["n_children_spawned"]),
+    )
+    try:
+        bits.__setstate__((bits.state, sequence))
+    except TypeError:  # numpy 1 cannot exchange it.
+        warn("not exact: numpy 1 cannot put back what spawn() of a Generator gives next; numpy 2 can")
+
+
+def _numbers_as_text(value: Any) -> Any:
+    """Return an integer, or a sequence of integers, as text, because a safe load refuses very large ones."""
+    is_one = not isinstance(value, (list, tuple)) and not getattr(value, "ndim", 0)
+    return str(value) if is_one else [str(one) for one in value]
+
+
+def _text_as_numbers(value: Any) -> Any:
+    return [int(one) for one in value] if isinstance(value, list) else int(value)

@@ -25,11 +25,13 @@ class Differences:
     """In the state, and not wanted."""
     reshaped: Mapping[str, str] = attrs.field(factory=dict)
     """There and wanted, with another shape, or a type that cannot hold the numbers: both by name."""
+    misplaced: Mapping[str, str] = attrs.field(factory=dict)
+    """There and wanted, for another parameter: both by name."""
     untaken: tuple[str, ...] = ()
     """Objects that take nothing of their state if any of it does not fit."""
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.reshaped)
+        return bool(self.missing or self.unexpected or self.reshaped or self.misplaced)
 
     def plus(self, name: str, other: Differences) -> Differences:
         """Return these differences and others, which are below ``name``."""
@@ -37,6 +39,7 @@ class Differences:
             (*self.missing, *(f"{name}.{key}" for key in other.missing)),
             (*self.unexpected, *(f"{name}.{key}" for key in other.unexpected)),
             {**self.reshaped, **{f"{name}.{key}": shapes for key, shapes in other.reshaped.items()}},
+            {**self.misplaced, **{f"{name}.{key}": both for key, both in other.misplaced.items()}},
             (*self.untaken, *(f"{name}.{key}" if key else name for key in other.untaken)),
         )
 
@@ -46,7 +49,13 @@ class Differences:
 
     def __str__(self) -> str:
         reshaped = [f"{key} ({shapes})" for key, shapes in self.reshaped.items()]
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": reshaped}
+        misplaced = [f"{key} ({both})" for key, both in self.misplaced.items()]
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape or type": reshaped,
+            "of another parameter": misplaced,
+        }
         return "; ".join(f"{kind}: {some_of(names, _SHOWN)}" for kind, names in kinds.items() if names)
 
 
@@ -83,7 +92,12 @@ def _is_same(one: Any, other: Any) -> bool:
 def _shapes(here: Any, there: Any, *, types: bool) -> tuple[str, str]:
     shapes = _shape(here), _shape(there)
     are_tensors = isinstance(here, torch.Tensor) and isinstance(there, torch.Tensor)
-    if types and are_tensors and shapes[0] == shapes[1] and not holds(here.dtype, there.dtype):
+    if not (types and are_tensors):
+        return shapes
+    if shapes[0] and here.is_meta != there.is_meta:  # A copy from or to there copies nothing.
+        on_meta = f"{shapes[0]} on the meta device", f"{shapes[1]} on the meta device"
+        return (on_meta[0], shapes[1]) if here.is_meta else (shapes[0], on_meta[1])
+    if shapes[0] == shapes[1] and not holds(here.dtype, there.dtype):
         return str(here.dtype), str(there.dtype)
     return shapes
 

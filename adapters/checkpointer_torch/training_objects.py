@@ -21,6 +21,7 @@ from checkpointer_torch import object_parts as parts
 from checkpointer_torch.foreign_loaders import is_stateful
 from checkpointer_torch.loader_view import LoaderView
 from checkpointer_torch.outside_state import OutsideState
+from checkpointer_torch.parameter_names import Order, ParameterNames
 from checkpointer_torch.prepared import check_scalers, unwrapped
 from checkpointer_torch.random_state import accessors
 from checkpointer_torch.state_differences import Differences
@@ -40,6 +41,8 @@ class TrainingObjects:
         """Parts that are saved once for all processes."""
         self.names = (*self.shared, *self.own)
         self.modules = {name: part.module for name, part in self.shared.items() if isinstance(part, parts.ModulePart)}
+        optimizers = {name: part for name, part in self.shared.items() if isinstance(part, parts.OptimizerPart)}
+        self._parameters = ParameterNames(self.modules, {name: part.optimizer for name, part in optimizers.items()})
         self.summaries = tuple(_summary_of(name, thing, all_parts[name]) for name, thing in objects.items())
         self._values = {name: part for name, part in self.shared.items() if isinstance(part, ValuePart)}
         stateful = (parts.ModulePart, parts.OptimizerPart, parts.StatefulPart)
@@ -60,6 +63,11 @@ class TrainingObjects:
         lazy = torch.nn.parameter.is_lazy
         named = [(name, one) for name, one in self.tensors.items() if isinstance(one, nn.Parameter)]
         return {name: f"{'lazy' if lazy(one) else list(one.shape)} {one.dtype}" for name, one in named}
+
+    @property
+    def unmade(self) -> list[str]:
+        """The names of tensors that have no values, because they are on the meta device."""
+        return [name for name, tensor in self.tensors.items() if tensor.is_meta]
 
     @property
     def shards(self) -> list[str]:
@@ -115,6 +123,20 @@ class TrainingObjects:
             "untouched": {name: part.untouched() for name, part in mutable.items()},
             "unchanged": [name for name, part in self._values.items() if part.given == part.value],
         }
+
+    @property
+    def parameters(self) -> dict[str, Order]:
+        """The names of the parameters of each optimizer, in the order that its state has numbers for."""
+        return self._parameters.orders()
+
+    def in_order(
+        self, states: Mapping[str, Any], saved: Mapping[str, Order]
+    ) -> tuple[dict[str, Any], dict[str, Differences]]:
+        """Return the saved states with the parameters of the optimizers in the order that they have here.
+
+        Returns the differences too, of the optimizers whose parameters cannot be put in order, by name.
+        """
+        return self._parameters.in_order(states, saved)
 
     def compare(self, states: Mapping[str, Any]) -> Differences:
         """Return how saved states differ from the states that `put` can take."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from checkpointer import Record
+from checkpointer._display import some_of
 from checkpointer.errors import MismatchError, ObservationError, PolicyError, warn
 from checkpointer.ports import Listener, Ranks
 from checkpointer_torch.loader_view import LoaderView
@@ -56,6 +57,7 @@ class TrainingState(Listener):
         self.sharded: ShardedState | None = None
         """What splits the state, if each process writes its shards."""
         self._ranks = ranks
+        self._knows_unmade = False
 
     def on_saved(self, record: Any) -> None:
         """See `Listener.on_saved`."""
@@ -115,10 +117,12 @@ class TrainingState(Listener):
         state |= {name: part.take() for name, part in objects.shared.items()}
         if self._ranks.rank == 0:
             objects.outside.check(state)
+            self._warn_of_unmade()
         self.measured.note(position.step)
         state[KEY] = {
             "schema": SCHEMA,
             **objects.unchanged(),
+            "parameters": objects.parameters,
             "epoch": position.epoch,
             "step": position.step,
             "batch": position.data.used,
@@ -127,6 +131,17 @@ class TrainingState(Listener):
             "unfed": position.unfed_since is not None and position.step > position.unfed_since,
         }
         return state
+
+    def _warn_of_unmade(self) -> None:
+        if self._knows_unmade:
+            return
+        self._knows_unmade = True
+        if unmade := self.objects.unmade:
+            msg = (
+                f"{some_of(unmade, 5)}: on the meta device, so the checkpoints have no values of these tensors, and a "
+                "resume of a model with memory refuses them; materialise the model before the first save"
+            )
+            warn(msg)
 
     def weights(self) -> dict[str, Any]:
         """Return the modules' states alone; each of several modules under its name."""
@@ -159,14 +174,18 @@ class TrainingState(Listener):
         states = {**ranks[self._ranks.rank % len(ranks)]["loaders"], **state}
         states = {name: value for name, value in states.items() if name not in (KEY, CONFIG)}
         self._check_movable(ranks, source, strict=strict)
+        states, misplaced = self.objects.in_order(states, own.get("parameters", {}))
         differences = self.objects.compare(states)
+        for name, difference in misplaced.items():
+            differences = differences.plus(name, difference)
         if differences and strict:
             msg = (
                 f"{source} does not fit this training, and nothing was loaded: {differences}. {advice}, or pass "
                 "strict=False to take what fits"
             )
             raise MismatchError(msg)
-        settled, changes, notes = self.objects.settle(states, own, source)
+        fitting = {name: value for name, value in states.items() if name not in misplaced}
+        settled, changes, notes = self.objects.settle(fitting, own, source)
         self.objects.put(settled)
         if CONFIG in state and self.config is None:
             notes.append(f"{source} has settings, and this Loop was given no config= to compare them with")

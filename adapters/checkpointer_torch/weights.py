@@ -146,6 +146,12 @@ def _picked(
     strict: bool,
 ) -> tuple[OrderedDict[str, Any], list[str], Differences]:
     """Pick the module's weights out of a payload, and read those alone."""
+    if unmade := [key for key, value in own.items() if isinstance(value, torch.Tensor) and value.is_meta]:
+        msg = (
+            f"the module has {some_of(unmade, 3)} on the meta device, without memory to load into, and nothing was "
+            "loaded; call module.to_empty(device=...) first"
+        )
+        raise MismatchError(msg)
     try:
         found = weights_for(contents, _wanted(own), part, rename=lambda key: _renamed(key, key_map))
     except RestoreError as error:

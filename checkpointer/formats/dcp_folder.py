@@ -186,7 +186,9 @@ class DcpFormat:
             path = f"state{''.join(f'[{key!r}]' for key in keys)}"
             if isinstance(leaf, torch.Tensor):
                 check_tensor(leaf, path)
-                check_stored(getattr(leaf, "_local_tensor", leaf), path)
+                own = getattr(leaf, "_local_tensor", leaf)
+                _check_held(own, path)
+                check_stored(own, path)
             elif not isinstance(leaf, _PRIMITIVES):
                 refuse_shards_in(leaf, path, _WITHIN_A_VALUE)
 
@@ -205,6 +207,20 @@ class DcpFormat:
     def refused(self, state: Any) -> Mapping[str, str]:
         """See `Format.refused`."""
         return TorchFormat().refused(tree_map(lambda leaf: None if isinstance(leaf, torch.Tensor) else leaf, state))
+
+
+def _check_held(tensor: torch.Tensor, path: str) -> None:
+    """Raise if ``torch.distributed.checkpoint`` cannot hold a tensor: its own error would not say which one.
+
+    It writes the integers of a quantized tensor, and reads them with the scale of the tensor that it reads into.
+    """
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        msg = f"{path} is {tensor.dtype}, {layout}; torch.distributed.checkpoint cannot hold it: use format='torch'"
+        raise SaveError(msg)
+    if tensor.is_meta:
+        msg = f"{path} is on the meta device and has no values; materialise the model before saving it"
+        raise SaveError(msg)
 
 
 def _plain(state: Any) -> dict[str, Any]:

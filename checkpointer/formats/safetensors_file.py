@@ -120,8 +120,10 @@ def _check(key: Any, value: Any) -> None:
         msg = f"the key {key!r} is reserved in safetensors; rename it, or use format='torch'"
         raise SaveError(msg)
     check_whole(value, f"state[{key!r}]")
-    if value.layout != torch.strided or not _is_held(value.dtype) or entry(_info(key, value), 0) is None:
-        msg = f"state[{key!r}] is {value.dtype}, {value.layout}; safetensors cannot hold it: use format='torch'"
+    is_plain = not value.is_nested and value.layout == torch.strided
+    if not is_plain or not _is_held(value.dtype) or entry(_info(key, value), 0) is None:
+        layout = "nested" if value.is_nested else value.layout
+        msg = f"state[{key!r}] is {value.dtype}, {layout}; safetensors cannot hold it: use format='torch'"
         raise SaveError(msg)
     if value.is_meta:
         msg = f"state[{key!r}] is on the meta device and has no values; materialise the model before saving it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ def open_storage(directory: Where | None, owner: str, storage_options: Mapping[s
         protocol, separator, rest = path.partition("://")
         if not separator or protocol in ("file", "local"):
             return LocalStorage(rest if separator else path, owner)
+        if "::" in protocol:
+            _refuse_chain(path)
         options = storage_options or {}
         if protocol in ("s3", "s3a"):  # It has multipart uploads.
             from checkpointer.storage.s3 import S3Storage
@@ -42,8 +45,15 @@ def open_storage(directory: Where | None, owner: str, storage_options: Mapping[s
         return FsspecStorage(path, owner, **options)
     if isinstance(directory, Storage):
         return directory
-    msg = f"the directory is {directory!r}; expected a path, a URL, a Storage, or None"
+    msg = f"the directory is {without_secrets(repr(directory))}; expected a path, a URL, a Storage, or None"
+    if url := _url_of(directory):
+        msg = f"{msg}; pass its URL, {without_secrets(url)!r}, and storage_options= what it was made with"
     raise StorageError(msg)
+
+
+def _url_of(thing: Any) -> str:
+    """Return the URL of an object whose text is one, such as a ``UPath``; empty for anything else."""
+    return str(thing) if re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", str(thing)) else ""
 
 
 def _refuse_cached(directory: str | os.PathLike[str]) -> None:
@@ -54,6 +64,17 @@ def _refuse_cached(directory: str | os.PathLike[str]) -> None:
         kind = type(directory).__name__
         msg = f"the directory is a {kind}, and its path is a cache on this disk; pass its URL, {without_secrets(url)!r}"
         raise StorageError(msg)
+
+
+def _refuse_chain(url: str) -> None:
+    """Refuse a URL of a filesystem within another one. Those that cache give the old file after a move or a removal."""
+    inner = url.rpartition("::")[2]
+    msg = (
+        f"the directory {without_secrets(url)!r} is a chain of filesystems (::), which is not supported: a cache of "
+        f"fsspec would give files that are gone; pass the URL of the last one, {without_secrets(inner)!r}, and its "
+        "options alone"
+    )
+    raise StorageError(msg)
 
 
 @contextlib.contextmanager

@@ -289,6 +289,27 @@ def test_numbers_that_the_state_cannot_hold_are_refused(tmp_path: Path, saved: t
     assert [0, 0] == template["w"].tolist()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["csr", "coo", "jagged", "nested", "quantized", "meta"])
+def test_a_tensor_that_a_folder_cannot_hold_is_named(tmp_path: Path, kind: str) -> None:
+    """The error of torch says neither where it is nor what to do."""
+    parts = [torch.ones(1, 2), torch.ones(2, 2)]
+    tensor = {
+        "csr": torch.eye(2).to_sparse_csr(),
+        "coo": torch.eye(2).to_sparse(),
+        "jagged": torch.nested.nested_tensor(parts, layout=torch.jagged),
+        "nested": torch.nested.nested_tensor(parts),
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "meta": torch.ones(2, device="meta"),
+    }[kind]
+    match = r"state\['m'\]\['x'\] is .*" + ("materialise" if kind == "meta" else "cannot hold it: use format='torch'")
+    with (
+        CheckpointManager(tmp_path, POLICY, state={"m": {"x": tensor}}.copy, format="dcp") as manager,
+        pytest.raises(SaveError, match=match),
+    ):
+        manager.observe({}, step=1)
+
+
 def test_numbers_that_the_state_can_hold_are_converted(tmp_path: Path) -> None:
     """Nothing is lost by it."""
     folder = str(tmp_path / "folder.dcp")

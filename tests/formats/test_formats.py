@@ -308,6 +308,7 @@ def test_safetensors_says_what_it_cannot_hold() -> None:
         round_trip("safetensors", {"c": torch.zeros(1, dtype=torch.complex128)})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_safetensors_refuses_what_its_file_would_lose() -> None:
     """A reserved name, a key that is not text, and tensors without values."""
     with pytest.raises(SaveError, match=r"'__metadata__' is reserved in safetensors"):
@@ -316,6 +317,8 @@ def test_safetensors_refuses_what_its_file_would_lose() -> None:
         round_trip("safetensors", {3: torch.ones(1)})
     with pytest.raises(SaveError, match=r"state\['m'\] is on the meta device"):
         round_trip("safetensors", {"m": torch.ones(1, device="meta")})
+    with pytest.raises(SaveError, match=r"state\['n'\] is torch.float32, nested; .*use format='torch'"):
+        round_trip("safetensors", {"n": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])})
 
 
 def test_safetensors_aligns_every_tensor() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpointer_torch import Loop, load_weights
 from checkpointer_torch.object_parts import ModulePart, OptimizerPart
-from checkpointer_torch.random_state import put_random_state, take_random_state
+from checkpointer_torch.random_state import accessors, put_random_state, take_random_state
 from small import POLICY, Small, make_net
 from torch import nn
 from torch.ao.quantization import PerChannelMinMaxObserver
@@ -439,6 +439,133 @@ def test_an_optimizer_whose_state_has_a_form_of_its_own_goes_on(tmp_path: Path) 
     with pytest.raises(MismatchError, match=r"optimizer\.param_groups"):
         resumed(tmp_path, model=model, optimizer=torch.optim.Adam(model.parameters()))
     assert torch.equal(before, model.weight)
+
+
+def two_layers(order: str, *, is_named: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model, and an optimizer that has its two weights in this order."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "ab"})
+    weights: list[Any] = [(f"{name}.weight", model[name].weight) for name in order]
+    return model, torch.optim.Adam(weights if is_named else [weight for _, weight in weights])
+
+
+def step_of_two(model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Train one step, and return the averages of the gradients of the weights a and b."""
+    optimizer.zero_grad()
+    model["a"](torch.ones(1, 2)).sum().backward()
+    model["b"](5 * torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return averages(model, optimizer)
+
+
+def averages(model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the averages of the gradients of the weights a and b."""
+    return [optimizer.state[model[name].weight]["exp_avg"] for name in "ab"]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_each_parameter_gets_its_own_state_back_if_their_order_is_another_one(
+    tmp_path: Path, *, is_named: bool
+) -> None:
+    """A program that made its groups from a set has another order in each process."""
+    model, optimizer = two_layers("ab", is_named=is_named)
+    expected = step_of_two(model, optimizer)
+    one_step(tmp_path, model=model, optimizer=optimizer)
+    model, optimizer = two_layers("ba", is_named=is_named)
+    resumed(tmp_path, model=model, optimizer=optimizer)
+    assert all(map(torch.equal, expected, averages(model, optimizer)))
+    if is_named:
+        assert ["b.weight", "a.weight"] == optimizer.param_groups[0]["param_names"]
+
+
+def test_a_tied_weight_has_one_name_in_the_order_of_parameters(tmp_path: Path) -> None:
+    """It is found again if the tied modules change places."""
+    for order in ("ab", "ba"):
+        tied = nn.Parameter(torch.ones(2, 2))
+        model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in order})
+        for name in order:
+            model[name].weight = tied
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if order == "ab":
+            one_step(tmp_path, model=model, optimizer=optimizer)
+        else:
+            assert 1 == resumed(tmp_path, model=model, optimizer=optimizer).progress.step
+
+
+def test_a_state_of_another_parameter_is_refused(tmp_path: Path) -> None:
+    """The shapes fit, and the names do not."""
+    model, _ = two_layers("ab")
+    one_step(tmp_path, model=model, optimizer=torch.optim.Adam([model["a"].weight]))  # type: ignore[index]
+    optimizer = torch.optim.Adam([model["b"].weight])  # type: ignore[index]
+    match = (
+        r"of another parameter: optimizer.param_groups\[0\].params\[0\] \(here model.b.weight, there model.a.weight\)"
+    )
+    with pytest.raises(MismatchError, match=match):
+        resumed(tmp_path, model=model, optimizer=optimizer)
+    with pytest.warns(CheckpointerWarning, match="not loaded at all: optimizer"):
+        resumed(tmp_path, strict=False, model=model, optimizer=optimizer)
+
+
+def test_an_optimizer_with_one_state_for_all_parameters_is_refused_in_another_order(tmp_path: Path) -> None:
+    """LBFGS keeps one long vector."""
+    model, _ = two_layers("ab")
+    one_step(tmp_path, model=model, optimizer=torch.optim.LBFGS([model[name].weight for name in "ab"]))  # type: ignore[index]
+    optimizer = torch.optim.LBFGS([model[name].weight for name in "ba"])  # type: ignore[index]
+    with pytest.raises(MismatchError, match="of another parameter"):
+        resumed(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_a_state_without_names_is_taken_by_position(tmp_path: Path) -> None:
+    """Parameters that are in no module, or that a checkpoint has no names of, are what they were."""
+    weight = nn.Parameter(torch.ones(2))
+    one_step(tmp_path, optimizer=torch.optim.Adam([weight, nn.Parameter(torch.ones(2))]))
+    resumed(tmp_path, optimizer=torch.optim.Adam([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]))
+
+
+@pytest.mark.parametrize("seed", [1, [1, 2], None, np.arange(3), 1 << 2100])
+def test_a_generator_of_numpy_spawns_what_it_would_have_spawned(tmp_path: Path, seed: Any) -> None:
+    """Its `state` does not say how many it has spawned."""
+    numbers = np.random.default_rng(seed)
+    numbers.spawn(2)
+    one_step(tmp_path, numbers=numbers)
+    again = np.random.default_rng(seed)
+    resumed(tmp_path, numbers=again)
+    assert numbers.spawn(1)[0].spawn(1)[0].random() == again.spawn(1)[0].spawn(1)[0].random()
+    assert numbers.random() == again.random()
+
+
+def test_a_generator_without_a_saved_seed_keeps_its_own(tmp_path: Path) -> None:
+    """Checkpoints of earlier versions have none."""
+    numbers = np.random.default_rng(1)
+    read, write = accessors(numbers) or (None, None)
+    assert read is not None
+    assert write is not None
+    write({key: value for key, value in read().items() if key != "seed_seq"})
+    assert np.random.default_rng(1).spawn(1)[0].random() == numbers.spawn(1)[0].random()
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    """A copy into a tensor on the meta device copies nothing."""
+    one_step(tmp_path, model=nn.Linear(2, 1))
+    model = nn.Linear(2, 1, device="meta")
+    with pytest.raises(MismatchError, match=r"model.weight \(here \[1, 2\] on the meta device, there \[1, 2\]\)"):
+        resumed(tmp_path, model=model)
+    with pytest.raises(MismatchError, match=r"weight, bias on the meta device.*to_empty"):
+        load_weights(model, tmp_path)
+    with pytest.raises(MismatchError, match=r"weight, bias on the meta device.*to_empty"):
+        load_weights(model, nn.Linear(2, 1).state_dict(), strict=False)
+    resumed(tmp_path, model=model.to_empty(device="cpu"))
+
+
+def test_a_model_that_is_saved_without_values_warns_at_the_first_save(tmp_path: Path) -> None:
+    """The resume refuses them, which is late."""
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1, device="meta")})
+    with pytest.warns(CheckpointerWarning, match=r"model.b.weight, model.b.bias: on the meta device") as found:
+        one_step(tmp_path, model=model)
+    assert 1 == len(found)
+    with pytest.raises(MismatchError, match=r"model.b.weight \(here \[1, 1\], there \[1, 1\] on the meta device\)"):
+        resumed(tmp_path, model=nn.ModuleDict({name: nn.Linear(1, 1) for name in "ab"}))
+    resumed(tmp_path, model=model)
 
 
 def test_a_model_of_a_narrower_type_is_refused(tmp_path: Path) -> None:

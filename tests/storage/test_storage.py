@@ -602,6 +602,24 @@ def test_an_unknown_protocol_says_what_to_install() -> None:
         open_storage("nosuch://bucket", new_owner())
 
 
+def test_a_chain_of_filesystems_is_refused_by_its_name() -> None:
+    """There is no driver to install. Its secrets are not shown."""
+    with pytest.raises(StorageError, match=r"is a chain of filesystems \(::\).*; pass .*'sftp://host/run'") as error:
+        open_storage("filecache::sftp://me:hunter2@host/run", new_owner())
+    assert "hunter2" not in str(error.value)
+
+
+def test_an_object_with_a_url_for_text_is_refused_with_that_url() -> None:
+    """A `UPath` has options of its own, which a text does not say."""
+
+    class Upath:
+        def __str__(self) -> str:
+            return "memory://bucket/run"
+
+    with pytest.raises(StorageError, match=r"pass its URL, 'memory://bucket/run', and storage_options="):
+        open_storage(Upath(), new_owner())  # type: ignore[arg-type]
+
+
 def test_open_storage_takes_paths_urls_storages_and_none(tmp_path: Path) -> None:
     """It refuses other values."""
     mine = MemoryStorage()
