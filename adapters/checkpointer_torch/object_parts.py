@@ -19,6 +19,7 @@ from checkpointer.errors import warn
 from checkpointer.formats.dtypes import holds
 from checkpointer.formats.inspection.find_weights import WRAPPERS
 from checkpointer_torch.load_hooks import Hooked, hooked
+from checkpointer_torch.optimizer_values import GroupLinks, undone, without_texts
 from checkpointer_torch.state_differences import Differences, are_alike, compared
 from checkpointer_torch.tensor_layouts import fitted
 
@@ -218,22 +219,21 @@ class OptimizerPart(Part):
         if not _has_groups(state):
             self.optimizer.load_state_dict(state)
             return
-        fitted_states = self._fitted(state)
-        self.optimizer.load_state_dict({**state, "state": fitted_states})
+        fitted_states, links = self._fitted(state), GroupLinks.of(self.optimizer)
+        self.optimizer.load_state_dict({**state, "state": without_texts(fitted_states)})
         for number, parameter in self._numbered(state["param_groups"]).items():
-            self._undo_rounding(self.optimizer.state.get(parameter, {}), fitted_states.get(number) or {})
+            own = self.optimizer.state.get(parameter)
+            if isinstance(own, dict):
+                own.update(undone(own, fitted_states.get(number) or {}, self._choose))
+        links.put_back(self.optimizer)
 
-    def _undo_rounding(self, own: dict[str, Any], saved: Mapping[str, Any]) -> None:
-        """Put back the states that torch has converted to the type of the parameter, as NAdam's float32 product.
+    def _choose(self, key: Any, now: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+        """Return the saved tensor if torch has rounded it to the type of the parameter, as NAdam's float32 product.
 
         Torch's optimizers keep all arrays in that type, so those stay converted.
         """
-        for key, value in saved.items():
-            now = own.get(key)
-            if not (torch.is_tensor(value) and torch.is_tensor(now) and _is_rounded(value, now.dtype)):
-                continue
-            if not (self._is_of_torch and (value.dim() or key in _LIKE_PARAMETER)):
-                own[key] = value.to(now.device)
+        stays = self._is_of_torch and (saved.dim() or key in _LIKE_PARAMETER)
+        return saved.to(now.device) if _is_rounded(saved, now.dtype) and not stays else now
 
     @property
     def _is_of_torch(self) -> bool:

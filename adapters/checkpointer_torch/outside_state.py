@@ -34,12 +34,16 @@ class _Value:
 
     @property
     def now(self) -> Any:
-        return vars(self.holder).get(self.attribute)
+        now = vars(self.holder).get(self.attribute)
+        # A number that is multiplied by a tensor becomes one.
+        one = isinstance(now, torch.Tensor) and now.numel() == 1 and not now.requires_grad
+        return now.item() if one and _is_number(self.first) else now
 
     @property
     def has_changed(self) -> bool:
         now = self.now
-        if type(now) is not type(self.first):  # A cache that was made anew, or is gone.
+        numbers = isinstance(now, (int, float)) and isinstance(self.first, (int, float))
+        if type(now) is not type(self.first) and not numbers:  # A cache that was made anew, or is gone.
             return False
         if isinstance(now, torch.Tensor):
             is_alike = now.shape == self.first.shape and not now.requires_grad

@@ -100,6 +100,8 @@ def said(directory: Path, steps: int = 1, *, change: Any, **objects: Any) -> lis
     ("attribute", "value", "text"),
     [
         ("tau", 0.5, "model.body.tau (1.0 -> 0.5)"),
+        ("tau", torch.tensor(0.5), "model.body.tau (1.0 -> 0.5)"),
+        ("tau", 2, "model.body.tau (1.0 -> 2)"),
         ("phase", "cool", "model.body.phase ('warm' -> 'cool')"),
         ("mean", torch.ones(2), "model.body.mean (a tensor, not a buffer)"),
     ],
@@ -107,7 +109,7 @@ def said(directory: Path, steps: int = 1, *, change: Any, **objects: Any) -> lis
 def test_an_attribute_of_a_module_that_changes_and_is_not_saved_is_named_once(
     tmp_path: Path, attribute: str, value: Any, text: str
 ) -> None:
-    """The message says which, from what to what, and three ways to save it."""
+    """The message says which, from what to what, and three ways to save it. A number times a tensor is a tensor."""
     model = Model()
     (message,) = said(tmp_path, 3, change=lambda step: setattr(model.body, attribute, value), model=model)
     assert text in message

@@ -14,6 +14,7 @@ import torch
 from checkpointer_torch import Loop, load_weights
 from checkpointer_torch.object_parts import ModulePart, OptimizerPart
 from checkpointer_torch.random_state import accessors, put_random_state, take_random_state
+from checkpointer_torch.state_differences import are_alike
 from small import POLICY, Small, make_net
 from torch import nn
 from torch.ao.quantization import PerChannelMinMaxObserver
@@ -282,6 +283,74 @@ def test_a_state_of_another_type_than_its_parameter_comes_back_as_it_was(
     saved, here = (optimizer.state_dict()["state"][0] for optimizer in (first, second))
     assert {key: value.dtype for key, value in saved.items()} == {key: value.dtype for key, value in here.items()}
     assert all(torch.equal(value, here[key]) for key, value in saved.items())
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps its tensors in a dict within the state, as heavyball does, and in lists, beside texts."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                third = parameter.grad.float() / 3
+                self.state[parameter] |= {
+                    0: {"exp_avg": third, "set_up": {"exp_avg"}},
+                    "history": [third, (third, "first")],
+                    "mode": "train",
+                    "key": b"ab",
+                }
+
+
+def bfloat16_parameter() -> nn.Parameter:
+    """Return one with a gradient."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter
+
+
+def test_values_within_the_state_of_a_parameter_come_back_as_they_were(tmp_path: Path) -> None:
+    """torch rounds tensors in dicts and lists too, and turns a text into the name of a generator."""
+    first, second = Nested([bfloat16_parameter()]), Nested([bfloat16_parameter()])
+    first.step()
+    one_step(tmp_path, optimizer=first)
+    resumed(tmp_path, optimizer=second)
+    saved, here = (optimizer.state_dict()["state"][0] for optimizer in (first, second))
+    assert are_alike([saved, here])
+    assert {"mode": "train", "key": b"ab"} == {key: here[key] for key in ("mode", "key")}
+    assert torch.float32 == here[0]["exp_avg"].dtype == here["history"][1][0].dtype
+
+
+class Linked(torch.optim.Optimizer):
+    """Refers to the group of a parameter in its state, as optimi does with ``gradient_release``."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1.0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["group"] = group
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for parameter, state in self.state.items():
+                parameter -= state["group"]["lr"]
+
+
+def test_a_state_that_refers_to_a_group_follows_a_scheduler_after_a_resume(tmp_path: Path) -> None:
+    """torch loads a copy of the group, whose learning rate stays as it was saved."""
+
+    def make() -> dict[str, Any]:
+        optimizer = Linked([nn.Parameter(torch.ones(1))])
+        return {"optimizer": optimizer, "scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)}
+
+    one_step(tmp_path, **make())
+    second = make()
+    resumed(tmp_path, **second)
+    optimizer = second["optimizer"]
+    optimizer.step()
+    second["scheduler"].step()
+    assert [0.5] == [state["group"]["lr"] for state in optimizer.state.values()]
 
 
 class Named(torch.optim.AdamW):
