@@ -30,8 +30,8 @@ PAGES: Final = {
         )
     },
     "Loop": "checkpointer_torch.Loop",
-    "ModelCheckpoint": "checkpointer_lightning.drop_in.DropIn",
-    "CheckpointCallback": "checkpointer_lightning.composed.Composed",
+    "ModelCheckpoint": "checkpointer_lightning.model_checkpoint.DropIn",
+    "CheckpointCallback": "checkpointer_lightning.checkpoint_callback.Composed",
     "CheckpointCallback-transformers": "checkpointer_transformers.callback.CheckpointCallback",
     "LocalStorage": "checkpointer.storage.local.LocalStorage",
     "FsspecStorage": "checkpointer.storage.remote.FsspecStorage",

@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table_of(manager, args.directory))
     (tested,) = trainer.validate(module, whole(splits["test"]), ckpt_path="best", verbose=False)
     console.print(
-        f"best: {Path(str(trainer.ckpt_path)).name} has {tested['val_accuracy']:.1%} of the test digits right"
+        f"best: {Path(str(trainer.ckpt_path)).name} classifies {tested['val_accuracy']:.1%} of the test digits "
+        "correctly"
     )
     newest = torch.load(args.directory / "last.ckpt", weights_only=True)["state_dict"]
     weights = b"".join(tensor.numpy().tobytes() for tensor in newest.values())

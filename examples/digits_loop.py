@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             best = make_net()
             load_weights(best, args.directory / loop.best.name)
             accuracy = measure(best, *splits["test"])[1].item()
-            console.print(f"best: {loop.best.name} has {accuracy:.1%} of the test digits right")
+            console.print(f"best: {loop.best.name} classifies {accuracy:.1%} of the test digits correctly")
     console.print(f"to train again from the beginning, remove its checkpoints: rm -r {args.directory}")
     weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
     digest = xxhash.xxh3_128_hexdigest(weights)

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table_of(args.directory))
     tested = trainer.evaluate(splits["test"], metric_key_prefix="test")
     best = Path(str(trainer.state.best_model_checkpoint)).name
-    console.print(f"best: {best} has {tested['test_accuracy']:.1%} of the test digits right")
+    console.print(f"best: {best} classifies {tested['test_accuracy']:.1%} of the test digits correctly")
     newest = (args.directory / "last" / "model.safetensors").read_bytes()
     console.print(f"weights xxh3-128 {xxhash.xxh3_128_hexdigest(newest)}")
 

@@ -641,7 +641,7 @@ def test_a_host_may_say_why_it_is_due() -> None:
     manager = make(policy=Policy(EverySteps(100), [KeepBest(1, "loss", mode="min")]))
     decision = manager.session.decide({"loss": 1.0}, step=7, epoch=0, epoch_end=False, due="the training ends")
     assert isinstance(decision, Save)
-    assert "the training ends; kept by the best by loss (min)" == decision.reason
+    assert "the training ends; kept: the best by loss (min)" == decision.reason
     manager.session.commit(decision)
     assert not manager.session.decide({"loss": 2.0}, step=8, epoch=0, epoch_end=False, due="the training ends")
 
@@ -739,8 +739,7 @@ def test_verbose_logs_the_plan_and_each_decision(caplog: pytest.LogCaptureFixtur
         manager.observe({}, step=5, epoch=0)
     assert "memory: save every 5 steps or every epoch; keep the newest" == caplog.messages[0]
     assert (
-        "step 5: step 5 reached a multiple of 5; 1 epoch finished, every epoch; kept by the newest"
-        == caplog.messages[1]
+        "step 5: step 5 reached a multiple of 5; 1 epoch finished, every epoch; kept: the newest" == caplog.messages[1]
     )
 
 
@@ -748,7 +747,7 @@ def test_the_plan_says_that_last_saves_every_due_point(caplog: pytest.LogCapture
     """With ``last=`` a step is saved even if no rule keeps it, which the rules do not show."""
     with caplog.at_level(logging.INFO, logger="checkpointer"):
         make(policy=Policy(EverySteps(5), [KeepLast(1)], last="copy"))
-    plan = "last is a copy of the newest, so every due point is saved even if no rule keeps it"
+    plan = "last.ckpt is a copy of the newest checkpoint, so each save that is due is made, even if no rule keeps it"
     assert f"memory: save every 5 steps; keep the newest; {plan}" == caplog.messages[0]
 
 

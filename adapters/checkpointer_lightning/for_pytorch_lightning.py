@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from checkpointer_lightning.composed import Composed
-from checkpointer_lightning.drop_in import DropIn, make_on_use
+from checkpointer_lightning.checkpoint_callback import Composed
+from checkpointer_lightning.model_checkpoint import DropIn, make_on_use
 from checkpointer_lightning.packages import Package
 
 __all__ = ["CheckpointCallback", "ModelCheckpoint"]

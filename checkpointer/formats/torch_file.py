@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import SaveError
 from checkpointer.formats import archive
 from checkpointer.formats.inspection.torch_file import check_sound
-from checkpointer.formats.load_errors import raising_unreadable, reason_of, unsafe_globals
 from checkpointer.formats.pickler import ByValue, by_value, check_whole, class_name, culprit
+from checkpointer.formats.torch_load_errors import raising_unreadable, reason_of, unsafe_globals
 from checkpointer.ports import Writable
 
 _CONTAINERS: Final = (dict, list, tuple, set)

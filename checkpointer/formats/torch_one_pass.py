@@ -19,9 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from checkpointer.errors import CorruptError
 from checkpointer.formats.archive_reader import Archive, Member, OtherLayoutError, agrees
 from checkpointer.formats.inspection.torch_file import check_pickle
-from checkpointer.formats.load_errors import raising_unreadable
 from checkpointer.formats.mapped_memory import MappedFile, can_map
 from checkpointer.formats.one_pass_memory import Layout
+from checkpointer.formats.torch_load_errors import raising_unreadable
 
 _PICKLE: Final = "data.pkl"
 _DATA: Final = "data/"

@@ -210,7 +210,7 @@ def _save_or_skip(policy: Policy, now: Observation, manifest: Manifest, due: str
             return Skip(reason=f"{due}; waiting for {', '.join(absent)} (reported: {have})", due=True, waiting=due)
         return Skip(reason=f"{due}; {_declined(policy, now)}", due=True)
     retire = reasons.surplus
-    why = f"{due}; kept by {', '.join(kept) or 'last'}"
+    why = f"{due}; kept: {' and '.join(kept) or 'last'}"
     if policy.last == "copy" and not kept and not absent:
         name = policy.name.last_file
         return Save(name=name, retire=retire, reason=why, observation=now, replaces=name in manifest.by_name)

@@ -451,7 +451,7 @@ class Continuous:
         return Horizon(time=since.time + self.min_s)
 
     def __str__(self) -> str:
-        return "as often as the storage allows" + (f", at most every {self.min_s:g} s" if self.min_s else "")
+        return "as often as the storage allows" + (f", but at least {self.min_s:g} s apart" if self.min_s else "")
 
 
 @attrs.frozen(init=False)

@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 
 from checkpointer._secrets import Secrets, without_secrets
 from checkpointer.errors import StorageError
-from checkpointer.storage.drivers import (
+from checkpointer.storage.driver_differences import (
     as_native_errors,
     as_os_errors,
     connect,

@@ -16,7 +16,7 @@ import attrs
 
 from checkpointer.errors import NameTakenError
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import (
+from checkpointer.storage.driver_differences import (
     as_native_errors,
     copy,
     has_rename_new,

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 from checkpointer.errors import StorageError
 from checkpointer.ports import Stat, Upload
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import as_os_errors, modified_s, stat_of
+from checkpointer.storage.driver_differences import as_os_errors, modified_s, stat_of
 from checkpointer.storage.owner import STAGING, is_abandoned
 from checkpointer.storage.publish import REPLACING, Publisher, owner_of
 from checkpointer.storage.retry import Retry

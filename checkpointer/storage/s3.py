@@ -24,7 +24,7 @@ from checkpointer.errors import RecordError
 from checkpointer.ports import Upload
 from checkpointer.records.codec import parse_json
 from checkpointer.storage.connection import Connection
-from checkpointer.storage.drivers import SILENCE_S, is_refusal, modified_s
+from checkpointer.storage.driver_differences import SILENCE_S, is_refusal, modified_s
 from checkpointer.storage.owner import STAGING
 from checkpointer.storage.publish import Publisher, owner_of
 from checkpointer.storage.ranges import Part, parts_of, read_parts

@@ -243,7 +243,7 @@ def test_the_end_of_the_training_is_saved_if_a_rule_keeps_it(tmp_path: Path, ste
 
     ended = train() if steps == 5 else (train(), train())[1]
     (record,) = ended.manager.records
-    assert (steps, "the training ends; kept by the newest") == (record.step, record.reason)
+    assert (steps, "the training ends; kept: the newest") == (record.step, record.reason)
 
 
 def test_a_loop_without_epochs_or_batches_saves_its_end_too(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_due_observation_that_a_rule_keeps_is_saved_with_the_reason() -> None:
     decision = saved(decide(Policy(EverySteps(10), [KeepLast(1)]), observation(10), manifest(history(1.0))))
     assert "epoch=0-step=10.ckpt" == decision.name
     assert ("s1",) == decision.retire
-    assert "step 10 reached a multiple of 10; kept by the newest" == decision.reason
+    assert "step 10 reached a multiple of 10; kept: the newest" == decision.reason
     assert (True, False, "regular") == (bool(decision), decision.replaces, decision.kind)
 
 
@@ -136,7 +136,7 @@ def test_the_next_observation_with_the_metric_takes_the_open_point() -> None:
     assert not decide(policy, now, manifest(), since=Progress(step=100))
     decision = saved(decide(policy, now, manifest(), since=Progress(step=100), owed="step 100 was due"))
     assert "step=101-loss=0.5.ckpt" == decision.name
-    assert decision.reason.startswith("step 100 was due; kept by")
+    assert decision.reason.startswith("step 100 was due; kept:")
 
 
 @pytest.mark.parametrize("rule", [KeepLast(1), KeepAll(), KeepEvery(steps=5)])
@@ -432,8 +432,8 @@ def test_a_policy_reads_as_a_sentence() -> None:
         rescue=False,
     )
     assert (
-        "save every 10 steps; keep one every 100 steps, at most 5 B; last is a copy of the newest, so every due point "
-        "is saved even if no rule keeps it; weights only; no rescue on exceptions"
+        "save every 10 steps; keep one every 100 steps, at most 5 B; last.ckpt is a copy of the newest checkpoint, so "
+        "each save that is due is made, even if no rule keeps it; weights only; no rescue on exceptions"
     ) == str(policy)
     assert "save every step; keep nothing" == str(Policy(EACH, []))
 

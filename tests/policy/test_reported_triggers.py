@@ -157,7 +157,9 @@ def test_the_file_and_the_plan_name_them(when: Trigger) -> None:
     policy = Policy(AnyOf(when, EveryFraction(0.1, of=10_000), Continuous(30)), [KeepFor(60), KeepWhere(tenth)])
     text = policy.to_yaml()
     assert policy == Policy.from_yaml(text, known={"spiked": spiked, "tenth": tenth})
-    assert "every 0.1 of 10000 steps or as often as the storage allows, at most every 30 s; keep those" in str(policy)
+    assert "every 0.1 of 10000 steps or as often as the storage allows, but at least 30 s apart; keep those" in str(
+        policy
+    )
     with pytest.raises(
         PolicyError, match=r"in 'keep\[1\]\.KeepWhere\.predicate': 'tenth' is not a known function; pass"
     ):

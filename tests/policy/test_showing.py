@@ -27,7 +27,7 @@ def test_values_say_themselves_in_a_line(manager: CheckpointManager) -> None:
     """`print` of a decision and of a record."""
     decision = manager.observe({"loss": 0.3}, 3, 0, epoch_end=False)
     expected = (
-        "save loss=0.3.ckpt: step 3 reached a multiple of 1; kept by the best by loss (min), the newest; "
+        "save loss=0.3.ckpt: step 3 reached a multiple of 1; kept: the best by loss (min) and the newest; "
         "retires loss=0.4.ckpt"
     )
     assert expected == str(decision)
@@ -60,6 +60,6 @@ def test_the_plan_is_said_once_at_the_start(caplog: pytest.LogCaptureFixture) ->
 
     plan = (
         "save every step; keep the best by loss (min) and the newest, at most 1 GB; "
-        "last is a link to the newest, so every due point is saved even if no rule keeps it"
+        "last.ckpt is a link to the newest checkpoint, so each save that is due is made, even if no rule keeps it"
     )
     assert [f"memory: {plan}"] == caplog.messages

@@ -20,7 +20,7 @@ from checkpointer import CheckpointManager, EverySteps, KeepLast, Policy
 from checkpointer._secrets import without_secrets
 from checkpointer.errors import StorageError
 from checkpointer.storage import open_storage
-from checkpointer.storage.drivers import (
+from checkpointer.storage.driver_differences import (
     as_native_errors,
     as_os_errors,
     escaped,
