@@ -19,7 +19,7 @@ from checkpointer.commit.journal import Journal
 from checkpointer.commit.lease import Lease
 from checkpointer.commit.lower_terms import take_over
 from checkpointer.commit.payload_names import Names
-from checkpointer.commit.recovery import finish_run, recover
+from checkpointer.commit.recovery import finish_run, recover, retire
 from checkpointer.commit.run_to_continue import Lines
 from checkpointer.commit.signing import HMACKey, refuse_unsigned
 from checkpointer.commit.transaction import Transaction
@@ -274,7 +274,7 @@ class Directory:
         try:
             with journal.changing(*entries, aliases=[one.alias for one in pointings]) as failed:
                 replaced = contents.aliases.point(pointings)
-                journal.retire(going.values(), failed)
+                retire(journal, going.values(), failed)
         except ConflictError:
             raise
         except OSError as error:

@@ -12,7 +12,7 @@ from checkpointer.commit.index import read_entry, record_path
 from checkpointer.commit.lease import Lease, claim_term
 from checkpointer.commit.signing import HMACKey, signed
 from checkpointer.commit.terms import Term
-from checkpointer.errors import FencedError, NameTakenError, RecordError, warn
+from checkpointer.errors import FencedError, NameTakenError, RecordError
 from checkpointer.ports import Storage, SupportsLinks, Upload
 from checkpointer.records.codec import to_json
 from checkpointer.records.digest_algorithms import ALGORITHM, CRYPTOGRAPHIC
@@ -153,23 +153,6 @@ class Journal:
     def delete(self, name: str) -> None:
         """Delete a record file; does nothing if it does not exist."""
         self.storage.delete(record_path(name))
-
-    def remove(self, record: Record) -> None:
-        """Delete a payload, then its record."""
-        # If the size differs, the file is not our payload: another program has replaced it.
-        if self.has_payload(record):
-            self.storage.delete(record.name)
-        self.delete(record.name)
-
-    def retire(self, records: Iterable[Record], failed: set[str]) -> None:
-        """Remove checkpoints that are announced as retired (step 8). Add to ``failed`` what fails, and warn."""
-        for record in records:
-            try:
-                self.remove(record)
-            except OSError as error:
-                failed.add(record.name)
-                msg = f"{record.name} could not be deleted ({error}); the next save tries again"
-                warn(msg)
 
     def _encode(self, entry: Entry) -> bytes:
         return to_json(signed(entry.to_dict(), self.trust))

@@ -1,4 +1,4 @@
-"""Recovers from interrupted writes, by the steps of `checkpointer.commit.transaction`."""
+"""Removes checkpoints, and recovers from interrupted writes, by the steps of `checkpointer.commit.transaction`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,31 @@ from checkpointer.commit.index import Listing, load, record_path
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.killed_saves import announced_by_others, has_named_files, is_replaced, remove_files
 from checkpointer.commit.signing import HMACKey
+from checkpointer.errors import warn
 from checkpointer.ports import Storage
 from checkpointer.records.manifest import Limits
 from checkpointer.records.record import Entry, Record
 from checkpointer.storage.digests import algorithm_of, digest_of, size_of
 from checkpointer.storage.owner import temporary_owner
+
+
+def retire(journal: Journal, records: Iterable[Record], failed: set[str]) -> None:
+    """Remove checkpoints that are announced as retired (step 8). Add to ``failed`` what fails, and warn."""
+    for record in records:
+        try:
+            remove(journal, record)
+        except OSError as error:
+            failed.add(record.name)
+            msg = f"{record.name} could not be deleted ({error}); the next save tries again"
+            warn(msg)
+
+
+def remove(journal: Journal, record: Record) -> None:
+    """Delete a payload, then its record."""
+    # If the size differs, the file is not our payload: another program has replaced it.
+    if journal.has_payload(record):
+        journal.storage.delete(record.name)
+    journal.delete(record.name)
 
 
 @attrs.frozen(kw_only=True)

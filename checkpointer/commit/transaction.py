@@ -60,7 +60,7 @@ from checkpointer._display import shard_text, some_of
 from checkpointer.clock import SystemClock
 from checkpointer.commit.journal import Journal, aborting
 from checkpointer.commit.killed_saves import is_begun, no_digest, remove_files
-from checkpointer.commit.recovery import settle
+from checkpointer.commit.recovery import remove, settle
 from checkpointer.errors import CorruptError, NameTakenError, SaveError, warn
 from checkpointer.ports import Clock, Storage, SupportsPaths, Upload, Writable
 from checkpointer.records.codec import METADATA
@@ -311,7 +311,7 @@ class Transaction:
                 if is_new:
                     # Another process may have taken over, and count it.
                     with self.journal.changing(self.journal.retiring(record)):
-                        self.journal.remove(record)
+                        remove(self.journal, record)
                     raise
                 # The old payload is gone, and the announced change proves the new one.
                 failed.add(record.name)

@@ -11,6 +11,7 @@ from checkpointer.commit.index import HOME, parse_json, read_bounded
 from checkpointer.commit.journal import Journal, holding
 from checkpointer.commit.lease import LEASE_S, as_lease
 from checkpointer.commit.payload_names import location
+from checkpointer.commit.recovery import retire
 from checkpointer.commit.signing import refuse_unsigned
 from checkpointer.commit.writer_marks import refuse_if_live
 from checkpointer.errors import NameTakenError, RestoreError, StorageError
@@ -178,9 +179,9 @@ def _remove(records: Sequence[Record], journal: Journal) -> tuple[Record, ...]:
             journal.storage.prepare()
     with holding(journal, records[0].run, records[0].label, as_lease(LEASE_S, None)):
         going = [record for record in records if _is_there(journal, record)]
-        entries = [Entry(record=record, status="retired", owner=journal.owner) for record in going]
+        entries = [journal.retiring(record) for record in going]
         with journal.changing(*entries) as failed:
-            journal.retire(going, failed)
+            retire(journal, going, failed)
     return tuple(going)
 
 

@@ -28,7 +28,7 @@ from support.plain_format import PlainFormat
 from support.sampling import third
 
 from checkpointer import CheckpointManager, EverySteps, KeepBest, KeepLast, Naming, Policy
-from checkpointer.commit import directory, index, lease, payload_names, transaction
+from checkpointer.commit import directory, index, lease, payload_names, recovery, transaction
 from checkpointer.commit import holder as holder_module
 from checkpointer.commit import journal as journal_module
 from checkpointer.commit.aliases import Aliases
@@ -507,7 +507,7 @@ def record_goes_first(patch: pytest.MonkeyPatch) -> None:
         if there:
             journal.storage.delete(record.name)
 
-    patch.setattr(Journal, "remove", remove)
+    patch.setattr(recovery, "remove", remove)
 
 
 def claim_over(patch: pytest.MonkeyPatch) -> None:
