@@ -747,7 +747,7 @@ def test_the_plan_says_that_last_saves_every_due_point(caplog: pytest.LogCapture
     """With ``last=`` a step is saved even if no rule keeps it, which the rules do not show."""
     with caplog.at_level(logging.INFO, logger="checkpointer"):
         make(policy=Policy(EverySteps(5), [KeepLast(1)], last="copy"))
-    plan = "last.ckpt is a copy of the newest checkpoint, so each save that is due is made, even if no rule keeps it"
+    plan = "last.ckpt is a copy of the newest checkpoint, so every due checkpoint is saved, even if no rule keeps it"
     assert f"memory: save every 5 steps; keep the newest; {plan}" == caplog.messages[0]
 
 

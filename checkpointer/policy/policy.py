@@ -251,7 +251,7 @@ class Policy:
         rules = " and ".join(map(str, self.rules)) or "nothing"
         limits = "".join(f", {limit}" for limit in self.limits)
         to = {"link": "a link to", "copy": "a copy of"}
-        every = "so each save that is due is made, even if no rule keeps it"
+        every = "so every due checkpoint is saved, even if no rule keeps it"
         last = f"; {self.name.last_file} is {to[self.last]} the newest checkpoint, {every}" if self.last else ""
         best = f"; {self.name.best_file} is {to[self.best]} the best checkpoint" if self.best else ""
         contents = "; weights only" if self.contents == "weights" else ""

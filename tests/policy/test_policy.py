@@ -433,7 +433,7 @@ def test_a_policy_reads_as_a_sentence() -> None:
     )
     assert (
         "save every 10 steps; keep one every 100 steps, at most 5 B; last.ckpt is a copy of the newest checkpoint, so "
-        "each save that is due is made, even if no rule keeps it; weights only; no rescue on exceptions"
+        "every due checkpoint is saved, even if no rule keeps it; weights only; no rescue on exceptions"
     ) == str(policy)
     assert "save every step; keep nothing" == str(Policy(EACH, []))
 

@@ -60,6 +60,6 @@ def test_the_plan_is_said_once_at_the_start(caplog: pytest.LogCaptureFixture) ->
 
     plan = (
         "save every step; keep the best by loss (min) and the newest, at most 1 GB; "
-        "last.ckpt is a link to the newest checkpoint, so each save that is due is made, even if no rule keeps it"
+        "last.ckpt is a link to the newest checkpoint, so every due checkpoint is saved, even if no rule keeps it"
     )
     assert [f"memory: {plan}"] == caplog.messages
