@@ -54,7 +54,8 @@ def new_file(path: str | os.PathLike[str], *, replaces: bool) -> Iterator[Binary
                 stream.flush()
                 os.fsync(stream.fileno())
             (os.replace if replaces else _link)(staged, target)
-            sync_folder(target.parent)
+            with contextlib.suppress(PermissionError):  # A folder that may only be written to cannot be opened.
+                sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)

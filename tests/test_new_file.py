@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from support import mounts
 from support.commands import command, train
+from support.users import ordinary_user
 
 from checkpointer import CheckpointManager, EverySteps, KeepAll, KeepBest, Manifest, Policy
 from checkpointer._new_file import new_file
@@ -144,3 +145,13 @@ def test_a_file_that_is_there_is_not_a_device(tmp_path: Path) -> None:
     with new_file(tmp_path / "f", replaces=True) as stream:
         stream.write(b"new")
     assert "new" == (tmp_path / "f").read_text()
+
+
+def test_a_file_in_a_folder_that_may_only_be_written_to_is_no_error() -> None:
+    """Such a folder cannot be opened, so nothing makes its entries durable."""
+    with ordinary_user() as folder:
+        folder.chmod(0o300)
+        with new_file(folder / "w.pt", replaces=False) as stream:
+            stream.write(b"weights")
+        assert (folder / "w.pt").read_bytes() == b"weights"
+        folder.chmod(0o700)

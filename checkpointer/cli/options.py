@@ -294,7 +294,9 @@ def _records_above(catalog: Catalog, files: list[str]) -> str:
     if not isinstance(catalog.storage, SupportsPaths):
         return ""
     for above, folder in directories_above(Path(os.path.abspath(catalog.storage.local_path("")))):
-        recorded = [name for name in (f"{folder}/{file}" for file in files) if (above / record_path(name)).exists()]
+        recorded = [
+            name for name in (f"{folder}/{file}" for file in files) if os.path.exists(above / record_path(name))
+        ]
         if recorded:
             place = os.path.relpath(above) if not os.path.isabs(catalog.place) else str(above)
             found = look_at(open_storage(str(above), ""), catalog.trust)
@@ -321,7 +323,7 @@ def check_out(path: str, access: Access, *known: str) -> None:
     for folder, name in directories_above(place):
         catalog = look_at(open_place(str(folder), Access()), key)
         refuse_unsigned(catalog.signed, folder, key)
-        if name in catalog.aliases or (folder / record_path(name)).exists():
+        if name in catalog.aliases or os.path.exists(folder / record_path(name)):
             msg = f"{path} is a checkpoint of {folder}, and is not replaced; name a new file"
             raise NameTakenError(msg)
     if known and not path.lower().endswith(known):

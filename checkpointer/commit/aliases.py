@@ -261,13 +261,15 @@ def duplicate(storage: Storage, source: str, path: str, how: Literal["link", "co
         ways.append(storage.copy)
     if isinstance(storage, SupportsLinks) and how != "hardlink":
         ways.append(storage.symlink)
-    refused: list[Exception] = []
+    refused: list[OSError] = []
     for way in ways:
         try:
             way(source, path)
         except IsADirectoryError:  # A folder has the second name, so another way does not help.
             raise
-        except (OSError, NotImplementedError) as error:
+        except NotImplementedError:
+            continue
+        except OSError as error:
             refused.append(error)
             continue
         return

@@ -335,7 +335,7 @@ class FolderReader(Portable):
         return _Part(stream, info, self.check.new, digest)
 
     def _take(self, stream: Any, name: str, check: Check) -> Mapping[tuple[int, int], str]:
-        infos = [info for info in self.storage_data.values() if info.relative_path == name]
+        infos = [info for info in self.read_metadata().storage_data.values() if info.relative_path == name]
         whole, taken, position = check.new(), dict[tuple[int, int], str](), 0
         end = stream.seek(0, os.SEEK_END)
         stream.seek(0)

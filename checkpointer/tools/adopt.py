@@ -213,7 +213,7 @@ def _directory_above(root: str, name: str) -> str:
     """Return the directory above ``root`` that has a record of a file in ``root``; empty if there is none."""
     for above, inside in directories_above(Path(root)):
         path = PurePosixPath(inside, name)
-        if any((above / record_path(str(one))).exists() for one in (path, *path.parents[:-1])):
+        if any(os.path.exists(above / record_path(str(one))) for one in (path, *path.parents[:-1])):
             return str(above)
     return ""
 

@@ -127,9 +127,12 @@ def _local(place: str, path: str, open: Callable[[str], Storage], trust: HMACKey
 
 
 def directories_above(path: Path) -> Iterator[tuple[Path, str]]:
-    """Yield each directory above a path that has records, the closest first, and the path within it."""
+    """Yield each directory above a path that has records, the closest first, and the path within it.
+
+    Directories whose records another user keeps private are left out.
+    """
     for folder in path.parents:
-        if (folder / RECORDS).is_dir():
+        if os.path.isdir(folder / RECORDS):  # Path.is_dir would raise.
             yield folder, path.relative_to(folder).as_posix()
 
 

@@ -229,3 +229,23 @@ def test_the_message_for_a_folder_on_a_disk_without_links_names_the_links(tmp_pa
     (tmp_path / "a.dcp" / "data").write_bytes(b"1")
     with pytest.raises(PermissionError, match=r"Operation not permitted: 'last\.dcp'"):
         duplicate(storage, "a.dcp", "last.dcp", "link")
+
+
+class WithoutAnyLinks(LocalStorage):
+    """A storage of a user, on a system whose Python knows no links."""
+
+    def symlink(self, target: str, path: str) -> None:
+        raise NotImplementedError("no links here")
+
+    hardlink = symlink
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_an_alias_of_a_folder_that_no_link_can_have_does_not_end_the_save(tmp_path: Path) -> None:
+    """Its checkpoint is committed by then, so there is a warning."""
+    storage = WithoutAnyLinks(tmp_path, "owner")
+    aliased = Policy(EverySteps(1), [KeepLast(1)], name="{step}", last="link")
+    with CheckpointManager(storage, aliased, state=lambda: {"w": torch.ones(2)}, format="dcp") as manager:
+        with pytest.warns(CheckpointerWarning, match=r"the alias last\.dcp could not be made .* itself is saved"):
+            assert manager.observe({}, step=1, epoch=0)
+        assert manager.last is not None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.commands import command, train
 from support.users import forbid, ordinary_user
 
@@ -227,3 +228,16 @@ def test_a_folder_that_may_hide_records_is_still_an_error(folder: Path) -> None:
         CheckpointManager(run, ALL, state=dict)
     said = command("ls", run)
     assert (2, True) == (said.code, "chown" in said.err), said
+
+
+def test_the_private_records_of_another_user_above_a_folder_are_passed_over(folder: Path) -> None:
+    """Who may not see whether they name a file goes on as if they did not."""
+    own = folder / "run" / "own"
+    own.mkdir(parents=True)
+    (own.parent / ".checkpointer" / "records").mkdir(parents=True)
+    torch.save({"step": 3, "w": torch.ones(2)}, own / "model.pt")
+    forbid(own.parent / ".checkpointer")
+    assert "no record, but files such as model.pt" in command("ls", own).err
+    for arguments in (("show", own / "model.pt"), ("adopt", own), ("export", own, 3, own / "w.pt")):
+        said = command(*arguments)
+        assert said.code == 0, (arguments, said)

@@ -32,7 +32,9 @@ from checkpointer.commit.terms import TERMS
 from checkpointer.commit.transaction import Transaction
 from checkpointer.errors import CorruptError, FencedError, RestoreError, RunInUseError, SaveError, UnsafePayloadError
 from checkpointer.formats.dcp_folder import DcpFormat
+from checkpointer.formats.dcp_reader import FolderReader
 from checkpointer.formats.inspection.payload import open_contents
+from checkpointer.records.digest_algorithms import ALGORITHM, DIGESTS
 from checkpointer.records.record import Record
 from checkpointer.storage.local import LocalStorage
 from checkpointer.storage.owner import new_owner
@@ -417,3 +419,29 @@ def test_a_missing_file_of_a_folder_is_named(folder: Path, weights_only: bool) -
     into = DcpFormat(template=lambda: deepcopy(STATE))
     with pytest.raises(CorruptError, match="it is gone"):
         into.read_folder(str(folder), weights_only=weights_only, map_location="cpu")
+
+
+class Text:
+    """A target that reads one value before it says which tensors it wants."""
+
+    def wanted(self, folder: FolderReader) -> dict[str, Any]:
+        self.text = folder.value("text")
+        return {"model": {"w": torch.zeros(2, 3)}}
+
+    def result(self, state: dict[str, Any]) -> Any:
+        return self.text, state["model"]["w"]
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_target_reads_a_verified_value_of_a_folder_that_has_no_digests_of_items(
+    folder: Path, everything: bool
+) -> None:
+    """torch has written the folder; its record has only the digest of each file."""
+    data = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {name: (len(each), DIGESTS[ALGORITHM](each).hexdigest()) for name, each in data.items()}
+    target = Text()
+    text, w = DcpFormat(template=lambda: target).read_verified(
+        str(folder), files=files, algorithm=ALGORITHM, everything=everything, weights_only=True, map_location="cpu"
+    )
+    assert text == "abc"
+    assert torch.equal(STATE["model"]["w"], w)
