@@ -66,10 +66,9 @@ class ShardedState:
     def wanted(self, folder: FolderReader) -> dict[str, Any]:
         """See `Target.wanted`."""
         self._shared, self._rooms = None, {}
-        try:
-            (self._shared,) = folder.value(f"{KEY}.{_SHARED}")
-        except KeyError:  # No Loop wrote it.
+        if not folder.has_value(f"{KEY}.{_SHARED}"):  # No Loop wrote it.
             return folder.whole()
+        (self._shared,) = folder.value(f"{KEY}.{_SHARED}")
         saved: int = self._shared[KEY][_RANKS]
         # On another number of ranks it matters whether the ranks had the same things.
         ranks = range(saved) if saved != self._size else [self._rank]

@@ -220,6 +220,10 @@ class FolderReader(Portable):
             if isinstance(one, TensorStorageMetadata)
         }
 
+    def has_value(self, name: str) -> bool:
+        """Return whether the folder holds a value of this name that is not a tensor."""
+        return MetadataIndex(name) in self.read_metadata().storage_data
+
     def value(self, name: str) -> Any:
         """Return one value that is not a tensor, by name, without communication."""
         content = io.BytesIO(self._bytes_of_item(self.read_metadata().storage_data[MetadataIndex(name)]))
