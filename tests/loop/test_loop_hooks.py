@@ -189,3 +189,25 @@ def test_a_module_that_cannot_be_copied_gets_the_plain_comparison() -> None:
     """The message has the names as they are."""
     with pytest.raises(MismatchError, match="missing: w; unexpected: old"):
         load_weights(Closed(), {"old": torch.ones(2), "v": torch.ones(2)})
+
+
+class Doubling(nn.Module):
+    """A module whose hook renames, and writes to the tensor in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Parameter(torch.zeros(2))
+        self._register_load_state_dict_pre_hook(lambda state, *_: state.update(new=state.pop("old").mul_(2)))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_hook_that_writes_in_place_changes_a_value_once(tmp_path: Path, *, is_loop: bool) -> None:
+    """The trial that says which names the hooks take works on copies."""
+    torch.save({"m": {"old": torch.ones(2)}}, tmp_path / "old.pt")
+    model = Doubling()
+    if is_loop:
+        with Loop(tmp_path / "run", POLICY, model=model) as loop:
+            loop.resume(tmp_path / "old.pt", map={"model": "m"})
+    else:
+        load_weights(model, tmp_path / "old.pt")
+    assert [2, 2] == model.new.tolist()
