@@ -70,7 +70,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _without_memory(module: nn.Module) -> nn.Module:
     """Return a copy whose tensors have shapes alone."""
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    others = (one for inner in module.modules() for one in vars(inner).values() if torch.is_tensor(one) and one.is_leaf)
+    for tensor in (*module.parameters(), *module.buffers(), *others):
         if torch.nn.parameter.is_lazy(tensor) or tensor.numel() <= _LARGE:
             continue
         shape = tensor.detach().to("meta")

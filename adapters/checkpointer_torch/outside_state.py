@@ -36,7 +36,7 @@ class _Value:
     def now(self) -> Any:
         now = vars(self.holder).get(self.attribute)
         # A number that is multiplied by a tensor becomes one.
-        one = isinstance(now, torch.Tensor) and now.numel() == 1 and not now.requires_grad
+        one = isinstance(now, torch.Tensor) and now.numel() == 1 and not (now.requires_grad or now.is_meta)
         return now.item() if one and _is_number(self.first) else now
 
     @property

@@ -211,3 +211,17 @@ def test_a_hook_that_writes_in_place_changes_a_value_once(tmp_path: Path, *, is_
     else:
         load_weights(model, tmp_path / "old.pt")
     assert [2, 2] == model.new.tolist()
+
+
+class Large(torch.Tensor):
+    """A tensor that is too large for a second one."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        pytest.fail("the tensor was copied with its memory")
+
+
+def test_the_trial_of_the_hooks_copies_no_tensor_that_a_module_holds() -> None:
+    """A table that is neither a parameter nor a buffer may be the largest part of a module."""
+    model = new()
+    model.table = torch.ones(4).as_subclass(Large)
+    assert not load_weights(model, old().state_dict()).differences

@@ -950,3 +950,10 @@ def test_a_buffer_without_memory_that_is_not_saved_does_not_matter(tmp_path: Pat
     model.register_buffer("cache", torch.empty(3, device="meta"), persistent=False)
     one_step(tmp_path, model=model)
     resumed(tmp_path, model=model)
+
+
+def test_a_tensor_without_memory_is_refused(tmp_path: Path) -> None:
+    """A copy into it copies nothing, as for a model."""
+    one_step(tmp_path, tensor=torch.ones(2))
+    with pytest.raises(MismatchError, match=r"tensor.value \(here \[2\] on the meta device, there \[2\]\)"):
+        resumed(tmp_path, tensor=torch.empty(2, device="meta"))
