@@ -43,7 +43,9 @@ def hooked(module: nn.Module, state: Mapping[str, Any]) -> Hooked:
     if own == state.keys() or not any(map(_has_hooks, module.modules())):
         return Hooked(state)
     seen: dict[str, Any] = {}
-    tried = OrderedDict(state)
+    # A hook may write to a tensor in place.
+    tried = OrderedDict((key, value.clone() if torch.is_tensor(value) else value) for key, value in state.items())
+    originals = {id(value): state[key] for key, value in tried.items()}
     tried._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
     try:
         trial = _without_memory(module)
@@ -52,6 +54,7 @@ def hooked(module: nn.Module, state: Mapping[str, Any]) -> Hooked:
         left = trial.load_state_dict(tried, strict=False).unexpected_keys
     except Exception:  # A module that cannot be copied, or that refuses the state: the names are compared as they are.
         return Hooked(state)
+    seen = {key: originals.get(id(value), value) for key, value in seen.items()}
     values = {key: state.get(key, seen.get(key)) for key in own if key in state or key in seen}
     others = {key: value for key, value in state.items() if key not in own}
     return Hooked(values | {key: others[key] for key in left if key in others}, frozenset(others.keys() - set(left)))
@@ -67,7 +70,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _without_memory(module: nn.Module) -> nn.Module:
     """Return a copy whose tensors have shapes alone."""
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    others = (one for inner in module.modules() for one in vars(inner).values() if torch.is_tensor(one) and one.is_leaf)
+    for tensor in (*module.parameters(), *module.buffers(), *others):
         if torch.nn.parameter.is_lazy(tensor) or tensor.numel() <= _LARGE:
             continue
         shape = tensor.detach().to("meta")

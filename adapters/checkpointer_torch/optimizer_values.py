@@ -33,8 +33,9 @@ def undone(
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         return {**now, **{name: undone(now[name], item, choose, name) for name, item in saved.items() if name in now}}
     if isinstance(saved, _SEQUENCES) and isinstance(now, _SEQUENCES) and len(now) == len(saved):
-        return _made_like(saved, (undone(one, item, choose) for one, item in zip(now, saved, strict=True)))
-    return saved if isinstance(saved, Iterable) else now
+        return _made_like(now, (undone(one, item, choose) for one, item in zip(now, saved, strict=True)))
+    # An optimizer with a load_state_dict of its own may have made something else of the saved value.
+    return saved if now is None and isinstance(saved, Iterable) else now
 
 
 def _made_like(sequence: Any, items: Iterable[Any]) -> Any:

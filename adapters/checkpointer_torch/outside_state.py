@@ -36,7 +36,7 @@ class _Value:
     def now(self) -> Any:
         now = vars(self.holder).get(self.attribute)
         # A number that is multiplied by a tensor becomes one.
-        one = isinstance(now, torch.Tensor) and now.numel() == 1 and not now.requires_grad
+        one = isinstance(now, torch.Tensor) and now.numel() == 1 and not (now.requires_grad or now.is_meta)
         return now.item() if one and _is_number(self.first) else now
 
     @property
@@ -48,7 +48,7 @@ class _Value:
         if isinstance(now, torch.Tensor):
             is_alike = now.shape == self.first.shape and not now.requires_grad
             return is_alike and (now is not self.first or _version(now) > self.version)
-        return bool(now != self.first)
+        return bool(now != self.first) and (now == now or self.first == self.first)  # NaN differs from itself.
 
     def is_saved(self, keys: Collection[str], leaves: Collection[Any]) -> bool:
         # A number may be saved under another name: one that is equal counts.
@@ -81,7 +81,7 @@ class _ByParameter:
         now = vars(self.holder).get(self.attribute)
         new = [
             (key, value.shape)
-            for key, value in (now.items() if isinstance(now, dict) else ())
+            for key, value in ([*now.items()] if isinstance(now, dict) else ())
             if isinstance(value, torch.Tensor) and self.first.get(key) != _identity(value)
         ]
         return any(shape in self.shapes().get(key, ()) for key, shape in new)
@@ -190,7 +190,7 @@ def _dicts(
 ) -> Iterator[_ByParameter]:
     for attribute, value in [*vars(holder).items()]:  # Another thread may write to the object.
         if isinstance(value, dict) and not attribute.startswith("_"):
-            first = {key: _identity(one) for key, one in value.items() if isinstance(one, torch.Tensor)}
+            first = {key: _identity(one) for key, one in [*value.items()] if isinstance(one, torch.Tensor)}
             yield _ByParameter(f"{name}.{attribute}", holder, attribute, shapes, first)
 
 

@@ -44,12 +44,13 @@ class ParameterNames:
         """Return the states in the orders of `orders`, and the differences of those that cannot be put in order."""
         ordered, differences = dict(states), {}
         names = _named(self.modules) if saved else {}
+        known = _known(self.modules, names) if saved else {}
         for name, optimizer in self.optimizers.items():
             state = states.get(name)
             if not (isinstance(state, Mapping) and "param_groups" in state):
                 continue
             there = saved.get(name) or _order_of(state["param_groups"], {})
-            change = _Reordering(_order_of(optimizer.param_groups, names), there)
+            change = _Reordering.of(_order_of(optimizer.param_groups, names), there, known)
             if not change.is_needed:
                 continue
             if found := change.differences(may_reorder=_may_reorder(optimizer)):
@@ -62,12 +63,23 @@ class ParameterNames:
 def _named(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     """Return one name for each parameter, by its ``id``. A tied parameter has the same name in each process."""
     names: dict[int, str] = {}
+    for full, parameter in _full_names(modules):
+        names[parameter] = min(full, names.get(parameter, full))
+    return names
+
+
+def _known(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> dict[str, str]:
+    """Return the name that `_named` has for a parameter, by each name that it has in the modules."""
+    return {full: names[parameter] for full, parameter in _full_names(modules)}
+
+
+def _full_names(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
+    """Yield each name of each parameter, and its ``id``."""
     for name, module in modules.items():
         plain = plain_names(module)
-        for key, parameter in module.named_parameters(remove_duplicate=False):
-            full = f"{name}.{plain(key)}"
-            names[id(parameter)] = min(full, names.get(id(parameter), full))
-    return names
+        # A class may override named_parameters() without this argument.
+        for key, parameter in nn.Module.named_parameters(module, remove_duplicate=False):
+            yield f"{name}.{plain(key)}", id(parameter)
 
 
 def _order_of(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[list[str]]:
@@ -89,6 +101,22 @@ class _Reordering:
     here: Order
     there: Order
 
+    @classmethod
+    def of(cls, here: Order, there: Order, known: Mapping[str, str]) -> _Reordering:
+        """Compare two orders. A name at the same place that only its own side knows is a new name of the parameter.
+
+        The hooks of a module rename parameters, and so do wrappers around a model that the Loop was not given.
+        """
+        theirs = [[known.get(name, name) for name in group] for group in there]
+        is_here = {*known.values(), *itertools.chain(*here)}.__contains__
+        is_there = set(itertools.chain(*theirs)).__contains__
+        if list(map(len, here)) == list(map(len, there)):
+            theirs = [
+                [our if not (is_here(their) or is_there(our)) else their for our, their in zip(*groups, strict=True)]
+                for groups in zip(here, theirs, strict=True)
+            ]
+        return cls(here, theirs)
+
     @property
     def is_needed(self) -> bool:
         """Whether the orders differ. A parameter that has a name on one side only cannot be found again."""
@@ -100,7 +128,7 @@ class _Reordering:
     def differences(self, *, may_reorder: bool) -> Differences:
         """Return the parameters whose state cannot be found in the group that they are in here."""
         pairs = list(zip(self.here, self.there, strict=True))
-        if may_reorder and all(set(here) == set(there) for here, there in pairs):
+        if may_reorder and all(len({*here}) == len(here) and {*here} == {*there} for here, there in pairs):
             return Differences()
         misplaced = {
             f"param_groups[{group}].params[{number}]": f"here {ours}, there {theirs}"

@@ -64,10 +64,12 @@ class TrainingObjects:
         named = [(name, one) for name, one in self.tensors.items() if isinstance(one, nn.Parameter)]
         return {name: f"{'lazy' if lazy(one) else list(one.shape)} {one.dtype}" for name, one in named}
 
-    @property
-    def unmade(self) -> list[str]:
-        """The names of tensors that have no values, because they are on the meta device."""
-        return [name for name, tensor in self.tensors.items() if tensor.is_meta]
+    def unmade(self, states: Mapping[str, Any]) -> list[str]:
+        """Return the names of tensors that have no values in the states, because they are on the meta device."""
+        given = {name: states[name] for name, part in self.shared.items() if isinstance(part, TensorPart)}
+        for name in self.modules:
+            given |= {f"{name}.{key}": value for key, value in states[name].items()}
+        return [name for name, value in given.items() if torch.is_tensor(value) and value.is_meta]
 
     @property
     def shards(self) -> list[str]:

@@ -117,7 +117,7 @@ class TrainingState(Listener):
         state |= {name: part.take() for name, part in objects.shared.items()}
         if self._ranks.rank == 0:
             objects.outside.check(state)
-            self._warn_of_unmade()
+            self._warn_of_unmade(state)
         self.measured.note(position.step)
         state[KEY] = {
             "schema": SCHEMA,
@@ -132,11 +132,11 @@ class TrainingState(Listener):
         }
         return state
 
-    def _warn_of_unmade(self) -> None:
+    def _warn_of_unmade(self, state: Mapping[str, Any]) -> None:
         if self._knows_unmade:
             return
         self._knows_unmade = True
-        if unmade := self.objects.unmade:
+        if unmade := self.objects.unmade(state):
             msg = (
                 f"{some_of(unmade, 5)}: on the meta device, so the checkpoints have no values of these tensors, and a "
                 "resume of a model with memory refuses them; materialise the model before the first save"

@@ -78,7 +78,8 @@ class TensorPart(HeldPart):
         return self._thing.detach()
 
     def compare(self, state: Any) -> Differences:
-        return compared({"value": self._thing}, {"value": state}).all_or_nothing()
+        has_meta = any(torch.is_tensor(one) and one.is_meta for one in (self._thing, state))
+        return compared({"value": self._thing}, {"value": state}, types=has_meta).all_or_nothing()
 
     @torch.no_grad()
     def put(self, state: Any) -> None:

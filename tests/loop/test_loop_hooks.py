@@ -189,3 +189,39 @@ def test_a_module_that_cannot_be_copied_gets_the_plain_comparison() -> None:
     """The message has the names as they are."""
     with pytest.raises(MismatchError, match="missing: w; unexpected: old"):
         load_weights(Closed(), {"old": torch.ones(2), "v": torch.ones(2)})
+
+
+class Doubling(nn.Module):
+    """A module whose hook renames, and writes to the tensor in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Parameter(torch.zeros(2))
+        self._register_load_state_dict_pre_hook(lambda state, *_: state.update(new=state.pop("old").mul_(2)))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_hook_that_writes_in_place_changes_a_value_once(tmp_path: Path, *, is_loop: bool) -> None:
+    """The trial that says which names the hooks take works on copies."""
+    torch.save({"m": {"old": torch.ones(2)}}, tmp_path / "old.pt")
+    model = Doubling()
+    if is_loop:
+        with Loop(tmp_path / "run", POLICY, model=model) as loop:
+            loop.resume(tmp_path / "old.pt", map={"model": "m"})
+    else:
+        load_weights(model, tmp_path / "old.pt")
+    assert [2, 2] == model.new.tolist()
+
+
+class Large(torch.Tensor):
+    """A tensor that is too large for a second one."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        pytest.fail("the tensor was copied with its memory")
+
+
+def test_the_trial_of_the_hooks_copies_no_tensor_that_a_module_holds() -> None:
+    """A table that is neither a parameter nor a buffer may be the largest part of a module."""
+    model = new()
+    model.table = torch.ones(4).as_subclass(Large)
+    assert not load_weights(model, old().state_dict()).differences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,3 +292,21 @@ def test_a_tensor_of_inference_mode_is_no_error(tmp_path: Path) -> None:
     assert [] == said(tmp_path / "same", 2, change=lambda _: None, model=model)
     (warning,) = said(tmp_path / "other", 2, change=lambda _: setattr(body, "mean", torch.zeros(2)), model=model)
     assert "model.body.mean (a tensor, not a buffer)" in warning
+
+
+def test_a_number_that_stays_nan_has_not_changed(tmp_path: Path) -> None:
+    """NaN is not equal to itself."""
+    model = Model()
+    model.body.best = math.nan  # type: ignore[assignment]
+    assert [] == said(tmp_path / "same", 2, change=lambda _: None, model=model)
+    (warning,) = said(tmp_path / "other", 2, change=lambda _: setattr(model.body, "best", 1.0), model=model)
+    assert "model.body.best (nan -> 1.0)" in warning
+
+
+def test_a_number_that_becomes_a_tensor_without_memory_is_no_error(tmp_path: Path) -> None:
+    """Such a tensor has no number to compare."""
+    model = Model()
+    model.body.best = 1.0  # type: ignore[assignment]
+    assert [] == said(
+        tmp_path, 2, change=lambda _: setattr(model.body, "best", torch.ones((), device="meta")), model=model
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import random
 from collections.abc import Callable
@@ -591,6 +592,119 @@ def test_a_state_without_names_is_taken_by_position(tmp_path: Path) -> None:
     resumed(tmp_path, optimizer=torch.optim.Adam([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]))
 
 
+def restarted(model: nn.Module) -> Any:
+    """Return a momentum optimizer that has not taken a step."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def stepped(model: nn.Module, parameters: Any = None) -> Any:
+    """Return a momentum optimizer after a step. The gradients of the parameters are 1, 2, ..."""
+    optimizer = torch.optim.SGD(parameters or model.parameters(), lr=0.1, momentum=0.9)
+    for number, parameter in enumerate(model.parameters(), start=1):
+        parameter.grad = torch.full_like(parameter, number)
+    optimizer.step()
+    return optimizer
+
+
+def momenta(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the momentum of each parameter, in the order of the groups."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [optimizer.state[parameter]["momentum_buffer"].flatten()[0].item() for parameter in parameters]
+
+
+def test_names_of_a_wrapper_that_the_loop_was_not_given_do_not_matter(tmp_path: Path) -> None:
+    """A program that names the parameters itself saves with DDP, and resumes without it."""
+    wrapped, plain = nn.DataParallel(nn.Linear(2, 2)), nn.Linear(2, 2)
+    one_step(tmp_path, optimizer=stepped(wrapped, list(wrapped.named_parameters())))
+    optimizer = torch.optim.SGD(list(plain.named_parameters()), lr=0.1, momentum=0.9)
+    resumed(tmp_path, optimizer=optimizer)
+    assert [1, 2] == momenta(optimizer)
+
+
+class Hiding(nn.Module):
+    """A wrapper whose state has the names of the model within, as that of Lightning's Fabric."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.load_state_dict(*args, **kwargs)
+
+
+def test_a_model_that_was_saved_within_a_wrapper_with_its_own_names_resumes_without_it(tmp_path: Path) -> None:
+    """Its parameters have names that its state does not have."""
+    model, plain = Hiding(nn.Linear(2, 2)), nn.Linear(2, 2)
+    one_step(tmp_path, model=model, optimizer=stepped(model))
+    optimizer = restarted(plain)
+    resumed(tmp_path, model=plain, optimizer=optimizer)
+    assert [1, 2] == momenta(optimizer)
+
+
+def test_another_name_of_the_same_parameter_does_not_matter(tmp_path: Path) -> None:
+    """The Loop is given a part of the model too, and each has a name for the parameters."""
+    model, again = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    one_step(tmp_path, model=model, optimizer=stepped(model))
+    optimizer = restarted(again)
+    with pytest.warns(CheckpointerWarning, match="only a part was loaded: missing: head$"):
+        resumed(tmp_path, strict=False, model=again, head=again[0], optimizer=optimizer)
+    assert [1, 2] == momenta(optimizer)
+
+
+def test_parameters_with_one_name_are_refused_in_another_order(tmp_path: Path) -> None:
+    """Two models that the Loop was not given may both have a weight."""
+    one, other, last = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    models = nn.ModuleList([one, other, last])
+    names = [("weight", one.weight), ("weight", other.weight), ("last", last.weight)]
+    one_step(tmp_path, optimizer=stepped(models, names))
+    same = torch.optim.SGD(names, lr=0.1, momentum=0.9)
+    resumed(tmp_path, optimizer=same)
+    assert [1, 2, 3] == momenta(same)
+    with pytest.raises(MismatchError, match="of another parameter"):
+        resumed(tmp_path, optimizer=torch.optim.SGD(names[::-1], lr=0.1, momentum=0.9))
+
+
+class WithoutDuplicates(nn.Linear):
+    """Has a method as it was before torch 2.0."""
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:  # type: ignore[override]
+        return super().named_parameters(prefix, recurse)
+
+
+def test_a_model_with_a_named_parameters_of_its_own_is_saved(tmp_path: Path) -> None:
+    """It need not know the argument that keeps tied parameters."""
+    model, again = WithoutDuplicates(2, 2), WithoutDuplicates(2, 2)
+    one_step(tmp_path, model=model, optimizer=stepped(model))
+    optimizer = restarted(again)
+    resumed(tmp_path, model=again, optimizer=optimizer)
+    assert [1, 2] == momenta(optimizer)
+
+
+class Rebuilding(torch.optim.SGD):
+    """Has an object in the state of each parameter, which it saves as a dict."""
+
+    def state_dict(self) -> Any:
+        found = super().state_dict()
+        return {**found, "state": {key: {**one, "range": vars(one["range"])} for key, one in found["state"].items()}}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["range"] = argparse.Namespace(**state["range"])
+
+
+def test_what_an_optimizer_makes_of_its_saved_state_stays(tmp_path: Path) -> None:
+    """Only what torch itself changes is put back."""
+    first, second = (Rebuilding([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2))
+    first.state[first.param_groups[0]["params"][0]]["range"] = argparse.Namespace(low=1)
+    one_step(tmp_path, optimizer=first)
+    resumed(tmp_path, optimizer=second)
+    assert [argparse.Namespace(low=1)] == [state["range"] for state in second.state.values()]
+
+
 @pytest.mark.parametrize("seed", [1, [1, 2], None, np.arange(3), 1 << 2100])
 def test_a_generator_of_numpy_spawns_what_it_would_have_spawned(tmp_path: Path, seed: Any) -> None:
     """Its `state` does not say how many it has spawned."""
@@ -828,3 +942,18 @@ def test_a_validation_within_the_epoch_is_ranked_at_its_step(tmp_path: Path) -> 
                     loop.report({"val": 3.0 - number})
     assert ["step=4-val=0.0.ckpt"] == [record.name for record in loop.manager.records]
     assert {"loss": 1.0, "val": 0.0} == dict(loop.manager.records[0].metrics)
+
+
+def test_a_buffer_without_memory_that_is_not_saved_does_not_matter(tmp_path: Path) -> None:
+    """The warning is about values that the checkpoints lack."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("cache", torch.empty(3, device="meta"), persistent=False)
+    one_step(tmp_path, model=model)
+    resumed(tmp_path, model=model)
+
+
+def test_a_tensor_without_memory_is_refused(tmp_path: Path) -> None:
+    """A copy into it copies nothing, as for a model."""
+    one_step(tmp_path, tensor=torch.ones(2))
+    with pytest.raises(MismatchError, match=r"tensor.value \(here \[2\] on the meta device, there \[2\]\)"):
+        resumed(tmp_path, tensor=torch.empty(2, device="meta"))
