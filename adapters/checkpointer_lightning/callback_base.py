@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import sys
@@ -247,7 +246,10 @@ class CallbackBase(Base):
             super()._save_checkpoint(trainer, filepath)
             return
         decision = marked(session.pending, trainer.optimizers)
-        session.committed(session.io.team.work(functools.partial(session.managing.session.commit, decision)))
+        if session.ranks.size == 1:
+            session.committed(session.managing.session.commit(decision))
+        else:  # Only rank 0 has a manager.
+            session.committed(session.io.team.work(lambda: session.managing.session.commit(decision)))
 
     def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
         """Do nothing: the manager has removed the file. A subclass may remove here what it has put beside it."""
