@@ -12,7 +12,7 @@ EXAMPLES := $(wildcard examples/*.py)
 help:
 	@echo "make demo        train a small net, kept and resumed by a manager"
 	@echo "make test        every test"
-	@echo "make test-states  search every order of the operations of several writers of one run, where that ends; an hour or more"
+	@echo "make test-states  search the orders of the operations of several writers of one run, most of them to the end; an hour or more"
 	@echo "make test-quick  every test but those that kill processes"
 	@echo "make test-lightning-versions  the tests of Lightning with its versions 2.4, 2.5 and 2.6"
 	@echo "make test-floors  the quick tests with the oldest versions that pyproject.toml allows"
